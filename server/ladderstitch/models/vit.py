@@ -1,0 +1,167 @@
+"""The vision transformer that anchors are made of: DeiT's, with a patch or a convolutional stem.
+
+Module names are timm's, so that published state dicts load without renaming.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+
+class InputShape(BaseModel):
+    """What the anchors of a family share: the images they see and the labels they tell apart."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_size: int = Field(gt=0, le=4096, description="height and width, pixels")
+    in_channels: int = Field(3, gt=0, le=16)
+    num_classes: int = Field(gt=1)
+
+
+class VitConfig(BaseModel):
+    """Shape of one anchor."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    embed_dim: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    mlp_ratio: float = Field(4.0, gt=0)
+    qkv_bias: bool = True
+    layer_norm_eps: float = Field(1e-6, gt=0)
+    patch_size: int = Field(16, gt=0, description="pixels a side; unused with a conv stem")
+    stem_channels: tuple[int, ...] = Field(
+        (),
+        description="empty: one patch convolution; else widths of the stride-2 3x3 convolutions "
+        "before the last one, which has embed_dim channels (arXiv 2106.14881)",
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> VitConfig:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"num_heads: expected a divisor of embed_dim {self.embed_dim}, got {self.num_heads}"
+            )
+        return self
+
+
+class PatchStem(nn.Module):
+    """[B, C, H, W] -> [B, D, H/p, W/p]: one convolution over disjoint patches."""
+
+    def __init__(self, in_channels: int, config: VitConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.proj = nn.Conv2d(
+            in_channels, config.embed_dim, config.patch_size, stride=config.patch_size
+        )
+
+    def grid(self, image_size: int) -> int:
+        return image_size // self.patch_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images)
+
+
+class ConvStem(nn.Module):
+    """[B, C, H, W] -> [B, D, h, w]: 3x3 convolutions of stride 2, GELU between (arXiv 2106.14881)."""
+
+    def __init__(self, in_channels: int, config: VitConfig) -> None:
+        super().__init__()
+        widths = (in_channels, *config.stem_channels, config.embed_dim)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairwise(widths)
+        )
+
+    def grid(self, image_size: int) -> int:
+        for _ in self.convs:
+            image_size = (image_size + 1) // 2
+        return image_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.convs[0](images)
+        for conv in list(self.convs)[1:]:
+            x = conv(F.gelu(x))
+        return x
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection for queries, keys and values."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1)  # [B, T, 3, H, D/H]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x [B, H, T, D/H]
+        mixed = F.scaled_dot_product_attention(q, k, v)  # [B, H, T, D/H]
+        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))  # [B, T, D]
+
+
+class Mlp(nn.Module):
+    """[B, T, D] -> [B, T, D] through `mlp_ratio` times the width, with exact (erf) GELU."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        hidden = round(config.embed_dim * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.embed_dim, hidden)
+        self.fc2 = nn.Linear(hidden, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on [B, T, D]."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+        self.mlp = Mlp(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Vit(nn.Module):
+    """One anchor: embedding, blocks, final norm and head, to be run whole or in parts."""
+
+    def __init__(self, inputs: InputShape, config: VitConfig) -> None:
+        super().__init__()
+        stem = ConvStem if config.stem_channels else PatchStem
+        self.patch_embed = stem(inputs.in_channels, config)
+        tokens = self.patch_embed.grid(inputs.image_size) ** 2 + 1
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, config.embed_dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+        self.head = nn.Linear(config.embed_dim, inputs.num_classes)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] images -> [B, T, D] tokens, the class token first."""
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, T-1, D]
+        cls = self.cls_token.expand(len(images), -1, -1)
+        return torch.cat((cls, patches), dim=1) + self.pos_embed
+
+    def classify(self, x: Tensor, *, final_norm: bool) -> Tensor:
+        """[B, T, D] tokens -> [B, num_classes] logits, read from the class token."""
+        cls = x[:, 0]
+        return self.head(self.norm(cls) if final_norm else cls)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] images -> [B, num_classes] logits."""
+        x = self.embed(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.classify(x, final_norm=True)

@@ -1,0 +1,84 @@
+"""Labelled images for training and calibration, read from a folder of IDX files (as MNIST's)."""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ladderstitch.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledImages:
+    """`pixels` uint8 [N, C, H, W] and `labels` int64 [N]."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def split(self, last: int) -> tuple[LabelledImages, LabelledImages]:
+        """All but the `last` images, and those."""
+        cut = len(self) - last
+        return (
+            LabelledImages(self.pixels[:cut], self.labels[:cut]),
+            LabelledImages(self.pixels[cut:], self.labels[cut:]),
+        )
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The uint8 array in one gzipped IDX file; raises `DataError` for anything else."""
+    try:
+        raw = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: expected a gzipped IDX file: {error}") from error
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+        raise DataError(f"{path}: expected the IDX header of unsigned bytes, got {raw[:4].hex()}")
+    dims = raw[3]
+    shape = tuple(np.frombuffer(raw, ">u4", dims, offset=4).tolist())
+    body = np.frombuffer(raw, np.uint8, offset=4 + 4 * dims)
+    if body.size != np.prod(shape):
+        raise DataError(f"{path}: header says {shape}, body holds {body.size} bytes")
+    return body.reshape(shape)
+
+
+def load_idx_folder(folder: Path, split: str) -> LabelledImages:
+    """`train` or `t10k` of a folder laid out like MNIST's and Fashion-MNIST's."""
+    pixels = read_idx(folder / f"{split}-images-idx3-ubyte.gz")
+    labels = read_idx(folder / f"{split}-labels-idx1-ubyte.gz")
+    if len(pixels) != len(labels):
+        raise DataError(f"{folder}: {len(pixels)} {split} images but {len(labels)} labels")
+    return LabelledImages(
+        torch.from_numpy(pixels.copy()).unsqueeze(1),
+        torch.from_numpy(labels.astype(np.int64)),
+    )
+
+
+def augment(images: Tensor, rng: torch.Generator, *, shift: int, erase: int) -> Tensor:
+    """Random horizontal flip, shift by up to `shift` pixels, and one erased square of side `erase`.
+
+    images [B, C, H, W], already normalised (so that 0 is the mean) -> the same shape.
+    """
+    batch, _, height, width = images.shape
+    flip = torch.rand(batch, generator=rng) < 0.5
+    images = torch.where(flip[:, None, None, None], images.flip(3), images)
+    padded = F.pad(images, (shift, shift, shift, shift), value=float(images.min()))
+    top = torch.randint(2 * shift + 1, (batch, 1), generator=rng)
+    left = torch.randint(2 * shift + 1, (batch, 1), generator=rng)
+    rows, columns = top + torch.arange(height), left + torch.arange(width)  # [B, H], [B, W]
+    which = torch.arange(batch)[:, None, None]
+    images = padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if erase:
+        y = torch.randint(height, (batch, 1), generator=rng) - torch.arange(height)  # [B, H]
+        x = torch.randint(width, (batch, 1), generator=rng) - torch.arange(width)  # [B, W]
+        hidden = (y.abs() <= erase // 2)[:, :, None] & (x.abs() <= erase // 2)[:, None, :]
+        hidden &= (torch.rand(batch, generator=rng) < 0.5)[:, None, None]
+        images = images.masked_fill(hidden[:, None], 0.0)
+    return images
