@@ -1,0 +1,169 @@
+"""A model bundle: the directory that a family is kept in, checked when it is loaded.
+
+    model.yaml            what it is: family, labels, preprocessing, origin, licence
+    weights.safetensors   every anchor and stitching layer, under the published key names
+    quality.json          optional: score per stitch (`ladderstitch calibrate`)
+    latency.json          optional: seconds per stitch and batch size (`ladderstitch profile`)
+
+Nothing is unpickled. A bundle that does not fit itself is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ladderstitch.errors import BundleError
+from ladderstitch.measurements import LatencyProfile, QualityTable
+from ladderstitch.models.snnet import SnNetConfig
+from ladderstitch.models.stitched import StitchedModel
+
+EMBEDDED = Path(__file__).parent / "bundles" / "fashion-mnist"
+"""The bundle inside the package: what `serve` loads unless told otherwise."""
+
+Table = TypeVar("Table", QualityTable, LatencyProfile)
+
+
+class Preprocessing(BaseModel):
+    """How a picture becomes a model input: resize, scale to [0, 1], normalise per channel."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    channels: Literal[1, 3]
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: Literal["bilinear", "bicubic"] = "bilinear"
+
+    @model_validator(mode="after")
+    def _one_value_a_channel(self) -> Preprocessing:
+        for field in ("mean", "std"):
+            if len(getattr(self, field)) != self.channels:
+                raise ValueError(f"{field}: expected {self.channels} values, one a channel")
+        if min(self.std) <= 0:
+            raise ValueError(f"std: expected positive values, got {self.std}")
+        return self
+
+
+class Manifest(BaseModel):
+    """`model.yaml`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    version: str = Field("1", pattern=r"^[0-9]{1,9}$")
+    family: Literal["snnet"] = "snnet"
+    config: SnNetConfig
+    labels: tuple[str, ...]
+    preprocessing: Preprocessing
+    origin: str = Field(description="where the weights come from, for people")
+    licence: str
+    default_budget_us: int | None = Field(None, gt=0, description="for requests that name none")
+
+    @model_validator(mode="after")
+    def _labels_and_pixels_fit_the_model(self) -> Manifest:
+        inputs = self.config.inputs
+        if len(self.labels) != inputs.num_classes:
+            raise ValueError(f"labels: expected {inputs.num_classes}, got {len(self.labels)}")
+        got = (self.preprocessing.channels, self.preprocessing.height, self.preprocessing.width)
+        expected = (inputs.in_channels, inputs.image_size, inputs.image_size)
+        if got != expected:
+            raise ValueError(f"preprocessing: expected shape {expected} from the model, got {got}")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A loaded `model.yaml` and its measurements; weights are read by `load_model`."""
+
+    path: Path
+    manifest: Manifest
+    quality: QualityTable | None
+    latency: LatencyProfile | None
+
+    @classmethod
+    def load(cls, path: Path) -> Bundle:
+        """Raises `BundleError` naming the file, the field, what was expected and what came."""
+        try:
+            raw = yaml.safe_load((path / "model.yaml").read_text())
+            manifest = Manifest.model_validate(raw)
+        except (OSError, yaml.YAMLError, ValidationError) as error:
+            raise BundleError(f"{path / 'model.yaml'}: {error}") from error
+        quality = _read_table(path / "quality.json", QualityTable)
+        latency = _read_table(path / "latency.json", LatencyProfile)
+        known = {stitch.id for stitch in manifest.config.stitches()}
+        for name, table in (("quality", quality), ("latency", latency)):
+            if table is not None and (unknown := table.stitches.keys() - known):
+                raise BundleError(f"{path / name}.json: unknown stitches {sorted(unknown)}")
+        return cls(path, manifest, quality, latency)
+
+    def load_model(self, dtype: torch.dtype = torch.float32) -> StitchedModel:
+        """The model in `dtype` on the CPU, in eval mode, without gradients."""
+        weights = self.path / "weights.safetensors"
+        try:
+            tensors = load_file(weights)
+        except (OSError, SafetensorError) as error:
+            raise BundleError(f"{weights}: {error}") from error
+        with torch.device("meta"):
+            model = self.manifest.config.build()
+        check_tensors(model.state_dict(), tensors, where=str(weights))
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        model.load_state_dict(tensors, assign=True)
+        return model.eval().requires_grad_(False)
+
+    @property
+    def weight_bytes(self) -> int:
+        return (self.path / "weights.safetensors").stat().st_size
+
+
+def check_tensors(expected: dict[str, Tensor], got: dict[str, Tensor], *, where: str) -> None:
+    """Raise `BundleError` that names every missing, unknown and mis-shaped tensor."""
+    problems = [f"missing {name}" for name in expected.keys() - got.keys()]
+    problems += [f"unknown {name}" for name in got.keys() - expected.keys()]
+    problems += [
+        f"{name}: expected {tuple(expected[name].shape)}, got {tuple(got[name].shape)}"
+        for name in expected.keys() & got.keys()
+        if expected[name].shape != got[name].shape
+    ]
+    if problems:
+        raise BundleError(f"{where}: {len(problems)} wrong tensors: " + "; ".join(sorted(problems)))
+
+
+def write_bundle(path: Path, manifest: Manifest, model: StitchedModel) -> None:
+    """Write `model.yaml` and half-precision weights; measurements of older weights are removed."""
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path / "weights.safetensors")
+    fields = manifest.model_dump(mode="json", exclude_none=True)
+    (path / "model.yaml").write_text(yaml.safe_dump(fields, sort_keys=False, width=100))
+    for stale in ("quality.json", "latency.json"):
+        (path / stale).unlink(missing_ok=True)
+
+
+def write_table(path: Path, table: QualityTable | LatencyProfile) -> None:
+    """Write `quality.json` or `latency.json` so that a diff shows one stitch a line."""
+    fields = table.model_dump(mode="json")
+    stitches = fields.pop("stitches")
+    head = json.dumps(fields, indent=1)[:-2]
+    rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in stitches.items())
+    path.write_text(f'{head},\n "stitches": {{\n{rows}\n }}\n}}\n')
+
+
+def _read_table(path: Path, kind: type[Table]) -> Table | None:
+    if not path.exists():
+        return None
+    try:
+        return kind.model_validate_json(path.read_text())
+    except (OSError, ValidationError) as error:
+        raise BundleError(f"{path}: {error}") from error
