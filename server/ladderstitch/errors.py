@@ -1,23 +1,23 @@
 """Everything that can go wrong, as one tree; each class bears its gRPC status and reason.
 
-    LadderstitchError
-    ├── UserError                     wrong files or flags: the command line prints it and exits 2
-    │   ├── ConfigError
-    │   ├── DataError
-    │   └── BundleError
-    └── RequestError                  ends one request; `service` translates it to a status
-        ├── BadInput                  INVALID_ARGUMENT     BAD_INPUT
-        ├── ModelNotFound             NOT_FOUND            MODEL_NOT_FOUND
-        ├── StitchNotFound            NOT_FOUND            STITCH_NOT_FOUND
-        ├── BudgetInfeasible          FAILED_PRECONDITION  BUDGET_INFEASIBLE
-        ├── QualityUnavailable        FAILED_PRECONDITION  QUALITY_UNAVAILABLE
-        ├── Overloaded                RESOURCE_EXHAUSTED   OVERLOADED
-        ├── ExpiredInQueue            DEADLINE_EXCEEDED    EXPIRED_IN_QUEUE
-        ├── ExpiredInCompute          DEADLINE_EXCEEDED    EXPIRED_IN_COMPUTE
-        ├── NotReady                  UNAVAILABLE          NOT_READY
-        ├── Draining                  UNAVAILABLE          DRAINING
-        ├── EngineRestarting          UNAVAILABLE          ENGINE_RESTARTING
-        └── InternalError             INTERNAL             INTERNAL
+LadderstitchError
+├── UserError                     wrong files or flags: the command line prints it and exits 2
+│   ├── ConfigError
+│   ├── DataError
+│   └── BundleError
+└── RequestError                  ends one request; `service` translates it to a status
+    ├── BadInput                  INVALID_ARGUMENT     BAD_INPUT
+    ├── ModelNotFound             NOT_FOUND            MODEL_NOT_FOUND
+    ├── StitchNotFound            NOT_FOUND            STITCH_NOT_FOUND
+    ├── BudgetInfeasible          FAILED_PRECONDITION  BUDGET_INFEASIBLE
+    ├── QualityUnavailable        FAILED_PRECONDITION  QUALITY_UNAVAILABLE
+    ├── Overloaded                RESOURCE_EXHAUSTED   OVERLOADED
+    ├── ExpiredInQueue            DEADLINE_EXCEEDED    EXPIRED_IN_QUEUE
+    ├── ExpiredInCompute          DEADLINE_EXCEEDED    EXPIRED_IN_COMPUTE
+    ├── NotReady                  UNAVAILABLE          NOT_READY
+    ├── Draining                  UNAVAILABLE          DRAINING
+    ├── EngineRestarting          UNAVAILABLE          ENGINE_RESTARTING
+    └── InternalError             INTERNAL             INTERNAL
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class StitchNotFound(RequestError):
 
 
 class BudgetInfeasible(RequestError):
-    """The hard limit is below what the fastest admissible stitch takes alone (`min_feasible_us`)."""
+    """The hard limit is below the fastest admissible stitch alone (`min_feasible_us`)."""
 
     code = "FAILED_PRECONDITION"
     reason = "BUDGET_INFEASIBLE"

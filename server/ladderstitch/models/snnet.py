@@ -124,7 +124,10 @@ def enumerate_stitches(
                 stitches.append(
                     Stitch(
                         id=len(stitches),
-                        segments=(Segment(front, 0, last_front), Segment(end, first_end, depth - 1)),
+                        segments=(
+                            Segment(front, 0, last_front),
+                            Segment(end, first_end, depth - 1),
+                        ),
                         layers=(f"stitch_layers.{pair}.{layer}.transform",),
                         final_norm=final_norm_on_stitches,
                     )

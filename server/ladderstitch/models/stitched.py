@@ -1,4 +1,4 @@
-"""The stitchable model: every network of a family in one set of weights; the stitch is an argument."""
+"""The stitchable model: every network of a family in one set of weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ladderstitch.models.route import Stitch
-from ladderstitch.models.vit import Vit
+from ladderstitch.models.vit import ConvStem, Vit
 
 
 class StitchingLayer(nn.Module):
@@ -42,6 +42,22 @@ class StitchedModel(nn.Module):
         modules = dict(self.named_modules())
         self._steps = {s.id: _resolve(s, modules) for s in self.stitches}
 
+    def vits(self) -> list[Vit]:
+        """The anchors, smallest first."""
+        return [anchor for anchor in self.anchors if isinstance(anchor, Vit)]
+
+    def linear(self, layer: str) -> nn.Linear:
+        """The affine map of a stitching layer, by its state-dict key."""
+        linear = self.get_submodule(layer)
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+    def fold_batch_norm(self) -> None:
+        """Fold batch normalisation into the stems' convolutions, for serving; in place."""
+        for vit in self.vits():
+            if isinstance(vit.patch_embed, ConvStem):
+                vit.patch_embed.fold_batch_norm()
+
     def forward(self, images: Tensor, stitch: int) -> Tensor:
         """[B, C, H, W] images -> [B, num_classes] logits of the network `stitch` (an id).
 
@@ -66,5 +82,6 @@ def _resolve(
         if layer is not None:
             steps.append(modules[layer])
     front, end = modules[f"anchors.{stitch.front}"], modules[f"anchors.{stitch.end}"]
-    assert isinstance(front, Vit) and isinstance(end, Vit)
+    assert isinstance(front, Vit)
+    assert isinstance(end, Vit)
     return front, tuple(steps), end, stitch.final_norm

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class InputShape(BaseModel):
@@ -35,18 +36,27 @@ class VitConfig(BaseModel):
     qkv_bias: bool = True
     layer_norm_eps: float = Field(1e-6, gt=0)
     patch_size: int = Field(16, gt=0, description="pixels a side; unused with a conv stem")
-    stem_channels: tuple[int, ...] = Field(
+    stem: tuple[tuple[int, int], ...] = Field(
         (),
-        description="empty: one patch convolution; else widths of the stride-2 3x3 convolutions "
-        "before the last one, which has embed_dim channels (arXiv 2106.14881)",
+        description="empty: one patch convolution; else (channels, stride) of each 3x3 "
+        "convolution, the last with embed_dim channels (arXiv 2106.14881)",
+    )
+    stem_batch_norm: bool = Field(
+        False, description="normalise between the stem's convolutions; folded away for serving"
     )
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> VitConfig:
+    def _widths_fit(self) -> VitConfig:
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"num_heads: expected a divisor of embed_dim {self.embed_dim}, got {self.num_heads}"
             )
+        if self.stem and self.stem[-1][0] != self.embed_dim:
+            raise ValueError(
+                f"stem: expected embed_dim {self.embed_dim} channels last, got {self.stem[-1][0]}"
+            )
+        if any(channels < 1 or stride < 1 for channels, stride in self.stem):
+            raise ValueError(f"stem: expected positive channels and strides, got {self.stem}")
         return self
 
 
@@ -64,29 +74,43 @@ class PatchStem(nn.Module):
         return image_size // self.patch_size
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images)
+        patches: Tensor = self.proj(images)
+        return patches
 
 
 class ConvStem(nn.Module):
-    """[B, C, H, W] -> [B, D, h, w]: 3x3 convolutions of stride 2, GELU between (arXiv 2106.14881)."""
+    """[B, C, H, W] -> [B, D, h, w]: 3x3 convolutions with GELU between (arXiv 2106.14881)."""
 
     def __init__(self, in_channels: int, config: VitConfig) -> None:
         super().__init__()
-        widths = (in_channels, *config.stem_channels, config.embed_dim)
+        widths = (in_channels, *(channels for channels, _ in config.stem))
+        self.strides = tuple(stride for _, stride in config.stem)
         self.convs = nn.ModuleList(
-            nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairwise(widths)
+            nn.Conv2d(before, after, 3, stride=stride, padding=1)
+            for (before, after), stride in zip(pairwise(widths), self.strides, strict=True)
+        )
+        self.norms = nn.ModuleList(
+            nn.BatchNorm2d(channels) if config.stem_batch_norm else nn.Identity()
+            for channels in widths[1:]
         )
 
     def grid(self, image_size: int) -> int:
-        for _ in self.convs:
-            image_size = (image_size + 1) // 2
+        for stride in self.strides:
+            image_size = -(-image_size // stride)
         return image_size
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.convs[0](images)
-        for conv in list(self.convs)[1:]:
-            x = conv(F.gelu(x))
+        x = images
+        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = norm(conv(F.gelu(x) if index else x))
         return x
+
+    def fold_batch_norm(self) -> None:
+        """Fold the normalisation's running statistics into the convolutions, for serving."""
+        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                self.convs[index] = fuse_conv_bn_eval(conv, norm)
+                self.norms[index] = nn.Identity()
 
 
 class Attention(nn.Module):
@@ -139,7 +163,7 @@ class Vit(nn.Module):
 
     def __init__(self, inputs: InputShape, config: VitConfig) -> None:
         super().__init__()
-        stem = ConvStem if config.stem_channels else PatchStem
+        stem = ConvStem if config.stem else PatchStem
         self.patch_embed = stem(inputs.in_channels, config)
         tokens = self.patch_embed.grid(inputs.image_size) ** 2 + 1
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))

@@ -31,9 +31,7 @@ def load_anchor(recipe: Recipe, folder: Path, anchor: int) -> Vit:
     return model.eval()
 
 
-def train_anchors(
-    recipe: Recipe, images: LabelledImages, folder: Path, progress: Progress
-) -> None:
+def train_anchors(recipe: Recipe, images: LabelledImages, folder: Path, progress: Progress) -> None:
     """Write `anchor-{a}.safetensors` (float32, timm key names) for each anchor not yet there."""
     if len(recipe.anchors) != len(recipe.family.anchors):
         raise ConfigError(
@@ -83,11 +81,10 @@ def init_vit(model: Vit) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def parameter_groups(
-    module: nn.Module, learning_rate: float
-) -> list[dict[str, object]]:
+def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, object]]:
     """Matrices decay, vectors (biases, norms) and embeddings do not."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         embedding = name.endswith(("cls_token", "pos_embed"))
         (plain if parameter.ndim < 2 or embedding else decayed).append(parameter)

@@ -61,6 +61,13 @@ def load_idx_folder(folder: Path, split: str) -> LabelledImages:
     )
 
 
+def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 [B, C, H, W] -> float32 (pixel / 255 - mean) / std per channel."""
+    centre = torch.tensor(mean).view(1, -1, 1, 1)
+    spread = torch.tensor(std).view(1, -1, 1, 1)
+    return (pixels.float() / 255 - centre) / spread
+
+
 def augment(images: Tensor, rng: torch.Generator, *, shift: int, erase: int) -> Tensor:
     """Random horizontal flip, shift by up to `shift` pixels, and one erased square of side `erase`.
 

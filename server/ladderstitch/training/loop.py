@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ladderstitch.training.data import LabelledImages, augment
+from ladderstitch.training.data import LabelledImages, augment, normalise
 from ladderstitch.training.recipe import DataSet, Schedule
 
 Loss = Callable[[Tensor, Tensor, torch.Generator], Tensor]
@@ -41,13 +41,6 @@ class Run:
         return self.folder / f"{self.name}.log.jsonl"
 
 
-def normalise(pixels: Tensor, data: DataSet) -> Tensor:
-    """uint8 [B, C, H, W] -> float32 (pixel / 255 - mean) / std per channel."""
-    mean = torch.tensor(data.mean).view(1, -1, 1, 1)
-    std = torch.tensor(data.std).view(1, -1, 1, 1)
-    return (pixels.float() / 255 - mean) / std
-
-
 def fit(
     model: nn.Module,
     groups: list[dict[str, object]],
@@ -71,30 +64,22 @@ def fit(
     task = progress.add_task(run.name, total=schedule.epochs * steps, completed=done * steps)
     for epoch in range(done, schedule.epochs):
         started = time.monotonic()
-        rng = torch.Generator().manual_seed(run.seed * 100_003 + epoch)
         total = 0.0
         model.train()
-        for chosen in torch.randperm(len(run.images), generator=rng)[: steps * schedule.batch_size].split(
-            schedule.batch_size
-        ):
-            images = augment(
-                normalise(run.images.pixels[chosen], run.data),
-                rng,
-                shift=run.data.augmentation.shift_pixels,
-                erase=run.data.augmentation.erase_pixels,
-            )
+        for images, labels, rng in _batches(run, epoch, steps):
             # The CPU flash kernel's backward takes over half of a step at 17 tokens: math it is.
             with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-                value = loss(images, run.images.labels[chosen], rng)
+                value = loss(images, labels, rng)
             optimizer.zero_grad()
-            value.backward()
+            torch.autograd.backward(value)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
             total += float(value.detach())
             progress.advance(task)
         model.eval()
-        row = {"run": run.name, "epoch": epoch + 1, "loss": round(total / steps, 4)}
+        row: dict[str, object] = {"run": run.name, "epoch": epoch + 1}
+        row["loss"] = round(total / steps, 4)
         row |= {key: round(number, 4) for key, number in validate().items()}
         row["seconds"] = round(time.monotonic() - started, 1)
         with run.log.open("a") as log:
@@ -103,15 +88,29 @@ def fit(
         _save(run, epoch + 1, model, optimizer, scheduler)
 
 
+def _batches(run: Run, epoch: int, steps: int) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
+    """Augmented images, labels and the epoch's random source, for each step of an epoch."""
+    rng = torch.Generator().manual_seed(run.seed * 100_003 + epoch)
+    order = torch.randperm(len(run.images), generator=rng)
+    size, data = run.schedule.batch_size, run.data
+    for step in range(steps):
+        chosen = order[step * size : (step + 1) * size]
+        images = augment(
+            normalise(run.images.pixels[chosen], data.mean, data.std),
+            rng,
+            shift=data.augmentation.shift_pixels,
+            erase=data.augmentation.erase_pixels,
+        )
+        yield images, run.images.labels[chosen], rng
+
+
 def accuracy(answer: Callable[[Tensor], Tensor], images: LabelledImages, data: DataSet) -> float:
     """Top-1 of `answer`, which maps [B, C, H, W] to logits."""
+    right = 0
     with torch.inference_mode():
-        right = sum(
-            int((answer(normalise(pixels, data)).argmax(1) == labels).sum())
-            for pixels, labels in zip(
-                images.pixels.split(500), images.labels.split(500), strict=True
-            )
-        )
+        for start in range(0, len(images), 500):
+            pixels = normalise(images.pixels[start : start + 500], data.mean, data.std)
+            right += int((answer(pixels).argmax(1) == images.labels[start : start + 500]).sum())
     return right / len(images)
 
 

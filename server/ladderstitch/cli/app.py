@@ -1,0 +1,37 @@
+"""The command line's table of contents; each group of commands has a module of its own."""
+
+from __future__ import annotations
+
+import typer
+
+import ladderstitch
+from ladderstitch.cli import making, measuring
+
+app = typer.Typer(
+    name="ladderstitch",
+    help="Serve elastic models under latency budgets: one set of weights holds many networks, and "
+    "each request is answered by the best one that its budget allows.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(ladderstitch.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    pass
+
+
+# serving.register(app)
+# predicting.register(app)
+making.register(app)
+measuring.register(app)

@@ -1,0 +1,45 @@
+"""How a server is configured: a YAML file, command-line flags over it, checked once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ladderstitch.bundle import EMBEDDED
+from ladderstitch.errors import ConfigError
+from ladderstitch.scheduling.settings import SchedulerSettings
+
+
+class ServerConfig(BaseModel):
+    """Everything that is fixed while a replica runs, and the scheduling it starts with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bundle: Path = Field(EMBEDDED, description="model bundle directory")
+    host: str = Field("127.0.0.1", description="address to bind; loopback unless asked otherwise")
+    port: int = Field(8001, ge=0, le=65_535, description="gRPC; 0 takes a free one")
+    metrics_port: int = Field(9464, ge=0, le=65_535, description="/metrics; 0 takes a free one")
+    device: str = Field("auto", description="auto, cpu or cuda[:N]")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int = Field(1, ge=1, description="torch threads of the worker process")
+    max_batch_rows: int = Field(32, ge=1, le=4096)
+    max_message_mb: int = Field(64, ge=1, le=1024, description="largest gRPC message, MiB")
+    drain_s: float = Field(20.0, ge=0, description="time for accepted requests on shutdown")
+    scheduling: SchedulerSettings = SchedulerSettings()
+
+    @classmethod
+    def load(cls, path: Path | None, **flags: Any) -> ServerConfig:
+        """The file's fields, overridden by the flags that are not None.
+
+        Raises `ConfigError` that names the field, what was expected and what came.
+        """
+        try:
+            fields = yaml.safe_load(path.read_text()) or {} if path else {}
+            if not isinstance(fields, dict):
+                raise ConfigError(f"{path}: expected a mapping of fields")
+            return cls.model_validate(fields | {k: v for k, v in flags.items() if v is not None})
+        except (OSError, yaml.YAMLError, ValidationError) as error:
+            raise ConfigError(f"{path or 'flags'}: {error}") from error

@@ -1,0 +1,31 @@
+"""Where a model runs and in which number format, from `auto` or a name."""
+
+from __future__ import annotations
+
+import torch
+
+from ladderstitch.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> str:
+    """`auto` is the first GPU if there is one; raises `ConfigError` for a device that is absent."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise ConfigError(f"device: expected auto, cpu or cuda[:N], got {name!r}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: {name!r} asked for, but torch sees no GPU")
+    return name
+
+
+def resolve_dtype(name: str, device: str) -> torch.dtype:
+    """`auto` is bfloat16 on GPUs and float32 on CPUs (where batch 1 is faster in float32)."""
+    if name == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise ConfigError(f"dtype: expected auto or one of {sorted(DTYPES)}, got {name!r}")
+    return DTYPES[name]

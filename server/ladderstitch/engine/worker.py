@@ -1,0 +1,69 @@
+"""A worker process (one rank): holds the weights and runs one batch after another.
+
+Started by `engine.process` as `python -m ladderstitch.engine.worker SOCKET MEMORY CONFIG`; it ends
+when the socket closes, so it never outlives its replica.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ladderstitch.bundle import Bundle
+from ladderstitch.engine.channel import COMMAND, READY, REPLY, Buffers, WorkerConfig
+from ladderstitch.engine.placement import DTYPES
+from ladderstitch.models.inference import InferenceModel
+
+
+class Worker:
+    """The model on its device, between shared input and output buffers."""
+
+    def __init__(self, config: WorkerConfig, buffers: Buffers) -> None:
+        torch.set_num_threads(config.threads)
+        self.device = torch.device(config.device)
+        model = Bundle.load(Path(config.bundle)).load_model(DTYPES[config.dtype])
+        self.model = InferenceModel(model.to(self.device))
+        self.images = torch.from_numpy(buffers.images)
+        self.logits = torch.from_numpy(buffers.logits)
+        self.stitch = -1
+
+    def run(self, rows: int, stitch: int) -> tuple[int, int]:
+        """Answer the first `rows` images; nanoseconds of compute and, of those, of switching."""
+        started = time.perf_counter_ns()
+        switched = 0
+        if stitch != self.stitch:
+            self.model.plans[stitch]
+            self.stitch = stitch
+            switched = time.perf_counter_ns() - started
+        with torch.inference_mode():
+            logits = self.model(self.images[:rows].to(self.device, non_blocking=True), stitch)
+            self.logits[:rows].copy_(logits)  # waits for the device
+        return time.perf_counter_ns() - started, switched
+
+
+def serve(commands: socket.socket, worker: Worker) -> None:
+    """Answer commands until the other end closes; an error ends its batch, not the worker."""
+    commands.send(READY)
+    while message := commands.recv(COMMAND.size):
+        try:
+            reply = REPLY.pack(0, *worker.run(*COMMAND.unpack(message)))
+        except Exception as error:
+            reply = REPLY.pack(1, 0, 0) + f"{type(error).__name__}: {error}".encode()[:4096]
+        commands.send(reply)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the replica drains, then closes us
+    descriptor, memory, config = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    with socket.socket(fileno=descriptor) as commands:
+        parsed = WorkerConfig.from_json(config)
+        serve(commands, Worker(parsed, Buffers.map(parsed, memory)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The serving form of a stitched model: the same arithmetic without module dispatch.
+
+At batch size 1 a small vision transformer spends a quarter of its time in `nn.Module.__call__` and
+attribute look-ups (0.48 ms against 0.35 ms at width 48, depth 6, one thread), so each block is
+bound once to a function of its parameters. Parameters are shared with the model, never copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ladderstitch.models.route import Stitch
+from ladderstitch.models.stitched import StitchedModel
+from ladderstitch.models.vit import Block, ConvStem, Vit
+
+Step = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that one stitch runs, in order."""
+
+    embed: Step
+    blocks: tuple[Step, ...]
+    classify: Step
+
+
+class InferenceModel:
+    """Call it as the model: [B, C, H, W] images, stitch id -> [B, num_classes] float32 logits."""
+
+    def __init__(self, model: StitchedModel) -> None:
+        embeds = [bind_embedding(vit) for vit in model.vits()]
+        blocks = [
+            [bind_block(block) for block in vit.blocks if isinstance(block, Block)]
+            for vit in model.vits()
+        ]
+        self.parameter_dtype = next(model.parameters()).dtype
+        self.plans = {
+            stitch.id: Plan(
+                embeds[stitch.front],
+                tuple(_steps(stitch, blocks, model)),
+                bind_classifier(model.vits()[stitch.end], final_norm=stitch.final_norm),
+            )
+            for stitch in model.stitches
+        }
+
+    def __call__(self, images: Tensor, stitch: int) -> Tensor:
+        plan = self.plans[stitch]
+        x = plan.embed(images.to(self.parameter_dtype))
+        for block in plan.blocks:
+            x = block(x)
+        return plan.classify(x).float()
+
+
+def _steps(stitch: Stitch, blocks: list[list[Step]], model: StitchedModel) -> list[Step]:
+    steps: list[Step] = []
+    for segment, layer in zip(stitch.segments, (*stitch.layers, None), strict=True):
+        steps.extend(blocks[segment.anchor][segment.first : segment.last + 1])
+        if layer is not None:
+            steps.append(bind_linear(model.linear(layer)))
+    return steps
+
+
+def bind_linear(linear: nn.Linear) -> Step:
+    weight, bias = linear.weight, linear.bias
+    return lambda x: F.linear(x, weight, bias)
+
+
+def bind_embedding(vit: Vit) -> Step:
+    """`Vit.embed`, with the class token's position added once."""
+    stem = _bind_stem(vit.patch_embed)
+    cls = vit.cls_token + vit.pos_embed[:, :1]  # [1, 1, D]
+    positions = vit.pos_embed[:, 1:]  # [1, T-1, D]
+
+    def embed(images: Tensor) -> Tensor:
+        patches = stem(images).flatten(2).transpose(1, 2)  # [B, T-1, D]
+        return torch.cat((cls.expand(len(images), -1, -1), patches + positions), dim=1)
+
+    return embed
+
+
+def _bind_stem(stem: nn.Module) -> Step:
+    """Convolutions bound directly; any other stem, or one not folded yet, stays a module."""
+    if not isinstance(stem, ConvStem) or any(isinstance(n, nn.BatchNorm2d) for n in stem.norms):
+        return stem
+    convs = [conv for conv in stem.convs if isinstance(conv, nn.Conv2d)]
+    (weight0, bias0, stride0), *rest = ((c.weight, c.bias, c.stride[0]) for c in convs)
+
+    def convolve(images: Tensor) -> Tensor:
+        x = F.conv2d(images, weight0, bias0, stride0, padding=1)
+        for weight, bias, stride in rest:
+            x = F.conv2d(F.gelu(x), weight, bias, stride, padding=1)
+        return x
+
+    return convolve
+
+
+def bind_block(block: Block) -> Step:
+    """`Block.forward` on [B, T, D] as one function."""
+    heads = block.attn.num_heads
+    shape, eps1, eps2 = block.norm1.normalized_shape, block.norm1.eps, block.norm2.eps
+    scale1, shift1 = block.norm1.weight, block.norm1.bias
+    scale2, shift2 = block.norm2.weight, block.norm2.bias
+    qkv_weight, qkv_bias = block.attn.qkv.weight, block.attn.qkv.bias
+    proj_weight, proj_bias = block.attn.proj.weight, block.attn.proj.bias
+    fc1_weight, fc1_bias = block.mlp.fc1.weight, block.mlp.fc1.bias
+    fc2_weight, fc2_bias = block.mlp.fc2.weight, block.mlp.fc2.bias
+    linear, norm, gelu = F.linear, F.layer_norm, F.gelu
+    attend = F.scaled_dot_product_attention
+
+    def forward(x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = linear(norm(x, shape, scale1, shift1, eps1), qkv_weight, qkv_bias)
+        split = qkv.view(batch, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+        q, k, v = split.unbind(0)  # 3 x [B, H, T, D/H]
+        mixed = attend(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+        x = x + linear(mixed, proj_weight, proj_bias)
+        hidden = gelu(linear(norm(x, shape, scale2, shift2, eps2), fc1_weight, fc1_bias))
+        return x + linear(hidden, fc2_weight, fc2_bias)
+
+    return forward
+
+
+def bind_classifier(vit: Vit, *, final_norm: bool) -> Step:
+    """`Vit.classify`: [B, T, D] -> [B, num_classes]."""
+    head = bind_linear(vit.head)
+    if not final_norm:
+        return lambda x: head(x[:, 0])
+    norm = vit.norm
+    shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    return lambda x: head(F.layer_norm(x[:, 0], shape, weight, bias, eps))

@@ -1,0 +1,63 @@
+"""Start stitching layers from the anchors' own features, by least squares (SN-Net, section 3.2)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from ladderstitch.models.route import Stitch
+from ladderstitch.models.stitched import StitchedModel
+from ladderstitch.models.vit import Vit
+
+
+def solve_affine(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [D_end, D_front] and bias [D_end] that minimise |x W^T + b - y|.
+
+    x [N, D_front], y [N, D_end]. Solved in float64; of several solutions the one of least norm.
+    """
+    ones = torch.ones(len(x), 1, dtype=torch.float64)
+    design = torch.cat((x.double(), ones), dim=1)  # [N, D_front + 1]
+    solution = torch.linalg.lstsq(design, y.double(), driver="gelsd").solution
+    return solution[:-1].T.to(x.dtype), solution[-1].to(x.dtype)
+
+
+def anchor_features(anchor: Vit, images: Tensor) -> list[Tensor]:
+    """Tokens [B * T, D] that enter block 0, then those that leave each block."""
+    with torch.inference_mode():
+        x = anchor.embed(images)
+        features = [x.flatten(0, 1)]
+        for block in anchor.blocks:
+            x = block(x)
+            features.append(x.flatten(0, 1))
+    return features
+
+
+def stitched_pairs(stitches: tuple[Stitch, ...]) -> dict[str, list[tuple[int, int, int, int]]]:
+    """By stitching layer: (front anchor, last front block, end anchor, first end block)."""
+    pairs: dict[str, list[tuple[int, int, int, int]]] = defaultdict(list)
+    for stitch in stitches:
+        joints = zip(stitch.segments, stitch.layers, stitch.segments[1:], strict=False)
+        for front, layer, end in joints:
+            if layer is not None:
+                pairs[layer].append((front.anchor, front.last, end.anchor, end.first))
+    return dict(pairs)
+
+
+def initialise_stitching_layers(model: StitchedModel, images: Tensor) -> None:
+    """Set every stitching layer to the mean of the solutions of the stitches that share it.
+
+    images [B, C, H, W]. For front block j and end block k: X = what leaves front block j, Y = what
+    enters end block k.
+    """
+    features = [anchor_features(anchor, images) for anchor in model.vits()]
+    for layer, pairs in stitched_pairs(model.stitches).items():
+        solutions = [
+            solve_affine(features[front][last + 1], features[end][first])
+            for front, last, end, first in pairs
+        ]
+        linear = model.linear(layer)
+        with torch.no_grad():
+            linear.weight.copy_(torch.stack([weight for weight, _ in solutions]).mean(0))
+            linear.bias.copy_(torch.stack([bias for _, bias in solutions]).mean(0))

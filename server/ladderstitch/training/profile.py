@@ -1,0 +1,74 @@
+"""Measure the latency of every (stitch, batch size) of a bundle on this device."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+
+import numpy as np
+import torch
+from rich.progress import Progress
+
+from ladderstitch.bundle import Bundle
+from ladderstitch.measurements import Latency, LatencyProfile
+from ladderstitch.models.inference import InferenceModel
+from ladderstitch.versions import device_name, versions
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+
+
+def profile(
+    bundle: Bundle,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    threads: int,
+    rounds: int,
+    batch_sizes: tuple[int, ...],
+    progress: Progress,
+) -> LatencyProfile:
+    """Median and 99th percentile of `rounds` runs of each pair.
+
+    The pairs take turns, so that a disturbance of the machine spreads over all of them instead of
+    spoiling one.
+    """
+    torch.set_num_threads(threads)
+    model = InferenceModel(bundle.load_model(dtype).to(device))
+    inputs = bundle.manifest.config.inputs
+    images = torch.randn(batch_sizes[-1], inputs.in_channels, inputs.image_size, inputs.image_size)
+    pairs = [(stitch, batch) for stitch in model.plans for batch in batch_sizes]
+    seconds: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
+    task = progress.add_task("profile", total=(rounds + 1) * len(pairs))
+    for turn in range(rounds + 1):
+        for stitch, batch in pairs:
+            elapsed = _run_once(model, images[:batch], stitch, device)
+            if turn:  # the first is warm-up
+                seconds[stitch, batch].append(elapsed)
+            progress.advance(task)
+    return LatencyProfile(
+        device=device_name(device),
+        threads=threads,
+        date=datetime.now(UTC).date().isoformat(),
+        versions=versions(),
+        batch_sizes=batch_sizes,
+        stitches={
+            stitch: Latency(
+                median_s=tuple(_quantile(seconds[stitch, batch], 0.5) for batch in batch_sizes),
+                p99_s=tuple(_quantile(seconds[stitch, batch], 0.99) for batch in batch_sizes),
+            )
+            for stitch in model.plans
+        },
+    )
+
+
+def _run_once(
+    model: InferenceModel, images: torch.Tensor, stitch: int, device: torch.device
+) -> float:
+    started = time.perf_counter()
+    with torch.inference_mode():
+        model(images.to(device), stitch).cpu()
+    return time.perf_counter() - started
+
+
+def _quantile(seconds: list[float], q: float) -> float:
+    return float(f"{np.quantile(seconds, q):.4g}")

@@ -1,0 +1,107 @@
+"""Turn trained anchors into a stitchable family: least squares, then joint fine-tuning."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ladderstitch.bundle import Manifest, Preprocessing, write_bundle
+from ladderstitch.models.stitched import StitchedModel
+from ladderstitch.training.anchors import load_anchor, parameter_groups
+from ladderstitch.training.data import LabelledImages, normalise
+from ladderstitch.training.least_squares import initialise_stitching_layers
+from ladderstitch.training.loop import Run, accuracy, fit
+from ladderstitch.training.recipe import Recipe
+
+
+def family_file(folder: Path) -> Path:
+    return folder / "family.safetensors"
+
+
+def assemble(recipe: Recipe, images: LabelledImages, folder: Path) -> StitchedModel:
+    """The family of the run's trained anchors with stitching layers from least squares."""
+    model = recipe.family.build()
+    for index, anchor in enumerate(model.vits()):
+        anchor.load_state_dict(load_anchor(recipe, folder, index).state_dict())
+    rng = torch.Generator().manual_seed(recipe.seed)
+    chosen = torch.randperm(len(images), generator=rng)[: recipe.init_images]
+    sample = normalise(images.pixels[chosen], recipe.data.mean, recipe.data.std)
+    initialise_stitching_layers(model.eval(), sample)
+    return model
+
+
+def stitch_family(
+    recipe: Recipe, images: LabelledImages, folder: Path, progress: Progress
+) -> StitchedModel:
+    """Fine-tune all stitches jointly: each step one id, drawn uniformly (SN-Net, section 3.4).
+
+    The loss mixes the labels with the soft answers of the largest anchor as it was before.
+    """
+    torch.set_num_threads(recipe.threads)
+    if family_file(folder).exists():
+        model = recipe.family.build()
+        model.load_state_dict(load_file(family_file(folder)))
+        return model.eval()
+    train, validation = images.split(recipe.data.validation_images)
+    model = assemble(recipe, train, folder)
+    teacher = load_anchor(recipe, folder, len(recipe.family.anchors) - 1)
+    schedule = recipe.stitching
+    ids = len(model.stitches)
+
+    def loss(batch: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
+        stitch = int(torch.randint(ids, (), generator=rng))
+        with torch.no_grad():
+            wanted = teacher(batch).float().softmax(1)
+        logits = model(batch, stitch).float()
+        by_labels = F.cross_entropy(logits, labels, label_smoothing=schedule.label_smoothing)
+        by_teacher = F.cross_entropy(logits, wanted)
+        return torch.lerp(by_labels, by_teacher, schedule.distillation)
+
+    shown = [s.id for s in model.stitches if s.is_anchor] + [ids // 4, 3 * ids // 4]
+
+    def validate() -> dict[str, float]:
+        return {
+            f"validation_accuracy_{stitch}": accuracy(
+                partial(model, stitch=stitch), validation, recipe.data
+            )
+            for stitch in shown
+        }
+
+    run = Run("family", folder, recipe.seed + ids, schedule, recipe.data, train)
+    anchor_rate = schedule.learning_rate * schedule.anchor_learning_rate_factor
+    groups = parameter_groups(model.anchors, anchor_rate)
+    groups += parameter_groups(model.stitch_layers, schedule.learning_rate)
+    fit(model, groups, loss, validate, run, progress)
+    save_file(model.state_dict(), family_file(folder))
+    run.checkpoint.unlink()
+    return model.eval()
+
+
+def export_family(recipe: Recipe, model: StitchedModel, bundle: Path) -> None:
+    """Write the family as a bundle, with its stems' batch normalisation folded away."""
+    model.fold_batch_norm()
+    anchors = [a.model_copy(update={"stem_batch_norm": False}) for a in recipe.family.anchors]
+    inputs = recipe.family.inputs
+    manifest = Manifest(
+        name=recipe.name,
+        config=recipe.family.model_copy(update={"anchors": tuple(anchors)}),
+        labels=recipe.data.labels,
+        preprocessing=Preprocessing.model_validate(
+            {
+                "channels": inputs.in_channels,
+                "height": inputs.image_size,
+                "width": inputs.image_size,
+                "mean": recipe.data.mean,
+                "std": recipe.data.std,
+            }
+        ),
+        origin=f"trained from scratch on {recipe.data.name} by `ladderstitch train` and `stitch`",
+        licence=f"weights Apache-2.0; data {recipe.data.licence}",
+    )
+    write_bundle(bundle, manifest, model)

@@ -1,0 +1,130 @@
+"""Check the importer and the forward pass against recorded outputs of the original implementations.
+
+A case is `NAME.safetensors` (tensors `weights.*`, `input`, and `output.<id>`, or `feature.*` and
+`solution.*` for least squares) beside `NAME.json` (family, config, tolerance).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ladderstitch.errors import DataError
+from ladderstitch.importing import import_model
+from ladderstitch.models.inference import InferenceModel
+from ladderstitch.models.stitched import StitchedModel
+from ladderstitch.training.least_squares import initialise_stitching_layers, stitched_pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One case's outcome; errors are relative to the largest magnitude of the reference."""
+
+    case: str
+    family: str
+    checked: int
+    what: str
+    largest_relative_error: float
+    passed: bool
+    detail: str = ""
+
+
+def verify_case(path: Path) -> Verdict:
+    """Run one case; raises `DataError` if its files cannot be read."""
+    sheet = _read_sheet(path)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: {error}") from error
+    weights = {
+        name.removeprefix("weights."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("weights.")
+    }
+    try:
+        family, images = sheet["family"], tensors["input"]
+        model = import_model(family, sheet["config"], weights)
+        if any(name.startswith("output.") for name in tensors):
+            return _verify_outputs(path.stem, sheet, model, images, tensors)
+        return _verify_least_squares(path.stem, sheet, model, images, weights)
+    except KeyError as error:
+        raise DataError(f"{path}: the case lacks {error}") from error
+
+
+def _verify_outputs(
+    case: str,
+    sheet: Mapping[str, Any],
+    model: StitchedModel,
+    images: Tensor,
+    tensors: Mapping[str, Tensor],
+) -> Verdict:
+    """Every id that the case records, within the case's absolute and relative tolerance."""
+    tolerance = sheet["tolerance"]
+    expected = {
+        int(name.removeprefix("output.")): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("output.")
+    }
+    if expected.keys() != {stitch.id for stitch in model.stitches}:
+        detail = f"ids differ: {len(expected)} recorded, {len(model.stitches)} enumerated"
+        return Verdict(case, sheet["family"], 0, "ids", float("inf"), False, detail)
+    serving = InferenceModel(model)
+    worst, wrong = 0.0, []
+    with torch.inference_mode():
+        for stitch, wanted in sorted(expected.items()):
+            got = serving(images, stitch)
+            worst = max(worst, float((got - wanted).abs().max() / wanted.abs().max()))
+            atol, rtol = tolerance["suggested_atol"], tolerance["suggested_rtol"]
+            if not torch.allclose(got, wanted, atol=atol, rtol=rtol):
+                wrong.append(stitch)
+    detail = f"outside tolerance: ids {wrong}" if wrong else ""
+    return Verdict(case, sheet["family"], len(expected), "ids", worst, not wrong, detail)
+
+
+def _verify_least_squares(
+    case: str,
+    sheet: Mapping[str, Any],
+    model: StitchedModel,
+    images: Tensor,
+    weights: Mapping[str, Tensor],
+) -> Verdict:
+    """Solve every stitching layer anew from our own features and compare with the recorded one."""
+    allowed = sheet["tolerance"]["suggested_relative_from_own_features"]
+    for layer in stitched_pairs(model.stitches):
+        for parameter in model.linear(layer).parameters():
+            parameter.zero_()
+    initialise_stitching_layers(model, images)
+    solved = {name: t for name, t in model.state_dict().items() if name.startswith("stitch_layers")}
+    errors = {
+        name: float((tensor - weights[name]).abs().max() / weights[name].abs().max())
+        for name, tensor in solved.items()
+    }
+    wrong = [name for name, error in errors.items() if not error <= allowed]
+    detail = f"outside tolerance: {wrong}" if wrong else ""
+    return Verdict(
+        case,
+        sheet["family"],
+        len(errors),
+        "least-squares tensors",
+        max(errors.values()),
+        not wrong,
+        detail,
+    )
+
+
+def _read_sheet(path: Path) -> dict[str, Any]:
+    try:
+        sheet = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"{path.with_suffix('.json')}: {error}") from error
+    if not isinstance(sheet, dict):
+        raise DataError(f"{path.with_suffix('.json')}: expected an object")
+    return sheet

@@ -1,0 +1,92 @@
+"""Fixtures that several areas share: golden cases, tiny bundles, one torch thread."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from ladderstitch.bundle import Bundle, Manifest, Preprocessing, write_bundle, write_table
+from ladderstitch.measurements import Latency, LatencyProfile, Quality, QualityTable
+from ladderstitch.models.snnet import SnNetConfig
+from ladderstitch.models.vit import InputShape, VitConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def golden_cases(family: str) -> list[Path]:
+    """Cases of a family in the clone, and in the fuller set that LADDERSTITCH_GOLDEN names."""
+    fuller = os.environ.get("LADDERSTITCH_GOLDEN")
+    folders = [GOLDEN, Path(fuller)] if fuller else [GOLDEN]
+    found = {p.stem: p for folder in folders for p in sorted(folder.glob("*.safetensors"))}
+    sheets = {path: json.loads(path.with_suffix(".json").read_text()) for path in found.values()}
+    return [path for path, sheet in sheets.items() if sheet["family"] == family]
+
+
+def tiny_config(depth: int = 3, anchors: int = 3) -> SnNetConfig:
+    widths = [(8, 2), (12, 2), (16, 4)][:anchors]
+    return SnNetConfig(
+        inputs=InputShape(image_size=8, in_channels=1, num_classes=4),
+        anchors=tuple(
+            VitConfig(embed_dim=d, depth=depth, num_heads=h, patch_size=4) for d, h in widths
+        ),
+    )
+
+
+@pytest.fixture
+def tiny_bundle(tmp_path: Path) -> Bundle:
+    """A random 3-anchor family on 8x8 grey images with 4 labels, with made-up measurements."""
+    return make_tiny_bundle(tmp_path / "tiny")
+
+
+def make_tiny_bundle(path: Path) -> Bundle:
+    torch.manual_seed(0)
+    config = tiny_config()
+    manifest = Manifest(
+        name="tiny",
+        config=config,
+        labels=("ankle", "bag", "coat", "dress"),
+        preprocessing=Preprocessing(channels=1, height=8, width=8, mean=(0.5,), std=(0.25,)),
+        origin="random weights",
+        licence="Apache-2.0",
+    )
+    write_bundle(path, manifest, config.build())
+    ids = [stitch.id for stitch in config.stitches()]
+    write_table(
+        path / "quality.json",
+        QualityTable(
+            metric="top-1 accuracy",
+            data="made up",
+            n=100,
+            confidence=0.95,
+            date="2026-01-01",
+            versions={},
+            stitches={i: Quality(value=0.5 + i / 100, low=0.4, high=0.9) for i in ids},
+        ),
+    )
+    write_table(
+        path / "latency.json",
+        LatencyProfile(
+            device="made up",
+            threads=1,
+            date="2026-01-01",
+            versions={},
+            batch_sizes=(1, 2, 4, 8),
+            stitches={
+                i: Latency(
+                    median_s=tuple((1 + i / 10) * 1e-3 * b**0.5 for b in (1, 2, 4, 8)),
+                    p99_s=tuple((1 + i / 10) * 1.3e-3 * b**0.5 for b in (1, 2, 4, 8)),
+                )
+                for i in ids
+            },
+        ),
+    )
+    return Bundle.load(path)
