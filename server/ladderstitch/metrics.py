@@ -1,0 +1,159 @@
+"""What Prometheus sees. Three seams: a request is admitted or refused, dispatched, completed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from ladderstitch.core import Completion, Request
+
+SECONDS = (
+    0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008, 0.012, 0.016, 0.024, 0.032,
+    0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+SLACK = (-1.0, -0.1, -0.02, -0.005, 0.0, *SECONDS)
+ERROR = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 2.0, 3.0, 5.0)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+QUALITY = (
+    0.5, 0.6, 0.7, 0.75, 0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97,
+    0.98, 0.99, 1.0,
+)  # fmt: skip
+
+
+class Metrics:
+    """One registry, so that several replicas in a process, and tests, do not meet.
+
+    Labels are bounded: `model` and `stitch` only take values that were registered, `code` is a gRPC
+    status name.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, registry=self.registry, namespace="ladderstitch")
+        gauge = partial(Gauge, registry=self.registry, namespace="ladderstitch")
+        histogram = partial(Histogram, registry=self.registry, namespace="ladderstitch")
+        model = ["model"]
+        self.requests = counter(
+            "requests", "Requests ended, by stitch and status.", ["model", "stitch", "code"]
+        )
+        self.budgets = counter(
+            "budget", "Answers to requests with a target, by whether it was met.", ["model", "met"]
+        )
+        self.switches = counter("switches", "Batches on another stitch than the last.", model)
+        self.restarts = counter("engine_restarts", "Workers lost and respawned.", model)
+        self.queue = gauge("queue_requests", "Requests that wait.", model)
+        self.ready = gauge("model_ready", "1 when the model answers requests.", model)
+        self.slowdown = gauge("latency_slowdown_ratio", "This machine over the profile.", model)
+        self.tail = gauge("latency_tail_ratio", "Planned quantile over expected latency.", model)
+        self.slack = histogram(
+            "dispatch_slack_seconds", "Target minus time of dispatch.", model, buckets=SLACK
+        )
+        self.queue_seconds = histogram(
+            "queue_seconds", "Arrival to dispatch.", model, buckets=SECONDS
+        )
+        self.compute_seconds = histogram(
+            "compute_seconds", "Computing a batch.", model, buckets=SECONDS
+        )
+        self.total_seconds = histogram(
+            "total_seconds", "Arrival to answer.", model, buckets=SECONDS
+        )
+        self.switch_seconds = histogram(
+            "switch_seconds",
+            "Changing the stitch between two batches.",
+            model,
+            buckets=(1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1e-2),
+        )
+        self.batch = histogram("batch_rows", "Rows of a batch.", model, buckets=ROWS)
+        self.quality = histogram(
+            "served_quality", "Calibrated quality of the stitch served.", model, buckets=QUALITY
+        )
+        self.error = histogram(
+            "latency_actual_over_predicted_ratio",
+            "Compute time over its prediction, a batch each.",
+            model,
+            buckets=ERROR,
+        )
+
+    def for_model(self, name: str, stitches: Iterable[int]) -> ModelMetrics:
+        return ModelMetrics(self, name, stitches)
+
+    def expose(self, port: int, address: str) -> tuple[int, Callable[[], None]]:
+        """Serve `/metrics`; the bound port (0 takes a free one) and a function that stops it."""
+        server, thread = start_http_server(port, address, registry=self.registry)
+
+        def close() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return server.server_port, close
+
+
+class ModelMetrics:
+    """One model's children of `Metrics`, looked up once: `labels()` costs microseconds a call."""
+
+    def __init__(self, metrics: Metrics, model: str, stitches: Iterable[int]) -> None:
+        self._requests = {
+            (str(stitch), "OK"): metrics.requests.labels(model, str(stitch), "OK")
+            for stitch in stitches
+        }
+        self._all_requests, self._model = metrics.requests, model
+        self._met = metrics.budgets.labels(model, "true")
+        self._missed = metrics.budgets.labels(model, "false")
+        self._switches = metrics.switches.labels(model)
+        self._queue = metrics.queue.labels(model)
+        self._slowdown = metrics.slowdown.labels(model)
+        self._tail = metrics.tail.labels(model)
+        self._slack = metrics.slack.labels(model)
+        self._queue_seconds = metrics.queue_seconds.labels(model)
+        self._compute_seconds = metrics.compute_seconds.labels(model)
+        self._total_seconds = metrics.total_seconds.labels(model)
+        self._switch_seconds = metrics.switch_seconds.labels(model)
+        self._batch = metrics.batch.labels(model)
+        self._quality = metrics.quality.labels(model)
+        self._error = metrics.error.labels(model)
+        self.ready = metrics.ready.labels(model)
+        self.restarts = metrics.restarts.labels(model)
+
+    def admitted(self, waiting: int) -> None:
+        self._queue.set(waiting)
+
+    def dispatched(self, requests: Sequence[Request], now: float, waiting: int) -> None:
+        self._queue.set(waiting)
+        for request in requests:
+            self._queue_seconds.observe(now - request.arrival)
+            if request.budget.target != float("inf"):
+                self._slack.observe(request.budget.target - now)
+
+    def computed(self, rows: int, compute_s: float, error: float) -> None:
+        """A batch came back; `error` is actual over predicted seconds."""
+        self._batch.observe(rows)
+        self._compute_seconds.observe(compute_s)
+        self._error.observe(error)
+
+    def switched(self, seconds: float) -> None:
+        self._switches.inc()
+        self._switch_seconds.observe(seconds)
+
+    def corrected(self, slowdown: float, tail: float) -> None:
+        self._slowdown.set(slowdown)
+        self._tail.set(tail)
+
+    def completed(self, request: Request, completion: Completion, now: float) -> None:
+        self._requests[str(completion.stitch), "OK"].inc()
+        self._total_seconds.observe(now - request.arrival)
+        self._quality.observe(completion.quality)
+        if request.budget.target != float("inf"):
+            (self._met if now <= request.budget.target else self._missed).inc()
+
+    def refused(self, code: str) -> None:
+        """A request ended with a status instead of an answer."""
+        self._requests_child("none", code).inc()
+
+    def _requests_child(self, stitch: str, code: str) -> Counter:
+        key = (stitch, code)
+        if key not in self._requests:
+            self._requests[key] = self._all_requests.labels(self._model, stitch, code)
+        return self._requests[key]

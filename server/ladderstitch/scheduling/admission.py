@@ -1,0 +1,140 @@
+"""At the door: refuse at once what cannot be answered in time, and say what could be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ladderstitch.core import Request
+from ladderstitch.errors import (
+    BadInput,
+    BudgetInfeasible,
+    Overloaded,
+    QualityUnavailable,
+    StitchNotFound,
+)
+from ladderstitch.scheduling.latency import LatencyView
+from ladderstitch.scheduling.menu import Menu
+from ladderstitch.scheduling.settings import SchedulerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The scheduler's state at one instant; `busy_s` is what the running batch still takes."""
+
+    now: float
+    busy_s: float
+    queued_requests: int
+    queued_rows: int
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetCheck:
+    """Answer to "what could I have?"; stitches are None where nothing fits.
+
+    `now_*` counts the work that waits, `idle_*` does not; `smallest_*` are the smallest budgets
+    that the fastest stitch of the quality asked for needs.
+    """
+
+    now_stitch: int | None
+    idle_stitch: int | None
+    wait_s: float
+    smallest_now_s: float
+    smallest_idle_s: float
+
+
+def admit(
+    request: Request,
+    menu: Menu,
+    latency: LatencyView,
+    load: Load,
+    rows_ahead: float,
+    settings: SchedulerSettings,
+) -> None:
+    """Raise the `RequestError` that says why a request is refused, if it is."""
+    if not 1 <= request.rows <= latency.max_rows:
+        raise BadInput(
+            "images", f"expected 1 to {latency.max_rows} images a request, got {request.rows}"
+        )
+    _check_quality(request, menu)
+    fastest = menu.candidates(request)[0]
+    alone_s = latency.seconds(fastest, request.rows) + settings.overhead_s
+    left_s = request.budget.limit - request.arrival
+    if left_s < alone_s:
+        raise BudgetInfeasible(
+            f"budget: the limit of {_us(left_s)} us ({request.budget.limit_source}) is below the "
+            f"{_us(alone_s)} us that the fastest admissible stitch takes alone",
+            min_feasible_us=_us(alone_s),
+        )
+    wait_s = load.busy_s + work_s(rows_ahead, menu, latency)
+    if request.budget.limit < load.now + wait_s + alone_s:
+        raise Overloaded(
+            f"budget: {_us(wait_s)} us of work come first, the limit leaves {_us(left_s)} us",
+            retry_after_s=wait_s,
+        )
+    queued_s = work_s(load.queued_rows, menu, latency)
+    if load.queued_requests >= settings.queue_limit_requests or queued_s > settings.queue_limit_s:
+        raise Overloaded(
+            f"the queue is full: {load.queued_requests} requests, about {queued_s:.2f} s of work",
+            retry_after_s=queued_s,
+        )
+
+
+def check_budget(
+    budget_s: float | None,
+    min_quality: float,
+    menu: Menu,
+    latency: LatencyView,
+    load: Load,
+    settings: SchedulerSettings,
+) -> BudgetCheck:
+    """What a single image could have; raises `QualityUnavailable` if nothing is good enough."""
+    floor = max(min_quality, menu.floor)
+    candidates = [stitch for stitch in menu.frontier if menu.quality[stitch] >= floor]
+    if not candidates:
+        raise _unavailable(floor, menu)
+    wait_s = load.busy_s + work_s(load.queued_rows, menu, latency)
+    needs = {s: latency.seconds(s, 1) + settings.overhead_s for s in candidates}
+    budget = float("inf") if budget_s is None else budget_s
+    idle = [stitch for stitch in candidates if needs[stitch] <= budget]
+    now = [stitch for stitch in candidates if needs[stitch] + wait_s <= budget]
+    smallest = min(needs.values())
+    return BudgetCheck(
+        now_stitch=now[-1] if now else None,
+        idle_stitch=idle[-1] if idle else None,
+        wait_s=wait_s,
+        smallest_now_s=smallest + wait_s,
+        smallest_idle_s=smallest,
+    )
+
+
+def work_s(rows: float, menu: Menu, latency: LatencyView) -> float:
+    """Seconds that this many rows take at least: full batches on the fastest stitch allowed."""
+    fastest = menu.pinned if menu.pinned is not None else menu.frontier[0]
+    if rows <= latency.max_rows:
+        return latency.expected(fastest, round(rows)) if rows >= 1 else 0.0
+    return rows * latency.expected(fastest, latency.max_rows) / latency.max_rows
+
+
+def _check_quality(request: Request, menu: Menu) -> None:
+    if request.stitch is not None and request.stitch not in menu.quality:
+        raise StitchNotFound(
+            f"stitch_id: expected 0 to {max(menu.quality)}, got {request.stitch}",
+            stitch_id=str(request.stitch),
+        )
+    floor = max(request.min_quality, menu.floor)
+    available = menu.best if request.stitch is None else request.stitch
+    if menu.quality[available] < floor:
+        raise _unavailable(floor, menu)
+
+
+def _unavailable(floor: float, menu: Menu) -> QualityUnavailable:
+    best = menu.quality[menu.best]
+    return QualityUnavailable(
+        f"min_quality: {floor:.4f} asked for, {best:.4f} is the most there is",
+        max_quality=f"{best:.6f}",
+    )
+
+
+def _us(seconds: float) -> str:
+    return str(round(1e6 * seconds))
