@@ -29,6 +29,7 @@ from ladderstitch.scheduling.menu import Menu
 from ladderstitch.scheduling.policy import Decision, make_policy
 from ladderstitch.scheduling.queue import DeadlineQueue
 from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.scheduling.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Scheduler:
         self.metrics = metrics
         self.clock = clock
         self.latency = LatencyTable(profile, settings.attainment_probability)
+        self.statistics = Statistics()
         self._waiting: dict[Request, Waiting] = {}
         self._queue = DeadlineQueue(settings.priority_window_s)
         self._wake = asyncio.Event()
@@ -217,6 +219,7 @@ class Scheduler:
         now = self.clock()
         error = self.latency.observe(stitch, rows, result.compute_s)
         self.metrics.computed(rows, result.compute_s, error)
+        self.statistics.computed(rows, result.compute_s)
         self.metrics.corrected(self.latency.view.slowdown, self.latency.view.tail)
         if stitch != self._last_stitch:
             self.metrics.switched(result.switch_s)
@@ -236,6 +239,9 @@ class Scheduler:
             if not waiting.answer.done():
                 waiting.answer.set_result(completion)
                 self.metrics.completed(request, completion, now)
+                self.statistics.answered(
+                    request.rows, completion.queue_s, result.compute_s, now - request.arrival
+                )
 
     def _expire(self, request: Request, now: float) -> None:
         waited_ms = 1e3 * (now - request.arrival)
@@ -271,6 +277,7 @@ class Scheduler:
         if not waiting.answer.done():
             waiting.answer.set_exception(error)
             self.metrics.refused(error.code)
+            self.statistics.fail.add(self.clock() - waiting.request.arrival)
 
     def _forget(self, waiting: Waiting) -> None:
         """The caller is gone: free its place, whether it still waits or is being computed."""

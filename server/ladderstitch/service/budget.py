@@ -1,0 +1,70 @@
+"""Where a request's deadlines come from: each is optional, the earliest counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ladderstitch.core import Budget
+from ladderstitch.errors import BadInput
+
+MAX_BUDGET_US = 3_600_000_000
+"""An hour: whoever means more may as well name no budget."""
+METADATA_KEY = "x-latency-budget-ms"
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """Seconds from arrival; `hard` ones are limits as well as targets."""
+
+    seconds: float
+    source: str
+    hard: bool = False
+
+
+def resolve(arrival: float, deadlines: Iterable[Deadline]) -> Budget:
+    """Target = the earliest of all, limit = the earliest of the hard ones."""
+    target = limit = math.inf
+    target_source = limit_source = "none"
+    for deadline in deadlines:
+        if deadline.seconds < target:
+            target, target_source = deadline.seconds, deadline.source
+        if deadline.hard and deadline.seconds < limit:
+            limit, limit_source = deadline.seconds, deadline.source
+    return Budget(arrival + target, arrival + limit, target_source, limit_source)
+
+
+def of_call(
+    remaining_s: float | None, metadata: Iterable[tuple[str, str | bytes]], default_us: int | None
+) -> list[Deadline]:
+    """The deadlines that every call may carry: gRPC's own, metadata, the model's default."""
+    deadlines = []
+    if remaining_s is not None and remaining_s < MAX_BUDGET_US / 1e6:
+        deadlines.append(Deadline(remaining_s, "grpc_deadline", hard=True))
+    for key, value in metadata:
+        if key == METADATA_KEY:
+            deadlines.append(Deadline(_milliseconds(value) / 1e3, "metadata"))
+    if default_us is not None:
+        deadlines.append(Deadline(default_us / 1e6, "model_default"))
+    return deadlines
+
+
+def microseconds(field: str, value: int) -> float:
+    """Seconds of a budget given in microseconds; raises `BadInput` outside 1 us .. 1 h."""
+    if not 1 <= value <= MAX_BUDGET_US:
+        raise BadInput(field, f"expected 1 to {MAX_BUDGET_US} microseconds, got {value}")
+    return value / 1e6
+
+
+def _milliseconds(value: str | bytes) -> float:
+    text = value.decode(errors="replace") if isinstance(value, bytes) else value
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.001 <= number <= MAX_BUDGET_US / 1e3:  # NaN fails too
+        raise BadInput(
+            METADATA_KEY, f"expected 0.001 to {MAX_BUDGET_US // 1000} milliseconds, got {text!r}"
+        )
+    return number

@@ -1,0 +1,79 @@
+"""The one place where errors become gRPC statuses."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from ladderstitch.errors import BadInput, InternalError, Overloaded, RequestError
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "ladderstitch"
+DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+
+Service = TypeVar("Service")
+Reply = TypeVar("Reply")
+Context = grpc.aio.ServicerContext
+Handler = Callable[[Service, Any, Context], Awaitable[Reply]]
+
+
+def statuses(handler: Handler[Service, Reply]) -> Handler[Service, Reply]:
+    """Wrap an rpc method: a `RequestError` ends the call with its status and details, anything
+    else with INTERNAL and an incident id whose traceback is in the log."""
+
+    @functools.wraps(handler)
+    async def call(service: Service, request: Any, context: Context) -> Reply:
+        try:
+            return await handler(service, request, context)
+        except RequestError as error:
+            return await abort(context, error)
+        except Exception as error:
+            if isinstance(error, grpc.aio.AbortError):
+                raise
+            incident = uuid.uuid4().hex[:12]
+            log.exception("incident %s in %s", incident, handler.__qualname__)
+            internal = InternalError(f"an internal error; incident {incident}", incident=incident)
+            return await abort(context, internal)
+
+    return call
+
+
+async def abort(context: Context, error: RequestError) -> Any:
+    """End the call with the error's status; never returns."""
+    code = grpc.StatusCode[error.code]
+    message = f"{error.reason}: {error}"
+    status = Status(code=code.value[0], message=message)
+    for detail in _details(error):
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    trailer: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status.SerializeToString())]
+    if isinstance(error, Overloaded):
+        trailer.append((PUSHBACK_KEY, str(max(1, round(1e3 * error.retry_after_s)))))
+    await context.abort(code, message, tuple(trailer))
+
+
+def _details(error: RequestError) -> list[Message]:
+    details: list[Message] = [
+        ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    ]
+    if isinstance(error, BadInput):
+        violation = BadRequest.FieldViolation(field=error.field, description=str(error))
+        details.append(BadRequest(field_violations=[violation]))
+    if isinstance(error, Overloaded):
+        delay = Duration()
+        delay.FromMicroseconds(max(1, round(1e6 * error.retry_after_s)))
+        details.append(RetryInfo(retry_delay=delay))
+    return details
