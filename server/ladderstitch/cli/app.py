@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 import ladderstitch
-from ladderstitch.cli import making, measuring
+from ladderstitch.cli import making, measuring, predicting, serving
 
 app = typer.Typer(
     name="ladderstitch",
@@ -31,7 +31,7 @@ def main(
     pass
 
 
-# serving.register(app)
-# predicting.register(app)
+serving.register(app)
+predicting.register(app)
 making.register(app)
 measuring.register(app)

@@ -27,9 +27,9 @@ def batch_sizes(max_rows: int) -> tuple[int, ...]:
 
 
 async def warm_up(
-    engine: Engine, bundle: Bundle, config: WorkerConfig, advance: Callable[[], None]
+    engine: Engine, bundle: Bundle, config: WorkerConfig, advance: Callable[[int, int], None]
 ) -> LatencyProfile:
-    """Latency of each pair on this machine; `advance` is called once a pair and round.
+    """Latency of each pair on this machine; `advance` is told how many of how many runs are done.
 
     A profile that came with the bundle keeps its shape and is scaled by the median ratio of this
     machine to it, which is steadier than a handful of runs per pair; without one the runs are all
@@ -41,13 +41,15 @@ async def warm_up(
     images = np.zeros((config.max_rows, *config.image_shape), np.float32)
     stitches = [stitch.id for stitch in bundle.manifest.config.stitches()]
     seconds: dict[tuple[int, int], list[float]] = defaultdict(list)
+    done = 0
     for turn in range(rounds):
         for stitch in stitches:
             for size in sizes:
                 result = await engine.forward([images[:size]], stitch)
                 if turn:  # the first pays for allocation and kernel selection
                     seconds[stitch, size].append(result.compute_s)
-                advance()
+                done += 1
+                advance(done, rounds * len(stitches) * len(sizes))
     measured = {pair: median(times) for pair, times in seconds.items()}
     if shipped is not None:
         return scaled_to(shipped, measured, sizes)

@@ -101,6 +101,10 @@ class Scheduler:
         self._apply(settings)
 
     @property
+    def running(self) -> bool:
+        return not self._loop.done()
+
+    @property
     def queue_requests(self) -> int:
         return len(self._queue)
 

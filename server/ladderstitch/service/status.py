@@ -6,7 +6,7 @@ import functools
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -25,7 +25,7 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 Service = TypeVar("Service")
 Reply = TypeVar("Reply")
-Context = grpc.aio.ServicerContext
+Context: TypeAlias = grpc.aio.ServicerContext
 Handler = Callable[[Service, Any, Context], Awaitable[Reply]]
 
 
@@ -38,20 +38,20 @@ def statuses(handler: Handler[Service, Reply]) -> Handler[Service, Reply]:
         try:
             return await handler(service, request, context)
         except RequestError as error:
-            return await abort(context, error)
+            await abort(context, error)
         except Exception as error:
             if isinstance(error, grpc.aio.AbortError):
                 raise
             incident = uuid.uuid4().hex[:12]
             log.exception("incident %s in %s", incident, handler.__qualname__)
             internal = InternalError(f"an internal error; incident {incident}", incident=incident)
-            return await abort(context, internal)
+            await abort(context, internal)
 
     return call
 
 
-async def abort(context: Context, error: RequestError) -> Any:
-    """End the call with the error's status; never returns."""
+async def abort(context: Context, error: RequestError) -> NoReturn:
+    """End the call with the error's status."""
     code = grpc.StatusCode[error.code]
     message = f"{error.reason}: {error}"
     status = Status(code=code.value[0], message=message)
@@ -63,6 +63,7 @@ async def abort(context: Context, error: RequestError) -> Any:
     if isinstance(error, Overloaded):
         trailer.append((PUSHBACK_KEY, str(max(1, round(1e3 * error.retry_after_s)))))
     await context.abort(code, message, tuple(trailer))
+    raise AssertionError("abort raises")
 
 
 def _details(error: RequestError) -> list[Message]:

@@ -1,0 +1,110 @@
+"""`ladderstitch serve`: one model on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ladderstitch.cli.console import err, out, progress_bar, user_errors
+from ladderstitch.config import ServerConfig
+from ladderstitch.errors import ConfigError
+from ladderstitch.replica import Replica, port_is_free, quality_table
+
+
+def serve(
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with the fields of the server's configuration.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Model bundle; default: the embedded Fashion-MNIST family.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind  [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="gRPC port, 0: any  [default: 8001]")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Prometheus port, 0: any  [default: 9464]")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda[:N]  [default: auto]")] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray/--no-ray", help="Run under Ray Serve, or in this process alone.")
+    ] = True,
+) -> None:
+    """Serve a bundle over gRPC, with metrics for Prometheus. Ctrl-C drains and stops.
+
+    Try `ladderstitch predict IMAGE --budget 5ms` from another terminal.
+    """
+    started = time.monotonic()
+    with user_errors():
+        parsed = ServerConfig.load(
+            config, bundle=bundle, host=host, port=port, metrics_port=metrics_port, device=device
+        )
+        _check_before_start(parsed)
+        if ray:
+            _serve_on_ray(parsed, started)
+        else:
+            asyncio.run(_serve_alone(parsed, started))
+    err.print("stopped")
+
+
+def _check_before_start(config: ServerConfig) -> None:
+    """What would otherwise come up seconds later, out of another process."""
+    from ladderstitch.bundle import Bundle
+
+    quality_table(Bundle.load(config.bundle))
+    for field in ("port", "metrics_port"):
+        number = getattr(config, field)
+        if not port_is_free(config.host, number):
+            raise ConfigError(
+                f"{field}: {config.host}:{number} is taken; name another with "
+                f"--{field.replace('_', '-')}, or 0 for any"
+            )
+
+
+def _serve_on_ray(config: ServerConfig, started: float) -> None:
+    from ladderstitch.local_ray import local_ray
+
+    stop = threading.Event()
+    status = err.status("starting Ray and Serve, then warming every stitch and batch size ...")
+    with status, local_ray() as cluster:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        port, metrics_port = cluster.run(config)
+        status.stop()
+        if not stop.is_set():
+            _say_ready(config, port, metrics_port, started)
+        stop.wait()
+        err.print("draining ...")
+        cluster.drain()
+
+
+async def _serve_alone(config: ServerConfig, started: float) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    replica = Replica(config)
+    with progress_bar() as progress:
+        task = progress.add_task("warming up", total=None)
+        await replica.start(lambda done, total: progress.update(task, completed=done, total=total))
+    _say_ready(config, replica.port, replica.metrics_port, started)
+    await stop.wait()
+    err.print("draining ...")
+    await replica.stop()
+
+
+def _say_ready(config: ServerConfig, port: int, metrics_port: int, started: float) -> None:
+    seconds = time.monotonic() - started
+    where = f"gRPC on {config.host}:{port}, metrics on http://{config.host}:{metrics_port}/metrics"
+    out.print(f"[bold green]ready[/] after {seconds:.1f} s: {where}", soft_wrap=True)
+    address = "" if port == 8001 else f" --address {config.host}:{port}"
+    example = f"ladderstitch predict examples/fashion-mnist/images/*.png --budget 5ms{address}"
+    out.print(f"try:  {example}", soft_wrap=True, highlight=False)
+
+
+def register(app: typer.Typer) -> None:
+    app.command(rich_help_panel="Serve")(serve)

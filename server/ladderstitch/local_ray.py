@@ -1,0 +1,84 @@
+"""A private Ray on this machine that leaves nothing behind, for `ladderstitch serve`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ladderstitch.config import ServerConfig
+from ladderstitch.errors import ConfigError
+
+OBJECT_STORE_BYTES = 80 << 20
+
+
+class Cluster:
+    """The running Ray and Serve."""
+
+    def run(self, config: ServerConfig) -> tuple[int, int]:
+        """Deploy one replica and wait until it answers; its gRPC and metrics ports.
+
+        Raises `ConfigError` if it does not come up.
+        """
+        from ray import serve
+
+        from ladderstitch.deployment import APP, application
+
+        try:
+            handle = serve.run(application(config), name=APP, route_prefix=None)
+        except RuntimeError as error:
+            raise ConfigError(f"the deployment failed: {error}") from error
+        ports: tuple[int, int] = handle.ports.remote().result(timeout_s=30)
+        return ports
+
+    def drain(self) -> None:
+        """Let the replica finish what it accepted, and end it."""
+        from ray import serve
+
+        from ladderstitch.deployment import APP
+
+        serve.delete(APP)
+
+
+@contextmanager
+def local_ray() -> Iterator[Cluster]:
+    """Start Ray and Serve for the `with` block, in a temporary directory of their own.
+
+    `address="local"` never joins a cluster that happens to run here; token authentication is on,
+    because Ray's control plane listens on all interfaces.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ls-"))  # short: socket paths are limited to 107 bytes
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+    }
+    import ray  # reads the environment when it is imported
+    from ray import serve
+
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(folder),
+            namespace="ladderstitch",
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+        )
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+        yield Cluster()
+    finally:
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)

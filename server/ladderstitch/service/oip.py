@@ -1,0 +1,264 @@
+"""The Open Inference Protocol, version 2: existing clients work unmodified.
+
+One input, `images`: FP32 (preprocessed) or UINT8 (pixels) of [N, C, H, W], or BYTES of [N] (PNG or
+JPEG files). Outputs: `logits`, and on demand `probabilities` and `labels`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from dataclasses import dataclass
+
+import numpy as np
+
+import ladderstitch
+from ladderstitch.core import Completion, Pixels, Request
+from ladderstitch.errors import BadInput, RequestError
+from ladderstitch.hosting import Host, HostedModel
+from ladderstitch.oip import grpc_service_pb2 as pb
+from ladderstitch.oip import grpc_service_pb2_grpc
+from ladderstitch.service import budget, oip_describe
+from ladderstitch.service.inference import MAX_ID, checked_quality, softmax
+from ladderstitch.service.oip_tensors import read_images
+from ladderstitch.service.status import Context, statuses
+
+OUTPUTS = ("logits", "probabilities", "labels")
+
+
+@dataclass(slots=True)
+class Wishes:
+    """What a request's parameters ask for."""
+
+    deadlines: list[budget.Deadline]
+    min_quality: float = 0.0
+    stitch: int | None = None
+    priority: int = 0
+
+
+class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    @property
+    def _serving(self) -> bool:
+        return self.host.ready and not self.host.draining
+
+    @statuses
+    async def ServerLive(
+        self, request: pb.ServerLiveRequest, context: Context
+    ) -> pb.ServerLiveResponse:
+        return pb.ServerLiveResponse(live=True)
+
+    @statuses
+    async def ServerReady(
+        self, request: pb.ServerReadyRequest, context: Context
+    ) -> pb.ServerReadyResponse:
+        return pb.ServerReadyResponse(ready=self._serving)
+
+    @statuses
+    async def ModelReady(
+        self, request: pb.ModelReadyRequest, context: Context
+    ) -> pb.ModelReadyResponse:
+        ready = self._serving and bool(self.host.model(request.name, request.version))
+        return pb.ModelReadyResponse(ready=ready)
+
+    @statuses
+    async def ServerMetadata(
+        self, request: pb.ServerMetadataRequest, context: Context
+    ) -> pb.ServerMetadataResponse:
+        return pb.ServerMetadataResponse(
+            name="ladderstitch",
+            version=ladderstitch.__version__,
+            extensions=["model_configuration", "model_repository", "statistics"],
+        )
+
+    @statuses
+    async def ModelMetadata(
+        self, request: pb.ModelMetadataRequest, context: Context
+    ) -> pb.ModelMetadataResponse:
+        return oip_describe.metadata(self.host.model(request.name, request.version))
+
+    @statuses
+    async def ModelConfig(
+        self, request: pb.ModelConfigRequest, context: Context
+    ) -> pb.ModelConfigResponse:
+        model = self.host.model(request.name, request.version)
+        return pb.ModelConfigResponse(config=oip_describe.config(model))
+
+    @statuses
+    async def ModelStatistics(
+        self, request: pb.ModelStatisticsRequest, context: Context
+    ) -> pb.ModelStatisticsResponse:
+        named = [self.host.model(request.name, request.version)] if request.name else None
+        models = named if named is not None else list(self.host.models.values())
+        return pb.ModelStatisticsResponse(model_stats=[oip_describe.statistics(m) for m in models])
+
+    @statuses
+    async def RepositoryIndex(
+        self, request: pb.RepositoryIndexRequest, context: Context
+    ) -> pb.RepositoryIndexResponse:
+        state = "READY" if self._serving else "UNAVAILABLE"
+        models = self.host.models.values() if self._serving or not request.ready else ()
+        return pb.RepositoryIndexResponse(
+            models=[
+                pb.RepositoryIndexResponse.ModelIndex(name=m.name, version=m.version, state=state)
+                for m in models
+            ]
+        )
+
+    @statuses
+    async def ModelInfer(
+        self, request: pb.ModelInferRequest, context: Context
+    ) -> pb.ModelInferResponse:
+        arrival = time.monotonic()
+        remaining_s = context.time_remaining()
+        model = self.host.model(request.model_name, request.model_version)
+        try:
+            wanted = _wanted_outputs(request)
+            wishes = Wishes(
+                budget.of_call(
+                    remaining_s,
+                    context.invocation_metadata(),
+                    model.bundle.manifest.default_budget_us,
+                )
+            )
+            _read_parameters(request, wishes)
+            images = await read_images(request, model.reader, model.scheduler.latency.view.max_rows)
+            accepted = _accept(request, wishes, images, arrival)
+        except RequestError as error:
+            model.scheduler.metrics.refused(error.code)
+            raise
+        completion = await model.scheduler.submit(accepted)
+        return self._answer(request, model, accepted, completion, wanted)
+
+    def _answer(
+        self,
+        request: pb.ModelInferRequest,
+        model: HostedModel,
+        accepted: Request,
+        completion: Completion,
+        wanted: tuple[str, ...],
+    ) -> pb.ModelInferResponse:
+        response = pb.ModelInferResponse(
+            model_name=model.name, model_version=model.version, id=request.id
+        )
+        for name in wanted:
+            _add_output(response, name, completion, model.bundle.manifest.labels)
+        now, parameters = time.monotonic(), response.parameters
+        for key, value in (
+            ("stitch_id", completion.stitch),
+            ("queue_us", round(1e6 * completion.queue_s)),
+            ("compute_us", round(1e6 * completion.compute_s)),
+            ("total_us", round(1e6 * (now - accepted.arrival))),
+            ("batch_size", completion.batch_rows),
+        ):
+            parameters[f"ladderstitch_{key}"].int64_param = value
+        name = model.stitches[completion.stitch].name
+        parameters["ladderstitch_stitch_name"].string_param = name
+        parameters["ladderstitch_quality"].double_param = completion.quality
+        parameters["ladderstitch_replica"].string_param = self.host.replica
+        target = accepted.budget.target
+        if target != math.inf:
+            budget_us = round(1e6 * (target - accepted.arrival))
+            parameters["ladderstitch_budget_us"].int64_param = budget_us
+            parameters["ladderstitch_budget_source"].string_param = accepted.budget.target_source
+            parameters["ladderstitch_budget_met"].bool_param = now <= target
+        return response
+
+
+def _wanted_outputs(request: pb.ModelInferRequest) -> tuple[str, ...]:
+    names = tuple(output.name for output in request.outputs) or ("logits",)
+    for name in names:
+        if name not in OUTPUTS:
+            raise BadInput("outputs", f"expected some of {list(OUTPUTS)}, got {name[:80]!r}")
+    return names
+
+
+def _read_parameters(request: pb.ModelInferRequest, wishes: Wishes) -> None:
+    """Fill in what the parameters ask for; those of Triton are ignored, unknown ones refused."""
+    hard = _int_or_bool(request, "hard_deadline") or 0
+    for name in request.parameters:
+        match name:
+            case "latency_budget_us":
+                seconds = budget.microseconds(name, _integer(request, name))
+                wishes.deadlines.append(budget.Deadline(seconds, name, bool(hard)))
+            case "timeout":
+                seconds = budget.microseconds(name, _integer(request, name))
+                wishes.deadlines.append(budget.Deadline(seconds, name, hard=True))
+            case "stitch_id":
+                wishes.stitch = _integer(request, name)
+            case "priority":
+                wishes.priority = _integer(request, name)
+                if not 0 <= wishes.priority <= 255:
+                    raise BadInput(name, f"expected 0 to 255, got {wishes.priority}")
+            case "min_quality":
+                wishes.min_quality = checked_quality(_number(request, name))
+            case "hard_deadline":
+                if "latency_budget_us" not in request.parameters:
+                    raise BadInput(name, "expected latency_budget_us to be set along with it")
+            case "binary_data_output":
+                pass  # gRPC answers are binary anyway
+            case _ if not name.startswith("triton_"):
+                raise BadInput("parameters", f"unknown parameter {name[:80]!r}")
+
+
+def _int_or_bool(request: pb.ModelInferRequest, name: str) -> int | None:
+    if name not in request.parameters:
+        return None
+    parameter = request.parameters[name]
+    kind = parameter.WhichOneof("parameter_choice")
+    if kind not in ("bool_param", "int64_param", "uint64_param"):
+        raise BadInput(name, f"expected an integer or boolean parameter, got {kind}")
+    return int(getattr(parameter, kind))
+
+
+def _integer(request: pb.ModelInferRequest, name: str) -> int:
+    parameter = request.parameters[name]
+    kind = parameter.WhichOneof("parameter_choice")
+    if kind not in ("int64_param", "uint64_param"):
+        raise BadInput(name, f"expected an integer parameter, got {kind}")
+    return int(getattr(parameter, kind))
+
+
+def _number(request: pb.ModelInferRequest, name: str) -> float:
+    """A real number; clients that cannot send doubles send it as text."""
+    parameter = request.parameters[name]
+    kind = parameter.WhichOneof("parameter_choice")
+    if kind is None or kind == "bool_param":
+        raise BadInput(name, f"expected a number, got {kind}")
+    try:
+        return float(getattr(parameter, kind))
+    except ValueError:
+        raise BadInput(name, f"expected a number, got {parameter.string_param[:80]!r}") from None
+
+
+def _accept(
+    request: pb.ModelInferRequest, wishes: Wishes, images: Pixels, arrival: float
+) -> Request:
+    if len(request.id) > MAX_ID:
+        raise BadInput("id", f"expected at most {MAX_ID} characters")
+    return Request(
+        id=request.id or uuid.uuid4().hex,
+        images=images,
+        arrival=arrival,
+        budget=budget.resolve(arrival, wishes.deadlines),
+        min_quality=wishes.min_quality,
+        stitch=wishes.stitch,
+        priority=wishes.priority,
+    )
+
+
+def _add_output(
+    response: pb.ModelInferResponse, name: str, completion: Completion, labels: tuple[str, ...]
+) -> None:
+    if name == "labels":
+        best = [labels[i].encode() for i in completion.logits.argmax(axis=1)]
+        raw = b"".join(len(label).to_bytes(4, "little") + label for label in best)
+        response.outputs.add(name=name, datatype="BYTES", shape=[len(best)])
+    else:
+        values = completion.logits if name == "logits" else softmax(completion.logits)
+        raw = np.ascontiguousarray(values, "<f4").tobytes()
+        response.outputs.add(name=name, datatype="FP32", shape=values.shape)
+    response.raw_output_contents.append(raw)
