@@ -65,6 +65,8 @@ def local_ray() -> Iterator[Cluster]:
     import ray  # reads the environment when it is imported
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
     try:
         ray.init(
             address="local",
@@ -78,7 +80,5 @@ def local_ray() -> Iterator[Cluster]:
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
         yield Cluster()
     finally:
-        if ray.is_initialized():
-            serve.shutdown()
-            ray.shutdown()
+        ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)

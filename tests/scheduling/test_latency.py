@@ -1,0 +1,84 @@
+"""The latency table: interpolation, and the correction by what the machine does."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ladderstitch.scheduling.latency import LatencyTable
+from tests.scheduling.conftest import ALONE_MS, make_profile, plain_view
+
+
+def test_profiled_sizes_are_kept_and_those_between_interpolated() -> None:
+    profile, view = make_profile(), LatencyTable(make_profile()).view
+    for stitch, latency in profile.stitches.items():
+        for rows, seconds in zip(profile.batch_sizes, latency.median_s, strict=True):
+            assert view.expected(stitch, rows) == pytest.approx(seconds)
+        # The made-up profile is linear in rows, so every interpolated value is known.
+        for rows in range(1, 9):
+            wanted = ALONE_MS[stitch] * 1e-3 * (0.6 + 0.4 * rows)
+            assert view.expected(stitch, rows) == pytest.approx(wanted)
+
+
+def test_a_dip_in_the_profile_does_not_make_larger_batches_faster() -> None:
+    profile = make_profile()
+    dipped = profile.stitches[0].model_copy(update={"median_s": (0.001, 0.003, 0.002, 0.004)})
+    view = LatencyTable(profile.model_copy(update={"stitches": {0: dipped}})).view
+    seconds = [view.expected(0, rows) for rows in range(1, 9)]
+    assert seconds == sorted(seconds)
+
+
+@given(st.integers(0, 4), st.floats(0, 0.1), st.sampled_from([1.0, 1.7]))
+def test_largest_fit_is_the_largest_that_fits(stitch: int, slack: float, tail: float) -> None:
+    view = plain_view(tail)
+    fits = [rows for rows in range(1, 9) if view.seconds(stitch, rows) <= slack]
+    got = view.largest_fit(stitch, slack)
+    assert abs(got - max(fits, default=0)) <= (
+        abs(slack - view.seconds(stitch, max(got, 1))) < 1e-9
+    )
+
+
+def test_before_any_observation_the_tail_is_the_profiles() -> None:
+    view = LatencyTable(make_profile()).view
+    assert view.slowdown == 1.0
+    assert view.tail == pytest.approx(1.2)
+    assert view.seconds(1, 1) == pytest.approx(1.2 * view.expected(1, 1))
+
+
+def test_a_hog_starts_and_stops() -> None:
+    table, rng = LatencyTable(make_profile()), random.Random(5)
+
+    def run(batches: int, slowdown: float) -> None:
+        for _ in range(batches):
+            stitch, rows = rng.choice(list(ALONE_MS)), rng.randint(1, 8)
+            actual = table.view.profiled[stitch][rows] * slowdown * rng.uniform(0.97, 1.05)
+            table.observe(stitch, rows, actual)
+
+    run(50, 1.0)
+    assert table.view.slowdown == pytest.approx(1.0, abs=0.05)
+    run(5, 2.5)
+    assert table.view.slowdown == pytest.approx(2.5, abs=0.15)
+    run(5, 1.0)
+    assert table.view.slowdown == pytest.approx(1.0, abs=0.05)
+
+
+def test_single_outliers_do_not_move_the_slowdown_but_the_tail_learns_them() -> None:
+    table = LatencyTable(make_profile(), probability=0.95)
+    for i in range(400):
+        spike = 3.0 if i % 10 == 0 else 1.0
+        table.observe(1, 4, table.view.profiled[1][4] * spike)
+        assert table.view.slowdown == 1.0 or i < 7
+    assert table.view.tail == pytest.approx(3.0)
+    assert table.view.seconds(1, 4) == pytest.approx(3 * table.view.expected(1, 4))
+
+
+def test_a_view_is_a_snapshot() -> None:
+    table = LatencyTable(make_profile())
+    before = table.view
+    expected = before.expected(2, 1)
+    table.observe(2, 1, 10 * expected)
+    assert before.expected(2, 1) == expected
+    assert table.view.expected(2, 1) > expected
