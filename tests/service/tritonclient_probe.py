@@ -1,0 +1,67 @@
+"""Run by `test_oip.py` in a process of its own: `tritonclient`, unmodified, against our server.
+
+Its stubs and ours cannot live in one process. Prints what it saw as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+
+def probe(address: str) -> dict[str, object]:
+    client = triton.InferenceServerClient(address)
+    seen: dict[str, object] = {
+        "live": client.is_server_live(),
+        "ready": client.is_server_ready(),
+        "model_ready": client.is_model_ready("tiny", "1"),
+        "server": client.get_server_metadata(as_json=True),
+        "metadata": client.get_model_metadata("tiny", as_json=True),
+        "config": client.get_model_config("tiny", as_json=True),
+        "index": client.get_model_repository_index(as_json=True),
+    }
+    images = np.random.default_rng(0).integers(0, 256, (2, 1, 8, 8)).astype(np.uint8)
+    tensor = triton.InferInput("images", list(images.shape), "UINT8")
+    tensor.set_data_from_numpy(images)
+    floats = triton.InferInput("images", list(images.shape), "FP32")
+    floats.set_data_from_numpy(((images / 255 - 0.5) / 0.25).astype(np.float32))
+
+    plain = client.infer("tiny", [tensor], request_id="abc", parameters={"stitch_id": 5})
+    same = client.infer("tiny", [floats], parameters={"stitch_id": 5})
+    seen["id"] = plain.get_response().id
+    seen["agree"] = bool(np.allclose(plain.as_numpy("logits"), same.as_numpy("logits"), atol=1e-5))
+    seen["logits"] = plain.as_numpy("logits").tolist()
+
+    outputs = [triton.InferRequestedOutput(n) for n in ("logits", "probabilities", "labels")]
+    asked = client.infer(
+        "tiny", [tensor], outputs=outputs, timeout=9_000_000, priority=3,
+        parameters={"latency_budget_us": 5_000_000},
+    )  # fmt: skip
+    seen["sums"] = asked.as_numpy("probabilities").sum(1).tolist()
+    seen["labels"] = [label.decode() for label in asked.as_numpy("labels")]
+    seen["parameters"] = {
+        name: getattr(value, value.WhichOneof("parameter_choice"))
+        for name, value in asked.get_response().parameters.items()
+    }
+
+    def failure(**wishes: object) -> list[str]:
+        try:
+            client.infer("tiny", [tensor], **wishes)
+        except InferenceServerException as error:
+            return [str(error.status()), error.message()]
+        return ["OK", ""]
+
+    seen["hard"] = failure(timeout=10)
+    seen["client_timeout"] = failure(client_timeout=1e-4)
+    seen["bad_parameter"] = failure(parameters={"wrong": 1})
+    seen["statistics"] = client.get_inference_statistics("tiny", as_json=True)
+    client.close()
+    return seen
+
+
+if __name__ == "__main__":
+    json.dump(probe(sys.argv[1]), sys.stdout)
