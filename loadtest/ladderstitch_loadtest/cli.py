@@ -1,0 +1,203 @@
+"""The `ladderstitch-loadtest` command: measurements of a running server, side by side and seeded.
+
+Each command starts a server of its own unless `--address` names one, prints a table, and with
+`--out FOLDER` writes NAME.json with the machine and the load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import Progress
+from rich.table import Table
+
+from ladderstitch.cli.console import err, out, progress_bar
+from ladderstitch.versions import device_name, versions
+from ladderstitch_loadtest import malformed as malformed_requests
+from ladderstitch_loadtest import memory as memory_use
+from ladderstitch_loadtest import mixed as mixed_budgets
+from ladderstitch_loadtest import overhead as server_overhead
+from ladderstitch_loadtest import switching as switch_cost
+from ladderstitch_loadtest.processes import echo_server, ladderstitch_server
+
+app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+
+Address = Annotated[
+    str | None, typer.Option(help="host:port of a running server; default: start one.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for NAME.json.")]
+Ray = Annotated[bool, typer.Option("--ray/--no-ray", help="How to start the server.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+@contextmanager
+def a_server(address: str | None, ray: bool) -> Iterator[tuple[str, int | None]]:
+    """Address and process id of the server to measure."""
+    if address is not None:
+        yield address, None
+        return
+    with ladderstitch_server("--ray" if ray else "--no-ray") as served:
+        err.print(served.ready_line)
+        yield served.address, served.pid
+
+
+def write(folder: Path | None, name: str, figures: dict[str, Any]) -> None:
+    """Write a measurement with what it was taken on."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    load = [round(value, 2) for value in os.getloadavg()]
+    machine = {"device": device_name(torch.device("cpu")), "load_average": load} | versions()
+    text = json.dumps({"machine": machine} | figures, indent=1)
+    (folder / f"{name}.json").write_text(text + "\n")
+
+
+@app.command()
+def overhead(
+    address: Address = None,
+    ray: Ray = True,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of echo and server.")] = 7,
+    seconds: Annotated[float, typer.Option(help="Length of each throughput run.")] = 2.0,
+    folder: Out = None,
+) -> None:
+    """Latency at one caller and throughput at 8 and 32, beside a bare gRPC echo."""
+    with a_server(address, ray) as (where, _), echo_server() as echo:
+        found = asyncio.run(server_overhead.measure(where, echo, rounds, (8, 32), seconds))
+    one = found.latency
+    table = Table("callers", "echo", "server", "ratio", title="server beside a bare echo")
+    table.add_row(
+        "1, p50 without compute",
+        f"{one.echo_ms:.2f} ms",
+        f"{one.overhead_ms:.2f} ms (+ {one.compute_ms:.2f} compute)",
+        f"{one.overhead_over_echo:.2f}",
+    )
+    for many in found.throughput:
+        table.add_row(
+            str(many.callers), f"{many.echo_rps:.0f} /s", f"{many.infer_rps:.0f} /s",
+            f"{many.ratio:.2f}",
+        )  # fmt: skip
+    out.print(table)
+    write(folder, "overhead", found.to_dict())
+
+
+@app.command()
+def switching(
+    address: Address = None,
+    ray: Ray = False,
+    calls: Annotated[int, typer.Option(min=100, help="Requests, one after another.")] = 8000,
+    seed: Seed = 1,
+    folder: Out = None,
+) -> None:
+    """What changing the stitch between two requests costs."""
+    with a_server(address, ray) as (where, _), progress_bar() as progress:
+        task = progress.add_task("switching", total=calls)
+        found = asyncio.run(switch_cost.measure(where, calls, seed, lambda: progress.advance(task)))
+    table = Table("", "p50", "p99", title=f"excess over the median of {found.stitches} stitches")
+    for name, p50, p99 in (
+        ("same stitch", found.same_p50_us, found.same_p99_us),
+        ("switched", found.switched_p50_us, found.switched_p99_us),
+        ("cost of switching", found.p50_cost_us, found.p99_cost_us),
+    ):
+        table.add_row(name, f"{p50:.1f} us", f"{p99:.1f} us")
+    out.print(table)
+    write(folder, "switching", found.to_dict())
+
+
+@app.command()
+def memory(
+    folder: Out = None,
+) -> None:
+    """Memory of 71 stitches at once, beside that of their anchors and stitching layers."""
+    found = memory_use.measure()
+    table = Table("MiB", "", title=f"{found.family}: {found.stitches} stitches in one process")
+    for name in ("anchors_and_layers", "model_storages", "plans", "resident_one_stitch",
+                 "resident_all_stitches"):  # fmt: skip
+        table.add_row(name.replace("_", " "), f"{getattr(found, name):.2f}")
+    out.print(table)
+    write(folder, "memory", found.to_dict())
+
+
+@app.command()
+def mixed(
+    address: Address = None,
+    ray: Ray = False,
+    seconds: Annotated[float, typer.Option(help="Length of each run.")] = 6.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each policy.")] = 3,
+    seed: Seed = 1,
+    folder: Out = None,
+) -> None:
+    """Poisson load of mixed budgets: attainment and effective quality of every policy."""
+    with a_server(address, ray) as (where, _), err.status("measuring anchors alone ...") as status:
+        found = asyncio.run(
+            mixed_budgets.measure(
+                where,
+                seconds=seconds,
+                rounds=rounds,
+                seed=seed,
+                policies=mixed_budgets.POLICIES,
+                advance=lambda name: status.update(f"policy {name} ..."),
+            )
+        )
+    classes = list(found.budgets_ms)
+    table = Table(
+        "policy", "attainment", *classes, "effective quality", "p50", "p99", "batch",
+        title=f"{found.rate:.0f} requests/s, budgets "
+        + ", ".join(f"{name} {ms:.1f} ms" for name, ms in found.budgets_ms.items()),
+    )  # fmt: skip
+    for row in sorted(found.rows, key=lambda row: -row.effective_quality):
+        table.add_row(
+            row.policy,
+            f"{row.attainment:.4f}",
+            *(f"{row.by_class[name]:.4f}" for name in classes),
+            f"{row.effective_quality:.4f}",
+            f"{row.client_p50_ms:.1f} ms",
+            f"{row.client_p99_ms:.1f} ms",
+            f"{row.mean_batch:.2f}",
+        )
+    out.print(table)
+    write(folder, "mixed", found.to_dict())
+
+
+@app.command()
+def malformed(
+    requests: Annotated[int, typer.Option(min=1, help="How many.")] = 10_000,
+    seed: Seed = 1,
+    folder: Out = None,
+) -> None:
+    """Malformed requests of every kind; exits with 1 unless each gets the right status."""
+    with a_server(None, ray=False) as (where, pid), progress_bar() as progress:
+        assert pid is not None
+        found = asyncio.run(_malformed(where, pid, requests, seed, progress))
+    for line in found.wrong[:20]:
+        err.print(line, highlight=False)
+    out.print(
+        f"{sum(found.kinds.values())} malformed requests of {len(found.kinds)} kinds, "
+        f"{len(found.wrong)} with a wrong status; {found.good_answers} good ones in between "
+        f"answered; memory {found.memory_before_mb:.1f} -> {found.memory_after_mb:.1f} MiB"
+    )
+    figures = {
+        "requests": sum(found.kinds.values()),
+        "kinds": dict(found.kinds),
+        "wrong": found.wrong,
+        "good_answers": found.good_answers,
+        "memory_before_mb": round(found.memory_before_mb, 1),
+        "memory_after_mb": round(found.memory_after_mb, 1),
+    }
+    write(folder, "malformed", figures)
+    raise typer.Exit(1 if found.wrong else 0)
+
+
+async def _malformed(
+    where: str, pid: int, requests: int, seed: int, progress: Progress
+) -> malformed_requests.Outcome:
+    task = progress.add_task("malformed", total=requests)
+    pids = malformed_requests.process_tree(pid)
+    return await malformed_requests.run(where, pids, requests, seed, lambda: progress.advance(task))
