@@ -16,6 +16,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from ladderstitch.config import ServerConfig
+from ladderstitch.engine.placement import resolve_device
 from ladderstitch.hosting import LiveSettings
 from ladderstitch.replica import Replica, merged
 from ladderstitch.scheduling.settings import SchedulerSettings
@@ -151,7 +152,7 @@ def application(config: ServerConfig) -> Any:
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=config.drain_s + 5,
-        ray_actor_options={"num_cpus": 1},
+        ray_actor_options={"num_cpus": 1, "num_gpus": int(resolve_device(config.device) != "cpu")},
         max_surge_percent=100,
     )
     return deployment.bind(config.model_dump(mode="json"))

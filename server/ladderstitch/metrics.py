@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from socketserver import ThreadingMixIn
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
 from ladderstitch.core import Completion, Request
 
@@ -79,9 +82,19 @@ class Metrics:
     def for_model(self, name: str, stitches: Iterable[int]) -> ModelMetrics:
         return ModelMetrics(self, name, stitches)
 
-    def expose(self, port: int, address: str) -> tuple[int, Callable[[], None]]:
-        """Serve `/metrics`; the bound port (0 takes a free one) and a function that stops it."""
-        server, thread = start_http_server(port, address, registry=self.registry)
+    def expose(
+        self, port: int, address: str, *, share_port: bool = False
+    ) -> tuple[int, Callable[[], None]]:
+        """Serve `/metrics`; the bound port (0 takes a free one) and a function that stops it.
+
+        With `share_port` a rolling replacement may listen beside its predecessor for a while.
+        """
+        kind = _SharedServer if share_port else _MetricsServer
+        server = make_server(
+            address, port, make_wsgi_app(self.registry), kind, handler_class=_QuietHandler
+        )
+        thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+        thread.start()
 
         def close() -> None:
             server.shutdown()
@@ -89,6 +102,19 @@ class Metrics:
             thread.join()
 
         return server.server_port, close
+
+
+class _MetricsServer(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _SharedServer(_MetricsServer):
+    allow_reuse_port = True
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """A line a scrape would drown the log."""
 
 
 class ModelMetrics:

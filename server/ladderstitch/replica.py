@@ -46,6 +46,7 @@ class Replica:
         self.quality = quality_table(self.bundle)
         self.host = Host(name, live=LiveSettings(0, config.scheduling))
         self.metrics = Metrics()
+        self.share_port = share_port
         transport = Transport(max_message_bytes=config.max_message_mb << 20, share_port=share_port)
         self.server = Server(self.host, update or self._update_alone, transport)
         self.metrics_port = 0
@@ -74,7 +75,7 @@ class Replica:
         """
         await self.server.start(self.config.host, self.config.port)
         self.metrics_port, self._close_metrics = self.metrics.expose(
-            self.config.metrics_port, self.config.host
+            self.config.metrics_port, self.config.host, share_port=self.share_port
         )
         worker = self._worker_config()
         self._engine = ProcessEngine(worker)

@@ -30,11 +30,13 @@ class RunningServer:
     log: Path
 
 
-def start_server(bundle: Path, log: Path, *flags: str) -> RunningServer:
-    """`ladderstitch serve --no-ray` on free ports, once it says that it is ready."""
+def start_server(
+    bundle: Path, log: Path, *flags: str, environment: dict[str, str] | None = None
+) -> RunningServer:
+    """`ladderstitch serve --no-ray` on free ports, once it says that it is ready; flags prevail."""
     command = [sys.executable, "-m", "ladderstitch", "serve", "--no-ray", "--bundle", str(bundle)]
     command += ["--port", "0", "--metrics-port", "0", *flags]
-    environment = os.environ | {"COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"COLUMNS": "200", "PYTHONUNBUFFERED": "1"} | (environment or {})
     with log.open("w") as errors:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment

@@ -15,8 +15,8 @@ BundleFolder = Annotated[Path, typer.Argument(help="Bundle directory; default: t
 
 
 def calibrate(
+    data: Annotated[Path, typer.Option(help="Folder of gzipped IDX files.")],
     bundle: BundleFolder = EMBEDDED,
-    data: Annotated[Path, typer.Option(help="Folder of gzipped IDX files.")] = Path("data"),
     split: Annotated[str, typer.Option(help="Which images of the folder.")] = "t10k",
     name: Annotated[str, typer.Option(help="How to call them.")] = "Fashion-MNIST test",
     batch_rows: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 100,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import ConfigError
 from ladderstitch.replica import Replica, port_is_free, quality_table
+
+EXAMPLES = Path("examples/fashion-mnist/images")
 
 
 def serve(
@@ -102,8 +105,9 @@ def _say_ready(config: ServerConfig, port: int, metrics_port: int, started: floa
     where = f"gRPC on {config.host}:{port}, metrics on http://{config.host}:{metrics_port}/metrics"
     out.print(f"[bold green]ready[/] after {seconds:.1f} s: {where}", soft_wrap=True)
     address = "" if port == 8001 else f" --address {config.host}:{port}"
-    example = f"ladderstitch predict examples/fashion-mnist/images/*.png --budget 5ms{address}"
-    out.print(f"try:  {example}", soft_wrap=True, highlight=False)
+    images = "examples/fashion-mnist/images/*.png" if EXAMPLES.is_dir() else "IMAGE.png"
+    command = f"{sys.argv[0]} predict {images} --budget 5ms{address}"
+    out.print(f"try:  {command}", soft_wrap=True, highlight=False)
 
 
 def register(app: typer.Typer) -> None:
