@@ -142,8 +142,17 @@ class ReplicaDeployment:
                 await asyncio.sleep(1.0)
 
 
+def build(args: dict[str, Any]) -> Any:
+    """For Serve config files: `import_path: ladderstitch.deployment:build`.
+
+    `args` are fields of `ServerConfig`; the deployment `replica` takes a `user_config` with fields
+    of `SchedulerSettings`.
+    """
+    return application(ServerConfig.load(None, **args))
+
+
 def application(config: ServerConfig) -> Any:
-    """The deployment graph for `serve.run` and for Serve config files."""
+    """The deployment graph of one model."""
     deployment: Any = serve.deployment(
         ReplicaDeployment,
         name="replica",

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,8 +51,11 @@ def local_ray() -> Iterator[Cluster]:
     """Start Ray and Serve for the `with` block, in a temporary directory of their own.
 
     `address="local"` never joins a cluster that happens to run here; token authentication is on,
-    because Ray's control plane listens on all interfaces.
+    because Ray's control plane listens on all interfaces. Raises `RuntimeError` if Ray was imported
+    before: it would not see its token.
     """
+    if "ray" in sys.modules:
+        raise RuntimeError("local_ray sets Ray's environment: import ray inside the `with` block")
     folder = Path(tempfile.mkdtemp(prefix="ls-"))  # short: socket paths are limited to 107 bytes
     token = folder / "token"
     token.touch(mode=0o600)

@@ -11,7 +11,9 @@ from rich.table import Table
 from ladderstitch.bundle import EMBEDDED, Bundle, write_table
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 
-BundleFolder = Annotated[Path, typer.Argument(help="Bundle directory; default: the embedded one.")]
+BundleFolder = Annotated[
+    Path, typer.Argument(help="Bundle directory.", show_default="the embedded one")
+]
 
 
 def calibrate(

@@ -22,17 +22,17 @@ EXAMPLES = Path("examples/fashion-mnist/images")
 
 def serve(
     config: Annotated[
-        Path | None, typer.Option(help="YAML file with the fields of the server's configuration.")
+        Path | None, typer.Option(help="YAML file, e.g. examples/serve.yaml; flags override it.")
     ] = None,
     bundle: Annotated[
         Path | None, typer.Option(help="Model bundle; default: the embedded Fashion-MNIST family.")
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to bind  [default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="gRPC port, 0: any  [default: 8001]")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind (default: 127.0.0.1)")] = None,
+    port: Annotated[int | None, typer.Option(help="gRPC port, 0: any (default: 8001)")] = None,
     metrics_port: Annotated[
-        int | None, typer.Option(help="Prometheus port, 0: any  [default: 9464]")
+        int | None, typer.Option(help="Prometheus port, 0: any (default: 9464)")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda[:N]  [default: auto]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda[:N] (default: auto)")] = None,
     ray: Annotated[
         bool, typer.Option("--ray/--no-ray", help="Run under Ray Serve, or in this process alone.")
     ] = True,

@@ -1,0 +1,30 @@
+"""Declarative deployment on Ray Serve: `user_config` reaches running replicas in place."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import make_tiny_bundle
+from tests.test_serve import free_port
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_user_config_and_administrator_the_last_writer_wins(tmp_path: Path) -> None:
+    bundle = make_tiny_bundle(tmp_path / "tiny").path
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.deployment_probe", str(bundle), str(free_port()),
+         str(free_port())],
+        capture_output=True, text=True, timeout=110, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["same_replica"]
+    assert seen["after_admin"] == 2
+    assert seen["after_repeat"] == 2
+    assert seen["revision"] == 4
