@@ -4,9 +4,14 @@ TORCH ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install serve test lint format types protos verify-models verify-serving verify-training clean
+.PHONY: help install serve test lint format types protos \
+	verify-models verify-serving verify-training clean
+.DEFAULT_GOAL := help
 
-install: $(VENV)/.installed
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 18
+
+install: $(VENV)/.installed ## create .venv with everything in it
 
 $(VENV)/.installed: pyproject.toml constraints.txt scripts/install.sh
 	PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) sh scripts/install.sh
@@ -20,19 +25,34 @@ test: install lint types ## everything that CI runs, from nothing
 	$(BIN)/python scripts/protos.py --check
 	$(BIN)/pytest
 
-lint: install
+lint: install ## formatting and lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-format: install
+format: install ## mend both
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-types: install
+types: install ## mypy, strict
 	$(BIN)/mypy
 
 protos: install ## regenerate the committed stubs
 	$(BIN)/python scripts/protos.py
+
+verify-models: install ## every golden case, also those that LADDERSTITCH_GOLDEN names; memory of 71 stitches
+	$(BIN)/ladderstitch verify $(filter-out %/lsq_raw.safetensors,$(wildcard tests/golden/*.safetensors))
+	$(BIN)/pytest -q tests/models tests/test_verify.py
+	$(BIN)/ladderstitch-loadtest memory --out loadtest/results
+
+verify-serving: install ## about 8 minutes: overhead, switching, mixed budgets, 10,000 malformed requests
+	$(BIN)/ladderstitch-loadtest overhead --out loadtest/results
+	$(BIN)/ladderstitch-loadtest switching --out loadtest/results
+	$(BIN)/ladderstitch-loadtest mixed --out loadtest/results
+	$(BIN)/ladderstitch-loadtest malformed --out loadtest/results
+
+verify-training: install ## about 5 minutes: measure the embedded model's quality anew and compare
+	$(BIN)/ladderstitch fetch fashion-mnist --into data/fashion-mnist
+	$(BIN)/python scripts/verify_quality.py --data data/fashion-mnist
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

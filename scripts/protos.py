@@ -39,9 +39,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         fresh = {stub.relative_to(folder): stub for stub in generate(Path(folder))}
-        committed = {
-            p.relative_to(STUBS): p for p in STUBS.rglob("*") if p.name.endswith(SUFFIXES)
-        }
+        committed = {p.relative_to(STUBS): p for p in STUBS.rglob("*") if p.name.endswith(SUFFIXES)}
         stale = sorted(
             str(name)
             for name in fresh.keys() | committed.keys()
