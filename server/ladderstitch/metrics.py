@@ -1,4 +1,4 @@
-"""What Prometheus sees. Three seams: a request is admitted or refused, dispatched, completed."""
+"""What Prometheus sees. Three seams: a request is queued or refused, dispatched, completed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ SECONDS = (
 )  # fmt: skip
 SLACK = (-1.0, -0.1, -0.02, -0.005, 0.0, *SECONDS)
 ERROR = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 2.0, 3.0, 5.0)
+CALLERS_FAULT = frozenset({"INVALID_ARGUMENT", "NOT_FOUND"})
+"""Statuses that say nothing about whether a budget could have been met."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 QUALITY = (
     0.5, 0.6, 0.7, 0.75, 0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97,
@@ -42,7 +44,7 @@ class Metrics:
             "requests", "Requests ended, by stitch and status.", ["model", "stitch", "code"]
         )
         self.budgets = counter(
-            "budget", "Answers to requests with a target, by whether it was met.", ["model", "met"]
+            "budget", "Requests with a target ended, by whether it was met.", ["model", "met"]
         )
         self.switches = counter("switches", "Batches on another stitch than the last.", model)
         self.restarts = counter("engine_restarts", "Workers lost and respawned.", model)
@@ -143,7 +145,8 @@ class ModelMetrics:
         self.ready = metrics.ready.labels(model)
         self.restarts = metrics.restarts.labels(model)
 
-    def admitted(self, waiting: int) -> None:
+    def queued(self, waiting: int) -> None:
+        """A request was admitted, or left the queue otherwise than in a batch."""
         self._queue.set(waiting)
 
     def dispatched(self, requests: Sequence[Request], now: float, waiting: int) -> None:
@@ -174,9 +177,13 @@ class ModelMetrics:
         if request.budget.target != float("inf"):
             (self._met if now <= request.budget.target else self._missed).inc()
 
-    def refused(self, code: str) -> None:
-        """A request ended with a status instead of an answer."""
+    def refused(self, code: str, request: Request | None = None) -> None:
+        """A request ended with a status instead of an answer; its budget counts as missed."""
         self._requests_child("none", code).inc()
+        if request is None or code in CALLERS_FAULT:
+            return
+        if request.budget.target != float("inf"):
+            self._missed.inc()
 
     def _requests_child(self, stitch: str, code: str) -> Counter:
         key = (stitch, code)

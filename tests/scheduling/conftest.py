@@ -76,7 +76,8 @@ class ScriptedEngine:
     """Advances the clock by the profile's seconds; `script` may raise for a call first.
 
     Row r of the logits says which stitch ran and the first pixel of image r, so that a test sees
-    whose answer it got. With `gate` set, calls wait until the test opens it.
+    whose answer it got. With `gate` set, calls wait until the test opens it. `result` may spoil
+    what comes back.
     """
 
     def __init__(self, clock: FakeClock) -> None:
@@ -85,6 +86,7 @@ class ScriptedEngine:
         self.script: Callable[[Sequence[Pixels], int], None] = lambda images, stitch: None
         self.slowdown = 1.0
         self.gate: asyncio.Event | None = None
+        self.result: Callable[[EngineResult], EngineResult] = lambda result: result
         self.view = plain_view()
 
     async def forward(self, images: Sequence[Pixels], stitch: int) -> EngineResult:
@@ -99,7 +101,7 @@ class ScriptedEngine:
         self.clock.now += seconds
         first = np.concatenate([request[:, 0, 0, 0] for request in images])
         logits = np.stack([np.full(rows, stitch, np.float32), first], axis=1)
-        return EngineResult(logits, seconds, 1e-6)
+        return self.result(EngineResult(logits, seconds, 1e-6))
 
 
 @pytest.fixture

@@ -82,3 +82,39 @@ def test_a_view_is_a_snapshot() -> None:
     table.observe(2, 1, 10 * expected)
     assert before.expected(2, 1) == expected
     assert table.view.expected(2, 1) > expected
+
+
+@pytest.mark.parametrize("spell", [20.0, 1.0])
+def test_refusals_without_other_work_bring_the_correction_back(spell: float) -> None:
+    table = LatencyTable(make_profile())
+    for _ in range(300):
+        table.observe(0, 1, spell * table.view.profiled[0][1])
+    before, refused = table.view, 0
+    while table.view.seconds(0, 1) > 0.7 * table.view.profiled[0][1]:
+        table.doubt()
+        refused += 1
+    assert before.seconds(0, 1) >= spell * before.profiled[0][1]
+    assert refused < 300
+    for _ in range(1000):
+        table.doubt()
+    assert table.view.slowdown == 0.5
+    table.observe(0, 1, table.view.profiled[0][1])
+    assert table.view.slowdown == pytest.approx(1.0)  # the probe counts alone
+    assert table.view.tail < 1.3
+
+
+def test_doubt_does_not_slow_a_fast_machine() -> None:
+    table = LatencyTable(make_profile())
+    for _ in range(10):
+        table.observe(0, 1, 0.3 * table.view.profiled[0][1])
+    table.doubt()
+    assert table.view.slowdown == pytest.approx(0.3)
+
+
+def test_a_lower_probability_counts_at_once() -> None:
+    table = LatencyTable(make_profile(), probability=0.99)
+    for i in range(320):
+        table.observe(1, 4, table.view.profiled[1][4] * (2.0 if i % 20 == 0 else 1.0))
+    assert table.view.tail == pytest.approx(2.0)
+    table.set_probability(0.9)
+    assert table.view.tail == pytest.approx(1.0)

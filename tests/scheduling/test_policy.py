@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +23,8 @@ NAMES = ("fixed", "max_quality", "max_batch", "slackfit")
 
 def policy(name: str, menu: Menu, **fields: object) -> Policy:
     stitch = {"stitch": 1} if name == "fixed" else {}
+    if name == "fixed":
+        menu = replace(menu, fixed=1)
     chosen = SchedulerSettings.model_validate(
         {"policy": name, "overhead_s": 0.0, "slackfit_buckets": 16} | stitch | fields
     )
@@ -183,6 +186,34 @@ def test_the_late_run_together(name: str) -> None:
 def test_no_deadline_means_the_best(name: str) -> None:
     got = policy(name, make_menu())([make_request()], plain_view(), NOW)
     assert got.stitch == (1 if name == "fixed" else 2)
+
+
+@pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit"])
+def test_a_head_that_waited_long_does_not_make_a_tight_request_late(name: str) -> None:
+    """Without a deadline it comes first by age, but the batch is planned for the tighter one."""
+    aged, tight = make_request(arrival=NOW - 2), make_request(NOW + 0.005)
+    queue = ordered([tight, aged])
+    assert list(queue) == [aged, tight]
+    got = policy(name, make_menu())(queue, plain_view(), NOW)
+    assert got.requests == (aged, tight)
+    assert NOW + plain_view().seconds(got.stitch, 2) <= tight.budget.target
+
+
+@pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit"])
+def test_a_tight_request_that_cannot_join_in_time_does_not_hurt_the_head(name: str) -> None:
+    aged, hopeless = make_request(arrival=NOW - 2), make_request(NOW + 0.0012)
+    got = policy(name, make_menu())(ordered([hopeless, aged]), plain_view(), NOW)
+    assert got.stitch == 2
+
+
+def test_slackfit_gives_a_large_request_the_highest_bucket_that_holds_it() -> None:
+    menu, view = make_menu(), plain_view()
+    buckets = slackfit_buckets(menu.frontier, view, 16)
+    for slack in (0.004, 0.008, 0.013, 0.02, 0.03):
+        for rows in range(1, 9):
+            got = policy("slackfit", menu)([make_request(NOW + slack, rows=rows)], view, NOW)
+            fitting = [b.stitch for b in buckets if b.upper_s <= slack and b.rows >= rows]
+            assert got.stitch == (fitting[-1] if fitting else menu.frontier[0])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,6 +7,8 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -25,7 +27,8 @@ from ladderstitch.errors import (
     StitchNotFound,
 )
 from ladderstitch.metrics import Metrics
-from ladderstitch.scheduling.engine import EngineDied
+from ladderstitch.scheduling.engine import EngineDied, EngineResult
+from ladderstitch.scheduling.policy import Decision
 from ladderstitch.scheduling.scheduler import Scheduler
 from ladderstitch.scheduling.settings import SchedulerSettings
 from tests.scheduling.conftest import (
@@ -93,7 +96,7 @@ async def test_each_gets_its_own_rows_of_the_batch(clock: FakeClock) -> None:
         ({"rows": 9}, BadInput, {"field": "images"}),
         ({"stitch": 77}, StitchNotFound, {"stitch_id": "77"}),
         ({"min_quality": 0.95}, QualityUnavailable, {"max_quality": "0.900000"}),
-        ({"stitch": 0, "min_quality": 0.8}, QualityUnavailable, {"max_quality": "0.900000"}),
+        ({"stitch": 0, "min_quality": 0.8}, QualityUnavailable, {"max_quality": "0.700000"}),
         ({"budget_s": 0.0004, "hard": True}, BudgetInfeasible, {"min_feasible_us": "1700"}),
         (
             {"budget_s": 0.005, "hard": True, "min_quality": 0.9},
@@ -210,6 +213,130 @@ async def test_a_lost_engine_is_retried_once(clock: FakeClock) -> None:
         await bench.submit(8)
     assert bench.scheduler.running
     assert bench.count("engine_restarts_total", model="m") == 3
+    await bench.scheduler.close()
+
+
+async def test_hard_limits_end_even_if_the_engine_does_not_come_back(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    bench.engine.gate = asyncio.Event()
+    running = bench.submit(0, 0.02, hard=True)
+    await settle()
+    queued, relaxed = bench.submit(1, 0.1, hard=True), bench.submit(2)
+    await settle()
+    clock.now += 1.0
+    with pytest.raises(ExpiredInCompute):
+        await running
+    with pytest.raises(ExpiredInQueue):
+        await queued
+    bench.engine.gate.set()
+    assert (await relaxed).logits[0, 1] == 2
+    await bench.scheduler.close()
+
+
+async def test_an_engine_faster_than_expected_is_not_thought_busy(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    bench.engine.slowdown = 0.01
+    await bench.submit(0)
+    assert bench.scheduler.check_budget(None).wait_s == 0.0
+    await bench.scheduler.close()
+
+
+async def test_a_slow_spell_does_not_shut_the_door_for_ever(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    bench.engine.slowdown = 10.0
+    for mark in range(20):
+        await bench.submit(mark)
+    bench.engine.slowdown = 1.0
+    with pytest.raises(BudgetInfeasible):
+        await bench.submit(0, 0.004, hard=True)
+    answers = 0
+    for mark in range(600):
+        try:
+            answers += (await bench.submit(mark, 0.004, hard=True)).logits[0, 1] == mark
+        except BudgetInfeasible:
+            assert answers == 0, "refused again after it was let in"
+    assert answers > 200
+    await bench.scheduler.close()
+
+
+async def test_a_policy_that_fails_costs_only_the_head(
+    clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench(clock)
+    good, calls = bench.scheduler.policy, iter(range(10))
+
+    def broken(*state: Any) -> Decision:
+        if next(calls) == 0:
+            raise ZeroDivisionError
+        return good(*state)
+
+    bench.scheduler.policy = broken
+    first, second = bench.submit(0, 1.0), bench.submit(1, 2.0)
+    with pytest.raises(InternalError):
+        await first
+    assert (await second).logits[0, 1] == 1
+    assert "ZeroDivisionError" in caplog.text
+    await bench.scheduler.close()
+
+
+async def test_logits_of_the_wrong_length_are_never_handed_out(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    bench.engine.result = lambda result: replace(result, logits=result.logits[1:])
+    with pytest.raises(InternalError):
+        await bench.submit(0)
+    assert bench.scheduler.running
+    await bench.scheduler.close()
+
+
+async def test_a_lost_engine_before_a_bad_batch_does_not_cost_the_innocent(
+    clock: FakeClock,
+) -> None:
+    bench = Bench(clock)
+    bench.engine.gate = asyncio.Event()
+    troubles = iter([None, EngineDied("killed"), InternalError("bad batch")])
+
+    def trouble(images: Sequence[Pixels], stitch: int) -> None:
+        error = next(troubles, None)
+        if error is not None:
+            raise error
+
+    bench.engine.script = trouble
+    tasks = [bench.submit(0)]
+    await settle()
+    tasks += [bench.submit(i) for i in (1, 2, 3)]
+    await settle()
+    bench.engine.gate.set()
+    answers = await asyncio.gather(*tasks)
+    assert [answer.logits[0, 1] for answer in answers] == [0, 1, 2, 3]
+    assert bench.engine.calls == [(2, 1), (2, 3), (2, 3), (0, 1), (0, 1), (0, 1)]
+    await bench.scheduler.close()
+
+
+async def test_the_fixed_stitch_decides_what_is_feasible(clock: FakeClock) -> None:
+    bench = Bench(clock, policy="fixed", stitch=2)
+    with pytest.raises(BudgetInfeasible) as refused:
+        await bench.submit(0, 0.004, hard=True)
+    assert refused.value.metadata == {"min_feasible_us": "10100"}
+    assert bench.scheduler.check_budget(0.004).idle_stitch is None
+    assert bench.scheduler.check_budget(0.02).idle_stitch == 2
+    await bench.scheduler.close()
+
+
+async def test_a_caller_that_leaves_in_the_turn_of_its_answer_is_counted_once(
+    clock: FakeClock,
+) -> None:
+    bench = Bench(clock)
+    task = bench.submit(0)
+
+    def leave(result: EngineResult) -> EngineResult:
+        asyncio.get_running_loop().call_soon(task.cancel)  # once the answer is on its way
+        return result
+
+    bench.engine.result = leave
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert bench.count("requests_total", model="m", stitch="2", code="OK") == 1
+    assert bench.count("requests_total", model="m", stitch="none", code="CANCELLED") == 0
     await bench.scheduler.close()
 
 
@@ -370,6 +497,9 @@ async def test_every_request_ends_exactly_once(clock: FakeClock, name: str, seed
         for sample in metric.samples
         if sample.name == "ladderstitch_requests_total"
     )
-    started = sum(not isinstance(end, asyncio.CancelledError) for end in ends)
-    assert started <= ended <= len(ends)
+    never_ran = sum(isinstance(end, asyncio.CancelledError) for end in ends) - bench.count(
+        "requests_total", model="m", stitch="none", code="CANCELLED"
+    )
+    assert never_ran >= 0  # tasks cancelled before their first step, so never submitted
+    assert ended == len(ends) - never_ran
     await bench.scheduler.close()

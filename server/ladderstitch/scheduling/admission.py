@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ladderstitch.core import Request
@@ -25,7 +26,6 @@ class Load:
     busy_s: float
     queued_requests: int
     queued_rows: int
-    draining: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +89,8 @@ def check_budget(
     settings: SchedulerSettings,
 ) -> BudgetCheck:
     """What a single image could have; raises `QualityUnavailable` if nothing is good enough."""
-    floor = max(min_quality, menu.floor)
-    candidates = [stitch for stitch in menu.frontier if menu.quality[stitch] >= floor]
-    if not candidates:
-        raise _unavailable(floor, menu)
+    _check_floor(min_quality, menu, menu.best)
+    candidates = menu.choices(min_quality)
     wait_s = load.busy_s + work_s(load.queued_rows, menu, latency)
     needs = {s: latency.seconds(s, 1) + settings.overhead_s for s in candidates}
     budget = float("inf") if budget_s is None else budget_s
@@ -110,10 +108,24 @@ def check_budget(
 
 def work_s(rows: float, menu: Menu, latency: LatencyView) -> float:
     """Seconds that this many rows take at least: full batches on the fastest stitch allowed."""
-    fastest = menu.pinned if menu.pinned is not None else menu.frontier[0]
+    fastest = menu.choices()[0]
     if rows <= latency.max_rows:
         return latency.expected(fastest, round(rows)) if rows >= 1 else 0.0
     return rows * latency.expected(fastest, latency.max_rows) / latency.max_rows
+
+
+def check_settings(settings: SchedulerSettings, quality: Mapping[int, float]) -> None:
+    """Raise `BadInput` if settings name a stitch or a floor that the model does not have."""
+    for field in ("stitch", "pinned_stitch"):
+        stitch = getattr(settings, field)
+        if stitch is not None and stitch not in quality:
+            raise BadInput(field, f"expected one of the model's stitches, got {stitch}")
+    best = max(quality.values())
+    if settings.min_quality > best:
+        raise BadInput(
+            "min_quality",
+            f"expected at most {best:.4f}, the best stitch's, got {settings.min_quality}",
+        )
 
 
 def _check_quality(request: Request, menu: Menu) -> None:
@@ -122,18 +134,17 @@ def _check_quality(request: Request, menu: Menu) -> None:
             f"stitch_id: expected 0 to {max(menu.quality)}, got {request.stitch}",
             stitch_id=str(request.stitch),
         )
-    floor = max(request.min_quality, menu.floor)
-    available = menu.best if request.stitch is None else request.stitch
-    if menu.quality[available] < floor:
-        raise _unavailable(floor, menu)
+    _check_floor(request.min_quality, menu, menu.best if request.stitch is None else request.stitch)
 
 
-def _unavailable(floor: float, menu: Menu) -> QualityUnavailable:
-    best = menu.quality[menu.best]
-    return QualityUnavailable(
-        f"min_quality: {floor:.4f} asked for, {best:.4f} is the most there is",
-        max_quality=f"{best:.6f}",
-    )
+def _check_floor(min_quality: float, menu: Menu, available: int) -> None:
+    """`available` is the best that the request may have."""
+    floor, most = max(min_quality, menu.floor), menu.quality[available]
+    if most < floor:
+        raise QualityUnavailable(
+            f"min_quality: {floor:.4f} asked for, {most:.4f} is the most there is",
+            max_quality=f"{most:.6f}",
+        )
 
 
 def _us(seconds: float) -> str:

@@ -18,6 +18,10 @@ TAIL_EVERY = 8
 """Observations between two looks at the tail (sorting costs some microseconds)."""
 TAIL_LIMIT = 4.0
 """Largest tail factor: beyond it, planning for the tail would refuse what mostly succeeds."""
+DOUBT = 0.98
+"""What one refusal without any other work takes off the slow-down."""
+DOUBT_FLOOR = 0.5
+"""Least slow-down that doubt alone leads to: the profile itself may be from a busy moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ class LatencyTable:
         self.probability = probability
         self._ratios: deque[float] = deque(maxlen=RECENT)
         self._residuals: deque[float] = deque([profiled_tail(profile)], maxlen=RESIDUALS)
-        self._observed = 0
+        self._learned = 0
         self.view = LatencyView(
             profiled={s: _dense(profile, s) for s in profile.stitches},
             max_rows=profile.max_batch,
@@ -72,14 +76,33 @@ class LatencyTable:
     def observe(self, stitch: int, rows: int, actual_s: float) -> float:
         """Learn from one batch; returns actual over expected seconds."""
         error = actual_s / self.view.expected(stitch, rows)
+        doubted = not self._ratios  # then `error` tells of the doubt, not of the machine
         self._ratios.append(actual_s / self.view.profiled[stitch][rows])
-        self._residuals.append(error)
-        self._observed += 1
-        tail = self.view.tail
-        if self._observed % TAIL_EVERY == 0:
-            tail = self._tail()
-        self.view = replace(self.view, slowdown=median(self._ratios), tail=tail)
+        self._learn(slowdown=median(self._ratios), residual=1.0 if doubted else error)
         return error
+
+    def doubt(self) -> None:
+        """A request was refused for its time although nothing else ran.
+
+        Without work there is nothing to observe, so one slow spell could shut the door for ever.
+        Each such refusal brings the correction a step back, until a request is let in; what that
+        one takes counts alone.
+        """
+        self._ratios.clear()
+        slowdown = self.view.slowdown
+        self._learn(slowdown=min(slowdown, max(DOUBT_FLOOR, slowdown * DOUBT)), residual=1.0)
+
+    def set_probability(self, probability: float) -> None:
+        """How sure `view.seconds` is to be from now on."""
+        if probability != self.probability:
+            self.probability = probability
+            self.view = replace(self.view, tail=self._tail())
+
+    def _learn(self, slowdown: float, residual: float) -> None:
+        self._residuals.append(residual)
+        self._learned += 1
+        tail = self._tail() if self._learned % TAIL_EVERY == 0 else self.view.tail
+        self.view = replace(self.view, slowdown=slowdown, tail=tail)
 
     def _tail(self) -> float:
         ordered = sorted(self._residuals)

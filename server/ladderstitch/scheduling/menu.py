@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,12 +16,14 @@ class Menu:
     """The frontier (fastest first, so quality rises along it), every stitch's quality, the rules.
 
     A request's own `stitch` may be any of the family. The operator's pin holds for everyone whose
-    `min_quality` it satisfies; the operator's floor holds for everyone.
+    `min_quality` it satisfies; the operator's floor, and then the stitch of the policy `fixed`,
+    for everyone whom no pin holds.
     """
 
     frontier: tuple[int, ...]
     quality: Mapping[int, float]
     pinned: int | None = None
+    fixed: int | None = None
     floor: float = 0.0
 
     @classmethod
@@ -33,6 +36,7 @@ class Menu:
             frontier=tuple(point.stitch for point in points),
             quality=quality,
             pinned=settings.pinned_stitch,
+            fixed=settings.stitch if settings.policy == "fixed" else None,
             floor=settings.min_quality,
         )
 
@@ -50,17 +54,21 @@ class Menu:
         return self.quality[stitch] >= max(self.floor, request.min_quality)
 
     def candidates(self, request: Request) -> tuple[int, ...]:
-        """Stitches to choose from for a request, fastest first; never empty.
+        """Stitches to choose from for a request, fastest first; never empty."""
+        if request.stitch is not None:
+            return (request.stitch,)
+        return self.choices(request.min_quality)
+
+    def choices(self, min_quality: float = 0.0) -> tuple[int, ...]:
+        """Candidates of a request that names no stitch.
 
         Where nothing reaches the floors (they may have been raised while the request waited), the
         best stitch is all there is.
         """
-        if request.stitch is not None:
-            return (request.stitch,)
-        if self.pinned is not None and self.quality[self.pinned] >= request.min_quality:
+        if self.pinned is not None and self.quality[self.pinned] >= min_quality:
             return (self.pinned,)
-        floor = max(self.floor, request.min_quality)
-        for index, stitch in enumerate(self.frontier):
-            if self.quality[stitch] >= floor:
-                return self.frontier[index:]
-        return (self.best,)
+        floor = max(self.floor, min_quality)
+        if self.fixed is not None and self.quality[self.fixed] >= floor:
+            return (self.fixed,)
+        first = bisect_left(self.frontier, floor, key=self.quality.__getitem__)
+        return self.frontier[min(first, len(self.frontier) - 1) :]

@@ -14,6 +14,8 @@ from ladderstitch.scheduling.settings import SchedulerSettings
 
 SCAN_FACTOR = 4
 """A batch of n rows looks at no more than this times n requests, however long the queue is."""
+NEAR = 32
+"""Requests at the head of the queue among which the tightest deadline is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +37,10 @@ def take(queue: Sequence[Request], stitch: int, rows: int, menu: Menu) -> tuple[
     head = queue[0]
     chosen, left = [head], rows - head.rows
     for request in queue[1 : SCAN_FACTOR * rows] if left > 0 else ():
-        if request.rows <= left and menu.admits(request, stitch):
+        size = request.rows
+        if size <= left and menu.admits(request, stitch):
             chosen.append(request)
-            left -= request.rows
+            left -= size
             if not left:
                 break
     return tuple(chosen)
@@ -50,34 +53,49 @@ def run_late(
 
     Requests that can still be on time are left out, so that a hopeless one does not drag them down.
     """
-    stitch = menu.candidates(queue[0])[0]
-    alone = latency.seconds(stitch, 1)
-    late = [
-        request
-        for request in queue[: SCAN_FACTOR * latency.max_rows]
-        if request is queue[0] or slack(request, now, overhead_s) < alone
-    ]
+    head = queue[0]
+    stitch = menu.candidates(head)[0]
+    hopeless = now + overhead_s + latency.seconds(stitch, 1)
+    late = [head]
+    late += [r for r in queue[1 : SCAN_FACTOR * latency.max_rows] if r.budget.target < hopeless]
     return Decision(take(late, stitch, latency.max_rows, menu), stitch)
 
 
-def slack(request: Request, now: float, overhead_s: float) -> float:
-    """Seconds of compute that still make the request's target."""
-    return request.budget.target - now - overhead_s
+def slack(
+    queue: Sequence[Request], menu: Menu, latency: LatencyView, now: float, overhead_s: float
+) -> float:
+    """Seconds of compute that make the earliest target around the head.
+
+    That is the head's, unless its priority or its age put it before a tighter request: that one
+    counts if it can be on time in one batch with the head.
+    """
+    head = queue[0]
+    fastest = menu.candidates(head)[0]
+    start = now + overhead_s
+    possible = start + latency.seconds(fastest, head.rows)
+    earliest = head.budget.target
+    for request in queue[1:NEAR]:
+        target = request.budget.target
+        if not possible < target < earliest or not menu.admits(request, fastest):
+            continue
+        rows = head.rows + request.rows
+        if rows <= latency.max_rows and start + latency.seconds(fastest, rows) <= target:
+            earliest = target
+    return earliest - start
 
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """Always one stitch, with the largest batch that makes the head's target."""
+    """Always the stitch that the menu fixes, with the largest batch that makes the targets."""
 
     menu: Menu
-    stitch: int
     overhead_s: float
 
     def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision:
         head = queue[0]
-        allowed = self.menu.admits(head, self.stitch)
-        stitch = self.stitch if allowed else self.menu.candidates(head)[0]
-        rows = latency.largest_fit(stitch, slack(head, now, self.overhead_s))
+        stitch = self.menu.candidates(head)[0]
+        left = slack(queue, self.menu, latency, now, self.overhead_s)
+        rows = latency.largest_fit(stitch, left)
         # A late head gains nothing from a small batch, and those behind it wait the less.
         rows = rows if rows >= head.rows else latency.max_rows
         return Decision(take(queue, stitch, rows, self.menu), stitch)
@@ -92,7 +110,7 @@ class MaxQuality:
 
     def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision:
         head = queue[0]
-        left = slack(head, now, self.overhead_s)
+        left = slack(queue, self.menu, latency, now, self.overhead_s)
         for stitch in reversed(self.menu.candidates(head)):
             rows = latency.largest_fit(stitch, left)
             if rows >= head.rows:
@@ -109,7 +127,7 @@ class MaxBatch:
 
     def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision:
         head = queue[0]
-        left = slack(head, now, self.overhead_s)
+        left = slack(queue, self.menu, latency, now, self.overhead_s)
         candidates = self.menu.candidates(head)
         rows = latency.largest_fit(candidates[0], left)
         if rows < head.rows:
@@ -168,14 +186,14 @@ class SlackFit:
     def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision:
         head = queue[0]
         candidates = self.menu.candidates(head)
-        left = slack(head, now, self.overhead_s)
+        left = slack(queue, self.menu, latency, now, self.overhead_s)
         edges, table = self._table(candidates, latency)
-        index = bisect_right(edges, latency.profiled_slack(left)) - 1
-        if index >= 0 and table[index].rows >= head.rows:
+        for index in reversed(range(bisect_right(edges, latency.profiled_slack(left)))):
             choice = table[index]
-            return Decision(take(queue, choice.stitch, choice.rows, self.menu), choice.stitch)
+            if choice.rows >= head.rows:
+                return Decision(take(queue, choice.stitch, choice.rows, self.menu), choice.stitch)
         rows = latency.largest_fit(candidates[0], left)
-        if rows >= head.rows:  # below the first bucket's edge, or the head is a batch of its own
+        if rows >= head.rows:  # between the fastest stitch and the first bucket's edge
             return Decision(take(queue, candidates[0], rows, self.menu), candidates[0])
         return run_late(queue, self.menu, latency, now, self.overhead_s)
 
@@ -192,8 +210,7 @@ def make_policy(settings: SchedulerSettings, menu: Menu) -> Policy:
     """The policy that the settings name."""
     match settings.policy:
         case "fixed":
-            assert settings.stitch is not None, "checked by SchedulerSettings"
-            return Fixed(menu, settings.stitch, settings.overhead_s)
+            return Fixed(menu, settings.overhead_s)
         case "max_quality":
             return MaxQuality(menu, settings.overhead_s)
         case "max_batch":
