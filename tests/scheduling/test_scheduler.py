@@ -322,6 +322,21 @@ async def test_the_fixed_stitch_decides_what_is_feasible(clock: FakeClock) -> No
     await bench.scheduler.close()
 
 
+async def test_a_caller_that_leaves_just_before_dispatch_is_not_computed(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    bench.engine.gate = asyncio.Event()
+    running = bench.submit(0)
+    await settle()
+    queued = bench.submit(1)
+    await settle()
+    bench.engine.gate.set()  # the dispatch loop will run before the caller that leaves does
+    queued.cancel()
+    await running
+    await bench.scheduler.drain()
+    assert bench.engine.calls == [(2, 1)]
+    await bench.scheduler.close()
+
+
 async def test_a_caller_that_leaves_in_the_turn_of_its_answer_is_counted_once(
     clock: FakeClock,
 ) -> None:
