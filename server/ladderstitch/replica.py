@@ -26,6 +26,9 @@ from ladderstitch.service.server import Server, Transport
 
 log = logging.getLogger(__name__)
 
+LAME_DUCK_S = 0.25
+"""So long, calls on their way to a stopping replica are told DRAINING; gRPC would cancel them."""
+
 Advance = Callable[[int, int], None]
 """(done, total) of the warm-up."""
 
@@ -103,6 +106,7 @@ class Replica:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._model.scheduler.drain(), self.config.drain_s)
             await self._model.scheduler.close()
+        await asyncio.sleep(LAME_DUCK_S)
         await self.server.stop(grace_s=1.0)
         if self._engine is not None:
             self._engine.close()
