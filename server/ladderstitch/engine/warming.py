@@ -43,8 +43,8 @@ async def warm_up(
     seconds: dict[tuple[int, int], list[float]] = defaultdict(list)
     done = 0
     for turn in range(rounds):
-        for stitch in stitches:
-            for size in sizes:
+        for size in sizes:
+            for stitch in stitches:
                 result = await engine.forward([images[:size]], stitch)
                 if turn:  # the first pays for allocation and kernel selection
                     seconds[stitch, size].append(result.compute_s)
