@@ -41,4 +41,11 @@ cuda) "$VENV/bin/pip" install -q "$pin" ;;
     exit 1
     ;;
 esac
-"$VENV/bin/pip" install -q -c constraints.txt -e '.[dev]'
+# CUDA builds of torch bring the triton that they were made with; the pin is for the others.
+constraints=$VENV/constraints.txt
+if "$VENV/bin/pip" show -q triton 2>/dev/null; then
+    grep -v '^triton==' constraints.txt >"$constraints"
+else
+    cp constraints.txt "$constraints"
+fi
+"$VENV/bin/pip" install -q -c "$constraints" -e '.[dev]'
