@@ -15,6 +15,8 @@ from ladderstitch.models.snnet import SnNetConfig
 from ladderstitch.models.vit import InputShape, VitConfig
 
 GOLDEN = Path(__file__).parent / "golden"
+SIZES = (1, 2, 4, 8, 16, 32)
+"""All that a server runs by default, so that its profile keeps the made-up shape."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -79,11 +81,11 @@ def make_tiny_bundle(path: Path) -> Bundle:
             threads=1,
             date="2026-01-01",
             versions={},
-            batch_sizes=(1, 2, 4, 8),
+            batch_sizes=SIZES,
             stitches={
                 i: Latency(
-                    median_s=tuple((1 + i / 10) * 1e-3 * b**0.5 for b in (1, 2, 4, 8)),
-                    p99_s=tuple((1 + i / 10) * 1.3e-3 * b**0.5 for b in (1, 2, 4, 8)),
+                    median_s=tuple((1 + i / 10) * 1e-3 * b**0.5 for b in SIZES),
+                    p99_s=tuple((1 + i / 10) * 1.3e-3 * b**0.5 for b in SIZES),
                 )
                 for i in ids
             },
