@@ -13,7 +13,7 @@ from ladderstitch.v1 import inference_pb2 as pb
 from ladderstitch_loadtest.open_loop import BudgetClass, Sample, open_loop, poisson
 from ladderstitch_loadtest.overhead import INFER
 
-POLICIES = ("slackfit", "max_quality", "max_batch")
+POLICIES = ("adaptive", "slackfit", "max_quality", "max_batch")
 ALONE_CALLS = 400
 
 

@@ -10,15 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ladderstitch.core import Request
+from ladderstitch.scheduling.arrivals import Forecast
 from ladderstitch.scheduling.latency import LatencyView
 from ladderstitch.scheduling.menu import Menu
-from ladderstitch.scheduling.policy import Decision, Policy, make_policy, slackfit_buckets
+from ladderstitch.scheduling.policies import make_policy
+from ladderstitch.scheduling.policy import Decision, Policy, slackfit_buckets
 from ladderstitch.scheduling.queue import DeadlineQueue
 from ladderstitch.scheduling.settings import SchedulerSettings
 from tests.scheduling.conftest import QUALITY, make_menu, make_request, plain_view
 
 NOW = 50.0
-NAMES = ("fixed", "max_quality", "max_batch", "slackfit")
+NAMES = ("fixed", "max_quality", "max_batch", "slackfit", "adaptive")
 
 
 def policy(name: str, menu: Menu, **fields: object) -> Policy:
@@ -28,7 +30,7 @@ def policy(name: str, menu: Menu, **fields: object) -> Policy:
     chosen = SchedulerSettings.model_validate(
         {"policy": name, "overhead_s": 0.0, "slackfit_buckets": 16} | stitch | fields
     )
-    return make_policy(chosen, menu)
+    return make_policy(chosen, menu, Forecast())
 
 
 def ordered(requests: list[Request]) -> Sequence[Request]:
@@ -74,7 +76,7 @@ def test_what_holds_for_every_decision(
             assert QUALITY[got.stitch] >= request.min_quality
 
 
-@pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit"])
+@pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit", "adaptive"])
 @given(requests=queues())
 @settings(max_examples=60)
 def test_the_head_is_on_time_whenever_it_can_be(name: str, requests: list[Request]) -> None:
@@ -168,14 +170,14 @@ def test_slackfit_buckets_ascend_and_end_at_the_slowest() -> None:
     assert (buckets[-1].stitch, buckets[-1].rows) == (2, 8)
 
 
-@pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit"])
+@pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit", "adaptive"])
 def test_a_hopeless_head_does_not_drag_relaxed_requests_down(name: str) -> None:
     late, relaxed = make_request(NOW - 1), make_request(NOW + 10)
     got = policy(name, make_menu())(ordered([relaxed, late]), plain_view(), NOW)
     assert got == Decision((late,), 0)
 
 
-@pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit"])
+@pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit", "adaptive"])
 def test_the_late_run_together(name: str) -> None:
     late = [make_request(NOW - 1 + i / 100) for i in range(20)]
     got = policy(name, make_menu())(ordered(late), plain_view(), NOW)
@@ -188,7 +190,7 @@ def test_no_deadline_means_the_best(name: str) -> None:
     assert got.stitch == (1 if name == "fixed" else 2)
 
 
-@pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit"])
+@pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit", "adaptive"])
 def test_a_head_that_waited_long_does_not_make_a_tight_request_late(name: str) -> None:
     """Without a deadline it comes first by age, but the batch is planned for the tighter one."""
     aged, tight = make_request(arrival=NOW - 2), make_request(NOW + 0.005)
@@ -199,7 +201,7 @@ def test_a_head_that_waited_long_does_not_make_a_tight_request_late(name: str) -
     assert NOW + plain_view().seconds(got.stitch, 2) <= tight.budget.target
 
 
-@pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit"])
+@pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit", "adaptive"])
 def test_a_tight_request_that_cannot_join_in_time_does_not_hurt_the_head(name: str) -> None:
     aged, hopeless = make_request(arrival=NOW - 2), make_request(NOW + 0.0012)
     got = policy(name, make_menu())(ordered([hopeless, aged]), plain_view(), NOW)

@@ -470,7 +470,7 @@ async def test_check_budget_counts_the_load(clock: FakeClock) -> None:
     await bench.scheduler.close()
 
 
-@pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit"])
+@pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit", "adaptive"])
 @pytest.mark.parametrize("seed", range(4))
 async def test_every_request_ends_exactly_once(clock: FakeClock, name: str, seed: int) -> None:
     """Random arrivals, deadlines, cancellations, deaths, failures and reconfigurations."""

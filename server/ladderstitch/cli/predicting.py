@@ -105,7 +105,7 @@ def models(address: Address = DEFAULT_ADDRESS) -> None:
 
 def schedule(
     policy: Annotated[
-        str | None, typer.Option(help="fixed, max_quality, max_batch or slackfit")
+        str | None, typer.Option(help="fixed, max_quality, max_batch, slackfit or adaptive")
     ] = None,
     fixed_stitch: Annotated[int | None, typer.Option(help="Stitch of the policy fixed.")] = None,
     pin: Annotated[int | None, typer.Option(help="Stitch that overrides the policy.")] = None,

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import TypedDict
 
 from ladderstitch.measurements import LatencyProfile
 
@@ -36,6 +37,7 @@ class LatencyView:
     max_rows: int
     slowdown: float
     tail: float
+    residuals: tuple[float, ...] = (1.0,)  # actual over expected seconds, recent, ascending
 
     def expected(self, stitch: int, rows: int) -> float:
         return self.profiled[stitch][rows] * self.slowdown
@@ -48,9 +50,21 @@ class LatencyView:
         """Slack in the profile's seconds, to compare with `profiled` directly."""
         return slack_s / (self.slowdown * self.tail)
 
+    def chance(self, stitch: int, rows: int, slack_s: float) -> float:
+        """How likely a batch is over within the slack, by the recent residuals; 0 to 1."""
+        allowed = slack_s / self.expected(stitch, rows)
+        return bisect_right(self.residuals, allowed) / len(self.residuals)
+
     def largest_fit(self, stitch: int, slack_s: float) -> int:
         """Rows that fit into the slack on a stitch; 0 if not even one does."""
         return bisect_right(self.profiled[stitch], self.profiled_slack(slack_s), lo=1) - 1
+
+
+class Spread(TypedDict):
+    """The fields of a view that the residuals determine."""
+
+    residuals: tuple[float, ...]
+    tail: float
 
 
 class LatencyTable:
@@ -71,6 +85,7 @@ class LatencyTable:
             max_rows=profile.max_batch,
             slowdown=1.0,
             tail=profiled_tail(profile),
+            residuals=(profiled_tail(profile),),
         )
 
     def observe(self, stitch: int, rows: int, actual_s: float) -> float:
@@ -96,18 +111,21 @@ class LatencyTable:
         """How sure `view.seconds` is to be from now on."""
         if probability != self.probability:
             self.probability = probability
-            self.view = replace(self.view, tail=self._tail())
+            self.view = replace(self.view, **self._spread())
 
     def _learn(self, slowdown: float, residual: float) -> None:
         self._residuals.append(residual)
         self._learned += 1
-        tail = self._tail() if self._learned % TAIL_EVERY == 0 else self.view.tail
-        self.view = replace(self.view, slowdown=slowdown, tail=tail)
+        if self._learned % TAIL_EVERY:
+            self.view = replace(self.view, slowdown=slowdown)
+        else:
+            self.view = replace(self.view, slowdown=slowdown, **self._spread())
 
-    def _tail(self) -> float:
-        ordered = sorted(self._residuals)
+    def _spread(self) -> Spread:
+        """The residuals in order, and their quantile that `seconds` plans for."""
+        ordered = tuple(sorted(self._residuals))
         rank = min(len(ordered) - 1, int(self.probability * len(ordered)))
-        return min(max(1.0, ordered[rank]), TAIL_LIMIT)
+        return {"residuals": ordered, "tail": min(max(1.0, ordered[rank]), TAIL_LIMIT)}
 
 
 def profiled_tail(profile: LatencyProfile) -> float:

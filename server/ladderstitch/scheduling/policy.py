@@ -10,7 +10,6 @@ from typing import Protocol
 from ladderstitch.core import Request
 from ladderstitch.scheduling.latency import LatencyView
 from ladderstitch.scheduling.menu import Menu
-from ladderstitch.scheduling.settings import SchedulerSettings
 
 SCAN_FACTOR = 4
 """A batch of n rows looks at no more than this times n requests, however long the queue is."""
@@ -204,16 +203,3 @@ class SlackFit:
             buckets = slackfit_buckets(candidates, latency, self.buckets)
             self._tables[candidates] = ([bucket.upper_s for bucket in buckets], buckets)
         return self._tables[candidates]
-
-
-def make_policy(settings: SchedulerSettings, menu: Menu) -> Policy:
-    """The policy that the settings name."""
-    match settings.policy:
-        case "fixed":
-            return Fixed(menu, settings.overhead_s)
-        case "max_quality":
-            return MaxQuality(menu, settings.overhead_s)
-        case "max_batch":
-            return MaxBatch(menu, settings.overhead_s)
-        case "slackfit":
-            return SlackFit(menu, settings.slackfit_buckets, settings.overhead_s)

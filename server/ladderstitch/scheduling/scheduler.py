@@ -22,11 +22,13 @@ from ladderstitch.errors import (
 from ladderstitch.measurements import LatencyProfile
 from ladderstitch.metrics import ModelMetrics
 from ladderstitch.scheduling import admission
+from ladderstitch.scheduling.arrivals import Arrivals
 from ladderstitch.scheduling.engine import Engine, EngineDied, EngineResult
 from ladderstitch.scheduling.latency import LatencyTable
 from ladderstitch.scheduling.ledger import Ledger, Waiting
 from ladderstitch.scheduling.menu import Menu
-from ladderstitch.scheduling.policy import Decision, make_policy
+from ladderstitch.scheduling.policies import make_policy
+from ladderstitch.scheduling.policy import Decision
 from ladderstitch.scheduling.queue import DeadlineQueue
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.scheduling.statistics import Statistics
@@ -60,6 +62,7 @@ class Scheduler:
         self.latency = LatencyTable(profile, settings.attainment_probability)
         self._ledger = Ledger(metrics, clock)
         self._queue = DeadlineQueue(settings.priority_window_s)
+        self._arrivals = Arrivals()
         self._alone: deque[Waiting] = deque()
         self._running: list[Waiting] = []
         self._busy_until = 0.0
@@ -85,7 +88,7 @@ class Scheduler:
         self.latency.set_probability(settings.attainment_probability)
         self.settings = settings
         self.menu = Menu.of(self.quality, self.latency.profile, settings)
-        self.policy = make_policy(settings, self.menu)
+        self.policy = make_policy(settings, self.menu, self._arrivals.forecast)
 
     @property
     def running(self) -> bool:
@@ -125,6 +128,8 @@ class Scheduler:
         self._admit(request)
         waiting = self._ledger.open(request)
         self._queue.add(request)
+        if self._arrivals.add(request) and self.settings.policy == "adaptive":
+            self.policy = make_policy(self.settings, self.menu, self._arrivals.forecast)
         self.metrics.queued(len(self._queue))
         self._idle.clear()
         self._wake.set()

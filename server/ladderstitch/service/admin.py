@@ -16,6 +16,7 @@ POLICIES = {
     pb.POLICY_NAME_MAX_QUALITY: "max_quality",
     pb.POLICY_NAME_MAX_BATCH: "max_batch",
     pb.POLICY_NAME_SLACKFIT: "slackfit",
+    pb.POLICY_NAME_ADAPTIVE: "adaptive",
 }
 NUMBERS = {name: number for number, name in POLICIES.items()}
 

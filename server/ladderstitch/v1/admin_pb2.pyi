@@ -33,6 +33,8 @@ class _PolicyNameEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PolicyName
     """The largest batch on the fastest stitch, then the most accurate stitch for it."""
     POLICY_NAME_SLACKFIT: _PolicyName.ValueType  # 4
     """SuperServe's latency buckets."""
+    POLICY_NAME_ADAPTIVE: _PolicyName.ValueType  # 5
+    """What a batch earns in quality, weighed against what its time costs others."""
 
 class PolicyName(_PolicyName, metaclass=_PolicyNameEnumTypeWrapper):
     """How requests get their stitch and batch."""
@@ -47,6 +49,8 @@ POLICY_NAME_MAX_BATCH: PolicyName.ValueType  # 3
 """The largest batch on the fastest stitch, then the most accurate stitch for it."""
 POLICY_NAME_SLACKFIT: PolicyName.ValueType  # 4
 """SuperServe's latency buckets."""
+POLICY_NAME_ADAPTIVE: PolicyName.ValueType  # 5
+"""What a batch earns in quality, weighed against what its time costs others."""
 Global___PolicyName: _TypeAlias = PolicyName  # noqa: Y015
 
 @_typing.final

@@ -1,0 +1,89 @@
+"""The adaptive policy and its forecast: what it earns, what it will not risk."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ladderstitch.core import Request
+from ladderstitch.scheduling.adaptive import Adaptive
+from ladderstitch.scheduling.arrivals import REMEMBERED, Arrivals, Forecast
+from tests.scheduling.conftest import make_menu, make_request, plain_view
+
+NOW = 50.0
+
+
+NOTHING_KNOWN = Forecast()
+
+
+def decide(requests: list[Request], forecast: Forecast = NOTHING_KNOWN) -> tuple[int, int]:
+    got = Adaptive(make_menu(), 0.0, forecast)(requests, plain_view(), NOW)
+    return got.stitch, len(got.requests)
+
+
+def forecast_of(budgets_s: list[float], rate: float) -> Forecast:
+    arrivals = Arrivals()
+    for i in range(REMEMBERED):
+        at = i / rate
+        arrivals.add(make_request(at + budgets_s[i % len(budgets_s)], arrival=at))
+    return arrivals.forecast
+
+
+def test_alone_it_takes_the_best_that_fits() -> None:
+    for slack_ms, stitch in ((1.1, 0), (2.5, 3), (5.0, 1), (9.0, 2), (1000.0, 2)):
+        assert decide([make_request(NOW + slack_ms / 1e3)]) == (stitch, 1)
+
+
+def test_it_leaves_time_for_tight_newcomers_if_there_are_many() -> None:
+    relaxed = [make_request(NOW + 1.0)]
+    rare, common = forecast_of([0.004, 1.0], rate=1.0), forecast_of([0.004, 1.0], rate=200.0)
+    assert decide(relaxed, NOTHING_KNOWN) == (2, 1)
+    assert NOTHING_KNOWN.late(1.0, 0.001) == 0.0
+    assert decide(relaxed, rare) == (2, 1)
+    assert decide(relaxed, common) == (1, 1)  # 3 ms of service: a 4 ms newcomer still gets its 1 ms
+
+
+def test_it_does_not_buy_quality_with_the_next_ones_lateness() -> None:
+    stitch, size = decide([make_request(NOW + 0.0083), make_request(NOW + 0.0086)])
+    assert (stitch, size) != (2, 1)  # 8 ms for the head alone would leave 0.6 ms
+    view = plain_view()
+    seconds = view.seconds(stitch, size)
+    assert size == 2 or seconds + view.seconds(0, 1) <= 0.0086
+
+
+def test_near_misses_in_the_past_make_it_careful() -> None:
+    """The best stitch fits by the median, but one in three such batches took 30 % longer."""
+    view = plain_view()
+    careful = type(view)(view.profiled, 8, 1.0, 1.0, residuals=(1.0, 1.0, 1.3))
+    request = [make_request(NOW + 0.0085)]
+    assert Adaptive(make_menu(), 0.0, NOTHING_KNOWN)(request, view, NOW).stitch == 2
+    assert Adaptive(make_menu(), 0.0, NOTHING_KNOWN)(request, careful, NOW).stitch == 1
+
+
+@given(
+    st.lists(st.floats(0.001, 0.1), min_size=1, max_size=20),
+    st.floats(0.0005, 0.2),
+    st.floats(0.0001, 0.01),
+)
+def test_the_forecast_is_its_definition(
+    budgets_s: list[float], busy_s: float, fastest_s: float
+) -> None:
+    ordered = sorted(budgets_s)
+    sums = [sum(ordered[:i]) for i in range(len(ordered) + 1)]
+    forecast = Forecast(100.0, tuple(ordered), tuple(sums))
+    spells = [max(0.0, busy_s + fastest_s - b) for b in ordered if b >= fastest_s]
+    wanted = 100.0 * sum(spells) / len(ordered)
+    assert forecast.late(busy_s, fastest_s) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_the_forecast_learns_the_rate_and_forgets() -> None:
+    arrivals, rng, now = Arrivals(), random.Random(1), 0.0
+    for rate in (50.0, 500.0):
+        for _ in range(2 * REMEMBERED):
+            now += rng.expovariate(rate)
+            arrivals.add(make_request(now + 0.01, arrival=now))
+        assert arrivals.forecast.rate == pytest.approx(rate, rel=0.25)
+        assert len(arrivals.forecast.budgets_s) == REMEMBERED
