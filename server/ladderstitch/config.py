@@ -25,6 +25,9 @@ class ServerConfig(BaseModel):
     device: str = Field("auto", description="auto, cpu or cuda[:N]")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = Field(1, ge=1, description="torch threads of the worker process")
+    inline_limit_ms: float = Field(
+        1.0, ge=0, le=10, description="shorter batches of light models run in the replica's process"
+    )
     max_batch_rows: int = Field(32, ge=1, le=4096)
     max_message_mb: int = Field(64, ge=1, le=1024, description="largest gRPC message, MiB")
     drain_s: float = Field(20.0, ge=0, description="time for accepted requests on shutdown")

@@ -12,6 +12,7 @@ from typing import Any
 from ladderstitch.bundle import Bundle
 from ladderstitch.config import ServerConfig
 from ladderstitch.engine.channel import WorkerConfig
+from ladderstitch.engine.hybrid import HybridEngine
 from ladderstitch.engine.placement import resolve_device, resolve_dtype
 from ladderstitch.engine.process import ProcessEngine
 from ladderstitch.engine.warming import warm_up
@@ -31,6 +32,10 @@ LAME_DUCK_S = 0.25
 
 Advance = Callable[[int, int], None]
 """(done, total) of the warm-up."""
+
+
+LIGHT_BYTES = 32 << 20
+"""Bundles up to this size may be held twice, in the worker and in the replica's process."""
 
 
 class Replica:
@@ -81,7 +86,7 @@ class Replica:
             self.config.metrics_port, self.config.host, share_port=self.share_port
         )
         worker = self._worker_config()
-        self._engine = ProcessEngine(worker)
+        self._engine = self._make_engine(worker)
         await self._engine.start()
         self._model = await self._host(self._engine, worker, advance)
         self.host.models[self._model.name] = self._model
@@ -111,6 +116,12 @@ class Replica:
         if self._engine is not None:
             self._engine.close()
         self._close_metrics()
+
+    def _make_engine(self, worker: WorkerConfig) -> ProcessEngine:
+        light = worker.device == "cpu" and self.bundle.weight_bytes <= LIGHT_BYTES
+        if light and self.config.inline_limit_ms > 0:
+            return HybridEngine(worker, self.config.inline_limit_ms / 1e3)
+        return ProcessEngine(worker)
 
     def _worker_config(self) -> WorkerConfig:
         manifest, inputs = self.bundle.manifest, self.bundle.manifest.preprocessing
