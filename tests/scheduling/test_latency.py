@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ladderstitch.scheduling.latency import LatencyTable
+from ladderstitch.scheduling.latency import LatencyTable, Transit
 from tests.scheduling.conftest import ALONE_MS, make_profile, plain_view
 
 
@@ -118,3 +118,14 @@ def test_a_lower_probability_counts_at_once() -> None:
     assert table.view.tail == pytest.approx(2.0)
     table.set_probability(0.9)
     assert table.view.tail == pytest.approx(1.0)
+
+
+def test_transit_is_the_95th_percentile_of_what_is_not_compute() -> None:
+    transit = Transit()
+    assert transit.seconds == 0.0
+    for i in range(200):
+        transit.observe(0.003 if i % 10 == 0 else 0.0005)
+    assert transit.seconds == 0.003
+    for _ in range(64):
+        transit.observe(-1e-9)  # clocks of two processes
+    assert transit.seconds == 0.0

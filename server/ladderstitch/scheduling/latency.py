@@ -60,6 +60,25 @@ class LatencyView:
         return bisect_right(self.profiled[stitch], self.profiled_slack(slack_s), lo=1) - 1
 
 
+class Transit:
+    """Seconds between dispatch and answer that are not compute: changing processes, waking up.
+
+    They neither shrink with the stitch nor grow with the batch, so they are learned apart, as the
+    95th percentile of recent batches.
+    """
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=64)
+        self._learned = 0
+        self.seconds = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._recent.append(max(0.0, seconds))
+        self._learned += 1
+        if self._learned % TAIL_EVERY == 0:
+            self.seconds = sorted(self._recent)[int(0.95 * len(self._recent))]
+
+
 class Spread(TypedDict):
     """The fields of a view that the residuals determine."""
 

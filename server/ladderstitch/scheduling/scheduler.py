@@ -24,7 +24,7 @@ from ladderstitch.metrics import ModelMetrics
 from ladderstitch.scheduling import admission
 from ladderstitch.scheduling.arrivals import Arrivals
 from ladderstitch.scheduling.engine import Engine, EngineDied, EngineResult
-from ladderstitch.scheduling.latency import LatencyTable
+from ladderstitch.scheduling.latency import LatencyTable, Transit
 from ladderstitch.scheduling.ledger import Ledger, Waiting
 from ladderstitch.scheduling.menu import Menu
 from ladderstitch.scheduling.policies import make_policy
@@ -63,6 +63,7 @@ class Scheduler:
         self._ledger = Ledger(metrics, clock)
         self._queue = DeadlineQueue(settings.priority_window_s)
         self._arrivals = Arrivals()
+        self._transit = Transit()
         self._alone: deque[Waiting] = deque()
         self._running: list[Waiting] = []
         self._busy_until = 0.0
@@ -198,7 +199,8 @@ class Scheduler:
         if not self._queue:
             return None
         try:
-            decision = self.policy(self._queue.view, self.latency.view, now)
+            start = now + self._transit.seconds
+            decision = self.policy(self._queue.view, self.latency.view, start)
         except Exception as error:
             # Whatever is wrong with the policy, the head ends here and the others get their turn.
             head = self._queue.view[0]
@@ -235,6 +237,7 @@ class Scheduler:
     ) -> None:
         if len(result.logits) != rows:
             raise ValueError(f"logits: expected {rows} rows, got {len(result.logits)}")
+        self._transit.observe(self.clock() - started - result.compute_s)
         error = self.latency.observe(stitch, rows, result.compute_s)
         self.metrics.computed(rows, result.compute_s, error)
         self.metrics.corrected(self.latency.view.slowdown, self.latency.view.tail)

@@ -27,7 +27,9 @@ class SchedulerSettings(BaseModel):
     priority_window_s: float = Field(
         0.1, ge=0, description="how much earlier a deadline the highest priority is worth"
     )
-    overhead_s: float = Field(0.0005, ge=0, description="time reserved outside compute")
+    overhead_s: float = Field(
+        0.0005, ge=0, description="reserved for writing the answer; waking the engine is learned"
+    )
 
     @model_validator(mode="after")
     def _fixed_names_a_stitch(self) -> SchedulerSettings:
