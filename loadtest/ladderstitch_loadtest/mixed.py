@@ -93,7 +93,7 @@ async def measure(
                 await choose(client, name)
                 requests = _requests(model, classes, rate, seconds, seed + turn)
                 samples[name] += await open_loop(client.channel.unary_unary(INFER), requests)
-        await choose(client, "slackfit")
+        await choose(client, "adaptive")
     mixed.rows = [_row(name, ends, classes) for name, ends in samples.items()]
     lags = [sample.send_lag_s for ends in samples.values() for sample in ends]
     mixed.send_lag_p99_ms = round(1e3 * float(np.quantile(lags, 0.99)), 3)

@@ -18,7 +18,7 @@ from tests.service.conftest import RunningServer, pixels
 @pytest.fixture(autouse=True)
 def _put_back(client: Client) -> Iterator[None]:
     yield
-    client.update_scheduling(policy="POLICY_NAME_SLACKFIT", unpin=True, min_quality=0.0)
+    client.update_scheduling(policy="POLICY_NAME_ADAPTIVE", unpin=True, min_quality=0.0)
 
 
 def test_policy_pin_and_floor_change_at_once(client: Client) -> None:

@@ -53,7 +53,7 @@ class Adaptive:
         """Expected sum of quality over the batch and those whom it concerns."""
         quality, fastest = self.menu.quality, self.menu.frontier[0]
         batch = min(rows, len(near))
-        busy_s, alone_s = latency.expected(stitch, rows), latency.seconds(fastest, 1)
+        busy_s, alone_s = latency.seconds(stitch, rows), latency.seconds(fastest, 1)
         start = now + self.overhead_s
         # Those behind the first few have later targets and are as good as on time.
         chances = [

@@ -14,7 +14,7 @@ class SchedulerSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    policy: PolicyName = "slackfit"
+    policy: PolicyName = "adaptive"
     stitch: int | None = Field(None, ge=0, description="the stitch of the policy `fixed`")
     pinned_stitch: int | None = Field(None, ge=0, description="overrides the policy")
     min_quality: float = Field(0.0, ge=0, le=1, description="floor for every request")
