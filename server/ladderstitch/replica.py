@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from ladderstitch.allocator import return_freed_memory
 from ladderstitch.bundle import Bundle
 from ladderstitch.config import ServerConfig
 from ladderstitch.engine.channel import WorkerConfig
@@ -49,6 +50,7 @@ class Replica:
         update: UpdateSettings | None = None,
         share_port: bool = False,
     ) -> None:
+        return_freed_memory()
         self.config = config
         self.bundle = Bundle.load(config.bundle)
         self.quality = quality_table(self.bundle)
