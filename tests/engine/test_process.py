@@ -121,8 +121,9 @@ async def test_warming_runs_every_pair_and_keeps_the_shape_of_a_shipped_profile(
     ratios = {
         round(got / was, 6)
         for stitch, latency in profile.stitches.items()
-        for got, was in zip(latency.median_s, shipped.stitches[stitch].median_s, strict=True)
+        for got, was in zip(latency.median_s, shipped.stitches[stitch].median_s[:4], strict=True)
     }
+    assert profile.batch_sizes == (1, 2, 4, 8)
     assert len(ratios) == 1
     assert 0 < ratios.pop() < 100
 
