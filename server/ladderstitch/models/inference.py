@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ladderstitch.models.linear import serving_linear
 from ladderstitch.models.route import Stitch
 from ladderstitch.models.stitched import StitchedModel
 from ladderstitch.models.vit import Block, ConvStem, Vit
@@ -68,7 +69,8 @@ def _steps(stitch: Stitch, blocks: list[list[Step]], model: StitchedModel) -> li
 
 def bind_linear(linear: nn.Linear) -> Step:
     weight, bias = linear.weight, linear.bias
-    return lambda x: F.linear(x, weight, bias)
+    multiply = serving_linear(weight)
+    return lambda x: multiply(x, weight, bias)
 
 
 def bind_embedding(vit: Vit) -> Step:
@@ -110,7 +112,7 @@ def bind_block(block: Block) -> Step:
     proj_weight, proj_bias = block.attn.proj.weight, block.attn.proj.bias
     fc1_weight, fc1_bias = block.mlp.fc1.weight, block.mlp.fc1.bias
     fc2_weight, fc2_bias = block.mlp.fc2.weight, block.mlp.fc2.bias
-    linear, norm, gelu = F.linear, F.layer_norm, F.gelu
+    linear, norm, gelu = serving_linear(qkv_weight), F.layer_norm, F.gelu
     attend = F.scaled_dot_product_attention
 
     def forward(x: Tensor) -> Tensor:
