@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ladderstitch.errors import DataError
 from ladderstitch.importing import import_model
+from ladderstitch.language import golden
 from ladderstitch.models.inference import InferenceModel
 from ladderstitch.models.stitched import StitchedModel
 from ladderstitch.training.least_squares import initialise_stitching_layers, stitched_pairs
@@ -51,6 +52,8 @@ def verify_case(path: Path) -> Verdict:
     }
     try:
         family, images = sheet["family"], tensors["input"]
+        if family in golden.FAMILIES:
+            return _verify_language(path.stem, sheet, tensors, weights)
         model = import_model(family, sheet["config"], weights)
         if any(name.startswith("output.") for name in tensors):
             return _verify_outputs(path.stem, sheet, model, images, tensors)
@@ -87,6 +90,29 @@ def _verify_outputs(
                 wrong.append(stitch)
     detail = f"outside tolerance: ids {wrong}" if wrong else ""
     return Verdict(case, sheet["family"], len(expected), "ids", worst, not wrong, detail)
+
+
+def _verify_language(
+    case: str,
+    sheet: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+) -> Verdict:
+    """Every recorded output, in one pass and token by token, on every rank count it allows."""
+    config, ours = golden.read_model(sheet, weights)
+    tolerance, prefill = sheet["tolerance"], sheet["config"]["prefill_length"]
+    worst, wrong, checked = 0.0, [], 0
+    for run in golden.recorded_runs(sheet):
+        wanted = tensors[f"output.{run.output}"]
+        for ranks in run.rank_counts:
+            got = golden.run_case(config, ours, tensors["input"], run, ranks, prefill)
+            checked += 1
+            worst = max(worst, float((got - wanted).abs().max() / wanted.abs().max()))
+            atol, rtol = tolerance["suggested_atol"], tolerance["suggested_rtol"]
+            if not torch.allclose(got, wanted, atol=atol, rtol=rtol):
+                wrong.append(f"{run.output} on {ranks} ranks")
+    detail = f"outside tolerance: {wrong}" if wrong else ""
+    return Verdict(case, sheet["family"], checked, "outputs", worst, not wrong, detail)
 
 
 def _verify_least_squares(

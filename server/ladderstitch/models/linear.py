@@ -22,7 +22,7 @@ ONEDNN_MIN_MACS = 3_000_000
 def serving_linear(weight: Tensor) -> Linear:
     """The function to use as `F.linear` with weights like this one, on its device and dtype."""
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    if not on_cpu or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # untyped in torch
+    if not on_cpu or not torch.backends.mkldnn.is_available():
         return F.linear
     onednn = torch.ops.mkldnn._linear_pointwise.default
 

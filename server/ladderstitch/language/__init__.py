@@ -1,0 +1,1 @@
+"""Ladder-Residual transformers: one Llama architecture, split over ranks."""

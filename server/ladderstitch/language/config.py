@@ -1,0 +1,92 @@
+"""What a Llama-architecture language model is: its sizes, and how its residual stream flows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ladderstitch.errors import ConfigError
+
+HF_NAMES = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_positions",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tied_head",
+}
+"""`config.json` of the Hugging Face layout -> our field."""
+
+
+class RopeScaling(BaseModel):
+    """Longer contexts by stretched rotations: `linear` position interpolation, or Llama 3's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["linear", "llama3"]
+    factor: float = Field(gt=0)
+    low_freq_factor: float = Field(1.0, gt=0)
+    high_freq_factor: float = Field(4.0, gt=0)
+    original_max_positions: int = Field(8192, gt=0)
+
+
+class LlamaConfig(BaseModel):
+    """Grouped-query attention, rotary positions, SwiGLU and RMSNorm, as in Llama."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    max_positions: int = Field(gt=0)
+    norm_eps: float = Field(1e-5, gt=0)
+    rope_theta: float = Field(10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    tied_head: bool = False
+
+    @model_validator(mode="after")
+    def _heads_form_groups(self) -> LlamaConfig:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads: expected a divisor of {self.heads}, got {self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number, got {self.head_dim}")
+        return self
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any]) -> LlamaConfig:
+        """Read a Hugging Face `config.json`; raises `ConfigError` for what is not Llama's."""
+        for field, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+            if fields.get(field, only) != only:
+                raise ConfigError(f"{field}: expected {only!r}, got {fields[field]!r}")
+        ours = {o: fields[hf] for hf, o in HF_NAMES.items() if fields.get(hf) is not None}
+        try:
+            ours.setdefault("kv_heads", fields["num_attention_heads"])
+            ours.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+            rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+            ours["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", 10_000.0))
+            return cls(**ours, rope_scaling=_rope_scaling(rope))
+        except KeyError as error:
+            raise ConfigError(f"config.json: expected the field {error}") from error
+        except ValidationError as error:
+            raise ConfigError(f"config.json: {error}") from error
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise ConfigError(f"rope_scaling: expected default, linear or llama3, got {kind!r}")
+    names = {"original_max_position_embeddings": "original_max_positions"}
+    names |= {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")}
+    return RopeScaling(kind=kind, **{ours: rope[hf] for hf, ours in names.items() if hf in rope})

@@ -1,0 +1,53 @@
+"""How ranks add up their partial results: start a reduction now, collect its sum later."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor
+
+from ladderstitch.errors import LadderstitchError
+
+Ticket: TypeAlias = Any
+"""A link's own mark of a reduction in flight; good for one `wait`."""
+
+
+class LinkBroken(LadderstitchError):
+    """A peer is gone, or the group was told to stop; nothing that was posted will arrive."""
+
+
+class Link(Protocol):
+    """Sums over the ranks of a group, in rank order, so that all ranks get the same bits.
+
+    At most two reductions may be in flight, and they are waited for in the order of posting; all
+    ranks post the same shapes in the same order. `post` may keep the tensor until it is waited for.
+    """
+
+    rank: int
+    ranks: int
+
+    def post(self, partial: Tensor) -> Ticket:
+        """Start the sum of this tensor over the ranks; does not wait for them."""
+
+    def wait(self, ticket: Ticket) -> Tensor:
+        """The sum, in the partial's shape and dtype. Raises `LinkBroken`."""
+
+    def close(self) -> None:
+        """Free what the link holds; peers that wait for this rank get `LinkBroken`."""
+
+
+class SingleRank:
+    """The link of a group of one, and (`no_communication`) of ranks that do not talk."""
+
+    def __init__(self, rank: int = 0, ranks: int = 1) -> None:
+        self.rank, self.ranks = rank, ranks
+
+    def post(self, partial: Tensor) -> Ticket:
+        return partial
+
+    def wait(self, ticket: Ticket) -> Tensor:
+        reduced: Tensor = ticket
+        return reduced
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,1 @@
+"""Links between ranks: threads, shared memory, TCP, NCCL."""

@@ -1,0 +1,149 @@
+"""One rank's forward pass: reads top-down as the model is defined; a scheme is a plan per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ladderstitch.language.cache import ContiguousCache
+from ladderstitch.language.config import LlamaConfig
+from ladderstitch.language.link import Link
+from ladderstitch.language.residual import LayerPlan, Stream
+from ladderstitch.language.rope import rotate, rotation_tables
+from ladderstitch.language.sharding import Shard
+from ladderstitch.language.weights import LayerWeights, RankWeights
+
+
+class Attention:
+    """Causal grouped-query attention of one rank's heads: [B, T, D] -> partial [B, T, D]."""
+
+    def __init__(
+        self, layer: int, weights: LayerWeights, config: LlamaConfig, shard: Shard
+    ) -> None:
+        self.layer, self.width = layer, config.head_dim
+        self.heads, self.kv_heads = len(shard.heads), len(shard.kv_heads)
+        self.qkv, self.output = weights.qkv, weights.output
+
+    def __call__(
+        self, x: Tensor, start: int, rotation: tuple[Tensor, Tensor], cache: ContiguousCache
+    ) -> Tensor:
+        batch, tokens, _ = x.shape
+        turned = self.heads + self.kv_heads
+        projected = F.linear(x, self.qkv).view(batch, tokens, turned + self.kv_heads, self.width)
+        qk = rotate(projected[:, :, :turned], *rotation).transpose(1, 2)  # [B, H_r + K_r, T, d]
+        v = projected[:, :, turned:].transpose(1, 2)  # [B, K_r, T, d]
+        k, v = cache.append(self.layer, start, qk[:, self.heads :], v)
+        mixed = _attend(qk[:, : self.heads], k, v)
+        return F.linear(mixed.reshape(batch, tokens, -1), self.output)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [B, H, T, d] over k and v [B, K, S, d], the last T of S positions -> [B, T, H, d]."""
+    batch, heads, tokens, width = q.shape
+    kv_heads, seen = k.shape[1], k.shape[2]
+    if tokens == 1:  # the heads of a group are so many queries over the same keys
+        grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
+        return F.scaled_dot_product_attention(grouped, k, v).reshape(batch, 1, heads, width)
+    mask = None
+    if seen > tokens:
+        mask = torch.ones(tokens, seen, dtype=torch.bool, device=q.device).tril(seen - tokens)
+    mixed = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
+    )
+    return mixed.transpose(1, 2)
+
+
+class Mlp:
+    """SwiGLU over one rank's columns: [B, T, D] -> partial [B, T, D]."""
+
+    def __init__(self, weights: LayerWeights) -> None:
+        self.gate_up, self.down = weights.gate_up, weights.down
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down)
+
+
+class Transformer:
+    """One rank of a language model. The sequences' state is the cache, an argument of the call."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        plans: Sequence[LayerPlan],
+        weights: RankWeights,
+        shard: Shard,
+        link: Link,
+    ) -> None:
+        self.config, self.plans, self.weights = config, tuple(plans), weights
+        self.shard, self.link = shard, link
+        self.attentions = [Attention(i, w, config, shard) for i, w in enumerate(weights.layers)]
+        self.mlps = [Mlp(layer) for layer in weights.layers]
+        dtype, device = weights.norm.dtype, weights.norm.device
+        self._rotation = tuple(
+            table.to(device, dtype)[:, None]
+            for table in rotation_tables(config, config.max_positions)
+        )
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens: Tensor, start: int, cache: ContiguousCache, *, last_only: bool = True
+    ) -> Tensor:
+        """Logits of this rank's vocabulary rows: [B, V_r] of the last token, or [B, T, V_r].
+
+        `tokens` [B, T] stand at positions start.. of their sequences, whose earlier tokens are in
+        the cache. Raises `LinkBroken` if a peer is gone.
+        """
+        end = start + tokens.shape[1]
+        cosines, sines = self._rotation
+        rotation = cosines[start:end], sines[start:end]
+        stream = Stream(self._embed(tokens), self.link)
+        for layer, plan in enumerate(self.plans):
+            self._run_layer(layer, plan, stream, start, rotation, cache)
+        x = stream.read()
+        if last_only:
+            x = x[:, -1]
+        return F.linear(self._norm(x, self.weights.norm), self.weights.head)
+
+    def _run_layer(
+        self,
+        layer: int,
+        plan: LayerPlan,
+        stream: Stream,
+        start: int,
+        rotation: tuple[Tensor, Tensor],
+        cache: ContiguousCache,
+    ) -> None:
+        weights = self.weights.layers[layer]
+        x = self._norm(stream.read(plan.lag), weights.attention_norm)
+        attended = self.attentions[layer](x, start, rotation, cache)
+        if plan.fused:
+            stream.add(attended + self.mlps[layer](x))
+            return
+        assert weights.ffn_norm is not None, "only fused layers share a norm"
+        _add(stream, attended, plan.reduce and plan.reduce[0])
+        x = self._norm(stream.read(plan.lag), weights.ffn_norm)
+        _add(stream, self.mlps[layer](x), plan.reduce and plan.reduce[1])
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """[B, T] -> [B, T, D]: each rank knows its rows of the vocabulary, the sum knows all."""
+        rows = self.shard.vocabulary
+        if self.shard.ranks == 1:
+            return F.embedding(tokens, self.weights.embedding)
+        mine = (tokens >= rows.start) & (tokens < rows.stop)
+        local = (tokens - rows.start).clamp(0, len(rows) - 1)
+        part = F.embedding(local, self.weights.embedding) * mine.unsqueeze(-1)
+        return self.link.wait(self.link.post(part))
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
+
+
+def _add(stream: Stream, partial: Tensor, reduce: bool | None) -> None:
+    if reduce is None:
+        stream.add(partial)
+    else:
+        stream.add_desynchronised(partial, reduce=reduce)
