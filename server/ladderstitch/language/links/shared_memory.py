@@ -1,0 +1,135 @@
+"""The link of ranks on one machine: slots in shared memory, one writer each.
+
+A rank posts by writing its partial into its own slot and then the slot's sequence number; peers
+poll that number. Two reductions may be in flight, and a peer's post e + 2 is the first proof that
+it has read e, so four rotating slots are needed (with three, slow readers see later data).
+
+An optional link model makes it a slower link: a message is readable only at
+t_posted + latency + bytes / bandwidth. Meanwhile nobody copies it and nobody waits for it but its
+reader. Figures taken so are those of an *emulated link*.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ladderstitch.errors import ConfigError
+from ladderstitch.language.link import LinkBroken, Ticket
+
+SLOTS = 4
+CACHE_LINE = 64
+GIVE_UP_S = 60.0
+SPINS = 200
+"""Polls before the reader lets others have the core between two polls."""
+
+NAP_FROM_S = 0.0003
+"""Waits longer than this, on a slow emulated link, sleep; the scheduler wakes us 0.1 ms late."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkModel:
+    """A slower link to emulate; the default adds nothing."""
+
+    latency_s: float = 0.0
+    bytes_per_s: float = float("inf")
+
+    def flight_ns(self, size: int) -> int:
+        return round(1e9 * (self.latency_s + size / self.bytes_per_s))
+
+
+class SharedMemoryLink:
+    """One rank's end; `path` is a file (in /dev/shm) that the group made with `create`."""
+
+    def __init__(
+        self, path: Path, rank: int, ranks: int, slot_bytes: int, model: LinkModel | None = None
+    ) -> None:
+        if platform.machine() not in ("x86_64", "AMD64"):
+            # Stores become visible in program order on x86 only.
+            raise ConfigError("link: the shared-memory link needs x86-64; use tcp")
+        self.rank, self.ranks = rank, ranks
+        self.model = model or LinkModel()
+        self._posted = 0
+        with path.open("r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), 0)
+        lines = ranks * SLOTS
+        # [1 + rank * SLOTS + slot][sequence number, readable from (ns), ...]; line 0: abort flag
+        self._words = memoryview(self._memory).cast("q")[: (1 + lines) * CACHE_LINE // 8]
+        whole = torch.frombuffer(self._memory, dtype=torch.uint8)
+        data = whole[(1 + lines) * CACHE_LINE :].view(ranks, SLOTS, slot_bytes)
+        self._slots = [[data[r, s] for s in range(SLOTS)] for r in range(ranks)]
+        self._slot_bytes = slot_bytes
+
+    @staticmethod
+    def create(path: Path, ranks: int, slot_bytes: int) -> None:
+        """Make the file, all zero; `slot_bytes` is the largest partial, a multiple of 64."""
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            os.ftruncate(descriptor, (1 + ranks * SLOTS) * CACHE_LINE + ranks * SLOTS * slot_bytes)
+        finally:
+            os.close(descriptor)
+
+    @staticmethod
+    def abort(path: Path) -> None:
+        """Make every `wait` on this file raise `LinkBroken`, now and later."""
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), CACHE_LINE) as memory:
+            memory[0] = 1
+
+    def post(self, partial: Tensor) -> Ticket:
+        size = partial.nbytes
+        if size > self._slot_bytes:
+            raise ValueError(f"partial: expected at most {self._slot_bytes} bytes, got {size}")
+        slot = self._posted % SLOTS
+        self._posted += 1
+        self._view(self.rank, slot, partial).copy_(partial)
+        line = self._line(self.rank, slot)
+        self._words[line + 1] = time.monotonic_ns() + self.model.flight_ns(size)
+        self._words[line] = self._posted
+        return self._posted, slot, partial
+
+    def wait(self, ticket: Ticket) -> Tensor:
+        number, slot, partial = ticket
+        for peer in range(self.ranks):
+            if peer != self.rank:
+                self._await(self._line(peer, slot), number)
+        total = self._view(0, slot, partial).float()
+        for peer in range(1, self.ranks):
+            total = total + self._view(peer, slot, partial)
+        return total.to(partial.dtype)
+
+    def close(self) -> None:
+        self._words[0] = 1
+
+    def _line(self, rank: int, slot: int) -> int:
+        return (1 + rank * SLOTS + slot) * (CACHE_LINE // 8)
+
+    def _view(self, rank: int, slot: int, like: Tensor) -> Tensor:
+        return self._slots[rank][slot][: like.nbytes].view(like.dtype).view(like.shape)
+
+    def _await(self, line: int, number: int) -> None:
+        words, spins = self._words, 0
+        while words[line] != number:
+            spins += 1
+            if spins > SPINS:
+                self._check(spins)
+        readable = words[line + 1]
+        while (left := readable - time.monotonic_ns()) > 0:
+            if left > 1e9 * NAP_FROM_S:
+                time.sleep(left / 1e9 - NAP_FROM_S)
+
+    def _check(self, spins: int) -> None:
+        """Between polls of a long wait: has the group ended? Is this worth waiting for?"""
+        if self._words[0]:
+            raise LinkBroken("the group was told to stop")
+        if spins == SPINS + 1:
+            self._patience = time.monotonic() + GIVE_UP_S
+        elif time.monotonic() > self._patience:
+            raise LinkBroken(f"a peer has not answered for {GIVE_UP_S:.0f} s")
+        os.sched_yield()
