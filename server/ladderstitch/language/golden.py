@@ -84,12 +84,12 @@ def run_case(
     def work(link: Link) -> Tensor:
         shard = Shard.of(config, link.rank, ranks)
         held = load_rank(MemoryWeights(weights), config, shard, shared_norm=shared_norm)
-        model = Transformer(config, plans, held, shard, link)
+        model = Transformer(config, held, shard)
         cache = ContiguousCache(config, shard, *tokens.shape)
         starts = [0, *range(prefill, tokens.shape[1])] if run.incremental else [0]
         ends = [*starts[1:], tokens.shape[1]]
         parts = [
-            model.forward(tokens[:, start:end], start, cache, last_only=False)
+            model.forward(tokens[:, start:end], start, cache, plans, link, last_only=False)
             for start, end in zip(starts, ends, strict=True)
         ]
         return torch.cat(parts, dim=1)

@@ -71,18 +71,12 @@ class Mlp:
 
 
 class Transformer:
-    """One rank of a language model. The sequences' state is the cache, an argument of the call."""
+    """One rank of a language model. It holds weights only: what a call works on (the cache), how
+    its stream flows (the plans) and whom it talks to (the link) are arguments.
+    """
 
-    def __init__(
-        self,
-        config: LlamaConfig,
-        plans: Sequence[LayerPlan],
-        weights: RankWeights,
-        shard: Shard,
-        link: Link,
-    ) -> None:
-        self.config, self.plans, self.weights = config, tuple(plans), weights
-        self.shard, self.link = shard, link
+    def __init__(self, config: LlamaConfig, weights: RankWeights, shard: Shard) -> None:
+        self.config, self.weights, self.shard = config, weights, shard
         self.attentions = [Attention(i, w, config, shard) for i, w in enumerate(weights.layers)]
         self.mlps = [Mlp(layer) for layer in weights.layers]
         self._head = serving_linear(weights.head, cached=False)
@@ -94,7 +88,14 @@ class Transformer:
 
     @torch.inference_mode()
     def forward(
-        self, tokens: Tensor, start: int, cache: ContiguousCache, *, last_only: bool = True
+        self,
+        tokens: Tensor,
+        start: int,
+        cache: ContiguousCache,
+        plans: Sequence[LayerPlan],
+        link: Link,
+        *,
+        last_only: bool = True,
     ) -> Tensor:
         """Logits of this rank's vocabulary rows: [B, V_r] of the last token, or [B, T, V_r].
 
@@ -104,8 +105,8 @@ class Transformer:
         end = start + tokens.shape[1]
         cosines, sines = self._rotation
         rotation = cosines[start:end], sines[start:end]
-        stream = Stream(self._embed(tokens), self.link)
-        for layer, plan in enumerate(self.plans):
+        stream = Stream(self._embed(tokens, link), link)
+        for layer, plan in enumerate(plans):
             self._run_layer(layer, plan, stream, start, rotation, cache)
         x = stream.read()
         if last_only:
@@ -132,7 +133,7 @@ class Transformer:
         x = self._norm(stream.read(plan.lag), weights.ffn_norm)
         _add(stream, self.mlps[layer](x), plan.reduce and plan.reduce[1])
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, link: Link) -> Tensor:
         """[B, T] -> [B, T, D]: each rank knows its rows of the vocabulary, the sum knows all."""
         rows = self.shard.vocabulary
         if self.shard.ranks == 1:
@@ -140,7 +141,7 @@ class Transformer:
         mine = (tokens >= rows.start) & (tokens < rows.stop)
         local = (tokens - rows.start).clamp(0, len(rows) - 1)
         part = F.embedding(local, self.weights.embedding) * mine.unsqueeze(-1)
-        return self.link.wait(self.link.post(part))
+        return link.wait(link.post(part))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)

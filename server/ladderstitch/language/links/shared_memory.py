@@ -14,6 +14,7 @@ from __future__ import annotations
 import mmap
 import os
 import platform
+import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor
 from ladderstitch.errors import ConfigError
 from ladderstitch.language.link import LinkBroken, Ticket
 
+FOLDER = Path("/dev/shm")
 SLOTS = 4
 CACHE_LINE = 64
 GIVE_UP_S = 60.0
@@ -45,8 +47,32 @@ class LinkModel:
         return round(1e9 * (self.latency_s + size / self.bytes_per_s))
 
 
+class SharedRegion:
+    """The memory of one group, made by whoever watches over it; ranks map it by its path."""
+
+    def __init__(self, ranks: int, slot_bytes: int) -> None:
+        """All zero; `slot_bytes` is the largest partial."""
+        self.path = FOLDER / f"ladderstitch-{secrets.token_hex(8)}"
+        self.slot_bytes = -(-slot_bytes // CACHE_LINE) * CACHE_LINE
+        descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            lines = ranks * SLOTS
+            os.ftruncate(descriptor, (1 + lines) * CACHE_LINE + lines * self.slot_bytes)
+            self._flag = mmap.mmap(descriptor, CACHE_LINE)
+        finally:
+            os.close(descriptor)
+
+    def abort(self) -> None:
+        """Make every `wait` on this memory raise `LinkBroken`, now and later."""
+        self._flag[0] = 1
+
+    def forget(self) -> None:
+        """Remove the name; the memory goes with its last user."""
+        self.path.unlink(missing_ok=True)
+
+
 class SharedMemoryLink:
-    """One rank's end; `path` is a file (in /dev/shm) that the group made with `create`."""
+    """One rank's end of a `SharedRegion`."""
 
     def __init__(
         self, path: Path, rank: int, ranks: int, slot_bytes: int, model: LinkModel | None = None
@@ -66,21 +92,6 @@ class SharedMemoryLink:
         data = whole[(1 + lines) * CACHE_LINE :].view(ranks, SLOTS, slot_bytes)
         self._slots = [[data[r, s] for s in range(SLOTS)] for r in range(ranks)]
         self._slot_bytes = slot_bytes
-
-    @staticmethod
-    def create(path: Path, ranks: int, slot_bytes: int) -> None:
-        """Make the file, all zero; `slot_bytes` is the largest partial, a multiple of 64."""
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        try:
-            os.ftruncate(descriptor, (1 + ranks * SLOTS) * CACHE_LINE + ranks * SLOTS * slot_bytes)
-        finally:
-            os.close(descriptor)
-
-    @staticmethod
-    def abort(path: Path) -> None:
-        """Make every `wait` on this file raise `LinkBroken`, now and later."""
-        with path.open("r+b") as file, mmap.mmap(file.fileno(), CACHE_LINE) as memory:
-            memory[0] = 1
 
     def post(self, partial: Tensor) -> Ticket:
         size = partial.nbytes

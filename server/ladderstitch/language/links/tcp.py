@@ -109,7 +109,7 @@ class TcpLink:
     def post(self, partial: Tensor) -> Ticket:
         self._posted += 1
         payload = partial.contiguous()
-        body = memoryview(payload.view(-1).view(torch.uint8).numpy())
+        body = memoryview(payload.view(-1).view(torch.uint8).numpy().data)
         header = memoryview(HEADER.pack(self._posted, len(body)))
         try:
             for peer in self._peers.values():

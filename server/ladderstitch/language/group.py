@@ -1,0 +1,277 @@
+"""The ranks of one model as one device: runs forward passes, and mends itself when a rank dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ladderstitch.errors import EngineRestarting, InternalError
+from ladderstitch.language.job import (
+    Assignment,
+    Joining,
+    LinkSpec,
+    ModelJob,
+    NcclSpec,
+    SharedMemorySpec,
+    SingleSpec,
+    TcpSpec,
+)
+from ladderstitch.language.launching import Launcher, launch_process
+from ladderstitch.language.links.shared_memory import SharedRegion
+from ladderstitch.language.member import Member, RankFailed, RankLost
+from ladderstitch.language.messages import Kind, Message
+from ladderstitch.language.recruiting import NoRank, Recruiter
+
+log = logging.getLogger(__name__)
+
+Tokens = NDArray[np.int64]
+Logits = NDArray[np.float32]
+
+RECOVERY_S = 90.0
+"""So long a call waits for the group to be whole again."""
+
+LET_GO_S = 10.0
+"""So long a survivor may take to notice that its peer is gone."""
+
+ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOptions:
+    """How ranks reach each other and how many stand by."""
+
+    link: Literal["auto", "shared_memory", "tcp", "nccl"] = "auto"
+    latency_s: float = 0.0
+    bytes_per_s: float | None = None
+    spares: int = 0
+    listen: str = ""
+    """HOST:PORT at which ranks of other machines connect; unset: a socket file of this one."""
+
+
+class RankGroup:
+    """R ranks. A call that loses a rank raises `RankLost`; then `ready` waits for the new group,
+    whose caches are empty: whoever had tokens in them feeds these again.
+    """
+
+    def __init__(
+        self,
+        job: ModelJob,
+        options: GroupOptions | None = None,
+        launcher: Launcher | None = launch_process,
+    ) -> None:
+        self.job, self.options = job, options or GroupOptions()
+        self.loaded: dict[int, dict[str, Any]] = {}
+        self.restarts = 0
+        self._recruiter = Recruiter(launcher, self._on_loss, self.options.listen)
+        self._members: list[Member | None] = [None] * job.ranks
+        self._region: SharedRegion | None = None
+        self._whole = asyncio.Event()
+        self._mending: asyncio.Task[None] | None = None
+        self._closing = False
+        self._turn = asyncio.Lock()
+
+    @property
+    def whole(self) -> bool:
+        return self._whole.is_set()
+
+    @property
+    def address(self) -> str:
+        """Where ranks connect."""
+        return self._recruiter.address
+
+    @property
+    def secret(self) -> str:
+        return self._recruiter.secret
+
+    @property
+    def pids(self) -> list[int]:
+        return [member.pid for member in self._members if member is not None]
+
+    async def start(self) -> None:
+        """Start the ranks and load their shares. Raises `EngineRestarting` with the reason if they
+        cannot be brought up."""
+        await self._recruiter.start()
+        for _ in range(self.job.ranks + self.options.spares):
+            await self._recruiter.launch()
+        try:
+            await self._assemble()
+        except (RankLost, RankFailed, NoRank) as error:
+            raise EngineRestarting(f"the ranks did not come up: {error}") from error
+        self._whole.set()
+
+    async def ready(self) -> None:
+        """Wait until all ranks are there; raises `EngineRestarting` if that takes too long."""
+        try:
+            await asyncio.wait_for(self._whole.wait(), RECOVERY_S)
+        except TimeoutError:
+            raise EngineRestarting(f"the ranks were not back after {RECOVERY_S:.0f} s") from None
+
+    async def forward(
+        self, tokens: Tokens, start: int, path: int = 0, *, last_only: bool = True
+    ) -> Logits:
+        """Logits [B, V] of the last tokens, or [B, T, V], of tokens [B, T] at positions start.. .
+
+        Raises `RankLost` if a rank died (the caches are gone), `InternalError` if the pass failed.
+        """
+        header = {"shape": tokens.shape, "start": start, "path": path, "last_only": last_only}
+        body = np.ascontiguousarray(tokens, np.int64).tobytes()
+        running = asyncio.create_task(self._pass(Message(Kind.FORWARD, header, body)))
+        running.add_done_callback(_retrieve)
+        return await asyncio.shield(running)  # ranks finish what a cancelled caller began
+
+    async def _pass(self, message: Message) -> Logits:
+        async with self._turn:
+            if not self._whole.is_set():
+                raise RankLost("the group is not whole")
+            replies = await self._ask_all(self._present(), message)
+        return np.concatenate(_parts(replies), axis=-1)
+
+    @staticmethod
+    async def _ask_all(members: list[Member], message: Message) -> list[Message | BaseException]:
+        return await asyncio.gather(*(m.ask(message) for m in members), return_exceptions=True)
+
+    async def close(self) -> None:
+        """End all ranks."""
+        self._closing = True
+        if self._mending is not None:
+            self._mending.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._mending
+        for member in self._members:
+            if member is not None:
+                await member.close()
+        await self._recruiter.close()
+        if self._region is not None:
+            self._region.forget()
+
+    def _on_loss(self, member: Member) -> None:
+        if self._closing:
+            return
+        if member in self._members:
+            self._whole.clear()
+            rank = self._members.index(member)
+            self._members[rank] = None
+            log.error("rank %d (process %d) is gone; mending the group", rank, member.pid)
+            if self._region is not None:
+                self._region.abort()
+        if self._mending is None or self._mending.done():
+            self._mending = asyncio.create_task(self._mend(), name="mend-ranks")
+
+    async def _mend(self) -> None:
+        """Make the group whole again, then its spares; tries for as long as callers wait."""
+        for attempt in range(ATTEMPTS):
+            if self._whole.is_set():
+                break
+            try:
+                await self._release_survivors()
+                await self._assemble()
+            except (RankLost, RankFailed, NoRank) as error:
+                log.error("mending, attempt %d: %s", attempt + 1, error)
+                await asyncio.sleep(min(0.1 * 2**attempt, 2.0))
+                continue
+            self.restarts += 1
+            self._whole.set()
+            log.warning("the group is whole again")
+        while self._recruiter.available < self.options.spares:
+            await self._recruiter.launch()
+
+    async def _release_survivors(self) -> None:
+        """Wait until those in mid-step have noticed; replace those that do not."""
+        try:
+            async with asyncio.timeout(LET_GO_S), self._turn:
+                pass
+        except TimeoutError:
+            log.error("a survivor is stuck in the link; replacing it")
+        for rank, member in enumerate(self._members):
+            # a NCCL communicator cannot be mended
+            if member is not None and (member.busy or self.options.link == "nccl"):
+                self._members[rank] = None
+                await member.close()
+
+    async def _assemble(self) -> None:
+        """Fill the empty places, then join all ranks by a new link."""
+        empty = [rank for rank, member in enumerate(self._members) if member is None]
+        for rank in empty:
+            self._members[rank] = await self._recruiter.take()
+        replies = await asyncio.gather(
+            *(self._assign(rank) for rank in empty), return_exceptions=True
+        )
+        self.loaded |= {r: m.header for r, m in zip(empty, _good(replies), strict=True)}
+        joining = Message(Kind.JOIN, Joining(link=self._new_link()).model_dump(mode="json"))
+        try:
+            _good(await self._ask_all(self._present(), joining))
+        finally:
+            if self._region is not None:
+                self._region.forget()
+
+    def _present(self) -> list[Member]:
+        present = [member for member in self._members if member is not None]
+        if len(present) < self.job.ranks:
+            raise RankLost("a rank died while the group was being made")
+        return present
+
+    async def _assign(self, rank: int) -> Message:
+        member = self._members[rank]
+        if member is None:
+            raise RankLost(f"rank {rank} died before it was assigned")
+        fields = Assignment(job=self.job, rank=rank).model_dump(mode="json")
+        return await member.ask(Message(Kind.ASSIGN, fields))
+
+    def _new_link(self) -> LinkSpec:
+        ranks, options = self.job.ranks, self.options
+        self._region = None
+        if ranks == 1:
+            return SingleSpec()
+        kind = options.link
+        if kind == "auto":
+            kind = "shared_memory" if self.job.device == "cpu" else "nccl"
+        members = self._present()
+        if kind == "tcp":
+            addresses = tuple(member.listens for member in members)
+            return TcpSpec(addresses=addresses, secret=secrets.token_hex(16))
+        if kind == "nccl":
+            return NcclSpec(store=members[0].listens)
+        self._region = SharedRegion(ranks, self.job.message_bytes)
+        return SharedMemorySpec(
+            path=self._region.path,
+            slot_bytes=self._region.slot_bytes,
+            latency_s=options.latency_s,
+            bytes_per_s=options.bytes_per_s,
+        )
+
+
+def _retrieve(done: asyncio.Task[Logits]) -> None:
+    """Look at the outcome, so that asyncio does not report it when the caller is gone."""
+    if not done.cancelled():
+        done.exception()
+
+
+def _good(replies: list[Message | BaseException]) -> list[Message]:
+    """All replies, or the first error among them."""
+    for reply in replies:
+        if isinstance(reply, BaseException):
+            raise reply
+    return [reply for reply in replies if isinstance(reply, Message)]
+
+
+def _parts(replies: list[Message | BaseException]) -> list[Logits]:
+    """Each rank's logits; a lost rank explains the failures of the others."""
+    for reply in replies:
+        if isinstance(reply, BaseException) and not isinstance(reply, RankFailed):
+            raise reply
+    parts = []
+    for reply in replies:
+        if isinstance(reply, RankFailed):
+            if "LinkBroken" in str(reply):
+                raise RankLost(str(reply))
+            raise InternalError(f"the forward pass failed: {reply}")
+        assert isinstance(reply, Message)
+        parts.append(np.frombuffer(reply.body, np.float32).reshape(reply.header["shape"]))
+    return parts

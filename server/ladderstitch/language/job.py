@@ -1,0 +1,109 @@
+"""What a rank is told to be: a model, its share of it, its memory, and its link."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from ladderstitch.engine.placement import DTYPES
+from ladderstitch.language.bundle import LanguageBundle
+from ladderstitch.language.checkpoint import RandomWeights, Weights
+from ladderstitch.language.config import LlamaConfig
+from ladderstitch.language.residual import Residual
+from ladderstitch.language.weights import expected_shapes
+
+
+class ModelJob(BaseModel):
+    """The same for all ranks of a group.
+
+    `paths` are the residual schemes that a forward pass may take, by index: same weights, another
+    flow. `bundle` names a bundle; without one the weights are random (benchmarks).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: LlamaConfig
+    paths: tuple[Residual, ...] = (Residual(),)
+    bundle: Path | None = None
+    shared_norm: bool = False
+    ranks: int = Field(1, gt=0)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
+    threads: int = Field(1, gt=0)
+    sequences: int = Field(1, gt=0, description="rows of the cache")
+    cache_tokens: int = Field(gt=0, description="tokens that a sequence may have")
+    chunk_tokens: int = Field(512, gt=0, description="most tokens of one forward pass, all rows")
+
+    @classmethod
+    def of(cls, bundle: LanguageBundle, **fields: object) -> ModelJob:
+        """A bundle's model on the path that it was made for."""
+        manifest = bundle.manifest
+        return cls.model_validate(
+            {
+                "config": manifest.config,
+                "paths": (manifest.residual,),
+                "bundle": bundle.path.resolve(),
+                "shared_norm": manifest.residual.scheme == "parallel",
+                "cache_tokens": manifest.config.max_positions,
+            }
+            | fields
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def message_bytes(self) -> int:
+        """The largest partial that ranks exchange: [chunk_tokens, D]."""
+        return self.chunk_tokens * self.config.hidden_size * self.torch_dtype.itemsize
+
+    def weights(self) -> Weights:
+        if self.bundle is not None:
+            return LanguageBundle.load(self.bundle).weights()
+        return RandomWeights(expected_shapes(self.config, shared_norm=self.shared_norm))
+
+
+class SharedMemorySpec(BaseModel):
+    kind: Literal["shared_memory"] = "shared_memory"
+    path: Path
+    slot_bytes: int
+    latency_s: float = 0.0
+    bytes_per_s: float | None = None
+
+
+class TcpSpec(BaseModel):
+    kind: Literal["tcp"] = "tcp"
+    addresses: tuple[tuple[str, int], ...]
+    secret: str
+
+
+class NcclSpec(BaseModel):
+    kind: Literal["nccl"] = "nccl"
+    store: tuple[str, int]
+
+
+class SingleSpec(BaseModel):
+    kind: Literal["single"] = "single"
+
+
+LinkSpec = Annotated[
+    SharedMemorySpec | TcpSpec | NcclSpec | SingleSpec, Field(discriminator="kind")
+]
+"""How the ranks of one group, as it stands at present, reach each other."""
+
+
+class Assignment(BaseModel):
+    """Body of ASSIGN."""
+
+    job: ModelJob
+    rank: int
+
+
+class Joining(BaseModel):
+    """Body of JOIN."""
+
+    link: LinkSpec

@@ -1,0 +1,186 @@
+"""A rank: one process that holds one share of a language model and does as its group says.
+
+Started as `python -m ladderstitch.language.rank ADDRESS`, with the group's secret in the
+environment, on the group's machine or another. It ends when the group's socket closes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+
+import numpy as np
+import torch
+
+from ladderstitch.language import messages
+from ladderstitch.language.cache import ContiguousCache
+from ladderstitch.language.job import (
+    Assignment,
+    Joining,
+    LinkSpec,
+    NcclSpec,
+    SharedMemorySpec,
+    SingleSpec,
+    TcpSpec,
+)
+from ladderstitch.language.link import Link, SingleRank
+from ladderstitch.language.messages import Kind, Message
+from ladderstitch.language.residual import LayerPlan, plan_layers
+from ladderstitch.language.sharding import Shard
+from ladderstitch.language.transformer import Transformer
+from ladderstitch.language.weights import load_rank
+
+log = logging.getLogger(__name__)
+
+SECRET_VARIABLE = "LADDERSTITCH_RANK_SECRET"
+
+
+class Rank:
+    """The model's share and its cache; `join` may be called again when the group is re-made."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        job = assignment.job
+        torch.set_num_threads(job.threads)
+        started = time.monotonic()
+        self.job = job
+        self.shard = Shard.of(job.config, assignment.rank, job.ranks)
+        weights = load_rank(
+            job.weights(),
+            job.config,
+            self.shard,
+            job.torch_dtype,
+            job.device,
+            shared_norm=job.shared_norm,
+        )
+        self.model = Transformer(job.config, weights, self.shard)
+        self.cache = ContiguousCache(
+            job.config, self.shard, job.sequences, job.cache_tokens, job.torch_dtype, job.device
+        )
+        self.link: Link | None = None
+        self.paths: list[tuple[tuple[LayerPlan, ...], Link]] = []
+        self.loaded = {
+            "weight_bytes": weights.bytes(),
+            "cache_bytes": self.cache.bytes,
+            "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "seconds": time.monotonic() - started,
+        }
+
+    def join(self, spec: LinkSpec, listener: socket.socket) -> None:
+        """Reach the peers by a new link, and let go of the old one."""
+        if self.link is not None:
+            self.link.close()
+        link = make_link(spec, self.shard, listener)
+        silent = SingleRank(self.shard.rank, self.shard.ranks)
+        self.link = link
+        self.paths = [
+            (
+                plan_layers(residual, self.job.config.layers, self.job.ranks),
+                silent if residual.scheme == "no_communication" else link,
+            )
+            for residual in self.job.paths
+        ]
+
+    def forward(self, message: Message) -> Message:
+        """Tokens [B, T] of one path -> this rank's logits, float32."""
+        header = message.header
+        tokens = torch.frombuffer(message.body, dtype=torch.int64).view(header["shape"])
+        plans, link = self.paths[header["path"]]
+        logits = self.model.forward(
+            tokens.to(self.job.device),
+            header["start"],
+            self.cache,
+            plans,
+            link,
+            last_only=header["last_only"],
+        )
+        array = np.ascontiguousarray(logits.float().cpu().numpy())
+        return Message(Kind.LOGITS, {"shape": array.shape}, array.data.cast("B"))
+
+
+def make_link(spec: LinkSpec, shard: Shard, listener: socket.socket) -> Link:
+    """This rank's end of the link that a group asks for."""
+    match spec:
+        case SharedMemorySpec():
+            from ladderstitch.language.links.shared_memory import LinkModel, SharedMemoryLink
+
+            model = LinkModel(spec.latency_s, spec.bytes_per_s or float("inf"))
+            return SharedMemoryLink(spec.path, shard.rank, shard.ranks, spec.slot_bytes, model)
+        case TcpSpec():
+            from ladderstitch.language.links.tcp import TcpLink
+
+            return TcpLink(listener, shard.rank, spec.addresses, spec.secret.encode())
+        case NcclSpec():
+            from ladderstitch.language.links.nccl import NcclLink
+
+            if shard.rank == 0:
+                listener.close()  # NCCL's store listens there
+            return NcclLink(spec.store, shard.rank, shard.ranks)
+        case SingleSpec():
+            return SingleRank()
+
+
+def serve(group: socket.socket, listener: socket.socket) -> None:
+    """Answer the group's messages until it closes the socket; errors are answers, not ends."""
+    rank: Rank | None = None
+    while True:
+        try:
+            message = messages.receive(group)
+        except (EOFError, OSError):
+            return
+        try:
+            if message.kind == Kind.ASSIGN:
+                rank = Rank(Assignment.model_validate(message.header))
+                reply = Message(Kind.LOADED, rank.loaded)
+            elif rank is None:
+                reply = Message(Kind.FAILED, {"error": "this rank has no model yet"})
+            elif message.kind == Kind.JOIN:
+                rank.join(Joining.model_validate(message.header).link, listener)
+                reply = Message(Kind.JOINED)
+            else:
+                reply = rank.forward(message)
+        except Exception as error:
+            log.warning("rank failed: %s: %s", type(error).__name__, error)
+            reply = Message(Kind.FAILED, {"error": f"{type(error).__name__}: {error}"[:4096]})
+        try:
+            messages.send(group, reply)
+        except OSError:
+            return
+
+
+def connect(address: str) -> socket.socket:
+    """The group's socket: `unix:PATH` or `HOST:PORT`."""
+    if address.startswith("unix:"):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(address.removeprefix("unix:"))
+        return connection
+    host, port = address.rsplit(":", 1)
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection.settimeout(None)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def run(address: str, secret: str) -> None:
+    """Be a rank of the group at that address until it lets go."""
+    with connect(address) as group, socket.socket() as listener:
+        own_address = group.getsockname()[0] if group.family != socket.AF_UNIX else "127.0.0.1"
+        listener.bind((own_address, 0))
+        listener.listen()
+        hello = {"secret": secret, "pid": os.getpid(), "listens": listener.getsockname()}
+        messages.send(group, Message(Kind.HELLO, hello))
+        serve(group, listener)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the group drains, then lets go
+    secret = os.environ.pop(SECRET_VARIABLE, "")
+    run(sys.argv[1], secret)
+
+
+if __name__ == "__main__":
+    main()
