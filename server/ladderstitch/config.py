@@ -29,6 +29,13 @@ class ServerConfig(BaseModel):
         1.0, ge=0, le=10, description="shorter batches of light models run in the replica's process"
     )
     max_batch_rows: int = Field(32, ge=1, le=4096)
+    ranks: int = Field(1, ge=1, le=64, description="processes that a language model is split over")
+    spare_ranks: int = Field(0, ge=0, le=8, description="warm processes that replace lost ranks")
+    link: Literal["auto", "shared_memory", "tcp", "nccl"] = "auto"
+    rank_address: str = Field(
+        "", description="HOST:PORT at which ranks of other machines connect; unset: none do"
+    )
+    context_tokens: int = Field(2048, ge=2, description="prompt and answer of a language model")
     max_message_mb: int = Field(64, ge=1, le=1024, description="largest gRPC message, MiB")
     drain_s: float = Field(20.0, ge=0, description="time for accepted requests on shutdown")
     scheduling: SchedulerSettings = SchedulerSettings()

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ladderstitch.bundle import Bundle
-from ladderstitch.errors import ModelNotFound, NotReady
+from ladderstitch.errors import BadInput, ModelNotFound, NotReady
 from ladderstitch.images import ImageReader
+from ladderstitch.language.bundle import LanguageBundle
+from ladderstitch.language.generation import Generator
 from ladderstitch.models.route import Stitch
 from ladderstitch.scheduling.scheduler import Scheduler
 from ladderstitch.scheduling.settings import SchedulerSettings
@@ -32,6 +34,25 @@ class HostedModel:
         return self.bundle.manifest.version
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class HostedGenerator:
+    """One loaded language model and what generates with it."""
+
+    bundle: LanguageBundle
+    generator: Generator
+
+    @property
+    def name(self) -> str:
+        return self.bundle.manifest.name
+
+    @property
+    def version(self) -> str:
+        return self.bundle.manifest.version
+
+
+Hosted = HostedModel | HostedGenerator
+
+
 @dataclass(frozen=True, slots=True)
 class LiveSettings:
     """The scheduling in force, and how many changes led to it."""
@@ -50,22 +71,44 @@ class Host:
 
     replica: str
     models: dict[str, HostedModel] = field(default_factory=dict)
+    generators: dict[str, HostedGenerator] = field(default_factory=dict)
     ready: bool = False
     draining: bool = False
     live: LiveSettings = field(default_factory=lambda: LiveSettings(0, SchedulerSettings()))
 
-    def model(self, name: str, version: str = "") -> HostedModel:
+    @property
+    def everything(self) -> dict[str, Hosted]:
+        """All models by name, in order of their names."""
+        everything: dict[str, Hosted] = {**self.models, **self.generators}
+        return dict(sorted(everything.items()))
+
+    def find(self, name: str, version: str = "") -> Hosted:
         """No name stands for the only model, no version for the loaded one.
 
         Raises `NotReady` while loading, `ModelNotFound` for another name or version.
         """
         if not self.ready:
             raise NotReady("the replica is still loading its models")
-        if not name and len(self.models) == 1:
-            name = next(iter(self.models))
-        hosted = self.models.get(name)
+        everything = self.everything
+        if not name and len(everything) == 1:
+            name = next(iter(everything))
+        hosted = everything.get(name)
         if hosted is None or version not in ("", hosted.version):
             wanted = f"{name[:80]!r} version {version[:80]!r}" if version else f"{name[:80]!r}"
-            known = ", ".join(f"{m.name!r} (version {m.version})" for m in self.models.values())
+            known = ", ".join(f"{m.name!r} (version {m.version})" for m in everything.values())
             raise ModelNotFound(f"model_name: no model {wanted}; this server has {known}")
+        return hosted
+
+    def model(self, name: str, version: str = "") -> HostedModel:
+        """An image classifier, as `find`; raises `BadInput` for a language model."""
+        hosted = self.find(name, version)
+        if not isinstance(hosted, HostedModel):
+            raise BadInput("model_name", f"{hosted.name!r} generates text: call Generate")
+        return hosted
+
+    def generator(self, name: str, version: str = "") -> HostedGenerator:
+        """A language model, as `find`; raises `BadInput` for another kind."""
+        hosted = self.find(name, version)
+        if not isinstance(hosted, HostedGenerator):
+            raise BadInput("model_name", f"{hosted.name!r} classifies images: call Infer")
         return hosted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 import ladderstitch
-from ladderstitch.cli import making, measuring, predicting, serving
+from ladderstitch.cli import generating, making, measuring, predicting, serving
 
 app = typer.Typer(
     name="ladderstitch",
@@ -33,5 +33,6 @@ def main(
 
 serving.register(app)
 predicting.register(app)
+generating.register(app)
 making.register(app)
 measuring.register(app)

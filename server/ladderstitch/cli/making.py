@@ -15,15 +15,31 @@ RunFolder = Annotated[Path, typer.Option("--run", help="Where checkpoints, logs 
 
 
 def fetch(
-    what: Annotated[str, typer.Argument(help="What to fetch: fashion-mnist")],
-    into: Annotated[Path, typer.Option(help="Folder to put it in.")] = Path("data/fashion-mnist"),
+    what: Annotated[str, typer.Argument(help="fashion-mnist (data), smollm2 (language model)")],
+    into: Annotated[
+        Path | None,
+        typer.Option(help="Folder to put it in; default: data/NAME, or where models are kept."),
+    ] = None,
 ) -> None:
-    """Download a data set that a recipe names, without root (Debian and Ubuntu)."""
+    """Download a data set that a recipe names, or a model to serve. Needs no root."""
+    from ladderstitch.catalogue import models_home
+    from ladderstitch.language.fetch import MODELS, fetch_model
     from ladderstitch.training.fetch import fetch_data
 
     with user_errors():
-        fetch_data(what, into)
-    out.print(f"{what} is in {into}")
+        if what not in MODELS:
+            folder = into or Path("data") / what
+            fetch_data(what, folder)
+            out.print(f"{what} is in {folder}")
+            return
+        folder = into or models_home() / what
+        with progress_bar() as progress:
+            task = progress.add_task(f"importing {what}", total=None)
+            fetch_model(
+                what, folder, lambda done, all_: progress.update(task, completed=done, total=all_)
+            )
+    served = what if into is None else folder
+    out.print(f"{what} is in {folder}; next: ladderstitch serve --model {served}")
 
 
 def train(recipe: RecipeFile, data: DataFolder, run: RunFolder) -> None:

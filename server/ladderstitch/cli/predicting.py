@@ -15,6 +15,7 @@ from rich.table import Table
 from ladderstitch.cli.console import err, out, user_errors
 from ladderstitch.client import Client, Prediction, RequestFailed
 from ladderstitch.errors import ConfigError
+from ladderstitch.v1 import inference_pb2
 
 Address = Annotated[str, typer.Option(help="host:port of the server's gRPC endpoint.")]
 DEFAULT_ADDRESS = "127.0.0.1:8001"
@@ -84,10 +85,13 @@ def predict(
 
 
 def models(address: Address = DEFAULT_ADDRESS) -> None:
-    """List a server's models and their frontiers: what quality costs how much time there."""
+    """List a server's models, and what quality costs how much time there."""
     with reported(address), Client(address) as client:
         for summary in client.list_models().models:
             model = client.get_model(summary.name)
+            if summary.generates_text:
+                out.print(_language_line(model), highlight=False)
+                continue
             table = Table(title=f"{model.name} version {model.version}: {model.quality_metric}")
             for column in ("stitch", "name", "quality", "expected", "planned"):
                 table.add_column(column)
@@ -101,6 +105,14 @@ def models(address: Address = DEFAULT_ADDRESS) -> None:
                     f"{stitch.planned_latency_us / 1e3:.2f} ms",
                 )
             out.print(table)
+
+
+def _language_line(model: inference_pb2.GetModelResponse) -> str:
+    what = model.language
+    return (
+        f"{model.name} version {model.version}: language model, {what.residual} residual, "
+        f"{what.layers} layers, {what.context_tokens} tokens of context, {what.ranks} ranks"
+    )
 
 
 def schedule(

@@ -12,10 +12,15 @@ from typing import Annotated
 
 import typer
 
+from ladderstitch.catalogue import find_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import ConfigError
-from ladderstitch.replica import Replica, port_is_free, quality_table
+from ladderstitch.hosting import Host
+from ladderstitch.language.bundle import is_language_bundle
+from ladderstitch.language.launching import launch_process
+from ladderstitch.metrics import Metrics
+from ladderstitch.replica import Replica, make_runner, port_is_free
 
 EXAMPLES = Path("examples/fashion-mnist/images")
 
@@ -24,8 +29,14 @@ def serve(
     config: Annotated[
         Path | None, typer.Option(help="YAML file, e.g. examples/serve.yaml; flags override it.")
     ] = None,
-    bundle: Annotated[
-        Path | None, typer.Option(help="Model bundle; default: the embedded Fashion-MNIST family.")
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "--bundle",
+            help="Name of a fetched model, or a bundle's folder "
+            "(default: fashion-mnist, which is embedded).",
+        ),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to bind (default: 127.0.0.1)")] = None,
     port: Annotated[int | None, typer.Option(help="gRPC port, 0: any (default: 8001)")] = None,
@@ -33,18 +44,32 @@ def serve(
         int | None, typer.Option(help="Prometheus port, 0: any (default: 9464)")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda[:N] (default: auto)")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Language models: processes to split over (default: 1)")
+    ] = None,
+    spare_ranks: Annotated[
+        int | None, typer.Option(help="Language models: warm stand-ins for lost ranks (default: 0)")
+    ] = None,
     ray: Annotated[
         bool, typer.Option("--ray/--no-ray", help="Run under Ray Serve, or in this process alone.")
     ] = True,
 ) -> None:
-    """Serve a bundle over gRPC, with metrics for Prometheus. Ctrl-C drains and stops.
+    """Serve a model over gRPC, with metrics for Prometheus. Ctrl-C drains and stops.
 
-    Try `ladderstitch predict IMAGE --budget 5ms` from another terminal.
+    From another terminal: `ladderstitch predict IMAGE --budget 5ms`, or for a language model
+    (`ladderstitch fetch smollm2`) `ladderstitch generate "The capital of France is"`.
     """
     started = time.monotonic()
     with user_errors():
         parsed = ServerConfig.load(
-            config, bundle=bundle, host=host, port=port, metrics_port=metrics_port, device=device
+            config,
+            bundle=find_bundle(model) if model is not None else None,
+            host=host,
+            port=port,
+            metrics_port=metrics_port,
+            device=device,
+            ranks=ranks,
+            spare_ranks=spare_ranks,
         )
         _check_before_start(parsed)
         if ray:
@@ -56,9 +81,7 @@ def serve(
 
 def _check_before_start(config: ServerConfig) -> None:
     """What would otherwise come up seconds later, out of another process."""
-    from ladderstitch.bundle import Bundle
-
-    quality_table(Bundle.load(config.bundle))
+    make_runner(config, Host("check"), Metrics(), launch_process)
     for field in ("port", "metrics_port"):
         number = getattr(config, field)
         if not port_is_free(config.host, number):
@@ -105,8 +128,11 @@ def _say_ready(config: ServerConfig, port: int, metrics_port: int, started: floa
     where = f"gRPC on {config.host}:{port}, metrics on http://{config.host}:{metrics_port}/metrics"
     out.print(f"[bold green]ready[/] after {seconds:.1f} s: {where}", soft_wrap=True)
     address = "" if port == 8001 else f" --address {config.host}:{port}"
-    images = "examples/fashion-mnist/images/*.png" if EXAMPLES.is_dir() else "IMAGE.png"
-    command = f"{sys.argv[0]} predict {images} --budget 5ms{address}"
+    if is_language_bundle(config.bundle):
+        command = f'{sys.argv[0]} generate "The capital of France is"{address}'
+    else:
+        images = "examples/fashion-mnist/images/*.png" if EXAMPLES.is_dir() else "IMAGE.png"
+        command = f"{sys.argv[0]} predict {images} --budget 5ms{address}"
     out.print(f"try:  {command}", soft_wrap=True, highlight=False)
 
 

@@ -69,6 +69,7 @@ class RankGroup:
         self.job, self.options = job, options or GroupOptions()
         self.loaded: dict[int, dict[str, Any]] = {}
         self.restarts = 0
+        self.given_up = False
         self._recruiter = Recruiter(launcher, self._on_loss, self.options.listen)
         self._members: list[Member | None] = [None] * job.ranks
         self._region: SharedRegion | None = None
@@ -179,6 +180,10 @@ class RankGroup:
             self.restarts += 1
             self._whole.set()
             log.warning("the group is whole again")
+        if not self._whole.is_set():
+            self.given_up = True
+            log.error("giving up on the group after %d attempts", ATTEMPTS)
+            return
         while self._recruiter.available < self.options.spares:
             await self._recruiter.launch()
 

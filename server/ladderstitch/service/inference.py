@@ -10,15 +10,15 @@ import numpy as np
 
 from ladderstitch.core import Completion, Logits, Pixels, Request
 from ladderstitch.errors import BadInput, RequestError
-from ladderstitch.hosting import Host, HostedModel
+from ladderstitch.hosting import Host, HostedGenerator, HostedModel
 from ladderstitch.measurements import Quality
 from ladderstitch.service import budget
+from ladderstitch.service.generation import describe_language_model
 from ladderstitch.service.status import Context, statuses
 from ladderstitch.v1 import inference_pb2 as pb
 from ladderstitch.v1 import inference_pb2_grpc
 
 TOP = 5
-MAX_ID = 128
 DATATYPES = {pb.DATA_TYPE_UINT8: "UINT8", pb.DATA_TYPE_FP32: "FP32"}
 SOURCES = {
     "grpc_deadline": pb.BUDGET_SOURCE_GRPC_DEADLINE,
@@ -90,38 +90,20 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     name=model.name,
                     version=model.version,
                     ready=self.host.ready and not self.host.draining,
-                    stitches=len(model.stitches),
+                    stitches=len(model.stitches) if isinstance(model, HostedModel) else 1,
+                    generates_text=isinstance(model, HostedGenerator),
                 )
-                for _, model in sorted(self.host.models.items())
+                for model in self.host.everything.values()
             ]
         )
 
     @statuses
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
-        model = self.host.model(request.model_name, request.model_version)
-        manifest, table = model.bundle.manifest, model.bundle.quality
-        assert table is not None, "a replica hosts only calibrated bundles"
-        inputs = manifest.preprocessing
-        return pb.GetModelResponse(
-            name=model.name,
-            version=model.version,
-            ready=self.host.ready and not self.host.draining,
-            labels=manifest.labels,
-            preprocessing=pb.Preprocessing(
-                channels=inputs.channels,
-                height=inputs.height,
-                width=inputs.width,
-                mean=inputs.mean,
-                std=inputs.std,
-            ),
-            stitches=[_stitch(model, s, quality) for s, quality in sorted(table.stitches.items())],
-            frontier=model.scheduler.menu.frontier,
-            quality_metric=table.metric,
-            quality_data=table.data,
-            max_batch_size=model.scheduler.latency.view.max_rows,
-            origin=manifest.origin,
-            licence=manifest.licence,
-        )
+        hosted = self.host.find(request.model_name, request.model_version)
+        ready = self.host.ready and not self.host.draining
+        if isinstance(hosted, HostedGenerator):
+            return describe_language_model(hosted, ready)
+        return _describe_image_model(hosted, ready)
 
     @statuses
     async def CheckBudget(
@@ -146,8 +128,8 @@ async def _accept(
     request: pb.InferRequest, model: HostedModel, arrival: float, deadlines: list[budget.Deadline]
 ) -> Request:
     """The request as the scheduler takes it; raises `BadInput` naming the field that is wrong."""
-    if len(request.request_id) > MAX_ID:
-        raise BadInput("request_id", f"expected at most {MAX_ID} characters")
+    if len(request.request_id) > budget.MAX_ID_CHARACTERS:
+        raise BadInput("request_id", f"expected at most {budget.MAX_ID_CHARACTERS} characters")
     if request.HasField("latency_budget_us"):
         seconds = budget.microseconds("latency_budget_us", request.latency_budget_us)
         deadlines.append(budget.Deadline(seconds, "latency_budget_us", request.hard_deadline))
@@ -207,6 +189,32 @@ def predictions(logits: Logits, labels: tuple[str, ...]) -> list[pb.Prediction]:
             logits.tolist(), probabilities.tolist(), best, strict=True
         )
     ]
+
+
+def _describe_image_model(model: HostedModel, ready: bool) -> pb.GetModelResponse:
+    manifest, table = model.bundle.manifest, model.bundle.quality
+    assert table is not None, "a replica hosts only calibrated bundles"
+    inputs = manifest.preprocessing
+    return pb.GetModelResponse(
+        name=model.name,
+        version=model.version,
+        ready=ready,
+        labels=manifest.labels,
+        preprocessing=pb.Preprocessing(
+            channels=inputs.channels,
+            height=inputs.height,
+            width=inputs.width,
+            mean=inputs.mean,
+            std=inputs.std,
+        ),
+        stitches=[_stitch(model, s, quality) for s, quality in sorted(table.stitches.items())],
+        frontier=model.scheduler.menu.frontier,
+        quality_metric=table.metric,
+        quality_data=table.data,
+        max_batch_size=model.scheduler.latency.view.max_rows,
+        origin=manifest.origin,
+        licence=manifest.licence,
+    )
 
 
 def _stitch(model: HostedModel, stitch: int, quality: Quality) -> pb.Stitch:

@@ -20,7 +20,7 @@ from ladderstitch.hosting import Host, HostedModel
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import grpc_service_pb2_grpc
 from ladderstitch.service import budget, oip_describe
-from ladderstitch.service.inference import MAX_ID, checked_quality, softmax
+from ladderstitch.service.inference import checked_quality, softmax
 from ladderstitch.service.oip_tensors import read_images
 from ladderstitch.service.status import Context, statuses
 
@@ -61,7 +61,7 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelReady(
         self, request: pb.ModelReadyRequest, context: Context
     ) -> pb.ModelReadyResponse:
-        ready = self._serving and bool(self.host.model(request.name, request.version))
+        ready = self._serving and bool(self.host.find(request.name, request.version))
         return pb.ModelReadyResponse(ready=ready)
 
     @statuses
@@ -100,7 +100,7 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: pb.RepositoryIndexRequest, context: Context
     ) -> pb.RepositoryIndexResponse:
         state = "READY" if self._serving else "UNAVAILABLE"
-        models = self.host.models.values() if self._serving or not request.ready else ()
+        models = self.host.everything.values() if self._serving or not request.ready else ()
         return pb.RepositoryIndexResponse(
             models=[
                 pb.RepositoryIndexResponse.ModelIndex(name=m.name, version=m.version, state=state)
@@ -237,8 +237,8 @@ def _number(request: pb.ModelInferRequest, name: str) -> float:
 def _accept(
     request: pb.ModelInferRequest, wishes: Wishes, images: Pixels, arrival: float
 ) -> Request:
-    if len(request.id) > MAX_ID:
-        raise BadInput("id", f"expected at most {MAX_ID} characters")
+    if len(request.id) > budget.MAX_ID_CHARACTERS:
+        raise BadInput("id", f"expected at most {budget.MAX_ID_CHARACTERS} characters")
     return Request(
         id=request.id or uuid.uuid4().hex,
         images=images,

@@ -12,12 +12,21 @@ from grpc_reflection.v1alpha import reflection
 from ladderstitch.hosting import Host, UpdateSettings
 from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc
 from ladderstitch.service.admin import AdminService
+from ladderstitch.service.generation import GenerationService
 from ladderstitch.service.inference import InferenceService
 from ladderstitch.service.oip import OipService
-from ladderstitch.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from ladderstitch.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+)
 
 SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
     grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
@@ -64,6 +73,9 @@ class Server:
             InferenceService(host), self._server
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(host, update), self._server)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+            GenerationService(host), self._server
+        )
         grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
             OipService(host), self._server
         )
@@ -92,7 +104,7 @@ class Server:
         """Tell health checks and watchers, overall, by service and by model."""
         states = health_pb2.HealthCheckResponse
         state = states.SERVING if serving else states.NOT_SERVING
-        for name in ("", *SERVICES, *self.host.models):
+        for name in ("", *SERVICES, *self.host.everything):
             await self.health.set(name, state)
 
     async def stop(self, grace_s: float) -> None:

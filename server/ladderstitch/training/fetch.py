@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from ladderstitch.errors import DataError
+from ladderstitch.language.fetch import MODELS
 
 DEBIAN_PACKAGES = {"fashion-mnist": ("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist")}
 """Data set -> (package, folder inside it)."""
@@ -16,7 +17,9 @@ DEBIAN_PACKAGES = {"fashion-mnist": ("dataset-fashion-mnist", "usr/share/dataset
 def fetch_data(name: str, into: Path) -> None:
     """Put the data set's files into a folder; raises `DataError` if that is not possible here."""
     if name not in DEBIAN_PACKAGES:
-        raise DataError(f"fetch: expected one of {sorted(DEBIAN_PACKAGES)}, got {name!r}")
+        raise DataError(
+            f"fetch: expected one of {sorted([*DEBIAN_PACKAGES, *MODELS])}, got {name!r}"
+        )
     package, inside = DEBIAN_PACKAGES[name]
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:

@@ -392,6 +392,7 @@ class ModelSummary(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     STITCHES_FIELD_NUMBER: _builtins.int
+    GENERATES_TEXT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model."""
     version: _builtins.str
@@ -400,6 +401,8 @@ class ModelSummary(_message.Message):
     """Whether it answers requests at present."""
     stitches: _builtins.int
     """How many stitches it has."""
+    generates_text: _builtins.bool
+    """Whether it is a language model: for `GenerationService`, not `InferenceService`."""
     def __init__(
         self,
         *,
@@ -407,10 +410,11 @@ class ModelSummary(_message.Message):
         version: _builtins.str = ...,
         ready: _builtins.bool = ...,
         stitches: _builtins.int = ...,
+        generates_text: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "ready", b"ready", "stitches", b"stitches", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generates_text", b"generates_text", "name", b"name", "ready", b"ready", "stitches", b"stitches", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -580,6 +584,7 @@ class GetModelResponse(_message.Message):
     MAX_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     ORIGIN_FIELD_NUMBER: _builtins.int
     LICENCE_FIELD_NUMBER: _builtins.int
+    LANGUAGE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model."""
     version: _builtins.str
@@ -612,6 +617,10 @@ class GetModelResponse(_message.Message):
     def frontier(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ids of the stitches on the frontier, fastest first."""
 
+    @_builtins.property
+    def language(self) -> Global___LanguageModel:
+        """Set for language models, which have no labels, preprocessing or stitches."""
+
     def __init__(
         self,
         *,
@@ -627,14 +636,53 @@ class GetModelResponse(_message.Message):
         max_batch_size: _builtins.int = ...,
         origin: _builtins.str = ...,
         licence: _builtins.str = ...,
+        language: Global___LanguageModel | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["preprocessing", b"preprocessing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["language", b"language", "preprocessing", b"preprocessing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frontier", b"frontier", "labels", b"labels", "licence", b"licence", "max_batch_size", b"max_batch_size", "name", b"name", "origin", b"origin", "preprocessing", b"preprocessing", "quality_data", b"quality_data", "quality_metric", b"quality_metric", "ready", b"ready", "stitches", b"stitches", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frontier", b"frontier", "labels", b"labels", "language", b"language", "licence", b"licence", "max_batch_size", b"max_batch_size", "name", b"name", "origin", b"origin", "preprocessing", b"preprocessing", "quality_data", b"quality_data", "quality_metric", b"quality_metric", "ready", b"ready", "stitches", b"stitches", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
+
+@_typing.final
+class LanguageModel(_message.Message):
+    """What is particular to a language model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    RESIDUAL_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    context_tokens: _builtins.int
+    """Most tokens of a prompt and its answer together."""
+    vocabulary_size: _builtins.int
+    """Size of the vocabulary."""
+    layers: _builtins.int
+    """Number of transformer layers."""
+    residual: _builtins.str
+    """Residual scheme: "standard", "ladder", "parallel" or "desync"."""
+    ranks: _builtins.int
+    """Processes that it is split over."""
+    def __init__(
+        self,
+        *,
+        context_tokens: _builtins.int = ...,
+        vocabulary_size: _builtins.int = ...,
+        layers: _builtins.int = ...,
+        residual: _builtins.str = ...,
+        ranks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "layers", b"layers", "ranks", b"ranks", "residual", b"residual", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LanguageModel: _TypeAlias = LanguageModel  # noqa: Y015
 
 @_typing.final
 class CheckBudgetRequest(_message.Message):

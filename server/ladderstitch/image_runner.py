@@ -1,0 +1,120 @@
+"""Runs a stitchable image classifier: worker, warm-up and scheduler of one bundle."""
+
+from __future__ import annotations
+
+from ladderstitch.bundle import Bundle
+from ladderstitch.config import ServerConfig
+from ladderstitch.engine.channel import WorkerConfig
+from ladderstitch.engine.hybrid import HybridEngine
+from ladderstitch.engine.placement import resolve_device, resolve_dtype
+from ladderstitch.engine.process import ProcessEngine
+from ladderstitch.engine.warming import warm_up
+from ladderstitch.errors import BadInput, BundleError, ConfigError
+from ladderstitch.hosting import Host, HostedModel
+from ladderstitch.images import ImageReader
+from ladderstitch.measurements import QualityTable
+from ladderstitch.metrics import Metrics, ModelMetrics
+from ladderstitch.runner import Advance
+from ladderstitch.scheduling.scheduler import Scheduler
+from ladderstitch.scheduling.settings import SchedulerSettings
+
+LIGHT_BYTES = 32 << 20
+"""Bundles up to this size may be held twice, in the worker and in the replica's process."""
+
+
+class ImageRunner:
+    """A `Runner`."""
+
+    def __init__(self, config: ServerConfig, host: Host, metrics: Metrics) -> None:
+        """Raises `BundleError` for a bundle that is wrong or not calibrated."""
+        self.config, self.host, self.metrics = config, host, metrics
+        self.bundle = Bundle.load(config.bundle)
+        self.quality = quality_table(self.bundle)
+        self._engine: ProcessEngine | None = None
+        self._model: HostedModel | None = None
+
+    @property
+    def healthy(self) -> bool:
+        return self._engine is not None and self._engine.ready
+
+    @property
+    def alive(self) -> bool:
+        return self._model is not None and self._model.scheduler.running
+
+    async def start(self, advance: Advance) -> None:
+        """Load, then warm every stitch and batch size.
+
+        Raises `EngineDied` if the worker cannot load the model, `ConfigError` for scheduling
+        settings that do not fit it.
+        """
+        worker = self._worker_config()
+        self._engine = self._make_engine(worker)
+        await self._engine.start()
+        self._model = await self._host(self._engine, worker, advance)
+        self.host.models[self._model.name] = self._model
+
+    def set_ready(self, ready: bool) -> None:
+        if self._model is not None:
+            self._model.scheduler.metrics.ready.set(int(ready))
+
+    def apply(self, settings: SchedulerSettings) -> None:
+        if self._model is not None:
+            self._model.scheduler.configure(settings)
+
+    async def drain(self) -> None:
+        if self._model is not None:
+            await self._model.scheduler.drain()
+
+    async def close(self) -> None:
+        if self._model is not None:
+            await self._model.scheduler.close()
+        if self._engine is not None:
+            self._engine.close()
+
+    def _make_engine(self, worker: WorkerConfig) -> ProcessEngine:
+        light = worker.device == "cpu" and self.bundle.weight_bytes <= LIGHT_BYTES
+        if light and self.config.inline_limit_ms > 0:
+            return HybridEngine(worker, self.config.inline_limit_ms / 1e3)
+        return ProcessEngine(worker)
+
+    def _worker_config(self) -> WorkerConfig:
+        manifest, inputs = self.bundle.manifest, self.bundle.manifest.preprocessing
+        device = resolve_device(self.config.device)
+        return WorkerConfig(
+            bundle=str(self.bundle.path.resolve()),
+            device=device,
+            dtype=str(resolve_dtype(self.config.dtype, device)).removeprefix("torch."),
+            threads=self.config.threads,
+            max_rows=self.config.max_batch_rows,
+            image_shape=(inputs.channels, inputs.height, inputs.width),
+            classes=len(manifest.labels),
+        )
+
+    async def _host(
+        self, engine: ProcessEngine, worker: WorkerConfig, advance: Advance
+    ) -> HostedModel:
+        stitches = {stitch.id: stitch for stitch in self.bundle.manifest.config.stitches()}
+        profile = await warm_up(engine, self.bundle, worker, advance)
+        name = self.bundle.manifest.name
+        metrics: ModelMetrics = self.metrics.for_model(name, stitches)
+        quality = {stitch: score.value for stitch, score in self.quality.stitches.items()}
+        scheduler = Scheduler(engine, quality, profile, self.host.live.settings, metrics)
+        try:
+            scheduler.configure(self.host.live.settings)
+        except BadInput as error:
+            raise ConfigError(f"scheduling.{error}") from error
+        reader = ImageReader(self.bundle.manifest.preprocessing)
+        return HostedModel(self.bundle, scheduler, reader, stitches)
+
+
+def quality_table(bundle: Bundle) -> QualityTable:
+    """Raises `BundleError` if the bundle is not calibrated, or not for every stitch."""
+    if bundle.quality is None:
+        raise BundleError(f"{bundle.path}: no quality.json; run `ladderstitch calibrate` first")
+    stitches = {stitch.id for stitch in bundle.manifest.config.stitches()}
+    if missing := stitches - bundle.quality.stitches.keys():
+        raise BundleError(
+            f"{bundle.path / 'quality.json'}: stitches {sorted(missing)} are not calibrated; "
+            "run `ladderstitch calibrate` again"
+        )
+    return bundle.quality

@@ -1,0 +1,73 @@
+"""Runs a language model: a group of ranks and the generator that answers with it."""
+
+from __future__ import annotations
+
+from ladderstitch.config import ServerConfig
+from ladderstitch.engine.placement import resolve_device, resolve_dtype
+from ladderstitch.hosting import Host, HostedGenerator
+from ladderstitch.language.bundle import LanguageBundle
+from ladderstitch.language.generation import Generator
+from ladderstitch.language.group import GroupOptions, RankGroup
+from ladderstitch.language.job import ModelJob
+from ladderstitch.language.launching import Launcher
+from ladderstitch.language.sharding import Shard
+from ladderstitch.runner import Advance
+from ladderstitch.scheduling.settings import SchedulerSettings
+
+
+class LanguageRunner:
+    """A `Runner`."""
+
+    def __init__(self, config: ServerConfig, host: Host, launcher: Launcher) -> None:
+        """Raises `BundleError` for a wrong bundle, `ConfigError` for ranks that do not fit it."""
+        self.config, self.host = config, host
+        self.bundle = LanguageBundle.load(config.bundle)
+        self.tokenizer = self.bundle.tokenizer()
+        for rank in range(config.ranks):
+            Shard.of(self.bundle.manifest.config, rank, config.ranks)
+        self._launcher = launcher
+        self._group: RankGroup | None = None
+        self._generator: Generator | None = None
+
+    @property
+    def healthy(self) -> bool:
+        return self._group is not None and self._group.whole
+
+    @property
+    def alive(self) -> bool:
+        return self._group is not None and not self._group.given_up
+
+    async def start(self, advance: Advance) -> None:
+        """Bring up the ranks; raises `EngineRestarting` with the reason if they do not come."""
+        config, manifest = self.config, self.bundle.manifest
+        device = resolve_device(config.device)
+        job = ModelJob.of(
+            self.bundle,
+            ranks=config.ranks,
+            dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
+            device=device,
+            threads=config.threads,
+            cache_tokens=min(config.context_tokens, manifest.config.max_positions),
+        )
+        options = GroupOptions(
+            link=config.link, spares=config.spare_ranks, listen=config.rank_address
+        )
+        self._group = RankGroup(job, options, self._launcher)
+        await self._group.start()
+        self._generator = Generator(self._group, self.tokenizer, manifest.end_tokens)
+        self.host.generators[manifest.name] = HostedGenerator(self.bundle, self._generator)
+        advance(1, 1)
+
+    def set_ready(self, ready: bool) -> None:
+        """Health and readiness are the server's to tell."""
+
+    def apply(self, settings: SchedulerSettings) -> None:
+        """Language models have one path so far: there is nothing to schedule."""
+
+    async def drain(self) -> None:
+        if self._generator is not None:
+            await self._generator.drain()
+
+    async def close(self) -> None:
+        if self._group is not None:
+            await self._group.close()

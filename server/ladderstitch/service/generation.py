@@ -1,0 +1,151 @@
+"""`ladderstitch.v1.GenerationService`: text, token by token."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import aclosing
+
+from ladderstitch.core import Budget
+from ladderstitch.errors import BadInput
+from ladderstitch.hosting import Host, HostedGenerator
+from ladderstitch.language.generation import GenerationRequest, Piece
+from ladderstitch.language.sampling import Sampling
+from ladderstitch.service import budget
+from ladderstitch.service.status import Context, statuses
+from ladderstitch.v1 import generation_pb2 as pb
+from ladderstitch.v1 import generation_pb2_grpc, inference_pb2
+
+DEFAULT_MAX_TOKENS = 128
+MAX_STOPS = 16
+MAX_CHARACTERS_A_TOKEN = 64
+"""Longer texts are refused before they are tokenised, on the event loop."""
+
+FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
+
+
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    @statuses
+    async def Generate(  # type: ignore[override] # grpc.aio takes coroutines that write, too
+        self, request: pb.GenerateRequest, context: Context
+    ) -> None:
+        arrival = time.monotonic()
+        remaining_s = context.time_remaining()
+        model = self.host.generator(request.model_name, request.model_version)
+        deadlines = budget.of_call(remaining_s, context.invocation_metadata(), None)
+        resolved = _budget(request, arrival, deadlines)
+        accepted = _accept(request, model, arrival, resolved)
+        first_token = math.inf
+        async with aclosing(model.generator.generate(accepted)) as pieces:
+            async for piece in pieces:
+                first_token = min(first_token, time.monotonic())
+                response = pb.GenerateResponse(
+                    index=piece.index,
+                    token_id=piece.token,
+                    text=piece.text,
+                    request_id=request.request_id,
+                )
+                if piece.finish is not None:
+                    response.finish_reason = FINISH[piece.finish]
+                    accounting = self._accounting(model, accepted, piece, first_token, resolved)
+                    response.accounting.CopyFrom(accounting)
+                await context.write(response)
+
+    def _accounting(
+        self,
+        model: HostedGenerator,
+        request: GenerationRequest,
+        last: Piece,
+        first_token: float,
+        resolved: Budget,
+    ) -> pb.GenerationAccounting:
+        now = time.monotonic()
+        accounting = pb.GenerationAccounting(
+            prompt_tokens=len(request.tokens),
+            generated_tokens=last.index + 1,
+            queue_us=round(1e6 * last.queue_s),
+            first_token_us=round(1e6 * (first_token - request.arrival)),
+            total_us=round(1e6 * (now - request.arrival)),
+            path=model.bundle.manifest.residual.scheme,
+            replica=self.host.replica,
+        )
+        if resolved.target != math.inf:
+            accounting.budget_us = round(1e6 * (resolved.target - request.arrival))
+            accounting.budget_met = now <= resolved.target
+        return accounting
+
+
+def _budget(
+    request: pb.GenerateRequest, arrival: float, deadlines: list[budget.Deadline]
+) -> Budget:
+    if request.HasField("latency_budget_us"):
+        seconds = budget.microseconds("latency_budget_us", request.latency_budget_us)
+        deadlines.append(budget.Deadline(seconds, "latency_budget_us", request.hard_deadline))
+    elif request.hard_deadline:
+        raise BadInput("hard_deadline", "expected latency_budget_us to be set along with it")
+    return budget.resolve(arrival, deadlines)
+
+
+def _accept(
+    request: pb.GenerateRequest, model: HostedGenerator, arrival: float, resolved: Budget
+) -> GenerationRequest:
+    """The request as the generator takes it; raises `BadInput` naming the field that is wrong."""
+    if len(request.request_id) > budget.MAX_ID_CHARACTERS:
+        raise BadInput("request_id", f"expected at most {budget.MAX_ID_CHARACTERS} characters")
+    if len(request.stop) > MAX_STOPS:
+        raise BadInput("stop", f"expected at most {MAX_STOPS} texts, got {len(request.stop)}")
+    tokens = _prompt(request, model)
+    left = model.generator.max_tokens - len(tokens)
+    if left < 1:
+        raise BadInput(
+            "prompt",
+            f"expected fewer than {model.generator.max_tokens} tokens, got {len(tokens)}",
+        )
+    default = min(DEFAULT_MAX_TOKENS, left)
+    return GenerationRequest(
+        tokens=tokens,
+        arrival=arrival,
+        max_tokens=request.max_tokens if request.HasField("max_tokens") else default,
+        sampling=Sampling(
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p if request.HasField("top_p") else 1.0,
+            seed=request.seed if request.HasField("seed") else None,
+        ),
+        stop=tuple(request.stop),
+        limit=resolved.limit,
+    )
+
+
+def _prompt(request: pb.GenerateRequest, model: HostedGenerator) -> tuple[int, ...]:
+    match request.WhichOneof("prompt"):
+        case "text":
+            most = MAX_CHARACTERS_A_TOKEN * model.generator.max_tokens
+            if len(request.text) > most:
+                raise BadInput("text", f"expected at most {most} characters")
+            return tuple(model.generator.tokenizer.encode(request.text))
+        case "tokens":
+            return tuple(request.tokens.ids)
+    raise BadInput("prompt", "expected text or tokens to be set")
+
+
+def describe_language_model(model: HostedGenerator, ready: bool) -> inference_pb2.GetModelResponse:
+    """For `InferenceService.GetModel`, which describes models of every kind."""
+    manifest = model.bundle.manifest
+    return inference_pb2.GetModelResponse(
+        name=model.name,
+        version=model.version,
+        ready=ready,
+        origin=manifest.origin,
+        licence=manifest.licence,
+        language=inference_pb2.LanguageModel(
+            context_tokens=model.generator.max_tokens,
+            vocabulary_size=manifest.config.vocab_size,
+            layers=manifest.config.layers,
+            residual=manifest.residual.scheme,
+            ranks=model.generator.group.job.ranks,
+        ),
+    )
