@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from ladderstitch.language.recruiting import NoRank, Recruiter
 
 log = logging.getLogger(__name__)
 
+Address = tuple[str, int]
 Tokens = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
@@ -53,6 +55,8 @@ class GroupOptions:
     spares: int = 0
     listen: str = ""
     """HOST:PORT at which ranks of other machines connect; unset: a socket file of this one."""
+    route: Callable[[Sequence[Address]], Sequence[Address]] = tuple
+    """Where the TCP link reaches ranks that listen at these addresses."""
 
 
 class RankGroup:
@@ -138,6 +142,12 @@ class RankGroup:
     async def _ask_all(members: list[Member], message: Message) -> list[Message | BaseException]:
         return await asyncio.gather(*(m.ask(message) for m in members), return_exceptions=True)
 
+    async def change_link(self, options: GroupOptions) -> None:
+        """Reach each other in another way from now on; the caches are kept. Raises `RankLost`."""
+        async with self._turn:
+            self.options = options
+            await self._join()
+
     async def close(self) -> None:
         """End all ranks."""
         self._closing = True
@@ -209,6 +219,9 @@ class RankGroup:
             *(self._assign(rank) for rank in empty), return_exceptions=True
         )
         self.loaded |= {r: m.header for r, m in zip(empty, _good(replies), strict=True)}
+        await self._join()
+
+    async def _join(self) -> None:
         joining = Message(Kind.JOIN, Joining(link=self._new_link()).model_dump(mode="json"))
         try:
             _good(await self._ask_all(self._present(), joining))
@@ -239,8 +252,8 @@ class RankGroup:
             kind = "shared_memory" if self.job.device == "cpu" else "nccl"
         members = self._present()
         if kind == "tcp":
-            addresses = tuple(member.listens for member in members)
-            return TcpSpec(addresses=addresses, secret=secrets.token_hex(16))
+            addresses = options.route([member.listens for member in members])
+            return TcpSpec(addresses=tuple(addresses), secret=secrets.token_hex(16))
         if kind == "nccl":
             return NcclSpec(store=members[0].listens)
         self._region = SharedRegion(ranks, self.job.message_bytes)
