@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 import ladderstitch
-from ladderstitch.cli import generating, making, measuring, predicting, serving
+from ladderstitch.cli import generating, making, measuring, overlapping, predicting, serving
 
 app = typer.Typer(
     name="ladderstitch",
@@ -36,3 +36,4 @@ predicting.register(app)
 generating.register(app)
 making.register(app)
 measuring.register(app)
+overlapping.register(app)

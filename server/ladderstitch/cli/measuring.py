@@ -118,7 +118,7 @@ def verify(
 
 
 def register(app: typer.Typer) -> None:
-    group = "Measure and check a family"
+    group = "Measure and check"
     app.command(rich_help_panel=group)(calibrate)
     app.command(rich_help_panel=group)(profile)
     app.command(rich_help_panel=group)(frontier)

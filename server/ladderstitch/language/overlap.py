@@ -28,11 +28,11 @@ Advance = Callable[[int, int], None]
 class Shape:
     """A random model, in the sizes that matter."""
 
-    width: int = 2048
-    ffn: int = 5632
-    layers: int = 4
-    heads: int = 16
-    kv_heads: int = 16
+    width: int = 1536
+    ffn: int = 4096
+    layers: int = 20
+    heads: int = 12
+    kv_heads: int = 12
     vocabulary: int = 4096
 
     def config(self, positions: int) -> LlamaConfig:
@@ -56,7 +56,7 @@ class Plan:
     ranks: int = 2
     batch: int = 1
     prompt: int = 64
-    steps: int = 12
+    steps: int = 4
     rounds: int = 9
     dtype: str = "float32"
     latencies_s: tuple[float, ...] = (0.0, 0.00025, 0.0005, 0.001, 0.0025)

@@ -92,28 +92,31 @@ class SharedMemoryLink:
         data = whole[(1 + lines) * CACHE_LINE :].view(ranks, SLOTS, slot_bytes)
         self._slots = [[data[r, s] for s in range(SLOTS)] for r in range(ranks)]
         self._slot_bytes = slot_bytes
+        self._shape: tuple[torch.Size, torch.dtype] | None = None
+        self._views: list[list[Tensor]] = []
 
     def post(self, partial: Tensor) -> Ticket:
-        size = partial.nbytes
-        if size > self._slot_bytes:
-            raise ValueError(f"partial: expected at most {self._slot_bytes} bytes, got {size}")
+        if (partial.shape, partial.dtype) != self._shape:
+            self._reshape(partial)
         slot = self._posted % SLOTS
         self._posted += 1
-        self._view(self.rank, slot, partial).copy_(partial)
+        views = self._views[slot]
+        views[self.rank].copy_(partial)
         line = self._line(self.rank, slot)
-        self._words[line + 1] = time.monotonic_ns() + self.model.flight_ns(size)
+        self._words[line + 1] = time.monotonic_ns() + self.model.flight_ns(partial.nbytes)
         self._words[line] = self._posted
-        return self._posted, slot, partial
+        return self._posted, slot, views
 
     def wait(self, ticket: Ticket) -> Tensor:
-        number, slot, partial = ticket
+        number, slot, views = ticket
         for peer in range(self.ranks):
             if peer != self.rank:
                 self._await(self._line(peer, slot), number)
-        total = self._view(0, slot, partial).float()
-        for peer in range(1, self.ranks):
-            total = total + self._view(peer, slot, partial)
-        return total.to(partial.dtype)
+        first, *others = views
+        total = first.float()
+        for other in others:
+            total = total + other
+        return total.to(first.dtype)
 
     def close(self) -> None:
         self._words[0] = 1
@@ -121,8 +124,17 @@ class SharedMemoryLink:
     def _line(self, rank: int, slot: int) -> int:
         return (1 + rank * SLOTS + slot) * (CACHE_LINE // 8)
 
-    def _view(self, rank: int, slot: int, like: Tensor) -> Tensor:
-        return self._slots[rank][slot][: like.nbytes].view(like.dtype).view(like.shape)
+    def _reshape(self, like: Tensor) -> None:
+        """See the slots as tensors like this one; decode steps all have one shape."""
+        if like.nbytes > self._slot_bytes:
+            raise ValueError(
+                f"partial: expected at most {self._slot_bytes} bytes, got {like.nbytes}"
+            )
+        self._shape = (like.shape, like.dtype)
+        self._views = [
+            [ranks[slot][: like.nbytes].view(like.dtype).view(like.shape) for ranks in self._slots]
+            for slot in range(SLOTS)
+        ]
 
     def _await(self, line: int, number: int) -> None:
         words, spins = self._words, 0
