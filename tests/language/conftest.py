@@ -1,0 +1,64 @@
+"""A tiny random language model on disk, and ways to run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from ladderstitch.language.bundle import LanguageBundle, LanguageManifest, write_manifest
+from ladderstitch.language.config import LlamaConfig
+from ladderstitch.language.residual import Residual
+from ladderstitch.language.weights import expected_shapes
+
+TINY = LlamaConfig(
+    vocab_size=257,
+    hidden_size=48,
+    intermediate_size=100,
+    layers=3,
+    heads=6,
+    kv_heads=3,
+    head_dim=8,
+    max_positions=128,
+    tied_head=True,
+)
+END = 256
+
+
+def random_tensors(config: LlamaConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator) * (0.3 if len(shape) > 1 else 1.0)
+        for name, shape in expected_shapes(config).items()
+    }
+
+
+def write_tiny(path: Path, residual: Residual | None = None) -> Path:
+    """One token a byte, and an end token."""
+    manifest = LanguageManifest(
+        name="tiny",
+        config=TINY,
+        residual=residual or Residual(),
+        end_tokens=(END,),
+        origin="random weights",
+        licence="Apache-2.0",
+    )
+    write_manifest(path, manifest)
+    save_file(random_tensors(TINY), path / "model.safetensors")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)} | {"<end>": END}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_language_bundle(tmp_path_factory: pytest.TempPathFactory) -> LanguageBundle:
+    """3 layers, 6 query and 3 KV heads, 257 tokens."""
+    return LanguageBundle.load(write_tiny(tmp_path_factory.mktemp("bundles") / "tiny"))

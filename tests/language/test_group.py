@@ -1,0 +1,144 @@
+"""Ranks in processes of their own: the same answers as one rank, also after a rank was killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ladderstitch.errors import EngineRestarting
+from ladderstitch.language.bundle import LanguageBundle
+from ladderstitch.language.group import GroupOptions, RankGroup
+from ladderstitch.language.job import ModelJob
+from ladderstitch.language.member import RankLost
+from ladderstitch.language.residual import Residual
+
+PROMPT = np.arange(1, 24, dtype=np.int64)[None]
+PATHS = (Residual(), Residual(scheme="ladder"), Residual(scheme="ladder", ladder_layers=1))
+
+
+@asynccontextmanager
+async def running(
+    bundle: LanguageBundle, options: GroupOptions | None = None, **fields: object
+) -> AsyncIterator[RankGroup]:
+    """A group that leaves no process and no shared memory behind."""
+    job = ModelJob.of(bundle, paths=PATHS, cache_tokens=64, chunk_tokens=32, **fields)
+    group = RankGroup(job, options)
+    try:
+        await group.start()
+        pids = group.pids
+        yield group
+    finally:
+        await group.close()
+    assert left_behind([*pids, *group.pids]) == []
+
+
+def left_behind(pids: list[int]) -> list[Path]:
+    """Processes and shared memory that are still there."""
+    shared = [p for p in Path("/dev/shm").glob("ladderstitch-*") if p.stat().st_uid == os.getuid()]
+    return shared + [path for pid in pids if (path := Path(f"/proc/{pid}")).exists()]
+
+
+async def forward_until_lost(group: RankGroup) -> None:
+    """A death is noticed at the latest in the pass that needs the rank."""
+    while True:
+        await group.forward(PROMPT, 0)
+
+
+async def all_logits(group: RankGroup) -> np.ndarray:
+    """Every path, in one pass and as a prefill with two single tokens: [paths, 2, T, V]."""
+    results = []
+    for path in range(len(PATHS)):
+        whole = await group.forward(PROMPT, 0, path, last_only=False)
+        parts = [await group.forward(PROMPT[:, :-2], 0, path, last_only=False)]
+        for at in (-2, -1):
+            token = PROMPT[:, at : at + 1 or None]
+            logits = await group.forward(token, PROMPT.shape[1] + at, path)
+            parts.append(logits[:, None])
+        results.append((whole[0], np.concatenate(parts, axis=1)[0]))
+    return np.array(results)
+
+
+@pytest.fixture(scope="session")
+def expected(tiny_language_bundle: LanguageBundle) -> np.ndarray:
+    """One rank's, which the golden vectors vouch for."""
+
+    async def run() -> np.ndarray:
+        async with running(tiny_language_bundle) as group:
+            return await all_logits(group)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(("ranks", "link"), [(2, "shared_memory"), (3, "tcp")])
+async def test_ranks_agree_with_one(
+    tiny_language_bundle: LanguageBundle, expected: np.ndarray, ranks: int, link: str
+) -> None:
+    async with running(tiny_language_bundle, GroupOptions(link=link), ranks=ranks) as group:
+        got = await all_logits(group)
+        shares = [group.loaded[rank]["weight_bytes"] for rank in range(ranks)]
+    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+    whole = (tiny_language_bundle.path / "model.safetensors").stat().st_size
+    assert sum(shares) < 1.02 * whole  # norms are on every rank, all else is split
+    assert max(shares) < 0.7 * whole
+
+
+@pytest.mark.parametrize(("link", "spares"), [("shared_memory", 1), ("tcp", 0)])
+async def test_a_killed_rank_is_replaced(
+    tiny_language_bundle: LanguageBundle, expected: np.ndarray, link: str, spares: int
+) -> None:
+    options = GroupOptions(link=link, spares=spares)
+    async with running(tiny_language_bundle, options, ranks=2) as group:
+        for rank in (1, 0):
+            os.kill(group.pids[rank], signal.SIGKILL)
+            with pytest.raises(RankLost):
+                await forward_until_lost(group)
+            await group.ready()
+            got = await group.forward(PROMPT, 0, last_only=False)
+            assert np.abs(got[0] - expected[0, 0]).max() <= 1e-5 * np.abs(expected).max()
+        assert group.restarts == 2
+
+
+async def test_a_rank_killed_in_mid_step_releases_its_peer(
+    tiny_language_bundle: LanguageBundle,
+) -> None:
+    slow = GroupOptions(link="shared_memory", latency_s=0.2)
+    async with running(tiny_language_bundle, slow, ranks=2) as group:
+        step = asyncio.create_task(group.forward(PROMPT, 0))
+        await asyncio.sleep(0)  # let it be sent; the pass takes more than a second
+        os.kill(group.pids[0], signal.SIGKILL)
+        with pytest.raises(RankLost):
+            await step
+        survivor = group.pids[-1]
+        await group.ready()
+        assert survivor in group.pids
+
+
+async def test_a_cancelled_caller_does_not_confuse_the_next(
+    tiny_language_bundle: LanguageBundle, expected: np.ndarray
+) -> None:
+    async with running(tiny_language_bundle, ranks=2) as group:
+        for _ in range(5):
+            step = asyncio.create_task(group.forward(PROMPT[:, :3], 0))
+            await asyncio.sleep(0)
+            step.cancel()
+        got = await group.forward(PROMPT, 0, last_only=False)
+    assert np.abs(got[0] - expected[0, 0]).max() <= 1e-5 * np.abs(expected).max()
+
+
+async def test_ranks_that_cannot_load_say_why(tiny_language_bundle: LanguageBundle) -> None:
+    job = ModelJob.of(tiny_language_bundle, cache_tokens=8).model_copy(
+        update={"bundle": Path("/nowhere")}
+    )
+    group = RankGroup(job)
+    try:
+        with pytest.raises(EngineRestarting, match=r"BundleError: /nowhere/model.yaml"):
+            await group.start()
+    finally:
+        await group.close()

@@ -1,0 +1,230 @@
+"""Text over gRPC from a real server on two ranks, against the model run here in one piece."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from ladderstitch.client import AsyncClient, Client, RequestFailed, TextPiece
+from ladderstitch.language.bundle import LanguageBundle
+from ladderstitch.language.cache import ContiguousCache
+from ladderstitch.language.link import SingleRank
+from ladderstitch.language.residual import plan_layers
+from ladderstitch.language.sharding import Shard
+from ladderstitch.language.transformer import Transformer
+from ladderstitch.language.weights import load_rank
+from ladderstitch.v1 import generation_pb2
+from tests.language.conftest import END, write_tiny
+from tests.service.conftest import RunningServer, start_server, stop_server
+
+PROMPT = "a prompt of bytes"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> LanguageBundle:
+    return LanguageBundle.load(write_tiny(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def server(
+    bundle: LanguageBundle, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    running = start_server(bundle.path, log, "--ranks", "2", "--spare-ranks", "1")
+    yield running
+    assert stop_server(running) == 0
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[Client]:
+    with Client(server.address) as opened:
+        yield opened
+
+
+def greedy(bundle: LanguageBundle, prompt: str, count: int) -> list[int]:
+    """Without a cache and without ranks: the whole sequence again for every token."""
+    config = bundle.manifest.config
+    shard = Shard.of(config, 0, 1)
+    model = Transformer(config, load_rank(bundle.weights(), config, shard), shard)
+    plans = plan_layers(bundle.manifest.residual, config.layers, 1)
+    tokens = bundle.tokenizer().encode(prompt)
+    for _ in range(count):
+        cache = ContiguousCache(config, shard, 1, config.max_positions)
+        logits = model.forward(torch.tensor([tokens]), 0, cache, plans, SingleRank())
+        tokens.append(int(logits[0].argmax()))
+        if tokens[-1] == END:
+            break
+    return tokens[-count:]
+
+
+def rank_pids(server: RunningServer) -> list[int]:
+    """Children of the server that run ranks, oldest first."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
+    return [
+        int(pid)
+        for pid in children.split()
+        if b"ladderstitch.language.rank" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+
+
+def test_a_stream_is_the_greedy_answer_numbered_without_a_gap(
+    client: Client, bundle: LanguageBundle
+) -> None:
+    pieces = list(client.generate(PROMPT, max_tokens=20))
+    assert [piece.token for piece in pieces] == greedy(bundle, PROMPT, 20)
+    assert [piece.index for piece in pieces] == list(range(20))
+    assert "".join(p.text for p in pieces) == bundle.tokenizer().decode([p.token for p in pieces])
+    assert [piece.finish for piece in pieces[:-1]] == [None] * 19
+    last = pieces[-1]
+    assert last.finish == "length"
+    assert last.accounting is not None
+    assert last.accounting.prompt_tokens == len(PROMPT)
+    assert last.accounting.generated_tokens == 20
+    assert 0 < last.accounting.first_token_us <= last.accounting.total_us
+
+
+def test_tokens_are_a_prompt_too(client: Client, bundle: LanguageBundle) -> None:
+    tokens = bundle.tokenizer().encode(PROMPT)
+    by_tokens = [piece.token for piece in client.generate(tokens, max_tokens=5)]
+    assert by_tokens == [piece.token for piece in client.generate(PROMPT, max_tokens=5)]
+
+
+def test_a_stop_text_ends_the_answer_before_it(client: Client) -> None:
+    def text(pieces: list[TextPiece]) -> str:
+        return "".join(piece.text for piece in pieces)
+
+    whole = text(list(client.generate(PROMPT, max_tokens=24)))
+    stop = whole[6:9]
+    pieces = list(client.generate(PROMPT, max_tokens=24, stop=[stop, "never comes"]))
+    assert text(pieces) == whole[: whole.index(stop)]
+    assert pieces[-1].finish == "stop"
+
+
+def test_a_seed_draws_the_same_and_another_seed_does_not(client: Client) -> None:
+    def draw(seed: int) -> list[int]:
+        wishes = {"temperature": 1.5, "top_k": 50, "top_p": 0.95}
+        return [p.token for p in client.generate(PROMPT, max_tokens=12, seed=seed, **wishes)]
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "field"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1000}, "max_tokens"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"budget_s": 1e-9}, "latency_budget_us"),
+        ({"hard": True}, "hard_deadline"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [5, 257]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": "x" * 200}, "prompt"),
+        ({"prompt": "x" * 10_000}, "text"),
+    ],
+)
+def test_bad_input_names_its_field(client: Client, wishes: dict[str, object], field: str) -> None:
+    prompt = wishes.pop("prompt", PROMPT)
+    with pytest.raises(RequestFailed) as failure:
+        list(client.generate(prompt, **wishes))  # type: ignore[arg-type] # as the cases name them
+    assert failure.value.reason == "BAD_INPUT"
+    assert list(failure.value.violations) == [field]
+
+
+def test_a_request_without_a_prompt_is_refused(client: Client) -> None:
+    with pytest.raises(grpc.RpcError) as failure:
+        list(client.generation.Generate(generation_pb2.GenerateRequest(), timeout=10))
+    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_the_other_service_says_where_text_is_made(client: Client) -> None:
+    with pytest.raises(RequestFailed, match="'tiny' generates text: call Generate"):
+        client.predict(b"no picture")
+    (summary,) = client.list_models().models
+    assert summary.generates_text
+    described = client.get_model("tiny").language
+    assert (described.layers, described.ranks, described.residual) == (3, 2, "standard")
+
+
+def test_a_hard_limit_ends_a_stream(client: Client) -> None:
+    with pytest.raises(RequestFailed) as failure:
+        list(client.generate(PROMPT, max_tokens=100, budget_s=0.02, hard=True))
+    assert failure.value.reason in ("EXPIRED_IN_QUEUE", "EXPIRED_IN_COMPUTE")
+    soft = list(client.generate(PROMPT, max_tokens=40, budget_s=0.001))
+    accounting = soft[-1].accounting
+    assert accounting is not None
+    assert len(soft) == 40
+    assert not accounting.budget_met
+
+
+async def test_a_caller_who_leaves_makes_room_for_the_next(server: RunningServer) -> None:
+    async with AsyncClient(server.address) as client:
+        leaving = client.generate(PROMPT, max_tokens=100)
+        assert (await anext(leaving)).index == 0
+        await leaving.aclose()  # type: ignore[attr-defined] # it is a generator
+        pieces = [piece async for piece in client.generate(PROMPT, max_tokens=3, timeout_s=10)]
+    assert len(pieces) == 3
+
+
+async def test_streams_survive_the_death_of_each_rank(
+    server: RunningServer, bundle: LanguageBundle
+) -> None:
+    wanted = greedy(bundle, PROMPT, 40)
+
+    async def stream(client: AsyncClient, started: asyncio.Event) -> list[TextPiece]:
+        pieces = []
+        async for piece in client.generate(PROMPT, max_tokens=40, timeout_s=60):
+            pieces.append(piece)
+            if piece.index == 3:
+                started.set()
+        return pieces
+
+    async with AsyncClient(server.address) as client:
+        for victim in (0, 1):  # with the spare first, then with whatever is on its way
+            started = asyncio.Event()
+            streams = [asyncio.create_task(stream(client, started)) for _ in range(3)]
+            await started.wait()
+            os.kill(rank_pids(server)[victim], signal.SIGKILL)
+            for pieces in await asyncio.gather(*streams):
+                assert [piece.token for piece in pieces] == wanted
+                assert [piece.index for piece in pieces] == list(range(40))
+
+
+def test_drained_by_ctrl_c_without_losing_a_stream(bundle: LanguageBundle, tmp_path: Path) -> None:
+    server = start_server(bundle.path, tmp_path / "log")
+    with Client(server.address) as client:
+        stream = client.generate(PROMPT, max_tokens=80)
+        first = next(stream)
+        server.process.send_signal(signal.SIGINT)
+        pieces = [first, *stream]
+    assert [piece.index for piece in pieces] == list(range(len(pieces)))
+    assert pieces[-1].finish is not None
+    assert stop_server(server) == 0
+    assert not re.search("Traceback", server.log.read_text())
+
+
+def test_ranks_that_do_not_fit_the_model_are_refused_at_once(bundle: LanguageBundle) -> None:
+    command = [sys.executable, "-m", "ladderstitch", "serve", "--model", str(bundle.path)]
+    done = subprocess.run(
+        [*command, "--ranks", "5", "--no-ray"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "ranks: expected at most 3 (the KV heads) or a divisor of 6" in " ".join(
+        done.stderr.split()
+    )
