@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from ladderstitch.client import Client, RequestFailed
 from ladderstitch_loadtest.malformed import process_tree
 from tests.conftest import make_tiny_bundle
+from tests.language.conftest import write_tiny
 from tests.service.conftest import RunningServer, picture, pixels, start_server, stop_server
 
 
@@ -125,17 +127,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def on_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServer, Path]]:
+@contextmanager
+def served_on_ray(bundle: Path, folder: Path, *flags: str) -> Iterator[tuple[RunningServer, Path]]:
     """The default: under Ray Serve, on fixed ports, in a temporary directory to look into.
 
     Ends with Ctrl-C, which must leave no process and no file behind.
     """
-    folder = tmp_path_factory.mktemp("ray")
     temporary = Path("/tmp") / f"lt{os.getpid()}"  # short: Ray's sockets live below it
     temporary.mkdir()
     running = start_server(
-        make_tiny_bundle(folder / "tiny").path, folder / "log",
+        bundle, folder / "log", *flags,
         "--ray", "--port", str(free_port()), "--metrics-port", str(free_port()),
         environment={"TMPDIR": str(temporary)},
     )  # fmt: skip
@@ -146,6 +147,13 @@ def on_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningSe
     eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in processes))
     assert list(temporary.iterdir()) == []
     temporary.rmdir()
+
+
+@pytest.fixture(scope="module")
+def on_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServer, Path]]:
+    folder = tmp_path_factory.mktemp("ray")
+    with served_on_ray(make_tiny_bundle(folder / "tiny").path, folder) as running:
+        yield running
 
 
 def command_line(pid: int) -> str:
@@ -213,3 +221,18 @@ def test_on_ray_a_replaced_replica_reads_the_live_policy(
     eventually(answers, within_s=60.0)
     with Client(server.address) as client:
         assert client.get_scheduling().pinned_stitch == 7
+
+
+def test_on_ray_ranks_are_actors_and_a_killed_one_costs_no_token(tmp_path: Path) -> None:
+    bundle = write_tiny(tmp_path / "tiny")
+    with (
+        served_on_ray(bundle, tmp_path, "--ranks", "2") as (server, _),
+        Client(server.address) as client,
+    ):
+        wanted = [piece.token for piece in client.generate("a prompt", max_tokens=30)]
+        stream = client.generate("a prompt", max_tokens=30)
+        got = [next(stream).token]
+        rank, _ = of_ray(server, "RankActor")
+        os.kill(rank, signal.SIGKILL)
+        got += [piece.token for piece in stream]
+    assert got == wanted

@@ -18,6 +18,8 @@ from ray.serve.exceptions import RayServeException
 from ladderstitch.config import ServerConfig
 from ladderstitch.engine.placement import resolve_device
 from ladderstitch.hosting import LiveSettings
+from ladderstitch.language.bundle import is_language_bundle
+from ladderstitch.rank_actors import RANK_RESOURCES, launch_actor
 from ladderstitch.replica import Replica, merged
 from ladderstitch.scheduling.settings import SchedulerSettings
 
@@ -101,6 +103,7 @@ class ReplicaDeployment:
             name=serve.get_replica_context().replica_id.unique_id,
             update=self._update,
             share_port=True,
+            launcher=launch_actor,
         )
         await self.replica.start()
         self.replica.apply(await self.control.get.remote())
@@ -152,7 +155,18 @@ def build(args: dict[str, Any]) -> Any:
 
 
 def application(config: ServerConfig) -> Any:
-    """The deployment graph of one model."""
+    """The deployment graph of one model: a replica, and its ranks in one placement group."""
+    gpus = int(resolve_device(config.device) != "cpu")
+    options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
+    placement: dict[str, Any] = {}
+    if is_language_bundle(config.bundle):
+        options["num_gpus"] = 0  # its ranks compute, not the replica
+        rank = RANK_RESOURCES | ({"GPU": 1} if gpus else {})
+        placement = {
+            "placement_group_bundles": [{"CPU": 1}] + [rank] * (config.ranks + config.spare_ranks),
+            # ranks that share memory are on one machine; those with an address need not be
+            "placement_group_strategy": "PACK" if config.rank_address else "STRICT_PACK",
+        }
     deployment: Any = serve.deployment(
         ReplicaDeployment,
         name="replica",
@@ -161,7 +175,8 @@ def application(config: ServerConfig) -> Any:
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=config.drain_s + 5,
-        ray_actor_options={"num_cpus": 1, "num_gpus": int(resolve_device(config.device) != "cpu")},
+        ray_actor_options=options,
         max_surge_percent=100,
+        **placement,
     )
     return deployment.bind(config.model_dump(mode="json"))

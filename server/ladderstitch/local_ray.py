@@ -47,8 +47,11 @@ class Cluster:
 
 
 @contextmanager
-def local_ray() -> Iterator[Cluster]:
+def local_ray(actors: int = 1) -> Iterator[Cluster]:
     """Start Ray and Serve for the `with` block, in a temporary directory of their own.
+
+    Ray counts at least as many cores as there will be actors: on one machine, whoever asks for more
+    ranks than cores means it.
 
     `address="local"` never joins a cluster that happens to run here; token authentication is on,
     because Ray's control plane listens on all interfaces. Raises `RuntimeError` if Ray was imported
@@ -75,6 +78,7 @@ def local_ray() -> Iterator[Cluster]:
         ray.init(
             address="local",
             include_dashboard=False,
+            num_cpus=max(os.cpu_count() or 1, actors),
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=str(folder),
             namespace="ladderstitch",

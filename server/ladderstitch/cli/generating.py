@@ -67,7 +67,7 @@ def generate(
                 typer.echo(last.text, nl=False)
         typer.echo()
         if last is not None:
-            _summarise(last, time.monotonic() - started)
+            _summarise(last, time.monotonic() - started, budgeted=budget_s is not None)
 
 
 async def _generate_here(bundle: LanguageBundle, request: GenerationRequest, ranks: int) -> None:
@@ -90,10 +90,10 @@ async def _generate_here(bundle: LanguageBundle, request: GenerationRequest, ran
         await group.close()
 
 
-def _summarise(last: TextPiece, seconds: float) -> None:
+def _summarise(last: TextPiece, seconds: float, *, budgeted: bool) -> None:
     _say(last.index + 1, seconds)
     cost = last.accounting
-    if cost is not None and cost.HasField("budget_met"):
+    if budgeted and cost is not None:
         met = "met" if cost.budget_met else "missed"
         err.print(f"budget of {cost.budget_us / 1e6:.2f} s {met}: {cost.total_us / 1e6:.2f} s")
 

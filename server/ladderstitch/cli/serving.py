@@ -96,7 +96,8 @@ def _serve_on_ray(config: ServerConfig, started: float) -> None:
 
     stop = threading.Event()
     status = err.status("starting Ray and Serve, then warming every stitch and batch size ...")
-    with status, local_ray() as cluster:
+    actors = 1 + config.ranks + config.spare_ranks
+    with status, local_ray(actors) as cluster:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         port, metrics_port = cluster.run(config)
