@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -84,7 +85,7 @@ def test_no_server_says_what_to_do(tmp_path: Path) -> None:
     [
         (["predict", "absent.png"], "No such file"),
         (["predict", __file__, "--budget", "fast"], "budget: expected e.g. 800us, 5ms or 0.5s"),
-        (["serve", "--bundle", "nowhere"], "model.yaml"),
+        (["serve", "--model", "nowhere"], "no bundle 'nowhere'"),
         (["serve", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
@@ -133,8 +134,7 @@ def served_on_ray(bundle: Path, folder: Path, *flags: str) -> Iterator[tuple[Run
 
     Ends with Ctrl-C, which must leave no process and no file behind.
     """
-    temporary = Path("/tmp") / f"lt{os.getpid()}"  # short: Ray's sockets live below it
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix="lt", dir="/tmp"))  # short: Ray's sockets live below
     running = start_server(
         bundle, folder / "log", *flags,
         "--ray", "--port", str(free_port()), "--metrics-port", str(free_port()),
