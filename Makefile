@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: help install serve test lint format types protos \
-	verify-models verify-serving verify-training clean
+	verify-models verify-serving verify-training verify-language clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -53,6 +53,13 @@ verify-serving: install ## about 8 minutes: overhead, switching, mixed budgets, 
 verify-training: install ## about 5 minutes: measure the embedded model's quality anew and compare
 	$(BIN)/ladderstitch fetch fashion-mnist --into data/fashion-mnist
 	$(BIN)/python scripts/verify_quality.py --data data/fashion-mnist
+
+verify-language: install ## about 8 minutes: SmolLM2 beside transformers; communication hidden on slow links
+	$(BIN)/ladderstitch fetch smollm2
+	$(BIN)/ladderstitch fetch brown --into data/brown
+	$(BIN)/ladderstitch-loadtest smollm2 --text data/brown/heldout.txt --out loadtest/results
+	$(BIN)/ladderstitch bench-overlap --out loadtest/results
+	$(BIN)/ladderstitch bench-overlap --link tcp --out loadtest/results
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

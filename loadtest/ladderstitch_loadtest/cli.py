@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,6 +59,48 @@ def write(folder: Path | None, name: str, figures: dict[str, Any]) -> None:
     machine = {"device": device_name(torch.device("cpu")), "load_average": load} | versions()
     text = json.dumps({"machine": machine} | figures, indent=1)
     (folder / f"{name}.json").write_text(text + "\n")
+
+
+@app.command()
+def smollm2(
+    text: Annotated[
+        Path | None, typer.Option(help="Text file to measure perplexity on; default: skip it.")
+    ] = None,
+    folder: Out = None,
+) -> None:
+    """SmolLM2-135M beside `transformers`: tokens, ranks, perplexity, speed, dead ranks, memory.
+
+    Needs `ladderstitch fetch smollm2`. About 5 minutes.
+    """
+    from ladderstitch.catalogue import find_bundle
+    from ladderstitch.language.bundle import LanguageBundle
+    from ladderstitch.language.fetch import download
+    from ladderstitch_loadtest import language_checks, language_speed
+
+    bundle = LanguageBundle.load(find_bundle("smollm2"))
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as packages, progress_bar() as progress:
+        file = download("smollm2", Path(packages))
+        references = {
+            dtype: language_checks.reference_model(file, getattr(torch, dtype))
+            for dtype in ("float32", "bfloat16")
+        }
+        parts: dict[str, Coroutine[Any, Any, Any]] = {
+            "agreement": language_checks.agreement(bundle, references["float32"]),
+            "rank_counts": language_checks.rank_counts(bundle),
+            "decoding": language_speed.decoding(bundle, references),
+            "rank_losses": language_speed.rank_losses(bundle),
+            "shards": language_checks.shards(),
+        }
+        if text is not None:
+            parts["perplexity"] = language_checks.perplexities(bundle, text.read_text())
+        task = progress.add_task("", total=len(parts))
+        for name, part in parts.items():
+            progress.update(task, description=name)
+            found[name] = asyncio.run(part)
+            progress.advance(task)
+    out.print_json(json.dumps(found))
+    write(folder, "smollm2", found)
 
 
 @app.command()

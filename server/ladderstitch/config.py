@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ladderstitch.bundle import EMBEDDED
 from ladderstitch.errors import ConfigError
@@ -37,10 +37,19 @@ class ServerConfig(BaseModel):
     rank_address: str = Field(
         "", description="HOST:PORT at which ranks of other machines connect; unset: none do"
     )
+    rank_secret_file: Path | None = Field(
+        None, description="secret of ranks that are started by hand (`ladderstitch rank`)"
+    )
     context_tokens: int = Field(2048, ge=2, description="prompt and answer of a language model")
     max_message_mb: int = Field(64, ge=1, le=1024, description="largest gRPC message, MiB")
     drain_s: float = Field(20.0, ge=0, description="time for accepted requests on shutdown")
     scheduling: SchedulerSettings = SchedulerSettings()
+
+    @model_validator(mode="after")
+    def _ranks_by_hand_have_an_address(self) -> ServerConfig:
+        if self.rank_secret_file is not None and not self.rank_address:
+            raise ValueError("rank_address: expected HOST:PORT along with rank_secret_file")
+        return self
 
     @classmethod
     def load(cls, path: Path | None, **flags: Any) -> ServerConfig:

@@ -49,10 +49,14 @@ class LanguageRunner:
             threads=config.threads,
             cache_tokens=min(config.context_tokens, manifest.config.max_positions),
         )
+        by_hand = config.rank_secret_file
         options = GroupOptions(
-            link=config.link, spares=config.spare_ranks, listen=config.rank_address
+            link="tcp" if config.link == "auto" and config.rank_address else config.link,
+            spares=config.spare_ranks,
+            listen=config.rank_address,
+            secret=by_hand.read_text().strip() if by_hand else "",
         )
-        self._group = RankGroup(job, options, self._launcher)
+        self._group = RankGroup(job, options, None if by_hand else self._launcher)
         await self._group.start()
         self._generator = Generator(self._group, self.tokenizer, manifest.end_tokens)
         self.host.generators[manifest.name] = HostedGenerator(self.bundle, self._generator)

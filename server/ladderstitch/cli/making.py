@@ -15,7 +15,9 @@ RunFolder = Annotated[Path, typer.Option("--run", help="Where checkpoints, logs 
 
 
 def fetch(
-    what: Annotated[str, typer.Argument(help="fashion-mnist (data), smollm2 (language model)")],
+    what: Annotated[
+        str, typer.Argument(help="fashion-mnist, brown (data), smollm2 (language model)")
+    ],
     into: Annotated[
         Path | None,
         typer.Option(help="Folder to put it in; default: data/NAME, or where models are kept."),

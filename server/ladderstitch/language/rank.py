@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class Rank:
     def __init__(self, assignment: Assignment) -> None:
         job = assignment.job
         torch.set_num_threads(job.threads)
-        started = time.monotonic()
+        started, anonymous = time.monotonic(), anonymous_bytes()
         self.job = job
         self.shard = Shard.of(job.config, assignment.rank, job.ranks)
         weights = load_rank(
@@ -66,7 +66,7 @@ class Rank:
         self.loaded = {
             "weight_bytes": weights.bytes(),
             "cache_bytes": self.cache.bytes,
-            "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "memory_bytes": anonymous_bytes() - anonymous,
             "seconds": time.monotonic() - started,
         }
 
@@ -100,6 +100,12 @@ class Rank:
         )
         array = np.ascontiguousarray(logits.float().cpu().numpy())
         return Message(Kind.LOGITS, {"shape": array.shape}, array.data.cast("B"))
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 def make_link(spec: LinkSpec, shard: Shard, listener: socket.socket) -> Link:

