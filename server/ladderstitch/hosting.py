@@ -14,6 +14,7 @@ from ladderstitch.language.generation import Generator
 from ladderstitch.models.route import Stitch
 from ladderstitch.scheduling.scheduler import Scheduler
 from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.text_metrics import TextMetrics
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +41,7 @@ class HostedGenerator:
 
     bundle: LanguageBundle
     generator: Generator
+    metrics: TextMetrics
 
     @property
     def name(self) -> str:

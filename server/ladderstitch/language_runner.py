@@ -11,20 +11,25 @@ from ladderstitch.language.group import GroupOptions, RankGroup
 from ladderstitch.language.job import ModelJob
 from ladderstitch.language.launching import Launcher
 from ladderstitch.language.sharding import Shard
+from ladderstitch.metrics import Metrics
 from ladderstitch.runner import Advance
 from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.text_metrics import TextMetrics
 
 
 class LanguageRunner:
     """A `Runner`."""
 
-    def __init__(self, config: ServerConfig, host: Host, launcher: Launcher) -> None:
+    def __init__(
+        self, config: ServerConfig, host: Host, metrics: Metrics, launcher: Launcher
+    ) -> None:
         """Raises `BundleError` for a wrong bundle, `ConfigError` for ranks that do not fit it."""
         self.config, self.host = config, host
         self.bundle = LanguageBundle.load(config.bundle)
         self.tokenizer = self.bundle.tokenizer()
         for rank in range(config.ranks):
             Shard.of(self.bundle.manifest.config, rank, config.ranks)
+        self.metrics = TextMetrics(metrics, self.bundle.manifest.name)
         self._launcher = launcher
         self._group: RankGroup | None = None
         self._generator: Generator | None = None
@@ -56,14 +61,17 @@ class LanguageRunner:
             listen=config.rank_address,
             secret=by_hand.read_text().strip() if by_hand else "",
         )
-        self._group = RankGroup(job, options, None if by_hand else self._launcher)
+        launcher = None if by_hand else self._launcher
+        self._group = RankGroup(job, options, launcher, self.metrics.restarts.inc)
         await self._group.start()
         self._generator = Generator(self._group, self.tokenizer, manifest.end_tokens)
-        self.host.generators[manifest.name] = HostedGenerator(self.bundle, self._generator)
+        self.host.generators[manifest.name] = HostedGenerator(
+            self.bundle, self._generator, self.metrics
+        )
         advance(1, 1)
 
     def set_ready(self, ready: bool) -> None:
-        """Health and readiness are the server's to tell."""
+        self.metrics.ready.set(int(ready))
 
     def apply(self, settings: SchedulerSettings) -> None:
         """Language models have one path so far: there is nothing to schedule."""

@@ -47,7 +47,7 @@ class Metrics:
             "budget", "Requests with a target ended, by whether it was met.", ["model", "met"]
         )
         self.switches = counter("switches", "Batches on another stitch than the last.", model)
-        self.restarts = counter("engine_restarts", "Workers lost and respawned.", model)
+        self.restarts = counter("engine_restarts", "Workers and ranks lost and replaced.", model)
         self.queue = gauge("queue_requests", "Requests that wait.", model)
         self.ready = gauge("model_ready", "1 when the model answers requests.", model)
         self.slowdown = gauge("latency_slowdown_ratio", "This machine over the profile.", model)
@@ -73,6 +73,13 @@ class Metrics:
         self.batch = histogram("batch_rows", "Rows of a batch.", model, buckets=ROWS)
         self.quality = histogram(
             "served_quality", "Calibrated quality of the stitch served.", model, buckets=QUALITY
+        )
+        self.generated_tokens = counter("generated_tokens", "Tokens handed to callers.", model)
+        self.first_token_seconds = histogram(
+            "first_token_seconds", "Arrival to the first token.", model, buckets=SECONDS
+        )
+        self.token_gap_seconds = histogram(
+            "token_gap_seconds", "Between two tokens of an answer.", model, buckets=SECONDS
         )
         self.error = histogram(
             "latency_actual_over_predicted_ratio",

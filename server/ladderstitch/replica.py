@@ -104,7 +104,7 @@ class Replica:
 def make_runner(config: ServerConfig, host: Host, metrics: Metrics, launcher: Launcher) -> Runner:
     """The runner for the bundle's family. Raises `BundleError` if it cannot be served."""
     if is_language_bundle(config.bundle):
-        return LanguageRunner(config, host, launcher)
+        return LanguageRunner(config, host, metrics, launcher)
     return ImageRunner(config, host, metrics)
 
 

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -171,6 +172,24 @@ def test_a_hard_limit_ends_a_stream(client: Client) -> None:
     assert accounting is not None
     assert len(soft) == 40
     assert not accounting.budget_met
+
+
+def test_metrics_count_tokens_and_endings(client: Client, server: RunningServer) -> None:
+    def value(name: str) -> float:
+        with urllib.request.urlopen(server.metrics) as page:
+            lines = page.read().decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+    answered = 'ladderstitch_requests_total{code="OK",model="tiny",stitch="0"}'
+    refused = 'ladderstitch_requests_total{code="INVALID_ARGUMENT",model="tiny",stitch="none"}'
+    names = ("ladderstitch_generated_tokens_total", answered, refused)
+    before = [value(name) for name in names]
+    list(client.generate(PROMPT, max_tokens=7))
+    with pytest.raises(RequestFailed):
+        list(client.generate("", max_tokens=7))
+    assert [value(name) - old for name, old in zip(names, before, strict=True)] == [7, 1, 1]
+    assert value("ladderstitch_token_gap_seconds_count") >= 6
+    assert value("ladderstitch_model_ready") == 1
 
 
 async def test_a_caller_who_leaves_makes_room_for_the_next(server: RunningServer) -> None:

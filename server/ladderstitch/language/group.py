@@ -71,10 +71,12 @@ class RankGroup:
         job: ModelJob,
         options: GroupOptions | None = None,
         launcher: Launcher | None = launch_process,
+        on_restart: Callable[[], None] = lambda: None,
     ) -> None:
         self.job, self.options = job, options or GroupOptions()
         self.loaded: dict[int, dict[str, Any]] = {}
         self.restarts = 0
+        self._on_restart = on_restart
         self.given_up = False
         self._recruiter = Recruiter(
             launcher, self._on_loss, self.options.listen, self.options.secret
@@ -192,6 +194,7 @@ class RankGroup:
                 await asyncio.sleep(min(0.1 * 2**attempt, 2.0))
                 continue
             self.restarts += 1
+            self._on_restart()
             self._whole.set()
             log.warning("the group is whole again")
         if not self._whole.is_set():

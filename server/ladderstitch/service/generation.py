@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from contextlib import aclosing
 
 from ladderstitch.core import Budget
-from ladderstitch.errors import BadInput
+from ladderstitch.errors import BadInput, RequestError
 from ladderstitch.hosting import Host, HostedGenerator
 from ladderstitch.language.generation import GenerationRequest, Piece
 from ladderstitch.language.sampling import Sampling
@@ -35,23 +36,51 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         arrival = time.monotonic()
         remaining_s = context.time_remaining()
         model = self.host.generator(request.model_name, request.model_version)
-        deadlines = budget.of_call(remaining_s, context.invocation_metadata(), None)
-        resolved = _budget(request, arrival, deadlines)
-        accepted = _accept(request, model, arrival, resolved)
-        first_token = math.inf
-        async with aclosing(model.generator.generate(accepted)) as pieces:
+        resolved = Budget()
+        try:
+            deadlines = budget.of_call(remaining_s, context.invocation_metadata(), None)
+            resolved = _budget(request, arrival, deadlines)
+            accepted = _accept(request, model, arrival, resolved)
+            await self._stream(request.request_id, model, accepted, resolved, context)
+        except RequestError as error:
+            model.metrics.refused(error.code, had_budget=resolved.target != math.inf)
+            raise
+        except asyncio.CancelledError:
+            model.metrics.refused("CANCELLED", had_budget=resolved.target != math.inf)
+            raise
+
+    async def _stream(
+        self,
+        request_id: str,
+        model: HostedGenerator,
+        request: GenerationRequest,
+        resolved: Budget,
+        context: Context,
+    ) -> None:
+        """Write the pieces as they come."""
+        first_token = last_token = 0.0
+        async with aclosing(model.generator.generate(request)) as pieces:
             async for piece in pieces:
-                first_token = min(first_token, time.monotonic())
+                now = time.monotonic()
+                if piece.index == 0:
+                    first_token = now
+                    model.metrics.first_token(piece.queue_s, now - request.arrival)
+                else:
+                    model.metrics.next_token(now - last_token)
+                last_token = now
+                model.metrics.queued(model.generator.waiting)
                 response = pb.GenerateResponse(
                     index=piece.index,
                     token_id=piece.token,
                     text=piece.text,
-                    request_id=request.request_id,
+                    request_id=request_id,
                 )
                 if piece.finish is not None:
                     response.finish_reason = FINISH[piece.finish]
-                    accounting = self._accounting(model, accepted, piece, first_token, resolved)
+                    accounting = self._accounting(model, request, piece, first_token, resolved)
                     response.accounting.CopyFrom(accounting)
+                    met = accounting.budget_met if accounting.HasField("budget_met") else None
+                    model.metrics.completed(now - request.arrival, met)
                 await context.write(response)
 
     def _accounting(
