@@ -96,7 +96,7 @@ class SafetensorsFolder:
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
             return {str(name): str(file) for name, file in weight_map.items()}
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{index}: expected an object with weight_map: {error}") from error
 
     def _slice(self, name: str) -> Any:

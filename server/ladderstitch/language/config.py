@@ -70,8 +70,8 @@ class LlamaConfig(BaseModel):
                 raise ConfigError(f"{field}: expected {only!r}, got {fields[field]!r}")
         ours = {o: fields[hf] for hf, o in HF_NAMES.items() if fields.get(hf) is not None}
         try:
-            ours.setdefault("kv_heads", fields["num_attention_heads"])
-            ours.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+            ours.setdefault("kv_heads", ours["heads"])
+            ours.setdefault("head_dim", ours["hidden_size"] // ours["heads"])
             rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
             ours["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", 10_000.0))
             return cls(**ours, rope_scaling=_rope_scaling(rope))

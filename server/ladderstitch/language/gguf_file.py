@@ -135,7 +135,7 @@ def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
             f"tokenizer.ggml: expected gpt2 with one of {sorted(PRE_TOKENIZERS)}, got {kind}, {pre}"
         )
     tokens = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", ())]
     bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre]())

@@ -141,16 +141,18 @@ class SharedMemoryLink:
         while words[line] != number:
             spins += 1
             if spins > SPINS:
-                self._check(spins)
+                self._check(spins, line, number)
         readable = words[line + 1]
         while (left := readable - time.monotonic_ns()) > 0:
             if left > 1e9 * NAP_FROM_S:
                 time.sleep(left / 1e9 - NAP_FROM_S)
 
-    def _check(self, spins: int) -> None:
+    def _check(self, spins: int, line: int, number: int) -> None:
         """Between polls of a long wait: has the group ended? Is this worth waiting for?"""
         if self._words[0]:
             raise LinkBroken("the group was told to stop")
+        if self._words[line] > number:
+            raise LinkBroken(f"slot of reduction {number} was used again before it was read")
         if spins == SPINS + 1:
             self._patience = time.monotonic() + GIVE_UP_S
         elif time.monotonic() > self._patience:
