@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 
 from ladderstitch.language.bundle import LanguageBundle, LanguageManifest, write_manifest
 from ladderstitch.language.config import LlamaConfig
-from ladderstitch.language.group import GroupOptions, RankGroup
+from ladderstitch.language.group import RankGroup
 from ladderstitch.language.job import ModelJob
+from ladderstitch.language.linking import GroupOptions
 from ladderstitch.language.residual import Residual
 from ladderstitch.language.weights import expected_shapes
 

@@ -15,8 +15,9 @@ import torch
 
 from ladderstitch.language.bundle import LanguageBundle
 from ladderstitch.language.generation import GenerationRequest, Generator
-from ladderstitch.language.group import GroupOptions, RankGroup
+from ladderstitch.language.group import RankGroup
 from ladderstitch.language.job import ModelJob
+from ladderstitch.language.linking import GroupOptions
 
 PROMPT = "The history of the bicycle begins"
 STEPS = 16

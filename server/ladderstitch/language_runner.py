@@ -7,9 +7,10 @@ from ladderstitch.engine.placement import resolve_device, resolve_dtype
 from ladderstitch.hosting import Host, HostedGenerator
 from ladderstitch.language.bundle import LanguageBundle
 from ladderstitch.language.generation import Generator
-from ladderstitch.language.group import GroupOptions, RankGroup
+from ladderstitch.language.group import RankGroup
 from ladderstitch.language.job import ModelJob
 from ladderstitch.language.launching import Launcher
+from ladderstitch.language.linking import GroupOptions
 from ladderstitch.language.sharding import Shard
 from ladderstitch.metrics import Metrics
 from ladderstitch.runner import Advance

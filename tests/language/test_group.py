@@ -14,8 +14,9 @@ import pytest
 
 from ladderstitch.errors import EngineRestarting
 from ladderstitch.language.bundle import LanguageBundle
-from ladderstitch.language.group import GroupOptions, RankGroup
+from ladderstitch.language.group import RankGroup
 from ladderstitch.language.job import ModelJob
+from ladderstitch.language.linking import GroupOptions
 from ladderstitch.language.member import RankLost
 from ladderstitch.language.residual import Residual
 

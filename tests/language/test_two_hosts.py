@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ladderstitch.language.bundle import LanguageBundle
-from ladderstitch.language.group import GroupOptions, RankGroup
+from ladderstitch.language.group import RankGroup
 from ladderstitch.language.job import ModelJob
+from ladderstitch.language.linking import GroupOptions
 from ladderstitch_loadtest.two_hosts import HERE, AlternatingLauncher, second_host
 
 PROMPT = np.arange(1, 30, dtype=np.int64)[None]

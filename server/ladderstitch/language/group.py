@@ -5,26 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ladderstitch.errors import EngineRestarting, InternalError
-from ladderstitch.language.job import (
-    Assignment,
-    Joining,
-    LinkSpec,
-    ModelJob,
-    NcclSpec,
-    SharedMemorySpec,
-    SingleSpec,
-    TcpSpec,
-)
+from ladderstitch.language.job import Assignment, Joining, ModelJob
 from ladderstitch.language.launching import Launcher, launch_process
+from ladderstitch.language.linking import GroupOptions, arrange_link, link_kind
 from ladderstitch.language.links.shared_memory import SharedRegion
 from ladderstitch.language.member import Member, RankFailed, RankLost
 from ladderstitch.language.messages import Kind, Message
@@ -32,7 +22,6 @@ from ladderstitch.language.recruiting import NoRank, Recruiter
 
 log = logging.getLogger(__name__)
 
-Address = tuple[str, int]
 Tokens = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
@@ -43,22 +32,6 @@ LET_GO_S = 10.0
 """So long a survivor may take to notice that its peer is gone."""
 
 ATTEMPTS = 5
-
-
-@dataclass(frozen=True, slots=True)
-class GroupOptions:
-    """How ranks reach each other and how many stand by."""
-
-    link: Literal["auto", "shared_memory", "tcp", "nccl"] = "auto"
-    latency_s: float = 0.0
-    bytes_per_s: float | None = None
-    spares: int = 0
-    listen: str = ""
-    """HOST:PORT at which ranks of other machines connect; unset: a socket file of this one."""
-    secret: str = ""
-    """What ranks that others start must know; unset: a random one."""
-    route: Callable[[Sequence[Address]], Sequence[Address]] = tuple
-    """Where the TCP link reaches ranks that listen at these addresses."""
 
 
 class RankGroup:
@@ -211,9 +184,9 @@ class RankGroup:
                 pass
         except TimeoutError:
             log.error("a survivor is stuck in the link; replacing it")
+        mendable = link_kind(self.job, self.options) != "nccl"  # its communicators are not
         for rank, member in enumerate(self._members):
-            # a NCCL communicator cannot be mended
-            if member is not None and (member.busy or self.options.link == "nccl"):
+            if member is not None and (member.busy or not mendable):
                 self._members[rank] = None
                 await member.close()
 
@@ -229,9 +202,11 @@ class RankGroup:
         await self._join()
 
     async def _join(self) -> None:
-        joining = Message(Kind.JOIN, Joining(link=self._new_link()).model_dump(mode="json"))
+        members = self._present()
+        spec, self._region = arrange_link(self.job, self.options, [m.listens for m in members])
+        joining = Message(Kind.JOIN, Joining(link=spec).model_dump(mode="json"))
         try:
-            _good(await self._ask_all(self._present(), joining))
+            _good(await self._ask_all(members, joining))
         finally:
             if self._region is not None:
                 self._region.forget()
@@ -248,28 +223,6 @@ class RankGroup:
             raise RankLost(f"rank {rank} died before it was assigned")
         fields = Assignment(job=self.job, rank=rank).model_dump(mode="json")
         return await member.ask(Message(Kind.ASSIGN, fields))
-
-    def _new_link(self) -> LinkSpec:
-        ranks, options = self.job.ranks, self.options
-        self._region = None
-        if ranks == 1:
-            return SingleSpec()
-        kind = options.link
-        if kind == "auto":
-            kind = "shared_memory" if self.job.device == "cpu" else "nccl"
-        members = self._present()
-        if kind == "tcp":
-            addresses = options.route([member.listens for member in members])
-            return TcpSpec(addresses=tuple(addresses), secret=secrets.token_hex(16))
-        if kind == "nccl":
-            return NcclSpec(store=members[0].listens)
-        self._region = SharedRegion(ranks, self.job.message_bytes)
-        return SharedMemorySpec(
-            path=self._region.path,
-            slot_bytes=self._region.slot_bytes,
-            latency_s=options.latency_s,
-            bytes_per_s=options.bytes_per_s,
-        )
 
 
 def _retrieve(done: asyncio.Task[Logits]) -> None:

@@ -15,8 +15,9 @@ from statistics import median
 import numpy as np
 
 from ladderstitch.language.config import LlamaConfig
-from ladderstitch.language.group import GroupOptions, RankGroup
+from ladderstitch.language.group import RankGroup
 from ladderstitch.language.job import ModelJob
+from ladderstitch.language.linking import GroupOptions
 from ladderstitch.language.relay import Relay
 from ladderstitch.language.residual import Residual, Scheme
 
