@@ -1,16 +1,10 @@
-"""Ranks as processes over one shared mapping; memory may be slow, and a kernel's source may differ.
-
-A mutant is the product's own source with one piece of text replaced, so that a planted bug is in
-what runs, and a replacement that no longer fits fails loudly.
-"""
+"""Ranks as processes over one shared mapping; memory may be slow, and the kernels changed."""
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing as mp
 import pickle
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -22,16 +16,9 @@ from typing import Any
 
 import torch
 
+from tests.kernels.changed import Mutant, change
+
 START_LIMIT_S = 60.0
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """Each (old, new): old occurs in the module's source, and is replaced wherever it does."""
-
-    module: str
-    """Its path within the package."""
-    edits: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -118,7 +105,10 @@ def _run(
 ) -> None:
     torch.set_num_threads(1)
     if mutant is not None:
-        _mutate(mutant, meeting.folder / f"changed-{meeting.rank}")
+        assert "ladderstitch_kernels" not in sys.modules, "imported before it could be changed"
+        folder = meeting.folder / f"changed-{meeting.rank}"
+        change(mutant, folder)
+        sys.path.insert(0, str(folder))
     _slow_down(naps, meeting.rank)
     meeting.barrier.wait(START_LIMIT_S)
     pipe.send("ready")
@@ -127,23 +117,6 @@ def _run(
         pipe.send((None, work(meeting, *args)))
     except Exception as error:
         pipe.send((error, None))
-
-
-def _mutate(mutant: Mutant, folder: Path) -> None:
-    """Import the package from a copy with changed source."""
-    assert "ladderstitch_kernels" not in sys.modules, "imported before it could be changed"
-    package = importlib.util.find_spec("ladderstitch_kernels")
-    assert package is not None
-    (original,) = package.submodule_search_locations or ()
-    copy = shutil.copytree(original, folder / "ladderstitch_kernels")
-    changed = copy / f"{mutant.module}.py"
-    source = changed.read_text()
-    for old, new in mutant.edits:
-        assert old in source, f"{mutant.module} holds no {old!r}"
-        source = source.replace(old, new)
-    changed.write_text(source)
-    sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
 
 
 def _slow_down(naps: tuple[Nap, ...], rank: int) -> None:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ladderstitch_kernels.decoder import EPS, DecoderShape, LayerWeights, random_layers
-from tests.kernels.ranks import Meeting, Mutant, Nap, run_ranks
+from tests.kernels.changed import Mutant
+from tests.kernels.ranks import Meeting, Nap, run_ranks
 
 SHAPE = DecoderShape(layers=2, width=48, heads=4, kv_heads=4, head_dim=8, ffn=44)
 ROWS = 2

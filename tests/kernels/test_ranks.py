@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.ranks import Meeting, Mutant, Nap, run_ranks
+from tests.kernels.changed import Mutant
+from tests.kernels.ranks import Meeting, Nap, run_ranks
 
 SPLIT_PHASE = "comm/split_phase"
 ALL_REDUCE = "comm/all_reduce"
@@ -36,8 +37,8 @@ def ladder_of_products(meeting: Meeting, reductions: int, wrap: bool = False) ->
     )  # fmt: skip
     if wrap:
         start = 2**31 - 3
-        exchange.flags.local.fill_(start)
         exchange.counts[::2] = start
+        exchange.arrivals.local.fill_(start * exchange.programs - 2**32)
         meeting.barrier.wait()
     x = inputs(reductions, meeting.ranks, rows, k)
     weight = inputs(reductions, meeting.ranks, width, k, seed=1)
@@ -104,16 +105,18 @@ LATE_STORE = (Nap("store", ranks=(1,), chance=0.5),)
 LATE_READ = (Nap("load", ranks=(1,), chance=0.5, seconds=0.02, kernel="wait_add_norm_kernel"),)
 LATE_SUM = (Nap("load", ranks=(1,), chance=0.5, seconds=0.02),)
 
+PUSH = "_push(partial, where, exists, slots, epoch, rank, max_rows * n, RANKS, SLOTS)\n"
+SIGNAL = "signal(arrivals, rank, RANKS, RANKS_PAD)\n"
 NEVER_WAITS = ("while ahead < 0:", "while ahead < -(2**30):")
 ADVANCED_SLOT = "return epoch & (SLOTS - 1)"
 SPLIT_PHASE_BUGS = {
     "no barrier": (Mutant(SIGNALS, (NEVER_WAITS,)), LATE_PUSH),
     "own flags only": (
-        Mutant(SPLIT_PHASE, (("flag < RANKS * programs", "flag < programs"),)),
+        Mutant(SPLIT_PHASE, (("source < RANKS, epoch", "source < 1, epoch"),)),
         LATE_PUSH,
     ),
     "epoch off by one": (
-        Mutant(SPLIT_PHASE, (("RANKS * programs, epoch)", "RANKS * programs, epoch - 1)"),)),
+        Mutant(SPLIT_PHASE, (("RANKS, epoch * programs", "RANKS, (epoch - 1) * programs"),)),
         LATE_PUSH,
     ),
     "store after signal": (
@@ -121,10 +124,8 @@ SPLIT_PHASE_BUGS = {
             SPLIT_PHASE,
             (
                 (
-                    "    for peer in tl.static_range(RANKS):\n        base",
-                    "    number = rank * tl.num_programs(0) + tl.program_id(0)\n"
-                    "    signal(flags, number, epoch, RANKS, RANKS_PAD)\n"
-                    "    for peer in tl.static_range(RANKS):\n        base",
+                    f"    {PUSH}    {SIGNAL}    advance",
+                    f"    {SIGNAL}    {PUSH}    advance",
                 ),
             ),
         ),
@@ -169,11 +170,11 @@ ONE_SHOT_BUGS = {
         Mutant(
             ALL_REDUCE,
             (
+                ("    signal(arrival_table, rank * programs + program, RANKS, RANKS_PAD)\n", ""),
                 (
                     "    mine = slot + rank * slot_elements\n",
                     "    mine = slot + rank * slot_elements\n"
-                    "    number = rank * programs + program\n"
-                    "    signal(flag_table, number, epoch, RANKS, RANKS_PAD)\n",
+                    "    signal(arrival_table, rank * programs + program, RANKS, RANKS_PAD)\n",
                 ),
             ),
         ),

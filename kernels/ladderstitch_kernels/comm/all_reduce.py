@@ -51,7 +51,7 @@ class AllReduce:
         self.slots = memory.zeros((_SLOTS, self.ranks, self.one_shot_elements), dtype)
         self.inbox = memory.zeros((self.ranks, piece), dtype)
         self.outbox = memory.zeros((self.ranks, piece), dtype)
-        self.flags = memory.zeros((3, self.ranks, programs), torch.int32)
+        self.arrivals = memory.zeros((3, self.ranks, programs), torch.int32)
         """Of one-shot, of two-shot's first flight and of its second."""
         self.counts = torch.zeros(4, dtype=torch.int32, device=torch.device(device))
         """Of one-shot: calls, programs done; the same of two-shot."""
@@ -85,14 +85,14 @@ class AllReduce:
         }
         if algorithm == "one_shot":
             one_shot_kernel[(self.programs,)](
-                x, out, self.slots.local, self.slots.addresses, self.flags.local,
-                self.flags.addresses, self.counts, self.rank, x.numel(), self.one_shot_elements,
+                x, out, self.slots.local, self.slots.addresses, self.arrivals.local,
+                self.arrivals.addresses, self.counts, self.rank, x.numel(), self.one_shot_elements,
                 SLOTS=_SLOTS, **constants,
             )  # fmt: skip
         else:
             two_shot_kernel[(self.programs,)](
                 x, out, self.inbox.local, self.inbox.addresses, self.outbox.local,
-                self.outbox.addresses, self.flags.local, self.flags.addresses, self.counts,
+                self.outbox.addresses, self.arrivals.local, self.arrivals.addresses, self.counts,
                 self.rank, x.numel(), _piece(x.numel(), self.ranks), **constants,
             )  # fmt: skip
         return out
@@ -105,7 +105,7 @@ def _piece(elements: int, ranks: int) -> int:
 
 @triton.jit
 def one_shot_kernel(
-    x, out, slots, slot_table, flags, flag_table, counts, rank, n, slot_elements,
+    x, out, slots, slot_table, arrivals, arrival_table, counts, rank, n, slot_elements,
     RANKS: tl.constexpr, RANKS_PAD: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -118,14 +118,14 @@ def one_shot_kernel(
         for peer in tl.static_range(RANKS):
             base = tl.load(slot_table + peer).to(tl.pointer_type(x.dtype.element_ty))
             tl.store(tl.multiple_of(base, 16) + mine + at, own, mask=at < n)
-    signal(flag_table, rank * programs + program, epoch, RANKS, RANKS_PAD)
+    signal(arrival_table, rank * programs + program, RANKS, RANKS_PAD)
     source = tl.arange(0, RANKS_PAD)
-    wait(flags + source * programs + program, source < RANKS, epoch)
+    wait(arrivals + source * programs + program, source < RANKS, epoch)
     for start in range(program * BLOCK, n, programs * BLOCK):
         at = start + tl.arange(0, BLOCK)
         total = tl.zeros([BLOCK], tl.float32)
-        for source in tl.static_range(RANKS):
-            part = tl.load(slots + slot + source * slot_elements + at, mask=at < n, other=0.0)
+        for sender in tl.static_range(RANKS):
+            part = tl.load(slots + slot + sender * slot_elements + at, mask=at < n, other=0.0)
             total += part.to(tl.float32)
         tl.store(out + at, total.to(x.dtype.element_ty), mask=at < n)
     advance(counts, counts + 1, programs)
@@ -133,8 +133,8 @@ def one_shot_kernel(
 
 @triton.jit
 def two_shot_kernel(
-    x, out, inbox, inbox_table, outbox, outbox_table, flags, flag_table, counts, rank, n, piece,
-    RANKS: tl.constexpr, RANKS_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    x, out, inbox, inbox_table, outbox, outbox_table, arrivals, arrival_table, counts, rank,
+    n, piece, RANKS: tl.constexpr, RANKS_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Boxes need no second copy: a peer's first signal of the next call tells that it is done with
     this one, and its second that it has read what this rank stored at the first.
@@ -151,8 +151,8 @@ def two_shot_kernel(
             own = tl.load(x + peer * piece + at, mask=exists)
             base = tl.load(inbox_table + peer).to(tl.pointer_type(x.dtype.element_ty))
             tl.store(tl.multiple_of(base, 16) + rank * piece + at, own, mask=exists)
-    signal(flag_table, first + rank * programs + program, epoch, RANKS, RANKS_PAD)
-    wait(flags + first + source * programs + program, source < RANKS, epoch)
+    signal(arrival_table, first + rank * programs + program, RANKS, RANKS_PAD)
+    wait(arrivals + first + source * programs + program, source < RANKS, epoch)
     for start in range(program * BLOCK, piece, programs * BLOCK):
         at = start + tl.arange(0, BLOCK)
         exists = (at < piece) & (rank * piece + at < n)
@@ -167,8 +167,8 @@ def two_shot_kernel(
                 total.to(x.dtype.element_ty),
                 mask=exists,
             )
-    signal(flag_table, second + rank * programs + program, epoch, RANKS, RANKS_PAD)
-    wait(flags + second + source * programs + program, source < RANKS, epoch)
+    signal(arrival_table, second + rank * programs + program, RANKS, RANKS_PAD)
+    wait(arrivals + second + source * programs + program, source < RANKS, epoch)
     for start in range(program * BLOCK, piece, programs * BLOCK):
         at = start + tl.arange(0, BLOCK)
         for owner in tl.static_range(RANKS):

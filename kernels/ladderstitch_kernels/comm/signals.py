@@ -1,9 +1,10 @@
 """Signals between ranks: release what was stored, acquire what the others stored.
 
-A signal is one atomic exchange over a vector of flags, one flag at each peer, so that one fence
-serves them all; a wait is an atomic that adds nothing. Neither needs inline assembly, so both run
-in the interpreter too. Flags hold epochs that only rise (and wrap): a wait passes flags that are
-at its epoch or past it.
+A signal is one atomic that raises a vector of counters, one at each peer, so that one fence serves
+them all; a wait is an atomic that adds nothing. Neither needs inline assembly, so both run in the
+interpreter too. Counters only rise (and wrap): a wait passes those that are at its goal or past it.
+A rank's kernels run one after another, so a counter shared by all programs of a kernel reaches a
+multiple of their number only when all of them have signalled.
 """
 
 from __future__ import annotations
@@ -13,33 +14,33 @@ import triton.language as tl
 
 
 @triton.jit
-def signal(table, offset, epoch, RANKS: tl.constexpr, RANKS_PAD: tl.constexpr):
-    """Set the flag at `offset` of every rank's flags; all that this program stored comes before.
+def signal(table, offset, RANKS: tl.constexpr, RANKS_PAD: tl.constexpr):
+    """Raise the counter at `offset` of every rank's; all that this program stored comes before.
 
     The barrier gathers the stores of the program's threads under the fence of the one that signals.
     """
     tl.debug_barrier()
     peer = tl.arange(0, RANKS_PAD)
     exists = peer < RANKS
-    flags = tl.load(table + peer, mask=exists, other=0).to(tl.pointer_type(tl.int32))
-    tl.atomic_xchg(flags + offset, epoch, mask=exists, sem="release", scope="sys")
+    counters = tl.load(table + peer, mask=exists, other=0).to(tl.pointer_type(tl.int32))
+    tl.atomic_add(counters + offset, 1, mask=exists, sem="release", scope="sys")
 
 
 @triton.jit
-def wait(flags, exists, epoch):
-    """Until every one of these flags (a vector of pointers) is at the epoch or past it.
+def wait(counters, exists, goal):
+    """Until every one of these counters (a vector of pointers) is at the goal or past it.
 
-    The difference is what is compared, so that epochs may wrap.
+    The difference is what is compared, so that counters may wrap.
     """
-    ahead = _poll(flags, exists, epoch)
+    ahead = _poll(counters, exists, goal)
     while ahead < 0:
-        ahead = _poll(flags, exists, epoch)
+        ahead = _poll(counters, exists, goal)
 
 
 @triton.jit
-def _poll(flags, exists, epoch):
-    seen = tl.atomic_add(flags, 0, mask=exists, sem="acquire", scope="sys")
-    return tl.min(tl.where(exists, seen - epoch, 0), axis=0)
+def _poll(counters, exists, goal):
+    seen = tl.atomic_add(counters, 0, mask=exists, sem="acquire", scope="sys")
+    return tl.min(tl.where(exists, seen - goal, 0), axis=0)
 
 
 @triton.jit

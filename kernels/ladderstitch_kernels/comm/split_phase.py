@@ -23,11 +23,11 @@ from ladderstitch_kernels.comm.symmetric import SymmetricMemory
 from ladderstitch_kernels.launch import expect_like, expect_shape, interpreted, warps
 
 SLOTS = 4
-_STOPPED_EPOCHS = 2**30
+_STOPPED = 2**30
 
 
 class Exchange:
-    """One rank's slots, flags and counts for reductions of up to `rows` rows of `width` elements.
+    """One rank's slots and counters for reductions of up to `rows` rows of `width` elements.
 
     All ranks make theirs in the same order, post the same shapes, and collect in posting order with
     at most two reductions in flight. Nothing here changes on the host after it is made, so posts
@@ -44,7 +44,7 @@ class Exchange:
         *,
         columns: int = 64,
     ) -> None:
-        """`columns` of the output are one program's share: width / columns flags for each peer."""
+        """`columns` of the output are one program's share of a post."""
         if columns != triton.next_power_of_2(columns):
             raise ValueError(f"columns: expected a power of two, got {columns}")
         self.rank, self.ranks = memory.rank, memory.ranks
@@ -52,7 +52,8 @@ class Exchange:
         self.device = torch.device(device)
         self.programs = triton.cdiv(width, columns)
         self.slots = memory.zeros((SLOTS, self.ranks, rows, width), dtype)
-        self.flags = memory.zeros((self.ranks, self.programs), torch.int32)
+        self.arrivals = memory.zeros((self.ranks,), torch.int32)
+        """Programs of each rank that have posted, over all posts."""
         self.counts = torch.zeros(4, dtype=torch.int32, device=self.device)
         """Posted, programs done posting, collected, programs done collecting."""
 
@@ -62,7 +63,7 @@ class Exchange:
         For a rank whose peer is gone: what it computes from here on must be thrown away. On a GPU,
         call it under another stream than the one that waits.
         """
-        self.flags.local.add_(_STOPPED_EPOCHS)
+        self.arrivals.local.add_(_STOPPED)
 
     def check(self, name: str, x: Tensor, width: int) -> int:
         """The rows of `x` [M, width]; raises `ValueError` if it does not belong here."""
@@ -83,21 +84,20 @@ def _slot(epoch, SLOTS: tl.constexpr):
 
 @triton.jit
 def _push(
-    partial, where, exists, slots, flags, epoch, rank, row_elements,
-    RANKS: tl.constexpr, RANKS_PAD: tl.constexpr, SLOTS: tl.constexpr,
+    partial, where, exists, slots, epoch, rank, slot_elements,
+    RANKS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Store this program's part of the partial in every rank's slot, then signal."""
-    slot = (_slot(epoch, SLOTS) * RANKS + rank).to(tl.int64) * row_elements
+    """Store a part of this rank's partial in every rank's slot."""
+    slot = (_slot(epoch, SLOTS) * RANKS + rank).to(tl.int64) * slot_elements
     for peer in tl.static_range(RANKS):
         base = tl.load(slots + peer).to(tl.pointer_type(partial.dtype))
         base = tl.multiple_of(base, 16)
         tl.store(base + slot + where, partial, mask=exists)
-    signal(flags, rank * tl.num_programs(0) + tl.program_id(0), epoch, RANKS, RANKS_PAD)
 
 
 @triton.jit
 def gemv_post_kernel(
-    x, weight, slots, flags, counts, rank, m, n, k, max_rows,
+    x, weight, slots, arrivals, counts, rank, m, n, k, max_rows,
     RANKS: tl.constexpr, RANKS_PAD: tl.constexpr, SLOTS: tl.constexpr,
     M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +132,8 @@ def gemv_post_kernel(
         where = rows[None, :] * n + columns[:, None]
         exists = (rows[None, :] < m) & (columns[:, None] < n)
     partial = partial.to(x.dtype.element_ty)
-    _push(partial, where, exists, slots, flags, epoch, rank, max_rows * n, RANKS, RANKS_PAD, SLOTS)
+    _push(partial, where, exists, slots, epoch, rank, max_rows * n, RANKS, SLOTS)
+    signal(arrivals, rank, RANKS, RANKS_PAD)
     advance(counts, counts + 1, tl.num_programs(0))
 
 
@@ -151,7 +152,7 @@ def gemv_post(x: Tensor, weight: Tensor, exchange: Exchange) -> None:
     expect_like("x", x, x)
     block_k = min(256 if m == 1 else 128, max(16, triton.next_power_of_2(k)))
     gemv_post_kernel[(exchange.programs,)](
-        x, weight, exchange.slots.addresses, exchange.flags.addresses, exchange.counts,
+        x, weight, exchange.slots.addresses, exchange.arrivals.addresses, exchange.counts,
         exchange.rank, m, exchange.width, k, exchange.rows,
         **_constants(exchange), M=1 if m == 1 else 16, BLOCK_N=exchange.columns,
         BLOCK_K=block_k, UPCAST=interpreted() or x.dtype == torch.float32, num_warps=4,
@@ -160,17 +161,19 @@ def gemv_post(x: Tensor, weight: Tensor, exchange: Exchange) -> None:
 
 @triton.jit
 def post_kernel(
-    x, slots, flags, counts, rank, m, n, max_rows,
+    x, slots, arrivals, counts, rank, m, n, max_rows,
     RANKS: tl.constexpr, RANKS_PAD: tl.constexpr, SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     epoch = tl.load(counts) + 1
-    rows = tl.arange(0, BLOCK_M)[:, None]
     columns = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    exists = (rows < m) & (columns < n)
-    where = rows * n + columns
-    partial = tl.load(x + where, mask=exists, other=0.0)
-    _push(partial, where, exists, slots, flags, epoch, rank, max_rows * n, RANKS, RANKS_PAD, SLOTS)
+    for first in range(0, m, BLOCK_M):
+        rows = (first + tl.arange(0, BLOCK_M))[:, None]
+        exists = (rows < m) & (columns < n)
+        where = rows * n + columns
+        partial = tl.load(x + where, mask=exists, other=0.0)
+        _push(partial, where, exists, slots, epoch, rank, max_rows * n, RANKS, SLOTS)
+    signal(arrivals, rank, RANKS, RANKS_PAD)
     advance(counts, counts + 1, tl.num_programs(0))
 
 
@@ -182,22 +185,22 @@ def post(partial: Tensor, exchange: Exchange) -> None:
     m = exchange.check("partial", partial, exchange.width)
     expect_like("partial", partial, partial)
     post_kernel[(exchange.programs,)](
-        partial, exchange.slots.addresses, exchange.flags.addresses, exchange.counts,
+        partial, exchange.slots.addresses, exchange.arrivals.addresses, exchange.counts,
         exchange.rank, m, exchange.width, exchange.rows, **_constants(exchange),
-        BLOCK_M=triton.next_power_of_2(m), BLOCK_N=exchange.columns, num_warps=4,
+        BLOCK_M=min(16, triton.next_power_of_2(m)), BLOCK_N=exchange.columns, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
 def wait_add_norm_kernel(
-    slots, flags, counts, residual, weight, total_out, norm_out, n, max_rows, eps, programs,
-    RANKS: tl.constexpr, SLOTS: tl.constexpr, FLAGS_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    slots, arrivals, counts, residual, weight, total_out, norm_out, n, max_rows, eps, programs,
+    RANKS: tl.constexpr, RANKS_PAD: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
     ADD: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     epoch = tl.load(counts + 2) + 1
-    flag = tl.arange(0, FLAGS_PAD)
-    wait(flags + flag, flag < RANKS * programs, epoch)
+    source = tl.arange(0, RANKS_PAD)
+    wait(arrivals + source, source < RANKS, epoch * programs)
     columns = tl.arange(0, BLOCK)
     exists = columns < n
     slot = slots + _slot(epoch, SLOTS).to(tl.int64) * RANKS * max_rows * n + row * n + columns
@@ -263,11 +266,10 @@ def _collect(
 ) -> None:
     block = triton.next_power_of_2(exchange.width)
     wait_add_norm_kernel[(total.shape[0],)](
-        exchange.slots.local, exchange.flags.local, exchange.counts, residual, weight, total,
+        exchange.slots.local, exchange.arrivals.local, exchange.counts, residual, weight, total,
         normed, exchange.width, exchange.rows, eps, exchange.programs,
-        RANKS=exchange.ranks, SLOTS=SLOTS,
-        FLAGS_PAD=triton.next_power_of_2(exchange.ranks * exchange.programs), BLOCK=block,
-        ADD=residual is not None, NORM=normed is not None, num_warps=warps(block * 4),
+        **_constants(exchange), BLOCK=block, ADD=residual is not None, NORM=normed is not None,
+        num_warps=warps(block * 4),
     )  # fmt: skip
 
 
