@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -121,14 +122,11 @@ class Bench:
                 x, residual = random(rows, k), random(rows, 8192)
                 exchange = Exchange(StreamRanks.group(1, "cuda")[0], rows, 8192, DTYPE, "cuda")
 
-                def collect(r: Tensor = residual, e: Exchange = exchange, g: Tensor = gain) -> None:
-                    wait_add_norm(r, g, 1e-5, e)
-
                 yield self.timing(
                     f"gemv_post {rows} x {k} -> 8192", weight.nbytes,
-                    lambda x=x, w=weight, e=exchange: gemv_post(x, w, e),
-                    lambda x=x, w=weight: F.linear(x, w),
-                    after=collect,
+                    partial(gemv_post, x, weight, exchange),
+                    partial(F.linear, x, weight),
+                    after=partial(wait_add_norm, residual, gain, 1e-5, exchange),
                 )  # fmt: skip
 
     def attention(self) -> Iterator[Timing]:
@@ -164,7 +162,7 @@ class Bench:
 
             yield self.timing(
                 f"stitch_linear {m} x {k} -> {n}", x.nbytes + weight.nbytes + m * n * 2,
-                lambda a=(x, weight, bias, down, up): stitch_linear(*a), eager,
+                partial(stitch_linear, x, weight, bias, down, up), eager,
             )  # fmt: skip
 
 

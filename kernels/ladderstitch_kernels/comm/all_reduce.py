@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ladderstitch_kernels.comm.signals import advance, signal, wait
+from ladderstitch_kernels.comm.signals import STOPPED, advance, signal, wait
 from ladderstitch_kernels.comm.symmetric import SymmetricMemory
 from ladderstitch_kernels.launch import expect_like
 
@@ -55,6 +55,10 @@ class AllReduce:
         """Of one-shot, of two-shot's first flight and of its second."""
         self.counts = torch.zeros(4, dtype=torch.int32, device=torch.device(device))
         """Of one-shot: calls, programs done; the same of two-shot."""
+
+    def stop(self) -> None:
+        """Let every wait of this rank pass at once; see `Exchange.stop`."""
+        self.arrivals.local.add_(STOPPED)
 
     def __call__(
         self, x: Tensor, algorithm: Literal["auto", "one_shot", "two_shot"] = "auto"

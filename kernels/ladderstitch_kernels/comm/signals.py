@@ -12,6 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+STOPPED = 2**30
+"""What a counter is raised by so that no wait of its rank holds any more."""
+
 
 @triton.jit
 def signal(table, offset, RANKS: tl.constexpr, RANKS_PAD: tl.constexpr):

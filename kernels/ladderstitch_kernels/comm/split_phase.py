@@ -18,12 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ladderstitch_kernels.comm.signals import advance, signal, wait
+from ladderstitch_kernels.comm.signals import STOPPED, advance, signal, wait
 from ladderstitch_kernels.comm.symmetric import SymmetricMemory
 from ladderstitch_kernels.launch import expect_like, expect_shape, interpreted, warps
 
 SLOTS = 4
-_STOPPED = 2**30
 
 
 class Exchange:
@@ -63,7 +62,7 @@ class Exchange:
         For a rank whose peer is gone: what it computes from here on must be thrown away. On a GPU,
         call it under another stream than the one that waits.
         """
-        self.arrivals.local.add_(_STOPPED)
+        self.arrivals.local.add_(STOPPED)
 
     def check(self, name: str, x: Tensor, width: int) -> int:
         """The rows of `x` [M, width]; raises `ValueError` if it does not belong here."""
