@@ -125,7 +125,7 @@ def _verify_least_squares(
     """Solve every stitching layer anew from our own features and compare with the recorded one."""
     allowed = sheet["tolerance"]["suggested_relative_from_own_features"]
     for layer in stitched_pairs(model.stitches):
-        for parameter in model.linear(layer).parameters():
+        for parameter in model.affine(layer).parameters():
             parameter.zero_()
     initialise_stitching_layers(model, images)
     solved = {name: t for name, t in model.state_dict().items() if name.startswith("stitch_layers")}

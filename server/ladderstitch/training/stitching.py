@@ -27,7 +27,7 @@ def family_file(folder: Path) -> Path:
 def assemble(recipe: Recipe, images: LabelledImages, folder: Path) -> StitchedModel:
     """The family of the run's trained anchors with stitching layers from least squares."""
     model = recipe.family.build()
-    for index, anchor in enumerate(model.vits()):
+    for index, anchor in enumerate(model.trunks()):
         anchor.load_state_dict(load_anchor(recipe, folder, index).state_dict())
     rng = torch.Generator().manual_seed(recipe.seed)
     chosen = torch.randperm(len(images), generator=rng)[: recipe.init_images]
