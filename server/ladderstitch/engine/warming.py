@@ -39,7 +39,7 @@ async def warm_up(
     shipped = bundle.latency if covers(bundle.latency, sizes) else None
     rounds = 2 if shipped else 5
     images = np.zeros((config.max_rows, *config.image_shape), np.float32)
-    stitches = [stitch.id for stitch in bundle.manifest.config.stitches()]
+    stitches = [s.id for s in bundle.manifest.config.stitches() if s.usable]
     seconds: dict[tuple[int, int], list[float]] = defaultdict(list)
     done = 0
     for turn in range(rounds):

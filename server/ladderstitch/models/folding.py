@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
+
+@runtime_checkable
+class FoldsBatchNorm(Protocol):
+    """A module that normalises batches, and need not once it is trained."""
+
+    def fold_batch_norm(self) -> None:
+        """Fold the running statistics into the layers before; in place."""
 
 
 def fold(layer: Layer, norm: nn.Module) -> tuple[Layer, nn.Module]:

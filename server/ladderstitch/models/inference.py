@@ -44,6 +44,7 @@ class InferenceModel:
         embeds = [bind_embedding(trunk) for trunk in trunks]
         blocks = [[bind_step(step) for step in trunk.steps()] for trunk in trunks]
         self.parameter_dtype = next(model.parameters()).dtype
+        self.usable = [stitch.id for stitch in model.stitches if stitch.usable]
         self.plans = {
             stitch.id: Plan(
                 embeds[stitch.front],

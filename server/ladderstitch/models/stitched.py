@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
+from ladderstitch.models.folding import FoldsBatchNorm
 from ladderstitch.models.route import Stitch
 from ladderstitch.models.trunk import Trunk
 
@@ -71,11 +72,10 @@ class StitchedModel(nn.Module):
         return module
 
     def fold_batch_norm(self) -> None:
-        """Fold batch normalisation into the convolutions before it, for serving; in place."""
-        for module in list(self.modules()):
-            fold = getattr(module, "fold_batch_norm", None)
-            if fold is not None and module is not self:
-                fold()
+        """Fold batch normalisation into the layers before it, for serving; in place."""
+        for part in (*self.anchors.modules(), *self.stitch_layers.modules()):
+            if isinstance(part, FoldsBatchNorm):
+                part.fold_batch_norm()
 
     def forward(self, images: Tensor, stitch: int) -> Tensor:
         """[B, C, H, W] images -> [B, num_classes] logits of the network `stitch` (an id).

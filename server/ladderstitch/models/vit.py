@@ -66,6 +66,9 @@ class VitConfig(BaseModel):
             raise ValueError(f"stem: expected positive channels and strides, got {self.stem}")
         return self
 
+    def build(self, inputs: InputShape) -> Vit:
+        return Vit(inputs, self)
+
 
 class PatchStem(nn.Module):
     """[B, C, H, W] -> [B, D, H/p, W/p]: one convolution over disjoint patches."""
