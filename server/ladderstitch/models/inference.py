@@ -92,19 +92,20 @@ def bind_step(step: nn.Module) -> Step:
 
 
 def bind_embedding(trunk: Trunk) -> Step:
-    """`Trunk.embed`; for a ViT with the class token's position added once."""
+    """`Trunk.embed`; for a ViT with the first tokens' positions added once."""
     if not isinstance(trunk, Vit):
         return trunk.embed
     vit = trunk
     stem = _bind_stem(vit.patch_embed)
-    cls: Tensor = vit.cls_token  # [1, 1, D]
-    positions: Tensor = vit.pos_embed  # [1, T-1, D], or [1, T, D]
+    first = vit.first_tokens()  # [1, n, D]
+    positions: Tensor = vit.pos_embed  # of the patches, or of all tokens
     if vit.class_token_position:
-        cls, positions = cls + positions[:, :1], positions[:, 1:]
+        n = first.shape[1]
+        first, positions = first + positions[:, :n], positions[:, n:]
 
     def embed(images: Tensor) -> Tensor:
-        patches = stem(images).flatten(2).transpose(1, 2)  # [B, T-1, D]
-        return torch.cat((cls.expand(len(images), -1, -1), patches + positions), dim=1)
+        patches = stem(images).flatten(2).transpose(1, 2)  # [B, T-n, D]
+        return torch.cat((first.expand(len(images), -1, -1), patches + positions), dim=1)
 
     return embed
 
@@ -160,7 +161,7 @@ def _scaled(linear: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def bind_classifier(trunk: Trunk, *, final_norm: bool) -> Step:
     """`Trunk.classify`: [B, num_classes]."""
-    if not isinstance(trunk, Vit):
+    if not isinstance(trunk, Vit) or hasattr(trunk, "head_dist"):
         return partial(trunk.classify, final_norm=final_norm)
     vit = trunk
     head = bind_linear(vit.head)

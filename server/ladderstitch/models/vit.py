@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,9 @@ class VitConfig(BaseModel):
     layer_scale: bool = Field(False, description="a learned factor a channel (DeiT-3)")
     class_token_position: bool = Field(
         True, description="whether the class token has a position (DeiT-3: no)"
+    )
+    distillation: Literal["none", "token", "heads"] = Field(
+        "none", description="a second token (DeiT); heads: with a head whose logits are averaged in"
     )
     stem_batch_norm: bool = Field(
         False, description="normalise between the stem's convolutions; folded away for serving"
@@ -182,24 +186,43 @@ class Vit(Trunk):
         self.patch_embed = stem(inputs.in_channels, config)
         self.class_token_position = config.class_token_position
         tokens = self.patch_embed.grid(inputs.image_size) ** 2 + int(config.class_token_position)
+        if config.distillation != "none":
+            tokens += 1
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, config.embed_dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.head = nn.Linear(config.embed_dim, inputs.num_classes)
+        if config.distillation == "heads":
+            self.head_dist = nn.Linear(config.embed_dim, inputs.num_classes)
+
+    def first_tokens(self) -> Tensor:
+        """The tokens [1, n, D] that stand before the patches."""
+        if hasattr(self, "dist_token"):
+            return torch.cat((self.cls_token, self.dist_token), dim=1)
+        return self.cls_token
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, C, H, W] images -> [B, T, D] tokens, the class token first."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, T-1, D]
-        cls = self.cls_token.expand(len(images), -1, -1)
+        first = self.first_tokens().expand(len(images), -1, -1)
         if self.class_token_position:
-            return torch.cat((cls, patches), dim=1) + self.pos_embed
-        return torch.cat((cls, patches + self.pos_embed), dim=1)
+            return torch.cat((first, patches), dim=1) + self.pos_embed
+        return torch.cat((first, patches + self.pos_embed), dim=1)
 
     def steps(self) -> Sequence[nn.Module]:
         return list(self.blocks)
 
     def classify(self, x: Tensor, *, final_norm: bool) -> Tensor:
-        """[B, T, D] tokens -> [B, num_classes] logits, read from the class token."""
-        cls = x[:, 0]
-        return self.head(self.norm(cls) if final_norm else cls)
+        """[B, T, D] tokens -> [B, num_classes] logits: one head's, or the mean of both."""
+        logits = self.head_logits(x, final_norm=final_norm)
+        return logits[0] if len(logits) == 1 else (logits[0] + logits[1]) / 2
+
+    def head_logits(self, x: Tensor, *, final_norm: bool) -> list[Tensor]:
+        """Logits of the class token's head and, if there is one, of the distillation token's."""
+        heads = [self.head, self.head_dist] if hasattr(self, "head_dist") else [self.head]
+        first = x[:, : len(heads)]
+        if final_norm:
+            first = self.norm(first)
+        return [head(first[:, at]) for at, head in enumerate(heads)]
