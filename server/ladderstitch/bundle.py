@@ -45,6 +45,10 @@ class Preprocessing(BaseModel):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: Literal["bilinear", "bicubic"] = "bilinear"
+    crop: float | None = Field(
+        None, gt=0, le=1, description="share of the shorter side that a centred square takes; "
+        "unset: the whole picture, stretched"
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _one_value_a_channel(self) -> Preprocessing:

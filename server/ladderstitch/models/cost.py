@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ladderstitch.models.efficientnet import EfficientNetLite, InvertedResidual
 from ladderstitch.models.levit import (
     ConvNorm,
     Levit,
@@ -74,6 +75,9 @@ def _embedding(trunk: Trunk, image_size: int) -> tuple[int, int]:
         case ResNet():
             side = -(-image_size // 2)
             return _conv(trunk.conv1, side, trunk.bn1), -(-side // 2)
+        case EfficientNetLite():
+            side = -(-image_size // 2)
+            return _conv(trunk._conv_stem, side, trunk._bn0), side
         case Levit():
             macs, side = 0, image_size
             for layer in trunk.patch_embed:
@@ -157,6 +161,13 @@ def _residual_block(block: BasicBlock | Bottleneck, side: int) -> tuple[int, int
     return sum(_conv(conv, at, norm) for conv, norm, at in convs), after
 
 
+def _inverted_residual(block: InvertedResidual, side: int) -> tuple[int, int]:
+    after = -(-side // block._depthwise_conv.stride[0])
+    macs = _conv(block._expand_conv, side, block._bn0) if block.expands else 0
+    macs += _conv(block._depthwise_conv, after, block._bn1)
+    return macs + _conv(block._project_conv, after, block._bn2), after
+
+
 def _levit_attention(step: LevitAttention, tokens: int) -> tuple[int, int]:
     fewer = step.index.shape[0]
     scores = fewer * tokens * step.num_heads * (step.key_dim + step.value_dim)
@@ -187,6 +198,7 @@ COUNTS: dict[type[nn.Module], Callable[[Any, int], tuple[int, int]]] = {
     PatchMerging: _merging,
     BasicBlock: _residual_block,
     Bottleneck: _residual_block,
+    InvertedResidual: _inverted_residual,
     Residual: _residual,
     LevitAttention: _levit_attention,
     StitchingLayer: lambda step, tokens: (_linear(step.transform, tokens), tokens),
@@ -205,6 +217,10 @@ def _classifier(trunk: Trunk, size: int, *, final_norm: bool) -> int:
             return norm + _linear(trunk.head, 1)
         case ResNet():
             return POOLING * size**2 * trunk.fc.in_features + _linear(trunk.fc, 1)
+        case EfficientNetLite():
+            head = _conv(trunk._conv_head, size, trunk._bn1)
+            pooled = POOLING * size**2 * trunk._fc.in_features
+            return head + pooled + _linear(trunk._fc, 1)
         case Levit():
             heads = [head for head in trunk.children() if isinstance(head, NormLinear)]
             return sum(_linear(h.l, 1) + BATCH_NORM * h.l.in_features for h in heads)
@@ -220,7 +236,7 @@ def _embedding_parameters(trunk: Trunk) -> int:
 
 
 def _classifier_parameters(trunk: Trunk) -> int:
-    names = ("norm", "head", "fc", "head_dist")
+    names = ("norm", "head", "fc", "head_dist", "_conv_head", "_bn1", "_fc")
     return sum(
         p.numel()
         for name, part in trunk.named_children()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 @runtime_checkable
@@ -21,7 +21,7 @@ class FoldsBatchNorm(Protocol):
 def fold(layer: Layer, norm: nn.Module) -> tuple[Layer, nn.Module]:
     """One layer that does what both do in eval mode, and nothing after it."""
     if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-        return fuse_conv_bn_eval(layer, norm), nn.Identity()
+        return cast(Layer, fuse_conv_bn_eval(layer, norm)), nn.Identity()
     if isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
-        return fuse_linear_bn_eval(layer, norm), nn.Identity()
+        return cast(Layer, fuse_linear_bn_eval(layer, norm)), nn.Identity()
     return layer, norm

@@ -1,9 +1,10 @@
-"""SN-Net families of hierarchical networks: Swin, ResNet, LeViT, or one after another.
+"""SN-Net families of hierarchical networks: Swin, ResNet, LeViT, EfficientNet-Lite, also mixed.
 
 Anchors are stitched inside a stage only, never the last (arXiv 2302.06586, section 3.3). Stages of
 one depth d: (j, j + 1) for j = 0 .. d - 2, a layer each. Of depths d1 < d2, with
 m(i) = floor(i d1 / d2): (m(i), i) for all i with m(i) < i, and the n-th of them uses layer m(n),
-not m(i): published checkpoints were trained so.
+not m(i): published checkpoints were trained so. Families that are not trained jointly may be
+stitched at stage boundaries instead: all of a stage, then the end anchor's next stage.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
+from ladderstitch.models.efficientnet import EfficientNetLiteConfig
 from ladderstitch.models.levit import LevitConfig
 from ladderstitch.models.resnet import ResNetConfig
 from ladderstitch.models.route import Segment, Stitch
@@ -20,7 +22,8 @@ from ladderstitch.models.stitched import Layers, MapStitchingLayer, StitchedMode
 from ladderstitch.models.swin import SwinConfig
 from ladderstitch.models.vit import InputShape
 
-AnchorConfig = Annotated[SwinConfig | ResNetConfig | LevitConfig, Field(discriminator="kind")]
+Hierarchical = SwinConfig | ResNetConfig | LevitConfig | EfficientNetLiteConfig
+AnchorConfig = Annotated[Hierarchical, Field(discriminator="kind")]
 
 
 class StagedConfig(BaseModel):
@@ -32,6 +35,9 @@ class StagedConfig(BaseModel):
     inputs: InputShape
     anchors: tuple[AnchorConfig, ...] = Field(min_length=1, description="smallest first")
     stages: tuple[int, ...] = Field(description="the stages that are stitched in, from 0")
+    joints: Literal["within", "after"] = Field(
+        "within", description="stitch within a stage (SN-Net), or after all of it"
+    )
 
     @model_validator(mode="after")
     def _stages_fit_the_anchors(self) -> StagedConfig:
@@ -54,7 +60,7 @@ class StagedConfig(BaseModel):
         return self
 
     @property
-    def pairs(self) -> list[tuple[SwinConfig | ResNetConfig | LevitConfig, ...]]:
+    def pairs(self) -> list[tuple[Hierarchical, ...]]:
         """Neighbouring anchors."""
         return list(zip(self.anchors, self.anchors[1:], strict=False))
 
@@ -66,14 +72,26 @@ class StagedConfig(BaseModel):
         ]
         for list_index, stage in enumerate(self.stages):
             for pair, (front, end) in enumerate(self.pairs):
-                for last, first, layer in stage_stitches(front.depths[stage], end.depths[stage]):
+                for leaving, entering, layer in self._joints(front, end, stage):
                     segments = (
-                        Segment(pair, 0, front.span(stage, last)[1]),
-                        Segment(pair + 1, end.span(stage, first)[0], end.total_steps - 1),
+                        Segment(pair, 0, leaving),
+                        Segment(pair + 1, entering, end.total_steps - 1),
                     )
                     key = f"stitch_layers.{list_index}.{pair}.{layer}.transform"
                     found.append(Stitch(len(found), segments, (key,), True))
         return tuple(found)
+
+    def _joints(
+        self, front: Hierarchical, end: Hierarchical, stage: int
+    ) -> list[tuple[int, int, int]]:
+        """(last step of the front, first step of the end, stitching layer)."""
+        if self.joints == "after":
+            leaving = front.span(stage, front.depths[stage] - 1)[1]
+            return [(leaving, end.span(stage, end.depths[stage] - 1)[1] + 1, 0)]
+        return [
+            (front.span(stage, last)[1], end.span(stage, first)[0], layer)
+            for last, first, layer in stage_stitches(front.depths[stage], end.depths[stage])
+        ]
 
     def build(self) -> StitchedModel:
         """The model with torch's default initialisation, on torch's default device."""
@@ -81,7 +99,11 @@ class StagedConfig(BaseModel):
             [
                 [
                     _layer(front, end, stage)
-                    for _ in range(layer_count(front.depths[stage], end.depths[stage]))
+                    for _ in range(
+                        1
+                        if self.joints == "after"
+                        else layer_count(front.depths[stage], end.depths[stage])
+                    )
                 ]
                 for front, end in self.pairs
             ]
@@ -106,11 +128,7 @@ def layer_count(front_depth: int, end_depth: int) -> int:
     return front_depth - 1 if front_depth == end_depth else front_depth
 
 
-def _layer(
-    front: SwinConfig | ResNetConfig | LevitConfig,
-    end: SwinConfig | ResNetConfig | LevitConfig,
-    stage: int,
-) -> nn.Module:
+def _layer(front: Hierarchical, end: Hierarchical, stage: int) -> nn.Module:
     widths = front.widths[stage], end.widths[stage]
     if front.layout == "map":
         return MapStitchingLayer(*widths, to_tokens=end.layout == "tokens")

@@ -15,8 +15,8 @@ from ladderstitch.bundle import Manifest, Preprocessing, write_bundle
 from ladderstitch.models.staged import StagedConfig
 from ladderstitch.models.stitched import StitchedModel
 from ladderstitch.training.anchors import load_anchor, parameter_groups
+from ladderstitch.training.assembling import assemble_family
 from ladderstitch.training.data import LabelledImages, normalise
-from ladderstitch.training.least_squares import initialise_stitching_layers
 from ladderstitch.training.loop import Run, accuracy, fit
 from ladderstitch.training.recipe import Recipe
 
@@ -27,14 +27,14 @@ def family_file(folder: Path) -> Path:
 
 def assemble(recipe: Recipe, images: LabelledImages, folder: Path) -> StitchedModel:
     """The family of the run's trained anchors with stitching layers from least squares."""
-    model = recipe.family.build()
-    for index, anchor in enumerate(model.trunks()):
-        anchor.load_state_dict(load_anchor(recipe, folder, index).state_dict())
     rng = torch.Generator().manual_seed(recipe.seed)
     chosen = torch.randperm(len(images), generator=rng)[: recipe.init_images]
     sample = normalise(images.pixels[chosen], recipe.data.mean, recipe.data.std)
-    initialise_stitching_layers(model.eval(), sample)
-    return model
+    anchors = [
+        load_anchor(recipe, folder, index).state_dict()
+        for index in range(len(recipe.family.anchors))
+    ]
+    return assemble_family(recipe.family, anchors, sample).requires_grad_(True)
 
 
 def stitch_family(
