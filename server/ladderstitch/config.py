@@ -6,21 +6,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ladderstitch.bundle import EMBEDDED
 from ladderstitch.errors import ConfigError
 from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.security.settings import AccessSettings
 
 
-class ServerConfig(BaseModel):
+class ServerConfig(AccessSettings):
     """Everything that is fixed while a replica runs, and the scheduling it starts with."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     bundle: Path = Field(EMBEDDED, description="model bundle directory")
-    host: str = Field("127.0.0.1", description="address to bind; loopback unless asked otherwise")
-    port: int = Field(8001, ge=0, le=65_535, description="gRPC; 0 takes a free one")
     metrics_port: int = Field(9464, ge=0, le=65_535, description="/metrics; 0 takes a free one")
     device: str = Field("auto", description="auto, cpu or cuda[:N]")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -41,7 +38,6 @@ class ServerConfig(BaseModel):
         None, description="secret of ranks that are started by hand (`ladderstitch rank`)"
     )
     context_tokens: int = Field(2048, ge=2, description="prompt and answer of a language model")
-    max_message_mb: int = Field(64, ge=1, le=1024, description="largest gRPC message, MiB")
     drain_s: float = Field(20.0, ge=0, description="time for accepted requests on shutdown")
     scheduling: SchedulerSettings = SchedulerSettings()
 

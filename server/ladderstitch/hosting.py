@@ -42,6 +42,7 @@ class HostedGenerator:
     bundle: LanguageBundle
     generator: Generator
     metrics: TextMetrics
+    max_prompt_tokens: int
 
     @property
     def name(self) -> str:

@@ -103,7 +103,7 @@ class ImageRunner:
             scheduler.configure(self.host.live.settings)
         except BadInput as error:
             raise ConfigError(f"scheduling.{error}") from error
-        reader = ImageReader(self.bundle.manifest.preprocessing)
+        reader = ImageReader(self.bundle.manifest.preprocessing, self.config.max_image_pixels)
         return HostedModel(self.bundle, scheduler, reader, stitches)
 
 

@@ -46,6 +46,9 @@ class Metrics:
         self.budgets = counter(
             "budget", "Requests with a target ended, by whether it was met.", ["model", "met"]
         )
+        self.denials = counter(
+            "denied_calls", "Calls refused by token, scope or a token's limits.", ["reason"]
+        )
         self.switches = counter("switches", "Batches on another stitch than the last.", model)
         self.restarts = counter("engine_restarts", "Workers and ranks lost and replaced.", model)
         self.queue = gauge("queue_requests", "Requests that wait.", model)
@@ -90,6 +93,10 @@ class Metrics:
 
     def for_model(self, name: str, stitches: Iterable[int]) -> ModelMetrics:
         return ModelMetrics(self, name, stitches)
+
+    def denied(self, reason: str) -> None:
+        """A call was refused before it reached a model."""
+        self.denials.labels(reason).inc()
 
     def expose(
         self, port: int, address: str, *, share_port: bool = False

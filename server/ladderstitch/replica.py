@@ -18,7 +18,8 @@ from ladderstitch.language_runner import LanguageRunner
 from ladderstitch.metrics import Metrics
 from ladderstitch.runner import Advance, Runner
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.service.server import Server, Transport
+from ladderstitch.service.server import Server
+from ladderstitch.service.transport import Transport
 
 LAME_DUCK_S = 0.25
 """So long, calls on their way to a stopping replica are told DRAINING; gRPC would cancel them."""
@@ -36,14 +37,17 @@ class Replica:
         share_port: bool = False,
         launcher: Launcher = launch_process,
     ) -> None:
-        """`launcher` starts the ranks of a language model. Raises `BundleError`."""
+        """`launcher` starts the ranks of a language model.
+
+        Raises `BundleError`, and `ConfigError` for certificates or tokens that cannot be used.
+        """
         return_freed_memory()
         self.config = config
         self.host = Host(name, live=LiveSettings(0, config.scheduling))
         self.metrics = Metrics()
         self.share_port = share_port
         self.runner = make_runner(config, self.host, self.metrics, launcher)
-        transport = Transport(max_message_bytes=config.max_message_mb << 20, share_port=share_port)
+        transport = Transport.of(config, self.metrics.denied, share_port=share_port)
         self.server = Server(self.host, update or self._update_alone, transport)
         self.metrics_port = 0
         self._close_metrics: Callable[[], None] = lambda: None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 import ladderstitch
-from ladderstitch.cli import generating, making, measuring, overlapping, predicting, serving
+from ladderstitch.cli import access, generating, making, measuring, overlapping, predicting, serving
 
 app = typer.Typer(
     name="ladderstitch",
@@ -24,11 +24,17 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def main(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
+    ca: access.Ca = None,
+    tls: access.Tls = False,
+    certificate: access.Certificate = None,
+    key: access.Key = None,
+    token_file: access.TokenFile = None,
 ) -> None:
-    pass
+    context.obj = access.Options(ca, tls, certificate, key, token_file)
 
 
 serving.register(app)

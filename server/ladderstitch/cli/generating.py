@@ -11,9 +11,10 @@ from typing import Annotated
 import typer
 
 from ladderstitch.catalogue import find_bundle
+from ladderstitch.cli.access import connect
 from ladderstitch.cli.console import err, user_errors
 from ladderstitch.cli.predicting import DEFAULT_ADDRESS, parse_duration, reported
-from ladderstitch.client import Client, TextPiece
+from ladderstitch.client import TextPiece
 from ladderstitch.errors import RequestError
 from ladderstitch.language.bundle import LanguageBundle
 from ladderstitch.language.generation import GenerationRequest, Generator
@@ -54,7 +55,7 @@ def generate(
             request = GenerationRequest(tokens, arrival, max_tokens, sampling, stops, limit)
             asyncio.run(_generate_here(bundle, request, ranks))
             return
-        with reported(address), Client(address, timeout_s=600) as client:
+        with reported(address), connect(address, timeout_s=600) as client:
             started, last = time.monotonic(), None
             for last in client.generate(
                 prompt,

@@ -12,8 +12,9 @@ import grpc
 import typer
 from rich.table import Table
 
+from ladderstitch.cli.access import connect
 from ladderstitch.cli.console import err, out, user_errors
-from ladderstitch.client import Client, Prediction, RequestFailed
+from ladderstitch.client import Prediction, RequestFailed
 from ladderstitch.errors import ConfigError
 from ladderstitch.v1 import inference_pb2
 
@@ -56,7 +57,7 @@ def predict(
     ):
         table.add_column(column)
     failed = 0
-    with user_errors(), Client(address) as client:
+    with user_errors(), connect(address) as client:
         budget_s = parse_duration(budget) if budget else None
         for path in images:
             try:
@@ -86,7 +87,7 @@ def predict(
 
 def models(address: Address = DEFAULT_ADDRESS) -> None:
     """List a server's models, and what quality costs how much time there."""
-    with reported(address), Client(address) as client:
+    with reported(address), connect(address) as client:
         for summary in client.list_models().models:
             model = client.get_model(summary.name)
             if summary.generates_text:
@@ -127,7 +128,7 @@ def schedule(
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Show or change how a running server chooses stitches. Takes effect in milliseconds."""
-    with reported(address), Client(address) as client:
+    with reported(address), connect(address) as client:
         if policy is None and pin is None and min_quality is None and not unpin:
             out.print(client.get_scheduling(model))
             return

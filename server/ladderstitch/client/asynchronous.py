@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import grpc
 
+from ladderstitch.client.access import PLAIN, Access
 from ladderstitch.client.failure import RequestFailed
 from ladderstitch.client.prediction import Image, Prediction, check_budget_request, infer_request
 from ladderstitch.client.text import TextPiece, generate_request
@@ -23,9 +24,21 @@ from ladderstitch.v1 import (
 class AsyncClient:
     """As `Client`, for asyncio; many calls may be in flight on one channel."""
 
-    def __init__(self, address: str = "127.0.0.1:8001", timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        address: str = "127.0.0.1:8001",
+        timeout_s: float = 30.0,
+        access: Access = PLAIN,
+    ) -> None:
+        """Raises `ValueError` and `OSError` as `Access.credentials` does."""
         self.timeout_s = timeout_s
-        self.channel = grpc.aio.insecure_channel(address)
+        self._metadata = access.metadata
+        credentials = access.credentials(address)
+        self.channel = (
+            grpc.aio.insecure_channel(address)
+            if credentials is None
+            else grpc.aio.secure_channel(address, credentials)
+        )
         self.inference: Any = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.generation: Any = generation_pb2_grpc.GenerationServiceStub(self.channel)
         self.admin: Any = admin_pb2_grpc.AdminServiceStub(self.channel)
@@ -56,7 +69,9 @@ class AsyncClient:
     ) -> AsyncIterator[TextPiece]:
         """The answer's pieces as they come; `wishes` are those of `generate_request`."""
         request = generate_request(prompt, **wishes)
-        call = self.generation.Generate(request, timeout=timeout_s or self.timeout_s)
+        call = self.generation.Generate(
+            request, timeout=timeout_s or self.timeout_s, metadata=self._metadata
+        )
         try:
             async for response in call:
                 yield TextPiece.of(response)
@@ -90,6 +105,8 @@ class AsyncClient:
 
     async def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:
-            return await method(request, timeout=timeout_s or self.timeout_s)
+            return await method(
+                request, timeout=timeout_s or self.timeout_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise RequestFailed(error) from None

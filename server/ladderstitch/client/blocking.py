@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import grpc
 
+from ladderstitch.client.access import PLAIN, Access
 from ladderstitch.client.failure import RequestFailed
 from ladderstitch.client.prediction import Image, Prediction, check_budget_request, infer_request
 from ladderstitch.client.text import TextPiece, generate_request
@@ -23,9 +24,21 @@ from ladderstitch.v1 import (
 class Client:
     """Blocking; one channel, safe to share between threads. Raises `RequestFailed`."""
 
-    def __init__(self, address: str = "127.0.0.1:8001", timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        address: str = "127.0.0.1:8001",
+        timeout_s: float = 30.0,
+        access: Access = PLAIN,
+    ) -> None:
+        """Raises `ValueError` and `OSError` as `Access.credentials` does."""
         self.timeout_s = timeout_s
-        self.channel = grpc.insecure_channel(address)
+        self._metadata = access.metadata
+        credentials = access.credentials(address)
+        self.channel = (
+            grpc.insecure_channel(address)
+            if credentials is None
+            else grpc.secure_channel(address, credentials)
+        )
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.generation = generation_pb2_grpc.GenerationServiceStub(self.channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(self.channel)
@@ -55,7 +68,9 @@ class Client:
         """The answer's pieces as they come; `wishes` are those of `generate_request`."""
         request = generate_request(prompt, **wishes)
         try:
-            for response in self.generation.Generate(request, timeout=timeout_s or self.timeout_s):
+            for response in self.generation.Generate(
+                request, timeout=timeout_s or self.timeout_s, metadata=self._metadata
+            ):
                 yield TextPiece.of(response)
         except grpc.RpcError as error:
             raise RequestFailed(error) from None
@@ -92,6 +107,6 @@ class Client:
 
     def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:
-            return method(request, timeout=timeout_s or self.timeout_s)
+            return method(request, timeout=timeout_s or self.timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise RequestFailed(error) from None

@@ -127,12 +127,11 @@ def _accept(
     if len(request.stop) > MAX_STOPS:
         raise BadInput("stop", f"expected at most {MAX_STOPS} texts, got {len(request.stop)}")
     tokens = _prompt(request, model)
-    left = model.generator.max_tokens - len(tokens)
-    if left < 1:
+    if len(tokens) > model.max_prompt_tokens:
         raise BadInput(
-            "prompt",
-            f"expected fewer than {model.generator.max_tokens} tokens, got {len(tokens)}",
+            "prompt", f"expected at most {model.max_prompt_tokens} tokens, got {len(tokens)}"
         )
+    left = model.generator.max_tokens - len(tokens)
     default = min(DEFAULT_MAX_TOKENS, left)
     return GenerationRequest(
         tokens=tokens,
@@ -152,7 +151,7 @@ def _accept(
 def _prompt(request: pb.GenerateRequest, model: HostedGenerator) -> tuple[int, ...]:
     match request.WhichOneof("prompt"):
         case "text":
-            most = MAX_CHARACTERS_A_TOKEN * model.generator.max_tokens
+            most = MAX_CHARACTERS_A_TOKEN * model.max_prompt_tokens
             if len(request.text) > most:
                 raise BadInput("text", f"expected at most {most} characters")
             return tuple(model.generator.tokenizer.encode(request.text))
