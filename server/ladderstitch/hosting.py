@@ -68,6 +68,17 @@ UpdateSettings = Callable[[dict[str, Any]], Awaitable[LiveSettings]]
 """Changed fields -> what is in force from then on, here and on every other replica."""
 
 
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What an administrator may do to a replica.
+
+    `drain` takes seconds of announcement and tells whether all accepted requests ended.
+    """
+
+    update: UpdateSettings
+    drain: Callable[[float], Awaitable[bool]]
+
+
 @dataclass(slots=True)
 class Host:
     """The models of one replica; the replica sets the late fields as it comes up and goes down."""

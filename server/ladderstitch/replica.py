@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Callable
 from typing import Any
 
 from ladderstitch.allocator import return_freed_memory
 from ladderstitch.config import ServerConfig
-from ladderstitch.hosting import Host, LiveSettings, UpdateSettings
+from ladderstitch.hosting import Control, Host, LiveSettings, UpdateSettings
 from ladderstitch.image_runner import ImageRunner
 from ladderstitch.language.bundle import is_language_bundle
 from ladderstitch.language.launching import Launcher, launch_process
@@ -22,7 +21,8 @@ from ladderstitch.service.server import Server
 from ladderstitch.service.transport import Transport
 
 LAME_DUCK_S = 0.25
-"""So long, calls on their way to a stopping replica are told DRAINING; gRPC would cancel them."""
+"""So long, calls on their way to a stopping replica are still taken, and as long again those that
+come later are told DRAINING; gRPC would cancel them."""
 
 
 class Replica:
@@ -48,7 +48,8 @@ class Replica:
         self.share_port = share_port
         self.runner = make_runner(config, self.host, self.metrics, launcher)
         transport = Transport.of(config, self.metrics.denied, share_port=share_port)
-        self.server = Server(self.host, update or self._update_alone, transport)
+        control = Control(update or self._update_alone, self.drain)
+        self.server = Server(self.host, control, transport)
         self.metrics_port = 0
         self._close_metrics: Callable[[], None] = lambda: None
 
@@ -86,13 +87,21 @@ class Replica:
             self.runner.apply(live.settings)
             self.host.live = live
 
-    async def stop(self) -> None:
-        """Readiness first, then no new work, then finish, then exit."""
-        self.host.draining = True
+    async def drain(self, announce_s: float = 0.0) -> bool:
+        """Readiness first, then no new work, then finish; whether all accepted requests ended."""
         self.runner.set_ready(False)
         await self.server.set_serving(False)
-        with contextlib.suppress(TimeoutError):
+        await asyncio.sleep(announce_s)
+        self.host.draining = True
+        try:
             await asyncio.wait_for(self.runner.drain(), self.config.drain_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """Drain, then exit."""
+        await self.drain(announce_s=0.0 if self.host.draining else LAME_DUCK_S)
         await asyncio.sleep(LAME_DUCK_S)
         await self.server.stop(grace_s=1.0)
         await self.runner.close()

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from ladderstitch.client import Access, Client
@@ -39,6 +38,14 @@ Key = Annotated[
     Path | None,
     typer.Option(envvar="LADDERSTITCH_KEY", help="The certificate's key.", rich_help_panel=PANEL),
 ]
+ServerName = Annotated[
+    str | None,
+    typer.Option(
+        envvar="LADDERSTITCH_SERVER_NAME",
+        help="Name in the server's certificate, if not that of the address.",
+        rich_help_panel=PANEL,
+    ),
+]
 TokenFile = Annotated[
     Path | None,
     typer.Option(
@@ -58,15 +65,16 @@ class Options:
     certificate: Path | None
     key: Path | None
     token_file: Path | None
+    server_name: str | None
 
     def access(self) -> Access:
         token = self.token_file.read_text().strip() if self.token_file else None
-        return Access(self.ca, self.certificate, self.key, token, self.tls)
+        return Access(self.ca, self.certificate, self.key, token, self.tls, self.server_name)
 
 
-def connect(address: str, timeout_s: float = 30.0) -> Client:
+def connect(context: typer.Context, address: str, timeout_s: float = 30.0) -> Client:
     """A client with the options of the command that runs; raises `ConfigError` for wrong ones."""
-    options = click.get_current_context().find_object(Options)
+    options = context.find_object(Options)
     assert options is not None, "set before every command"
     try:
         return Client(address, timeout_s, options.access())

@@ -5,7 +5,16 @@ from __future__ import annotations
 import typer
 
 import ladderstitch
-from ladderstitch.cli import access, generating, making, measuring, overlapping, predicting, serving
+from ladderstitch.cli import (
+    access,
+    draining,
+    generating,
+    making,
+    measuring,
+    overlapping,
+    predicting,
+    serving,
+)
 
 app = typer.Typer(
     name="ladderstitch",
@@ -33,11 +42,13 @@ def main(
     certificate: access.Certificate = None,
     key: access.Key = None,
     token_file: access.TokenFile = None,
+    server_name: access.ServerName = None,
 ) -> None:
-    context.obj = access.Options(ca, tls, certificate, key, token_file)
+    context.obj = access.Options(ca, tls, certificate, key, token_file, server_name)
 
 
 serving.register(app)
+draining.register(app)
 predicting.register(app)
 generating.register(app)
 making.register(app)

@@ -15,7 +15,8 @@ class Access:
     """TLS and token of a client; all unset: plaintext, no token.
 
     `ca` is the PEM file of the authority that signed the server's certificate (unset with `tls`:
-    the system's own), `certificate` and `key` what mutual TLS asks for, `token` a bearer token.
+    the system's own), `certificate` and `key` what mutual TLS asks for, `token` a bearer token,
+    `server_name` the name in the server's certificate where it is not that of the address.
     """
 
     ca: Path | None = None
@@ -23,6 +24,7 @@ class Access:
     key: Path | None = None
     token: str | None = field(default=None, repr=False)
     tls: bool = False
+    server_name: str | None = None
 
     @property
     def encrypted(self) -> bool:
@@ -31,6 +33,11 @@ class Access:
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+    @property
+    def options(self) -> list[tuple[str, str]]:
+        """Of a channel."""
+        return [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
 
     def credentials(self, address: str) -> grpc.ChannelCredentials | None:
         """None for plaintext.

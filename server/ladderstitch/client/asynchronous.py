@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,7 +38,7 @@ class AsyncClient:
         self.channel = (
             grpc.aio.insecure_channel(address)
             if credentials is None
-            else grpc.aio.secure_channel(address, credentials)
+            else grpc.aio.secure_channel(address, credentials, options=access.options)
         )
         self.inference: Any = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.generation: Any = generation_pb2_grpc.GenerationServiceStub(self.channel)
@@ -102,6 +103,13 @@ class AsyncClient:
             self.admin.UpdateScheduling, request
         )
         return reply.scheduling
+
+    async def drain(self, announce_s: float = 0.0, *, timeout_s: float | None = None) -> bool:
+        """Take the replica out of service; waits, and tells whether all its requests ended."""
+        request = admin_pb2.DrainRequest()
+        request.announce.FromTimedelta(timedelta(seconds=announce_s))
+        reply: admin_pb2.DrainResponse = await self._call(self.admin.Drain, request, timeout_s)
+        return reply.finished
 
     async def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:

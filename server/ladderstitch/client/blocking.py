@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,7 +38,7 @@ class Client:
         self.channel = (
             grpc.insecure_channel(address)
             if credentials is None
-            else grpc.secure_channel(address, credentials)
+            else grpc.secure_channel(address, credentials, options=access.options)
         )
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.generation = generation_pb2_grpc.GenerationServiceStub(self.channel)
@@ -104,6 +105,13 @@ class Client:
         request = admin_pb2.UpdateSchedulingRequest(**changes)
         reply: admin_pb2.UpdateSchedulingResponse = self._call(self.admin.UpdateScheduling, request)
         return reply.scheduling
+
+    def drain(self, announce_s: float = 0.0, *, timeout_s: float | None = None) -> bool:
+        """Take the replica out of service; waits, and tells whether all its requests ended."""
+        request = admin_pb2.DrainRequest()
+        request.announce.FromTimedelta(timedelta(seconds=announce_s))
+        reply: admin_pb2.DrainResponse = self._call(self.admin.Drain, request, timeout_s)
+        return reply.finished
 
     def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:

@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from ladderstitch.hosting import Host, UpdateSettings
+from ladderstitch.hosting import Control, Host
 from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc
 from ladderstitch.service.admin import AdminService
 from ladderstitch.service.generation import GenerationService
@@ -38,7 +38,7 @@ SERVICES = tuple(service.full_name for service in (*INFERENCE, *ADMIN))
 class Server:
     """Listens from `start` on, but reports NOT_SERVING until `set_serving(True)`."""
 
-    def __init__(self, host: Host, update: UpdateSettings, transport: Transport) -> None:
+    def __init__(self, host: Host, control: Control, transport: Transport) -> None:
         self.host = host
         self.transport = transport
         self.health = HealthServicer()
@@ -48,7 +48,7 @@ class Server:
         self._admin = transport.server() if transport.admin else None
         self._probes = grpc.aio.server() if transport.health else None
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminService(host, update), self._admin or self._main
+            AdminService(host, control), self._admin or self._main
         )
         self._reflect(self._main, INFERENCE if self._admin else (*INFERENCE, *ADMIN))
         if self._admin is not None:

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class AdminServiceStub:
-    """For operators: reads and changes a model's scheduling on all its replicas.
+    """For operators: reads and changes a model's scheduling on all its replicas, and takes this replica
+    out of service.
     """
 
     def __init__(self, channel):
@@ -45,10 +46,16 @@ class AdminServiceStub:
                 request_serializer=ladderstitch_dot_v1_dot_admin__pb2.UpdateSchedulingRequest.SerializeToString,
                 response_deserializer=ladderstitch_dot_v1_dot_admin__pb2.UpdateSchedulingResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/ladderstitch.v1.AdminService/Drain',
+                request_serializer=ladderstitch_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=ladderstitch_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
-    """For operators: reads and changes a model's scheduling on all its replicas.
+    """For operators: reads and changes a model's scheduling on all its replicas, and takes this replica
+    out of service.
     """
 
     def GetScheduling(self, request, context):
@@ -71,6 +78,17 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Takes this replica out of service for good: health says NOT_SERVING at once, requests are still
+        accepted for `announce`, then refused with UNAVAILABLE DRAINING; answers when those accepted have
+        ended. The process keeps running until it is told to stop.
+
+        INVALID_ARGUMENT BAD_INPUT: `announce` is negative or over an hour.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -84,6 +102,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=ladderstitch_dot_v1_dot_admin__pb2.UpdateSchedulingRequest.FromString,
                     response_serializer=ladderstitch_dot_v1_dot_admin__pb2.UpdateSchedulingResponse.SerializeToString,
             ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=ladderstitch_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=ladderstitch_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'ladderstitch.v1.AdminService', rpc_method_handlers)
@@ -93,7 +116,8 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService:
-    """For operators: reads and changes a model's scheduling on all its replicas.
+    """For operators: reads and changes a model's scheduling on all its replicas, and takes this replica
+    out of service.
     """
 
     @staticmethod
@@ -140,6 +164,33 @@ class AdminService:
             '/ladderstitch.v1.AdminService/UpdateScheduling',
             ladderstitch_dot_v1_dot_admin__pb2.UpdateSchedulingRequest.SerializeToString,
             ladderstitch_dot_v1_dot_admin__pb2.UpdateSchedulingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ladderstitch.v1.AdminService/Drain',
+            ladderstitch_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            ladderstitch_dot_v1_dot_admin__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """For operators: reads and changes a model's scheduling on all its replicas."""
+    """For operators: reads and changes a model's scheduling on all its replicas, and takes this replica
+    out of service.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -45,10 +47,19 @@ class AdminServiceStub:
     INVALID_ARGUMENT BAD_INPUT with field violations: a value out of range, a stitch that the model
     does not have, both `pinned_stitch` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model.
     """
+    Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]
+    """Takes this replica out of service for good: health says NOT_SERVING at once, requests are still
+    accepted for `announce`, then refused with UNAVAILABLE DRAINING; answers when those accepted have
+    ended. The process keeps running until it is told to stop.
+
+    INVALID_ARGUMENT BAD_INPUT: `announce` is negative or over an hour.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
-    """For operators: reads and changes a model's scheduling on all its replicas."""
+    """For operators: reads and changes a model's scheduling on all its replicas, and takes this replica
+    out of service.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetScheduling: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetSchedulingRequest, _admin_pb2.GetSchedulingResponse]  # type: ignore[assignment]
@@ -63,9 +74,18 @@ class AdminServiceAsyncStub(AdminServiceStub):
     INVALID_ARGUMENT BAD_INPUT with field violations: a value out of range, a stitch that the model
     does not have, both `pinned_stitch` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model.
     """
+    Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]  # type: ignore[assignment]
+    """Takes this replica out of service for good: health says NOT_SERVING at once, requests are still
+    accepted for `announce`, then refused with UNAVAILABLE DRAINING; answers when those accepted have
+    ended. The process keeps running until it is told to stop.
+
+    INVALID_ARGUMENT BAD_INPUT: `announce` is negative or over an hour.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """For operators: reads and changes a model's scheduling on all its replicas."""
+    """For operators: reads and changes a model's scheduling on all its replicas, and takes this replica
+    out of service.
+    """
 
     @_abc_1.abstractmethod
     def GetScheduling(
@@ -89,6 +109,19 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
 
         INVALID_ARGUMENT BAD_INPUT with field violations: a value out of range, a stitch that the model
         does not have, both `pinned_stitch` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model.
+        """
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _admin_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.DrainResponse, _abc.Awaitable[_admin_pb2.DrainResponse]]:
+        """Takes this replica out of service for good: health says NOT_SERVING at once, requests are still
+        accepted for `announce`, then refused with UNAVAILABLE DRAINING; answers when those accepted have
+        ended. The process keeps running until it is told to stop.
+
+        INVALID_ARGUMENT BAD_INPUT: `announce` is negative or over an hour.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

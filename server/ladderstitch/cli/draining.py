@@ -1,0 +1,49 @@
+"""`ladderstitch drain`: take a replica out of service before it is stopped."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ladderstitch.cli.access import connect
+from ladderstitch.cli.console import err, user_errors
+from ladderstitch.cli.predicting import DEFAULT_ADDRESS, Address, explain, parse_duration
+from ladderstitch.client import RequestFailed
+
+SLACK_S = 5.0
+"""Beyond what was asked for, before the call is given up."""
+
+
+def drain(
+    context: typer.Context,
+    announce: Annotated[
+        str, typer.Option(help="So long, say NOT_SERVING but accept: for load balancers to notice.")
+    ] = "0s",
+    timeout: Annotated[
+        str, typer.Option(help="Give up so long after that; the server's `drain_s` counts, too.")
+    ] = "60s",
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Take a replica out of service: health first, then no new requests, then wait for the rest.
+
+    For a Kubernetes preStop hook, whose SIGTERM reaches Ray and not the replica. Needs a token with
+    the scope `admin` where the server asks for tokens, and the admin port where it has one. Exits
+    with 0 when every accepted request has ended, with 1 otherwise.
+    """
+    with user_errors():
+        announce_s, timeout_s = parse_duration(announce), parse_duration(timeout)
+        with connect(context, address, timeout_s=announce_s + timeout_s + SLACK_S) as client:
+            try:
+                finished = client.drain(announce_s)
+            except RequestFailed as error:
+                err.print(explain(error, address), highlight=False)
+                raise typer.Exit(1) from None
+    if not finished:
+        err.print("some requests did not end within the server's drain_s")
+        raise typer.Exit(1)
+    err.print("drained")
+
+
+def register(app: typer.Typer) -> None:
+    app.command(rich_help_panel="Operate")(drain)
