@@ -99,3 +99,15 @@ async def test_the_command_line_drains_and_says_so(replica: Replica, client: Asy
     assert (done.returncode, done.stderr.strip()) == (0, "drained")
     with pytest.raises(RequestFailed, match="DRAINING"):
         await client.predict(pixels())
+
+
+async def test_the_command_line_asks_for_health(replica: Replica) -> None:
+    def ask() -> tuple[int, str]:
+        command = [sys.executable, "-m", "ladderstitch", "health"]
+        command += ["--address", f"127.0.0.1:{replica.port}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.returncode, done.stdout.strip()
+
+    assert await asyncio.to_thread(ask) == (0, "SERVING")
+    await replica.drain()
+    assert await asyncio.to_thread(ask) == (1, "NOT_SERVING")

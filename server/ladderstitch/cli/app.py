@@ -7,10 +7,10 @@ import typer
 import ladderstitch
 from ladderstitch.cli import (
     access,
-    draining,
     generating,
     making,
     measuring,
+    operating,
     overlapping,
     predicting,
     serving,
@@ -48,7 +48,7 @@ def main(
 
 
 serving.register(app)
-draining.register(app)
+operating.register(app)
 predicting.register(app)
 generating.register(app)
 making.register(app)

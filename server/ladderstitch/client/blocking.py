@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ladderstitch.client.access import PLAIN, Access
 from ladderstitch.client.failure import RequestFailed
@@ -112,6 +113,12 @@ class Client:
         request.announce.FromTimedelta(timedelta(seconds=announce_s))
         reply: admin_pb2.DrainResponse = self._call(self.admin.Drain, request, timeout_s)
         return reply.finished
+
+    def health(self, service: str = "") -> str:
+        """State of a service, a model or all: SERVING, NOT_SERVING."""
+        request = health_pb2.HealthCheckRequest(service=service)
+        reply = self._call(health_pb2_grpc.HealthStub(self.channel).Check, request)
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
 
     def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""`ladderstitch drain`: take a replica out of service before it is stopped."""
+"""`ladderstitch drain` and `health`: what orchestrators call inside a container."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ladderstitch.cli.access import connect
-from ladderstitch.cli.console import err, user_errors
+from ladderstitch.cli.console import err, out, user_errors
 from ladderstitch.cli.predicting import DEFAULT_ADDRESS, Address, explain, parse_duration
 from ladderstitch.client import RequestFailed
 
@@ -45,5 +45,24 @@ def drain(
     err.print("drained")
 
 
+def health(
+    context: typer.Context,
+    address: Address = DEFAULT_ADDRESS,
+    service: Annotated[
+        str, typer.Option(help="Name of a service or model; default: the whole replica.")
+    ] = "",
+) -> None:
+    """Ask whether a server answers requests: prints its state, exits with 0 if it is SERVING."""
+    with user_errors(), connect(context, address, timeout_s=5) as client:
+        try:
+            state = client.health(service)
+        except RequestFailed as error:
+            err.print(explain(error, address), highlight=False)
+            raise typer.Exit(1) from None
+    out.print(state)
+    raise typer.Exit(int(state != "SERVING"))
+
+
 def register(app: typer.Typer) -> None:
     app.command(rich_help_panel="Operate")(drain)
+    app.command(rich_help_panel="Operate")(health)
