@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: help install serve test lint format types protos tools manifests \
-	verify-models verify-serving verify-training verify-language clean
+	verify-models verify-serving verify-training verify-language verify-kernels clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -66,6 +66,12 @@ verify-language: install ## about 8 minutes: SmolLM2 beside transformers; commun
 	$(BIN)/ladderstitch-loadtest smollm2 --text data/brown/heldout.txt --out loadtest/results
 	$(BIN)/ladderstitch bench-overlap --out loadtest/results
 	$(BIN)/ladderstitch bench-overlap --link tcp --out loadtest/results
+
+verify-kernels: install ## about 3 minutes: long ladders, machine code for three GPUs; check and bench if there is a GPU
+	$(BIN)/pytest -q -m slow tests/kernels
+	$(BIN)/python -m ladderstitch_kernels.compiled --target sm_80 --target sm_90 --target sm_100
+	$(BIN)/python -m ladderstitch_kernels.check
+	$(BIN)/python -m ladderstitch_kernels.bench --out kernels/results
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

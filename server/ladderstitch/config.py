@@ -28,8 +28,10 @@ class ServerConfig(AccessSettings):
     max_batch_rows: int = Field(32, ge=1, le=4096)
     ranks: int = Field(1, ge=1, le=64, description="processes that a language model is split over")
     spare_ranks: int = Field(0, ge=0, le=8, description="warm processes that replace lost ranks")
-    link: Literal["auto", "shared_memory", "tcp", "nccl"] = Field(
-        "auto", description="between ranks; auto: shared memory on CPUs, NCCL on GPUs"
+    link: Literal["auto", "shared_memory", "tcp", "nccl", "symmetric"] = Field(
+        "auto",
+        description="between ranks; auto: shared memory on CPUs, NCCL on GPUs; symmetric: Triton's "
+        "kernels between the GPUs of one machine",
     )
     rank_address: str = Field(
         "", description="HOST:PORT at which ranks of other machines connect; unset: none do"

@@ -106,6 +106,36 @@ async def test_a_killed_rank_is_replaced(
         assert group.restarts == 2
 
 
+async def test_kernels_are_a_link_like_others(
+    tiny_language_bundle: LanguageBundle, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Triton's interpreter, with a rank that dies on the way."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    async with running(tiny_language_bundle, GroupOptions(link="symmetric"), ranks=2) as group:
+        got = await all_logits(group)
+        assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+        step = asyncio.create_task(forward_until_lost(group))
+        await asyncio.sleep(0.1)  # into the kernels
+        os.kill(group.pids[1], signal.SIGKILL)
+        with pytest.raises(RankLost):
+            await step
+        survivor = group.pids[0]
+        await group.ready()
+        again = await group.forward(PROMPT, 0, last_only=False)
+        assert np.abs(again[0] - expected[0, 0]).max() <= 1e-5 * np.abs(expected).max()
+        assert survivor in group.pids
+
+
+async def test_kernels_without_a_gpu_are_refused(tiny_language_bundle: LanguageBundle) -> None:
+    job = ModelJob.of(tiny_language_bundle, ranks=2, cache_tokens=8)
+    group = RankGroup(job, GroupOptions(link="symmetric"))
+    try:
+        with pytest.raises(EngineRestarting, match="link: symmetric needs GPUs"):
+            await group.start()
+    finally:
+        await group.close()
+
+
 async def test_a_rank_killed_in_mid_step_releases_its_peer(
     tiny_language_bundle: LanguageBundle,
 ) -> None:

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from ladderstitch.errors import EngineRestarting, InternalError
 from ladderstitch.language.job import Assignment, Joining, ModelJob
 from ladderstitch.language.launching import Launcher, launch_process
-from ladderstitch.language.linking import GroupOptions, arrange_link, link_kind
-from ladderstitch.language.links.shared_memory import SharedRegion
+from ladderstitch.language.linking import GroupOptions, Region, arrange_link, mendable
 from ladderstitch.language.member import Member, RankFailed, RankLost
 from ladderstitch.language.messages import Kind, Message
 from ladderstitch.language.recruiting import NoRank, Recruiter
@@ -55,7 +54,7 @@ class RankGroup:
             launcher, self._on_loss, self.options.listen, self.options.secret
         )
         self._members: list[Member | None] = [None] * job.ranks
-        self._region: SharedRegion | None = None
+        self._region: Region | None = None
         self._whole = asyncio.Event()
         self._mending: asyncio.Task[None] | None = None
         self._closing = False
@@ -184,9 +183,9 @@ class RankGroup:
                 pass
         except TimeoutError:
             log.error("a survivor is stuck in the link; replacing it")
-        mendable = link_kind(self.job, self.options) != "nccl"  # its communicators are not
+        kept = mendable(self.job, self.options)
         for rank, member in enumerate(self._members):
-            if member is not None and (member.busy or not mendable):
+            if member is not None and (member.busy or not kept):
                 self._members[rank] = None
                 await member.close()
 

@@ -86,12 +86,18 @@ class NcclSpec(BaseModel):
     store: tuple[str, int]
 
 
+class SymmetricSpec(BaseModel):
+    kind: Literal["symmetric"] = "symmetric"
+    path: Path
+    store: tuple[str, int]
+
+
 class SingleSpec(BaseModel):
     kind: Literal["single"] = "single"
 
 
 LinkSpec = Annotated[
-    SharedMemorySpec | TcpSpec | NcclSpec | SingleSpec, Field(discriminator="kind")
+    SharedMemorySpec | TcpSpec | NcclSpec | SymmetricSpec | SingleSpec, Field(discriminator="kind")
 ]
 """How the ranks of one group, as it stands at present, reach each other."""
 

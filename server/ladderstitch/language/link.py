@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -34,6 +34,20 @@ class Link(Protocol):
 
     def close(self) -> None:
         """Free what the link holds; peers that wait for this rank get `LinkBroken`."""
+
+
+@runtime_checkable
+class FusedLink(Link, Protocol):
+    """A link whose kernels do a neighbour's work on the way: the product before a reduction, the
+    residual add and norm after it."""
+
+    def post_product(self, x: Tensor, weight: Tensor) -> Ticket:
+        """Start the sum of x @ weight.T over the ranks: [B, T, K_r] by [D, K_r]."""
+
+    def wait_add_norm(
+        self, ticket: Ticket, residual: Tensor, gain: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """r = residual + the sum, and rms_norm(r) * gain; both [B, T, D]. Raises `LinkBroken`."""
 
 
 class SingleRank:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from ladderstitch.language.job import (
     LinkSpec,
@@ -13,6 +13,7 @@ from ladderstitch.language.job import (
     NcclSpec,
     SharedMemorySpec,
     SingleSpec,
+    SymmetricSpec,
     TcpSpec,
 )
 from ladderstitch.language.links.shared_memory import SharedRegion
@@ -20,11 +21,25 @@ from ladderstitch.language.links.shared_memory import SharedRegion
 Address = tuple[str, int]
 
 
+LinkKind = Literal["shared_memory", "tcp", "nccl", "symmetric"]
+LinkChoice = Literal["auto", "shared_memory", "tcp", "nccl", "symmetric"]
+
+
+class Region(Protocol):
+    """Memory of a group, made by whoever watches over it."""
+
+    def abort(self) -> None:
+        """Make every `wait` of the group raise `LinkBroken`, now and later."""
+
+    def forget(self) -> None:
+        """Remove its name; the memory goes with its last user."""
+
+
 @dataclass(frozen=True, slots=True)
 class GroupOptions:
     """How ranks reach each other and how many stand by."""
 
-    link: Literal["auto", "shared_memory", "tcp", "nccl"] = "auto"
+    link: LinkChoice = "auto"
     latency_s: float = 0.0
     bytes_per_s: float | None = None
     spares: int = 0
@@ -36,9 +51,6 @@ class GroupOptions:
     """Where the TCP link reaches ranks that listen at these addresses."""
 
 
-LinkKind = Literal["shared_memory", "tcp", "nccl"]
-
-
 def link_kind(job: ModelJob, options: GroupOptions) -> LinkKind:
     """What `auto` means for this job."""
     if options.link != "auto":
@@ -46,9 +58,15 @@ def link_kind(job: ModelJob, options: GroupOptions) -> LinkKind:
     return "shared_memory" if job.device == "cpu" else "nccl"
 
 
+def mendable(job: ModelJob, options: GroupOptions) -> bool:
+    """Whether survivors may join a new link; NCCL's communicators are lost with a rank."""
+    kind = link_kind(job, options)
+    return kind != "nccl" and not (kind == "symmetric" and job.device != "cpu")
+
+
 def arrange_link(
     job: ModelJob, options: GroupOptions, listening: Sequence[Address]
-) -> tuple[LinkSpec, SharedRegion | None]:
+) -> tuple[LinkSpec, Region | None]:
     """A new link between ranks that listen at these addresses, and its memory if it has any."""
     if job.ranks == 1:
         return SingleSpec(), None
@@ -58,6 +76,11 @@ def arrange_link(
         return TcpSpec(addresses=addresses, secret=secrets.token_hex(16)), None
     if kind == "nccl":
         return NcclSpec(store=listening[0]), None
+    if kind == "symmetric":
+        from ladderstitch.language.links.symmetric import SymmetricRegion
+
+        folder = SymmetricRegion()
+        return SymmetricSpec(path=folder.path, store=listening[0]), folder
     region = SharedRegion(job.ranks, job.message_bytes)
     spec = SharedMemorySpec(
         path=region.path,

@@ -23,9 +23,11 @@ from ladderstitch.language.job import (
     Assignment,
     Joining,
     LinkSpec,
+    ModelJob,
     NcclSpec,
     SharedMemorySpec,
     SingleSpec,
+    SymmetricSpec,
     TcpSpec,
 )
 from ladderstitch.language.link import Link, SingleRank
@@ -74,7 +76,7 @@ class Rank:
         """Reach the peers by a new link, and let go of the old one."""
         if self.link is not None:
             self.link.close()
-        link = make_link(spec, self.shard, listener)
+        link = make_link(spec, self.job, self.shard, listener)
         silent = SingleRank(self.shard.rank, self.shard.ranks)
         self.link = link
         self.paths = [
@@ -108,7 +110,7 @@ def anonymous_bytes() -> int:
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
-def make_link(spec: LinkSpec, shard: Shard, listener: socket.socket) -> Link:
+def make_link(spec: LinkSpec, job: ModelJob, shard: Shard, listener: socket.socket) -> Link:
     """This rank's end of the link that a group asks for."""
     match spec:
         case SharedMemorySpec():
@@ -126,6 +128,16 @@ def make_link(spec: LinkSpec, shard: Shard, listener: socket.socket) -> Link:
             if shard.rank == 0:
                 listener.close()  # NCCL's store listens there
             return NcclLink(spec.store, shard.rank, shard.ranks)
+        case SymmetricSpec():
+            from ladderstitch.language.links.symmetric import SymmetricLink, reach_peers
+
+            if shard.rank == 0:
+                listener.close()
+            device = torch.device(job.device)
+            memory = reach_peers(spec.path, spec.store, shard.rank, shard.ranks, device)
+            return SymmetricLink(
+                memory, spec.path, job.chunk_tokens, job.config.hidden_size, job.torch_dtype, device
+            )
         case SingleSpec():
             return SingleRank()
 

@@ -18,11 +18,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.language.link import Link, Ticket
+from ladderstitch.language.link import FusedLink, Link, Ticket
+from ladderstitch.models.linear import Linear
 
 Scheme = Literal["standard", "ladder", "parallel", "desync", "no_communication"]
 
@@ -104,6 +106,7 @@ class Stream:
         self._full: Tensor | None = None  # with it, once a read has waited for it
         self._flying: deque[Ticket] = deque()
         self._link = link
+        self._fused = link if isinstance(link, FusedLink) else None
 
     def read(self, lag: int = 0) -> Tensor:
         """The stream [B, T, D], all of it or (lag 1) without the last sub-block."""
@@ -114,6 +117,28 @@ class Stream:
         if self._full is None:
             self._full = self._settled + self._link.wait(self._flying[0])
         return self._full
+
+    def read_normed(self, lag: int, gain: Tensor, eps: float) -> Tensor:
+        """The RMS norm [B, T, D] of what `read` gives; one kernel if the link can."""
+        fused, arrived = self._fused, len(self._flying) - lag
+        if fused is None or arrived <= 0 or self._full is not None:
+            return F.rms_norm(self.read(lag), gain.shape, gain, eps)
+        if arrived > 1:
+            self._settle()
+        total, normed = fused.wait_add_norm(self._flying[0], self._settled, gain, eps)
+        if lag:
+            self._flying.popleft()
+            self._settled = total
+        else:
+            self._full = total
+        return normed
+
+    def add_product(self, x: Tensor, weight: Tensor, linear: Linear) -> None:
+        """Add the sum of all ranks' x @ weight.T; returns while it is being made."""
+        if self._fused is not None:
+            self._flying.append(self._fused.post_product(x, weight))
+        else:
+            self.add(linear(x, weight))
 
     def add(self, partial: Tensor) -> None:
         """Add the sum of all ranks' [B, T, D]; returns while it is being made."""

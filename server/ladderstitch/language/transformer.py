@@ -19,7 +19,9 @@ from ladderstitch.models.linear import serving_linear
 
 
 class Attention:
-    """Causal grouped-query attention of one rank's heads: [B, T, D] -> partial [B, T, D]."""
+    """Causal grouped-query attention of one rank's heads: [B, T, D] -> [B, T, H_r d], which
+    `output` makes a partial [B, T, D].
+    """
 
     def __init__(
         self, layer: int, weights: LayerWeights, config: LlamaConfig, shard: Shard
@@ -39,7 +41,7 @@ class Attention:
         v = projected[:, :, turned:].transpose(1, 2)  # [B, K_r, T, d]
         k, v = cache.append(self.layer, start, qk[:, self.heads :], v)
         mixed = _attend(qk[:, : self.heads], k, v)
-        return self.linear(mixed.reshape(batch, tokens, -1), self.output)
+        return mixed.reshape(batch, tokens, -1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -59,15 +61,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Mlp:
-    """SwiGLU over one rank's columns: [B, T, D] -> partial [B, T, D]."""
+    """SwiGLU over one rank's columns: [B, T, D] -> [B, T, F_r], which `output` makes a partial."""
 
     def __init__(self, weights: LayerWeights) -> None:
-        self.gate_up, self.down = weights.gate_up, weights.down
+        self.gate_up, self.output = weights.gate_up, weights.down
         self.linear = serving_linear(weights.gate_up, cached=False)
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.linear(x, self.gate_up).chunk(2, dim=-1)
-        return self.linear(F.silu(gate) * up, self.down)
+        return F.silu(gate) * up
 
 
 class Transformer:
@@ -122,16 +124,17 @@ class Transformer:
         rotation: tuple[Tensor, Tensor],
         cache: ContiguousCache,
     ) -> None:
-        weights = self.weights.layers[layer]
-        x = self._norm(stream.read(plan.lag), weights.attention_norm)
-        attended = self.attentions[layer](x, start, rotation, cache)
+        weights, eps = self.weights.layers[layer], self.config.norm_eps
+        attention, mlp = self.attentions[layer], self.mlps[layer]
+        x = stream.read_normed(plan.lag, weights.attention_norm, eps)
+        mixed = attention(x, start, rotation, cache)
         if plan.fused:
-            stream.add(attended + self.mlps[layer](x))
+            stream.add(_partial(attention, mixed) + _partial(mlp, mlp(x)))
             return
         assert weights.ffn_norm is not None, "only fused layers share a norm"
-        _add(stream, attended, plan.reduce and plan.reduce[0])
-        x = self._norm(stream.read(plan.lag), weights.ffn_norm)
-        _add(stream, self.mlps[layer](x), plan.reduce and plan.reduce[1])
+        _add(stream, attention, mixed, plan.reduce and plan.reduce[0])
+        x = stream.read_normed(plan.lag, weights.ffn_norm, eps)
+        _add(stream, mlp, mlp(x), plan.reduce and plan.reduce[1])
 
     def _embed(self, tokens: Tensor, link: Link) -> Tensor:
         """[B, T] -> [B, T, D]: each rank knows its rows of the vocabulary, the sum knows all."""
@@ -147,8 +150,12 @@ class Transformer:
         return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
 
 
-def _add(stream: Stream, partial: Tensor, reduce: bool | None) -> None:
+def _partial(block: Attention | Mlp, x: Tensor) -> Tensor:
+    return block.linear(x, block.output)
+
+
+def _add(stream: Stream, block: Attention | Mlp, x: Tensor, reduce: bool | None) -> None:
     if reduce is None:
-        stream.add(partial)
+        stream.add_product(x, block.output, block.linear)
     else:
-        stream.add_desynchronised(partial, reduce=reduce)
+        stream.add_desynchronised(_partial(block, x), reduce=reduce)

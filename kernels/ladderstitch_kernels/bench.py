@@ -1,0 +1,250 @@
+"""How fast the kernels are on this GPU, beside torch, torch.compile and what the memory allows.
+
+    python -m ladderstitch_kernels.bench --out kernels/results
+
+Medians of interleaved calls with a cold L2 cache; bytes that must move over the copy bandwidth that
+the same run measures; two ranks as streams for what overlaps. Writes DEVICE.json and DEVICE.md.
+Says why and exits 0 where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ladderstitch_kernels.comm.split_phase import Exchange, gemv_post, post, wait_add_norm
+from ladderstitch_kernels.comm.symmetric import StreamRanks
+from ladderstitch_kernels.device import describe, medians_us, missing_gpu
+from ladderstitch_kernels.ops.add_rms_norm import add_rms_norm
+from ladderstitch_kernels.ops.decode_attention import paged_decode_attention
+from ladderstitch_kernels.ops.stitch_linear import stitch_linear
+from ladderstitch_kernels.ops.swiglu import swiglu
+from ladderstitch_kernels.overlap import hidden
+
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One kernel at one size."""
+
+    name: str
+    us: float
+    bytes: int
+    bandwidth_share: float
+    """Of the copy bandwidth measured in the same run."""
+    torch_us: float | None = None
+    compiled_us: float | None = None
+
+
+def random(*shape: int) -> Tensor:
+    """Normal values on the GPU."""
+    return torch.randn(*shape, device="cuda").to(DTYPE)
+
+
+def copy_bytes_per_s() -> float:
+    """Bytes read and written per second by the driver's own copy of 1 GiB."""
+    source = torch.empty(2**30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * 2**30 / (medians_us({"copy": lambda: target.copy_(source)})["copy"] * 1e-6)
+
+
+class Bench:
+    """Times a kernel beside torch's way of doing the same."""
+
+    def __init__(self, bandwidth: float) -> None:
+        self.bandwidth = bandwidth
+
+    def timing(
+        self,
+        name: str,
+        moved_bytes: int,
+        kernel: Callable[[], object],
+        eager: Callable[[], object] | None = None,
+        before: Callable[[], object] | None = None,
+        after: Callable[[], object] | None = None,
+    ) -> Timing:
+        calls: dict[str, Callable[[], object]] = {"kernel": kernel}
+        if eager is not None:
+            calls |= {"torch": eager, "compiled": torch.compile(eager, dynamic=False)}
+        times = medians_us(
+            calls,
+            before={} if before is None else {"kernel": before},
+            after={} if after is None else {"kernel": after},
+        )
+        share = moved_bytes / (times["kernel"] * 1e-6) / self.bandwidth
+        return Timing(
+            name, times["kernel"], moved_bytes, share, times.get("torch"), times.get("compiled")
+        )
+
+    def streams(self) -> Iterator[Timing]:
+        """Kernels that only read and write: 8K x 8K."""
+        m = n = 8192
+        x, residual, gain = random(m, n), random(m, n), random(n)
+        size = m * n * DTYPE.itemsize
+
+        def eager_norm() -> tuple[Tensor, Tensor]:
+            total = residual + x
+            return total, F.rms_norm(total, (n,), gain, 1e-5)
+
+        yield self.timing(
+            "add_rms_norm 8192 x 8192", 4 * size,
+            lambda: add_rms_norm(x, residual, gain, 1e-5), eager_norm,
+        )  # fmt: skip
+        gate_up = random(m, 2 * n)
+
+        def eager_gate() -> Tensor:
+            gate, up = gate_up.chunk(2, -1)
+            return F.silu(gate) * up
+
+        yield self.timing("swiglu 8192 x 8192", 3 * size, lambda: swiglu(gate_up), eager_gate)
+        exchange = Exchange(StreamRanks.group(1, "cuda")[0], m, n, DTYPE, "cuda")
+        yield self.timing(
+            "wait_add_norm 8192 x 8192, arrived", 4 * size,
+            lambda: wait_add_norm(residual, gain, 1e-5, exchange), eager_norm,
+            before=lambda: post(x, exchange),
+        )  # fmt: skip
+
+    def products(self) -> Iterator[Timing]:
+        """Row-parallel products of a 70B Llama's decoding over 8 ranks, pushed to one rank."""
+        for k in (1024, 3584):
+            weight, gain = random(8192, k), random(8192)
+            for rows in (1, 8, 16):
+                x, residual = random(rows, k), random(rows, 8192)
+                exchange = Exchange(StreamRanks.group(1, "cuda")[0], rows, 8192, DTYPE, "cuda")
+
+                yield self.timing(
+                    f"gemv_post {rows} x {k} -> 8192", weight.nbytes,
+                    partial(gemv_post, x, weight, exchange),
+                    partial(F.linear, x, weight),
+                    after=partial(wait_add_norm, residual, gain, 1e-5, exchange),
+                )  # fmt: skip
+
+    def attention(self) -> Iterator[Timing]:
+        """32 heads over 8 of keys and values, 8,192 tokens a sequence."""
+        length, heads, kv_heads, d, page = 8192, 32, 8, 128, 16
+        for batch in (1, 8, 32):
+            pages = torch.arange(batch * length // page, dtype=torch.int32, device="cuda")
+            pages = pages.view(batch, -1)
+            lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
+            q = random(batch, heads, d)
+            keys, values = random(2, pages.numel(), page, kv_heads, d)
+            k, v = (c.view(batch, length, kv_heads, d).transpose(1, 2) for c in (keys, values))
+
+            def kernel(q=q, keys=keys, values=values, pages=pages, n=lengths) -> Tensor:
+                return paged_decode_attention(q, keys, values, pages, n)
+
+            def eager(q=q, k=k, v=v) -> Tensor:
+                return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
+
+            yield self.timing(
+                f"paged_decode_attention {batch} x 8192", keys.nbytes + values.nbytes, kernel, eager
+            )
+
+    def stitches(self) -> Iterator[Timing]:
+        """Stitching layers between widths of DeiT and of Llama, with an update of rank 16."""
+        for m, k, n in ((197 * 32, 384, 768), (16, 4096, 8192), (2048, 4096, 8192)):
+            x, weight, bias, down, up = (
+                random(*shape) for shape in ((m, k), (n, k), (n,), (16, k), (n, 16))
+            )
+
+            def eager(x=x, w=weight, b=bias, down=down, up=up) -> Tensor:
+                return F.linear(x, w, b) + F.linear(F.linear(x, down), up)
+
+            yield self.timing(
+                f"stitch_linear {m} x {k} -> {n}", x.nbytes + weight.nbytes + m * n * 2,
+                partial(stitch_linear, x, weight, bias, down, up), eager,
+            )  # fmt: skip
+
+
+def results() -> dict[str, object]:
+    """Everything, with a line on stderr for each part."""
+    bandwidth = copy_bytes_per_s()
+    bench = Bench(bandwidth)
+    timings = []
+    for part in (bench.streams, bench.products, bench.attention, bench.stitches):
+        print(part.__doc__, file=sys.stderr, flush=True)  # noqa: T201
+        timings += [asdict(timing) for timing in part()]
+        torch.cuda.empty_cache()
+    overlaps = {
+        f"{rows} rows, {'pinned host' if pinned else 'device'} slots": hidden(rows, pinned=pinned)
+        for pinned in (True, False)
+        for rows in (1, 8)
+    }
+    return {
+        **describe(),
+        "copy_bytes_per_s": bandwidth,
+        "kernels": timings,
+        "two_ranks_as_streams": overlaps,
+    }
+
+
+def markdown(found: Mapping[str, object]) -> str:
+    """A short table of the results."""
+    lines = [
+        f"# {found['device']}, driver {found['driver']}, CUDA {found['cuda']}, "
+        f"torch {found['torch']}, triton {found['triton']}",
+        "",
+        f"Copy bandwidth {float(str(found['copy_bytes_per_s'])) / 1e12:.2f} TB/s.",
+        "",
+        "| kernel | us | of bandwidth | torch | torch.compile |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    kernels, overlaps = found["kernels"], found["two_ranks_as_streams"]
+    assert isinstance(kernels, list)
+    assert isinstance(overlaps, dict)
+    for row in kernels:
+        ratios = [
+            "" if row[key] is None else f"{row[key] / row['us']:.2f}x"
+            for key in ("torch_us", "compiled_us")
+        ]
+        lines.append(
+            f"| {row['name']} | {row['us']:.1f} | {row['bandwidth_share']:.0%} | {ratios[0]} "
+            f"| {ratios[1]} |"
+        )
+    lines += [
+        "",
+        "| two ranks as streams | standard us | ladder us | silent us | ladder | hidden |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in overlaps.items():
+        lines.append(
+            f"| {name} | {row['standard_us']:.0f} | {row['ladder_us']:.0f} "
+            f"| {row['no_communication_us']:.0f} | {row['speedup']:.2f}x | {row['hidden']:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Time everything and write it down."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ladderstitch_kernels.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("kernels/results"))
+    options = parser.parse_args(arguments)
+    if reason := missing_gpu():
+        print(f"skipped: {reason}")  # noqa: T201
+        return 0
+    found = results()
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = str(found["device"]).lower().replace(" ", "-")
+    (options.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    table = markdown(found)
+    (options.out / f"{name}.md").write_text(table)
+    print(table)  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

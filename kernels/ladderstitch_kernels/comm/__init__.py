@@ -1,0 +1,1 @@
+"""Ranks talking to each other from within kernels: memory that all see, signals, reductions."""

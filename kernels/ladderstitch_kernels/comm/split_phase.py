@@ -1,0 +1,293 @@
+"""A reduction in two halves: `gemv_post` starts it, `wait_add_norm` collects it a sub-block later.
+
+In tensor-parallel decoding every sub-block ends in x W^T summed over ranks. Posting stores each
+rank's partial product straight into a slot of every peer's memory and signals; no processor and no
+side stream is held while the bytes fly. Collecting waits for the signals, sums the partials in rank
+order (so that all ranks hold the same bits), adds the residual and norms. Posted and collected back
+to back the pair is an all-reduce, the standard residual; with one sub-block in between it is the
+Ladder Residual (arXiv 2501.06589), which leaves two reductions in flight. A peer's post e + 2 is
+then the first proof that it has read e, so slots come around after 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ladderstitch_kernels.comm.signals import STOPPED, advance, signal, wait
+from ladderstitch_kernels.comm.symmetric import SymmetricMemory
+from ladderstitch_kernels.launch import expect_like, expect_shape, interpreted, warps
+
+SLOTS = 4
+
+
+class Exchange:
+    """One rank's slots and counters for reductions of up to `rows` rows of `width` elements.
+
+    All ranks make theirs in the same order, post the same shapes, and collect in posting order with
+    at most two reductions in flight. Nothing here changes on the host after it is made, so posts
+    and waits may be captured in CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        memory: SymmetricMemory,
+        rows: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        *,
+        columns: int = 64,
+    ) -> None:
+        """`columns` of the output are one program's share of a post."""
+        if columns != triton.next_power_of_2(columns):
+            raise ValueError(f"columns: expected a power of two, got {columns}")
+        self.rank, self.ranks = memory.rank, memory.ranks
+        self.rows, self.width, self.dtype, self.columns = rows, width, dtype, columns
+        self.device = torch.device(device)
+        self.programs = triton.cdiv(width, columns)
+        self.slots = memory.zeros((SLOTS, self.ranks, rows, width), dtype)
+        self.arrivals = memory.zeros((self.ranks,), torch.int32)
+        """Programs of each rank that have posted, over all posts."""
+        self.counts = torch.zeros(4, dtype=torch.int32, device=self.device)
+        """Posted, programs done posting, collected, programs done collecting."""
+
+    def stop(self) -> None:
+        """Let every wait of this rank pass at once, with whatever is in the slots.
+
+        For a rank whose peer is gone: what it computes from here on must be thrown away. On a GPU,
+        call it under another stream than the one that waits.
+        """
+        self.arrivals.local.add_(STOPPED)
+
+    def check(self, name: str, x: Tensor, width: int) -> int:
+        """The rows of `x` [M, width]; raises `ValueError` if it does not belong here."""
+        if x.dim() != 2 or not 0 < x.shape[0] <= self.rows or x.shape[1] != width:
+            raise ValueError(
+                f"{name}: expected shape [1 to {self.rows}, {width}], got {list(x.shape)}"
+            )
+        if x.dtype != self.dtype:
+            raise ValueError(f"{name}: expected {self.dtype}, got {x.dtype}")
+        return x.shape[0]
+
+
+@triton.jit
+def _slot(epoch, SLOTS: tl.constexpr):
+    tl.static_assert((SLOTS & (SLOTS - 1)) == 0)
+    return epoch & (SLOTS - 1)
+
+
+@triton.jit
+def _push(
+    partial, where, exists, slots, epoch, rank, slot_elements,
+    RANKS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Store a part of this rank's partial in every rank's slot."""
+    slot = (_slot(epoch, SLOTS) * RANKS + rank).to(tl.int64) * slot_elements
+    for peer in tl.static_range(RANKS):
+        base = tl.load(slots + peer).to(tl.pointer_type(partial.dtype))
+        base = tl.multiple_of(base, 16)
+        tl.store(base + slot + where, partial, mask=exists)
+
+
+@triton.jit
+def gemv_post_kernel(
+    x, weight, slots, arrivals, counts, rank, m, n, k, max_rows,
+    RANKS: tl.constexpr, RANKS_PAD: tl.constexpr, SLOTS: tl.constexpr,
+    M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    epoch = tl.load(counts) + 1
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+    w_at = weight + columns[:, None].to(tl.int64) * k + ks[None, :]
+    if M == 1:
+        lanes = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        for start in range(0, k, BLOCK_K):
+            inside = start + ks < k
+            w = tl.load(w_at + start, mask=(columns[:, None] < n) & inside[None, :], other=0.0)
+            a = tl.load(x + start + ks, mask=inside, other=0.0)
+            lanes += w.to(tl.float32) * a.to(tl.float32)[None, :]
+        partial = tl.sum(lanes, axis=1)
+        where, exists = columns, columns < n
+    else:
+        rows = tl.arange(0, M)
+        total = tl.zeros([BLOCK_N, M], tl.float32)
+        for start in range(0, k, BLOCK_K):
+            inside = start + ks < k
+            w = tl.load(w_at + start, mask=(columns[:, None] < n) & inside[None, :], other=0.0)
+            a = tl.load(
+                x + rows[None, :] * k + (start + ks)[:, None],
+                mask=(rows[None, :] < m) & inside[:, None],
+                other=0.0,
+            )
+            if UPCAST:
+                w, a = w.to(tl.float32), a.to(tl.float32)
+            total = tl.dot(w, a, total, input_precision="ieee")
+        partial = total
+        where = rows[None, :] * n + columns[:, None]
+        exists = (rows[None, :] < m) & (columns[:, None] < n)
+    partial = partial.to(x.dtype.element_ty)
+    _push(partial, where, exists, slots, epoch, rank, max_rows * n, RANKS, SLOTS)
+    signal(arrivals, rank, RANKS, RANKS_PAD)
+    advance(counts, counts + 1, tl.num_programs(0))
+
+
+def gemv_post(x: Tensor, weight: Tensor, exchange: Exchange) -> None:
+    """Start the sum over ranks of x @ weight.T: [M, K_r] by [N, K_r] -> [M, N].
+
+    The product accumulates in float32 and travels in the dtype of `x`. For decoding: up to 16 rows,
+    where reading the weight bounds the time. Raises `ValueError` for a shape or dtype that the
+    exchange was not made for.
+    """
+    m, k = exchange.check("x", x, weight.shape[1]), weight.shape[1]
+    if m > 16:
+        raise ValueError(f"x: expected at most 16 rows, got {m}; multiply apart and `post` it")
+    expect_shape("weight", weight, (exchange.width, k))
+    expect_like("weight", weight, x)
+    expect_like("x", x, x)
+    block_k = min(256 if m == 1 else 128, max(16, triton.next_power_of_2(k)))
+    gemv_post_kernel[(exchange.programs,)](
+        x, weight, exchange.slots.addresses, exchange.arrivals.addresses, exchange.counts,
+        exchange.rank, m, exchange.width, k, exchange.rows,
+        **_constants(exchange), M=1 if m == 1 else 16, BLOCK_N=exchange.columns,
+        BLOCK_K=block_k, UPCAST=interpreted() or x.dtype == torch.float32, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def post_kernel(
+    x, slots, arrivals, counts, rank, m, n, max_rows,
+    RANKS: tl.constexpr, RANKS_PAD: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    epoch = tl.load(counts) + 1
+    columns = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    for first in range(0, m, BLOCK_M):
+        rows = (first + tl.arange(0, BLOCK_M))[:, None]
+        exists = (rows < m) & (columns < n)
+        where = rows * n + columns
+        partial = tl.load(x + where, mask=exists, other=0.0)
+        _push(partial, where, exists, slots, epoch, rank, max_rows * n, RANKS, SLOTS)
+    signal(arrivals, rank, RANKS, RANKS_PAD)
+    advance(counts, counts + 1, tl.num_programs(0))
+
+
+def post(partial: Tensor, exchange: Exchange) -> None:
+    """Start the sum over ranks of a product [M, N] that is there already.
+
+    Raises `ValueError` for a shape or dtype that the exchange was not made for.
+    """
+    m = exchange.check("partial", partial, exchange.width)
+    expect_like("partial", partial, partial)
+    post_kernel[(exchange.programs,)](
+        partial, exchange.slots.addresses, exchange.arrivals.addresses, exchange.counts,
+        exchange.rank, m, exchange.width, exchange.rows, **_constants(exchange),
+        BLOCK_M=min(16, triton.next_power_of_2(m)), BLOCK_N=exchange.columns, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def wait_add_norm_kernel(
+    slots, arrivals, counts, residual, weight, total_out, norm_out, n, max_rows, eps, programs,
+    RANKS: tl.constexpr, RANKS_PAD: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    epoch = tl.load(counts + 2) + 1
+    source = tl.arange(0, RANKS_PAD)
+    wait(arrivals + source, source < RANKS, epoch * programs)
+    columns = tl.arange(0, BLOCK)
+    exists = columns < n
+    slot = slots + _slot(epoch, SLOTS).to(tl.int64) * RANKS * max_rows * n + row * n + columns
+    total = tl.zeros([BLOCK], tl.float32)
+    for source in tl.static_range(RANKS):
+        part = tl.load(slot + source * max_rows * n, mask=exists, other=0.0)
+        total += part.to(tl.float32)
+    if ADD:
+        before = tl.load(residual + row * n + columns, mask=exists, other=0.0)
+        total += before.to(tl.float32)
+    rounded = total.to(total_out.dtype.element_ty)
+    tl.store(total_out + row * n + columns, rounded, mask=exists)
+    if NORM:
+        total = rounded.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(total * total, axis=0) / n + eps)
+        gain = tl.load(weight + columns, mask=exists, other=0.0)
+        normed = total * scale * gain.to(tl.float32)
+        tl.store(norm_out + row * n + columns, normed.to(rounded.dtype), mask=exists)
+    advance(counts + 2, counts + 3, tl.num_programs(0))
+
+
+def wait_add_norm(
+    residual: Tensor, weight: Tensor, eps: float, exchange: Exchange
+) -> tuple[Tensor, Tensor]:
+    """Collect the oldest reduction s: r = residual + s, and r / rms(r) * weight; both [M, N].
+
+    s accumulates in float32 and in rank order; r is rounded to its dtype before the norm. Raises
+    `ValueError` for a shape or dtype that the exchange was not made for.
+    """
+    exchange.check("residual", residual, exchange.width)
+    expect_shape("weight", weight, (exchange.width,))
+    expect_like("residual", residual, residual)
+    expect_like("weight", weight, residual)
+    total, normed = torch.empty_like(residual), torch.empty_like(residual)
+    _collect(exchange, residual, weight, eps, total, normed)
+    return total, normed
+
+
+def wait_add(residual: Tensor, exchange: Exchange) -> Tensor:
+    """Collect the oldest reduction s: residual + s, both [M, N]."""
+    exchange.check("residual", residual, exchange.width)
+    expect_like("residual", residual, residual)
+    total = torch.empty_like(residual)
+    _collect(exchange, residual, None, 0.0, total, None)
+    return total
+
+
+def wait_sum(rows: int, exchange: Exchange) -> Tensor:
+    """Collect the oldest reduction, of so many rows: [M, N]."""
+    total = torch.empty(rows, exchange.width, dtype=exchange.dtype, device=exchange.device)
+    exchange.check("rows", total, exchange.width)
+    _collect(exchange, None, None, 0.0, total, None)
+    return total
+
+
+def _collect(
+    exchange: Exchange,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    total: Tensor,
+    normed: Tensor | None,
+) -> None:
+    block = triton.next_power_of_2(exchange.width)
+    wait_add_norm_kernel[(total.shape[0],)](
+        exchange.slots.local, exchange.arrivals.local, exchange.counts, residual, weight, total,
+        normed, exchange.width, exchange.rows, eps, exchange.programs,
+        **_constants(exchange), BLOCK=block, ADD=residual is not None, NORM=normed is not None,
+        num_warps=warps(block * 4),
+    )  # fmt: skip
+
+
+def _constants(exchange: Exchange) -> dict[str, int]:
+    return {
+        "RANKS": exchange.ranks,
+        "RANKS_PAD": triton.next_power_of_2(exchange.ranks),
+        "SLOTS": SLOTS,
+    }
+
+
+def exchanges(
+    memories: Sequence[SymmetricMemory],
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    columns: int = 64,
+) -> list[Exchange]:
+    """One exchange for each rank of a process that holds them all."""
+    return [Exchange(memory, rows, width, dtype, device, columns=columns) for memory in memories]

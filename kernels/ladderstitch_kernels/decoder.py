@@ -1,0 +1,189 @@
+"""A small decoder on these kernels alone: what the overlap is proven on, and timed on.
+
+Its layers are Llama's (grouped-query attention, SwiGLU, RMSNorm); there is no embedding and no
+head, a step maps vectors to vectors. Sub-block k adds h_k to the stream x:
+
+    standard   x_k = x_{k-1} + h_k(norm_k(x_{k-1}))
+    ladder     x_k = x_{k-1} + h_k(norm_k(x_{k-2}))     Ladder Residual, arXiv 2501.06589
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ladderstitch_kernels.comm.split_phase import Exchange, gemv_post, wait_add, wait_add_norm
+from ladderstitch_kernels.ops.add_rms_norm import add_rms_norm
+from ladderstitch_kernels.ops.decode_attention import paged_decode_attention
+from ladderstitch_kernels.ops.rope_append import rope_append
+from ladderstitch_kernels.ops.swiglu import swiglu
+
+EPS = 1e-5
+PAGE_TOKENS = 16
+Scheme = Literal["standard", "ladder"]
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """The whole model, over all ranks."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+
+    def shard(self, ranks: int) -> DecoderShape:
+        """One rank's part; raises `ValueError` unless everything divides."""
+        for name in ("heads", "kv_heads", "ffn"):
+            if getattr(self, name) % ranks:
+                raise ValueError(
+                    f"{name}: expected a multiple of {ranks} ranks, got {getattr(self, name)}"
+                )
+        return DecoderShape(
+            self.layers,
+            self.width,
+            self.heads // ranks,
+            self.kv_heads // ranks,
+            self.head_dim,
+            self.ffn // ranks,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer of one rank."""
+
+    attention_norm: Tensor
+    qkv: Tensor  # [(H_r + 2 K_r) d, D]
+    output: Tensor  # [D, H_r d]
+    ffn_norm: Tensor
+    gate_up: Tensor  # [2 F_r, D]
+    down: Tensor  # [D, F_r]
+
+
+def random_layers(
+    shape: DecoderShape, seed: int, dtype: torch.dtype, device: torch.device | str
+) -> Iterator[LayerWeights]:
+    """Layers of a shape, scaled so that the stream neither grows nor fades."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def weight(rows: int, columns: int) -> Tensor:
+        values = torch.randn(rows, columns, generator=generator, device=device)
+        return (values * columns**-0.5).to(dtype)
+
+    for _ in range(shape.layers):
+        yield LayerWeights(
+            1 + weight(1, shape.width)[0],
+            weight((shape.heads + 2 * shape.kv_heads) * shape.head_dim, shape.width),
+            weight(shape.width, shape.heads * shape.head_dim),
+            1 + weight(1, shape.width)[0],
+            weight(2 * shape.ffn, shape.width),
+            weight(shape.width, shape.ffn),
+        )
+
+
+def shard_layer(layer: LayerWeights, shape: DecoderShape, rank: int, ranks: int) -> LayerWeights:
+    """One rank's heads and columns of a whole layer."""
+    d = shape.head_dim
+    q, k, v = layer.qkv.split((shape.heads * d, shape.kv_heads * d, shape.kv_heads * d))
+    gate, up = layer.gate_up.chunk(2)
+    return LayerWeights(
+        layer.attention_norm,
+        torch.cat([part.chunk(ranks)[rank] for part in (q, k, v)]),
+        layer.output.chunk(ranks, dim=1)[rank].contiguous(),
+        layer.ffn_norm,
+        torch.cat([part.chunk(ranks)[rank] for part in (gate, up)]),
+        layer.down.chunk(ranks, dim=1)[rank].contiguous(),
+    )
+
+
+def rotation_tables(
+    positions: int, head_dim: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [P, d/2], float32."""
+    frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+class Decoder:
+    """One rank: `shape` and `layers` are its shard; room for `tokens` of each of `rows` sequences.
+
+    What a step works on (position, cache) lives on the device, so that a step can be captured.
+    """
+
+    def __init__(
+        self, shape: DecoderShape, layers: list[LayerWeights], rows: int, tokens: int
+    ) -> None:
+        self.shape, self.layers = shape, layers
+        weight = layers[0].qkv
+        device = weight.device
+        pages = -(-tokens // PAGE_TOKENS)
+        cache = (shape.layers, rows * pages, PAGE_TOKENS, shape.kv_heads, shape.head_dim)
+        self.keys = torch.zeros(cache, dtype=weight.dtype, device=device)
+        self.values = torch.zeros(cache, dtype=weight.dtype, device=device)
+        self.pages = torch.arange(rows * pages, dtype=torch.int32, device=device).view(rows, pages)
+        self.tables = rotation_tables(pages * PAGE_TOKENS, shape.head_dim, device)
+        self.position = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._first_slot = self.pages[:, 0] * PAGE_TOKENS
+
+    def step(self, x: Tensor, exchange: Exchange, scheme: Scheme) -> Tensor:
+        """[M, D] -> the last stream [M, D]; the caches grow by one token.
+
+        The ladder collects a reduction one sub-block later than the standard residual: that is all
+        the difference.
+        """
+        lag = 1 if scheme == "ladder" else 0
+        flying = 0
+        for layer in range(self.shape.layers):
+            for attention in (True, False):
+                weights = self.layers[layer]
+                gain = weights.attention_norm if attention else weights.ffn_norm
+                if flying > lag:
+                    x, normed = wait_add_norm(x, gain, EPS, exchange)
+                    flying -= 1
+                else:
+                    normed = F.rms_norm(x, gain.shape, gain, EPS)
+                mixed = self._attend(layer, normed) if attention else self._gate(layer, normed)
+                gemv_post(mixed, weights.output if attention else weights.down, exchange)
+                flying += 1
+        for _ in range(flying):
+            x = wait_add(x, exchange)
+        self.position += 1
+        return x
+
+    def step_alone(self, x: Tensor) -> Tensor:
+        """The same with no sum over ranks: a ceiling for the speed, and one rank's whole model."""
+        partial = torch.zeros_like(x)
+        for layer, weights in enumerate(self.layers):
+            x, normed = add_rms_norm(partial, x, weights.attention_norm, EPS)
+            partial = F.linear(self._attend(layer, normed), weights.output)
+            x, normed = add_rms_norm(partial, x, weights.ffn_norm, EPS)
+            partial = F.linear(self._gate(layer, normed), weights.down)
+        self.position += 1
+        return x + partial
+
+    def _attend(self, layer: int, x: Tensor) -> Tensor:
+        shape = self.shape
+        qkv = F.linear(x, self.layers[layer].qkv)
+        keys, values = self.keys[layer], self.values[layer]
+        q = rope_append(
+            qkv.view(x.shape[0], shape.heads + 2 * shape.kv_heads, shape.head_dim),
+            *self.tables,
+            self.position,
+            self._first_slot + self.position,
+            keys,
+            values,
+        )
+        mixed = paged_decode_attention(q, keys, values, self.pages, self.position + 1)
+        return mixed.view(x.shape[0], -1)
+
+    def _gate(self, layer: int, x: Tensor) -> Tensor:
+        return swiglu(F.linear(x, self.layers[layer].gate_up))

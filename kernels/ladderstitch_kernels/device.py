@@ -1,0 +1,95 @@
+"""The GPU that a check or a benchmark runs on: is there one, what is it, how long did it take."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+
+def missing_gpu() -> str | None:
+    """Why nothing can run on a GPU here; None if it can."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    return None
+
+
+def describe() -> dict[str, str]:
+    """Device, driver and versions, for a result file."""
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "device": torch.cuda.get_device_name(),
+        "driver": driver.stdout.splitlines()[0] if driver.returncode == 0 else "unknown",
+        "cuda": str(torch.version.cuda),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def medians_us(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int = 50,
+    cold_bytes: int = 256 * 2**20,
+    before: Mapping[str, Callable[[], object]] | None = None,
+    after: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, float]:
+    """Median microseconds of each call by CUDA events, taken in turn, with a cold L2 cache.
+
+    What a call needs `before` or `after` it, by its name, is run but not timed.
+    """
+    before, after = before or {}, after or {}
+    flush = torch.empty(cold_bytes, dtype=torch.int8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(rounds + 3):
+        for name, call in calls.items():
+            if name in before:
+                before[name]()
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            if name in after:
+                after[name]()
+            if round_ >= 3:  # the first compile and warm up
+                times[name].append(start.elapsed_time(end) * 1000)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def captured(calls: Sequence[Callable[[], Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A CUDA graph in which each call runs on a stream of its own, all at once; and its outputs.
+
+    The calls run once before, so that everything is compiled.
+    """
+    streams = [torch.cuda.Stream() for _ in calls]
+
+    def fork(main: torch.cuda.Stream) -> list[Tensor]:
+        outputs = []
+        for stream, call in zip(streams, calls, strict=True):
+            stream.wait_stream(main)
+            with torch.cuda.stream(stream):
+                outputs.append(call())
+        for stream in streams:
+            main.wait_stream(stream)
+        return outputs
+
+    fork(torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = fork(torch.cuda.current_stream())
+    return graph, outputs

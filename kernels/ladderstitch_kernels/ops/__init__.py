@@ -1,0 +1,1 @@
+"""Kernels that one rank runs by itself."""

@@ -1,0 +1,157 @@
+"""Attention of one fresh token a sequence over its pages, split along the sequence."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ladderstitch_kernels import reference
+from ladderstitch_kernels.launch import (
+    expect_contiguous,
+    expect_like,
+    expect_shape,
+    interpreted,
+    runs_triton,
+    sms,
+)
+
+_BLOCK = 64
+_MOST_SPLITS = 64
+
+
+@triton.jit
+def decode_attention_kernel(
+    q, key_cache, value_cache, pages, lengths, partial, weights, scale, most_pages, split_tokens,
+    heads, PAGE: tl.constexpr, WIDTH: tl.constexpr, KV_HEADS: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP_PAD: tl.constexpr, WIDTH_PAD: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One split of one sequence and KV head: sums weighted by exp(score - best), best, weight."""
+    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    group = heads // KV_HEADS
+    member = tl.arange(0, GROUP_PAD)
+    lane = tl.arange(0, WIDTH_PAD)
+    head = row * heads + kv_head * group + member
+    inside = lane < WIDTH
+    queries = (member[:, None] < group) & inside[None, :]
+    own = tl.load(q + head[:, None] * WIDTH + lane[None, :], mask=queries, other=0.0)
+    if UPCAST:
+        own = own.to(tl.float32)
+    best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    weight = tl.zeros([GROUP_PAD], tl.float32)
+    total = tl.zeros([GROUP_PAD, WIDTH_PAD], tl.float32)
+    length = tl.load(lengths + row)
+    end = tl.minimum(length, (split + 1) * split_tokens)
+    for start in range(split * split_tokens, end, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        there = token < end
+        page = tl.load(pages + row * most_pages + token // PAGE, mask=there, other=0)
+        slot = page.to(tl.int64) * PAGE + token % PAGE
+        at = (slot[:, None] * KV_HEADS + kv_head) * WIDTH + lane[None, :]
+        kept = there[:, None] & inside[None, :]
+        key = tl.load(key_cache + at, mask=kept, other=0.0)
+        value = tl.load(value_cache + at, mask=kept, other=0.0)
+        if UPCAST:
+            key, value = key.to(tl.float32), value.to(tl.float32)
+        score = tl.dot(own, tl.trans(key), input_precision="ieee") * scale
+        score = tl.where(there[None, :], score, float("-inf"))
+        better = tl.maximum(best, tl.max(score, axis=1))
+        chance = tl.exp(score - better[:, None])
+        shrink = tl.exp(best - better)
+        weight = weight * shrink + tl.sum(chance, axis=1)
+        total = total * shrink[:, None]
+        total = tl.dot(chance.to(value.dtype), value, total, input_precision="ieee")
+        best = better
+    at = head * SPLITS + split
+    tl.store(partial + at[:, None] * WIDTH + lane[None, :], total, mask=queries)
+    tl.store(weights + 2 * at, best, mask=member < group)
+    tl.store(weights + 2 * at + 1, weight, mask=member < group)
+
+
+@triton.jit
+def merge_splits_kernel(
+    partial, weights, out, WIDTH: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    WIDTH_PAD: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    split = tl.arange(0, SPLITS_PAD)
+    lane = tl.arange(0, WIDTH_PAD)
+    exists = split < SPLITS
+    at = head * SPLITS + split
+    best = tl.load(weights + 2 * at, mask=exists, other=float("-inf"))
+    weight = tl.load(weights + 2 * at + 1, mask=exists, other=0.0)
+    top = tl.maximum(tl.max(best, axis=0), -1e30)  # a sequence without tokens has no best
+    shrink = tl.where(weight > 0, tl.exp(best - top), 0.0)
+    there = exists[:, None] & (lane[None, :] < WIDTH)
+    total = tl.load(partial + at[:, None] * WIDTH + lane[None, :], mask=there, other=0.0)
+    whole = tl.sum(shrink * weight, axis=0)
+    mixed = tl.sum(total * shrink[:, None], axis=0) / tl.where(whole > 0, whole, 1.0)
+    tl.store(out + head * WIDTH + lane, mixed.to(out.dtype.element_ty), mask=lane < WIDTH)
+
+
+def paged_decode_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    pages: Tensor,
+    lengths: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(q k^T * scale) v: queries [B, H, d] over caches [pages, page_tokens, K, d].
+
+    Sequence b's token t lies in page pages[b, t // page_tokens] ([B, P] int32); it has lengths[b]
+    tokens, the fresh one included (none: the output is zero). H is a multiple of K; `scale` unset
+    is d^-0.5. As `F.scaled_dot_product_attention` over gathered pages, without gathering them; a
+    sequence is split so that a small batch fills the GPU (flash-decoding). Raises `ValueError` for
+    shapes that do not fit together.
+    """
+    if q.dim() != 3 or key_cache.dim() != 4 or q.shape[1] % key_cache.shape[2]:
+        raise ValueError(
+            f"q: expected [B, H, d] with H a multiple of the cache's heads "
+            f"({key_cache.shape[2] if key_cache.dim() == 4 else key_cache.shape}), "
+            f"got {list(q.shape)}"
+        )
+    batch, heads, width = q.shape
+    expect_shape("key_cache", key_cache, (*key_cache.shape[:3], width))
+    expect_shape("value_cache", value_cache, tuple(key_cache.shape))
+    expect_shape("lengths", lengths, (batch,))
+    expect_shape("pages", pages, (batch, pages.shape[-1]))
+    expect_contiguous("pages", pages)
+    for name, x in (("q", q), ("key_cache", key_cache), ("value_cache", value_cache)):
+        expect_like(name, x, q)
+    if not runs_triton(q):
+        return reference.paged_decode_attention(q, key_cache, value_cache, pages, lengths, scale)
+    out = torch.empty_like(q)
+    if not out.numel():
+        return out
+    _, page_tokens, kv_heads, _ = key_cache.shape
+    splits, split_tokens = split_sequence(
+        pages.shape[1] * page_tokens, batch * kv_heads, sms(q.device)
+    )
+    partial = torch.empty(batch, heads, splits, width, device=q.device)
+    weights = torch.empty(batch, heads, splits, 2, device=q.device)
+    width_pad = max(16, triton.next_power_of_2(width))
+    decode_attention_kernel[(batch, kv_heads, splits)](
+        q, key_cache, value_cache, pages, lengths, partial, weights,
+        width**-0.5 if scale is None else scale, pages.shape[1], split_tokens, heads,
+        PAGE=page_tokens, WIDTH=width, KV_HEADS=kv_heads, SPLITS=splits,
+        GROUP_PAD=max(16, triton.next_power_of_2(heads // kv_heads)), WIDTH_PAD=width_pad,
+        BLOCK=_BLOCK, UPCAST=interpreted() or q.dtype == torch.float32, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    merge_splits_kernel[(batch * heads,)](
+        partial, weights, out, WIDTH=width, SPLITS=splits,
+        SPLITS_PAD=triton.next_power_of_2(splits), WIDTH_PAD=width_pad, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def split_sequence(most_tokens: int, rows: int, processors: int) -> tuple[int, int]:
+    """(splits, tokens of a split): two programs a processor, splits of whole blocks of 64 tokens.
+
+    Decided by the room of the page table, not by the lengths, which only the GPU knows.
+    """
+    blocks = max(1, triton.cdiv(most_tokens, _BLOCK))
+    wanted = max(1, min(blocks, _MOST_SPLITS, 2 * processors // rows))
+    tokens = triton.cdiv(blocks, wanted) * _BLOCK
+    return triton.cdiv(blocks * _BLOCK, tokens), tokens

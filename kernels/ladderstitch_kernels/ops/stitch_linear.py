@@ -1,0 +1,176 @@
+"""The stitching layer: an affine map between widths with a low-rank update, in one kernel.
+
+A stitching layer S x = W x + b commutes with a reduction in flight: S(x + sum p) = S x + sum W p.
+A ladder path may so cross a stitch without waiting: `stitch_pending` maps the stream and, without
+the bias, what is still to arrive, reading W once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ladderstitch_kernels import reference
+from ladderstitch_kernels.launch import expect_like, expect_shape, interpreted, runs_triton
+
+_MOST_RANK = 128
+
+
+@triton.jit
+def stitch_kernel(
+    x, pending, weight, bias, down, up, out, pending_out, m, n, k, rank,
+    PENDING: tl.constexpr, BIAS: tl.constexpr, RANK_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A tile of the output; the tiles past the stream's are of what is still to arrive.
+
+    Tiles with the same columns come one after another, so that the weight is read once.
+    """
+    tiles = tl.cdiv(m, BLOCK_M)
+    tile, column_tile = tl.program_id(0), tl.program_id(1)
+    biased = tile < tiles
+    if PENDING:
+        x = tl.where(biased, x, pending)
+        out = tl.where(biased, out, pending_out)
+        tile = tl.where(biased, tile, tile - tiles)
+    rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+    x_at = x + rows[:, None] * k + ks[None, :]
+    w_at = weight + columns[None, :].to(tl.int64) * k + ks[:, None]
+    if RANK_PAD:
+        ranks = tl.arange(0, RANK_PAD)
+        down_at = down + ranks[None, :] * k + ks[:, None]
+        low = tl.zeros([BLOCK_M, RANK_PAD], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, k, BLOCK_K):
+        inside = start + ks < k
+        a = tl.load(x_at + start, mask=(rows[:, None] < m) & inside[None, :], other=0.0)
+        w = tl.load(w_at + start, mask=(columns[None, :] < n) & inside[:, None], other=0.0)
+        if UPCAST:
+            a, w = a.to(tl.float32), w.to(tl.float32)
+        total = tl.dot(a, w, total, input_precision="ieee")
+        if RANK_PAD:
+            d = tl.load(down_at + start, mask=(ranks[None, :] < rank) & inside[:, None], other=0.0)
+            low = tl.dot(a, d.to(a.dtype), low, input_precision="ieee")
+    if RANK_PAD:
+        exists = (columns[None, :] < n) & (ranks[:, None] < rank)
+        u = tl.load(up + columns[None, :] * rank + ranks[:, None], mask=exists, other=0.0)
+        if UPCAST:
+            u = u.to(tl.float32)
+        total = tl.dot(low.to(u.dtype), u, total, input_precision="ieee")
+    if BIAS:
+        shift = tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)
+        total += tl.where(biased, 1.0, 0.0) * shift[None, :]
+    exists = (rows[:, None] < m) & (columns[None, :] < n)
+    at = out + rows[:, None] * n + columns[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=exists)
+
+
+def stitch_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+) -> Tensor:
+    """x W^T + b + (x A^T) B^T: [M, K] by W [N, K], b [N], A (`down`) [r, K], B (`up`) [N, r].
+
+    As `F.linear(x, weight, bias) + F.linear(F.linear(x, down), up)` in one launch, which pays where
+    launches and passes over the output count: small and middle M. Accumulates in float32; the
+    low-rank middle is rounded to the dtype of `x`. r up to 128. Raises `ValueError` for shapes that
+    do not fit together.
+    """
+    _check(x, weight, bias, down, up)
+    if not runs_triton(x):
+        return reference.stitch_linear(x, weight, bias, down, up)
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    _launch(x, None, weight, bias, down, up, out, None)
+    return out
+
+
+def stitch_pending(
+    x: Tensor,
+    pending: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(stitch_linear(x), stitch_linear(pending) without bias) in one launch; both [M, N].
+
+    `pending` [M, K] is this rank's part of a sum that has not been made: post the second result
+    instead, and the sum arrives in the other width (fewer bytes where N < K). Raises `ValueError`
+    for shapes that do not fit together.
+    """
+    _check(x, weight, bias, down, up)
+    expect_shape("pending", pending, tuple(x.shape))
+    expect_like("pending", pending, x)
+    if not runs_triton(x):
+        return reference.stitch_pending(x, pending, weight, bias, down, up)
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    arriving = torch.empty_like(out)
+    _launch(x, pending, weight, bias, down, up, out, arriving)
+    return out, arriving
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None
+) -> None:
+    if x.dim() != 2 or weight.dim() != 2:
+        raise ValueError(
+            f"x and weight: expected [M, K] and [N, K], got {list(x.shape)}, {list(weight.shape)}"
+        )
+    expect_shape("weight", weight, (weight.shape[0], x.shape[1]))
+    if (down is None) != (up is None):
+        raise ValueError("down and up: expected both or neither, got one")
+    tensors = {"x": x, "weight": weight}
+    if bias is not None:
+        expect_shape("bias", bias, (weight.shape[0],))
+        tensors["bias"] = bias
+    if down is not None and up is not None:
+        rank = down.shape[0]
+        if not 0 < rank <= _MOST_RANK:
+            raise ValueError(f"down: expected a rank of 1 to {_MOST_RANK}, got {rank}")
+        expect_shape("down", down, (rank, x.shape[1]))
+        expect_shape("up", up, (weight.shape[0], rank))
+        tensors |= {"down": down, "up": up}
+    for name, tensor in tensors.items():
+        expect_like(name, tensor, x)
+
+
+def _launch(
+    x: Tensor,
+    pending: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    out: Tensor,
+    arriving: Tensor | None,
+) -> None:
+    m, k, n = x.shape[0], x.shape[1], weight.shape[0]
+    if not out.numel():
+        return
+    rank = 0 if down is None else down.shape[0]
+    block_m, block_n = tile_shape(m, n)
+    tiles = triton.cdiv(m, block_m) * (1 if pending is None else 2)
+    stitch_kernel[(tiles, triton.cdiv(n, block_n))](
+        x, pending, weight, bias, down, up, out, arriving, m, n, k, rank,
+        PENDING=pending is not None, BIAS=bias is not None,
+        RANK_PAD=max(16, triton.next_power_of_2(rank)) if rank else 0,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64 if x.element_size() <= 2 else 32,
+        UPCAST=interpreted() or x.dtype == torch.float32,
+        num_warps=8 if block_m * block_n >= 128 * 128 else 4, num_stages=4,
+    )  # fmt: skip
+
+
+def tile_shape(m: int, n: int) -> tuple[int, int]:
+    """Rows and columns of a tile: flat for few rows, square for many."""
+    if m <= 16:
+        return 16, 64
+    if m <= 64:
+        return 64, 64
+    return (128, 128) if m * n >= 2**20 else (64, 128)

@@ -1,0 +1,208 @@
+"""Kernels of one rank against their references, at odd shapes, in the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ladderstitch_kernels import (
+    add_rms_norm,
+    paged_decode_attention,
+    reference,
+    rope_append,
+    stitch_linear,
+    stitch_pending,
+    swiglu,
+)
+from ladderstitch_kernels.ops.decode_attention import split_sequence
+from tests.kernels.tolerances import DTYPES, assert_close
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
+
+
+@pytest.fixture
+def random() -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return make
+
+
+@dtypes
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 37), (2, 576), (1, 4097)])
+def test_add_rms_norm(m: int, n: int, dtype: torch.dtype, random: Callable[..., Tensor]) -> None:
+    x, residual, weight = random(m, n, dtype=dtype), random(m, n, dtype=dtype), random(n)
+    expected = reference.add_rms_norm(x, residual, weight.to(dtype), 1e-5)
+    got = add_rms_norm(x, residual, weight.to(dtype), 1e-5)
+    assert_close(got[0], expected[0])
+    assert_close(got[1], expected[1])
+
+
+@dtypes
+@pytest.mark.parametrize(("m", "f"), [(1, 1), (3, 37), (2, 1536), (0, 8)])
+def test_swiglu(m: int, f: int, dtype: torch.dtype, random: Callable[..., Tensor]) -> None:
+    gate_up = random(m, 2 * f, dtype=dtype) * 4
+    assert_close(swiglu(gate_up), reference.swiglu(gate_up))
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "width"), [(1, 1, 1, 2), (5, 3, 1, 10), (3, 9, 3, 64)]
+)
+def test_rope_append(
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    dtype: torch.dtype,
+    random: Callable[..., Tensor],
+) -> None:
+    qkv = random(tokens, heads + 2 * kv_heads, width, dtype=dtype)
+    angles = random(11, width // 2)
+    positions = torch.arange(tokens) * 2
+    slots = torch.randperm(12, generator=torch.Generator().manual_seed(1))[:tokens]
+    slots[0] = -1 if tokens > 1 else 5
+    caches = [torch.full((4, 3, kv_heads, width), 7.0, dtype=dtype) for _ in range(4)]
+    tables = angles.cos(), angles.sin()
+    expected = reference.rope_append(qkv, *tables, positions, slots, caches[0], caches[1])
+    got = rope_append(qkv, *tables, positions, slots, caches[2], caches[3])
+    assert_close(got, expected)
+    assert_close(caches[2], caches[0])
+    assert torch.equal(caches[3], caches[1])
+    assert (caches[2] == 7).sum() == caches[2].numel() - (slots >= 0).sum() * kv_heads * width
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "page", "lengths"),
+    [
+        (1, 1, 8, 1, [1]),
+        (3, 1, 10, 3, [7, 1, 0]),
+        (9, 3, 64, 16, [130, 33]),
+    ],
+)
+def test_paged_decode_attention(
+    heads: int,
+    kv_heads: int,
+    width: int,
+    page: int,
+    lengths: list[int],
+    dtype: torch.dtype,
+    random: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ladderstitch_kernels.ops.decode_attention.sms", lambda device: 8)
+    most = -(-max(lengths) // page)
+    q = random(len(lengths), heads, width, dtype=dtype)
+    caches = random(2, most * len(lengths) + 2, page, kv_heads, width, dtype=dtype)
+    caches[:, -1] = float("nan")  # a page that no sequence owns
+    order = torch.randperm(most * len(lengths), generator=torch.Generator().manual_seed(2))
+    pages = order.view(len(lengths), most).int()
+    used = torch.arange(most) < -(-torch.tensor(lengths)[:, None] // page)
+    expected = reference.paged_decode_attention(q, *caches, pages, torch.tensor(lengths))
+    strangers = torch.where(used, pages, caches.shape[1] - 1)
+    got = paged_decode_attention(
+        q, *caches, strangers.int(), torch.tensor(lengths, dtype=torch.int32)
+    )
+    assert_close(got, expected)
+
+
+def test_a_sequence_is_split_to_fill_the_processors() -> None:
+    assert split_sequence(128 * 1024, 256, 132) == (1, 128 * 1024)
+    assert split_sequence(10, 1, 132) == (1, 64)
+    for tokens, rows in [(1000, 3), (4160, 7), (100_000, 1), (131_072, 8)]:
+        splits, each = split_sequence(tokens, rows, 132)
+        assert (splits - 1) * each < tokens <= splits * each
+        assert splits * rows <= 2 * 132
+
+
+@dtypes
+@pytest.mark.parametrize("rank", [0, 1, 5], ids=lambda rank: f"rank{rank}")
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (5, 37, 19), (70, 64, 130)])
+def test_stitch_linear(
+    m: int, k: int, n: int, rank: int, dtype: torch.dtype, random: Callable[..., Tensor]
+) -> None:
+    x, pending, weight = (random(*shape, dtype=dtype) for shape in ((m, k), (m, k), (n, k)))
+    bias = random(n, dtype=dtype)
+    low = (random(rank, k, dtype=dtype), random(n, rank, dtype=dtype)) if rank else (None, None)
+    assert_close(stitch_linear(x, weight), reference.stitch_linear(x, weight))
+    expected = reference.stitch_pending(x, pending, weight, bias, *low)
+    for got, wanted in zip(stitch_pending(x, pending, weight, bias, *low), expected, strict=True):
+        assert_close(got, wanted)
+    assert_close(stitch_linear(x, weight, bias, *low), expected[0])
+
+
+def test_references_agree_with_torch(random: Callable[..., Tensor]) -> None:
+    x, residual, weight = random(3, 37), random(3, 37), random(37)
+    total, normed = reference.add_rms_norm(x, residual, weight, 1e-5)
+    torch.testing.assert_close(total, x + residual)
+    torch.testing.assert_close(normed, F.rms_norm(x + residual, (37,), weight, 1e-5))
+    gate, up = random(3, 5), random(3, 5)
+    torch.testing.assert_close(reference.swiglu(torch.cat((gate, up), 1)), F.silu(gate) * up)
+    down, back, matrix = random(2, 37), random(5, 2), random(5, 37)
+    torch.testing.assert_close(
+        reference.stitch_linear(x, matrix, random(5) * 0 + 1, down, back),
+        F.linear(x, matrix + back @ down, torch.ones(5)),
+    )
+
+
+def test_reference_attention_agrees_with_torch(random: Callable[..., Tensor]) -> None:
+    q, keys, values = random(1, 6, 8), random(1, 7, 2, 8), random(1, 7, 2, 8)
+    got = reference.paged_decode_attention(
+        q, keys.view(7, 1, 2, 8), values.view(7, 1, 2, 8), torch.arange(7)[None], torch.tensor([7])
+    )
+    expected = F.scaled_dot_product_attention(
+        q[:, :, None], keys.transpose(1, 2), values.transpose(1, 2), enable_gqa=True
+    )
+    torch.testing.assert_close(got, expected[:, :, 0])
+
+
+def test_reference_rotation_agrees_with_complex_numbers(random: Callable[..., Tensor]) -> None:
+    qkv, angles = random(4, 3, 6), random(9, 3)
+    positions, slots = torch.tensor([8, 0, 3, 3]), torch.tensor([0, 1, 2, 3])
+    keys, values = torch.zeros(4, 1, 1, 6), torch.zeros(4, 1, 1, 6)
+    q = reference.rope_append(qkv, angles.cos(), angles.sin(), positions, slots, keys, values)
+    pairs = torch.complex(qkv[..., :3].double(), qkv[..., 3:].double())
+    turned = pairs * torch.exp(1j * angles[positions, None].double())
+    whole = torch.cat((turned.real, turned.imag), -1).float()
+    torch.testing.assert_close(q, whole[:, :1])
+    torch.testing.assert_close(keys[:, 0], whole[:, 1:2])
+    torch.testing.assert_close(values[:, 0], qkv[:, 2:])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda x: add_rms_norm(x, x[:, :2], x[0], 1e-5),
+            r"residual: expected shape \[2, 4\], got",
+        ),
+        (
+            lambda x: add_rms_norm(x, x.half(), x[0], 1e-5),
+            "residual: expected torch.float32 on cpu",
+        ),
+        (lambda x: swiglu(x[:, :3]), r"gate_up: expected shape .* got \[2, 3\]"),
+        (lambda x: swiglu(x.T), "gate_up: expected a contiguous tensor, got strides"),
+        (lambda x: stitch_linear(x, x[:, :3].contiguous()), r"weight: expected shape \[2, 4\]"),
+        (lambda x: stitch_linear(x, x, down=x), "down and up: expected both or neither, got one"),
+        (
+            lambda x: paged_decode_attention(x[:, None], x[:, None, None], x, x, x),
+            r"value_cache: expected shape \[2, 1, 1, 4\], got \[2, 4\]",
+        ),
+        (
+            lambda x: rope_append(x[:, None], x, x, x, x, x[:, None, None], x),
+            r"qkv: expected shape \[M, more than 2, 4\] of an even width, got \[2, 1, 4\]",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(
+    call: Callable[[Tensor], object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(2, 4))
