@@ -42,8 +42,9 @@ protos: install ## regenerate the committed stubs
 tools: install ## helm, kubectl, promtool and others into .venv/tools; tests that lack one are skipped
 	@VENV=$(VENV) sh scripts/tools.sh
 
-manifests: tools ## render deploy/chart into deploy/kustomize
+manifests: tools ## render deploy/chart into deploy/kustomize, and the dashboard
 	$(BIN)/python scripts/manifests.py
+	$(BIN)/python scripts/dashboard.py
 
 verify-models: install ## every golden case, also those that LADDERSTITCH_GOLDEN names; memory of 71 stitches
 	$(BIN)/ladderstitch verify $(filter-out %/lsq_raw.safetensors,$(wildcard tests/golden/*.safetensors))

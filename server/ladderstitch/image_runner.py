@@ -60,6 +60,7 @@ class ImageRunner:
     def apply(self, settings: SchedulerSettings) -> None:
         if self._model is not None:
             self._model.scheduler.configure(settings)
+            _tell_offer(self._model.scheduler)
 
     async def drain(self) -> None:
         if self._model is not None:
@@ -103,8 +104,16 @@ class ImageRunner:
             scheduler.configure(self.host.live.settings)
         except BadInput as error:
             raise ConfigError(f"scheduling.{error}") from error
+        metrics.running.set_function(lambda: scheduler.running_requests)
+        _tell_offer(scheduler)
         reader = ImageReader(self.bundle.manifest.preprocessing, self.config.max_image_pixels)
         return HostedModel(self.bundle, scheduler, reader, stitches)
+
+
+def _tell_offer(scheduler: Scheduler) -> None:
+    menu = scheduler.menu
+    fastest, best = (menu.quality[stitch] for stitch in (menu.frontier[0], menu.best))
+    scheduler.metrics.offered(fastest, best, menu.floor)
 
 
 def quality_table(bundle: Bundle) -> QualityTable:

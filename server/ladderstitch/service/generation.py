@@ -41,7 +41,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             deadlines = budget.of_call(remaining_s, context.invocation_metadata(), None)
             resolved = _budget(request, arrival, deadlines)
             accepted = _accept(request, model, arrival, resolved)
-            await self._stream(request.request_id, model, accepted, resolved, context)
+            try:
+                await self._stream(request.request_id, model, accepted, resolved, context)
+            finally:
+                model.metrics.generating(0, 0.0)
         except RequestError as error:
             model.metrics.refused(error.code, had_budget=resolved.target != math.inf)
             raise
@@ -68,6 +71,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 else:
                     model.metrics.next_token(now - last_token)
                 last_token = now
+                used = (len(request.tokens) + piece.index) / model.generator.max_tokens
+                model.metrics.generating(1, used)
                 model.metrics.queued(model.generator.waiting)
                 response = pb.GenerateResponse(
                     index=piece.index,
