@@ -35,6 +35,12 @@ fi
 if (cd "$scratch" && apt-get download -q prometheus prometheus-alertmanager) >"$scratch/log" 2>&1; then
     for package in "$scratch"/*.deb; do dpkg -x "$package" "$scratch/debian"; done
     install -m 755 "$scratch"/debian/usr/bin/* "$tools"
+    # Debian's alertmanager looks for its templates here and nowhere else
+    share=/usr/share/prometheus/alertmanager
+    if [ ! -e $share/default.tmpl ]; then
+        install -D -m 644 -t $share "$scratch/debian$share"/*.tmpl 2>/dev/null ||
+            echo "alertmanager needs $share/*.tmpl: the live test does without it" >&2
+    fi
 else
     echo "no promtool, prometheus, alertmanager: apt-get cannot download them" >&2
 fi
