@@ -40,6 +40,11 @@ class ServerConfig(AccessSettings):
         None, description="secret of ranks that are started by hand (`ladderstitch rank`)"
     )
     context_tokens: int = Field(2048, ge=2, description="prompt and answer of a language model")
+    log_format: Literal["text", "json"] = "text"
+    log_requests: bool = Field(False, description="a line a request: id, stitch, cost, status")
+    otlp_endpoint: str | None = Field(
+        None, description="http://HOST:4317: traces go there; needs the extra `telemetry`"
+    )
     drain_s: float = Field(20.0, ge=0, description="time for accepted requests on shutdown")
     scheduling: SchedulerSettings = SchedulerSettings()
 

@@ -19,6 +19,7 @@ from ladderstitch.config import ServerConfig
 from ladderstitch.engine.placement import resolve_device
 from ladderstitch.hosting import LiveSettings
 from ladderstitch.language.bundle import is_language_bundle
+from ladderstitch.logs import configure as configure_logs
 from ladderstitch.pressure import Pressure
 from ladderstitch.rank_actors import RANK_RESOURCES, launch_actor
 from ladderstitch.replica import Replica, merged
@@ -98,6 +99,7 @@ class ReplicaDeployment:
         self, fields: dict[str, Any]
     ) -> None:
         self.config = ServerConfig.model_validate(fields)
+        configure_logs(self.config.log_format)
         self.control = live_control(self.config.scheduling)
         self.replica = Replica(
             self.config,

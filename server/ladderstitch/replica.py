@@ -14,10 +14,13 @@ from ladderstitch.image_runner import ImageRunner
 from ladderstitch.language.bundle import is_language_bundle
 from ladderstitch.language.launching import Launcher, launch_process
 from ladderstitch.language_runner import LanguageRunner
+from ladderstitch.logs import log_request
 from ladderstitch.metrics import Metrics
 from ladderstitch.runner import Advance, Runner
 from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.service.observing import Sink
 from ladderstitch.service.server import Server
+from ladderstitch.service.traces import trace_sink
 from ladderstitch.service.transport import Transport
 
 LAME_DUCK_S = 0.25
@@ -47,11 +50,22 @@ class Replica:
         self.metrics = Metrics()
         self.share_port = share_port
         self.runner = make_runner(config, self.host, self.metrics, launcher)
-        transport = Transport.of(config, self.metrics.denied, share_port=share_port)
+        self._close_traces: Callable[[], None] = lambda: None
+        transport = Transport.of(
+            config, self.metrics.denied, self._sinks(name), share_port=share_port
+        )
         control = Control(update or self._update_alone, self.drain)
         self.server = Server(self.host, control, transport)
         self.metrics_port = 0
         self._close_metrics: Callable[[], None] = lambda: None
+
+    def _sinks(self, name: str) -> list[Sink]:
+        """Who is told of every request."""
+        sinks: list[Sink] = [log_request] if self.config.log_requests else []
+        if self.config.otlp_endpoint is not None:
+            sink, self._close_traces = trace_sink(self.config.otlp_endpoint, name)
+            sinks.append(sink)
+        return sinks
 
     @property
     def port(self) -> int:
@@ -106,6 +120,7 @@ class Replica:
         await self.server.stop(grace_s=1.0)
         await self.runner.close()
         self._close_metrics()
+        await asyncio.to_thread(self._close_traces)
 
     async def _update_alone(self, changes: dict[str, Any]) -> LiveSettings:
         """The say of a replica that has no deployment around it."""

@@ -209,13 +209,16 @@ async def test_a_tokens_limits_refuse_with_the_time_to_wait(
         assert refused.value.reason == "RATE_LIMITED"
         assert 90 < (refused.value.retry_after_s or 0) <= 100
 
+        guard = replica.server.transport.guard
+        assert guard is not None
+        narrow = guard.tokens.find(NARROW)
+        assert narrow is not None
         async with AsyncClient(address, access=Access(token=NARROW)) as client:
-            asking = [client.predict(pixels(seed=n)) for n in range(12)]
-            ends = await asyncio.gather(*asking, return_exceptions=True)
-            reasons = {end.reason for end in ends if isinstance(end, RequestFailed)}
-            assert sum(not isinstance(end, Exception) for end in ends) >= 2
-            assert reasons == {"RATE_LIMITED"}
-            assert (await client.predict(pixels())).label  # its places are free again
+            with guard.limits.admitted(narrow), guard.limits.admitted(narrow):
+                with pytest.raises(RequestFailed, match="has 2 requests in flight"):
+                    await client.predict(pixels())
+            assert (await client.predict(pixels())).label
+            assert guard.limits.in_flight("narrow") == 0
 
 
 async def test_streaming_calls_pass_the_same_door(tiny_bundle: Bundle, token_file: Path) -> None:

@@ -19,6 +19,7 @@ from ladderstitch.errors import ConfigError
 from ladderstitch.hosting import Host
 from ladderstitch.language.bundle import is_language_bundle
 from ladderstitch.language.launching import launch_process
+from ladderstitch.logs import configure as configure_logs
 from ladderstitch.metrics import Metrics
 from ladderstitch.replica import Replica, make_runner, port_is_free
 from ladderstitch.service.transport import Transport
@@ -159,6 +160,7 @@ def _serve_on_ray(config: ServerConfig, started: float) -> None:
 
 
 async def _serve_alone(config: ServerConfig, started: float) -> None:
+    configure_logs(config.log_format)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -11,6 +11,7 @@ import grpc
 from ladderstitch.errors import NotAllowed, RequestError, Unauthenticated
 from ladderstitch.security.limits import Limits
 from ladderstitch.security.tokens import Scope, Token, TokenFile
+from ladderstitch.service.handlers import behaviour_of, with_behaviour
 from ladderstitch.service.status import Context, abort
 
 BEARER = "bearer "
@@ -63,7 +64,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no t
         return token
 
     def _limited(self, handler: grpc.RpcMethodHandler, token: Token) -> grpc.RpcMethodHandler:
-        behaviour = _behaviour(handler)
+        behaviour = behaviour_of(handler)
 
         async def call(request: Any, context: Context) -> Any:
             try:
@@ -82,7 +83,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no t
                 self.denied(error.reason)
                 await abort(context, error)
 
-        return _with(handler, stream if inspect.isasyncgenfunction(behaviour) else call)
+        return with_behaviour(handler, stream if inspect.isasyncgenfunction(behaviour) else call)
 
 
 def _check_scope(token: Token, service: str, method: str) -> None:
@@ -100,30 +101,4 @@ def _refusing(handler: grpc.RpcMethodHandler, error: RequestError) -> grpc.RpcMe
     async def refuse(_: Any, context: Context) -> None:
         await abort(context, error)
 
-    return _with(handler, refuse, parse=False)
-
-
-def _behaviour(handler: grpc.RpcMethodHandler) -> Callable[..., Any]:
-    behaviours = (
-        handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream
-    )  # fmt: skip
-    (behaviour,) = (behaviour for behaviour in behaviours if behaviour is not None)
-    found: Callable[..., Any] = behaviour
-    return found
-
-
-def _with(
-    handler: grpc.RpcMethodHandler, behaviour: Callable[..., Any], *, parse: bool = True
-) -> grpc.RpcMethodHandler:
-    """The same kind of handler around another behaviour."""
-    makers = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }
-    make = makers[handler.request_streaming, handler.response_streaming]
-    reader = handler.request_deserializer if parse else None
-    return make(
-        behaviour, request_deserializer=reader, response_serializer=handler.response_serializer
-    )
+    return with_behaviour(handler, refuse, parse=False)

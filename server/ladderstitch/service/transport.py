@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -12,6 +12,7 @@ from ladderstitch.security.limits import Limits
 from ladderstitch.security.settings import AccessSettings
 from ladderstitch.security.tokens import TokenFile
 from ladderstitch.service.guard import Guard
+from ladderstitch.service.observing import Observer, Sink
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,19 @@ class Transport:
     max_connection_grace_s: float = 30.0
     share_port: bool = False  # a rolling replacement needs both to listen for a while
     credentials: grpc.ServerCredentials | None = None
+    observer: Observer | None = None
     guard: Guard | None = None
     admin: tuple[str, int] | None = None
     health: tuple[str, int] | None = None
 
     @classmethod
     def of(
-        cls, settings: AccessSettings, denied: Callable[[str], None], *, share_port: bool = False
+        cls,
+        settings: AccessSettings,
+        denied: Callable[[str], None],
+        sinks: Sequence[Sink] = (),
+        *,
+        share_port: bool = False,
     ) -> Transport:
         """Raises `ConfigError` if certificate or token file cannot be used."""
         credentials = guard = admin = health = None
@@ -55,6 +62,7 @@ class Transport:
             max_streams=settings.max_streams,
             share_port=share_port,
             credentials=credentials,
+            observer=Observer(sinks) if sinks else None,
             guard=guard,
             admin=admin,
             health=health,
@@ -62,8 +70,8 @@ class Transport:
 
     def server(self) -> grpc.aio.Server:
         """A server with these limits, and the guard at its door."""
-        guards = [self.guard] if self.guard is not None else []
-        return grpc.aio.server(options=self.options(), interceptors=guards)
+        watchers = [watcher for watcher in (self.observer, self.guard) if watcher is not None]
+        return grpc.aio.server(options=self.options(), interceptors=watchers)
 
     def options(self) -> list[tuple[str, int]]:
         options = [
