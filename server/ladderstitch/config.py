@@ -54,6 +54,15 @@ class ServerConfig(AccessSettings):
             raise ValueError("rank_address: expected HOST:PORT along with rank_secret_file")
         return self
 
+    def listening(self) -> tuple[tuple[str, str], ...]:
+        """Fields of ports, each with the address that it is bound to."""
+        return (
+            ("port", self.host),
+            ("metrics_port", self.host),
+            ("admin_port", self.admin_host),
+            ("health_port", self.host),
+        )
+
     @classmethod
     def load(cls, path: Path | None, **flags: Any) -> ServerConfig:
         """The file's fields, overridden by the flags that are not None.

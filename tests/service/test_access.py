@@ -214,9 +214,12 @@ async def test_a_tokens_limits_refuse_with_the_time_to_wait(
         narrow = guard.tokens.find(NARROW)
         assert narrow is not None
         async with AsyncClient(address, access=Access(token=NARROW)) as client:
-            with guard.limits.admitted(narrow), guard.limits.admitted(narrow):
-                with pytest.raises(RequestFailed, match="has 2 requests in flight"):
-                    await client.predict(pixels())
+            with (
+                guard.limits.admitted(narrow),
+                guard.limits.admitted(narrow),
+                pytest.raises(RequestFailed, match="has 2 requests in flight"),
+            ):
+                await client.predict(pixels())
             assert (await client.predict(pixels())).label
             assert guard.limits.in_flight("narrow") == 0
 

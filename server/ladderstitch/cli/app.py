@@ -7,6 +7,7 @@ import typer
 import ladderstitch
 from ladderstitch.cli import (
     access,
+    doctoring,
     generating,
     making,
     measuring,
@@ -49,6 +50,7 @@ def main(
 
 serving.register(app)
 operating.register(app)
+doctoring.register(app)
 predicting.register(app)
 generating.register(app)
 making.register(app)

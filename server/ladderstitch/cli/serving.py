@@ -127,12 +127,7 @@ def _check_before_start(config: ServerConfig) -> None:
     """What would otherwise come up seconds later, out of another process."""
     make_runner(config, Host("check"), Metrics(), launch_process)
     Transport.of(config, lambda reason: None)
-    for field, address in (
-        ("port", config.host),
-        ("metrics_port", config.host),
-        ("admin_port", config.admin_host),
-        ("health_port", config.host),
-    ):
+    for field, address in config.listening():
         number = getattr(config, field)
         if number is not None and not port_is_free(address, number):
             raise ConfigError(
