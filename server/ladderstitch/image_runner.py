@@ -34,6 +34,10 @@ class ImageRunner:
         self._model: HostedModel | None = None
 
     @property
+    def name(self) -> str:
+        return self.bundle.manifest.name
+
+    @property
     def healthy(self) -> bool:
         return self._engine is not None and self._engine.ready
 
@@ -51,7 +55,7 @@ class ImageRunner:
         self._engine = self._make_engine(worker)
         await self._engine.start()
         self._model = await self._host(self._engine, worker, advance)
-        self.host.models[self._model.name] = self._model
+        self.host.add(self._model)
 
     def set_ready(self, ready: bool) -> None:
         if self._model is not None:

@@ -9,13 +9,14 @@ from typing import Any
 
 from ladderstitch.allocator import return_freed_memory
 from ladderstitch.config import ServerConfig
-from ladderstitch.hosting import Control, Host, LiveSettings, UpdateSettings
+from ladderstitch.hosting import Control, Host, Hosted, LiveSettings, UpdateSettings
 from ladderstitch.image_runner import ImageRunner
 from ladderstitch.language.bundle import is_language_bundle
 from ladderstitch.language.launching import Launcher, launch_process
 from ladderstitch.language_runner import LanguageRunner
 from ladderstitch.logs import log_request
 from ladderstitch.metrics import Metrics
+from ladderstitch.repository import Repository
 from ladderstitch.runner import Advance, Runner
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.service.observing import Sink
@@ -49,12 +50,18 @@ class Replica:
         self.host = Host(name, live=LiveSettings(0, config.scheduling))
         self.metrics = Metrics()
         self.share_port = share_port
-        self.runner = make_runner(config, self.host, self.metrics, launcher)
+        self.models = Repository(
+            config,
+            self.host,
+            make_runner(config, self.host, self.metrics, launcher),
+            # what Ray set aside for ranks belongs to the configured model
+            lambda later: make_runner(later, self.host, self.metrics, launch_process),
+        )
         self._close_traces: Callable[[], None] = lambda: None
         transport = Transport.of(
             config, self.metrics.denied, self._sinks(name), share_port=share_port
         )
-        control = Control(update or self._update_alone, self.drain)
+        control = Control(update or self._update_alone, self.drain, self._load, self._unload)
         self.server = Server(self.host, control, transport)
         self.metrics_port = 0
         self._close_metrics: Callable[[], None] = lambda: None
@@ -74,12 +81,12 @@ class Replica:
     @property
     def healthy(self) -> bool:
         """False while a worker or rank is gone; callers then wait or get ENGINE_RESTARTING."""
-        return self.runner.healthy
+        return self.models.healthy
 
     @property
     def alive(self) -> bool:
         """False if what answers requests has ended although it should not have."""
-        return not self.host.ready or self.host.draining or self.runner.alive
+        return not self.host.ready or self.host.draining or self.models.alive
 
     async def start(self, advance: Advance = lambda done, total: None) -> None:
         """Listen, load, warm up, then answer.
@@ -90,25 +97,34 @@ class Replica:
         self.metrics_port, self._close_metrics = self.metrics.expose(
             self.config.metrics_port, self.config.host, share_port=self.share_port
         )
-        await self.runner.start(advance)
+        await self.models.start(advance)
         self.host.ready = True
-        self.runner.set_ready(True)
+        self.models.set_ready(True)
         await self.server.set_serving(True)
 
     def apply(self, live: LiveSettings) -> None:
         """Schedule by these settings from the next batch on, unless newer ones are in force."""
         if live.revision >= self.host.live.revision:
-            self.runner.apply(live.settings)
+            self.models.apply(live)
             self.host.live = live
+
+    async def _load(self, bundle: str) -> Hosted:
+        hosted = await self.models.load(bundle)
+        await self.server.set_serving(not self.host.draining)
+        return hosted
+
+    async def _unload(self, name: str) -> None:
+        await self.server.forget(name)
+        await self.models.unload(name)
 
     async def drain(self, announce_s: float = 0.0) -> bool:
         """Readiness first, then no new work, then finish; whether all accepted requests ended."""
-        self.runner.set_ready(False)
+        self.models.set_ready(False)
         await self.server.set_serving(False)
         await asyncio.sleep(announce_s)
         self.host.draining = True
         try:
-            await asyncio.wait_for(self.runner.drain(), self.config.drain_s)
+            await asyncio.wait_for(self.models.drain(), self.config.drain_s)
         except TimeoutError:
             return False
         return True
@@ -118,7 +134,7 @@ class Replica:
         await self.drain(announce_s=0.0 if self.host.draining else LAME_DUCK_S)
         await asyncio.sleep(LAME_DUCK_S)
         await self.server.stop(grace_s=1.0)
-        await self.runner.close()
+        await self.models.close()
         self._close_metrics()
         await asyncio.to_thread(self._close_traces)
 

@@ -20,6 +20,7 @@ from prometheus_client import generate_latest
 from ladderstitch.bundle import Bundle
 from ladderstitch.client import Access, AsyncClient, RequestFailed
 from ladderstitch.config import ServerConfig
+from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc
 from ladderstitch.replica import Replica
 from tests.security.certificates import NOW, Authority, Pair, serial
 from tests.service.conftest import picture, pixels
@@ -257,6 +258,12 @@ async def test_admin_on_a_port_of_its_own_is_nowhere_else(
             with pytest.raises(RequestFailed) as refused:
                 await client.update_scheduling(min_quality=0.2)
             assert refused.value.code == Code.UNIMPLEMENTED
+            stub: Any = grpc_service_pb2_grpc.GRPCInferenceServiceStub(client.channel)
+            with pytest.raises(grpc.aio.AioRpcError, match="admin port"):
+                await stub.RepositoryModelLoad(
+                    grpc_service_pb2.RepositoryModelLoadRequest(model_name="tiny"),
+                    metadata=operator.metadata,
+                )
         async with AsyncClient(f"127.0.0.1:{server.admin_port}", access=operator) as client:
             assert (await client.update_scheduling(min_quality=0.2)).min_quality == 0.2
             with pytest.raises(RequestFailed) as refused:

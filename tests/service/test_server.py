@@ -32,7 +32,11 @@ async def refuse_to_drain(announce_s: float) -> bool:
     raise AssertionError("no test here drains by this")
 
 
-NO_CONTROL = Control(refuse, refuse_to_drain)
+async def refuse_a_model(name: str) -> Any:
+    raise AssertionError("no test here loads models")
+
+
+NO_CONTROL = Control(refuse, refuse_to_drain, refuse_a_model, refuse_a_model)
 
 
 @pytest.fixture

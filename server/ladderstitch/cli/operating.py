@@ -1,4 +1,4 @@
-"""`ladderstitch drain` and `health`: what orchestrators call inside a container."""
+"""`ladderstitch load`, `unload`, `drain`, `health`: a running server, from outside."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 from ladderstitch.cli.access import connect
 from ladderstitch.cli.console import err, out, user_errors
-from ladderstitch.cli.predicting import DEFAULT_ADDRESS, Address, explain, parse_duration
+from ladderstitch.cli.predicting import DEFAULT_ADDRESS, Address, explain, parse_duration, reported
 from ladderstitch.client import RequestFailed
 
 SLACK_S = 5.0
@@ -63,6 +63,34 @@ def health(
     raise typer.Exit(int(state != "SERVING"))
 
 
+def load(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Name of a model that the server has fetched.")],
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Serve another model on a running server, or read a loaded one anew; nothing is lost."""
+    with (
+        reported(address),
+        err.status(f"loading and warming {model} ..."),
+        connect(context, address) as client,
+    ):
+        name = client.load_model(model)
+    out.print(f"{name} answers")
+
+
+def unload(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Take a model away from a running server, once its accepted requests have ended."""
+    with reported(address), connect(context, address, timeout_s=600) as client:
+        client.unload_model(model, timeout_s=600)
+    out.print(f"{model} is gone")
+
+
 def register(app: typer.Typer) -> None:
+    app.command(rich_help_panel="Operate")(load)
+    app.command(rich_help_panel="Operate")(unload)
     app.command(rich_help_panel="Operate")(drain)
     app.command(rich_help_panel="Operate")(health)

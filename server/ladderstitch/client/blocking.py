@@ -107,6 +107,17 @@ class Client:
         reply: admin_pb2.UpdateSchedulingResponse = self._call(self.admin.UpdateScheduling, request)
         return reply.scheduling
 
+    def load_model(self, bundle: str, *, timeout_s: float = 600.0) -> str:
+        """Serve a fetched model on this replica, too; the name under which it answers."""
+        request = admin_pb2.LoadModelRequest(bundle=bundle)
+        reply: admin_pb2.LoadModelResponse = self._call(self.admin.LoadModel, request, timeout_s)
+        return reply.model_name
+
+    def unload_model(self, model: str, *, timeout_s: float | None = None) -> None:
+        """Take a model away from this replica when its accepted requests have ended."""
+        request = admin_pb2.UnloadModelRequest(model_name=model)
+        self._call(self.admin.UnloadModel, request, timeout_s)
+
     def drain(self, announce_s: float = 0.0, *, timeout_s: float | None = None) -> bool:
         """Take the replica out of service; waits, and tells whether all its requests ended."""
         request = admin_pb2.DrainRequest()

@@ -57,6 +57,20 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             raise BadInput("announce", f"expected 0 to {MAX_ANNOUNCE_S} seconds, got {announce_s}")
         return pb.DrainResponse(finished=await self.control.drain(announce_s))
 
+    @statuses
+    async def LoadModel(
+        self, request: pb.LoadModelRequest, context: Context
+    ) -> pb.LoadModelResponse:
+        hosted = await self.control.load(request.bundle)
+        return pb.LoadModelResponse(model_name=hosted.name, model_version=hosted.version)
+
+    @statuses
+    async def UnloadModel(
+        self, request: pb.UnloadModelRequest, context: Context
+    ) -> pb.UnloadModelResponse:
+        await self.control.unload(request.model_name)
+        return pb.UnloadModelResponse()
+
 
 def _changes(request: pb.UpdateSchedulingRequest) -> dict[str, Any]:
     """The fields of `SchedulerSettings` that a request sets."""

@@ -44,7 +44,8 @@ class Server:
         self.health = HealthServicer()
         self.port = self.admin_port = self.health_port = 0
         self._main = transport.server()
-        self._add_inference(self._main)
+        repository = None if transport.admin else control
+        self._add_inference(self._main, repository)
         self._admin = transport.server() if transport.admin else None
         self._probes = grpc.aio.server() if transport.health else None
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
@@ -60,7 +61,7 @@ class Server:
     def _servers(self) -> list[grpc.aio.Server]:
         return [s for s in (self._main, self._admin, self._probes) if s is not None]
 
-    def _add_inference(self, server: grpc.aio.Server) -> None:
+    def _add_inference(self, server: grpc.aio.Server, repository: Control | None) -> None:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceService(self.host), server
         )
@@ -68,7 +69,7 @@ class Server:
             GenerationService(self.host), server
         )
         grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-            OipService(self.host), server
+            OipService(self.host, repository), server
         )
 
     def _reflect(self, server: grpc.aio.Server, services: tuple[ServiceDescriptor, ...]) -> None:
@@ -95,6 +96,11 @@ class Server:
         state = states.SERVING if serving else states.NOT_SERVING
         for name in ("", *SERVICES, *self.host.everything):
             await self.health.set(name, state)
+
+    async def forget(self, model: str) -> None:
+        """A model is taken away: say so to those who watch its health."""
+        if model in self.host.everything:
+            await self.health.set(model, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
         """Take no new calls; those in flight have `grace_s` to end."""

@@ -51,6 +51,16 @@ class AdminServiceStub:
                 request_serializer=ladderstitch_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=ladderstitch_dot_v1_dot_admin__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.LoadModel = channel.unary_unary(
+                '/ladderstitch.v1.AdminService/LoadModel',
+                request_serializer=ladderstitch_dot_v1_dot_admin__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=ladderstitch_dot_v1_dot_admin__pb2.LoadModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/ladderstitch.v1.AdminService/UnloadModel',
+                request_serializer=ladderstitch_dot_v1_dot_admin__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=ladderstitch_dot_v1_dot_admin__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -89,6 +99,28 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadModel(self, request, context):
+        """Loads a fetched or embedded model on this replica, beside those that it serves; answers when it
+        is warm. A model that is loaded already is read anew: requests move over to the new version, and
+        those in flight end on the old one.
+
+        INVALID_ARGUMENT BAD_INPUT: no such bundle, or one that cannot be served here. UNAVAILABLE
+        DRAINING: this replica goes out of service.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Takes a model away from this replica: new requests get NOT_FOUND, answers when those accepted
+        have ended.
+
+        NOT_FOUND MODEL_NOT_FOUND: no such model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -106,6 +138,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=ladderstitch_dot_v1_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=ladderstitch_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=ladderstitch_dot_v1_dot_admin__pb2.LoadModelRequest.FromString,
+                    response_serializer=ladderstitch_dot_v1_dot_admin__pb2.LoadModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=ladderstitch_dot_v1_dot_admin__pb2.UnloadModelRequest.FromString,
+                    response_serializer=ladderstitch_dot_v1_dot_admin__pb2.UnloadModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -191,6 +233,60 @@ class AdminService:
             '/ladderstitch.v1.AdminService/Drain',
             ladderstitch_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
             ladderstitch_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ladderstitch.v1.AdminService/LoadModel',
+            ladderstitch_dot_v1_dot_admin__pb2.LoadModelRequest.SerializeToString,
+            ladderstitch_dot_v1_dot_admin__pb2.LoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ladderstitch.v1.AdminService/UnloadModel',
+            ladderstitch_dot_v1_dot_admin__pb2.UnloadModelRequest.SerializeToString,
+            ladderstitch_dot_v1_dot_admin__pb2.UnloadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -54,6 +54,20 @@ class AdminServiceStub:
 
     INVALID_ARGUMENT BAD_INPUT: `announce` is negative or over an hour.
     """
+    LoadModel: _grpc.UnaryUnaryMultiCallable[_admin_pb2.LoadModelRequest, _admin_pb2.LoadModelResponse]
+    """Loads a fetched or embedded model on this replica, beside those that it serves; answers when it
+    is warm. A model that is loaded already is read anew: requests move over to the new version, and
+    those in flight end on the old one.
+
+    INVALID_ARGUMENT BAD_INPUT: no such bundle, or one that cannot be served here. UNAVAILABLE
+    DRAINING: this replica goes out of service.
+    """
+    UnloadModel: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UnloadModelRequest, _admin_pb2.UnloadModelResponse]
+    """Takes a model away from this replica: new requests get NOT_FOUND, answers when those accepted
+    have ended.
+
+    NOT_FOUND MODEL_NOT_FOUND: no such model.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -80,6 +94,20 @@ class AdminServiceAsyncStub(AdminServiceStub):
     ended. The process keeps running until it is told to stop.
 
     INVALID_ARGUMENT BAD_INPUT: `announce` is negative or over an hour.
+    """
+    LoadModel: _aio.UnaryUnaryMultiCallable[_admin_pb2.LoadModelRequest, _admin_pb2.LoadModelResponse]  # type: ignore[assignment]
+    """Loads a fetched or embedded model on this replica, beside those that it serves; answers when it
+    is warm. A model that is loaded already is read anew: requests move over to the new version, and
+    those in flight end on the old one.
+
+    INVALID_ARGUMENT BAD_INPUT: no such bundle, or one that cannot be served here. UNAVAILABLE
+    DRAINING: this replica goes out of service.
+    """
+    UnloadModel: _aio.UnaryUnaryMultiCallable[_admin_pb2.UnloadModelRequest, _admin_pb2.UnloadModelResponse]  # type: ignore[assignment]
+    """Takes a model away from this replica: new requests get NOT_FOUND, answers when those accepted
+    have ended.
+
+    NOT_FOUND MODEL_NOT_FOUND: no such model.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -122,6 +150,32 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         ended. The process keeps running until it is told to stop.
 
         INVALID_ARGUMENT BAD_INPUT: `announce` is negative or over an hour.
+        """
+
+    @_abc_1.abstractmethod
+    def LoadModel(
+        self,
+        request: _admin_pb2.LoadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.LoadModelResponse, _abc.Awaitable[_admin_pb2.LoadModelResponse]]:
+        """Loads a fetched or embedded model on this replica, beside those that it serves; answers when it
+        is warm. A model that is loaded already is read anew: requests move over to the new version, and
+        those in flight end on the old one.
+
+        INVALID_ARGUMENT BAD_INPUT: no such bundle, or one that cannot be served here. UNAVAILABLE
+        DRAINING: this replica goes out of service.
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadModel(
+        self,
+        request: _admin_pb2.UnloadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.UnloadModelResponse, _abc.Awaitable[_admin_pb2.UnloadModelResponse]]:
+        """Takes a model away from this replica: new requests get NOT_FOUND, answers when those accepted
+        have ended.
+
+        NOT_FOUND MODEL_NOT_FOUND: no such model.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
