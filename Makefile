@@ -4,7 +4,7 @@ TORCH ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install serve test lint format types protos \
+.PHONY: help install serve test lint format types protos tools manifests \
 	verify-models verify-serving verify-training verify-language verify-kernels clean
 .DEFAULT_GOAL := help
 
@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt scripts/install.sh
 serve: install ## the embedded model on 127.0.0.1:8001; Ctrl-C stops it and leaves nothing behind
 	@exec $(BIN)/ladderstitch serve
 
-test: install lint types ## everything that CI runs, from nothing
+test: install tools lint types ## everything that CI runs, from nothing
 	$(BIN)/buf lint
 	$(BIN)/python scripts/protos.py --check
 	$(BIN)/pytest
@@ -38,6 +38,13 @@ types: install ## mypy, strict
 
 protos: install ## regenerate the committed stubs
 	$(BIN)/python scripts/protos.py
+
+tools: install ## helm, kubectl, promtool and others into .venv/tools; tests that lack one are skipped
+	@VENV=$(VENV) sh scripts/tools.sh
+
+manifests: tools ## render deploy/chart into deploy/kustomize, and the dashboard
+	$(BIN)/python scripts/manifests.py
+	$(BIN)/python scripts/dashboard.py
 
 verify-models: install ## every golden case, also those that LADDERSTITCH_GOLDEN names; memory of 71 stitches
 	$(BIN)/ladderstitch verify $(wildcard tests/golden/*.safetensors) $(wildcard $(LADDERSTITCH_GOLDEN)/*.safetensors)

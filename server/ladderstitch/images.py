@@ -17,8 +17,6 @@ from ladderstitch.bundle import Preprocessing
 from ladderstitch.core import Pixels
 from ladderstitch.errors import BadInput
 
-MAX_PIXELS = 50_000_000
-"""Checked on the header, before anything is decoded."""
 INLINE_PIXELS = 256 * 256
 """Larger pictures are decoded in a thread, so that they do not hold up the event loop."""
 ITEM_BYTES = {"UINT8": 1, "FP32": 4}
@@ -29,7 +27,9 @@ _decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
 class ImageReader:
     """Preprocesses for one model."""
 
-    def __init__(self, preprocessing: Preprocessing) -> None:
+    def __init__(self, preprocessing: Preprocessing, max_pixels: int) -> None:
+        """`max_pixels` is checked on a file's header, before anything is decoded."""
+        self.max_pixels = max_pixels
         self.shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
         self.mode = "L" if preprocessing.channels == 1 else "RGB"
         self.resample = Image.Resampling[preprocessing.resize.upper()]
@@ -84,11 +84,12 @@ class ImageReader:
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
             raise BadInput(field, f"expected a PNG or JPEG file: {_first_line(error)}") from error
         except Image.DecompressionBombError as error:
-            raise BadInput(field, f"expected at most {MAX_PIXELS} pixels: {error}") from error
+            raise BadInput(field, f"expected at most {self.max_pixels} pixels: {error}") from error
         pixels = image.width * image.height
-        if pixels > MAX_PIXELS:
+        if pixels > self.max_pixels:
             raise BadInput(
-                field, f"expected at most {MAX_PIXELS} pixels, got {image.width} x {image.height}"
+                field,
+                f"expected at most {self.max_pixels} pixels, got {image.width} x {image.height}",
             )
         if pixels <= INLINE_PIXELS:
             return self._decode(field, image)

@@ -5,7 +5,17 @@ from __future__ import annotations
 import typer
 
 import ladderstitch
-from ladderstitch.cli import generating, making, measuring, overlapping, predicting, serving
+from ladderstitch.cli import (
+    access,
+    doctoring,
+    generating,
+    making,
+    measuring,
+    operating,
+    overlapping,
+    predicting,
+    serving,
+)
 
 app = typer.Typer(
     name="ladderstitch",
@@ -24,14 +34,23 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def main(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
+    ca: access.Ca = None,
+    tls: access.Tls = False,
+    certificate: access.Certificate = None,
+    key: access.Key = None,
+    token_file: access.TokenFile = None,
+    server_name: access.ServerName = None,
 ) -> None:
-    pass
+    context.obj = access.Options(ca, tls, certificate, key, token_file, server_name)
 
 
 serving.register(app)
+operating.register(app)
+doctoring.register(app)
 predicting.register(app)
 generating.register(app)
 making.register(app)

@@ -104,6 +104,10 @@ class Scheduler:
         return len(self._queue)
 
     @property
+    def running_requests(self) -> int:
+        return len(self._running)
+
+    @property
     def queue_rows(self) -> int:
         return self._queue.rows
 
