@@ -59,6 +59,14 @@ class Planner:
         busy_s = max(0.0, self.busy_until - now)
         return admission.Load(now, busy_s, len(self.queue), self.queue.rows)
 
+    def wait_s(self, request: Request, now: float) -> float:
+        """Seconds of other work before this request would run, if it were added now."""
+        busy_s = max(0.0, self.busy_until - now)
+        if not self.queue:
+            return busy_s
+        ahead = self.queue.rows_before(request)
+        return busy_s + admission.work_s(ahead, self.menu, self.latency.view)
+
     def check_budget(
         self, budget_s: float | None, min_quality: float, now: float
     ) -> admission.BudgetCheck:
@@ -86,6 +94,10 @@ class Planner:
         self.queue.add(request)
         if self._arrivals.add(request) and self.settings.policy == "adaptive":
             self.policy = make_policy(self.settings, self.menu, self._arrivals.forecast)
+
+    def take_expired(self, now: float) -> list[Request]:
+        """Remove and return the requests whose limit has passed."""
+        return self.queue.take_expired(now)
 
     def decide(self, now: float) -> Decision | Hold:
         """The next batch, taken off the queue, which must not be empty; or how long to wait."""
