@@ -19,6 +19,7 @@ from ladderstitch.scheduling.policies import make_policy
 from ladderstitch.scheduling.policy import Decision, Hold
 from ladderstitch.scheduling.queue import DeadlineQueue
 from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.scheduling.prices import Prices
 
 
 class Planner:
@@ -52,7 +53,8 @@ class Planner:
         self.latency.set_probability(settings.attainment_probability)
         self.settings = settings
         self.menu = Menu.of(self.quality, self.latency.profile, settings)
-        self.policy = make_policy(settings, self.menu, self._arrivals.forecast)
+        self._prices = Prices.of(self.menu.frontier, self.quality, self.latency.view.profiled)
+        self.policy = make_policy(settings, self.menu, self._arrivals.forecast, self._prices)
 
     def load(self, now: float) -> admission.Load:
         """What admission knows of the present."""
@@ -93,11 +95,16 @@ class Planner:
         """Queue an admitted request, and let the policy know of the traffic."""
         self.queue.add(request)
         if self._arrivals.add(request) and self.settings.policy == "adaptive":
-            self.policy = make_policy(self.settings, self.menu, self._arrivals.forecast)
+            self.policy = make_policy(self.settings, self.menu, self._arrivals.forecast, self._prices)
 
     def take_expired(self, now: float) -> list[Request]:
-        """Remove and return the requests whose limit has passed."""
-        return self.queue.take_expired(now)
+        """Remove and return the requests that cannot end before their limit any more.
+
+        That is, not even alone on the fastest stitch and as fast as it lately was at best.
+        """
+        view = self.latency.view
+        alone_s = view.expected(self.menu.frontier[0], 1) * view.residuals[0]
+        return self.queue.take_expired(now + alone_s)
 
     def decide(self, now: float) -> Decision | Hold:
         """The next batch, taken off the queue, which must not be empty; or how long to wait."""

@@ -7,9 +7,10 @@ from ladderstitch.scheduling.arrivals import Forecast
 from ladderstitch.scheduling.menu import Menu
 from ladderstitch.scheduling.policy import Fixed, MaxBatch, MaxQuality, Policy, SlackFit
 from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.scheduling.prices import Prices
 
 
-def make_policy(settings: SchedulerSettings, menu: Menu, forecast: Forecast) -> Policy:
+def make_policy(settings: SchedulerSettings, menu: Menu, forecast: Forecast, prices: Prices) -> Policy:
     """The policy that the settings name."""
     match settings.policy:
         case "fixed":
@@ -21,4 +22,4 @@ def make_policy(settings: SchedulerSettings, menu: Menu, forecast: Forecast) -> 
         case "slackfit":
             return SlackFit(menu, settings.slackfit_buckets, settings.overhead_s)
         case "adaptive":
-            return Adaptive(menu, settings.overhead_s, forecast)
+            return Adaptive(menu, settings.overhead_s, forecast, prices)
