@@ -54,6 +54,8 @@ def supernet() -> Family:
 
 
 def of_bundle(bundle: Bundle) -> Family:
-    """A bundle's own profile."""
+    """A bundle's own measurements; raises `ValueError` if it has none."""
+    if bundle.quality is None or bundle.latency is None:
+        raise ValueError(f"{bundle.path}: expected quality.json and latency.json beside the model")
     quality = {stitch: q.value for stitch, q in bundle.quality.stitches.items()}
     return Family(bundle.manifest.name, quality, bundle.latency)

@@ -15,6 +15,10 @@ Times = NDArray[np.float64]
 """[N] seconds from the start, ascending."""
 
 
+POINTS = 256
+"""Of each spell of changing rate, between which arrivals are interpolated."""
+
+
 @dataclass(frozen=True, slots=True)
 class BudgetClass:
     """Requests that share a budget; `share` is how often it is drawn, relative to the others."""
@@ -39,7 +43,8 @@ class Trace:
     @property
     def budgets_s(self) -> Times:
         """[N]."""
-        return np.array([c.budget_s for c in self.classes])[self.picks]
+        budgets: Times = np.array([c.budget_s for c in self.classes])[self.picks]
+        return budgets
 
     @classmethod
     def draw(
@@ -65,7 +70,7 @@ def gamma(rate: float, cv2: float, seconds: float, rng: np.random.Generator) -> 
     while times[-1] < seconds:
         gaps = rng.gamma(1 / cv2, cv2 / rate, size=int(rate * seconds / 4) + 16)
         times += (times[-1] + np.cumsum(gaps)).tolist()
-    arrivals = np.array(times)
+    arrivals: Times = np.array(times)
     return arrivals[arrivals < seconds]
 
 
@@ -81,15 +86,13 @@ def varying(rates: Sequence[tuple[float, float]], rng: np.random.Generator) -> T
     at, rate = (np.array(column) for column in zip(*rates, strict=True))
     sums = np.concatenate([[0.0], np.cumsum(np.diff(at) * (rate[1:] + rate[:-1]) / 2)])
     units = poisson(1.0, float(sums[-1]), rng)  # a unit-rate process, stretched by the integral
-    grid = np.concatenate([np.linspace(a, b, 256) for a, b in zip(at[:-1], at[1:], strict=True)])
-    within = np.concatenate(
-        [
-            s
-            + (x := np.linspace(0, b - a, 256)) * (r + x * ((q - r) / (b - a) if b > a else 0) / 2)
-            for s, a, b, r, q in zip(sums[:-1], at[:-1], at[1:], rate[:-1], rate[1:], strict=True)
-        ]
-    )
-    times: Times = np.interp(units, within, grid) - at[0]
+    starts, ends = at[:-1], at[1:]
+    along = np.linspace(0, 1, POINTS)[:, None] * (ends - starts)  # [POINTS, spells]
+    climb = np.diff(rate) / np.maximum(ends - starts, 1e-12)
+    within = sums[:-1] + along * (rate[:-1] + along * climb / 2)
+    grid = starts + along
+    # Arrivals are where the integral of the rate has grown by the unit process's gaps.
+    times: Times = np.interp(units, within.T.ravel(), grid.T.ravel()) - at[0]
     return times
 
 
@@ -126,7 +129,7 @@ def read_arrivals(file: Path) -> Times:
             raise ValueError(f"{file}:{number}: expected {expected}, got {row}") from error
     if not times:
         raise ValueError(f"{file}: expected at least one arrival")
-    arrivals = np.sort(np.array(times))
+    arrivals: Times = np.sort(np.array(times))
     return arrivals - arrivals[0]
 
 
@@ -134,5 +137,5 @@ def replay(times: Times, rate: float, seconds: float, start: float = 0.0) -> Tim
     """The recorded arrivals from the share `start` of them on, at another mean rate, cut off."""
     chosen = times[int(start * len(times)) :]
     chosen = chosen[: max(2, round(rate * seconds))] - chosen[0]
-    scaled = chosen * (len(chosen) / rate / max(chosen[-1], 1e-9))
+    scaled: Times = chosen * (len(chosen) / rate / max(chosen[-1], 1e-9))
     return scaled[scaled < seconds]

@@ -17,9 +17,9 @@ from ladderstitch.scheduling.latency import LatencyTable, Transit
 from ladderstitch.scheduling.menu import Menu
 from ladderstitch.scheduling.policies import make_policy
 from ladderstitch.scheduling.policy import Decision, Hold
+from ladderstitch.scheduling.prices import Prices
 from ladderstitch.scheduling.queue import DeadlineQueue
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.scheduling.prices import Prices
 
 
 class Planner:
@@ -54,7 +54,7 @@ class Planner:
         self.settings = settings
         self.menu = Menu.of(self.quality, self.latency.profile, settings)
         self._prices = Prices.of(self.menu.frontier, self.quality, self.latency.view.profiled)
-        self.policy = make_policy(settings, self.menu, self._arrivals.forecast, self._prices)
+        self._renew()
 
     def load(self, now: float) -> admission.Load:
         """What admission knows of the present."""
@@ -95,7 +95,9 @@ class Planner:
         """Queue an admitted request, and let the policy know of the traffic."""
         self.queue.add(request)
         if self._arrivals.add(request) and self.settings.policy == "adaptive":
-            self.policy = make_policy(self.settings, self.menu, self._arrivals.forecast, self._prices)
+            self.policy = make_policy(
+                self.settings, self.menu, self._arrivals.forecast, self._prices
+            )
 
     def take_expired(self, now: float) -> list[Request]:
         """Remove and return the requests that cannot end before their limit any more.
@@ -124,6 +126,10 @@ class Planner:
         """Learn from a batch that came back whole; returns actual over expected seconds."""
         self._transit.observe(total_s - compute_s)
         return self.latency.observe(stitch, rows, compute_s)
+
+    def _renew(self) -> None:
+        forecast = self._arrivals.forecast
+        self.policy = make_policy(self.settings, self.menu, forecast, self._prices)
 
     def free(self) -> None:
         """The engine has nothing to do."""

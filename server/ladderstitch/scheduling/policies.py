@@ -6,11 +6,13 @@ from ladderstitch.scheduling.adaptive import Adaptive
 from ladderstitch.scheduling.arrivals import Forecast
 from ladderstitch.scheduling.menu import Menu
 from ladderstitch.scheduling.policy import Fixed, MaxBatch, MaxQuality, Policy, SlackFit
-from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.scheduling.prices import Prices
+from ladderstitch.scheduling.settings import SchedulerSettings
 
 
-def make_policy(settings: SchedulerSettings, menu: Menu, forecast: Forecast, prices: Prices) -> Policy:
+def make_policy(
+    settings: SchedulerSettings, menu: Menu, forecast: Forecast, prices: Prices
+) -> Policy:
     """The policy that the settings name."""
     match settings.policy:
         case "fixed":

@@ -1,9 +1,8 @@
-"""What a second of the engine is worth, by how many seconds there are for each row.
+"""What a row can earn, by how many seconds of the engine there are for it.
 
 The fluid limit of serving under load: with u seconds for every row, the best mix of stitches lies
-on the concave hull of (seconds a row, quality), and the slope there is what one more second earns.
-A batch is worth running on a better stitch if it gains more than its extra seconds cost at that
-price.
+on the concave hull of (seconds a row, quality). Below the cheapest stitch's cost there is not
+enough for everyone, and quality falls to 0 in proportion.
 """
 
 from __future__ import annotations
@@ -11,39 +10,47 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 SPELLS = 24
 """Longest batch durations that the hull is worked out for."""
 
+Point = tuple[float, float]
+"""Seconds a row, quality."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hull:
-    """Prices between the hull's points: below `costs_s[i]` a second is worth `prices[i]`.
-
-    The last price, beyond the dearest point, is 0; the first, below the cheapest one, is what an
-    answer on the cheapest earns in a second: there is not enough for everyone.
-    """
+    """Piecewise linear: beyond `costs_s[i-1]` a row earns `bases[i] + slopes[i] * u`."""
 
     costs_s: tuple[float, ...]
-    prices: tuple[float, ...]
-    nets: tuple[float, ...]
+    bases: tuple[float, ...]
+    slopes: tuple[float, ...]
 
-    def quality(self, u: float) -> float:
-        place = bisect_right(self.costs_s, u)
-        return self.nets[place] + self.prices[place] * u
-
-    def price(self, seconds_per_row: float) -> tuple[float, float]:
-        """Of a second; and what a row earns beyond the price of its seconds."""
+    def quality(self, seconds_per_row: float) -> float:
+        """Mean quality that so much time allows."""
         place = bisect_right(self.costs_s, seconds_per_row)
-        return self.prices[place], self.nets[place]
+        return self.bases[place] + self.slopes[place] * seconds_per_row
+
+    @classmethod
+    def over(cls, upper: Sequence[Point]) -> Hull:
+        """Through the points of a concave hull, cheapest first."""
+        slopes = [0.0, *(_slope(a, b) for a, b in pairwise(upper)), 0.0]
+        slopes[0] = upper[0][1] / upper[0][0]
+        bases = [0.0, *(q - m * c for (c, q), m in zip(upper, slopes[1:], strict=True))]
+        return cls(tuple(cost for cost, _ in upper), tuple(bases), tuple(slopes))
 
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Hulls by the longest time that a batch may take, in the profile's seconds."""
+    """Hulls by the longest time that a batch may take, in the profile's seconds.
+
+    `efficient` are the stitches on any of them; the others are never worth their time.
+    """
 
     longest_s: tuple[float, ...]
     hulls: tuple[Hull, ...]
+    efficient: frozenset[int]
 
     @classmethod
     def of(
@@ -56,39 +63,39 @@ class Prices:
         low = profiled[frontier[0]][1]
         ratio = max(profiled[stitch][-1] for stitch in frontier) / low
         longest = tuple(low * ratio ** (i / (SPELLS - 1)) for i in range(SPELLS))
-        hulls = tuple(_hull(frontier, quality, profiled, spell) for spell in longest)
-        return cls(longest, hulls)
+        hulls: list[Hull] = []
+        efficient: set[int] = set()
+        for spell_s in longest:
+            points = {
+                (_cheapest(profiled[stitch], spell_s), quality[stitch]): stitch
+                for stitch in frontier
+            }
+            upper = _upper_hull(sorted(points, key=lambda point: (point[0], -point[1])))
+            hulls.append(Hull.over(upper))
+            efficient.update(points[point] for point in upper)
+        return cls(longest, tuple(hulls), frozenset(efficient))
 
     def hull(self, longest_s: float) -> Hull:
         """For batches that take no longer than this."""
         return self.hulls[max(0, bisect_right(self.longest_s, longest_s) - 1)]
 
 
-def _hull(
-    frontier: Sequence[int],
-    quality: Mapping[int, float],
-    profiled: Mapping[int, tuple[float, ...]],
-    longest_s: float,
-) -> Hull:
-    points = []
-    for stitch in frontier:
-        seconds = profiled[stitch]
-        fits = max(1, bisect_right(seconds, longest_s, lo=1) - 1)
-        points.append((min(seconds[n] / n for n in range(1, fits + 1)), quality[stitch]))
-    points.sort(key=lambda point: (point[0], -point[1]))
+def _cheapest(seconds: Sequence[float], longest_s: float) -> float:
+    """Least seconds a row, in batches that take no longer; a single row always may."""
+    fits = max(1, bisect_right(seconds, longest_s, lo=1) - 1)
+    return min(seconds[rows] / rows for rows in range(1, fits + 1))
+
+
+def _upper_hull(points: Sequence[Point]) -> list[Point]:
     upper = [points[0]]
-    for cost, worth in points[1:]:
-        if worth <= upper[-1][1]:
+    for point in points[1:]:
+        if point[1] <= upper[-1][1]:
             continue
-        while len(upper) > 1 and _slope(upper[-2], upper[-1]) <= _slope(upper[-1], (cost, worth)):
+        while len(upper) > 1 and _slope(upper[-2], upper[-1]) <= _slope(upper[-1], point):
             upper.pop()
-        upper.append((cost, worth))
-    slopes = [_slope(a, b) for a, b in zip(upper[:-1], upper[1:], strict=True)]
-    cheapest_s, worth = upper[0]
-    prices = (worth / cheapest_s, *slopes, 0.0)
-    nets = [worth - price * cost for price, (cost, worth) in zip(prices[1:], upper, strict=True)]
-    return Hull(tuple(cost for cost, _ in upper), prices, (0.0, *nets))
+        upper.append(point)
+    return upper
 
 
-def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+def _slope(a: Point, b: Point) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])
