@@ -71,7 +71,8 @@ def gamma(rate: float, cv2: float, seconds: float, rng: np.random.Generator) -> 
         gaps = rng.gamma(1 / cv2, cv2 / rate, size=int(rate * seconds / 4) + 16)
         times += (times[-1] + np.cumsum(gaps)).tolist()
     arrivals: Times = np.array(times)
-    return arrivals[arrivals < seconds]
+    kept: Times = arrivals[arrivals < seconds]
+    return kept
 
 
 def poisson(rate: float, seconds: float, rng: np.random.Generator) -> Times:
@@ -138,4 +139,5 @@ def replay(times: Times, rate: float, seconds: float, start: float = 0.0) -> Tim
     chosen = times[int(start * len(times)) :]
     chosen = chosen[: max(2, round(rate * seconds))] - chosen[0]
     scaled: Times = chosen * (len(chosen) / rate / max(chosen[-1], 1e-9))
-    return scaled[scaled < seconds]
+    kept: Times = scaled[scaled < seconds]
+    return kept

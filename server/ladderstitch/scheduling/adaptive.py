@@ -30,8 +30,9 @@ TIE = 1e-6
 class Moment:
     """What all choices of one decision share.
 
-    The first `head` requests of the queue are past saving; `scale` turns seconds into the profile's;
-    `alone_s` is the least that any request takes; `strained` says that not all can be in time.
+    The first `head` requests of the queue are past saving; `scale` turns seconds into the
+    profile's; `alone_s` is the least that any request takes; `strained` says that not
+    all can be in time.
     """
 
     start: float

@@ -21,6 +21,9 @@ from ladderstitch.scheduling.prices import Prices
 from ladderstitch.scheduling.queue import DeadlineQueue
 from ladderstitch.scheduling.settings import SchedulerSettings
 
+FORECASTING = frozenset({"adaptive", "model_switching"})
+"""Policies that are told anew what to expect as requests come."""
+
 
 class Planner:
     """All times are seconds on the clock of the requests; `busy_until` is 0 while nothing runs.
@@ -94,7 +97,7 @@ class Planner:
     def add(self, request: Request) -> None:
         """Queue an admitted request, and let the policy know of the traffic."""
         self.queue.add(request)
-        if self._arrivals.add(request) and self.settings.policy == "adaptive":
+        if self._arrivals.add(request) and self.settings.policy in FORECASTING:
             self.policy = make_policy(
                 self.settings, self.menu, self._arrivals.forecast, self._prices
             )
