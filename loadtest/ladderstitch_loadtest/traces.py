@@ -63,7 +63,8 @@ def gamma(rate: float, cv2: float, seconds: float, rng: np.random.Generator) -> 
     a random instant of its life, so that also a short trace has the mean rate.
     """
     if cv2 == 0:
-        return np.arange(rng.random() / rate, seconds, 1 / rate)
+        even: Times = np.arange(rng.random() / rate, seconds, 1 / rate)
+        return even
     # The gap that covers a random instant is longer than the others: gamma of shape + 1.
     first = rng.random() * rng.gamma(1 / cv2 + 1, cv2 / rate)
     times = [first]
@@ -131,7 +132,8 @@ def read_arrivals(file: Path) -> Times:
     if not times:
         raise ValueError(f"{file}: expected at least one arrival")
     arrivals: Times = np.sort(np.array(times))
-    return arrivals - arrivals[0]
+    since: Times = arrivals - arrivals[0]
+    return since
 
 
 def replay(times: Times, rate: float, seconds: float, start: float = 0.0) -> Times:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ladderstitch.core import Request
 from ladderstitch.scheduling.adaptive import Adaptive
 from ladderstitch.scheduling.arrivals import REMEMBERED, Arrivals, Forecast
-from tests.scheduling.conftest import make_menu, make_request, plain_view
+from tests.scheduling.conftest import make_menu, make_prices, make_request, plain_view
 
 NOW = 50.0
 
@@ -20,7 +20,7 @@ NOTHING_KNOWN = Forecast()
 
 
 def decide(requests: list[Request], forecast: Forecast = NOTHING_KNOWN) -> tuple[int, int]:
-    got = Adaptive(make_menu(), 0.0, forecast)(requests, plain_view(), NOW)
+    got = Adaptive(make_menu(), 0.0, forecast, make_prices())(requests, plain_view(), NOW)
     return got.stitch, len(got.requests)
 
 
@@ -59,8 +59,10 @@ def test_near_misses_in_the_past_make_it_careful() -> None:
     view = plain_view()
     careful = type(view)(view.profiled, 8, 1.0, 1.0, residuals=(1.0, 1.0, 1.3))
     request = [make_request(NOW + 0.0085)]
-    assert Adaptive(make_menu(), 0.0, NOTHING_KNOWN)(request, view, NOW).stitch == 2
-    assert Adaptive(make_menu(), 0.0, NOTHING_KNOWN)(request, careful, NOW).stitch == 1
+    assert Adaptive(make_menu(), 0.0, NOTHING_KNOWN, make_prices())(request, view, NOW).stitch == 2
+    assert (
+        Adaptive(make_menu(), 0.0, NOTHING_KNOWN, make_prices())(request, careful, NOW).stitch == 1
+    )
 
 
 @given(

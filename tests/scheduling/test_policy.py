@@ -17,7 +17,7 @@ from ladderstitch.scheduling.policies import make_policy
 from ladderstitch.scheduling.policy import Decision, Policy, slackfit_buckets
 from ladderstitch.scheduling.queue import DeadlineQueue
 from ladderstitch.scheduling.settings import SchedulerSettings
-from tests.scheduling.conftest import QUALITY, make_menu, make_request, plain_view
+from tests.scheduling.conftest import QUALITY, make_menu, make_prices, make_request, plain_view
 
 NOW = 50.0
 NAMES = ("fixed", "max_quality", "max_batch", "slackfit", "adaptive")
@@ -30,7 +30,7 @@ def policy(name: str, menu: Menu, **fields: object) -> Policy:
     chosen = SchedulerSettings.model_validate(
         {"policy": name, "overhead_s": 0.0, "slackfit_buckets": 16} | stitch | fields
     )
-    return make_policy(chosen, menu, Forecast())
+    return make_policy(chosen, menu, Forecast(), make_prices())
 
 
 def ordered(requests: list[Request]) -> Sequence[Request]:

@@ -22,6 +22,8 @@ PATIENCE_S = 1.0
 """A request this late is worth as much as one that is in time, and more from then on."""
 DECLINES = 2
 """Slower stitches in a row that were no better, after which none is tried."""
+TOGETHER = 0.5
+"""Share of those arriving during a batch that an impatient one among them has to run with."""
 TIE = 1e-6
 """Of equals the larger batch is taken."""
 
@@ -152,7 +154,8 @@ class Adaptive:
         quality, fastest = self.menu.quality, self.menu.frontier[0]
         busy_s = latency.seconds(stitch, rows)
         value = (quality[stitch] + TIE) * rows
-        late = self.forecast.late(busy_s, moment.alone_s)
+        arrived = min(latency.max_rows, 1 + int(TOGETHER * self.forecast.rate * busy_s))
+        late = self.forecast.late(busy_s, latency.seconds(fastest, arrived) + self.overhead_s)
         if rows < len(safe_s) and busy_s > safe_s[rows]:
             late += 1
         done = rows + at - moment.head

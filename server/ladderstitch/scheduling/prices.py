@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+TURNS_OUT = ((0.7, 0.02), (0.8, 0.05), (0.9, 0.23), (1.0, 0.4), (1.1, 0.3))
+"""What there is, over what was expected, when requests come in bursts: equally likely."""
 SPELLS = 24
 """Longest batch durations that the hull is worked out for."""
 
@@ -31,6 +33,13 @@ class Hull:
         """Mean quality that so much time allows."""
         place = bisect_right(self.costs_s, seconds_per_row)
         return self.bases[place] + self.slopes[place] * seconds_per_row
+
+    def smoothed(self) -> Hull:
+        """The mean over how much time there may turn out to be; it is concave too."""
+        breaks = sorted({cost / share for cost in self.costs_s for share, _ in TURNS_OUT})
+        return Hull.over(
+            [(u, sum(w * self.quality(share * u) for share, w in TURNS_OUT)) for u in breaks]
+        )
 
     @classmethod
     def over(cls, upper: Sequence[Point]) -> Hull:
@@ -71,7 +80,7 @@ class Prices:
                 for stitch in frontier
             }
             upper = _upper_hull(sorted(points, key=lambda point: (point[0], -point[1])))
-            hulls.append(Hull.over(upper))
+            hulls.append(Hull.over(upper).smoothed())
             efficient.update(points[point] for point in upper)
         return cls(longest, tuple(hulls), frozenset(efficient))
 
