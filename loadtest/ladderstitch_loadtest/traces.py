@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from numpy.typing import NDArray
 
 Times = NDArray[np.float64]
@@ -43,8 +44,7 @@ class Trace:
     @property
     def budgets_s(self) -> Times:
         """[N]."""
-        budgets: Times = np.array([c.budget_s for c in self.classes])[self.picks]
-        return budgets
+        return _times(np.array([c.budget_s for c in self.classes])[self.picks])
 
     @classmethod
     def draw(
@@ -63,17 +63,15 @@ def gamma(rate: float, cv2: float, seconds: float, rng: np.random.Generator) -> 
     a random instant of its life, so that also a short trace has the mean rate.
     """
     if cv2 == 0:
-        even: Times = np.arange(rng.random() / rate, seconds, 1 / rate)
-        return even
+        return _times(np.arange(rng.random() / rate, seconds, 1 / rate))
     # The gap that covers a random instant is longer than the others: gamma of shape + 1.
     first = rng.random() * rng.gamma(1 / cv2 + 1, cv2 / rate)
     times = [first]
     while times[-1] < seconds:
         gaps = rng.gamma(1 / cv2, cv2 / rate, size=int(rate * seconds / 4) + 16)
         times += (times[-1] + np.cumsum(gaps)).tolist()
-    arrivals: Times = np.array(times)
-    kept: Times = arrivals[arrivals < seconds]
-    return kept
+    arrivals = np.array(times)
+    return _times(arrivals[arrivals < seconds])
 
 
 def poisson(rate: float, seconds: float, rng: np.random.Generator) -> Times:
@@ -94,8 +92,7 @@ def varying(rates: Sequence[tuple[float, float]], rng: np.random.Generator) -> T
     within = sums[:-1] + along * (rate[:-1] + along * climb / 2)
     grid = starts + along
     # Arrivals are where the integral of the rate has grown by the unit process's gaps.
-    times: Times = np.interp(units, within.T.ravel(), grid.T.ravel()) - at[0]
-    return times
+    return _times(np.interp(units, within.T.ravel(), grid.T.ravel()) - at[0])
 
 
 def ramp(low: float, high: float, seconds: float, rng: np.random.Generator) -> Times:
@@ -131,15 +128,17 @@ def read_arrivals(file: Path) -> Times:
             raise ValueError(f"{file}:{number}: expected {expected}, got {row}") from error
     if not times:
         raise ValueError(f"{file}: expected at least one arrival")
-    arrivals: Times = np.sort(np.array(times))
-    since: Times = arrivals - arrivals[0]
-    return since
+    arrivals = np.sort(np.array(times))
+    return _times(arrivals - arrivals[0])
 
 
 def replay(times: Times, rate: float, seconds: float, start: float = 0.0) -> Times:
     """The recorded arrivals from the share `start` of them on, at another mean rate, cut off."""
     chosen = times[int(start * len(times)) :]
     chosen = chosen[: max(2, round(rate * seconds))] - chosen[0]
-    scaled: Times = chosen * (len(chosen) / rate / max(chosen[-1], 1e-9))
-    kept: Times = scaled[scaled < seconds]
-    return kept
+    scaled = chosen * (len(chosen) / rate / max(chosen[-1], 1e-9))
+    return _times(scaled[scaled < seconds])
+
+
+def _times(values: npt.ArrayLike) -> Times:
+    return np.asarray(values, np.float64)

@@ -65,7 +65,8 @@ def test_what_holds_for_every_decision(
     got = decide(queue, view, NOW)
     assert got == decide(queue, view, NOW)
     assert list(queue) == before
-    assert got.requests[0] is queue[0]
+    if name != "adaptive":  # which may let those that are late anyway wait
+        assert got.requests[0] is queue[0]
     positions = [before.index(request) for request in got.requests]
     assert positions == sorted(set(positions))
     assert sum(request.rows for request in got.requests) <= view.max_rows
