@@ -48,7 +48,7 @@ manifests: tools ## render deploy/chart into deploy/kustomize, and the dashboard
 	$(BIN)/python scripts/dashboard.py
 
 verify-models: install ## every golden case, also those that LADDERSTITCH_GOLDEN names; memory of 71 stitches
-	$(BIN)/ladderstitch verify $(filter-out %/lsq_raw.safetensors,$(wildcard tests/golden/*.safetensors))
+	$(BIN)/ladderstitch verify $(wildcard tests/golden/*.safetensors) $(wildcard $(LADDERSTITCH_GOLDEN)/*.safetensors)
 	$(BIN)/pytest -q tests/models tests/test_verify.py
 	$(BIN)/ladderstitch-loadtest memory --out loadtest/results
 

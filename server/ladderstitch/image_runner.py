@@ -124,7 +124,7 @@ def quality_table(bundle: Bundle) -> QualityTable:
     """Raises `BundleError` if the bundle is not calibrated, or not for every stitch."""
     if bundle.quality is None:
         raise BundleError(f"{bundle.path}: no quality.json; run `ladderstitch calibrate` first")
-    stitches = {stitch.id for stitch in bundle.manifest.config.stitches()}
+    stitches = {s.id for s in bundle.manifest.config.stitches() if s.usable}
     if missing := stitches - bundle.quality.stitches.keys():
         raise BundleError(
             f"{bundle.path / 'quality.json'}: stitches {sorted(missing)} are not calibrated; "

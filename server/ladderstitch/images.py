@@ -33,6 +33,7 @@ class ImageReader:
         self.shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
         self.mode = "L" if preprocessing.channels == 1 else "RGB"
         self.resample = Image.Resampling[preprocessing.resize.upper()]
+        self.crop = preprocessing.crop
         std = np.asarray(preprocessing.std, np.float32)
         mean = np.asarray(preprocessing.mean, np.float32)
         self.scale = (1 / (255 * std)).reshape(-1, 1, 1)
@@ -104,10 +105,18 @@ class ImageReader:
             picture = upright.convert(self.mode)
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise BadInput(field, f"the picture is broken: {_first_line(error)}") from error
-        if picture.size != (width, height):
-            picture = picture.resize((width, height), self.resample)
+        box = None if self.crop is None else centred_square(picture.size, self.crop)
+        if picture.size != (width, height) or box is not None:
+            picture = picture.resize((width, height), self.resample, box)
         array = np.asarray(picture, np.uint8).reshape(height, width, -1)
         return self.normalise(np.ascontiguousarray(array.transpose(2, 0, 1))[None])
+
+
+def centred_square(size: tuple[int, int], share: float) -> tuple[float, float, float, float]:
+    """Left, upper, right and lower edge of a square of this share of the shorter side."""
+    side = share * min(size)
+    left, upper = (size[0] - side) / 2, (size[1] - side) / 2
+    return left, upper, left + side, upper + side
 
 
 def _first_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from ladderstitch.bundle import EMBEDDED
 from ladderstitch.catalogue import find_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.config import ServerConfig
@@ -178,8 +179,9 @@ def _say_ready(config: ServerConfig, port: int, metrics_port: int, started: floa
     if is_language_bundle(config.bundle):
         command = f'{sys.argv[0]} generate "The capital of France is"{address}'
     else:
-        images = "examples/fashion-mnist/images/*.png" if EXAMPLES.is_dir() else "IMAGE.png"
-        command = f"{sys.argv[0]} predict {images} --budget 5ms{address}"
+        ours = EXAMPLES.is_dir() and config.bundle == EMBEDDED
+        images = f"{EXAMPLES}/*.png --budget 5ms" if ours else "IMAGE.png --budget 100ms"
+        command = f"{sys.argv[0]} predict {images}{address}"
     out.print(f"try:  {command}", soft_wrap=True, highlight=False)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ladderstitch.errors import ConfigError, DataError
+from ladderstitch.models.trunk import Trunk
 from ladderstitch.models.vit import Vit
 from ladderstitch.training.data import LabelledImages
 from ladderstitch.training.loop import Run, accuracy, fit
@@ -21,18 +22,18 @@ def anchor_file(folder: Path, anchor: int) -> Path:
     return folder / f"anchor-{anchor}.safetensors"
 
 
-def load_anchor(recipe: Recipe, folder: Path, anchor: int) -> Vit:
+def load_anchor(recipe: Recipe, folder: Path, anchor: int) -> Trunk:
     """A trained anchor; raises `DataError` if `ladderstitch train` has not finished it."""
     path = anchor_file(folder, anchor)
     if not path.exists():
         raise DataError(f"{path}: no such anchor; run `ladderstitch train` first")
-    model = Vit(recipe.family.inputs, recipe.family.anchors[anchor])
+    model = recipe.family.anchors[anchor].build(recipe.family.inputs)
     model.load_state_dict(load_file(path))
     return model.eval()
 
 
 def train_anchors(recipe: Recipe, images: LabelledImages, folder: Path, progress: Progress) -> None:
-    """Write `anchor-{a}.safetensors` (float32, timm key names) for each anchor not yet there."""
+    """Write `anchor-{a}.safetensors` (float32, upstream's names) for each not yet there."""
     if len(recipe.anchors) != len(recipe.family.anchors):
         raise ConfigError(
             f"anchors: expected one schedule for each of {len(recipe.family.anchors)} anchors, "
@@ -50,8 +51,9 @@ def _train_anchor(
 ) -> None:
     train, validation = images.split(recipe.data.validation_images)
     torch.manual_seed(recipe.seed + anchor)
-    model = Vit(recipe.family.inputs, recipe.family.anchors[anchor])
-    init_vit(model)
+    model = recipe.family.anchors[anchor].build(recipe.family.inputs)
+    if isinstance(model, Vit):
+        init_vit(model)
     schedule = recipe.anchors[anchor]
     run = Run(f"anchor-{anchor}", folder, recipe.seed + anchor, schedule, recipe.data, train)
 

@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.models.snnet import SnNetConfig
+from ladderstitch.models.family import FamilyConfig
 
 
 class Schedule(BaseModel):
@@ -60,7 +60,7 @@ class Recipe(BaseModel):
     seed: int = 0
     threads: int = Field(2, gt=0, description="torch threads; part of what a seed determines")
     data: DataSet
-    family: SnNetConfig
+    family: FamilyConfig
     anchors: tuple[Schedule, ...]
     stitching: Schedule
     init_images: int = Field(100, gt=0, description="images for the least-squares start")
