@@ -77,6 +77,7 @@ verify-kernels: install ## about 3 minutes: long ladders, machine code for three
 
 verify-operations: install ## about 5 minutes: replicas follow the load and are rolled under it, nothing lost
 	$(BIN)/python scripts/verify_operations.py
+	LADDERSTITCH_PANELS=loadtest/results/panels.png $(BIN)/pytest -q tests/deploy/test_monitoring.py
 
 soak: install ## an hour of mixed load, cancels, bad input, killed workers: no leak, no stuck request
 	LADDERSTITCH_SOAK_S=3600 $(BIN)/pytest -q -s tests/test_soak.py

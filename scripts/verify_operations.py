@@ -1,4 +1,4 @@
-"""Scale and roll a real deployment on Ray Serve under open-loop load, and count what is lost.
+"""Scale and roll a real deployment on Ray under open-loop load, and count what is lost.
 
 Replicas take free ports; the load balances over those that are registered and goes to another one
 on UNAVAILABLE, as gRPC clients do by their retry policy. Writes figures and a plot.
@@ -23,10 +23,10 @@ import matplotlib as mpl
 import numpy as np
 
 mpl.use("Agg")
+from fake_nodes import fake_cluster, nodes
 from matplotlib import pyplot as plt
 
 from ladderstitch.client import infer_request
-from ladderstitch.local_ray import local_ray
 from ladderstitch_loadtest.open_loop import BudgetClass, Sample, open_loop, poisson
 
 APP = "ladderstitch"
@@ -38,13 +38,23 @@ GOALS = {"quality": 0.915, "busy": 0.03}
 ATTEMPTS = 8
 
 
+@dataclass(frozen=True)
+class Size:
+    """Of the deployment, at a time."""
+
+    at: float
+    replicas: int
+    nodes: int
+
+
 @dataclass
 class Fleet:
     """The replicas that are registered, as a client sees them."""
 
     control: Any
     addresses: list[str] = field(default_factory=list)
-    sizes: list[tuple[float, int]] = field(default_factory=list)
+    sizes: list[Size] = field(default_factory=list)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
     channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
     retries: int = 0
     turn: Any = field(default_factory=itertools.count)
@@ -52,7 +62,9 @@ class Fleet:
     async def refresh(self) -> None:
         registered = await self.control.registered.remote()
         self.addresses = sorted(registered.values())
-        self.sizes.append((time.perf_counter(), len(self.addresses)))
+        now = await asyncio.to_thread(nodes)
+        self.sizes.append(Size(time.perf_counter(), len(self.addresses), now))
+        self.changed.set()
 
     async def follow(self) -> None:
         while True:
@@ -117,12 +129,12 @@ def scaling(most: int, up_s: float, down_s: float) -> dict[str, Any]:
     }
 
 
-async def until(fleet: Fleet, replicas: int, within_s: float = 90.0) -> None:
-    deadline = time.monotonic() + within_s
-    while len(fleet.addresses) != replicas:
-        if time.monotonic() > deadline:
-            raise SystemExit(f"expected {replicas} replicas, there are {fleet.addresses}")
-        await asyncio.sleep(0.1)
+async def until(fleet: Fleet, replicas: int, nodes: int | None = None) -> None:
+    """Wait for so many replicas, and nodes; raises `TimeoutError`."""
+    async with asyncio.timeout(90):
+        while len(fleet.addresses) != replicas or nodes not in (None, fleet.sizes[-1].nodes):
+            fleet.changed.clear()
+            await fleet.changed.wait()
 
 
 def requests_at(phases: Sequence[tuple[float, float]], seed: int) -> list[Any]:
@@ -144,12 +156,15 @@ async def scale(fleet: Fleet, phases: Sequence[tuple[float, float]]) -> dict[str
     started = time.perf_counter()
     samples = await open_loop(fleet.call, requests)
     await until(fleet, 1)
-    sizes = [(at - started, size) for at, size in fleet.sizes]
+    await until(fleet, 1, nodes=1)
+    sizes = [Size(size.at - started, size.replicas, size.nodes) for size in fleet.sizes]
     seconds = int(sum(seconds for _, seconds in phases))
     return {
         **summary(samples),
-        "most_replicas": max(size for _, size in sizes),
-        "last_replicas": sizes[-1][1],
+        "most_replicas": max(size.replicas for size in sizes),
+        "last_replicas": sizes[-1].replicas,
+        "most_nodes": max(size.nodes for size in sizes),
+        "last_nodes": sizes[-1].nodes,
         "series": series(requests, samples, sizes, seconds),
     }
 
@@ -184,10 +199,15 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def series(
-    requests: Sequence[Any], samples: Sequence[Sample], sizes: list[tuple[float, int]], seconds: int
+    requests: Sequence[Any],
+    samples: Sequence[Sample],
+    sizes: Sequence[Size],
+    seconds: int,
 ) -> dict[str, list[float]]:
     """A value a second."""
-    out: dict[str, list[float]] = {"rate": [], "attainment": [], "quality": [], "replicas": []}
+    out: dict[str, list[float]] = {
+        name: [] for name in ("rate", "attainment", "quality", "replicas", "nodes")
+    }
     for second in range(seconds):
         inside = [
             s for (at, *_), s in zip(requests, samples, strict=True) if second <= at < second + 1
@@ -196,13 +216,14 @@ def series(
         out["attainment"].append(float(np.mean([s.met for s in inside])) if inside else 1.0)
         qualities = [s.quality for s in inside if s.code == "OK"]
         out["quality"].append(float(np.mean(qualities)) if qualities else float("nan"))
-        seen = [size for at, size in sizes if at < second + 1]
-        out["replicas"].append(seen[-1] if seen else 1)
+        seen = [size for size in sizes if size.at < second + 1]
+        out["replicas"].append(seen[-1].replicas if seen else 1)
+        out["nodes"].append(seen[-1].nodes if seen else 1)
     return out
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    figure, axes = plt.subplots(4, 1, figsize=(8, 8), sharex=True)
+    figure, axes = plt.subplots(5, 1, figsize=(8, 9), sharex=True)
     for axis, (name, values) in zip(axes, found["series"].items(), strict=True):
         axis.step(range(len(values)), values, where="post")
         axis.set_ylabel({"rate": "requests/s"}.get(name, name))
@@ -240,8 +261,12 @@ def failures(found: dict[str, Any]) -> list[str]:
     """What a deployment that scales and rolls well would not show."""
     wrong = [f"{name}: {part['lost']} requests lost, {part['codes']}"
              for name in ("scale", "roll") if (part := found[name]) and part["lost"]]  # fmt: skip
-    if found["scale"]["most_replicas"] < 2 or found["scale"]["last_replicas"] != 1:
-        wrong.append("replicas did not follow the load")
+    scaled = found["scale"]
+    wrong += [
+        f"{what} did not follow the load"
+        for what in ("replicas", "nodes")
+        if scaled[f"most_{what}"] < 2 or scaled[f"last_{what}"] != 1
+    ]
     if found["roll"] and (found["roll"]["replaced"] < 2 or found["roll"]["requests"] < 2000):
         wrong.append("the roll replaced too little, or under too little load")
     return wrong
@@ -252,7 +277,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="only scaling, in 50 seconds")
     parser.add_argument("--out", type=Path, default=Path("loadtest/results"))
     arguments = parser.parse_args()
-    with local_ray(actors=6):
+    with fake_cluster(most=4):
         found = asyncio.run(verify(arguments.short))
     if not arguments.short:
         (arguments.out / "operations.json").write_text(json.dumps(found, indent=1) + "\n")

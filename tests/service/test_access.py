@@ -288,6 +288,17 @@ async def test_admin_on_a_port_of_its_own_is_nowhere_else(token_file: Path) -> N
             assert refused.value.code == Code.UNIMPLEMENTED
 
 
+async def test_an_old_connection_is_given_up_and_made_anew() -> None:
+    async with (
+        serving(max_connection_age_s=0.2) as server,
+        AsyncClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        await client.list_models()
+        async with asyncio.timeout(10):
+            await client.channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+        await client.list_models()
+
+
 async def test_a_picture_over_the_limit_is_refused_by_its_header(tiny_bundle: Bundle) -> None:
     reader = ImageReader(tiny_bundle.manifest.preprocessing, max_pixels=400)
     assert (await reader.encoded("image", picture((20, 20)))).shape == (1, 1, 8, 8)
