@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import tempfile
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
@@ -21,15 +20,17 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ladderstitch.cli.console import err, out, progress_bar
-from ladderstitch.versions import device_name, versions
 from ladderstitch_loadtest import malformed as malformed_requests
 from ladderstitch_loadtest import memory as memory_use
 from ladderstitch_loadtest import mixed as mixed_budgets
 from ladderstitch_loadtest import overhead as server_overhead
 from ladderstitch_loadtest import switching as switch_cost
+from ladderstitch_loadtest.compare_cli import compare
+from ladderstitch_loadtest.files import write
 from ladderstitch_loadtest.processes import echo_server, ladderstitch_server
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+app.command()(compare)
 
 Address = Annotated[
     str | None, typer.Option(help="host:port of a running server; default: start one.")
@@ -48,17 +49,6 @@ def a_server(address: str | None, ray: bool) -> Iterator[tuple[str, int | None]]
     with ladderstitch_server("--ray" if ray else "--no-ray") as served:
         err.print(served.ready_line)
         yield served.address, served.pid
-
-
-def write(folder: Path | None, name: str, figures: dict[str, Any]) -> None:
-    """Write a measurement with what it was taken on."""
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    load = [round(value, 2) for value in os.getloadavg()]
-    machine = {"device": device_name(torch.device("cpu")), "load_average": load} | versions()
-    text = json.dumps({"machine": machine} | figures, indent=1)
-    (folder / f"{name}.json").write_text(text + "\n")
 
 
 @app.command()

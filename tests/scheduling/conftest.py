@@ -13,6 +13,7 @@ from ladderstitch.measurements import Latency, LatencyProfile
 from ladderstitch.scheduling.engine import EngineResult
 from ladderstitch.scheduling.latency import LatencyTable, LatencyView
 from ladderstitch.scheduling.menu import Menu
+from ladderstitch.scheduling.prices import Prices
 from ladderstitch.scheduling.settings import SchedulerSettings
 
 QUALITY = {0: 0.70, 1: 0.80, 2: 0.90, 3: 0.75, 4: 0.72}
@@ -40,6 +41,10 @@ def make_profile() -> LatencyProfile:
 
 def make_menu(**settings: object) -> Menu:
     return Menu.of(QUALITY, make_profile(), SchedulerSettings.model_validate(settings))
+
+
+def make_prices() -> Prices:
+    return Prices.of(make_menu().frontier, QUALITY, plain_view().profiled)
 
 
 def plain_view(tail: float = 1.0, slowdown: float = 1.0) -> LatencyView:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ladderstitch.core import Request
 from ladderstitch.scheduling.adaptive import Adaptive
 from ladderstitch.scheduling.arrivals import REMEMBERED, Arrivals, Forecast
-from tests.scheduling.conftest import make_menu, make_request, plain_view
+from tests.scheduling.conftest import make_menu, make_prices, make_request, plain_view
 
 NOW = 50.0
 
@@ -20,7 +20,7 @@ NOTHING_KNOWN = Forecast()
 
 
 def decide(requests: list[Request], forecast: Forecast = NOTHING_KNOWN) -> tuple[int, int]:
-    got = Adaptive(make_menu(), 0.0, forecast)(requests, plain_view(), NOW)
+    got = Adaptive(make_menu(), 0.0, forecast, make_prices())(requests, plain_view(), NOW)
     return got.stitch, len(got.requests)
 
 
@@ -57,10 +57,44 @@ def test_it_does_not_buy_quality_with_the_next_ones_lateness() -> None:
 def test_near_misses_in_the_past_make_it_careful() -> None:
     """The best stitch fits by the median, but one in three such batches took 30 % longer."""
     view = plain_view()
-    careful = type(view)(view.profiled, 8, 1.0, 1.0, residuals=(1.0, 1.0, 1.3))
+    careful = type(view)(view.profiled, 8, 1.0, tail=1.3, residuals=(1.0, 1.0, 1.3))
     request = [make_request(NOW + 0.0085)]
-    assert Adaptive(make_menu(), 0.0, NOTHING_KNOWN)(request, view, NOW).stitch == 2
-    assert Adaptive(make_menu(), 0.0, NOTHING_KNOWN)(request, careful, NOW).stitch == 1
+    assert Adaptive(make_menu(), 0.0, NOTHING_KNOWN, make_prices())(request, view, NOW).stitch == 2
+    assert (
+        Adaptive(make_menu(), 0.0, NOTHING_KNOWN, make_prices())(request, careful, NOW).stitch == 1
+    )
+
+
+def test_a_late_request_does_not_hold_up_those_that_can_be_in_time() -> None:
+    late, tight = make_request(NOW - 0.001), make_request(NOW + 0.0015)
+    decision = Adaptive(make_menu(), 0.0, NOTHING_KNOWN, make_prices())(
+        [late, tight], plain_view(), NOW
+    )
+    assert decision.requests == (tight,)
+
+
+def test_nobody_starves() -> None:
+    """A late request gets its turn although others that can be in time never cease to come."""
+    late = make_request(NOW - 0.001)
+    policy, served, now = Adaptive(make_menu(), 0.0, NOTHING_KNOWN, make_prices()), 0.0, NOW
+    while not served and now < NOW + 60:
+        others = [make_request(now + 0.004 + i / 1e4, arrival=now) for i in range(8)]
+        decision = policy([late, *others], plain_view(), now)
+        served = now if late in decision.requests else 0.0
+        now += plain_view().seconds(decision.stitch, len(decision.requests))
+    assert 0 < served - NOW < 10
+
+
+def test_under_overload_full_batches_of_others_beat_one_that_can_hardly_be_saved() -> None:
+    """The head takes 1 of its 1.2 ms alone; eight of the others take 3.8 ms together."""
+    head = make_request(NOW + 0.0012)
+    others = [make_request(NOW + 0.0041 + i / 1e6) for i in range(200)]
+    decision = Adaptive(make_menu(), 0.0, NOTHING_KNOWN, make_prices())(
+        [head, *others], plain_view(), NOW
+    )
+    assert decision.stitch == 0
+    assert len(decision.requests) == 8
+    assert head not in decision.requests
 
 
 @given(

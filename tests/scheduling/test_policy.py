@@ -17,7 +17,7 @@ from ladderstitch.scheduling.policies import make_policy
 from ladderstitch.scheduling.policy import Decision, Policy, slackfit_buckets
 from ladderstitch.scheduling.queue import DeadlineQueue
 from ladderstitch.scheduling.settings import SchedulerSettings
-from tests.scheduling.conftest import QUALITY, make_menu, make_request, plain_view
+from tests.scheduling.conftest import QUALITY, make_menu, make_prices, make_request, plain_view
 
 NOW = 50.0
 NAMES = ("fixed", "max_quality", "max_batch", "slackfit", "adaptive")
@@ -30,7 +30,7 @@ def policy(name: str, menu: Menu, **fields: object) -> Policy:
     chosen = SchedulerSettings.model_validate(
         {"policy": name, "overhead_s": 0.0, "slackfit_buckets": 16} | stitch | fields
     )
-    return make_policy(chosen, menu, Forecast())
+    return make_policy(chosen, menu, Forecast(), make_prices())
 
 
 def ordered(requests: list[Request]) -> Sequence[Request]:
@@ -65,7 +65,8 @@ def test_what_holds_for_every_decision(
     got = decide(queue, view, NOW)
     assert got == decide(queue, view, NOW)
     assert list(queue) == before
-    assert got.requests[0] is queue[0]
+    if name != "adaptive":  # which may let those that are late anyway wait
+        assert got.requests[0] is queue[0]
     positions = [before.index(request) for request in got.requests]
     assert positions == sorted(set(positions))
     assert sum(request.rows for request in got.requests) <= view.max_rows

@@ -263,14 +263,14 @@ async def test_a_policy_that_fails_costs_only_the_head(
     clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench = Bench(clock)
-    good, calls = bench.scheduler.policy, iter(range(10))
+    good, calls = bench.scheduler.planner.policy, iter(range(10))
 
     def broken(*state: Any) -> Decision:
         if next(calls) == 0:
             raise ZeroDivisionError
         return good(*state)
 
-    bench.scheduler.policy = broken
+    bench.scheduler.planner.policy = broken
     first, second = bench.submit(0, 1.0), bench.submit(1, 2.0)
     with pytest.raises(InternalError):
         await first

@@ -2,69 +2,178 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ladderstitch.core import Request
 from ladderstitch.scheduling.arrivals import Forecast
+from ladderstitch.scheduling.demand import Demand
 from ladderstitch.scheduling.latency import LatencyView
 from ladderstitch.scheduling.menu import Menu
 from ladderstitch.scheduling.policy import Decision, run_late, slack, take
+from ladderstitch.scheduling.prices import Hull, Prices
 
-LOOK = 4
-"""Requests beyond the batch whose fate is weighed."""
+SPELL = 0.5
+"""Longest batch that capacity is reckoned with, in budgets of an impatient request: who just missed
+one batch waits for it and then needs one more."""
+PATIENCE_S = 1.0
+"""A request this late is worth as much as one that is in time, and more from then on."""
+DECLINES = 2
+"""Slower stitches in a row that were no better, after which none is tried."""
+TOGETHER = 0.5
+"""Share of those arriving during a batch that an impatient one among them has to run with."""
+TIE = 1e-6
+"""Of equals the larger batch is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What all choices of one decision share.
+
+    The first `head` requests of the queue are past saving; `scale` turns seconds into the
+    profile's; `alone_s` is the least that any request takes; `strained` says that not
+    all can be in time.
+    """
+
+    start: float
+    head: int
+    demand: Demand
+    hull: Hull
+    scale: float
+    alone_s: float
+    strained: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Adaptive:
-    """Weighs what a batch earns against what its time costs others.
+    """Weighs what a batch earns against what its time takes from everybody else.
 
-    The value of running n rows on a stitch is their quality, plus the quality that those left
-    waiting can still have after it, less the newcomers whom the forecast expects to be late for it:
-    the engine is not preemptive, so a tight request that arrives behind a slow batch is lost.
+    The value of running some requests on a stitch is their quality, weighed by how likely they are
+    in time, plus what all others can earn in the time that is left (`Demand`: the queue and the
+    newcomers that the forecast expects, as a fluid on the best mix of stitches), less those whom
+    the batch itself makes late: the engine is not preemptive.
     """
 
     menu: Menu
     overhead_s: float
     forecast: Forecast
+    prices: Prices
 
     def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision:
-        head = queue[0]
-        candidates = self.menu.candidates(head)
-        left = slack(queue, self.menu, latency, now, self.overhead_s)
-        if latency.largest_fit(candidates[0], left) < head.rows:
+        start = now + self.overhead_s
+        hopeless = self._hopeless(queue, latency, start)
+        if hopeless == len(queue):
             return run_late(queue, self.menu, latency, now, self.overhead_s)
-        near = queue[: latency.max_rows + LOOK]
-        best: tuple[float, int, int] | None = None
+        moment = self._moment(queue, hopeless, latency, start)
+        value, at, stitch, rows = self._best(queue, hopeless, latency, moment)
+        if moment.strained:
+            # Giving up a few urgent ones may save more of the others.
+            full_s = latency.seconds(self.menu.frontier[0], latency.max_rows)
+            skip = bisect_left(queue, start + full_s, lo=hopeless, key=_target)
+            if hopeless < skip < len(queue):
+                value, at, stitch, rows = max(
+                    (value, at, stitch, rows), self._best(queue, skip, latency, moment)
+                )
+        if hopeless and self._late_value(queue, latency, moment) > value:
+            return run_late(queue, self.menu, latency, now, self.overhead_s)
+        if at == 0:
+            return Decision(take(queue, stitch, rows, self.menu), stitch)
+        rest = queue[at : at + 4 * rows]
+        return Decision(take(rest, stitch, rows, self.menu), stitch)
+
+    def _moment(
+        self, queue: Sequence[Request], hopeless: int, latency: LatencyView, start: float
+    ) -> Moment:
+        demand = Demand.of(queue, hopeless, self.forecast, start)
+        scale = latency.profiled_slack(1.0)
+        hull = self.prices.hull(SPELL * demand.impatient_s * scale)
+        alone_s = latency.seconds(self.menu.frontier[0], 1) + self.overhead_s
+        strained = demand.exceeds(hull.costs_s[0] / scale)
+        return Moment(start, hopeless, demand, hull, scale, alone_s, strained)
+
+    def _hopeless(self, queue: Sequence[Request], latency: LatencyView, start: float) -> int:
+        """How many at the head of the queue no stitch saves."""
+        possible = start + latency.seconds(self.menu.frontier[0], 1)
+        if queue[0].budget.target >= possible:
+            return 0
+        return bisect_left(queue, possible, key=_target)
+
+    def _best(
+        self, queue: Sequence[Request], at: int, latency: LatencyView, moment: Moment
+    ) -> tuple[float, int, int, int]:
+        """Value, index of the head, stitch and rows of the best batch that begins there."""
+        near = list(queue[at : at + latency.max_rows + 2])
+        head = near[0]
+        candidates = self.menu.candidates(head)
+        left_s = slack(near, self.menu, latency, moment.start, 0.0)
+        safe_s = self._safe(near, at, latency, moment)
+        best = (float("-inf"), at, candidates[0], head.rows)
+        declines = 0
         for stitch in candidates:
-            fits = latency.largest_fit(stitch, left)
+            if stitch not in self.prices.efficient and stitch != candidates[0]:
+                continue
+            fits = latency.largest_fit(stitch, left_s)
             if fits < head.rows:
                 break  # candidates rise in latency
-            for rows in {head.rows, min(fits, max(head.rows, len(near)))}:
-                value = self._value(near, stitch, rows, latency, now)
-                if best is None or value >= best[0]:
-                    best = (value, stitch, rows)
-        assert best is not None, "the fastest candidate fits"
-        return Decision(take(queue, best[1], best[2], self.menu), best[1])
+            most = max(head.rows, min(fits, len(near)))
+            half = max(head.rows, (most + 1) // 2)
+            before = best[0]
+            for rows in (half, most) if half < most else (most,):
+                value = self._value(safe_s, at, stitch, rows, latency, moment)
+                if value >= best[0]:
+                    best = (value, at, stitch, rows)
+            declines = declines + 1 if best[0] == before else 0
+            if declines == (1 if moment.strained else DECLINES):
+                break
+        return best
+
+    def _safe(
+        self, near: Sequence[Request], at: int, latency: LatencyView, moment: Moment
+    ) -> list[float]:
+        """[k]: how long k rows may take without making the next two late."""
+        if at > moment.head:
+            return []
+        fastest = self.menu.frontier[0]
+        left_s = [request.budget.target - moment.start for request in near]
+        first_s, second_s = latency.seconds(fastest, 1), latency.seconds(fastest, 2)
+        pairs = pairwise([*left_s, float("inf")])
+        return [min(one - first_s, other - second_s) for one, other in pairs]
 
     def _value(
-        self, near: Sequence[Request], stitch: int, rows: int, latency: LatencyView, now: float
+        self,
+        safe_s: Sequence[float],
+        at: int,
+        stitch: int,
+        rows: int,
+        latency: LatencyView,
+        moment: Moment,
     ) -> float:
-        """Expected sum of quality over the batch and those whom it concerns."""
+        """Expected quality of the batch and of all others after it."""
         quality, fastest = self.menu.quality, self.menu.frontier[0]
-        batch = min(rows, len(near))
-        busy_s, alone_s = latency.seconds(stitch, rows), latency.seconds(fastest, 1)
-        start = now + self.overhead_s
-        # Those behind the first few have later targets and are as good as on time.
-        chances = [
-            latency.chance(stitch, rows, r.budget.target - start) for r in near[:LOOK][:batch]
-        ]
-        value = quality[stitch] * (sum(chances) + batch - len(chances))
-        for request in near[batch : batch + LOOK]:
-            wait = request.budget.target - start - busy_s
-            if wait >= latency.seconds(stitch, 1):
-                value += quality[stitch]
-            elif wait >= alone_s:
-                value += quality[fastest]
-        late = self.forecast.late(busy_s, alone_s + self.overhead_s)
-        return value - quality[fastest] * late
+        busy_s = latency.seconds(stitch, rows)
+        value = (quality[stitch] + TIE) * rows
+        arrived = min(latency.max_rows, 1 + int(TOGETHER * self.forecast.rate * busy_s))
+        late = self.forecast.late(busy_s, latency.seconds(fastest, arrived) + self.overhead_s)
+        if rows < len(safe_s) and busy_s > safe_s[rows]:
+            late += 1
+        done = rows + at - moment.head
+        others = moment.demand.earnings(moment.hull, busy_s, done, moment.scale)
+        return value - quality[fastest] * late + others
+
+    def _late_value(self, queue: Sequence[Request], latency: LatencyView, moment: Moment) -> float:
+        """As `_value`, of a batch of those that are late anyway."""
+        fastest = self.menu.frontier[0]
+        rows = min(moment.head, latency.max_rows)
+        busy_s, worth = latency.seconds(fastest, rows), self.menu.quality[fastest]
+        waited = max(0.0, moment.start - queue[0].budget.target) / PATIENCE_S
+        late = self.forecast.late(busy_s, moment.alone_s)
+        if queue[moment.head].budget.target - moment.start - busy_s < latency.seconds(fastest, 1):
+            late += 1
+        others = moment.demand.earnings(moment.hull, busy_s, 0, moment.scale)
+        return worth * (rows * waited - late) + others
+
+
+def _target(request: Request) -> float:
+    return request.budget.target

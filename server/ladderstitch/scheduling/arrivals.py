@@ -22,6 +22,15 @@ class Forecast:
     budgets_s: tuple[float, ...] = ()
     sums_s: tuple[float, ...] = (0.0,)
 
+    @property
+    def typical_s(self) -> float:
+        """The mean budget of those that have one."""
+        return self.sums_s[-1] / len(self.budgets_s) if self.budgets_s else 0.0
+
+    def quantile_s(self, share: float) -> float:
+        """The budget that this share of the requests fall below; 0 if nothing is known."""
+        return self.budgets_s[int(share * len(self.budgets_s))] if self.budgets_s else 0.0
+
     def late(self, busy_s: float, fastest_s: float) -> float:
         """Expected number of newcomers that a busy spell of the engine makes late.
 

@@ -25,10 +25,19 @@ class Decision:
     stitch: int
 
 
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Run nothing yet: ask again when a request arrives, at the latest after so long."""
+
+    seconds: float
+
+
 class Policy(Protocol):
     """`queue` is in deadline order and not empty; `now` is on the clock of the requests."""
 
-    def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision: ...
+    def __call__(
+        self, queue: Sequence[Request], latency: LatencyView, now: float
+    ) -> Decision | Hold: ...
 
 
 def take(queue: Sequence[Request], stitch: int, rows: int, menu: Menu) -> tuple[Request, ...]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-PolicyName = Literal["fixed", "max_quality", "max_batch", "slackfit", "adaptive"]
+PolicyName = Literal["fixed", "max_quality", "max_batch", "slackfit", "model_switching", "adaptive"]
 
 
 class SchedulerSettings(BaseModel):

@@ -17,6 +17,7 @@ POLICIES = {
     pb.POLICY_NAME_MAX_BATCH: "max_batch",
     pb.POLICY_NAME_SLACKFIT: "slackfit",
     pb.POLICY_NAME_ADAPTIVE: "adaptive",
+    pb.POLICY_NAME_MODEL_SWITCHING: "model_switching",
 }
 MAX_ANNOUNCE_S = 3600
 NUMBERS = {name: number for number, name in POLICIES.items()}

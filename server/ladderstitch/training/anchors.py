@@ -11,11 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ladderstitch.errors import ConfigError, DataError
+from ladderstitch.models.staged import Hierarchical
 from ladderstitch.models.trunk import Trunk
-from ladderstitch.models.vit import Vit
+from ladderstitch.models.vit import InputShape, Vit, VitConfig
 from ladderstitch.training.data import LabelledImages
-from ladderstitch.training.loop import Run, accuracy, fit
-from ladderstitch.training.recipe import Recipe
+from ladderstitch.training.learngene import Maps, Watched, distillation_loss, save_maps
+from ladderstitch.training.loop import Loss, Run, accuracy, fit
+from ladderstitch.training.recipe import Pool, Recipe, Schedule
+
+AnyAnchor = VitConfig | Hierarchical
 
 
 def anchor_file(folder: Path, anchor: int) -> Path:
@@ -41,34 +45,92 @@ def train_anchors(recipe: Recipe, images: LabelledImages, folder: Path, progress
         )
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(recipe.threads)
+    teacher = (
+        None if recipe.pool is None else _teacher(recipe, recipe.pool, images, folder, progress)
+    )
     for anchor in reversed(range(len(recipe.anchors))):
-        if not anchor_file(folder, anchor).exists():
-            _train_anchor(recipe, anchor, images, folder, progress)
+        if anchor_file(folder, anchor).exists():
+            continue
+        torch.manual_seed(recipe.seed + anchor)
+        model = _fresh(recipe.family.anchors[anchor], recipe.family.inputs)
+        schedule, name = recipe.anchors[anchor], f"anchor-{anchor}"
+        if recipe.pool is None or teacher is None:
+            _train_alone(recipe, model, schedule, name, anchor, images, folder, progress)
+        else:
+            assert isinstance(model, Vit)
+            maps = Maps(model, teacher)
+            loss = distillation_loss(
+                Watched(model), Watched(teacher), maps, recipe.pool, schedule.label_smoothing
+            )
+            both = nn.ModuleList((model, maps))
+            _train(recipe, model, both, loss, schedule, name, anchor, images, folder, progress)
+            save_maps(maps, folder, anchor)
+        save_file(model.state_dict(), anchor_file(folder, anchor))
 
 
-def _train_anchor(
-    recipe: Recipe, anchor: int, images: LabelledImages, folder: Path, progress: Progress
-) -> None:
-    train, validation = images.split(recipe.data.validation_images)
-    torch.manual_seed(recipe.seed + anchor)
-    model = recipe.family.anchors[anchor].build(recipe.family.inputs)
+def _teacher(
+    recipe: Recipe, pool: Pool, images: LabelledImages, folder: Path, progress: Progress
+) -> Vit:
+    """The pool's larger model, trained first."""
+    torch.manual_seed(recipe.seed + len(recipe.anchors))
+    model = _fresh(pool.teacher, recipe.family.inputs)
+    assert isinstance(model, Vit)
+    file = folder / "teacher.safetensors"
+    if not file.exists():
+        seed = len(recipe.anchors)
+        _train_alone(recipe, model, pool.schedule, "teacher", seed, images, folder, progress)
+        save_file(model.state_dict(), file)
+    model.load_state_dict(load_file(file))
+    return model.eval().requires_grad_(False)
+
+
+def _fresh(config: AnyAnchor, inputs: InputShape) -> Trunk:
+    model = config.build(inputs)
     if isinstance(model, Vit):
         init_vit(model)
-    schedule = recipe.anchors[anchor]
-    run = Run(f"anchor-{anchor}", folder, recipe.seed + anchor, schedule, recipe.data, train)
+    return model
 
+
+def _train_alone(
+    recipe: Recipe,
+    model: Trunk,
+    schedule: Schedule,
+    name: str,
+    seed: int,
+    images: LabelledImages,
+    folder: Path,
+    progress: Progress,
+) -> None:
     def loss(batch: Tensor, labels: Tensor, _rng: torch.Generator) -> Tensor:
         return F.cross_entropy(model(batch), labels, label_smoothing=schedule.label_smoothing)
 
+    _train(recipe, model, model, loss, schedule, name, seed, images, folder, progress)
+
+
+def _train(
+    recipe: Recipe,
+    model: Trunk,
+    trained: nn.Module,
+    loss: Loss,
+    schedule: Schedule,
+    name: str,
+    seed: int,
+    images: LabelledImages,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Fit `trained`, of which `model` is the network, or all."""
+    train, validation = images.split(recipe.data.validation_images)
+    bfloat16 = recipe.precision == "bfloat16"
+    run = Run(name, folder, recipe.seed + seed, schedule, recipe.data, train, bfloat16)
     fit(
-        model,
-        parameter_groups(model, schedule.learning_rate),
+        trained,
+        parameter_groups(trained, schedule.learning_rate),
         loss,
         lambda: {"validation_accuracy": accuracy(model, validation, recipe.data)},
         run,
         progress,
     )
-    save_file(model.state_dict(), anchor_file(folder, anchor))
     run.checkpoint.unlink()
 
 
@@ -88,6 +150,8 @@ def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, 
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         embedding = name.endswith(("cls_token", "pos_embed"))
         (plain if parameter.ndim < 2 or embedding else decayed).append(parameter)
     return [

@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from ladderstitch.errors import DataError
 from ladderstitch.models.route import Stitch
 from ladderstitch.models.stitched import StitchedModel
 from ladderstitch.models.trunk import Trunk, rows
@@ -16,7 +17,10 @@ def solve_affine(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Weight [D_end, D_front] and bias [D_end] that minimise |x W^T + b - y|.
 
     x [N, D_front], y [N, D_end]. Solved in float64; of several solutions the one of least norm.
+    Raises `DataError` for features that are not finite: an anchor that has diverged.
     """
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise DataError("features: expected finite numbers; an anchor's training has diverged")
     ones = torch.ones(len(x), 1, dtype=torch.float64)
     design = torch.cat((x.double(), ones), dim=1)  # [N, D_front + 1]
     solution = torch.linalg.lstsq(design, y.double(), driver="gelsd").solution

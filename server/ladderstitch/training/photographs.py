@@ -55,7 +55,7 @@ def random_views(
 def _view(
     image: Image.Image, box: tuple[float, float, float, float], preprocessing: Preprocessing
 ) -> Pixels:
-    reader = ImageReader(preprocessing)
+    reader = ImageReader(preprocessing, max_pixels=image.width * image.height)
     size = (preprocessing.width, preprocessing.height)
     picture = image.convert(reader.mode).resize(size, reader.resample, box)
     array = np.asarray(picture, np.uint8).reshape(*size[::-1], -1)

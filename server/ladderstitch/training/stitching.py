@@ -17,8 +17,11 @@ from ladderstitch.models.stitched import StitchedModel
 from ladderstitch.training.anchors import load_anchor, parameter_groups
 from ladderstitch.training.assembling import assemble_family
 from ladderstitch.training.data import LabelledImages, normalise
+from ladderstitch.training.learngene import start_from_maps
 from ladderstitch.training.loop import Run, accuracy, fit
+from ladderstitch.training.low_rank import add_low_rank, fold_low_rank
 from ladderstitch.training.recipe import Recipe
+from ladderstitch.training.sampling import draw, sampling_groups
 
 
 def family_file(folder: Path) -> Path:
@@ -34,13 +37,16 @@ def assemble(recipe: Recipe, images: LabelledImages, folder: Path) -> StitchedMo
         load_anchor(recipe, folder, index).state_dict()
         for index in range(len(recipe.family.anchors))
     ]
-    return assemble_family(recipe.family, anchors, sample).requires_grad_(True)
+    model = assemble_family(recipe.family, anchors, sample)
+    if recipe.pool is not None:
+        start_from_maps(model, recipe.pool, folder)
+    return model.requires_grad_(True)
 
 
 def stitch_family(
     recipe: Recipe, images: LabelledImages, folder: Path, progress: Progress
 ) -> StitchedModel:
-    """Fine-tune all stitches jointly: each step one id, drawn uniformly (SN-Net, section 3.4).
+    """Fine-tune all stitches jointly: each step draws one (SN-Net, section 3.4).
 
     The loss mixes the labels with the soft answers of the largest anchor as it was before.
     """
@@ -53,10 +59,14 @@ def stitch_family(
     model = assemble(recipe, train, folder)
     teacher = load_anchor(recipe, folder, len(recipe.family.anchors) - 1)
     schedule = recipe.stitching
+    by_cost = schedule.cost_step_macs if schedule.sampling == "by_cost" else None
+    groups_of_ids = sampling_groups(model, recipe.family.inputs.image_size, by_cost)
     usable = [stitch.id for stitch in model.stitches if stitch.usable]
+    if schedule.low_rank is not None:
+        add_low_rank(model, schedule.low_rank)
 
     def loss(batch: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
-        stitch = usable[int(torch.randint(len(usable), (), generator=rng))]
+        stitch = draw(groups_of_ids, rng)
         with torch.no_grad():
             wanted = teacher(batch).float().softmax(1)
         logits = model(batch, stitch).float()
@@ -77,11 +87,14 @@ def stitch_family(
             for stitch in shown
         }
 
-    run = Run("family", folder, recipe.seed + len(usable), schedule, recipe.data, train)
+    bfloat16 = recipe.precision == "bfloat16"
+    seed = recipe.seed + len(usable)
+    run = Run("family", folder, seed, schedule, recipe.data, train, bfloat16)
     anchor_rate = schedule.learning_rate * schedule.anchor_learning_rate_factor
     groups = parameter_groups(model.anchors, anchor_rate)
     groups += parameter_groups(model.stitch_layers, schedule.learning_rate)
     fit(model, groups, loss, validate, run, progress)
+    fold_low_rank(model)
     save_file(model.state_dict(), family_file(folder))
     run.checkpoint.unlink()
     return model.eval()

@@ -36,6 +36,8 @@ class _PolicyNameEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PolicyName
     """SuperServe's latency buckets."""
     POLICY_NAME_ADAPTIVE: _PolicyName.ValueType  # 5
     """What a batch earns in quality, weighed against what its time costs others."""
+    POLICY_NAME_MODEL_SWITCHING: _PolicyName.ValueType  # 6
+    """The stitch by the rate of requests, the batch by the slack."""
 
 class PolicyName(_PolicyName, metaclass=_PolicyNameEnumTypeWrapper):
     """How requests get their stitch and batch."""
@@ -52,6 +54,8 @@ POLICY_NAME_SLACKFIT: PolicyName.ValueType  # 4
 """SuperServe's latency buckets."""
 POLICY_NAME_ADAPTIVE: PolicyName.ValueType  # 5
 """What a batch earns in quality, weighed against what its time costs others."""
+POLICY_NAME_MODEL_SWITCHING: PolicyName.ValueType  # 6
+"""The stitch by the rate of requests, the batch by the slack."""
 Global___PolicyName: _TypeAlias = PolicyName  # noqa: Y015
 
 @_typing.final

@@ -1,0 +1,91 @@
+"""`ladderstitch-loadtest compare`: the policy laboratory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from ladderstitch.bundle import Bundle
+from ladderstitch.catalogue import find_bundle
+from ladderstitch.cli.console import out, progress_bar
+from ladderstitch_loadtest import laboratory, plots, scenarios
+from ladderstitch_loadtest.files import write
+from ladderstitch_loadtest.laboratory import ORACLE, Comparison
+from ladderstitch_loadtest.profiles import Family, of_bundle, supernet
+
+Grid = Literal["full", "short"]
+
+
+def compare(
+    family: Annotated[
+        list[str], typer.Option(help="`supernet`, or the name or folder of a bundle; repeatable.")
+    ] = ["supernet", "fashion-mnist"],  # noqa: B006 # typer reads it only
+    replicas: Annotated[int, typer.Option(min=1, help="Of `supernet`; others have one.")] = 8,
+    grid: Annotated[
+        Grid, typer.Option(help="`short` traces are few, and have the oracle beside them.")
+    ] = "full",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, paired.")] = 10,
+    replay: Annotated[
+        list[Path] | None,
+        typer.Option(help="CSV file of arrivals: Azure's LLM format or seconds; repeatable."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder for table and plot.")] = None,
+) -> None:
+    """Every policy on a grid of traces, simulated: attainment and effective quality.
+
+    The full grid takes some ten minutes on two cores.
+    """
+    pairs = [
+        (one, scenario)
+        for one in map(_family, family)
+        for scenario in (
+            scenarios.short_grid()
+            if grid == "short"
+            else scenarios.grid(replicas if one.name == "supernet" else 1, tuple(replay or ()))
+        )
+    ]
+    with progress_bar() as progress:
+        total = sum(laboratory.runs_of(one, scenario, seeds) for one, scenario in pairs)
+        task = progress.add_task("simulating", total=total)
+        found = list(
+            laboratory.compare(pairs, seeds, workers, lambda runs: progress.advance(task, runs))
+        )
+    out.print(_table(found))
+    if folder is not None:
+        name = "policies" if grid == "full" else "policies-short"
+        write(folder, name, {"comparisons": [comparison.to_dict() for comparison in found]})
+        plots.compared(found, folder / f"{name}.png")
+
+
+def _family(name: str) -> Family:
+    return supernet() if name == "supernet" else of_bundle(Bundle.load(find_bundle(name)))
+
+
+def _table(found: list[Comparison]) -> Table:
+    """Effective quality in percent and, in brackets, attainment."""
+    table = Table("family", "trace", "adaptive", "best other", "ahead", "slackfit", "ahead", ORACLE)
+    for comparison in found:
+        ours = comparison.figure("adaptive")
+        others = [f for f in comparison.figures if f.policy not in ("adaptive", ORACLE)]
+        best, slackfit = others[0], comparison.figure("slackfit")
+        limit = [f for f in comparison.figures if f.policy == ORACLE]
+        table.add_row(
+            comparison.family,
+            comparison.scenario,
+            _figure(ours),
+            f"{_figure(best)} {best.policy}",
+            f"{best.behind:+.2f} ±{best.behind_half_width:.2f}",
+            _figure(slackfit),
+            f"{slackfit.behind:+.2f} ±{slackfit.behind_half_width:.2f}",
+            _figure(limit[0]) if limit else "",
+        )
+    return table
+
+
+def _figure(figure: laboratory.Figure) -> str:
+    return f"{100 * figure.effective_quality:.2f} ({100 * figure.attainment:.1f})"
