@@ -51,6 +51,7 @@ verify-models: install ## every golden case, also those that LADDERSTITCH_GOLDEN
 	$(BIN)/ladderstitch verify $(wildcard tests/golden/*.safetensors) $(wildcard $(LADDERSTITCH_GOLDEN)/*.safetensors)
 	$(BIN)/pytest -q tests/models tests/test_verify.py
 	$(BIN)/ladderstitch-loadtest memory --out loadtest/results
+	$(BIN)/ladderstitch-loadtest real-sizes --out loadtest/results
 
 verify-serving: install ## about 8 minutes: overhead, switching, mixed budgets, 10,000 malformed requests
 	$(BIN)/ladderstitch-loadtest overhead --out loadtest/results
