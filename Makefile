@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: help install serve test lint format types protos tools manifests \
-	verify-models verify-serving verify-training verify-language verify-kernels clean
+	verify-models verify-serving verify-training verify-language verify-kernels \
+	verify-operations soak clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -74,6 +75,13 @@ verify-kernels: install ## about 3 minutes: long ladders, machine code for three
 	$(BIN)/python -m ladderstitch_kernels.compiled --target sm_80 --target sm_90 --target sm_100
 	$(BIN)/python -m ladderstitch_kernels.check
 	$(BIN)/python -m ladderstitch_kernels.bench --out kernels/results
+
+verify-operations: install ## about 5 minutes: replicas follow the load and are rolled under it, nothing lost
+	$(BIN)/python scripts/verify_operations.py
+	LADDERSTITCH_PANELS=loadtest/results/panels.png $(BIN)/pytest -q tests/deploy/test_monitoring.py
+
+soak: install ## an hour of mixed load, cancels, bad input, killed workers: no leak, no stuck request
+	LADDERSTITCH_SOAK_S=3600 $(BIN)/pytest -q -s tests/test_soak.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

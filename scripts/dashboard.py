@@ -45,7 +45,13 @@ OVERVIEW: list[Entry] = [
     (
         "Stitches in use",
         "reqps",
-        [("sum by (stitch) (rate(ladderstitch_requests_total@[$__rate_interval]))", "{{stitch}}")],
+        [
+            (
+                "sum by (stitch) (rate(ladderstitch_requests_total"
+                "{model=~'$model',code='OK'}[$__rate_interval])) > 0",
+                "{{stitch}}",
+            )
+        ],
     ),
 ]
 """What to look at first; `@` stands for the choice of models."""

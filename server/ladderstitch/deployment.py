@@ -74,6 +74,10 @@ class LiveControl:
         """Where a replica answers; gateways will ask."""
         self.addresses[replica] = address
 
+    async def unregister(self, replica: str) -> None:
+        """It takes no more requests."""
+        self.addresses.pop(replica, None)
+
     async def registered(self) -> dict[str, str]:
         return dict(self.addresses)
 
@@ -135,6 +139,7 @@ class ReplicaDeployment:
     async def __del__(self) -> None:
         """Serve awaits this when it stops a replica: finish what was accepted."""
         self._following.cancel()
+        await self.control.unregister.remote(self.replica.host.replica)
         await self.replica.stop()
 
     async def _update(self, changes: dict[str, Any]) -> LiveSettings:

@@ -90,8 +90,14 @@ class Host:
     models: dict[str, HostedModel] = field(default_factory=dict)
     generators: dict[str, HostedGenerator] = field(default_factory=dict)
     ready: bool = False
+    leaving: bool = False  # announced, but requests are still accepted
     draining: bool = False
     live: LiveSettings = field(default_factory=lambda: LiveSettings(0, SchedulerSettings()))
+
+    @property
+    def serving(self) -> bool:
+        """Whether callers should come here."""
+        return self.ready and not self.leaving and not self.draining
 
     @property
     def everything(self) -> dict[str, Hosted]:

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ladderstitch.bundle import Preprocessing
 from ladderstitch.core import Pixels
 from ladderstitch.errors import BadInput
+from ladderstitch.security.settings import MAX_IMAGE_PIXELS
 
 INLINE_PIXELS = 256 * 256
 """Larger pictures are decoded in a thread, so that they do not hold up the event loop."""
@@ -27,7 +28,7 @@ _decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
 class ImageReader:
     """Preprocesses for one model."""
 
-    def __init__(self, preprocessing: Preprocessing, max_pixels: int) -> None:
+    def __init__(self, preprocessing: Preprocessing, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
         """`max_pixels` is checked on a file's header, before anything is decoded."""
         self.max_pixels = max_pixels
         self.shape = (preprocessing.channels, preprocessing.height, preprocessing.width)

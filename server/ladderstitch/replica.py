@@ -110,7 +110,7 @@ class Replica:
 
     async def _load(self, bundle: str) -> Hosted:
         hosted = await self.models.load(bundle)
-        await self.server.set_serving(not self.host.draining)
+        await self.server.set_serving(self.host.serving)
         return hosted
 
     async def _unload(self, name: str) -> None:
@@ -119,6 +119,7 @@ class Replica:
 
     async def drain(self, announce_s: float = 0.0) -> bool:
         """Readiness first, then no new work, then finish; whether all accepted requests ended."""
+        self.host.leaving = True
         self.models.set_ready(False)
         await self.server.set_serving(False)
         await asyncio.sleep(announce_s)

@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import pytest
 import yaml
 
@@ -29,6 +30,9 @@ from tests.conftest import make_tiny_bundle
 from tests.deploy.conftest import tool
 from tests.language.conftest import write_tiny
 from tests.service.conftest import RunningServer, pixels, start_server, stop_server
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "deploy/chart/files/rules.yaml"
@@ -44,13 +48,17 @@ def alerts() -> set[str]:
 
 
 def queries() -> dict[str, str]:
-    """Expression -> title of its panel, with Grafana's variables filled in."""
+    """Expression, with Grafana's variables filled in -> title of its panel."""
     panels = json.loads(DASHBOARD.read_text())["panels"]
     return {
-        target["expr"].replace("$model", ".*").replace("$__rate_interval", "5s"): panel["title"]
+        filled(target["expr"]): panel["title"]
         for panel in panels
         for target in panel.get("targets", ())
     }
+
+
+def filled(expression: str) -> str:
+    return expression.replace("$model", ".*").replace("$__rate_interval", "5s")
 
 
 def test_rules_are_what_promtool_takes() -> None:
@@ -136,10 +144,17 @@ class Prometheus:
             return False
 
     def query(self, expression: str) -> list[Any]:
-        asked = urllib.parse.urlencode({"query": expression})
-        with urllib.request.urlopen(f"{self.address}/api/v1/query?{asked}", timeout=5) as reply:
+        return self._ask("query", query=expression)
+
+    def over_time(self, expression: str, seconds: float) -> list[Any]:
+        now = time.time()
+        return self._ask("query_range", query=expression, start=now - seconds, end=now, step=1)
+
+    def _ask(self, path: str, **parameters: object) -> list[Any]:
+        asked = urllib.parse.urlencode(parameters)
+        with urllib.request.urlopen(f"{self.address}/api/v1/{path}?{asked}", timeout=5) as reply:
             body = json.load(reply)
-        assert body["status"] == "success", expression
+        assert body["status"] == "success", parameters
         found: list[Any] = body["data"]["result"]
         return found
 
@@ -290,6 +305,29 @@ def stop_for(pid: int, seconds: float) -> None:
     os.kill(pid, signal.SIGCONT)
 
 
+def draw(prometheus: Prometheus, path: Path) -> None:
+    """The dashboard's first panels over the run so far, as a picture for the documents."""
+    panels = [p for p in json.loads(DASHBOARD.read_text())["panels"] if p.get("targets")][:6]
+    figure, axes = plt.subplots(3, 2, figsize=(12, 9), sharex=True)
+    for axis, panel in zip(axes.flat, panels, strict=True):
+        for target in panel["targets"]:
+            expression = filled(target["expr"])
+            for series in prometheus.over_time(expression, seconds=60):
+                times, values = zip(*series["values"], strict=True)
+                legend = re.sub(
+                    r"{{(\w+)}}",
+                    lambda m, s=series: s["metric"].get(m[1], ""),
+                    target["legendFormat"],
+                )
+                axis.plot([t - times[0] for t in times], list(map(float, values)), label=legend)
+        axis.set_title(panel["title"])
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=6)
+    figure.suptitle("The dashboard's queries, answered by Prometheus (drawn here, not by Grafana)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
 def test_metrics_pass_promtools_check(
     image_server: RunningServer, text_server: RunningServer
 ) -> None:
@@ -334,6 +372,8 @@ def test_live_every_query_has_data_and_every_alert_is_delivered(
         eventually(dies)
         while_it_runs = alerts() - {"LadderstitchNotReady", "LadderstitchNoData"}
         eventually(lambda: while_it_runs - inbox.names)
+        if path := os.environ.get("LADDERSTITCH_PANELS"):
+            draw(prometheus, Path(path))
     with Client(image_server.address, access=admin) as client:
         client.drain()
     eventually(lambda: {"LadderstitchNotReady"} - inbox.names)

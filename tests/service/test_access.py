@@ -19,11 +19,18 @@ from prometheus_client import generate_latest
 
 from ladderstitch.bundle import Bundle
 from ladderstitch.client import Access, AsyncClient, RequestFailed
-from ladderstitch.config import ServerConfig
+from ladderstitch.client.access import PLAIN
+from ladderstitch.errors import BadInput
+from ladderstitch.hosting import Control, Host
+from ladderstitch.images import ImageReader
+from ladderstitch.metrics import Metrics
 from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc
-from ladderstitch.replica import Replica
+from ladderstitch.security.settings import AccessSettings
+from ladderstitch.service.server import Server
+from ladderstitch.service.transport import Transport
 from tests.security.certificates import NOW, Authority, Pair, serial
-from tests.service.conftest import picture, pixels
+from tests.service.conftest import picture
+from tests.service.test_server import refuse, refuse_a_model
 
 Code = grpc.StatusCode
 USER, ADMIN, SLOW, NARROW = (
@@ -50,23 +57,35 @@ def token_file(tmp_path: Path) -> Path:
     return path
 
 
+async def drained(announce_s: float) -> bool:
+    return True
+
+
+CONTROL = Control(refuse, drained, refuse_a_model, refuse_a_model)
+"""An administrator's only deed here."""
+
+
 @asynccontextmanager
-async def serving(bundle: Bundle, **fields: Any) -> AsyncIterator[Replica]:
-    replica = Replica(ServerConfig(bundle=bundle.path, port=0, metrics_port=0, **fields))
-    await replica.start()
-    yield replica
-    await replica.stop()
+async def serving(metrics: Metrics | None = None, **fields: Any) -> AsyncIterator[Server]:
+    """A server without models, which is up at once; with a configuration's part on access."""
+    settings = AccessSettings(**fields)
+    transport = Transport.of(settings, (metrics or Metrics()).denied)
+    server = Server(Host("r", ready=True), CONTROL, transport)
+    await server.start(settings.host, 0)
+    await server.set_serving(True)
+    yield server
+    await server.stop(0)
 
 
 def encrypted(pair: Pair, **fields: Any) -> dict[str, Any]:
     return {"tls_certificate": pair.certificate, "tls_key": pair.key, **fields}
 
 
-async def outcome(port: int, access: Access = Access(), **wishes: Any) -> Code:  # noqa: B008
-    """How one prediction ends."""
+async def outcome(port: int, access: Access = PLAIN) -> Code:
+    """How a call ends that needs no model."""
     async with AsyncClient(f"127.0.0.1:{port}", access=access) as client:
         try:
-            await client.predict(wishes.pop("image", pixels()), **wishes)
+            await client.list_models()
         except RequestFailed as refused:
             return refused.code
     return Code.OK
@@ -78,25 +97,23 @@ def served_certificate(port: int) -> int:
 
 
 async def test_tls_lets_in_who_trusts_the_authority_and_nobody_else(
-    tiny_bundle: Bundle, authority: Authority, tmp_path: Path
+    authority: Authority, tmp_path: Path
 ) -> None:
     stranger = Authority(tmp_path, "stranger")
-    async with serving(tiny_bundle, **encrypted(authority.issue("server"))) as replica:
-        assert await outcome(replica.port, Access(ca=authority.path)) == Code.OK
-        assert await outcome(replica.port, Access(ca=stranger.path)) == Code.UNAVAILABLE
-        assert await outcome(replica.port) == Code.UNAVAILABLE
+    async with serving(**encrypted(authority.issue("server"))) as server:
+        assert await outcome(server.port, Access(ca=authority.path)) == Code.OK
+        assert await outcome(server.port, Access(ca=stranger.path)) == Code.UNAVAILABLE
+        assert await outcome(server.port) == Code.UNAVAILABLE
 
 
-async def test_an_expired_certificate_is_trusted_by_nobody(
-    tiny_bundle: Bundle, authority: Authority
-) -> None:
+async def test_an_expired_certificate_is_trusted_by_nobody(authority: Authority) -> None:
     pair = authority.issue("server", expires=NOW - dt.timedelta(hours=1))
-    async with serving(tiny_bundle, **encrypted(pair)) as replica:
-        assert await outcome(replica.port, Access(ca=authority.path)) == Code.UNAVAILABLE
+    async with serving(**encrypted(pair)) as server:
+        assert await outcome(server.port, Access(ca=authority.path)) == Code.UNAVAILABLE
 
 
 async def test_mutual_tls_asks_for_a_valid_client_certificate(
-    tiny_bundle: Bundle, authority: Authority, tmp_path: Path
+    authority: Authority, tmp_path: Path
 ) -> None:
     stranger = Authority(tmp_path, "stranger")
     fields = encrypted(authority.issue("server"), tls_client_ca=authority.path)
@@ -109,62 +126,60 @@ async def test_mutual_tls_asks_for_a_valid_client_certificate(
         name: Access(ca=authority.path, certificate=pair.certificate, key=pair.key)
         for name, pair in pairs.items()
     } | {"none": Access(ca=authority.path)}
-    async with serving(tiny_bundle, **fields) as replica:
-        ends = {name: await outcome(replica.port, access) for name, access in accesses.items()}
+    async with serving(**fields) as server:
+        ends = {name: await outcome(server.port, access) for name, access in accesses.items()}
     refused = dict.fromkeys(["unknown", "expired", "none"], Code.UNAVAILABLE)
     assert ends == {"known": Code.OK} | refused
 
 
-async def test_a_certificate_rotated_under_load_loses_no_request(
-    tiny_bundle: Bundle, authority: Authority
-) -> None:
+async def test_a_certificate_rotated_under_load_loses_no_request(authority: Authority) -> None:
     """Connections go on; new ones see the new certificate; a mismatched pair changes nothing."""
     pair = authority.issue("server")
     access = Access(ca=authority.path)
-    async with serving(tiny_bundle, **encrypted(pair)) as replica:
-        first = await asyncio.to_thread(served_certificate, replica.port)
+    async with serving(**encrypted(pair)) as server:
+        first = await asyncio.to_thread(served_certificate, server.port)
         rotated = asyncio.Event()
 
         async def ask() -> int:
             """Requests on one connection, and on a new one each, until after the rotation."""
             answers = 0
-            async with AsyncClient(f"127.0.0.1:{replica.port}", access=access) as client:
+            async with AsyncClient(f"127.0.0.1:{server.port}", access=access) as client:
                 while not rotated.is_set() or answers < 10:
-                    assert (await client.predict(pixels(seed=answers))).label
-                    assert await outcome(replica.port, access) == Code.OK
+                    await client.list_models()
+                    assert await outcome(server.port, access) == Code.OK
                     answers += 2
             return answers
 
         asking = [asyncio.create_task(ask()) for _ in range(3)]
         later = authority.issue("later")
         os.replace(later.certificate, pair.certificate)  # for a moment, the key is another's
-        assert await asyncio.to_thread(served_certificate, replica.port) == first
+        assert await asyncio.to_thread(served_certificate, server.port) == first
         os.replace(later.key, pair.key)
-        second = await asyncio.to_thread(served_certificate, replica.port)
+        second = await asyncio.to_thread(served_certificate, server.port)
         assert second != first
         rotated.set()
         assert min(await asyncio.gather(*asking)) >= 10
 
 
 async def test_tokens_decide_who_may_ask_and_who_may_administer(
-    tiny_bundle: Bundle, authority: Authority, token_file: Path
+    authority: Authority, token_file: Path
 ) -> None:
-    fields = encrypted(authority.issue("server"), token_file=token_file)
-    async with serving(tiny_bundle, **fields) as replica:
+    fields, metrics = encrypted(authority.issue("server"), token_file=token_file), Metrics()
+    async with serving(metrics, **fields) as server:
 
         async def administers(token: str | None) -> Code:
             access = Access(ca=authority.path, token=token)
-            async with AsyncClient(f"127.0.0.1:{replica.port}", access=access) as client:
+            async with AsyncClient(f"127.0.0.1:{server.port}", access=access) as client:
                 try:
-                    await client.update_scheduling(min_quality=0.1)
+                    await client.drain()
                 except RequestFailed as refused:
                     return refused.code
             return Code.OK
 
-        asked = [await outcome(replica.port, Access(ca=authority.path, token=token))
+        asked = [await outcome(server.port, Access(ca=authority.path, token=token))
                  for token in (None, "wrong-0123456789", USER, ADMIN)]  # fmt: skip
         administered = [await administers(t) for t in (None, "wrong-0123456789", USER, ADMIN)]
-        page = generate_latest(replica.metrics.registry).decode()
+    page = generate_latest(metrics.registry).decode()
     assert asked == [Code.UNAUTHENTICATED, Code.UNAUTHENTICATED, Code.OK, Code.OK]
     assert administered == [
         Code.UNAUTHENTICATED, Code.UNAUTHENTICATED, Code.PERMISSION_DENIED, Code.OK,
@@ -184,33 +199,31 @@ async def test_tokens_decide_who_may_ask_and_who_may_administer(
     ids=["bare", "basic", "empty", "twice"],
 )
 async def test_a_malformed_authorization_is_no_authorization(
-    tiny_bundle: Bundle, token_file: Path, metadata: tuple[tuple[str, str], ...]
+    token_file: Path, metadata: tuple[tuple[str, str], ...]
 ) -> None:
     async with (
-        serving(tiny_bundle, token_file=token_file) as replica,
-        AsyncClient(f"127.0.0.1:{replica.port}") as client,
+        serving(token_file=token_file) as server,
+        AsyncClient(f"127.0.0.1:{server.port}") as client,
     ):
         client._metadata = metadata
         with pytest.raises(RequestFailed) as refused:
-            await client.predict(pixels())
+            await client.list_models()
     assert refused.value.code == Code.UNAUTHENTICATED
     assert refused.value.reason == "UNAUTHENTICATED"
 
 
-async def test_a_tokens_limits_refuse_with_the_time_to_wait(
-    tiny_bundle: Bundle, token_file: Path
-) -> None:
-    async with serving(tiny_bundle, token_file=token_file) as replica:
-        address = f"127.0.0.1:{replica.port}"
+async def test_a_tokens_limits_refuse_with_the_time_to_wait(token_file: Path) -> None:
+    async with serving(token_file=token_file) as server:
+        address = f"127.0.0.1:{server.port}"
         async with AsyncClient(address, access=Access(token=SLOW)) as client:
-            await client.predict(pixels())
+            await client.list_models()
             with pytest.raises(RequestFailed) as refused:
-                await client.predict(pixels())
+                await client.list_models()
         assert refused.value.code == Code.RESOURCE_EXHAUSTED
         assert refused.value.reason == "RATE_LIMITED"
         assert 90 < (refused.value.retry_after_s or 0) <= 100
 
-        guard = replica.server.transport.guard
+        guard = server.transport.guard
         assert guard is not None
         narrow = guard.tokens.find(NARROW)
         assert narrow is not None
@@ -220,17 +233,17 @@ async def test_a_tokens_limits_refuse_with_the_time_to_wait(
                 guard.limits.admitted(narrow),
                 pytest.raises(RequestFailed, match="has 2 requests in flight"),
             ):
-                await client.predict(pixels())
-            assert (await client.predict(pixels())).label
+                await client.list_models()
+            await client.list_models()
             assert guard.limits.in_flight("narrow") == 0
 
 
-async def test_streaming_calls_pass_the_same_door(tiny_bundle: Bundle, token_file: Path) -> None:
+async def test_streaming_calls_pass_the_same_door(token_file: Path) -> None:
     """Reflection is a stream in both directions; health is open, channels ask it tokenless."""
     question = reflection_pb2.ServerReflectionRequest(list_services="")
     async with (
-        serving(tiny_bundle, token_file=token_file) as replica,
-        grpc.aio.insecure_channel(f"127.0.0.1:{replica.port}") as channel,
+        serving(token_file=token_file) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
     ):
         ask: Any = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
         with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -246,17 +259,14 @@ async def test_streaming_calls_pass_the_same_door(tiny_bundle: Bundle, token_fil
         assert status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_admin_on_a_port_of_its_own_is_nowhere_else(
-    tiny_bundle: Bundle, token_file: Path
-) -> None:
+async def test_admin_on_a_port_of_its_own_is_nowhere_else(token_file: Path) -> None:
     fields = {"admin_port": 0, "health_port": 0, "token_file": token_file}
-    async with serving(tiny_bundle, **fields) as replica:
-        server = replica.server
+    async with serving(**fields) as server:
         operator = Access(token=ADMIN)
         async with AsyncClient(f"127.0.0.1:{server.port}", access=operator) as client:
-            assert (await client.predict(pixels())).label
+            await client.list_models()
             with pytest.raises(RequestFailed) as refused:
-                await client.update_scheduling(min_quality=0.2)
+                await client.drain()
             assert refused.value.code == Code.UNIMPLEMENTED
             stub: Any = grpc_service_pb2_grpc.GRPCInferenceServiceStub(client.channel)
             with pytest.raises(grpc.aio.AioRpcError, match="admin port"):
@@ -265,23 +275,35 @@ async def test_admin_on_a_port_of_its_own_is_nowhere_else(
                     metadata=operator.metadata,
                 )
         async with AsyncClient(f"127.0.0.1:{server.admin_port}", access=operator) as client:
-            assert (await client.update_scheduling(min_quality=0.2)).min_quality == 0.2
+            assert await client.drain()
             with pytest.raises(RequestFailed) as refused:
-                await client.predict(pixels())
+                await client.list_models()
             assert refused.value.code == Code.UNIMPLEMENTED
         async with AsyncClient(f"127.0.0.1:{server.health_port}") as client:
             health: Any = health_pb2_grpc.HealthStub(client.channel)
-            reply = await health.Check(health_pb2.HealthCheckRequest(service="tiny"))
+            reply = await health.Check(health_pb2.HealthCheckRequest(service=""))
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
             with pytest.raises(RequestFailed) as refused:
-                await client.predict(pixels())
+                await client.list_models()
             assert refused.value.code == Code.UNIMPLEMENTED
 
 
+async def test_an_old_connection_is_given_up_and_made_anew() -> None:
+    async with (
+        serving(max_connection_age_s=0.2) as server,
+        AsyncClient(f"127.0.0.1:{server.port}") as client,
+    ):
+        await client.list_models()
+        async with asyncio.timeout(10):
+            await client.channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+        await client.list_models()
+
+
 async def test_a_picture_over_the_limit_is_refused_by_its_header(tiny_bundle: Bundle) -> None:
-    async with serving(tiny_bundle, max_image_pixels=400) as replica:
-        assert await outcome(replica.port, image=picture((20, 20))) == Code.OK
-        assert await outcome(replica.port, image=picture((21, 20))) == Code.INVALID_ARGUMENT
+    reader = ImageReader(tiny_bundle.manifest.preprocessing, max_pixels=400)
+    assert (await reader.encoded("image", picture((20, 20)))).shape == (1, 1, 8, 8)
+    with pytest.raises(BadInput, match="at most 400 pixels, got 21 x 20"):
+        await reader.encoded("image", picture((21, 20)))
 
 
 def test_a_token_does_not_leave_the_machine_in_the_clear() -> None:

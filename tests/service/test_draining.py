@@ -59,6 +59,7 @@ async def test_while_it_is_announced_requests_are_accepted(client: AsyncClient) 
     draining = asyncio.create_task(client.drain(announce_s=1.0))
     assert (await watch.read()).status == NOT_SERVING
     assert (await client.predict(pixels())).label
+    assert not any(model.ready for model in (await client.list_models()).models)
     assert not draining.done()
     assert await draining
     watch.cancel()

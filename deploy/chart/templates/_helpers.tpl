@@ -23,7 +23,8 @@ app.kubernetes.io/component: replica
   "ranks" .Values.ranks "spare_ranks" .Values.spareRanks }}
 {{- if .Values.model.bundle }}{{ $_ := set $ours "bundle" .Values.model.bundle }}{{ end }}
 {{- if .Values.tls.mutual }}{{ $_ := set $ours "tls_client_ca" "/etc/ladderstitch/tls/ca.crt" }}{{ end }}
-{{- toYaml (mergeOverwrite (deepCopy .Values.server) $ours) }}
+{{- $defaults := dict "max_connection_age_s" 300 }}
+{{- toYaml (mergeOverwrite $defaults (deepCopy .Values.server) $ours) }}
 {{- end }}
 
 {{/* Nobody in the container needs root, a capability or a writable root file system. */}}

@@ -81,6 +81,12 @@ class AsyncClient:
         finally:
             call.cancel()
 
+    async def list_models(self) -> inference_pb2.ListModelsResponse:
+        reply: inference_pb2.ListModelsResponse = await self._call(
+            self.inference.ListModels, inference_pb2.ListModelsRequest()
+        )
+        return reply
+
     async def get_model(self, model: str = "") -> inference_pb2.GetModelResponse:
         reply: inference_pb2.GetModelResponse = await self._call(
             self.inference.GetModel, inference_pb2.GetModelRequest(model_name=model)

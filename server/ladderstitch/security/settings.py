@@ -7,6 +7,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MAX_IMAGE_PIXELS = 50_000_000
+
 
 class AccessSettings(BaseModel):
     """Where a server listens, who may call it and how much one call may carry."""
@@ -33,8 +35,14 @@ class AccessSettings(BaseModel):
     )
     max_message_mb: int = Field(64, ge=1, le=1024, description="largest gRPC message, MiB")
     max_streams: int = Field(1000, ge=1, le=100_000, description="calls at once on a connection")
+    max_connection_age_s: float | None = Field(
+        None, gt=0, description="then clients connect anew, and find new replicas; unset: never"
+    )
+    max_connection_grace_s: float = Field(
+        300.0, gt=0, description="for what is in flight on a connection that is too old"
+    )
     max_image_pixels: int = Field(
-        50_000_000, ge=1, description="of an encoded picture, read off its header"
+        MAX_IMAGE_PIXELS, ge=1, description="of an encoded picture, read off its header"
     )
     max_prompt_tokens: int | None = Field(
         None, ge=1, description="of a text prompt; unset: whatever the context holds"

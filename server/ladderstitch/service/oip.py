@@ -45,7 +45,7 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
 
     @property
     def _serving(self) -> bool:
-        return self.host.ready and not self.host.draining
+        return self.host.serving
 
     @statuses
     async def ServerLive(

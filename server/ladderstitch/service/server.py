@@ -47,7 +47,9 @@ class Server:
         repository = None if transport.admin else control
         self._add_inference(self._main, repository)
         self._admin = transport.server() if transport.admin else None
-        self._probes = grpc.aio.server() if transport.health else None
+        self._probes = None
+        if transport.health:  # kubelets send no token and speak no TLS
+            self._probes = grpc.aio.server(options=transport.options())
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
             AdminService(host, control), self._admin or self._main
         )

@@ -60,6 +60,8 @@ class Transport:
         return cls(
             max_message_bytes=settings.max_message_mb << 20,
             max_streams=settings.max_streams,
+            max_connection_age_s=settings.max_connection_age_s,
+            max_connection_grace_s=settings.max_connection_grace_s,
             share_port=share_port,
             credentials=credentials,
             observer=Observer(sinks) if sinks else None,
