@@ -30,7 +30,7 @@ def test_a_request_from_queue_to_answer() -> None:
     on_time, late, free = make_request(10.02), make_request(10.001), make_request()
     model.queued(3)
     model.dispatched([on_time, late, free], now=10.002, waiting=0)
-    model.computed(rows=3, compute_s=0.004, error=1.25)
+    model.computed(rows=3, compute_s=0.004, error=1.25, tail=1.2)
     model.switched(2e-6)
     model.corrected(slowdown=1.5, tail=1.2)
     for request in (on_time, late, free):
