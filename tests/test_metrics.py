@@ -102,7 +102,7 @@ def test_the_page_is_what_prometheus_expects() -> None:
         assert family.name.startswith("ladderstitch_")
         assert family.documentation
         for sample in family.samples:
-            assert sample.labels.keys() <= {"model", "stitch", "code", "met", "le"}
+            assert sample.labels.keys() <= {"model", "stitch", "code", "met", "kept", "le"}
     edges = sorted(
         float(sample.labels["le"])
         for family in families

@@ -50,7 +50,7 @@ def test_run_writes_figures_and_report_and_keeps_the_bar(
         "run", server.address, "--rate", "40", "--seconds", "0.5", "--budget", "a:5000",
         "--budget", "b:9000:2", "--out", str(tmp_path), "--arrivals", "gamma",
     ]  # fmt: skip
-    passed = CliRunner().invoke(app, command + ["--min-attainment", "0.5"])
+    passed = CliRunner().invoke(app, [*command, "--min-attainment", "0.5"])
     assert passed.exit_code == 0, passed.output
     found = json.loads((tmp_path / "load.json").read_text())
     assert found["summary"]["attainment"] == 1.0
@@ -58,7 +58,7 @@ def test_run_writes_figures_and_report_and_keeps_the_bar(
     page = (tmp_path / "load.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "http" not in page
-    missed = CliRunner().invoke(app, command + ["--min-effective-quality", "1"])
+    missed = CliRunner().invoke(app, [*command, "--min-effective-quality", "1"])
     assert missed.exit_code == 1
     assert "effective quality: expected at least 1.0000" in missed.output
 

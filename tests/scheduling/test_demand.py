@@ -60,7 +60,7 @@ def test_earnings_give_each_row_the_time_that_its_deadline_leaves() -> None:
     demand = Demand(((0.002, 2.0), (0.014, 4.0)), impatient_s=0.1)
     assert demand.earnings(hull, 0.0, 0, 1.0) == pytest.approx(2 * 0.7 + 2 * 0.9)
     # Busy for 4 ms with the first two: 10 ms are left for two rows.
-    assert demand.earnings(hull, 0.004, 2, 1.0) == pytest.approx(2 * 0.9)
+    assert demand.earnings(hull, 0.004, 2, 1.0) == pytest.approx(2 * hull.quality(0.005))
     # Busy for 3 ms with none of them: who is due in 2 ms is lost.
     assert demand.earnings(hull, 0.003, 0, 1.0) < 2 * 0.9 + 0.7
     # A machine that is twice as slow: half of the time in the profile's seconds.
