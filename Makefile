@@ -4,8 +4,9 @@ TORCH ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install serve test lint format types protos \
-	verify-models verify-serving verify-training verify-language verify-kernels clean
+.PHONY: help install serve test lint format types protos tools manifests \
+	verify-models verify-serving verify-training verify-language verify-kernels \
+	verify-operations soak clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -20,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt scripts/install.sh
 serve: install ## the embedded model on 127.0.0.1:8001; Ctrl-C stops it and leaves nothing behind
 	@exec $(BIN)/ladderstitch serve
 
-test: install lint types ## everything that CI runs, from nothing
+test: install tools lint types ## everything that CI runs, from nothing
 	$(BIN)/buf lint
 	$(BIN)/python scripts/protos.py --check
 	$(BIN)/pytest
@@ -39,10 +40,18 @@ types: install ## mypy, strict
 protos: install ## regenerate the committed stubs
 	$(BIN)/python scripts/protos.py
 
+tools: install ## helm, kubectl, promtool and others into .venv/tools; tests that lack one are skipped
+	@VENV=$(VENV) sh scripts/tools.sh
+
+manifests: tools ## render deploy/chart into deploy/kustomize, and the dashboard
+	$(BIN)/python scripts/manifests.py
+	$(BIN)/python scripts/dashboard.py
+
 verify-models: install ## every golden case, also those that LADDERSTITCH_GOLDEN names; memory of 71 stitches
-	$(BIN)/ladderstitch verify $(filter-out %/lsq_raw.safetensors,$(wildcard tests/golden/*.safetensors))
+	$(BIN)/ladderstitch verify $(wildcard tests/golden/*.safetensors) $(wildcard $(LADDERSTITCH_GOLDEN)/*.safetensors)
 	$(BIN)/pytest -q tests/models tests/test_verify.py
 	$(BIN)/ladderstitch-loadtest memory --out loadtest/results
+	$(BIN)/ladderstitch-loadtest real-sizes --out loadtest/results
 
 verify-serving: install ## about 8 minutes: overhead, switching, mixed budgets, 10,000 malformed requests
 	$(BIN)/ladderstitch-loadtest overhead --out loadtest/results
@@ -66,6 +75,13 @@ verify-kernels: install ## about 3 minutes: long ladders, machine code for three
 	$(BIN)/python -m ladderstitch_kernels.compiled --target sm_80 --target sm_90 --target sm_100
 	$(BIN)/python -m ladderstitch_kernels.check
 	$(BIN)/python -m ladderstitch_kernels.bench --out kernels/results
+
+verify-operations: install ## about 5 minutes: replicas follow the load and are rolled under it, nothing lost
+	$(BIN)/python scripts/verify_operations.py
+	LADDERSTITCH_PANELS=loadtest/results/panels.png $(BIN)/pytest -q tests/deploy/test_monitoring.py
+
+soak: install ## an hour of mixed load, cancels, bad input, killed workers: no leak, no stuck request
+	LADDERSTITCH_SOAK_S=3600 $(BIN)/pytest -q -s tests/test_soak.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -53,6 +53,9 @@ def test_a_request_from_queue_to_answer() -> None:
     assert value(metrics, "dispatch_slack_seconds_bucket", le="+Inf") == 2
 
 
+KNOWN_LABELS = {"model", "stitch", "code", "met", "kept", "end", "reason", "le"}
+
+
 @pytest.mark.parametrize(
     ("code", "missed"),
     [
@@ -102,7 +105,7 @@ def test_the_page_is_what_prometheus_expects() -> None:
         assert family.name.startswith("ladderstitch_")
         assert family.documentation
         for sample in family.samples:
-            assert sample.labels.keys() <= {"model", "stitch", "code", "met", "kept", "le"}
+            assert sample.labels.keys() <= KNOWN_LABELS
     edges = sorted(
         float(sample.labels["le"])
         for family in families

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ladderstitch.cli import app
+from ladderstitch.importing import LAYOUTS
 from tests.conftest import GOLDEN, golden_cases
 
 runner = CliRunner()
@@ -29,20 +30,22 @@ def planted(tmp_path: Path, *, tensor: str | None = None, **config: object) -> P
     return path
 
 
-def test_every_golden_case_of_the_family_passes() -> None:
-    cases = golden_cases("snnet-deit")
-    assert len(cases) >= 3
+def test_every_golden_case_of_stitched_families_passes() -> None:
+    cases = [case for family in LAYOUTS for case in golden_cases(family)]
+    assert len(cases) >= 4
     result = runner.invoke(app, ["verify", *map(str, cases)])
+    print(result.output)  # noqa: T201  (the table: case, family, ids, largest error)
     assert result.exit_code == 0, result.output
     assert result.output.count("pass ") == len(cases)
-    assert "pass snnet_deit: snnet-deit, 71 ids, largest relative error" in result.output
+    assert "pass snnet_deit_k3s2: snnet-deit, 43 ids, largest relative error" in result.output
+    assert "pass snnetv2_12_24: snnetv2, 135 ids, largest relative error" in result.output
 
 
 def test_one_wrong_weight_fails_and_exits_1(tmp_path: Path) -> None:
     path = planted(tmp_path, tensor="weights.stitch_layers.0.1.transform.bias")
-    result = runner.invoke(app, ["verify", str(GOLDEN / "lsq_deit.safetensors"), str(path)])
+    result = runner.invoke(app, ["verify", str(GOLDEN / "lsq_swin.safetensors"), str(path)])
     assert result.exit_code == 1
-    assert "pass lsq_deit" in result.output
+    assert "pass lsq_swin" in result.output
     assert "FAIL planted" in result.output
     assert "outside tolerance: ids [12" in result.output
 
@@ -63,10 +66,10 @@ def test_a_wrong_enumeration_is_seen(tmp_path: Path) -> None:
 
 
 def test_least_squares_with_a_wrong_anchor_fails(tmp_path: Path) -> None:
-    tensors = load_file(GOLDEN / "lsq_deit.safetensors")
-    tensors["weights.anchors.0.blocks.1.mlp.fc1.weight"] *= -1
+    tensors = load_file(GOLDEN / "lsq_swin.safetensors")
+    tensors["weights.anchors.0.layers.2.blocks.0.mlp.fc1.weight"] *= -1
     save_file(tensors, tmp_path / "lsq.safetensors")
-    (tmp_path / "lsq.json").write_text((GOLDEN / "lsq_deit.json").read_text())
+    (tmp_path / "lsq.json").write_text((GOLDEN / "lsq_swin.json").read_text())
     result = runner.invoke(app, ["verify", str(tmp_path / "lsq.safetensors")])
     assert result.exit_code == 1
 

@@ -24,6 +24,7 @@ from ladderstitch_loadtest import malformed as malformed_requests
 from ladderstitch_loadtest import memory as memory_use
 from ladderstitch_loadtest import mixed as mixed_budgets
 from ladderstitch_loadtest import overhead as server_overhead
+from ladderstitch_loadtest import real_sizes
 from ladderstitch_loadtest import switching as switch_cost
 from ladderstitch_loadtest.compare_cli import compare
 from ladderstitch_loadtest.files import write
@@ -158,6 +159,35 @@ def memory(
         table.add_row(name.replace("_", " "), f"{getattr(found, name):.2f}")
     out.print(table)
     write(folder, "memory", found.to_dict())
+
+
+@app.command("real-sizes")
+def real_sizes_(
+    folder: Out = None,
+) -> None:
+    """SN-Net's DeiT and Swin families at their real sizes: memory, load time, anchors; and what the
+    route executor costs beside a straight-line forward.
+    """
+    found = [real_sizes.measure(family) for family in real_sizes.FAMILIES]
+    overhead = real_sizes.executor_overhead()
+    table = Table(
+        "family", "parameters", "stitches", "tensors", "resident", "ratio", "load",
+        "anchors at batch 1", title="random weights, 224 x 224, one thread",
+    )  # fmt: skip
+    for row in found:
+        table.add_row(
+            row.family,
+            f"{row.parameters_m} M",
+            str(row.stitches),
+            f"{row.tensor_mib} MiB",
+            f"{row.resident_mib} MiB",
+            f"{row.resident_ratio}",
+            f"{row.load_s} s",
+            ", ".join(f"{ms:.0f} ms" for ms in row.anchors_ms),
+        )
+    out.print(table)
+    out.print(f"route executor over straight line, DeiT-S: {overhead['median_ratio']}x")
+    write(folder, "real-sizes", {"families": [r.to_dict() for r in found], "executor": overhead})
 
 
 @app.command()

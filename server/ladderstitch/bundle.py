@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
@@ -21,10 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ladderstitch.errors import BundleError
 from ladderstitch.measurements import LatencyProfile, QualityTable
-from ladderstitch.models.snnet import SnNetConfig
+from ladderstitch.models.family import FamilyConfig
 from ladderstitch.models.stitched import StitchedModel
 
 EMBEDDED = Path(__file__).parent / "bundles" / "fashion-mnist"
@@ -44,6 +45,10 @@ class Preprocessing(BaseModel):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: Literal["bilinear", "bicubic"] = "bilinear"
+    crop: float | None = Field(
+        None, gt=0, le=1, description="share of the shorter side that a centred square takes; "
+        "unset: the whole picture, stretched"
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _one_value_a_channel(self) -> Preprocessing:
@@ -63,16 +68,27 @@ class Manifest(BaseModel):
     format: Literal[1] = 1
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     version: str = Field("1", pattern=r"^[0-9]{1,9}$")
-    family: Literal["snnet"] = "snnet"
-    config: SnNetConfig
+    family: Literal["snnet", "snnet-staged", "snnetv2"] = "snnet"
+    config: FamilyConfig
     labels: tuple[str, ...]
     preprocessing: Preprocessing
     origin: str = Field(description="where the weights come from, for people")
     licence: str
     default_budget_us: int | None = Field(None, gt=0, description="for requests that name none")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _family_is_the_configs(cls, fields: Any) -> Any:
+        """One word says what the configuration is of; older files have it outside only."""
+        if isinstance(fields, dict) and isinstance(config := fields.get("config"), dict):
+            family = fields.get("family", config.get("family", "snnet"))
+            return fields | {"family": family, "config": {"family": family} | config}
+        return fields
+
     @model_validator(mode="after")
     def _labels_and_pixels_fit_the_model(self) -> Manifest:
+        if self.config.family != self.family:
+            raise ValueError(f"family: expected {self.config.family}, got {self.family}")
         inputs = self.config.inputs
         if len(self.labels) != inputs.num_classes:
             raise ValueError(f"labels: expected {inputs.num_classes}, got {len(self.labels)}")
@@ -109,7 +125,9 @@ class Bundle:
         return cls(path, manifest, quality, latency)
 
     def load_model(self, dtype: torch.dtype = torch.float32) -> StitchedModel:
-        """The model in `dtype` on the CPU, in eval mode, without gradients."""
+        """The model in `dtype` on the CPU, in eval mode, without gradients; batch normalisation is
+        folded into the layers before it.
+        """
         weights = self.path / "weights.safetensors"
         try:
             tensors = load_file(weights)
@@ -118,9 +136,10 @@ class Bundle:
         with torch.device("meta"):
             model = self.manifest.config.build()
         check_tensors(model.state_dict(), tensors, where=str(weights))
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        tensors = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
         model.load_state_dict(tensors, assign=True)
-        return model.eval().requires_grad_(False)
+        model.eval().requires_grad_(False).fold_batch_norm()
+        return model.to(dtype)
 
     @property
     def weight_bytes(self) -> int:
@@ -141,9 +160,21 @@ def check_tensors(expected: dict[str, Tensor], got: dict[str, Tensor], *, where:
 
 
 def write_bundle(path: Path, manifest: Manifest, model: StitchedModel) -> None:
-    """Write `model.yaml` and half-precision weights; measurements of older weights are removed."""
+    """Write `model.yaml` and half-precision weights; measurements of older weights are removed.
+
+    Batch normalisation stays as it is: variances may leave the range of half precision.
+    """
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    kept = {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        for key in module.state_dict()
+    }
+    tensors = {
+        name: (tensor if name in kept else tensor.half()).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
     save_file(tensors, path / "weights.safetensors")
     fields = manifest.model_dump(mode="json", exclude_none=True)
     (path / "model.yaml").write_text(yaml.safe_dump(fields, sort_keys=False, width=100))

@@ -6,21 +6,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ladderstitch.bundle import EMBEDDED
 from ladderstitch.errors import ConfigError
 from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.security.settings import AccessSettings
 
 
-class ServerConfig(BaseModel):
+class ServerConfig(AccessSettings):
     """Everything that is fixed while a replica runs, and the scheduling it starts with."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     bundle: Path = Field(EMBEDDED, description="model bundle directory")
-    host: str = Field("127.0.0.1", description="address to bind; loopback unless asked otherwise")
-    port: int = Field(8001, ge=0, le=65_535, description="gRPC; 0 takes a free one")
     metrics_port: int = Field(9464, ge=0, le=65_535, description="/metrics; 0 takes a free one")
     device: str = Field("auto", description="auto, cpu or cuda[:N]")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -43,7 +40,11 @@ class ServerConfig(BaseModel):
         None, description="secret of ranks that are started by hand (`ladderstitch rank`)"
     )
     context_tokens: int = Field(2048, ge=2, description="prompt and answer of a language model")
-    max_message_mb: int = Field(64, ge=1, le=1024, description="largest gRPC message, MiB")
+    log_format: Literal["text", "json"] = "text"
+    log_requests: bool = Field(False, description="a line a request: id, stitch, cost, status")
+    otlp_endpoint: str | None = Field(
+        None, description="http://HOST:4317: traces go there; needs the extra `telemetry`"
+    )
     drain_s: float = Field(20.0, ge=0, description="time for accepted requests on shutdown")
     scheduling: SchedulerSettings = SchedulerSettings()
 
@@ -52,6 +53,15 @@ class ServerConfig(BaseModel):
         if self.rank_secret_file is not None and not self.rank_address:
             raise ValueError("rank_address: expected HOST:PORT along with rank_secret_file")
         return self
+
+    def listening(self) -> tuple[tuple[str, str], ...]:
+        """Fields of ports, each with the address that it is bound to."""
+        return (
+            ("port", self.host),
+            ("metrics_port", self.host),
+            ("admin_port", self.admin_host),
+            ("health_port", self.host),
+        )
 
     @classmethod
     def load(cls, path: Path | None, **flags: Any) -> ServerConfig:

@@ -19,6 +19,8 @@ from ladderstitch.config import ServerConfig
 from ladderstitch.engine.placement import resolve_device
 from ladderstitch.hosting import LiveSettings
 from ladderstitch.language.bundle import is_language_bundle
+from ladderstitch.logs import configure as configure_logs
+from ladderstitch.pressure import Pressure
 from ladderstitch.rank_actors import RANK_RESOURCES, launch_actor
 from ladderstitch.replica import Replica, merged
 from ladderstitch.scheduling.settings import SchedulerSettings
@@ -72,6 +74,10 @@ class LiveControl:
         """Where a replica answers; gateways will ask."""
         self.addresses[replica] = address
 
+    async def unregister(self, replica: str) -> None:
+        """It takes no more requests."""
+        self.addresses.pop(replica, None)
+
     async def registered(self) -> dict[str, str]:
         return dict(self.addresses)
 
@@ -97,6 +103,7 @@ class ReplicaDeployment:
         self, fields: dict[str, Any]
     ) -> None:
         self.config = ServerConfig.model_validate(fields)
+        configure_logs(self.config.log_format)
         self.control = live_control(self.config.scheduling)
         self.replica = Replica(
             self.config,
@@ -106,6 +113,7 @@ class ReplicaDeployment:
             launcher=launch_actor,
         )
         await self.replica.start()
+        self.pressure = Pressure(self.replica.host, self.replica.metrics)
         self.replica.apply(await self.control.get.remote())
         address = f"{self.config.host}:{self.replica.port}"
         await self.control.register.remote(self.replica.host.replica, address)
@@ -120,6 +128,10 @@ class ReplicaDeployment:
         if not self.replica.alive:
             raise RayServeException("the dispatch loop has ended")
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `SlackPolicy` decides by; Serve's own count does not see our requests."""
+        return self.pressure.sample().stats()
+
     async def ports(self) -> tuple[int, int]:
         """gRPC and metrics."""
         return self.replica.port, self.replica.metrics_port
@@ -127,6 +139,7 @@ class ReplicaDeployment:
     async def __del__(self) -> None:
         """Serve awaits this when it stops a replica: finish what was accepted."""
         self._following.cancel()
+        await self.control.unregister.remote(self.replica.host.replica)
         await self.replica.stop()
 
     async def _update(self, changes: dict[str, Any]) -> LiveSettings:

@@ -12,11 +12,14 @@ LadderstitchError
     ├── BudgetInfeasible          FAILED_PRECONDITION  BUDGET_INFEASIBLE
     ├── QualityUnavailable        FAILED_PRECONDITION  QUALITY_UNAVAILABLE
     ├── Overloaded                RESOURCE_EXHAUSTED   OVERLOADED
+    │   └── RateLimited           RESOURCE_EXHAUSTED   RATE_LIMITED
     ├── ExpiredInQueue            DEADLINE_EXCEEDED    EXPIRED_IN_QUEUE
     ├── ExpiredInCompute          DEADLINE_EXCEEDED    EXPIRED_IN_COMPUTE
     ├── NotReady                  UNAVAILABLE          NOT_READY
     ├── Draining                  UNAVAILABLE          DRAINING
     ├── EngineRestarting          UNAVAILABLE          ENGINE_RESTARTING
+    ├── Unauthenticated           UNAUTHENTICATED      UNAUTHENTICATED
+    ├── NotAllowed                PERMISSION_DENIED    NOT_ALLOWED
     └── InternalError             INTERNAL             INTERNAL
 """
 
@@ -102,6 +105,12 @@ class Overloaded(RequestError):
         self.retry_after_s = retry_after_s
 
 
+class RateLimited(Overloaded):
+    """The caller's token has reached its own limit, whatever the load."""
+
+    reason = "RATE_LIMITED"
+
+
 class ExpiredInQueue(RequestError):
     code = "DEADLINE_EXCEEDED"
     reason = "EXPIRED_IN_QUEUE"
@@ -125,6 +134,20 @@ class Draining(RequestError):
 class EngineRestarting(RequestError):
     code = "UNAVAILABLE"
     reason = "ENGINE_RESTARTING"
+
+
+class Unauthenticated(RequestError):
+    """No token, or one that the server does not know."""
+
+    code = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+class NotAllowed(RequestError):
+    """The token lacks the scope that the method needs."""
+
+    code = "PERMISSION_DENIED"
+    reason = "NOT_ALLOWED"
 
 
 class InternalError(RequestError):

@@ -42,6 +42,7 @@ class HostedGenerator:
     bundle: LanguageBundle
     generator: Generator
     metrics: TextMetrics
+    max_prompt_tokens: int
 
     @property
     def name(self) -> str:
@@ -67,6 +68,20 @@ UpdateSettings = Callable[[dict[str, Any]], Awaitable[LiveSettings]]
 """Changed fields -> what is in force from then on, here and on every other replica."""
 
 
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What an administrator may do to a replica.
+
+    `drain` takes seconds of announcement and tells whether all accepted requests ended, `load`
+    takes a bundle's name, `unload` a model's.
+    """
+
+    update: UpdateSettings
+    drain: Callable[[float], Awaitable[bool]]
+    load: Callable[[str], Awaitable[Hosted]]
+    unload: Callable[[str], Awaitable[None]]
+
+
 @dataclass(slots=True)
 class Host:
     """The models of one replica; the replica sets the late fields as it comes up and goes down."""
@@ -75,14 +90,32 @@ class Host:
     models: dict[str, HostedModel] = field(default_factory=dict)
     generators: dict[str, HostedGenerator] = field(default_factory=dict)
     ready: bool = False
+    leaving: bool = False  # announced, but requests are still accepted
     draining: bool = False
     live: LiveSettings = field(default_factory=lambda: LiveSettings(0, SchedulerSettings()))
+
+    @property
+    def serving(self) -> bool:
+        """Whether callers should come here."""
+        return self.ready and not self.leaving and not self.draining
 
     @property
     def everything(self) -> dict[str, Hosted]:
         """All models by name, in order of their names."""
         everything: dict[str, Hosted] = {**self.models, **self.generators}
         return dict(sorted(everything.items()))
+
+    def add(self, hosted: Hosted) -> None:
+        """Answer by it from now on, also in place of one of the same name."""
+        self.remove(hosted.name)
+        if isinstance(hosted, HostedModel):
+            self.models[hosted.name] = hosted
+        else:
+            self.generators[hosted.name] = hosted
+
+    def remove(self, name: str) -> None:
+        self.models.pop(name, None)
+        self.generators.pop(name, None)
 
     def find(self, name: str, version: str = "") -> Hosted:
         """No name stands for the only model, no version for the loaded one.

@@ -34,6 +34,10 @@ class ImageRunner:
         self._model: HostedModel | None = None
 
     @property
+    def name(self) -> str:
+        return self.bundle.manifest.name
+
+    @property
     def healthy(self) -> bool:
         return self._engine is not None and self._engine.ready
 
@@ -51,7 +55,7 @@ class ImageRunner:
         self._engine = self._make_engine(worker)
         await self._engine.start()
         self._model = await self._host(self._engine, worker, advance)
-        self.host.models[self._model.name] = self._model
+        self.host.add(self._model)
 
     def set_ready(self, ready: bool) -> None:
         if self._model is not None:
@@ -60,6 +64,7 @@ class ImageRunner:
     def apply(self, settings: SchedulerSettings) -> None:
         if self._model is not None:
             self._model.scheduler.configure(settings)
+            _tell_offer(self._model.scheduler)
 
     async def drain(self) -> None:
         if self._model is not None:
@@ -103,15 +108,23 @@ class ImageRunner:
             scheduler.configure(self.host.live.settings)
         except BadInput as error:
             raise ConfigError(f"scheduling.{error}") from error
-        reader = ImageReader(self.bundle.manifest.preprocessing)
+        metrics.running.set_function(lambda: scheduler.running_requests)
+        _tell_offer(scheduler)
+        reader = ImageReader(self.bundle.manifest.preprocessing, self.config.max_image_pixels)
         return HostedModel(self.bundle, scheduler, reader, stitches)
+
+
+def _tell_offer(scheduler: Scheduler) -> None:
+    menu = scheduler.menu
+    fastest, best = (menu.quality[stitch] for stitch in (menu.frontier[0], menu.best))
+    scheduler.metrics.offered(fastest, best, menu.floor)
 
 
 def quality_table(bundle: Bundle) -> QualityTable:
     """Raises `BundleError` if the bundle is not calibrated, or not for every stitch."""
     if bundle.quality is None:
         raise BundleError(f"{bundle.path}: no quality.json; run `ladderstitch calibrate` first")
-    stitches = {stitch.id for stitch in bundle.manifest.config.stitches()}
+    stitches = {s.id for s in bundle.manifest.config.stitches() if s.usable}
     if missing := stitches - bundle.quality.stitches.keys():
         raise BundleError(
             f"{bundle.path / 'quality.json'}: stitches {sorted(missing)} are not calibrated; "

@@ -16,9 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ladderstitch.bundle import Preprocessing
 from ladderstitch.core import Pixels
 from ladderstitch.errors import BadInput
+from ladderstitch.security.settings import MAX_IMAGE_PIXELS
 
-MAX_PIXELS = 50_000_000
-"""Checked on the header, before anything is decoded."""
 INLINE_PIXELS = 256 * 256
 """Larger pictures are decoded in a thread, so that they do not hold up the event loop."""
 ITEM_BYTES = {"UINT8": 1, "FP32": 4}
@@ -29,10 +28,13 @@ _decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
 class ImageReader:
     """Preprocesses for one model."""
 
-    def __init__(self, preprocessing: Preprocessing) -> None:
+    def __init__(self, preprocessing: Preprocessing, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
+        """`max_pixels` is checked on a file's header, before anything is decoded."""
+        self.max_pixels = max_pixels
         self.shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
         self.mode = "L" if preprocessing.channels == 1 else "RGB"
         self.resample = Image.Resampling[preprocessing.resize.upper()]
+        self.crop = preprocessing.crop
         std = np.asarray(preprocessing.std, np.float32)
         mean = np.asarray(preprocessing.mean, np.float32)
         self.scale = (1 / (255 * std)).reshape(-1, 1, 1)
@@ -83,11 +85,12 @@ class ImageReader:
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
             raise BadInput(field, f"expected a PNG or JPEG file: {_first_line(error)}") from error
         except Image.DecompressionBombError as error:
-            raise BadInput(field, f"expected at most {MAX_PIXELS} pixels: {error}") from error
+            raise BadInput(field, f"expected at most {self.max_pixels} pixels: {error}") from error
         pixels = image.width * image.height
-        if pixels > MAX_PIXELS:
+        if pixels > self.max_pixels:
             raise BadInput(
-                field, f"expected at most {MAX_PIXELS} pixels, got {image.width} x {image.height}"
+                field,
+                f"expected at most {self.max_pixels} pixels, got {image.width} x {image.height}",
             )
         if pixels <= INLINE_PIXELS:
             return self._decode(field, image)
@@ -103,10 +106,18 @@ class ImageReader:
             picture = upright.convert(self.mode)
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise BadInput(field, f"the picture is broken: {_first_line(error)}") from error
-        if picture.size != (width, height):
-            picture = picture.resize((width, height), self.resample)
+        box = None if self.crop is None else centred_square(picture.size, self.crop)
+        if picture.size != (width, height) or box is not None:
+            picture = picture.resize((width, height), self.resample, box)
         array = np.asarray(picture, np.uint8).reshape(height, width, -1)
         return self.normalise(np.ascontiguousarray(array.transpose(2, 0, 1))[None])
+
+
+def centred_square(size: tuple[int, int], share: float) -> tuple[float, float, float, float]:
+    """Left, upper, right and lower edge of a square of this share of the shorter side."""
+    side = share * min(size)
+    left, upper = (size[0] - side) / 2, (size[1] - side) / 2
+    return left, upper, left + side, upper + side
 
 
 def _first_line(error: Exception) -> str:

@@ -36,6 +36,10 @@ class LanguageRunner:
         self._generator: Generator | None = None
 
     @property
+    def name(self) -> str:
+        return self.bundle.manifest.name
+
+    @property
     def healthy(self) -> bool:
         return self._group is not None and self._group.whole
 
@@ -66,10 +70,16 @@ class LanguageRunner:
         self._group = RankGroup(job, options, launcher, self.metrics.restarts.inc)
         await self._group.start()
         self._generator = Generator(self._group, self.tokenizer, manifest.end_tokens)
-        self.host.generators[manifest.name] = HostedGenerator(
-            self.bundle, self._generator, self.metrics
+        self.host.add(
+            HostedGenerator(self.bundle, self._generator, self.metrics, self._max_prompt_tokens())
         )
         advance(1, 1)
+
+    def _max_prompt_tokens(self) -> int:
+        """A prompt leaves room for at least one token of an answer."""
+        assert self._generator is not None, "set by `start`"
+        most = self._generator.max_tokens - 1
+        return min(most, self.config.max_prompt_tokens or most)
 
     def set_ready(self, ready: bool) -> None:
         self.metrics.ready.set(int(ready))

@@ -46,9 +46,21 @@ class Metrics:
         self.budgets = counter(
             "budget", "Requests with a target ended, by whether it was met.", ["model", "met"]
         )
+        self.denials = counter(
+            "denied_calls", "Calls refused by token, scope or a token's limits.", ["reason"]
+        )
         self.switches = counter("switches", "Batches on another stitch than the last.", model)
         self.restarts = counter("engine_restarts", "Workers and ranks lost and replaced.", model)
         self.queue = gauge("queue_requests", "Requests that wait.", model)
+        self.running = gauge("running_requests", "Requests that are being computed.", model)
+        self.cache = gauge(
+            "kv_cache_usage_ratio", "Of the tokens that the cache holds, those taken.", model
+        )
+        self.frontier = gauge(
+            "frontier_quality",
+            "Quality of the fastest and of the best stitch, and the operator's floor.",
+            ["model", "end"],
+        )
         self.ready = gauge("model_ready", "1 when the model answers requests.", model)
         self.slowdown = gauge("latency_slowdown_ratio", "This machine over the profile.", model)
         self.tail = gauge("latency_tail_ratio", "Planned quantile over expected latency.", model)
@@ -101,6 +113,10 @@ class Metrics:
 
     def for_model(self, name: str, stitches: Iterable[int]) -> ModelMetrics:
         return ModelMetrics(self, name, stitches)
+
+    def denied(self, reason: str) -> None:
+        """A call was refused before it reached a model."""
+        self.denials.labels(reason).inc()
 
     def expose(
         self, port: int, address: str, *, share_port: bool = False
@@ -160,11 +176,20 @@ class ModelMetrics:
         self._batch = metrics.batch.labels(model)
         self._quality = metrics.quality.labels(model)
         self._error = metrics.error.labels(model)
+        self._frontier = {
+            end: metrics.frontier.labels(model, end) for end in ("fastest", "best", "floor")
+        }
+        self.running = metrics.running.labels(model)
         self._kept = metrics.planned.labels(model, "true")
         self._overrun = metrics.planned.labels(model, "false")
         self.turnaround = metrics.turnaround.labels(model)
         self.ready = metrics.ready.labels(model)
         self.restarts = metrics.restarts.labels(model)
+
+    def offered(self, fastest: float, best: float, floor: float) -> None:
+        """The qualities that requests may get from now on."""
+        for end, quality in (("fastest", fastest), ("best", best), ("floor", floor)):
+            self._frontier[end].set(quality)
 
     def queued(self, waiting: int) -> None:
         """A request was admitted, or left the queue otherwise than in a batch."""

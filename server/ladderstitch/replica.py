@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Callable
 from typing import Any
 
 from ladderstitch.allocator import return_freed_memory
 from ladderstitch.config import ServerConfig
-from ladderstitch.hosting import Host, LiveSettings, UpdateSettings
+from ladderstitch.hosting import Control, Host, Hosted, LiveSettings, UpdateSettings
 from ladderstitch.image_runner import ImageRunner
 from ladderstitch.language.bundle import is_language_bundle
 from ladderstitch.language.launching import Launcher, launch_process
 from ladderstitch.language_runner import LanguageRunner
+from ladderstitch.logs import log_request
 from ladderstitch.metrics import Metrics
+from ladderstitch.repository import Repository
 from ladderstitch.runner import Advance, Runner
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.service.server import Server, Transport
+from ladderstitch.service.observing import Sink
+from ladderstitch.service.server import Server
+from ladderstitch.service.traces import trace_sink
+from ladderstitch.service.transport import Transport
 
 LAME_DUCK_S = 0.25
-"""So long, calls on their way to a stopping replica are told DRAINING; gRPC would cancel them."""
+"""So long, calls on their way to a stopping replica are still taken, and as long again those that
+come later are told DRAINING; gRPC would cancel them."""
 
 
 class Replica:
@@ -36,17 +41,38 @@ class Replica:
         share_port: bool = False,
         launcher: Launcher = launch_process,
     ) -> None:
-        """`launcher` starts the ranks of a language model. Raises `BundleError`."""
+        """`launcher` starts the ranks of a language model.
+
+        Raises `BundleError`, and `ConfigError` for certificates or tokens that cannot be used.
+        """
         return_freed_memory()
         self.config = config
         self.host = Host(name, live=LiveSettings(0, config.scheduling))
         self.metrics = Metrics()
         self.share_port = share_port
-        self.runner = make_runner(config, self.host, self.metrics, launcher)
-        transport = Transport(max_message_bytes=config.max_message_mb << 20, share_port=share_port)
-        self.server = Server(self.host, update or self._update_alone, transport)
+        self.models = Repository(
+            config,
+            self.host,
+            make_runner(config, self.host, self.metrics, launcher),
+            # what Ray set aside for ranks belongs to the configured model
+            lambda later: make_runner(later, self.host, self.metrics, launch_process),
+        )
+        self._close_traces: Callable[[], None] = lambda: None
+        transport = Transport.of(
+            config, self.metrics.denied, self._sinks(name), share_port=share_port
+        )
+        control = Control(update or self._update_alone, self.drain, self._load, self._unload)
+        self.server = Server(self.host, control, transport)
         self.metrics_port = 0
         self._close_metrics: Callable[[], None] = lambda: None
+
+    def _sinks(self, name: str) -> list[Sink]:
+        """Who is told of every request."""
+        sinks: list[Sink] = [log_request] if self.config.log_requests else []
+        if self.config.otlp_endpoint is not None:
+            sink, self._close_traces = trace_sink(self.config.otlp_endpoint, name)
+            sinks.append(sink)
+        return sinks
 
     @property
     def port(self) -> int:
@@ -55,12 +81,12 @@ class Replica:
     @property
     def healthy(self) -> bool:
         """False while a worker or rank is gone; callers then wait or get ENGINE_RESTARTING."""
-        return self.runner.healthy
+        return self.models.healthy
 
     @property
     def alive(self) -> bool:
         """False if what answers requests has ended although it should not have."""
-        return not self.host.ready or self.host.draining or self.runner.alive
+        return not self.host.ready or self.host.draining or self.models.alive
 
     async def start(self, advance: Advance = lambda done, total: None) -> None:
         """Listen, load, warm up, then answer.
@@ -71,28 +97,47 @@ class Replica:
         self.metrics_port, self._close_metrics = self.metrics.expose(
             self.config.metrics_port, self.config.host, share_port=self.share_port
         )
-        await self.runner.start(advance)
+        await self.models.start(advance)
         self.host.ready = True
-        self.runner.set_ready(True)
+        self.models.set_ready(True)
         await self.server.set_serving(True)
 
     def apply(self, live: LiveSettings) -> None:
         """Schedule by these settings from the next batch on, unless newer ones are in force."""
         if live.revision >= self.host.live.revision:
-            self.runner.apply(live.settings)
+            self.models.apply(live)
             self.host.live = live
 
-    async def stop(self) -> None:
-        """Readiness first, then no new work, then finish, then exit."""
-        self.host.draining = True
-        self.runner.set_ready(False)
+    async def _load(self, bundle: str) -> Hosted:
+        hosted = await self.models.load(bundle)
+        await self.server.set_serving(self.host.serving)
+        return hosted
+
+    async def _unload(self, name: str) -> None:
+        await self.server.forget(name)
+        await self.models.unload(name)
+
+    async def drain(self, announce_s: float = 0.0) -> bool:
+        """Readiness first, then no new work, then finish; whether all accepted requests ended."""
+        self.host.leaving = True
+        self.models.set_ready(False)
         await self.server.set_serving(False)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.runner.drain(), self.config.drain_s)
+        await asyncio.sleep(announce_s)
+        self.host.draining = True
+        try:
+            await asyncio.wait_for(self.models.drain(), self.config.drain_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """Drain, then exit."""
+        await self.drain(announce_s=0.0 if self.host.draining else LAME_DUCK_S)
         await asyncio.sleep(LAME_DUCK_S)
         await self.server.stop(grace_s=1.0)
-        await self.runner.close()
+        await self.models.close()
         self._close_metrics()
+        await asyncio.to_thread(self._close_traces)
 
     async def _update_alone(self, changes: dict[str, Any]) -> LiveSettings:
         """The say of a replica that has no deployment around it."""

@@ -15,6 +15,10 @@ class Runner(Protocol):
     """Runs one bundle and puts its model into the replica's `Host`."""
 
     @property
+    def name(self) -> str:
+        """The model's."""
+
+    @property
     def healthy(self) -> bool:
         """Whether everything that computes is up."""
 

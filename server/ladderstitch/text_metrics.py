@@ -21,11 +21,18 @@ class TextMetrics:
         self._tokens = metrics.generated_tokens.labels(model)
         self._first = metrics.first_token_seconds.labels(model)
         self._gap = metrics.token_gap_seconds.labels(model)
+        self._running = metrics.running.labels(model)
+        self._cache = metrics.cache.labels(model)
         self.ready = metrics.ready.labels(model)
         self.restarts = metrics.restarts.labels(model)
 
     def queued(self, waiting: int) -> None:
         self._queue.set(waiting)
+
+    def generating(self, streams: int, cache_share: float) -> None:
+        """So many answers are being written, and they fill so much of the cache."""
+        self._running.set(streams)
+        self._cache.set(cache_share)
 
     def first_token(self, queue_s: float, seconds: float) -> None:
         """`seconds` from arrival, of which `queue_s` were spent waiting."""

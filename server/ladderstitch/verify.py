@@ -22,7 +22,15 @@ from ladderstitch.importing import import_model
 from ladderstitch.language import golden
 from ladderstitch.models.inference import InferenceModel
 from ladderstitch.models.stitched import StitchedModel
-from ladderstitch.training.least_squares import initialise_stitching_layers, stitched_pairs
+from ladderstitch.models.vit import Vit
+from ladderstitch.plain_anchors import plain_anchor
+from ladderstitch.training.least_squares import (
+    initialise_stitching_layers,
+    solve_affine,
+    stitched_pairs,
+)
+
+PLAIN = ("hf-vit", "hf-deit", "hf-swin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +59,17 @@ def verify_case(path: Path) -> Verdict:
         if name.startswith("weights.")
     }
     try:
-        family, images = sheet["family"], tensors["input"]
+        family = sheet["family"]
         if family in golden.FAMILIES:
             return _verify_language(path.stem, sheet, tensors, weights)
+        if family in PLAIN:
+            return _verify_plain(path.stem, sheet, tensors, weights)
+        if family == "least-squares-solver":
+            return _verify_solver(path.stem, sheet, tensors)
         model = import_model(family, sheet["config"], weights)
         if any(name.startswith("output.") for name in tensors):
-            return _verify_outputs(path.stem, sheet, model, images, tensors)
-        return _verify_least_squares(path.stem, sheet, model, images, weights)
+            return _verify_outputs(path.stem, sheet, model, tensors["input"], tensors)
+        return _verify_least_squares(path.stem, sheet, model, tensors["input"], weights)
     except KeyError as error:
         raise DataError(f"{path}: the case lacks {error}") from error
 
@@ -90,6 +102,50 @@ def _verify_outputs(
                 wrong.append(stitch)
     detail = f"outside tolerance: ids {wrong}" if wrong else ""
     return Verdict(case, sheet["family"], len(expected), "ids", worst, not wrong, detail)
+
+
+def _verify_plain(
+    case: str,
+    sheet: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+) -> Verdict:
+    """A network in Hugging Face's layout: its logits, and each head's where it has two."""
+    trunk = plain_anchor(weights, sheet["config"]["hf_config"]).build()
+    images, tolerance = tensors["input"], sheet["tolerance"]
+    with torch.inference_mode():
+        got = {"logits": trunk(images)}
+        if isinstance(trunk, Vit):
+            x = trunk.embed(images)
+            for step in trunk.steps():
+                x = step(x)
+            heads = trunk.head_logits(x, final_norm=True)
+            got |= dict(zip(("cls_logits", "distillation_logits"), heads, strict=False))
+    worst, wrong = 0.0, []
+    recorded = [entry["id"] for entry in sheet["ids"]]
+    for name in recorded:
+        wanted = tensors[f"output.{name}"]
+        worst = max(worst, float((got[name] - wanted).abs().max() / wanted.abs().max()))
+        if not torch.allclose(got[name], wanted, atol=tolerance["suggested_atol"], rtol=0):
+            wrong.append(name)
+    detail = f"outside tolerance: {wrong}" if wrong else ""
+    return Verdict(case, sheet["family"], len(recorded), "outputs", worst, not wrong, detail)
+
+
+def _verify_solver(case: str, sheet: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Verdict:
+    """The least-squares solver on plain matrices."""
+    allowed = sheet["tolerance"]["suggested_relative_for_solver_on_stored_features"]
+    errors = {}
+    for layer in sheet["layers"]:
+        name = layer["key"]
+        solved = solve_affine(tensors[f"feature.{name}.x"], tensors[f"feature.{name}.y"])
+        for part, got in zip(("weight", "bias"), solved, strict=True):
+            wanted = tensors[f"solution.{name}.{part}"]
+            errors[f"{name}.{part}"] = float((got - wanted).abs().max() / wanted.abs().max())
+    wrong = [name for name, error in errors.items() if not error <= allowed]
+    detail = f"outside tolerance: {wrong}" if wrong else ""
+    worst = max(errors.values())
+    return Verdict(case, sheet["family"], len(errors), "solutions", worst, not wrong, detail)
 
 
 def _verify_language(
@@ -125,7 +181,7 @@ def _verify_least_squares(
     """Solve every stitching layer anew from our own features and compare with the recorded one."""
     allowed = sheet["tolerance"]["suggested_relative_from_own_features"]
     for layer in stitched_pairs(model.stitches):
-        for parameter in model.linear(layer).parameters():
+        for parameter in model.affine(layer).parameters():
             parameter.zero_()
     initialise_stitching_layers(model, images)
     solved = {name: t for name, t in model.state_dict().items() if name.startswith("stitch_layers")}

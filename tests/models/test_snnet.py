@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from ladderstitch.importing import snnet_deit_config
+from ladderstitch.importing import read_config
 from ladderstitch.models.route import Segment, Stitch
 from ladderstitch.models.snnet import anchor_pairs, enumerate_stitches, paired_windows
 from tests.conftest import golden_cases, tiny_config
@@ -30,7 +30,7 @@ def test_routes_equal_the_reference_id_list(case: Path) -> None:
     sheet = json.loads(case.with_suffix(".json").read_text())
     if "ids" not in sheet:
         pytest.skip("a least-squares case lists no ids")
-    stitches = snnet_deit_config(sheet["config"]).stitches()
+    stitches = read_config("snnet-deit", sheet["config"]).stitches()
     depth = sheet["config"]["anchors"][0]["depth"]
     assert len(stitches) == len(sheet["ids"])
     for stitch, wanted in zip(stitches, sheet["ids"], strict=True):

@@ -45,7 +45,7 @@ def test_concurrent_stitches_do_not_disturb_each_other() -> None:
 def test_stitches_share_every_weight() -> None:
     model = tiny_config().build()
     parameters = sum(p.numel() for p in model.parameters())
-    parts = sum(p.numel() for vit in model.vits() for p in vit.parameters())
+    parts = sum(p.numel() for trunk in model.trunks() for p in trunk.parameters())
     parts += sum(p.numel() for p in model.stitch_layers.parameters())
     assert parameters == parts
     before = {p.data_ptr() for p in model.parameters()}

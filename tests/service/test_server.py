@@ -12,10 +12,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ladderstitch.client import AsyncClient, RequestFailed
 from ladderstitch.config import ServerConfig
-from ladderstitch.hosting import Host, LiveSettings
+from ladderstitch.hosting import Control, Host, LiveSettings
 from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc
 from ladderstitch.replica import Replica
-from ladderstitch.service.server import Server, Transport
+from ladderstitch.service.server import Server
+from ladderstitch.service.transport import Transport
 from tests.conftest import Bundle
 from tests.service.conftest import pixels
 
@@ -27,10 +28,21 @@ async def refuse(changes: dict[str, Any]) -> LiveSettings:
     raise AssertionError("no test here changes settings")
 
 
+async def refuse_to_drain(announce_s: float) -> bool:
+    raise AssertionError("no test here drains by this")
+
+
+async def refuse_a_model(name: str) -> Any:
+    raise AssertionError("no test here loads models")
+
+
+NO_CONTROL = Control(refuse, refuse_to_drain, refuse_a_model, refuse_a_model)
+
+
 @pytest.fixture
 async def loading() -> AsyncIterator[Server]:
     """A server that listens but has no model yet."""
-    server = Server(Host("r"), refuse, Transport())
+    server = Server(Host("r"), NO_CONTROL, Transport())
     await server.start("127.0.0.1", 0)
     yield server
     await server.stop(0)
@@ -79,7 +91,7 @@ async def test_an_unforeseen_error_is_internal_with_an_incident_and_no_trace(
 
 
 async def test_a_message_over_the_limit_is_refused(tiny_bundle: Bundle) -> None:
-    server = Server(Host("r"), refuse, Transport(max_message_bytes=10_000))
+    server = Server(Host("r"), NO_CONTROL, Transport(max_message_bytes=10_000))
     await server.start("127.0.0.1", 0)
     async with AsyncClient(f"127.0.0.1:{server.port}") as client:
         with pytest.raises(RequestFailed) as refused:

@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 import ladderstitch
-from ladderstitch.cli import generating, making, measuring, overlapping, predicting, serving
+from ladderstitch.cli import access
+
+MODULES = (
+    "serving",
+    "operating",
+    "doctoring",
+    "predicting",
+    "generating",
+    "making",
+    "measuring",
+    "overlapping",
+)
+"""In the order of the help page; each puts its commands into a Typer by `register`."""
+LIGHT = ("operating", "predicting")
+"""Without torch: orchestrators call some of their commands every few seconds."""
+
+
+@cache
+def commands_of(module: str) -> dict[str, Any]:
+    """A module's commands by name."""
+    part = typer.Typer()
+    import_module(f"ladderstitch.cli.{module}").register(part)
+    part.callback()(lambda: None)  # a group even of one command
+    commands: dict[str, Any] = dict(typer.main.get_group(part).commands)
+    return commands
+
+
+class Commands(TyperGroup):
+    """Imports modules only until the command is found, the light ones first."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for module in MODULES for name in commands_of(module)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        for module in sorted(MODULES, key=lambda module: module not in LIGHT):
+            if cmd_name in commands_of(module):
+                return commands_of(module)[cmd_name]
+        return None
+
 
 app = typer.Typer(
     name="ladderstitch",
+    cls=Commands,
     help="Serve elastic models under latency budgets: one set of weights holds many networks, and "
     "each request is answered by the best one that its budget allows.",
     no_args_is_help=True,
@@ -24,16 +68,15 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def main(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
+    ca: access.Ca = None,
+    tls: access.Tls = False,
+    certificate: access.Certificate = None,
+    key: access.Key = None,
+    token_file: access.TokenFile = None,
+    server_name: access.ServerName = None,
 ) -> None:
-    pass
-
-
-serving.register(app)
-predicting.register(app)
-generating.register(app)
-making.register(app)
-measuring.register(app)
-overlapping.register(app)
+    context.obj = access.Options(ca, tls, certificate, key, token_file, server_name)

@@ -11,9 +11,10 @@ from typing import Annotated
 import typer
 
 from ladderstitch.catalogue import find_bundle
+from ladderstitch.cli.access import connect
 from ladderstitch.cli.console import err, user_errors
 from ladderstitch.cli.predicting import DEFAULT_ADDRESS, parse_duration, reported
-from ladderstitch.client import Client, TextPiece
+from ladderstitch.client import TextPiece
 from ladderstitch.errors import RequestError
 from ladderstitch.language.bundle import LanguageBundle
 from ladderstitch.language.generation import GenerationRequest, Generator
@@ -23,6 +24,7 @@ from ladderstitch.language.sampling import Sampling
 
 
 def generate(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
@@ -54,7 +56,7 @@ def generate(
             request = GenerationRequest(tokens, arrival, max_tokens, sampling, stops, limit)
             asyncio.run(_generate_here(bundle, request, ranks))
             return
-        with reported(address), Client(address, timeout_s=600) as client:
+        with reported(address), connect(context, address, timeout_s=600) as client:
             started, last = time.monotonic(), None
             for last in client.generate(
                 prompt,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
+from ladderstitch.errors import ConfigError
 
 RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe, e.g. examples/*/recipe.yaml")]
 DataFolder = Annotated[Path, typer.Option("--data", help="Folder of gzipped IDX files.")]
@@ -16,7 +17,11 @@ RunFolder = Annotated[Path, typer.Option("--run", help="Where checkpoints, logs 
 
 def fetch(
     what: Annotated[
-        str, typer.Argument(help="fashion-mnist, brown (data), smollm2 (language model)")
+        str,
+        typer.Argument(
+            help="fashion-mnist, brown (data), smollm2 (language model), "
+            "efficientnet-lite (photographs, 1,000 labels)"
+        ),
     ],
     into: Annotated[
         Path | None,
@@ -26,9 +31,17 @@ def fetch(
     """Download a data set that a recipe names, or a model to serve. Needs no root."""
     from ladderstitch.catalogue import models_home
     from ladderstitch.language.fetch import MODELS, fetch_model
+    from ladderstitch.training import fetch_efficientnet as efficientnet
     from ladderstitch.training.fetch import fetch_data
 
     with user_errors():
+        if what == efficientnet.NAME:
+            folder = into or models_home() / what
+            with progress_bar() as progress:
+                right = efficientnet.fetch_efficientnet(folder, progress)
+            _show_right(right)
+            out.print(f"{what} is in {folder}; next: ladderstitch serve --model {into or what}")
+            return
         if what not in MODELS:
             folder = into or Path("data") / what
             fetch_data(what, folder)
@@ -42,6 +55,11 @@ def fetch(
             )
     served = what if into is None else folder
     out.print(f"{what} is in {folder}; next: ladderstitch serve --model {served}")
+
+
+def _show_right(right: dict[int, int]) -> None:
+    listed = ", ".join(f"{stitch}: {count}" for stitch, count in right.items())
+    out.print(f"right of 20 labelled photographs, by stitch: {listed}")
 
 
 def train(recipe: RecipeFile, data: DataFolder, run: RunFolder) -> None:
@@ -77,8 +95,58 @@ def stitch(
     err.print(f"Wrote {bundle}; next: ladderstitch calibrate {bundle} --data {data}")
 
 
+def import_(
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A stitched family's file, or plain networks, smallest first (.safetensors, .pth)."
+        ),
+    ],
+    into: Annotated[Path, typer.Option(help="Bundle directory to write.")],
+    family: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a stitched family's file: snnet-deit, snnet-swin, snnet-resnet, "
+            "snnet-resnet-swin, snnet-levit, snnetv2, learngene-pool."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="The family's sizes, JSON or YAML; default: the published ones."),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of photographs: plain networks are stitched on them."),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels a side, where the file does not say.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="How requests call the model.")] = "imported",
+    labels: Annotated[Path | None, typer.Option(help="A label a line.")] = None,
+    licence: Annotated[str, typer.Option(help="Of the weights.")] = "not stated",
+) -> None:
+    """Make a bundle from published or own checkpoints: stitched families, or DeiT, ViT, Swin and
+    ResNet in timm's or Hugging Face's layout, which become the anchors of a new family.
+
+    Nothing that a file may hold besides weights is run. Every tensor must fit, or is named.
+    """
+    from ladderstitch.training.import_family import Naming, import_anchors, import_released
+
+    with user_errors():
+        naming = Naming(name, licence, labels, None, None)
+        if family is None:
+            model = import_anchors(checkpoints, images, naming, into, image_size=image_size)
+        elif len(checkpoints) == 1:
+            model = import_released(family, checkpoints[0], config, naming, into)
+        else:
+            raise ConfigError(f"checkpoints: expected one of a {family}, got {len(checkpoints)}")
+    count = sum(stitch.usable for stitch in model.stitches)
+    out.print(f"{into}: {count} networks; next: ladderstitch calibrate {into} --data FOLDER")
+
+
 def register(app: typer.Typer) -> None:
     group = "Make a family"
     app.command(rich_help_panel=group)(fetch)
     app.command(rich_help_panel=group)(train)
     app.command(rich_help_panel=group)(stitch)
+    app.command("import", rich_help_panel=group)(import_)

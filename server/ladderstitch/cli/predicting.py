@@ -12,8 +12,9 @@ import grpc
 import typer
 from rich.table import Table
 
+from ladderstitch.cli.access import connect
 from ladderstitch.cli.console import err, out, user_errors
-from ladderstitch.client import Client, Prediction, RequestFailed
+from ladderstitch.client import Prediction, RequestFailed
 from ladderstitch.errors import ConfigError
 from ladderstitch.v1 import inference_pb2
 
@@ -31,6 +32,7 @@ def parse_duration(text: str) -> float:
 
 
 def predict(
+    context: typer.Context,
     images: Annotated[list[Path], typer.Argument(help="PNG or JPEG files.")],
     budget: Annotated[str | None, typer.Option(help="Latency budget, e.g. 800us, 5ms.")] = None,
     hard: Annotated[bool, typer.Option(help="Rather no answer than a late one.")] = False,
@@ -56,7 +58,7 @@ def predict(
     ):
         table.add_column(column)
     failed = 0
-    with user_errors(), Client(address) as client:
+    with user_errors(), connect(context, address) as client:
         budget_s = parse_duration(budget) if budget else None
         for path in images:
             try:
@@ -84,9 +86,9 @@ def predict(
     raise typer.Exit(1 if failed else 0)
 
 
-def models(address: Address = DEFAULT_ADDRESS) -> None:
+def models(context: typer.Context, address: Address = DEFAULT_ADDRESS) -> None:
     """List a server's models, and what quality costs how much time there."""
-    with reported(address), Client(address) as client:
+    with reported(address), connect(context, address) as client:
         for summary in client.list_models().models:
             model = client.get_model(summary.name)
             if summary.generates_text:
@@ -116,6 +118,7 @@ def _language_line(model: inference_pb2.GetModelResponse) -> str:
 
 
 def schedule(
+    context: typer.Context,
     policy: Annotated[
         str | None, typer.Option(help="fixed, max_quality, max_batch, slackfit or adaptive")
     ] = None,
@@ -127,7 +130,7 @@ def schedule(
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Show or change how a running server chooses stitches. Takes effect in milliseconds."""
-    with reported(address), Client(address) as client:
+    with reported(address), connect(context, address) as client:
         if policy is None and pin is None and min_quality is None and not unpin:
             out.print(client.get_scheduling(model))
             return

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from ladderstitch.bundle import EMBEDDED
 from ladderstitch.catalogue import find_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.config import ServerConfig
@@ -19,10 +20,13 @@ from ladderstitch.errors import ConfigError
 from ladderstitch.hosting import Host
 from ladderstitch.language.bundle import is_language_bundle
 from ladderstitch.language.launching import launch_process
+from ladderstitch.logs import configure as configure_logs
 from ladderstitch.metrics import Metrics
 from ladderstitch.replica import Replica, make_runner, port_is_free
+from ladderstitch.service.transport import Transport
 
 EXAMPLES = Path("examples/fashion-mnist/images")
+ACCESS = "Who may call"
 
 
 def serve(
@@ -50,6 +54,40 @@ def serve(
     spare_ranks: Annotated[
         int | None, typer.Option(help="Language models: warm stand-ins for lost ranks (default: 0)")
     ] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="PEM chain; reread when it changes.", rich_help_panel=ACCESS)
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key.", rich_help_panel=ACCESS)] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            help="Callers must show a certificate signed by it (mutual TLS).",
+            rich_help_panel=ACCESS,
+        ),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Bearer tokens, scopes, limits; see examples/tokens.yaml.", rich_help_panel=ACCESS
+        ),
+    ] = None,
+    admin_port: Annotated[
+        int | None,
+        typer.Option(
+            help="Admin rpcs here, on loopback, and nowhere else.", rich_help_panel=ACCESS
+        ),
+    ] = None,
+    health_port: Annotated[
+        int | None, typer.Option(help="Plaintext health for probes.", rich_help_panel=ACCESS)
+    ] = None,
+    insecure_public: Annotated[
+        bool,
+        typer.Option(
+            "--insecure-public",
+            help="Bind beyond loopback without TLS and tokens: whoever can reach it may use it.",
+            rich_help_panel=ACCESS,
+        ),
+    ] = False,
     ray: Annotated[
         bool, typer.Option("--ray/--no-ray", help="Run under Ray Serve, or in this process alone.")
     ] = True,
@@ -70,6 +108,13 @@ def serve(
             device=device,
             ranks=ranks,
             spare_ranks=spare_ranks,
+            tls_certificate=tls_certificate,
+            tls_key=tls_key,
+            tls_client_ca=tls_client_ca,
+            token_file=token_file,
+            admin_port=admin_port,
+            health_port=health_port,
+            insecure_public=insecure_public or None,
         )
         _check_before_start(parsed)
         if ray:
@@ -82,11 +127,12 @@ def serve(
 def _check_before_start(config: ServerConfig) -> None:
     """What would otherwise come up seconds later, out of another process."""
     make_runner(config, Host("check"), Metrics(), launch_process)
-    for field in ("port", "metrics_port"):
+    Transport.of(config, lambda reason: None)
+    for field, address in config.listening():
         number = getattr(config, field)
-        if not port_is_free(config.host, number):
+        if number is not None and not port_is_free(address, number):
             raise ConfigError(
-                f"{field}: {config.host}:{number} is taken; name another with "
+                f"{field}: {address}:{number} is taken; name another with "
                 f"--{field.replace('_', '-')}, or 0 for any"
             )
 
@@ -110,6 +156,7 @@ def _serve_on_ray(config: ServerConfig, started: float) -> None:
 
 
 async def _serve_alone(config: ServerConfig, started: float) -> None:
+    configure_logs(config.log_format)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -132,8 +179,9 @@ def _say_ready(config: ServerConfig, port: int, metrics_port: int, started: floa
     if is_language_bundle(config.bundle):
         command = f'{sys.argv[0]} generate "The capital of France is"{address}'
     else:
-        images = "examples/fashion-mnist/images/*.png" if EXAMPLES.is_dir() else "IMAGE.png"
-        command = f"{sys.argv[0]} predict {images} --budget 5ms{address}"
+        ours = EXAMPLES.is_dir() and config.bundle == EMBEDDED
+        images = f"{EXAMPLES}/*.png --budget 5ms" if ours else "IMAGE.png --budget 100ms"
+        command = f"{sys.argv[0]} predict {images}{address}"
     out.print(f"try:  {command}", soft_wrap=True, highlight=False)
 
 

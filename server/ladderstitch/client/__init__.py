@@ -6,6 +6,7 @@ with Client("127.0.0.1:8001") as client:
         print(piece.text, end="")
 """
 
+from ladderstitch.client.access import Access
 from ladderstitch.client.asynchronous import AsyncClient
 from ladderstitch.client.blocking import Client
 from ladderstitch.client.failure import RequestFailed
@@ -13,6 +14,7 @@ from ladderstitch.client.prediction import Image, Prediction, infer_request
 from ladderstitch.client.text import TextPiece, generate_request
 
 __all__ = [
+    "Access",
     "AsyncClient",
     "Client",
     "Image",

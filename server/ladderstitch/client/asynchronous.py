@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
+from ladderstitch.client.access import PLAIN, Access
 from ladderstitch.client.failure import RequestFailed
 from ladderstitch.client.prediction import Image, Prediction, check_budget_request, infer_request
 from ladderstitch.client.text import TextPiece, generate_request
@@ -23,9 +25,21 @@ from ladderstitch.v1 import (
 class AsyncClient:
     """As `Client`, for asyncio; many calls may be in flight on one channel."""
 
-    def __init__(self, address: str = "127.0.0.1:8001", timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        address: str = "127.0.0.1:8001",
+        timeout_s: float = 30.0,
+        access: Access = PLAIN,
+    ) -> None:
+        """Raises `ValueError` and `OSError` as `Access.credentials` does."""
         self.timeout_s = timeout_s
-        self.channel = grpc.aio.insecure_channel(address)
+        self._metadata = access.metadata
+        credentials = access.credentials(address)
+        self.channel = (
+            grpc.aio.insecure_channel(address)
+            if credentials is None
+            else grpc.aio.secure_channel(address, credentials, options=access.options)
+        )
         self.inference: Any = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.generation: Any = generation_pb2_grpc.GenerationServiceStub(self.channel)
         self.admin: Any = admin_pb2_grpc.AdminServiceStub(self.channel)
@@ -56,7 +70,9 @@ class AsyncClient:
     ) -> AsyncIterator[TextPiece]:
         """The answer's pieces as they come; `wishes` are those of `generate_request`."""
         request = generate_request(prompt, **wishes)
-        call = self.generation.Generate(request, timeout=timeout_s or self.timeout_s)
+        call = self.generation.Generate(
+            request, timeout=timeout_s or self.timeout_s, metadata=self._metadata
+        )
         try:
             async for response in call:
                 yield TextPiece.of(response)
@@ -64,6 +80,12 @@ class AsyncClient:
             raise RequestFailed(error) from None
         finally:
             call.cancel()
+
+    async def list_models(self) -> inference_pb2.ListModelsResponse:
+        reply: inference_pb2.ListModelsResponse = await self._call(
+            self.inference.ListModels, inference_pb2.ListModelsRequest()
+        )
+        return reply
 
     async def get_model(self, model: str = "") -> inference_pb2.GetModelResponse:
         reply: inference_pb2.GetModelResponse = await self._call(
@@ -88,8 +110,30 @@ class AsyncClient:
         )
         return reply.scheduling
 
+    async def load_model(self, bundle: str, *, timeout_s: float = 600.0) -> str:
+        """Serve a fetched model on this replica, too; the name under which it answers."""
+        request = admin_pb2.LoadModelRequest(bundle=bundle)
+        reply: admin_pb2.LoadModelResponse = await self._call(
+            self.admin.LoadModel, request, timeout_s
+        )
+        return reply.model_name
+
+    async def unload_model(self, model: str, *, timeout_s: float | None = None) -> None:
+        """Take a model away from this replica when its accepted requests have ended."""
+        request = admin_pb2.UnloadModelRequest(model_name=model)
+        await self._call(self.admin.UnloadModel, request, timeout_s)
+
+    async def drain(self, announce_s: float = 0.0, *, timeout_s: float | None = None) -> bool:
+        """Take the replica out of service; waits, and tells whether all its requests ended."""
+        request = admin_pb2.DrainRequest()
+        request.announce.FromTimedelta(timedelta(seconds=announce_s))
+        reply: admin_pb2.DrainResponse = await self._call(self.admin.Drain, request, timeout_s)
+        return reply.finished
+
     async def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:
-            return await method(request, timeout=timeout_s or self.timeout_s)
+            return await method(
+                request, timeout=timeout_s or self.timeout_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise RequestFailed(error) from None

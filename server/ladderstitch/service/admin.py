@@ -1,11 +1,11 @@
-"""`ladderstitch.v1.AdminService`: reads and changes the scheduling of a running model."""
+"""`ladderstitch.v1.AdminService`: the scheduling of a running model, and its end of service."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ladderstitch.errors import BadInput
-from ladderstitch.hosting import Host, LiveSettings, UpdateSettings
+from ladderstitch.hosting import Control, Host, LiveSettings
 from ladderstitch.service.inference import checked_quality
 from ladderstitch.service.status import Context, statuses
 from ladderstitch.v1 import admin_pb2 as pb
@@ -19,13 +19,14 @@ POLICIES = {
     pb.POLICY_NAME_ADAPTIVE: "adaptive",
     pb.POLICY_NAME_MODEL_SWITCHING: "model_switching",
 }
+MAX_ANNOUNCE_S = 3600
 NUMBERS = {name: number for number, name in POLICIES.items()}
 
 
 class AdminService(admin_pb2_grpc.AdminServiceServicer):
-    def __init__(self, host: Host, update: UpdateSettings) -> None:
+    def __init__(self, host: Host, control: Control) -> None:
         self.host = host
-        self.update = update
+        self.control = control
 
     @statuses
     async def GetScheduling(
@@ -48,7 +49,28 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         best = max(model.scheduler.quality.values())
         if changes.get("min_quality", 0) > best:
             raise BadInput("min_quality", f"expected at most {best:.4f}, the best stitch's")
-        return pb.UpdateSchedulingResponse(scheduling=_message(await self.update(changes)))
+        return pb.UpdateSchedulingResponse(scheduling=_message(await self.control.update(changes)))
+
+    @statuses
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        announce_s = request.announce.ToMicroseconds() / 1e6
+        if not 0 <= announce_s <= MAX_ANNOUNCE_S:
+            raise BadInput("announce", f"expected 0 to {MAX_ANNOUNCE_S} seconds, got {announce_s}")
+        return pb.DrainResponse(finished=await self.control.drain(announce_s))
+
+    @statuses
+    async def LoadModel(
+        self, request: pb.LoadModelRequest, context: Context
+    ) -> pb.LoadModelResponse:
+        hosted = await self.control.load(request.bundle)
+        return pb.LoadModelResponse(model_name=hosted.name, model_version=hosted.version)
+
+    @statuses
+    async def UnloadModel(
+        self, request: pb.UnloadModelRequest, context: Context
+    ) -> pb.UnloadModelResponse:
+        await self.control.unload(request.model_name)
+        return pb.UnloadModelResponse()
 
 
 def _changes(request: pb.UpdateSchedulingRequest) -> dict[str, Any]:

@@ -41,7 +41,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             deadlines = budget.of_call(remaining_s, context.invocation_metadata(), None)
             resolved = _budget(request, arrival, deadlines)
             accepted = _accept(request, model, arrival, resolved)
-            await self._stream(request.request_id, model, accepted, resolved, context)
+            try:
+                await self._stream(request.request_id, model, accepted, resolved, context)
+            finally:
+                model.metrics.generating(0, 0.0)
         except RequestError as error:
             model.metrics.refused(error.code, had_budget=resolved.target != math.inf)
             raise
@@ -68,6 +71,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 else:
                     model.metrics.next_token(now - last_token)
                 last_token = now
+                used = (len(request.tokens) + piece.index) / model.generator.max_tokens
+                model.metrics.generating(1, used)
                 model.metrics.queued(model.generator.waiting)
                 response = pb.GenerateResponse(
                     index=piece.index,
@@ -127,12 +132,11 @@ def _accept(
     if len(request.stop) > MAX_STOPS:
         raise BadInput("stop", f"expected at most {MAX_STOPS} texts, got {len(request.stop)}")
     tokens = _prompt(request, model)
-    left = model.generator.max_tokens - len(tokens)
-    if left < 1:
+    if len(tokens) > model.max_prompt_tokens:
         raise BadInput(
-            "prompt",
-            f"expected fewer than {model.generator.max_tokens} tokens, got {len(tokens)}",
+            "prompt", f"expected at most {model.max_prompt_tokens} tokens, got {len(tokens)}"
         )
+    left = model.generator.max_tokens - len(tokens)
     default = min(DEFAULT_MAX_TOKENS, left)
     return GenerationRequest(
         tokens=tokens,
@@ -152,7 +156,7 @@ def _accept(
 def _prompt(request: pb.GenerateRequest, model: HostedGenerator) -> tuple[int, ...]:
     match request.WhichOneof("prompt"):
         case "text":
-            most = MAX_CHARACTERS_A_TOKEN * model.generator.max_tokens
+            most = MAX_CHARACTERS_A_TOKEN * model.max_prompt_tokens
             if len(request.text) > most:
                 raise BadInput("text", f"expected at most {most} characters")
             return tuple(model.generator.tokenizer.encode(request.text))

@@ -89,7 +89,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 pb.ModelSummary(
                     name=model.name,
                     version=model.version,
-                    ready=self.host.ready and not self.host.draining,
+                    ready=self.host.serving,
                     stitches=len(model.stitches) if isinstance(model, HostedModel) else 1,
                     generates_text=isinstance(model, HostedGenerator),
                 )
@@ -100,7 +100,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     @statuses
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         hosted = self.host.find(request.model_name, request.model_version)
-        ready = self.host.ready and not self.host.draining
+        ready = self.host.serving
         if isinstance(hosted, HostedGenerator):
             return describe_language_model(hosted, ready)
         return _describe_image_model(hosted, ready)

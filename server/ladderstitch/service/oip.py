@@ -15,8 +15,8 @@ import numpy as np
 
 import ladderstitch
 from ladderstitch.core import Completion, Pixels, Request
-from ladderstitch.errors import BadInput, RequestError
-from ladderstitch.hosting import Host, HostedModel
+from ladderstitch.errors import BadInput, NotAllowed, RequestError
+from ladderstitch.hosting import Control, Host, HostedModel
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import grpc_service_pb2_grpc
 from ladderstitch.service import budget, oip_describe
@@ -38,12 +38,14 @@ class Wishes:
 
 
 class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, repository: Control | None = None) -> None:
+        """`repository` loads and unloads models; None where only the admin port may."""
         self.host = host
+        self.repository = repository
 
     @property
     def _serving(self) -> bool:
-        return self.host.ready and not self.host.draining
+        return self.host.serving
 
     @statuses
     async def ServerLive(
@@ -107,6 +109,27 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
                 for m in models
             ]
         )
+
+    @statuses
+    async def RepositoryModelLoad(
+        self, request: pb.RepositoryModelLoadRequest, context: Context
+    ) -> pb.RepositoryModelLoadResponse:
+        if request.parameters:
+            raise BadInput("parameters", f"expected none, got {sorted(request.parameters)[:3]}")
+        await self._control().load(request.model_name)
+        return pb.RepositoryModelLoadResponse()
+
+    @statuses
+    async def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest, context: Context
+    ) -> pb.RepositoryModelUnloadResponse:
+        await self._control().unload(request.model_name)
+        return pb.RepositoryModelUnloadResponse()
+
+    def _control(self) -> Control:
+        if self.repository is None:
+            raise NotAllowed("models are loaded and unloaded at the admin port: AdminService")
+        return self.repository
 
     @statuses
     async def ModelInfer(

@@ -1,20 +1,22 @@
-"""The gRPC server of a replica: our services, the Open Inference Protocol, health, reflection."""
+"""A replica's gRPC servers: inference, and if asked for admin and health on ports of their own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
 
 import grpc
+from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from ladderstitch.hosting import Host, UpdateSettings
+from ladderstitch.hosting import Control, Host
 from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc
 from ladderstitch.service.admin import AdminService
 from ladderstitch.service.generation import GenerationService
 from ladderstitch.service.inference import InferenceService
 from ladderstitch.service.oip import OipService
+from ladderstitch.service.transport import Transport
 from ladderstitch.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -24,80 +26,70 @@ from ladderstitch.v1 import (
     inference_pb2_grpc,
 )
 
-SERVICES = (
-    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
-    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
-    admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
-    grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+INFERENCE: tuple[ServiceDescriptor, ...] = (
+    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
+    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"],
+    grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"],
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Transport:
-    """How the server listens; connections have no maximum age unless one is set."""
-
-    max_message_bytes: int = 64 << 20
-    keepalive_s: float = 60.0
-    max_connection_age_s: float | None = None
-    max_connection_grace_s: float = 30.0
-    share_port: bool = False  # a rolling replacement needs both to listen for a while
-    credentials: grpc.ServerCredentials | None = None
-
-    def options(self) -> list[tuple[str, int]]:
-        options = [
-            ("grpc.max_receive_message_length", self.max_message_bytes),
-            ("grpc.max_send_message_length", self.max_message_bytes),
-            ("grpc.keepalive_time_ms", round(1e3 * self.keepalive_s)),
-            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.so_reuseport", int(self.share_port)),
-        ]
-        if self.max_connection_age_s is not None:
-            options += [
-                ("grpc.max_connection_age_ms", round(1e3 * self.max_connection_age_s)),
-                ("grpc.max_connection_age_grace_ms", round(1e3 * self.max_connection_grace_s)),
-            ]
-        return options
+ADMIN: tuple[ServiceDescriptor, ...] = (admin_pb2.DESCRIPTOR.services_by_name["AdminService"],)
+SERVICES = tuple(service.full_name for service in (*INFERENCE, *ADMIN))
 
 
 class Server:
     """Listens from `start` on, but reports NOT_SERVING until `set_serving(True)`."""
 
-    def __init__(self, host: Host, update: UpdateSettings, transport: Transport) -> None:
+    def __init__(self, host: Host, control: Control, transport: Transport) -> None:
         self.host = host
         self.transport = transport
         self.health = HealthServicer()
-        self.port = 0
-        self._server = grpc.aio.server(options=transport.options())
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceService(host), self._server
+        self.port = self.admin_port = self.health_port = 0
+        self._main = transport.server()
+        repository = None if transport.admin else control
+        self._add_inference(self._main, repository)
+        self._admin = transport.server() if transport.admin else None
+        self._probes = None
+        if transport.health:  # kubelets send no token and speak no TLS
+            self._probes = grpc.aio.server(options=transport.options())
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(
+            AdminService(host, control), self._admin or self._main
         )
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(host, update), self._server)
+        self._reflect(self._main, INFERENCE if self._admin else (*INFERENCE, *ADMIN))
+        if self._admin is not None:
+            self._reflect(self._admin, ADMIN)
+        for server in self._servers:
+            health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+
+    @property
+    def _servers(self) -> list[grpc.aio.Server]:
+        return [s for s in (self._main, self._admin, self._probes) if s is not None]
+
+    def _add_inference(self, server: grpc.aio.Server, repository: Control | None) -> None:
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceService(self.host), server
+        )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(host), self._server
+            GenerationService(self.host), server
         )
         grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-            OipService(host), self._server
+            OipService(self.host, repository), server
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
-        reflection.enable_server_reflection(
-            (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
-             reflection.SERVICE_NAME), self._server
-        )  # fmt: skip
+
+    def _reflect(self, server: grpc.aio.Server, services: tuple[ServiceDescriptor, ...]) -> None:
+        health = health_pb2.DESCRIPTOR.services_by_name["Health"]
+        names = [service.full_name for service in (*services, health)]
+        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
 
     async def start(self, address: str, port: int) -> int:
-        """Bind and listen; the bound port. Raises `OSError` if the address is taken."""
-        where = f"{address}:{port}"
+        """Bind and listen; the bound port. Raises `OSError` if an address is taken."""
         credentials = self.transport.credentials
-        try:
-            if credentials is None:
-                self.port = self._server.add_insecure_port(where)
-            else:
-                self.port = self._server.add_secure_port(where, credentials)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {where}: is another server there?") from error
+        self.port = _bind(self._main, (address, port), credentials)
+        if self._admin is not None and self.transport.admin is not None:
+            self.admin_port = _bind(self._admin, self.transport.admin, credentials)
+        if self._probes is not None and self.transport.health is not None:
+            self.health_port = _bind(self._probes, self.transport.health, None)
         await self.set_serving(False)
-        await self._server.start()
+        for server in self._servers:
+            await server.start()
         return self.port
 
     async def set_serving(self, serving: bool) -> None:
@@ -107,6 +99,23 @@ class Server:
         for name in ("", *SERVICES, *self.host.everything):
             await self.health.set(name, state)
 
+    async def forget(self, model: str) -> None:
+        """A model is taken away: say so to those who watch its health."""
+        if model in self.host.everything:
+            await self.health.set(model, health_pb2.HealthCheckResponse.NOT_SERVING)
+
     async def stop(self, grace_s: float) -> None:
         """Take no new calls; those in flight have `grace_s` to end."""
-        await self._server.stop(grace_s)
+        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
+
+
+def _bind(
+    server: grpc.aio.Server, where: tuple[str, int], credentials: grpc.ServerCredentials | None
+) -> int:
+    address = f"{where[0]}:{where[1]}"
+    try:
+        if credentials is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, credentials))
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address}: is another server there?") from error

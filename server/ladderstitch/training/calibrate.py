@@ -34,7 +34,7 @@ def calibrate(
         versions=versions(),
         stitches=_already_measured(bundle, data_name, len(images)),
     )
-    todo = [stitch for stitch in model.plans if stitch not in table.stitches]
+    todo = [stitch for stitch in model.usable if stitch not in table.stitches]
     for stitch in progress.track(todo, description="calibrate"):
         right = count_right(model, stitch, images, bundle, batch_rows)
         interval = binomtest(right, len(images)).proportion_ci(CONFIDENCE, method="wilson")

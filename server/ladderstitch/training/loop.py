@@ -31,6 +31,7 @@ class Run:
     schedule: Schedule
     data: DataSet
     images: LabelledImages
+    bfloat16: bool = True
 
     @property
     def checkpoint(self) -> Path:
@@ -68,7 +69,7 @@ def fit(
         model.train()
         for images, labels, rng in _batches(run, epoch, steps):
             # The CPU flash kernel's backward takes over half of a step at 17 tokens: math it is.
-            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            with autocast(run.bfloat16), sdpa_kernel(SDPBackend.MATH):
                 value = loss(images, labels, rng)
             optimizer.zero_grad()
             torch.autograd.backward(value)
@@ -143,6 +144,11 @@ def _save(
     partial = run.checkpoint.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(run.checkpoint)
+
+
+def autocast(bfloat16: bool) -> torch.autocast:
+    """A choice, since oneDNN's bfloat16 convolutions give infinite gradients on 1 x 1 maps."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
 
 
 def _resume(

@@ -37,7 +37,7 @@ def profile(
     model = InferenceModel(bundle.load_model(dtype).to(device))
     inputs = bundle.manifest.config.inputs
     images = torch.randn(batch_sizes[-1], inputs.in_channels, inputs.image_size, inputs.image_size)
-    pairs = [(stitch, batch) for batch in batch_sizes for stitch in model.plans]
+    pairs = [(stitch, batch) for batch in batch_sizes for stitch in model.usable]
     seconds: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
     task = progress.add_task("profile", total=(rounds + 1) * len(pairs))
     for turn in range(rounds + 1):
@@ -58,7 +58,7 @@ def profile(
                 median_s=tuple(_quantile(seconds[stitch, batch], 0.5) for batch in batch_sizes),
                 p99_s=tuple(_quantile(seconds[stitch, batch], 0.99) for batch in batch_sizes),
             )
-            for stitch in model.plans
+            for stitch in model.usable
         },
     )
 

@@ -12,12 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ladderstitch.bundle import Manifest, Preprocessing, write_bundle
+from ladderstitch.models.staged import StagedConfig
 from ladderstitch.models.stitched import StitchedModel
 from ladderstitch.training.anchors import load_anchor, parameter_groups
+from ladderstitch.training.assembling import assemble_family
 from ladderstitch.training.data import LabelledImages, normalise
-from ladderstitch.training.least_squares import initialise_stitching_layers
+from ladderstitch.training.learngene import start_from_maps
 from ladderstitch.training.loop import Run, accuracy, fit
+from ladderstitch.training.low_rank import add_low_rank, fold_low_rank
 from ladderstitch.training.recipe import Recipe
+from ladderstitch.training.sampling import draw, sampling_groups
 
 
 def family_file(folder: Path) -> Path:
@@ -26,20 +30,23 @@ def family_file(folder: Path) -> Path:
 
 def assemble(recipe: Recipe, images: LabelledImages, folder: Path) -> StitchedModel:
     """The family of the run's trained anchors with stitching layers from least squares."""
-    model = recipe.family.build()
-    for index, anchor in enumerate(model.vits()):
-        anchor.load_state_dict(load_anchor(recipe, folder, index).state_dict())
     rng = torch.Generator().manual_seed(recipe.seed)
     chosen = torch.randperm(len(images), generator=rng)[: recipe.init_images]
     sample = normalise(images.pixels[chosen], recipe.data.mean, recipe.data.std)
-    initialise_stitching_layers(model.eval(), sample)
-    return model
+    anchors = [
+        load_anchor(recipe, folder, index).state_dict()
+        for index in range(len(recipe.family.anchors))
+    ]
+    model = assemble_family(recipe.family, anchors, sample)
+    if recipe.pool is not None:
+        start_from_maps(model, recipe.pool, folder)
+    return model.requires_grad_(True)
 
 
 def stitch_family(
     recipe: Recipe, images: LabelledImages, folder: Path, progress: Progress
 ) -> StitchedModel:
-    """Fine-tune all stitches jointly: each step one id, drawn uniformly (SN-Net, section 3.4).
+    """Fine-tune all stitches jointly: each step draws one (SN-Net, section 3.4).
 
     The loss mixes the labels with the soft answers of the largest anchor as it was before.
     """
@@ -52,10 +59,14 @@ def stitch_family(
     model = assemble(recipe, train, folder)
     teacher = load_anchor(recipe, folder, len(recipe.family.anchors) - 1)
     schedule = recipe.stitching
-    ids = len(model.stitches)
+    by_cost = schedule.cost_step_macs if schedule.sampling == "by_cost" else None
+    groups_of_ids = sampling_groups(model, recipe.family.inputs.image_size, by_cost)
+    usable = [stitch.id for stitch in model.stitches if stitch.usable]
+    if schedule.low_rank is not None:
+        add_low_rank(model, schedule.low_rank)
 
     def loss(batch: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
-        stitch = int(torch.randint(ids, (), generator=rng))
+        stitch = draw(groups_of_ids, rng)
         with torch.no_grad():
             wanted = teacher(batch).float().softmax(1)
         logits = model(batch, stitch).float()
@@ -63,7 +74,10 @@ def stitch_family(
         by_teacher = F.cross_entropy(logits, wanted)
         return torch.lerp(by_labels, by_teacher, schedule.distillation)
 
-    shown = [s.id for s in model.stitches if s.is_anchor] + [ids // 4, 3 * ids // 4]
+    shown = [s.id for s in model.stitches if s.is_anchor] + [
+        usable[len(usable) // 4],
+        usable[3 * len(usable) // 4],
+    ]
 
     def validate() -> dict[str, float]:
         return {
@@ -73,24 +87,30 @@ def stitch_family(
             for stitch in shown
         }
 
-    run = Run("family", folder, recipe.seed + ids, schedule, recipe.data, train)
+    bfloat16 = recipe.precision == "bfloat16"
+    seed = recipe.seed + len(usable)
+    run = Run("family", folder, seed, schedule, recipe.data, train, bfloat16)
     anchor_rate = schedule.learning_rate * schedule.anchor_learning_rate_factor
     groups = parameter_groups(model.anchors, anchor_rate)
     groups += parameter_groups(model.stitch_layers, schedule.learning_rate)
     fit(model, groups, loss, validate, run, progress)
+    fold_low_rank(model)
     save_file(model.state_dict(), family_file(folder))
     run.checkpoint.unlink()
     return model.eval()
 
 
 def export_family(recipe: Recipe, model: StitchedModel, bundle: Path) -> None:
-    """Write the family as a bundle, with its stems' batch normalisation folded away."""
-    model.fold_batch_norm()
-    anchors = [a.model_copy(update={"stem_batch_norm": False}) for a in recipe.family.anchors]
-    inputs = recipe.family.inputs
+    """Write the family as a bundle; vision transformers' stems go without their normalisation."""
+    config, inputs = recipe.family, recipe.family.inputs
+    if not isinstance(config, StagedConfig):
+        model.fold_batch_norm()
+        anchors = [a.model_copy(update={"stem_batch_norm": False}) for a in config.anchors]
+        config = config.model_copy(update={"anchors": tuple(anchors)})
     manifest = Manifest(
         name=recipe.name,
-        config=recipe.family.model_copy(update={"anchors": tuple(anchors)}),
+        family=config.family,
+        config=config,
         labels=recipe.data.labels,
         preprocessing=Preprocessing.model_validate(
             {

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class AdminServiceStub:
-    """For operators: reads and changes a model's scheduling on all its replicas.
+    """For operators: reads and changes a model's scheduling on all its replicas, and takes this replica
+    out of service.
     """
 
     def __init__(self, channel):
@@ -45,10 +46,26 @@ class AdminServiceStub:
                 request_serializer=ladderstitch_dot_v1_dot_admin__pb2.UpdateSchedulingRequest.SerializeToString,
                 response_deserializer=ladderstitch_dot_v1_dot_admin__pb2.UpdateSchedulingResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/ladderstitch.v1.AdminService/Drain',
+                request_serializer=ladderstitch_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=ladderstitch_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.LoadModel = channel.unary_unary(
+                '/ladderstitch.v1.AdminService/LoadModel',
+                request_serializer=ladderstitch_dot_v1_dot_admin__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=ladderstitch_dot_v1_dot_admin__pb2.LoadModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/ladderstitch.v1.AdminService/UnloadModel',
+                request_serializer=ladderstitch_dot_v1_dot_admin__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=ladderstitch_dot_v1_dot_admin__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
-    """For operators: reads and changes a model's scheduling on all its replicas.
+    """For operators: reads and changes a model's scheduling on all its replicas, and takes this replica
+    out of service.
     """
 
     def GetScheduling(self, request, context):
@@ -71,6 +88,39 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Takes this replica out of service for good: health says NOT_SERVING at once, requests are still
+        accepted for `announce`, then refused with UNAVAILABLE DRAINING; answers when those accepted have
+        ended. The process keeps running until it is told to stop.
+
+        INVALID_ARGUMENT BAD_INPUT: `announce` is negative or over an hour.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadModel(self, request, context):
+        """Loads a fetched or embedded model on this replica, beside those that it serves; answers when it
+        is warm. A model that is loaded already is read anew: requests move over to the new version, and
+        those in flight end on the old one.
+
+        INVALID_ARGUMENT BAD_INPUT: no such bundle, or one that cannot be served here. UNAVAILABLE
+        DRAINING: this replica goes out of service.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Takes a model away from this replica: new requests get NOT_FOUND, answers when those accepted
+        have ended.
+
+        NOT_FOUND MODEL_NOT_FOUND: no such model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -84,6 +134,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=ladderstitch_dot_v1_dot_admin__pb2.UpdateSchedulingRequest.FromString,
                     response_serializer=ladderstitch_dot_v1_dot_admin__pb2.UpdateSchedulingResponse.SerializeToString,
             ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=ladderstitch_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=ladderstitch_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=ladderstitch_dot_v1_dot_admin__pb2.LoadModelRequest.FromString,
+                    response_serializer=ladderstitch_dot_v1_dot_admin__pb2.LoadModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=ladderstitch_dot_v1_dot_admin__pb2.UnloadModelRequest.FromString,
+                    response_serializer=ladderstitch_dot_v1_dot_admin__pb2.UnloadModelResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'ladderstitch.v1.AdminService', rpc_method_handlers)
@@ -93,7 +158,8 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService:
-    """For operators: reads and changes a model's scheduling on all its replicas.
+    """For operators: reads and changes a model's scheduling on all its replicas, and takes this replica
+    out of service.
     """
 
     @staticmethod
@@ -140,6 +206,87 @@ class AdminService:
             '/ladderstitch.v1.AdminService/UpdateScheduling',
             ladderstitch_dot_v1_dot_admin__pb2.UpdateSchedulingRequest.SerializeToString,
             ladderstitch_dot_v1_dot_admin__pb2.UpdateSchedulingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ladderstitch.v1.AdminService/Drain',
+            ladderstitch_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            ladderstitch_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ladderstitch.v1.AdminService/LoadModel',
+            ladderstitch_dot_v1_dot_admin__pb2.LoadModelRequest.SerializeToString,
+            ladderstitch_dot_v1_dot_admin__pb2.LoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ladderstitch.v1.AdminService/UnloadModel',
+            ladderstitch_dot_v1_dot_admin__pb2.UnloadModelRequest.SerializeToString,
+            ladderstitch_dot_v1_dot_admin__pb2.UnloadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """For operators: reads and changes a model's scheduling on all its replicas."""
+    """For operators: reads and changes a model's scheduling on all its replicas, and takes this replica
+    out of service.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -45,10 +47,33 @@ class AdminServiceStub:
     INVALID_ARGUMENT BAD_INPUT with field violations: a value out of range, a stitch that the model
     does not have, both `pinned_stitch` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model.
     """
+    Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]
+    """Takes this replica out of service for good: health says NOT_SERVING at once, requests are still
+    accepted for `announce`, then refused with UNAVAILABLE DRAINING; answers when those accepted have
+    ended. The process keeps running until it is told to stop.
+
+    INVALID_ARGUMENT BAD_INPUT: `announce` is negative or over an hour.
+    """
+    LoadModel: _grpc.UnaryUnaryMultiCallable[_admin_pb2.LoadModelRequest, _admin_pb2.LoadModelResponse]
+    """Loads a fetched or embedded model on this replica, beside those that it serves; answers when it
+    is warm. A model that is loaded already is read anew: requests move over to the new version, and
+    those in flight end on the old one.
+
+    INVALID_ARGUMENT BAD_INPUT: no such bundle, or one that cannot be served here. UNAVAILABLE
+    DRAINING: this replica goes out of service.
+    """
+    UnloadModel: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UnloadModelRequest, _admin_pb2.UnloadModelResponse]
+    """Takes a model away from this replica: new requests get NOT_FOUND, answers when those accepted
+    have ended.
+
+    NOT_FOUND MODEL_NOT_FOUND: no such model.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
-    """For operators: reads and changes a model's scheduling on all its replicas."""
+    """For operators: reads and changes a model's scheduling on all its replicas, and takes this replica
+    out of service.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetScheduling: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetSchedulingRequest, _admin_pb2.GetSchedulingResponse]  # type: ignore[assignment]
@@ -63,9 +88,32 @@ class AdminServiceAsyncStub(AdminServiceStub):
     INVALID_ARGUMENT BAD_INPUT with field violations: a value out of range, a stitch that the model
     does not have, both `pinned_stitch` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model.
     """
+    Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]  # type: ignore[assignment]
+    """Takes this replica out of service for good: health says NOT_SERVING at once, requests are still
+    accepted for `announce`, then refused with UNAVAILABLE DRAINING; answers when those accepted have
+    ended. The process keeps running until it is told to stop.
+
+    INVALID_ARGUMENT BAD_INPUT: `announce` is negative or over an hour.
+    """
+    LoadModel: _aio.UnaryUnaryMultiCallable[_admin_pb2.LoadModelRequest, _admin_pb2.LoadModelResponse]  # type: ignore[assignment]
+    """Loads a fetched or embedded model on this replica, beside those that it serves; answers when it
+    is warm. A model that is loaded already is read anew: requests move over to the new version, and
+    those in flight end on the old one.
+
+    INVALID_ARGUMENT BAD_INPUT: no such bundle, or one that cannot be served here. UNAVAILABLE
+    DRAINING: this replica goes out of service.
+    """
+    UnloadModel: _aio.UnaryUnaryMultiCallable[_admin_pb2.UnloadModelRequest, _admin_pb2.UnloadModelResponse]  # type: ignore[assignment]
+    """Takes a model away from this replica: new requests get NOT_FOUND, answers when those accepted
+    have ended.
+
+    NOT_FOUND MODEL_NOT_FOUND: no such model.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """For operators: reads and changes a model's scheduling on all its replicas."""
+    """For operators: reads and changes a model's scheduling on all its replicas, and takes this replica
+    out of service.
+    """
 
     @_abc_1.abstractmethod
     def GetScheduling(
@@ -89,6 +137,45 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
 
         INVALID_ARGUMENT BAD_INPUT with field violations: a value out of range, a stitch that the model
         does not have, both `pinned_stitch` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model.
+        """
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _admin_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.DrainResponse, _abc.Awaitable[_admin_pb2.DrainResponse]]:
+        """Takes this replica out of service for good: health says NOT_SERVING at once, requests are still
+        accepted for `announce`, then refused with UNAVAILABLE DRAINING; answers when those accepted have
+        ended. The process keeps running until it is told to stop.
+
+        INVALID_ARGUMENT BAD_INPUT: `announce` is negative or over an hour.
+        """
+
+    @_abc_1.abstractmethod
+    def LoadModel(
+        self,
+        request: _admin_pb2.LoadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.LoadModelResponse, _abc.Awaitable[_admin_pb2.LoadModelResponse]]:
+        """Loads a fetched or embedded model on this replica, beside those that it serves; answers when it
+        is warm. A model that is loaded already is read anew: requests move over to the new version, and
+        those in flight end on the old one.
+
+        INVALID_ARGUMENT BAD_INPUT: no such bundle, or one that cannot be served here. UNAVAILABLE
+        DRAINING: this replica goes out of service.
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadModel(
+        self,
+        request: _admin_pb2.UnloadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.UnloadModelResponse, _abc.Awaitable[_admin_pb2.UnloadModelResponse]]:
+        """Takes a model away from this replica: new requests get NOT_FOUND, answers when those accepted
+        have ended.
+
+        NOT_FOUND MODEL_NOT_FOUND: no such model.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

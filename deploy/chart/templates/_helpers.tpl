@@ -1,0 +1,43 @@
+{{- define "ladderstitch.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag }}
+{{- end }}
+
+{{- define "ladderstitch.labels" -}}
+app.kubernetes.io/name: ladderstitch
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "ladderstitch.replicaLabels" -}}
+{{ include "ladderstitch.labels" . }}
+app.kubernetes.io/component: replica
+{{- end }}
+
+{{/* Fields of ServerConfig. What the templates rely on cannot be overridden by `server`. */}}
+{{- define "ladderstitch.config" -}}
+{{- $ours := dict
+  "host" "0.0.0.0" "port" 8001 "admin_port" 8002 "admin_host" "127.0.0.1" "health_port" 8003
+  "metrics_port" 9464
+  "tls_certificate" "/etc/ladderstitch/tls/tls.crt" "tls_key" "/etc/ladderstitch/tls/tls.key"
+  "token_file" "/etc/ladderstitch/tokens/tokens.yaml"
+  "drain_s" .Values.drain.finishSeconds
+  "ranks" .Values.ranks "spare_ranks" .Values.spareRanks }}
+{{- if .Values.model.bundle }}{{ $_ := set $ours "bundle" .Values.model.bundle }}{{ end }}
+{{- if .Values.tls.mutual }}{{ $_ := set $ours "tls_client_ca" "/etc/ladderstitch/tls/ca.crt" }}{{ end }}
+{{- $defaults := dict "max_connection_age_s" 300 }}
+{{- toYaml (mergeOverwrite $defaults (deepCopy .Values.server) $ours) }}
+{{- end }}
+
+{{/* Nobody in the container needs root, a capability or a writable root file system. */}}
+{{- define "ladderstitch.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 1000
+runAsGroup: 1000
+fsGroup: 1000
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "ladderstitch.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end }}

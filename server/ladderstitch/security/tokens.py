@@ -1,0 +1,117 @@
+"""Bearer tokens: a file of names, scopes and limits, reread when it changes.
+
+tokens:
+  - name: shop                    # for logs; may appear twice while a token is rotated
+    token: 3f0c...                # or sha256: its digest in hex, so that the file holds no secret
+    scopes: [inference]           # inference, admin
+    concurrent_requests: 32       # optional: calls in flight
+    requests_per_s: 200           # optional: steady rate; a second's worth may come at once
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ladderstitch.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+Scope = Literal["inference", "admin"]
+MIN_CHARACTERS = 16
+CHECK_S = 1.0
+"""How often the file is looked at."""
+
+
+class Token(BaseModel):
+    """One caller: what it may do and how much of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    name: str = Field(min_length=1, max_length=64)
+    token: str | None = Field(None, min_length=MIN_CHARACTERS, repr=False)
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    scopes: frozenset[Scope] = frozenset({"inference"})
+    concurrent_requests: int | None = Field(None, ge=1)
+    requests_per_s: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _secret_or_digest(self) -> Token:
+        if (self.token is None) == (self.sha256 is None):
+            raise ValueError("expected either token or sha256")
+        return self
+
+    @property
+    def digest(self) -> str:
+        return self.sha256 or digest_of(self.token or "")
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    tokens: list[Token] = Field(min_length=1)
+
+
+def digest_of(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def load_tokens(path: Path) -> dict[str, Token]:
+    """Tokens by digest; raises `ConfigError` that names the field but shows no secret."""
+    try:
+        tokens = _File.model_validate(yaml.safe_load(path.read_text())).tokens
+    except (OSError, ValidationError) as error:
+        raise ConfigError(f"token_file: {path}: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        # the parser's message would quote the line
+        raise ConfigError(f"token_file: {path}: not YAML") from error
+    by_digest = {token.digest: token for token in tokens}
+    if len(by_digest) < len(tokens):
+        raise ConfigError(f"token_file: {path}: the same token twice")
+    return by_digest
+
+
+class TokenFile:
+    """Looks tokens up; a new version of the file that is wrong leaves the old one in force."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        """Raises `ConfigError` if the file cannot be used."""
+        self.path = path
+        self._clock = clock
+        self._stamp = _stamp(path)
+        self._tokens = load_tokens(path)
+        self._checked = clock()
+
+    def find(self, secret: str) -> Token | None:
+        """By digest: the time it takes says nothing about the secret."""
+        if self._clock() - self._checked >= CHECK_S:
+            self._checked = self._clock()
+            self._reread()
+        return self._tokens.get(digest_of(secret))
+
+    def _reread(self) -> None:
+        stamp = _stamp(self.path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._tokens = load_tokens(self.path)
+        except ConfigError as error:
+            log.warning("the old tokens stay in force: %s", error)
+        else:
+            log.info("token file %s reread: %d tokens", self.path, len(self._tokens))
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_mtime_ns, state.st_ino

@@ -1,0 +1,241 @@
+"""What schemas cannot say of a deployment that works: each rule lists what is wrong with it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ladderstitch.autoscaling import ScalingGoals
+from ladderstitch.config import ServerConfig
+from ladderstitch.errors import ConfigError
+from ladderstitch.scheduling.settings import SchedulerSettings
+from tests.deploy.manifests import (
+    Manifests,
+    application,
+    cluster,
+    container,
+    deployment,
+    has_kind,
+    head,
+    of_kind,
+    pods,
+    ports,
+    worker,
+    worker_group,
+)
+
+Rule = Callable[[Manifests], Iterator[str]]
+RULES: list[Rule] = []
+
+
+def rule(check: Rule) -> Rule:
+    RULES.append(check)
+    return check
+
+
+def broken(manifests: Manifests) -> dict[str, list[str]]:
+    """Complaints by the name of the rule, for rules that have any."""
+    complaints = {check.__name__: list(check(manifests)) for check in RULES}
+    return {name: found for name, found in complaints.items() if found}
+
+
+def defines(path: str) -> bool:
+    """Whether a `module:function` exists, without importing it: Ray takes seconds."""
+    module, _, name = path.partition(":")
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return False
+    body = ast.parse(Path(spec.origin).read_text()).body
+    return any(
+        isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name for node in body
+    )
+
+
+@rule
+def serve_ports_are_named_for_kuberay(manifests: Manifests) -> Iterator[str]:
+    """KubeRay silently drops ports of Serve that are called otherwise."""
+    number = application(manifests)["args"]["port"]
+    names = [name for name, port in ports(worker(manifests)).items() if port == number]
+    if names != ["serve-grpc"]:
+        yield f"port {number} is named {names}, expected serve-grpc"
+
+
+@rule
+def the_server_takes_its_settings(manifests: Manifests) -> Iterator[str]:
+    described = application(manifests)
+    policy = deployment(manifests)["autoscaling_config"]["policy"]["policy_function"]
+    for path in (described["import_path"], policy):
+        if not defines(path):
+            yield f"{path} does not exist"
+    if deployment(manifests)["name"] != "replica":
+        yield f"no deployment is called {deployment(manifests)['name']}"
+    try:
+        ServerConfig.load(None, **described["args"])
+        SchedulerSettings.model_validate(deployment(manifests)["user_config"])
+        scaling = deployment(manifests)["autoscaling_config"]["policy"]
+        ScalingGoals.model_validate(scaling["policy_kwargs"])
+    except (ConfigError, ValidationError) as error:
+        yield str(error)
+
+
+@rule
+def pods_drain_before_they_stop(manifests: Manifests) -> Iterator[str]:
+    """The pod's SIGTERM reaches Ray, not the replica."""
+    hook = container(worker(manifests)).get("lifecycle", {}).get("preStop", {})
+    command = hook.get("exec", {}).get("command", [])
+    if command[:2] != ["ladderstitch", "drain"]:
+        yield f"preStop runs {command}, expected ladderstitch drain"
+    admin = application(manifests)["args"].get("admin_port")
+    if f"--address=127.0.0.1:{admin}" not in command:
+        yield f"preStop drains elsewhere than at the admin port {admin}"
+
+
+@rule
+def grace_is_longer_than_the_drain(manifests: Manifests) -> Iterator[str]:
+    command = container(worker(manifests)).get("lifecycle", {}).get("preStop", {})
+    flags = command.get("exec", {}).get("command", [])
+    waits = [int(flag.partition("=")[2].removesuffix("s")) for flag in flags
+             if flag.startswith(("--announce=", "--timeout="))]  # fmt: skip
+    needed = sum(waits) + deployment(manifests)["graceful_shutdown_timeout_s"]
+    grace = worker(manifests)["spec"].get("terminationGracePeriodSeconds", 30)
+    if grace <= needed:
+        yield f"terminationGracePeriodSeconds {grace} <= {needed} of preStop and Serve"
+    drain_s = application(manifests)["args"].get("drain_s", 20)
+    if deployment(manifests)["graceful_shutdown_timeout_s"] <= drain_s:
+        yield "graceful_shutdown_timeout_s is not above drain_s: Serve would cut the drain short"
+
+
+@rule
+def readiness_is_the_replicas_own(manifests: Manifests) -> Iterator[str]:
+    probe = container(worker(manifests)).get("readinessProbe", {}).get("grpc", {})
+    number = application(manifests)["args"].get("health_port")
+    if probe.get("port") != number or number not in ports(worker(manifests)).values():
+        yield f"readinessProbe asks {probe}, the health port is {number} and must be declared"
+
+
+@rule
+def disruptions_are_limited(manifests: Manifests) -> Iterator[str]:
+    if not has_kind(manifests, "PodDisruptionBudget"):
+        yield "no PodDisruptionBudget"
+        return
+    wanted = of_kind(manifests, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"]
+    if not wanted.items() <= worker(manifests)["metadata"]["labels"].items():
+        yield "the PodDisruptionBudget selects no replica"
+
+
+@rule
+def the_service_is_headless_and_finds_replicas(manifests: Manifests) -> Iterator[str]:
+    spec = of_kind(manifests, "Service")["spec"]
+    if spec.get("clusterIP") != "None":
+        yield "a ClusterIP balances by connection, and gRPC's last: expected clusterIP: None"
+    if not spec["selector"].items() <= worker(manifests)["metadata"]["labels"].items():
+        yield "the Service selects no replica"
+    for port in spec["ports"]:
+        if port["targetPort"] not in ports(worker(manifests)):
+            yield f"targetPort {port['targetPort']} is no port of a replica"
+
+
+@rule
+def metrics_are_declared_and_scraped(manifests: Manifests) -> Iterator[str]:
+    declared = ports(worker(manifests))
+    number = application(manifests)["args"]["metrics_port"]
+    if declared.get("ls-metrics") != number or declared.get("metrics") != 8080:
+        yield f"expected ports ls-metrics {number} and metrics 8080, got {declared}"
+    if has_kind(manifests, "PodMonitor"):
+        spec = of_kind(manifests, "PodMonitor")["spec"]
+        labels = worker(manifests)["metadata"]["labels"]
+        if not spec["selector"]["matchLabels"].items() <= labels.items():
+            yield "the PodMonitor selects no replica"
+        known = declared.keys() | ports(head(manifests)).keys()
+        if missing := {end["port"] for end in spec["podMetricsEndpoints"]} - known:
+            yield f"the PodMonitor scrapes undeclared ports {sorted(missing)}"
+
+
+@rule
+def every_container_is_bounded(manifests: Manifests) -> Iterator[str]:
+    for pod in pods(manifests):
+        bounds = container(pod).get("resources", {})
+        for kind in ("requests", "limits"):
+            if missing := {"cpu", "memory"} - bounds.get(kind, {}).keys():
+                yield f"{container(pod)['name']}: {kind} lack {sorted(missing)}"
+
+
+@rule
+def ranks_and_gpus_fit_the_pod(manifests: Manifests) -> Iterator[str]:
+    fields = application(manifests)["args"]
+    gpus = int(container(worker(manifests))["resources"]["limits"].get("nvidia.com/gpu", 0))
+    ranks = fields.get("ranks", 1) + fields.get("spare_ranks", 0)
+    if gpus and gpus < ranks:
+        yield f"{ranks} ranks, but {gpus} GPUs in a pod"
+    if fields.get("device", "auto").startswith("cuda") and not gpus:
+        yield "device is cuda, but the pod asks for no GPU"
+    alone = deployment(manifests).get("max_replicas_per_node") == 1
+    if fields.get("ranks", 1) == 1 and not alone:
+        yield "two replicas in a pod would share one port: expected max_replicas_per_node: 1"
+
+
+@rule
+def there_are_nodes_for_all_replicas(manifests: Manifests) -> Iterator[str]:
+    scaling, group = deployment(manifests)["autoscaling_config"], worker_group(manifests)
+    if not cluster(manifests).get("enableInTreeAutoscaling"):
+        yield "enableInTreeAutoscaling is off: no pod would follow a replica"
+    if group["maxReplicas"] < scaling["max_replicas"]:
+        yield f"{scaling['max_replicas']} replicas on {group['maxReplicas']} pods"
+    if group["minReplicas"] < scaling["min_replicas"]:
+        yield "fewer pods than replicas at the least load"
+
+
+@rule
+def callers_are_authenticated(manifests: Manifests) -> Iterator[str]:
+    fields = application(manifests)["args"]
+    if fields.get("insecure_public"):
+        yield "insecure_public is set"
+    mounts = [mount["mountPath"] for mount in container(worker(manifests))["volumeMounts"]]
+    for field in ("tls_certificate", "tls_key", "token_file"):
+        path = fields.get(field)
+        if path is None or not any(path.startswith(mount + "/") for mount in mounts):
+            yield f"{field}: {path} is in no mounted volume"
+    if cluster(manifests).get("authOptions", {}).get("mode") != "token":
+        yield "Ray's token authentication is off"
+
+
+@rule
+def pods_have_no_privileges(manifests: Manifests) -> Iterator[str]:
+    for pod in pods(manifests):
+        mine, spec = container(pod).get("securityContext", {}), pod["spec"]
+        if not spec.get("securityContext", {}).get("runAsNonRoot"):
+            yield f"{container(pod)['name']}: runAsNonRoot is not set"
+        if mine.get("allowPrivilegeEscalation") is not False:
+            yield f"{container(pod)['name']}: allowPrivilegeEscalation"
+        if mine.get("capabilities", {}).get("drop") != ["ALL"]:
+            yield f"{container(pod)['name']}: capabilities are not dropped"
+        if not mine.get("readOnlyRootFilesystem"):
+            yield f"{container(pod)['name']}: the root file system can be written"
+
+
+@rule
+def the_network_is_closed(manifests: Manifests) -> Iterator[str]:
+    """Ray's control plane listens on all interfaces."""
+    if not has_kind(manifests, "NetworkPolicy"):
+        yield "no NetworkPolicy"
+        return
+    wanted = of_kind(manifests, "NetworkPolicy")["spec"]["podSelector"].get("matchLabels", {})
+    for pod in pods(manifests):
+        if not wanted.items() <= pod["metadata"]["labels"].items():
+            yield f"the NetworkPolicy does not cover {container(pod)['name']}"
+
+
+@rule
+def shared_memory_has_room(manifests: Manifests) -> Iterator[str]:
+    """Kubernetes gives 64 MiB otherwise: too little for Ray and for ranks."""
+    for pod in pods(manifests):
+        memory = {volume["name"] for volume in pod["spec"].get("volumes", ())
+                  if volume.get("emptyDir", {}).get("medium") == "Memory"}  # fmt: skip
+        mounted = {mount["name"] for mount in container(pod).get("volumeMounts", ())
+                   if mount["mountPath"] == "/dev/shm"}  # fmt: skip
+        if not mounted & memory:
+            yield f"{container(pod)['name']}: /dev/shm is not in memory of its own"

@@ -1,0 +1,191 @@
+"""What the chart renders and kustomize builds: valid by schema, and by rules of our own."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.deploy.conftest import tool
+from tests.deploy.manifests import (
+    Manifest,
+    Manifests,
+    application,
+    cluster,
+    container,
+    deployment,
+    head,
+    of_kind,
+    parse,
+    worker,
+    worker_group,
+)  # fmt: skip
+from tests.deploy.rules import RULES, broken
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+VARIANTS = sorted(path.stem for path in (DEPLOY / "values").glob("*.yaml"))
+RAY_SERVICE = json.loads((Path(__file__).parent / "schemas/rayservice-v1.schema.json").read_text())
+OPERATORS = {"PodMonitor", "PrometheusRule"}
+"""Of the Prometheus Operator, whose schemas are not here: rules and promtool look at them."""
+
+
+def committed(variant: str) -> Manifests:
+    return parse((DEPLOY / "kustomize" / variant / "ladderstitch.yaml").read_text())
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_helm_lints_and_kustomize_holds_what_it_renders(helm: str, variant: str) -> None:
+    values = str(DEPLOY / "values" / f"{variant}.yaml")
+    run(helm, "lint", "--strict", str(DEPLOY / "chart"), "-f", values)
+    run(sys.executable, "scripts/manifests.py", "--check")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kustomize_builds_an_overlay(kubectl: str, variant: str) -> None:
+    built = parse(run(kubectl, "kustomize", str(DEPLOY / "kustomize" / variant)))
+    assert sorted(m["kind"] for m in built) == sorted(m["kind"] for m in committed(variant))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_manifests_are_valid_by_schema(variant: str) -> None:
+    import kubernetes_validate
+
+    for manifest in committed(variant):
+        kind = manifest["kind"]
+        if kind == "RayService":
+            jsonschema.validate(manifest, RAY_SERVICE)
+            for pod in (cluster([manifest])["headGroupSpec"]["template"], worker([manifest])):
+                # KubeRay's schema leaves some of a pod's parts open
+                whole = {"apiVersion": "v1", "kind": "Pod", "metadata": pod["metadata"]}
+                kubernetes_validate.validate(whole | {"spec": pod["spec"]}, "1.33", strict=True)
+        elif kind not in OPERATORS:
+            kubernetes_validate.validate(manifest, "1.33", strict=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_manifests_keep_our_rules(variant: str) -> None:
+    assert broken(committed(variant)) == {}
+
+
+def test_a_misspelt_value_is_refused(helm: str) -> None:
+    command = [helm, "template", "x", str(DEPLOY / "chart"), "--set", "replicas.maximum=3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "maximum" in done.stderr
+
+
+def test_values_reach_the_server(helm: str) -> None:
+    sets = "server.threads=3,tls.mutual=true,scheduling.min_quality=0.9,monitoring.rules=false"
+    text = run(helm, "template", "x", str(DEPLOY / "chart"), "--set-json", sets)
+    manifests = parse(text)
+    fields = application(manifests)["args"]
+    assert fields["threads"] == 3
+    assert fields["tls_client_ca"] == "/etc/ladderstitch/tls/ca.crt"
+    assert deployment(manifests)["user_config"] == {"min_quality": 0.9}
+    assert "PrometheusRule" not in {manifest["kind"] for manifest in manifests}
+    assert broken(manifests) == {}
+
+
+def test_what_the_templates_rely_on_cannot_be_overridden(helm: str) -> None:
+    text = run(helm, "template", "x", str(DEPLOY / "chart"), "--set", "server.port=1234")
+    assert application(parse(text))["args"]["port"] == 8001
+
+
+def serve_config(manifests: Manifests, change: Callable[[Manifest], object]) -> None:
+    """Change the only application of `serveConfigV2`."""
+    spec = of_kind(manifests, "RayService")["spec"]
+    config = yaml.safe_load(spec["serveConfigV2"])
+    change(config["applications"][0])
+    spec["serveConfigV2"] = yaml.safe_dump(config)
+
+
+def rename_port(manifests: Manifests) -> None:
+    container(worker(manifests))["ports"][1]["name"] = "grpc"
+
+
+def without_kind(kind: str) -> Callable[[Manifests], None]:
+    def remove(manifests: Manifests) -> None:
+        manifests.remove(of_kind(manifests, kind))
+
+    return remove
+
+
+def without_shared_memory(manifests: Manifests) -> None:
+    mounts = container(worker(manifests))["volumeMounts"]
+    mounts[:] = [mount for mount in mounts if mount["name"] != "shm"]
+
+
+BREAKING: dict[str, Callable[[Manifests], object]] = {
+    "serve_ports_are_named_for_kuberay": rename_port,
+    "the_server_takes_its_settings": lambda m: serve_config(
+        m, lambda app: app["args"].update(rank=1)
+    ),
+    "pods_drain_before_they_stop": lambda m: container(worker(m)).pop("lifecycle"),
+    "grace_is_longer_than_the_drain": lambda m: worker(m)["spec"].update(
+        terminationGracePeriodSeconds=30
+    ),
+    "readiness_is_the_replicas_own": lambda m: container(worker(m)).pop("readinessProbe"),
+    "disruptions_are_limited": without_kind("PodDisruptionBudget"),
+    "the_service_is_headless_and_finds_replicas": lambda m: of_kind(m, "Service")["spec"].pop(
+        "clusterIP"
+    ),
+    "metrics_are_declared_and_scraped": lambda m: container(worker(m))["ports"].pop(),
+    "every_container_is_bounded": lambda m: container(head(m))["resources"].pop("limits"),
+    "ranks_and_gpus_fit_the_pod": lambda m: serve_config(
+        m, lambda app: app["deployments"][0].pop("max_replicas_per_node")
+    ),
+    "there_are_nodes_for_all_replicas": lambda m: worker_group(m).update(maxReplicas=1),
+    "callers_are_authenticated": lambda m: serve_config(
+        m, lambda app: app["args"].update(insecure_public=True)
+    ),
+    "pods_have_no_privileges": lambda m: container(worker(m)).pop("securityContext"),
+    "the_network_is_closed": without_kind("NetworkPolicy"),
+    "shared_memory_has_room": without_shared_memory,
+}
+
+
+def test_every_rule_has_a_manifest_that_breaks_it() -> None:
+    assert BREAKING.keys() == {rule.__name__ for rule in RULES}
+
+
+@pytest.mark.parametrize("name", BREAKING)
+def test_a_rule_notices_what_breaks_it(name: str) -> None:
+    manifests = copy.deepcopy(committed("cpu"))
+    BREAKING[name](manifests)
+    assert name in broken(manifests)
+
+
+def test_the_image_has_what_kuberay_runs_in_it() -> None:
+    text = (DEPLOY / "image/Dockerfile").read_text()
+    installed = re.search(r"apt-get install -y --no-install-recommends (.*) \\", text)
+    assert installed is not None
+    assert {"bash", "wget"} <= set(installed[1].split())
+    assert re.search(r"^USER 1000:1000$", text, re.MULTILINE)
+    assert "HEALTHCHECK" in text
+
+
+def test_the_image_is_linted() -> None:
+    run(tool("hadolint"), str(DEPLOY / "image/Dockerfile"))
+
+
+def test_the_example_of_a_token_file_loads() -> None:
+    from ladderstitch.security.tokens import load_tokens
+
+    names = {token.name for token in load_tokens(ROOT / "examples/tokens.yaml").values()}
+    assert names == {token["name"] for token in yaml.safe_load(
+        (ROOT / "examples/tokens.yaml").read_text())["tokens"]}  # fmt: skip
