@@ -68,7 +68,7 @@ def measure(
     cpus: Sequence[int] | None = None,
 ) -> Measured:
     """Send a trace; requests go to the processes in turn. `cpus` pins them."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     messages = [target.message(c.budget_s) for c in trace.classes]
     start = context.Value("d", 0.0)
     ready = context.Barrier(processes + 1)
