@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import multiprocessing
+import importlib
 import os
+import pickle
+import subprocess
+import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -30,8 +33,23 @@ SPIN_S = 0.0012
 LATE_SHARE = 0.1
 """Part of the shortest budget that the generator may be late by at its 99th percentile."""
 
+CONNECT_S = 30.0
+READY = b"ready\n"
+
 End = tuple[str, float, float, Answer | None]
 """Status, seconds from due to answer, seconds that it left late, what the server said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One process's part: when each request is due, which message it sends; `cpu` to stay on."""
+
+    address: str
+    target: Target
+    messages: list[bytes]
+    due_s: list[float]
+    picks: list[int]
+    cpu: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,44 +86,49 @@ def measure(
     cpus: Sequence[int] | None = None,
 ) -> Measured:
     """Send a trace; requests go to the processes in turn. `cpus` pins them."""
-    context = multiprocessing.get_context("forkserver")
     messages = [target.message(c.budget_s) for c in trace.classes]
-    start = context.Value("d", 0.0)
-    ready = context.Barrier(processes + 1)
-    parts = []
+    workers = []
     for k in range(processes):
-        ours, theirs = context.Pipe(duplex=False)
-        plan = (trace.arrivals_s[k::processes].tolist(), trace.picks[k::processes].tolist())
+        due_s, picks = trace.arrivals_s[k::processes].tolist(), trace.picks[k::processes].tolist()
         cpu = None if cpus is None else cpus[k % len(cpus)]
-        process = context.Process(
-            target=_work, args=(theirs, ready, start, address, target, messages, plan, cpu)
-        )
-        process.start()
-        theirs.close()
-        parts.append((process, ours))
-    ready.wait(timeout=60)
-    start.value = time.monotonic() + START_S
-    ready.wait(timeout=60)
-    ends: list[End | None] = [None] * len(trace)
-    for k, (process, pipe) in enumerate(parts):
-        ends[k::processes] = pipe.recv()
-        process.join()
+        workers.append(_start(Plan(address, target, messages, due_s, picks, cpu)))
+    try:
+        for worker in workers:
+            assert worker.stdout is not None
+            if worker.stdout.readline() != READY:
+                raise RuntimeError(f"a generator did not reach {address}; its message is above")
+        start = time.monotonic() + START_S
+        ends: list[End | None] = [None] * len(trace)
+        for worker in workers:
+            _tell(worker, f"{start}\n".encode())
+        for k, worker in enumerate(workers):
+            assert worker.stdout is not None
+            ends[k::processes] = pickle.load(worker.stdout)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
     return _measured(trace, [end for end in ends if end is not None])
 
 
-def _work(pipe, ready, start, address, target, messages, plan, cpu) -> None:  # type: ignore[no-untyped-def] # what multiprocessing hands over has no public types
-    """One process: connect, wait for the others, send, report."""
-    if cpu is not None:
-        os.sched_setaffinity(0, {cpu})
-    gc.freeze()
-    pipe.send(asyncio.run(_send_all(ready, start, address, target, messages, plan)))
-    pipe.close()
+def _start(plan: Plan) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "ladderstitch_loadtest.generator"]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    _tell(worker, pickle.dumps(plan))
+    return worker
 
 
-async def _send_all(ready, start, address, target, messages, plan) -> list[End]:  # type: ignore[no-untyped-def] # as above
-    async with grpc.aio.insecure_channel(address) as channel:
-        await asyncio.wait_for(channel.channel_ready(), 30)
-        call = channel.unary_unary(target.method)
+def _tell(worker: subprocess.Popen[bytes], message: bytes) -> None:
+    assert worker.stdin is not None
+    worker.stdin.write(message)
+    worker.stdin.flush()
+
+
+async def send_all(plan: Plan, begin: Callable[[], float]) -> list[End]:
+    """Connect, ask when to begin, send; the ends in order of the plan."""
+    async with grpc.aio.insecure_channel(plan.address) as channel:
+        await asyncio.wait_for(channel.channel_ready(), CONNECT_S)
+        call = channel.unary_unary(plan.target.method)
 
         async def one(due: float, message: bytes) -> End:
             lag = time.monotonic() - due
@@ -114,16 +137,14 @@ async def _send_all(ready, start, address, target, messages, plan) -> list[End]:
             except grpc.aio.AioRpcError as error:
                 return error.code().name, time.monotonic() - due, lag, None
             took = time.monotonic() - due
-            return "OK", took, lag, target.read(answer)
+            return "OK", took, lag, plan.target.read(answer)
 
-        ready.wait(timeout=60)
-        ready.wait(timeout=60)
-        begin, tasks = start.value, []
-        for at, pick in zip(*plan, strict=True):
-            due = begin + at
+        start, tasks = begin(), []
+        for at, pick in zip(plan.due_s, plan.picks, strict=True):
+            due = start + at
             while (delay := due - time.monotonic()) > 0:  # noqa: ASYNC110 # time is the event
                 await asyncio.sleep(max(0.0, delay - SPIN_S))
-            tasks.append(asyncio.create_task(one(due, messages[pick])))
+            tasks.append(asyncio.create_task(one(due, plan.messages[pick])))
         return await asyncio.gather(*tasks)
 
 
@@ -138,3 +159,25 @@ def _measured(trace: Trace, ends: list[End]) -> Measured:
         outcome.rows[i] = answer.rows
     columns = [np.array([end[k] for end in ends], np.float64) for k in (1, 2)]
     return Measured(outcome, tuple(end[0] for end in ends), columns[0], columns[1])
+
+
+def main() -> None:
+    """A worker: a plan on standard input, its ends on standard output."""
+    plan: Plan = pickle.load(sys.stdin.buffer)
+    if plan.cpu is not None:
+        os.sched_setaffinity(0, {plan.cpu})
+    gc.freeze()
+
+    def begin() -> float:
+        sys.stdout.buffer.write(READY)
+        sys.stdout.buffer.flush()
+        return float(sys.stdin.buffer.readline())
+
+    ends = asyncio.run(send_all(plan, begin))
+    sys.stdout.buffer.write(pickle.dumps(ends))
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    # Under its importable name, so that what is pickled here can be read by the one who asked.
+    importlib.import_module("ladderstitch_loadtest.generator").main()
