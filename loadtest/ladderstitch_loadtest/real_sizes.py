@@ -107,7 +107,7 @@ def serve(bundle: Path, model: StitchedModel) -> tuple[float, tuple[str, ...]]:
     flags = ("--no-ray", "--bundle", str(bundle), "--config", str(bundle.parent / "serve.yaml"))
     with ladderstitch_server(*flags) as served, Client(served.address) as client:
         ready_s = round(time.perf_counter() - started, 1)
-        image = np.random.default_rng(0).integers(0, 256, (3, 224, 224), np.uint8)
+        image = np.random.default_rng(0).integers(0, 256, (1, 3, 224, 224), np.uint8)
         answers = []
         for budget_s in BUDGETS_S:
             answer = client.predict(image, budget_s=budget_s)
