@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: help install serve test lint format types protos tools manifests \
-	verify-models verify-serving verify-training verify-language verify-kernels \
+	verify-models verify-serving verify-scheduling verify-training verify-language verify-kernels \
 	verify-operations soak clean
 .DEFAULT_GOAL := help
 
@@ -50,6 +50,7 @@ manifests: tools ## render deploy/chart into deploy/kustomize, and the dashboard
 verify-models: install ## every golden case, also those that LADDERSTITCH_GOLDEN names; memory of 71 stitches
 	$(BIN)/ladderstitch verify $(wildcard tests/golden/*.safetensors) $(wildcard $(LADDERSTITCH_GOLDEN)/*.safetensors)
 	$(BIN)/pytest -q tests/models tests/test_verify.py
+	$(BIN)/pytest -q -s -m slow tests/test_plain_anchors.py
 	$(BIN)/ladderstitch-loadtest memory --out loadtest/results
 	$(BIN)/ladderstitch-loadtest real-sizes --out loadtest/results
 
@@ -58,6 +59,12 @@ verify-serving: install ## about 8 minutes: overhead, switching, mixed budgets, 
 	$(BIN)/ladderstitch-loadtest switching --out loadtest/results
 	$(BIN)/ladderstitch-loadtest mixed --out loadtest/results
 	$(BIN)/ladderstitch-loadtest malformed --out loadtest/results
+
+verify-scheduling: install ## about 10 minutes a line on two idle cores: policies, oracle, simulator beside server, burst
+	$(BIN)/ladderstitch-loadtest compare --out loadtest/results
+	$(BIN)/ladderstitch-loadtest compare --family supernet --grid short --seeds 5 --out loadtest/results
+	$(BIN)/ladderstitch-loadtest agree --out loadtest/results
+	$(BIN)/ladderstitch-loadtest burst --out loadtest/results
 
 verify-training: install ## about 5 minutes: measure the embedded model's quality anew and compare
 	$(BIN)/ladderstitch fetch fashion-mnist --into data/fashion-mnist

@@ -30,7 +30,7 @@ def test_a_request_from_queue_to_answer() -> None:
     on_time, late, free = make_request(10.02), make_request(10.001), make_request()
     model.queued(3)
     model.dispatched([on_time, late, free], now=10.002, waiting=0)
-    model.computed(rows=3, compute_s=0.004, error=1.25)
+    model.computed(rows=3, compute_s=0.004, error=1.25, tail=1.2)
     model.switched(2e-6)
     model.corrected(slowdown=1.5, tail=1.2)
     for request in (on_time, late, free):
@@ -51,6 +51,9 @@ def test_a_request_from_queue_to_answer() -> None:
     # Slack: 18 ms and -1 ms; a request without a target has none.
     assert value(metrics, "dispatch_slack_seconds_bucket", le="0.0") == 1
     assert value(metrics, "dispatch_slack_seconds_bucket", le="+Inf") == 2
+
+
+KNOWN_LABELS = {"model", "stitch", "code", "met", "kept", "end", "reason", "le"}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,7 @@ def test_the_page_is_what_prometheus_expects() -> None:
         assert family.name.startswith("ladderstitch_")
         assert family.documentation
         for sample in family.samples:
-            assert sample.labels.keys() <= {"model", "stitch", "code", "met", "end", "reason", "le"}
+            assert sample.labels.keys() <= KNOWN_LABELS
     edges = sorted(
         float(sample.labels["le"])
         for family in families

@@ -18,8 +18,8 @@ SHARED_OVER_SLOWEST = 36 / 30.63
 TIGHT_OVER_SHARED, RELAXED_OVER_SHARED = 8 / 36, 100 / 36
 TIGHT_SHARE = 0.3
 CV2 = (0.0, 1.0, 2.0, 4.0, 8.0)
-LOADS = (0.3, 0.6, 0.9, 1.2)
-ROWS_PER_TRACE = 6_000
+LOADS = (0.3, 0.75, 1.2)
+ROWS_PER_TRACE = 4_500
 """Length of a trace: this many rows at full capacity."""
 
 Shape = Literal["gamma", "ramp", "step", "replay"]

@@ -93,6 +93,17 @@ class Metrics:
         self.token_gap_seconds = histogram(
             "token_gap_seconds", "Between two tokens of an answer.", model, buckets=SECONDS
         )
+        self.turnaround = histogram(
+            "turnaround_seconds",
+            "Engine free to next batch handed to it, while requests wait.",
+            model,
+            buckets=(2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1),
+        )
+        self.planned = counter(
+            "latency_plan",
+            "Batches, by whether they kept within the quantile planned with.",
+            ["model", "kept"],
+        )
         self.error = histogram(
             "latency_actual_over_predicted_ratio",
             "Compute time over its prediction, a batch each.",
@@ -169,6 +180,9 @@ class ModelMetrics:
             end: metrics.frontier.labels(model, end) for end in ("fastest", "best", "floor")
         }
         self.running = metrics.running.labels(model)
+        self._kept = metrics.planned.labels(model, "true")
+        self._overrun = metrics.planned.labels(model, "false")
+        self.turnaround = metrics.turnaround.labels(model)
         self.ready = metrics.ready.labels(model)
         self.restarts = metrics.restarts.labels(model)
 
@@ -188,8 +202,9 @@ class ModelMetrics:
             if request.budget.target != float("inf"):
                 self._slack.observe(request.budget.target - now)
 
-    def computed(self, rows: int, compute_s: float, error: float) -> None:
-        """A batch came back; `error` is actual over predicted seconds."""
+    def computed(self, rows: int, compute_s: float, error: float, tail: float) -> None:
+        """A batch came back; `error` is actual over predicted seconds, `tail` what was allowed."""
+        (self._kept if error <= tail else self._overrun).inc()
         self._batch.observe(rows)
         self._compute_seconds.observe(compute_s)
         self._error.observe(error)

@@ -95,6 +95,7 @@ def test_the_commands_make_a_measured_family(workplace: Path) -> None:
     picture = workplace / "frontier.png"
     assert "frontier of quality" in ladderstitch("frontier", bundle, "--plot", picture, "--all")
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "quality and macs" in ladderstitch("frontier", bundle, "--macs", "--plot", picture)
 
     loaded = Bundle.load(bundle)
     assert loaded.quality is not None

@@ -66,15 +66,18 @@ def frontier(
     bundle: BundleFolder = EMBEDDED,
     plot: Annotated[Path | None, typer.Option(help="Also draw it, as a PNG file.")] = None,
     all_stitches: Annotated[bool, typer.Option("--all", help="List dominated ones too.")] = False,
+    macs: Annotated[bool, typer.Option(help="Over arithmetic instead of latency.")] = False,
 ) -> None:
-    """Show quality against latency: the stitches that no other beats in both."""
-    from ladderstitch.frontier import plot_frontier, rows
+    """Show quality against latency (or arithmetic): the stitches that no other beats in both."""
+    from ladderstitch.frontier import Over, plot_frontier, rows
 
     with user_errors():
         loaded = Bundle.load(bundle)
-        listed = [row for row in rows(loaded) if row.on_frontier or all_stitches]
-        table = Table(title=f"{loaded.manifest.name}: frontier of quality and latency")
-        for column in ("id", "stitch", "quality", "95 % interval", "batch 1", "p99", "frontier"):
+        over: Over = "macs" if macs else "latency"
+        listed = [row for row in rows(loaded, over) if row.on_frontier or all_stitches]
+        table = Table(title=f"{loaded.manifest.name}: frontier of quality and {over}")
+        for column in ("id", "stitch", "quality", "95 % interval", "batch 1", "p99", "MMACs",
+                       "parameters", "frontier"):  # fmt: skip
             table.add_column(column)
         for row in listed:
             table.add_row(
@@ -84,11 +87,13 @@ def frontier(
                 f"{row.quality.low:.4f} - {row.quality.high:.4f}",
                 f"{row.median_s * 1e3:.2f} ms",
                 f"{row.p99_s * 1e3:.2f} ms",
+                f"{row.macs / 1e6:.1f}",
+                f"{row.parameters / 1e6:.2f} M",
                 "yes" if row.on_frontier else "",
             )
         out.print(table)
         if plot is not None:
-            plot_frontier(loaded, plot)
+            plot_frontier(loaded, plot, over)
             err.print(f"Drew {plot}")
 
 

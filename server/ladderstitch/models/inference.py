@@ -20,7 +20,7 @@ from ladderstitch.models.levit import LevitAttention, Residual
 from ladderstitch.models.linear import serving_linear
 from ladderstitch.models.route import Stitch
 from ladderstitch.models.stitched import StitchedModel, StitchingLayer
-from ladderstitch.models.swin import SwinBlock
+from ladderstitch.models.swin import SwinBlock, mix_windows
 from ladderstitch.models.trunk import Trunk
 from ladderstitch.models.vit import Block, ConvStem, Vit
 
@@ -83,7 +83,9 @@ def bind_step(step: nn.Module) -> Step:
         return bind_block(step)
     if isinstance(step, StitchingLayer):
         return bind_linear(step.transform)
-    if isinstance(step, SwinBlock | LevitAttention):
+    if isinstance(step, SwinBlock):
+        return bind_swin_block(step)
+    if isinstance(step, LevitAttention):
         return partial(step, bias=step.attention_bias())
     if isinstance(step, Residual) and isinstance(step.m, LevitAttention):
         attend, bias = step.m, step.m.attention_bias()
@@ -148,6 +150,22 @@ def bind_block(block: Block) -> Step:
         x = x + linear(mixed, proj_weight, proj_bias)
         hidden = gelu(linear(norm(x, shape, scale2, shift2, eps2), fc1_weight, fc1_bias))
         return x + linear(hidden, fc2_weight, fc2_bias)
+
+    return forward
+
+
+def bind_swin_block(block: SwinBlock) -> Step:
+    """`SwinBlock.forward` on [B, T, D] as one function."""
+    heads, bias = block.attn.num_heads, block.attention_bias()
+    spread, gather = block.spread, block.gather
+    norm1, norm2 = block.norm1, block.norm2
+    qkv, proj = bind_linear(block.attn.qkv), bind_linear(block.attn.proj)
+    fc1, fc2 = bind_linear(block.mlp.fc1), bind_linear(block.mlp.fc2)
+
+    def forward(x: Tensor) -> Tensor:
+        mixed = mix_windows(qkv(spread(norm1(x))), bias, heads)
+        x = x + gather(proj(mixed))
+        return x + fc2(F.gelu(fc1(norm2(x))))
 
     return forward
 

@@ -96,11 +96,21 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """[B, W, N, D] windows; bias [W or 1, H, N, N]."""
-        batch, windows, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, windows, tokens, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)  # 3 x [B, W, H, N, d]
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(mixed.transpose(2, 3).reshape(batch, windows, tokens, width))
+        return self.proj(mix_windows(self.qkv(x), bias, self.num_heads))
+
+
+def mix_windows(qkv: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """Attention within windows: [B, W, N, 3 D] -> [B, W, N, D].
+
+    Windows stand beside the batch: with a dimension of their own the fast kernels do not apply.
+    """
+    batch, windows, tokens, width = qkv.shape
+    split = qkv.view(batch * windows, tokens, 3, heads, -1)
+    q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x [B * W, H, N, d]
+    if batch > 1 and len(bias) > 1:
+        bias = bias.repeat(batch, 1, 1, 1)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return mixed.transpose(1, 2).reshape(batch, windows, tokens, width // 3)
 
 
 class SwinBlock(nn.Module):
@@ -135,14 +145,22 @@ class SwinBlock(nn.Module):
         """`bias` is `attention_bias()`, for those who keep it between calls."""
         if bias is None:
             bias = self.attention_bias()
-        grid = self.norm1(x).view(len(x), self.resolution, self.resolution, -1)
-        if self.shift:
-            grid = grid.roll((-self.shift, -self.shift), (1, 2))
-        mixed = self._whole(self.attn(self._windows(grid.flatten(1, 2)), bias))
-        if self.shift:
-            mixed = mixed.roll((self.shift, self.shift), (1, 2))
-        x = x + mixed.flatten(1, 2)
+        x = x + self.gather(self.attn(self.spread(self.norm1(x)), bias))
         return x + self.mlp(self.norm2(x))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[B, R * R, D] tokens, row by row -> [B, W, N, D] windows, shifted if the block shifts."""
+        if self.shift:
+            grid = x.view(len(x), self.resolution, self.resolution, -1)
+            x = grid.roll((-self.shift, -self.shift), (1, 2)).flatten(1, 2)
+        return self._windows(x)
+
+    def gather(self, windows: Tensor) -> Tensor:
+        """`spread`, backwards."""
+        whole = self._whole(windows)
+        if self.shift:
+            whole = whole.roll((self.shift, self.shift), (1, 2))
+        return whole.flatten(1, 2)
 
     def _windows(self, x: Tensor) -> Tensor:
         """[B, R * R, D] -> [B, W, N, D]."""

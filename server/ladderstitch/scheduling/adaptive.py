@@ -87,8 +87,10 @@ class Adaptive:
         self, queue: Sequence[Request], hopeless: int, latency: LatencyView, start: float
     ) -> Moment:
         demand = Demand.of(queue, hopeless, self.forecast, start)
-        scale = latency.profiled_slack(1.0)
-        hull = self.prices.hull(SPELL * demand.impatient_s * scale)
+        spell_s = SPELL * demand.impatient_s
+        hull = self.prices.hull(latency.profiled_slack(spell_s))
+        # The part of its time that the engine computes, if batches are as long as that.
+        scale = latency.profiled_slack(spell_s / (spell_s + latency.transit_s))
         alone_s = latency.seconds(self.menu.frontier[0], 1) + self.overhead_s
         strained = demand.exceeds(hull.costs_s[0] / scale)
         return Moment(start, hopeless, demand, hull, scale, alone_s, strained)
@@ -152,7 +154,7 @@ class Adaptive:
     ) -> float:
         """Expected quality of the batch and of all others after it."""
         quality, fastest = self.menu.quality, self.menu.frontier[0]
-        busy_s = latency.seconds(stitch, rows)
+        busy_s = latency.seconds(stitch, rows) + latency.transit_s
         value = (quality[stitch] + TIE) * rows
         arrived = min(latency.max_rows, 1 + int(TOGETHER * self.forecast.rate * busy_s))
         late = self.forecast.late(busy_s, latency.seconds(fastest, arrived) + self.overhead_s)
@@ -166,7 +168,10 @@ class Adaptive:
         """As `_value`, of a batch of those that are late anyway."""
         fastest = self.menu.frontier[0]
         rows = min(moment.head, latency.max_rows)
-        busy_s, worth = latency.seconds(fastest, rows), self.menu.quality[fastest]
+        busy_s, worth = (
+            latency.seconds(fastest, rows) + latency.transit_s,
+            self.menu.quality[fastest],
+        )
         waited = max(0.0, moment.start - queue[0].budget.target) / PATIENCE_S
         late = self.forecast.late(busy_s, moment.alone_s)
         if queue[moment.head].budget.target - moment.start - busy_s < latency.seconds(fastest, 1):

@@ -38,6 +38,7 @@ class LatencyView:
     slowdown: float
     tail: float
     residuals: tuple[float, ...] = (1.0,)  # actual over expected seconds, recent, ascending
+    transit_s: float = 0.0  # what a batch takes beyond computing
 
     def expected(self, stitch: int, rows: int) -> float:
         return self.profiled[stitch][rows] * self.slowdown
@@ -99,6 +100,7 @@ class LatencyTable:
         self._ratios: deque[float] = deque(maxlen=RECENT)
         self._residuals: deque[float] = deque([profiled_tail(profile)], maxlen=RESIDUALS)
         self._learned = 0
+        self._transit = Transit()
         self.view = LatencyView(
             profiled={s: _dense(profile, s) for s in profile.stitches},
             max_rows=profile.max_batch,
@@ -114,6 +116,12 @@ class LatencyTable:
         self._ratios.append(actual_s / self.view.profiled[stitch][rows])
         self._learn(slowdown=median(self._ratios), residual=1.0 if doubted else error)
         return error
+
+    def observe_transit(self, seconds: float) -> None:
+        """Learn what one batch took beyond computing."""
+        self._transit.observe(seconds)
+        if self._transit.seconds != self.view.transit_s:
+            self.view = replace(self.view, transit_s=self._transit.seconds)
 
     def doubt(self) -> None:
         """A request was refused for its time although nothing else ran.

@@ -82,7 +82,9 @@ class Ledger:
     def expire_queued(self, requests: Iterable[Request], now: float) -> None:
         for request in requests:
             waited_ms = 1e3 * (now - request.arrival)
-            error = ExpiredInQueue(f"the limit passed after {waited_ms:.1f} ms in the queue")
+            error = ExpiredInQueue(
+                f"the limit was out of reach after {waited_ms:.1f} ms in the queue"
+            )
             self.fail(self[request], error)
 
     def expire_computing(self, waiting: Waiting) -> None:

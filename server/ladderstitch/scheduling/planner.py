@@ -13,7 +13,7 @@ from ladderstitch.errors import BudgetInfeasible, Overloaded, RequestError
 from ladderstitch.measurements import LatencyProfile
 from ladderstitch.scheduling import admission
 from ladderstitch.scheduling.arrivals import Arrivals
-from ladderstitch.scheduling.latency import LatencyTable, Transit
+from ladderstitch.scheduling.latency import LatencyTable
 from ladderstitch.scheduling.menu import Menu
 from ladderstitch.scheduling.policies import make_policy
 from ladderstitch.scheduling.policy import Decision, Hold
@@ -39,7 +39,6 @@ class Planner:
         self.queue = DeadlineQueue(settings.priority_window_s)
         self.busy_until = 0.0
         self._arrivals = Arrivals()
-        self._transit = Transit()
         self.configure(settings)
 
     def configure(self, settings: SchedulerSettings) -> None:
@@ -113,8 +112,8 @@ class Planner:
 
     def decide(self, now: float) -> Decision | Hold:
         """The next batch, taken off the queue, which must not be empty; or how long to wait."""
-        start = now + self._transit.seconds
-        choice = self.policy(self.queue.view, self.latency.view, start)
+        view = self.latency.view
+        choice = self.policy(self.queue.view, view, now + view.transit_s)
         if isinstance(choice, Decision):
             for request in choice.requests:
                 self.queue.remove(request)
@@ -127,7 +126,7 @@ class Planner:
 
     def finished(self, stitch: int, rows: int, compute_s: float, total_s: float) -> float:
         """Learn from a batch that came back whole; returns actual over expected seconds."""
-        self._transit.observe(total_s - compute_s)
+        self.latency.observe_transit(total_s - compute_s)
         return self.latency.observe(stitch, rows, compute_s)
 
     def _renew(self) -> None:

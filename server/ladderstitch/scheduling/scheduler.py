@@ -59,6 +59,7 @@ class Scheduler:
         self._alone: deque[Waiting] = deque()
         self._running: list[Waiting] = []
         self._last_stitch: int | None = None
+        self._free_since: float | None = None
         self._draining = False
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -176,6 +177,7 @@ class Scheduler:
 
     async def _hold(self, seconds: float) -> None:
         """Wait for that long, or until something changes."""
+        self._free_since = None
         self._wake.clear()
         timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
         await self._wake.wait()
@@ -210,11 +212,15 @@ class Scheduler:
         batch = [self._ledger[request] for request in decision.requests]
         self._running = batch
         self.planner.started(decision.requests, decision.stitch, now)
+        if self._free_since is not None:
+            self.metrics.turnaround.observe(self.clock() - self._free_since)
+            self._free_since = None
         self.metrics.dispatched(decision.requests, now, self.queue_requests)
         try:
             result = await self.engine.forward(
                 [request.images for request in decision.requests], decision.stitch
             )
+            self._free_since = self.clock()
             self._complete(batch, decision.stitch, rows, now, result)
         except EngineDied as error:
             self.metrics.restarts.inc()
@@ -224,14 +230,17 @@ class Scheduler:
         finally:
             self._running = []
             self.planner.free()
+            if not self.planner.queue:
+                self._free_since = None
 
     def _complete(
         self, batch: list[Waiting], stitch: int, rows: int, started: float, result: EngineResult
     ) -> None:
         if len(result.logits) != rows:
             raise ValueError(f"logits: expected {rows} rows, got {len(result.logits)}")
+        tail = self.latency.view.tail
         error = self.planner.finished(stitch, rows, result.compute_s, self.clock() - started)
-        self.metrics.computed(rows, result.compute_s, error)
+        self.metrics.computed(rows, result.compute_s, error, tail)
         self.metrics.corrected(self.latency.view.slowdown, self.latency.view.tail)
         self.statistics.computed(rows, result.compute_s)
         if stitch != self._last_stitch:
@@ -240,7 +249,7 @@ class Scheduler:
         self._ledger.settle(batch, stitch, self.quality[stitch], started, result)
 
     def _expire(self, now: float) -> None:
-        expired = self.planner.queue.take_expired(now)
+        expired = self.planner.take_expired(now)
         if expired:
             self._ledger.expire_queued(expired, now)
             self.metrics.queued(self.queue_requests)

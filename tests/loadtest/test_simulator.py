@@ -1,0 +1,170 @@
+"""The simulator: arithmetic by hand, determinism, routing, what a neighbour does, the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+
+from ladderstitch_loadtest.laboratory import compare, runs_of, settings_of
+from ladderstitch_loadtest.oracle import MOST_REQUESTS, oracle
+from ladderstitch_loadtest.profiles import Family, supernet
+from ladderstitch_loadtest.scenarios import Scenario, grid, short_grid
+from ladderstitch_loadtest.simulator import Machine, simulate
+from ladderstitch_loadtest.traces import BudgetClass, Trace, gamma
+
+FAMILY = supernet()
+
+
+def trace_of(times: list[float], *budgets_s: float) -> Trace:
+    """Budgets in turn."""
+    classes = tuple(BudgetClass(str(b), b) for b in budgets_s)
+    picks = np.arange(len(times)) % len(classes)
+    return Trace("by hand", np.array(times), picks, classes)
+
+
+def test_batches_take_their_profile() -> None:
+    """Stitch 0 takes 1.05 + 0.36 n ms; who comes while it runs waits and shares a batch."""
+    trace = trace_of([0.0, 0.0001, 0.0002, 0.01], 0.1)
+    got = simulate(FAMILY, trace, settings_of("fixed 0"), Machine(transit_s=0.0005))
+    assert got.total_s == pytest.approx(
+        [0.00141 + 0.0005] + [0.00141 + 0.0005 + 0.00177 + 0.0005 - at for at in (1e-4, 2e-4)]
+        + [0.00141 + 0.0005]
+    )  # fmt: skip
+    assert got.rows == [1, 2, 2, 1]
+    assert got.queue_s[1] == pytest.approx(0.00191 - 0.0001)
+    summary = got.summary()
+    assert summary.attainment == 1.0
+    assert summary.effective_quality == pytest.approx(0.7382)
+    assert summary.mean_batch == pytest.approx(4 / 3)
+
+
+def test_hard_budgets_are_dropped_and_soft_ones_answered_late() -> None:
+    trace = trace_of([0.0, 0.0001], 0.0015)
+    hard = simulate(FAMILY, trace, settings_of("fixed 0"), Machine())
+    soft = simulate(FAMILY, trace, settings_of("fixed 0"), Machine(), hard=False)
+    assert hard.met.tolist() == soft.met.tolist() == [True, False]
+    assert hard.stitch == [0, -1]
+    assert soft.stitch == [0, 0]
+
+
+def test_the_same_seed_gives_the_same_outcome() -> None:
+    scenario = Scenario("gamma", 0.6, 4.0, mixed=True, replicas=3)
+    machine = Machine(replicas=3, spread=1.0)
+    family = noisy(FAMILY)
+    runs = [
+        simulate(family, scenario.trace(family, 5), settings_of("adaptive"), machine, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert runs[0].stitch == runs[1].stitch
+    assert np.array_equal(runs[0].total_s, runs[1].total_s, equal_nan=True)
+    assert runs[0].total_s != runs[2].total_s
+
+
+def test_requests_go_to_the_replica_with_the_most_slack_for_them() -> None:
+    trace = trace_of([0.0, 0.0001, 0.0002], 0.1)
+    got = simulate(FAMILY, trace, settings_of("fixed 0"), Machine(replicas=3))
+    assert got.rows == [1, 1, 1]
+    assert max(got.queue_s) == 0.0
+
+
+def test_a_noisy_neighbour_is_over_within_a_second() -> None:
+    """Everything takes three times as long from 1 s to 2 s; attainment is back before 3 s."""
+    rng = np.random.default_rng(1)
+    budgets = [BudgetClass("shared", 0.036)]
+    trace = Trace.draw("hog", gamma(250.0, 1.0, 4.0, rng), budgets, rng)
+    machine = Machine(slow=((1.0, 2.0, 3.0),))
+    got = simulate(noisy(FAMILY), trace, settings_of("adaptive"), machine)
+    at = trace.arrivals_s
+    assert got.met[at < 1].mean() > 0.99
+    assert got.met[(at > 1.3) & (at < 2)].mean() > 0.97
+    assert got.met[at > 2.1].mean() > 0.99
+    quality = np.array(got.quality)
+    assert quality[(at > 1.3) & (at < 2)].mean() < quality[at < 1].mean()
+    assert quality[at > 3].mean() == pytest.approx(quality[at < 1].mean(), abs=0.005)
+
+
+@pytest.mark.parametrize("cv2", [0.0, 8.0])
+def test_adaptive_beats_slackfit_on_mixed_budgets(cv2: float) -> None:
+    scenario = Scenario("gamma", 0.5, cv2, mixed=True, replicas=2)
+    trace, machine = scenario.trace(FAMILY, 0), Machine(replicas=2)
+    ours, theirs = (
+        simulate(FAMILY, trace, settings_of(policy), machine).summary()
+        for policy in ("adaptive", "slackfit")
+    )
+    assert ours.attainment > 0.995
+    assert ours.effective_quality > theirs.effective_quality + 0.015
+
+
+def test_overload_still_serves_what_capacity_allows() -> None:
+    scenario = Scenario("gamma", 1.5, 1.0)
+    summary = simulate(
+        FAMILY, scenario.trace(FAMILY, 0), settings_of("adaptive"), Machine()
+    ).summary()
+    assert summary.attainment > 0.9 / 1.5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_oracle_is_the_best_of_all_plans(seed: int) -> None:
+    """Against every way to cut so few requests into batches, in any order."""
+    rng = np.random.default_rng(seed)
+    times = np.sort(rng.random(4) * 0.004)
+    trace = trace_of(times.tolist(), 0.003, 0.009)
+    best = oracle(FAMILY, trace)
+    assert best.effective_quality == pytest.approx(brute_force(trace) / len(trace))
+
+
+def brute_force(trace: Trace) -> float:
+    """Every assignment of requests to up to four ordered batches (or to none), every stitch."""
+    arrivals, dues = trace.arrivals_s, trace.arrivals_s + trace.budgets_s
+    profile = FAMILY.profile.stitches
+
+    def run(batches: list[list[int]], free: float) -> float:
+        if not batches:
+            return 0.0
+        batch, rest = batches[0], batches[1:]
+        if not batch:
+            return run(rest, free)
+        start, value = max(free, max(arrivals[batch])), float("-inf")
+        for stitch in FAMILY.frontier:
+            end = start + profile[stitch].median_s[len(batch) - 1]
+            earned = FAMILY.quality[stitch] * sum(end <= dues[i] for i in batch)
+            value = max(value, earned + run(rest, end))
+        return value
+
+    n = len(trace)
+    return max(
+        run([[i for i in range(n) if places[i] == k] for k in range(n)], 0.0)
+        for places in product(range(n + 1), repeat=n)
+    )
+
+
+def test_no_policy_beats_the_oracle_and_long_traces_are_refused() -> None:
+    scenario = replace(next(short_grid()), requests=30)
+    (comparison,) = compare([(FAMILY, scenario)], seeds=2, workers=1, advance=lambda runs: None)
+    best = comparison.figure("oracle")
+    assert comparison.figures[0] == best
+    assert runs_of(FAMILY, scenario, 2) == 2 * len(comparison.figures)
+    assert comparison.figure("adaptive").behind == 0.0
+    long = trace_of([i / 1e3 for i in range(MOST_REQUESTS + 1)], 0.1)
+    with pytest.raises(ValueError, match="got 1 and 151"):
+        oracle(FAMILY, long)
+
+
+def test_every_scenario_has_its_load() -> None:
+    for scenario in grid(replicas=2):
+        trace = scenario.trace(FAMILY, 3)
+        rate = len(trace) / (trace.arrivals_s[-1] or 1.0)
+        expected = scenario.load * 2 * FAMILY.capacity_rps
+        assert rate == pytest.approx(expected, rel=0.25), scenario.name
+
+
+def noisy(family: Family) -> Family:
+    """With a 99th percentile 20 % above the median."""
+    stitches = {
+        stitch: latency.model_copy(update={"p99_s": tuple(1.2 * s for s in latency.median_s)})
+        for stitch, latency in family.profile.stitches.items()
+    }
+    return replace(family, profile=family.profile.model_copy(update={"stitches": stitches}))
