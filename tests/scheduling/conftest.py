@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ def make_menu(**settings: object) -> Menu:
     return Menu.of(QUALITY, make_profile(), SchedulerSettings.model_validate(settings))
 
 
+@cache
 def make_prices() -> Prices:
     return Prices.of(make_menu().frontier, QUALITY, plain_view().profiled)
 

@@ -73,6 +73,18 @@ def test_a_late_request_does_not_hold_up_those_that_can_be_in_time() -> None:
     assert decision.requests == (tight,)
 
 
+def test_requests_without_deadlines_get_the_best_and_wait_for_those_with() -> None:
+    forecast = forecast_of([float("inf"), 0.02], rate=20.0)
+    assert decide([make_request()], forecast) == (2, 1)
+    assert decide([make_request()]) == (2, 1)
+    tight = make_request(NOW + 0.0015)
+    got = Adaptive(make_menu(), 0.0, forecast, make_prices())(
+        [tight, make_request()], plain_view(), NOW
+    )
+    assert got.requests[0] is tight
+    assert plain_view().seconds(got.stitch, len(got.requests)) <= 0.0015
+
+
 def test_nobody_starves() -> None:
     """A late request gets its turn although others that can be in time never cease to come."""
     late = make_request(NOW - 0.001)

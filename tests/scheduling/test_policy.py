@@ -55,7 +55,7 @@ def queues(draw: st.DrawFn) -> list[Request]:
 
 @pytest.mark.parametrize("name", NAMES)
 @given(requests=queues(), tail=st.sampled_from([1.0, 1.5]), pinned=st.sampled_from([None, 3]))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_what_holds_for_every_decision(
     name: str, requests: list[Request], tail: float, pinned: int | None
 ) -> None:
@@ -79,7 +79,7 @@ def test_what_holds_for_every_decision(
 
 @pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit", "adaptive"])
 @given(requests=queues())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_the_head_is_on_time_whenever_it_can_be(name: str, requests: list[Request]) -> None:
     menu, view, queue = make_menu(), plain_view(), ordered(requests)
     got = policy(name, menu)(queue, view, NOW)

@@ -50,10 +50,10 @@ class Moment:
 class Adaptive:
     """Weighs what a batch earns against what its time takes from everybody else.
 
-    The value of running some requests on a stitch is their quality, weighed by how likely they are
-    in time, plus what all others can earn in the time that is left (`Demand`: the queue and the
-    newcomers that the forecast expects, as a fluid on the best mix of stitches), less those whom
-    the batch itself makes late: the engine is not preemptive.
+    The value of running some requests on a stitch is their quality plus what all others can earn in
+    the time that is left (`Demand`: the queue and the newcomers that the forecast expects, as a
+    fluid on the best mix of stitches), less those whom the batch itself makes late: the engine is
+    not preemptive.
     """
 
     menu: Menu
@@ -168,10 +168,8 @@ class Adaptive:
         """As `_value`, of a batch of those that are late anyway."""
         fastest = self.menu.frontier[0]
         rows = min(moment.head, latency.max_rows)
-        busy_s, worth = (
-            latency.seconds(fastest, rows) + latency.transit_s,
-            self.menu.quality[fastest],
-        )
+        busy_s = latency.seconds(fastest, rows) + latency.transit_s
+        worth = self.menu.quality[fastest]
         waited = max(0.0, moment.start - queue[0].budget.target) / PATIENCE_S
         late = self.forecast.late(busy_s, moment.alone_s)
         if queue[moment.head].budget.target - moment.start - busy_s < latency.seconds(fastest, 1):

@@ -13,6 +13,9 @@ REMEMBERED = 256
 REFRESH_EVERY = 16
 """Requests between two forecasts (sorting 256 budgets costs some 15 us)."""
 
+FAR_S = 60.0
+"""Budgets beyond this, and none at all, are the same."""
+
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
@@ -58,7 +61,7 @@ class Arrivals:
     def add(self, request: Request) -> bool:
         """Whether the forecast was renewed."""
         self._times.append(request.arrival)
-        self._budgets.append(request.budget.target - request.arrival)
+        self._budgets.append(min(request.budget.target - request.arrival, FAR_S))
         self._since += 1
         if self._since < REFRESH_EVERY:
             return False

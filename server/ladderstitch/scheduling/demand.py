@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ladderstitch.core import Request
-from ladderstitch.scheduling.arrivals import Forecast
+from ladderstitch.scheduling.arrivals import FAR_S, Forecast
 from ladderstitch.scheduling.prices import Hull
 
 AHEAD = (1.0, 1.5, 2.0, 3.0, 6.0)
@@ -15,8 +15,8 @@ GUARD = 0.25
 """Part of an impatient request's budget that is not planned with: batches are no fluid."""
 IMPATIENT = 0.05
 """Share of requests whose budgets are shorter than what batches are planned around."""
-FAR_S = 60.0
-"""Deadlines beyond this, and none at all, are the same."""
+LEAST_S = 1e-6
+"""No budget is taken for shorter than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Demand:
         waiting = len(queue) - first
         last_s = min(queue[-1].budget.target - start, FAR_S)
         typical_s = forecast.typical_s or last_s
-        impatient_s = forecast.quantile_s(IMPATIENT) or typical_s
+        impatient_s = max(LEAST_S, forecast.quantile_s(IMPATIENT) or typical_s)
         dues, rows = [], 1
         while rows < waiting:
             dues.append((min(queue[first + rows - 1].budget.target - start, FAR_S), rows))
