@@ -63,6 +63,7 @@ verify-serving: install ## about 8 minutes: overhead, switching, mixed budgets, 
 verify-scheduling: install ## about 10 minutes a line on two idle cores: policies, oracle, simulator beside server, burst
 	$(BIN)/ladderstitch-loadtest compare --out loadtest/results
 	$(BIN)/ladderstitch-loadtest compare --family supernet --grid short --seeds 5 --out loadtest/results
+	$(BIN)/ladderstitch-loadtest decisions --out loadtest/results
 	$(BIN)/ladderstitch-loadtest agree --out loadtest/results
 	$(BIN)/ladderstitch-loadtest burst --out loadtest/results
 

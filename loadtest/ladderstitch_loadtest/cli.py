@@ -26,13 +26,13 @@ from ladderstitch_loadtest import mixed as mixed_budgets
 from ladderstitch_loadtest import overhead as server_overhead
 from ladderstitch_loadtest import real_sizes
 from ladderstitch_loadtest import switching as switch_cost
-from ladderstitch_loadtest.compare_cli import compare
+from ladderstitch_loadtest.compare_cli import compare, decisions
 from ladderstitch_loadtest.files import write
 from ladderstitch_loadtest.load_cli import agree, burst, run
 from ladderstitch_loadtest.processes import echo_server, ladderstitch_server
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-for command in (run, compare, agree, burst):
+for command in (run, compare, decisions, agree, burst):
     app.command()(command)
 
 Address = Annotated[

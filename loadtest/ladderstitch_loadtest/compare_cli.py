@@ -12,6 +12,7 @@ from rich.table import Table
 from ladderstitch.bundle import Bundle
 from ladderstitch.catalogue import find_bundle
 from ladderstitch.cli.console import out, progress_bar
+from ladderstitch_loadtest import decisions as decision_times
 from ladderstitch_loadtest import laboratory, plots, scenarios
 from ladderstitch_loadtest.files import write
 from ladderstitch_loadtest.laboratory import ORACLE, Comparison
@@ -60,6 +61,30 @@ def compare(
         name = "policies" if grid == "full" else "policies-short"
         write(folder, name, {"comparisons": [comparison.to_dict() for comparison in found]})
         plots.compared(found, folder / f"{name}.png")
+
+
+def decisions(
+    family: Annotated[
+        list[str], typer.Option(help="`supernet`, or the name or folder of a bundle; repeatable.")
+    ] = ["supernet", "fashion-mnist"],  # noqa: B006 # typer reads it only
+    calls: Annotated[int, typer.Option(min=100, help="Of each policy at each length.")] = 3000,
+    seed: Annotated[int, typer.Option(help="Of the queues.")] = 1,
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder for decisions.json.")] = None,
+) -> None:
+    """How long a decision takes at queues of 1 to 1,000 requests."""
+    rows = [
+        row
+        for one in map(_family, family)
+        for policy in ("adaptive", "slackfit")
+        for row in decision_times.measure(one, policy, calls, seed)
+    ]
+    table = Table("family", "policy", "queue", "p50", "p99")
+    for row in rows:
+        table.add_row(
+            row.family, row.policy, str(row.queue), f"{row.p50_us} us", f"{row.p99_us} us"
+        )
+    out.print(table)
+    write(folder, "decisions", {"rows": [row.to_dict() for row in rows]})
 
 
 def _family(name: str) -> Family:
