@@ -54,6 +54,16 @@ def test_it_does_not_buy_quality_with_the_next_ones_lateness() -> None:
     assert size == 2 or seconds + view.seconds(0, 1) <= 0.0086
 
 
+def test_batches_of_one_row_only() -> None:
+    """Two that wait are two batches then; the first leaves the second its time."""
+    view = plain_view()
+    single = type(view)({s: times[:2] for s, times in view.profiled.items()}, 1, 1.0, 1.0)
+    waiting = [make_request(NOW + 0.0083), make_request(NOW + 0.0086)]
+    got = Adaptive(make_menu(), 0.0, NOTHING_KNOWN, make_prices())(waiting, single, NOW)
+    assert len(got.requests) == 1
+    assert single.seconds(got.stitch, 1) + single.seconds(0, 1) <= 0.0086
+
+
 def test_near_misses_in_the_past_make_it_careful() -> None:
     """The best stitch fits by the median, but one in three such batches took 30 % longer."""
     view = plain_view()

@@ -139,7 +139,8 @@ class Adaptive:
             return []
         fastest = self.menu.frontier[0]
         left_s = [request.budget.target - moment.start for request in near]
-        first_s, second_s = latency.seconds(fastest, 1), latency.seconds(fastest, 2)
+        first_s = latency.seconds(fastest, 1)
+        second_s = latency.seconds(fastest, 2) if latency.max_rows > 1 else 2 * first_s
         pairs = pairwise([*left_s, float("inf")])
         return [min(one - first_s, other - second_s) for one, other in pairs]
 
