@@ -50,6 +50,7 @@ manifests: tools ## render deploy/chart into deploy/kustomize, and the dashboard
 verify-models: install ## every golden case, also those that LADDERSTITCH_GOLDEN names; memory of 71 stitches
 	$(BIN)/ladderstitch verify $(wildcard tests/golden/*.safetensors) $(wildcard $(LADDERSTITCH_GOLDEN)/*.safetensors)
 	$(BIN)/pytest -q tests/models tests/test_verify.py
+	$(BIN)/pytest -q -s -m slow tests/test_plain_anchors.py
 	$(BIN)/ladderstitch-loadtest memory --out loadtest/results
 	$(BIN)/ladderstitch-loadtest real-sizes --out loadtest/results
 

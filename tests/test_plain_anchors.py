@@ -15,11 +15,11 @@ from ladderstitch.errors import BundleError, DataError
 from ladderstitch.plain_anchors import load_anchor, plain_anchor
 
 
-def shaken(model: nn.Module) -> nn.Module:
+def shaken(model: nn.Module, std: float = 0.1) -> nn.Module:
     """Random everywhere, also where an initialisation is neutral."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, 1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.1)
+        nn.init.normal_(parameter, 1.0 if "norm" in name and name.endswith("weight") else 0.0, std)
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_(0, 0.1)
@@ -73,6 +73,35 @@ def test_hugging_face_layouts(tmp_path: Path, name: str, image: int) -> None:
         expected = model(images).logits
         got = anchor.build()(images)
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+REAL = {
+    "DeiT-S": lambda: hf.ViTForImageClassification(
+        hf.ViTConfig(
+            hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000
+        )
+    ),
+    "DeiT-B": lambda: hf.ViTForImageClassification(hf.ViTConfig(num_labels=1000)),
+    "DeiT-B distilled": lambda: hf.DeiTForImageClassificationWithTeacher(
+        hf.DeiTConfig(num_labels=1000)
+    ),
+    "Swin-T": lambda: hf.SwinForImageClassification(hf.SwinConfig(num_labels=1000)),
+    "ResNet-50": lambda: hf.ResNetForImageClassification(hf.ResNetConfig(num_labels=1000)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_hugging_face_layouts_at_real_sizes(tmp_path: Path, name: str) -> None:
+    model = shaken(REAL[name](), std=0.03)
+    model.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        expected = model(images).logits
+        got = load_anchor(tmp_path / "model.safetensors").build()(images)
+    error = ((got - expected).abs().max() / expected.abs().max()).item()
+    print(f"{name}: {error:.1e}")  # noqa: T201
+    assert error <= 1e-4
 
 
 def test_timm_layouts_need_no_configuration(tmp_path: Path) -> None:

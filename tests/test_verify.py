@@ -30,11 +30,14 @@ def planted(tmp_path: Path, *, tensor: str | None = None, **config: object) -> P
     return path
 
 
-def test_every_golden_case_of_stitched_families_passes() -> None:
+def test_every_golden_case_of_stitched_families_passes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     cases = [case for family in LAYOUTS for case in golden_cases(family)]
     assert len(cases) >= 4
     result = runner.invoke(app, ["verify", *map(str, cases)])
-    print(result.output)  # noqa: T201  (the table: case, family, ids, largest error)
+    with capsys.disabled():
+        print(f"\n{result.output}")  # noqa: T201  (the table: case, family, ids, largest error)
     assert result.exit_code == 0, result.output
     assert result.output.count("pass ") == len(cases)
     assert "pass snnet_deit_k3s2: snnet-deit, 43 ids, largest relative error" in result.output

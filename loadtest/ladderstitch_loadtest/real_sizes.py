@@ -15,21 +15,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ladderstitch.bundle import Bundle
+from ladderstitch.bundle import Bundle, write_table
+from ladderstitch.client import Client
 from ladderstitch.importing import read_config
+from ladderstitch.measurements import Quality, QualityTable
+from ladderstitch.models.cost import stitch_cost
 from ladderstitch.models.inference import InferenceModel
 from ladderstitch.models.stitched import StitchedModel
 from ladderstitch.models.vit import Block, InputShape, Vit, VitConfig
 from ladderstitch.training.import_family import RELEASED, Naming, import_released
+from ladderstitch_loadtest.processes import ladderstitch_server
 
 FAMILIES = ("snnet-deit", "snnet-swin")
 MIB = 1 << 20
 PAIRS = 200
 RUNS = 15
+BUDGETS_S = (0.1, 0.4, 3.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,9 @@ class RealSize:
     resident_ratio: float
     load_s: float
     anchors_ms: tuple[float, ...]
+    ready_s: float
+    answers: tuple[str, ...]
+    """Budgets, and the networks that answered within them or not."""
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -63,6 +72,7 @@ def measure(family: str) -> RealSize:
         config = Bundle.load(bundle).manifest.config
         with torch.device("meta"):
             model = config.build()
+        ready_s, answers = serve(bundle, model)
     tensors = sum(p.numel() for p in model.parameters())
     mib = tensors * 4 / MIB
     return RealSize(
@@ -74,7 +84,35 @@ def measure(family: str) -> RealSize:
         round(resident / mib, 3),
         round(load_s, 2),
         tuple(anchors),
+        ready_s,
+        answers,
     )
+
+
+def serve(bundle: Path, model: StitchedModel) -> tuple[float, tuple[str, ...]]:
+    """Seconds to ready (every network measured, one row at a time), and a request a budget.
+
+    Quality is made up, in order of arithmetic: random weights have none.
+    """
+    macs = {s.id: stitch_cost(model, s, 224).macs for s in model.stitches}
+    most = max(macs.values())
+    made_up = {s: Quality(value=n / most, low=0.0, high=1.0) for s, n in macs.items()}
+    write_table(
+        bundle / "quality.json",
+        QualityTable(metric="made up", data="none", n=1, confidence=0.95, date="", versions={},
+                     stitches=made_up),
+    )  # fmt: skip
+    (bundle.parent / "serve.yaml").write_text("max_batch_rows: 1\n")
+    started = time.perf_counter()
+    flags = ("--no-ray", "--bundle", str(bundle), "--config", str(bundle.parent / "serve.yaml"))
+    with ladderstitch_server(*flags) as served, Client(served.address) as client:
+        ready_s = round(time.perf_counter() - started, 1)
+        image = np.random.default_rng(0).integers(0, 256, (1, 3, 224, 224), np.uint8)
+        answers = []
+        for budget_s in BUDGETS_S:
+            answer = client.predict(image, budget_s=budget_s)
+            answers.append(f"{budget_s} s: {answer.stitch_name} in {answer.total_s:.3f} s")
+    return ready_s, tuple(answers)
 
 
 def write_random(family: str, folder: Path) -> Path:

@@ -145,4 +145,13 @@ def test_metrics_count_what_happened(server: RunningServer, client: Client) -> N
 def test_metrics_are_well_formed(server: RunningServer) -> None:
     for name, labels in scrape(server):
         assert name.startswith("ladderstitch_")
-        assert dict(labels).keys() <= {"model", "stitch", "code", "met", "end", "reason", "le"}
+        assert dict(labels).keys() <= {
+            "model",
+            "stitch",
+            "code",
+            "met",
+            "kept",
+            "end",
+            "reason",
+            "le",
+        }

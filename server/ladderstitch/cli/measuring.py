@@ -9,10 +9,12 @@ import typer
 from rich.table import Table
 
 from ladderstitch.bundle import EMBEDDED, Bundle, write_table
+from ladderstitch.catalogue import find_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 
 BundleFolder = Annotated[
-    Path, typer.Argument(help="Bundle directory.", show_default="the embedded one")
+    Path,
+    typer.Argument(help="Bundle directory, or a model's name.", show_default="the embedded one"),
 ]
 
 
@@ -28,6 +30,7 @@ def calibrate(
     from ladderstitch.training.data import load_idx_folder
 
     with user_errors(), progress_bar() as progress:
+        bundle = find_bundle(str(bundle))
         run(Bundle.load(bundle), load_idx_folder(data, split), name, batch_rows, progress)
     err.print(f"Wrote {bundle / 'quality.json'}; next: ladderstitch profile {bundle}")
 
@@ -47,6 +50,7 @@ def profile(
     from ladderstitch.training.profile import profile as run
 
     with user_errors(), progress_bar() as progress:
+        bundle = find_bundle(str(bundle))
         loaded = Bundle.load(bundle)
         where = resolve_device(device)
         table = run(
@@ -72,7 +76,7 @@ def frontier(
     from ladderstitch.frontier import Over, plot_frontier, rows
 
     with user_errors():
-        loaded = Bundle.load(bundle)
+        loaded = Bundle.load(find_bundle(str(bundle)))
         over: Over = "macs" if macs else "latency"
         listed = [row for row in rows(loaded, over) if row.on_frontier or all_stitches]
         table = Table(title=f"{loaded.manifest.name}: frontier of quality and {over}")

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from ladderstitch.models.folding import fold
+from ladderstitch.models.map_anchor import MapAnchorConfig
 from ladderstitch.models.trunk import Trunk
 from ladderstitch.models.vit import InputShape
 
@@ -25,29 +26,14 @@ EPS = 1e-3
 Seven = tuple[int, int, int, int, int, int, int]
 
 
-class EfficientNetLiteConfig(BaseModel):
+class EfficientNetLiteConfig(MapAnchorConfig):
     """Shape of one anchor: seven stages."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["efficientnet-lite"] = "efficientnet-lite"
     widths: Seven = Field(description="channels that leave each stage")
     depths: Seven = Field(description="blocks of each stage")
     stem: int = Field(32, gt=0)
     head: int = Field(1280, gt=0)
-
-    @property
-    def layout(self) -> Literal["map"]:
-        return "map"
-
-    @property
-    def total_steps(self) -> int:
-        return sum(self.depths)
-
-    def span(self, stage: int, block: int) -> tuple[int, int]:
-        """First and last step of a stage's block; a stage's first block downsamples."""
-        step = sum(self.depths[:stage]) + block
-        return step, step
 
     def build(self, inputs: InputShape) -> EfficientNetLite:
         return EfficientNetLite(inputs, self)

@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from ladderstitch.models.folding import fold
+from ladderstitch.models.map_anchor import MapAnchorConfig
 from ladderstitch.models.trunk import Trunk
 from ladderstitch.models.vit import InputShape
 
 
-class ResNetConfig(BaseModel):
+class ResNetConfig(MapAnchorConfig):
     """Shape of one ResNet anchor; widths double from stage to stage."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["resnet"] = "resnet"
     block: Literal["BasicBlock", "Bottleneck"]
@@ -33,19 +32,6 @@ class ResNetConfig(BaseModel):
     def widths(self) -> tuple[int, ...]:
         """Channels that leave each stage."""
         return tuple(self.width * self.expansion * 2**stage for stage in range(4))
-
-    @property
-    def layout(self) -> Literal["map"]:
-        return "map"
-
-    @property
-    def total_steps(self) -> int:
-        return sum(self.depths)
-
-    def span(self, stage: int, block: int) -> tuple[int, int]:
-        """First and last step of a stage's block; a stage's first block downsamples."""
-        step = sum(self.depths[:stage]) + block
-        return step, step
 
     def build(self, inputs: InputShape) -> ResNet:
         return ResNet(inputs, self)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,21 +19,12 @@ from ladderstitch.hosting import Control, Host, HostedModel
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import grpc_service_pb2_grpc
 from ladderstitch.service import budget, oip_describe
-from ladderstitch.service.inference import checked_quality, softmax
+from ladderstitch.service.inference import softmax
+from ladderstitch.service.oip_parameters import Wishes, read_parameters
 from ladderstitch.service.oip_tensors import read_images
 from ladderstitch.service.status import Context, statuses
 
 OUTPUTS = ("logits", "probabilities", "labels")
-
-
-@dataclass(slots=True)
-class Wishes:
-    """What a request's parameters ask for."""
-
-    deadlines: list[budget.Deadline]
-    min_quality: float = 0.0
-    stitch: int | None = None
-    priority: int = 0
 
 
 class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -147,7 +137,7 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
                     model.bundle.manifest.default_budget_us,
                 )
             )
-            _read_parameters(request, wishes)
+            read_parameters(request, wishes)
             images = await read_images(request, model.reader, model.scheduler.latency.view.max_rows)
             accepted = _accept(request, wishes, images, arrival)
         except RequestError as error:
@@ -197,64 +187,6 @@ def _wanted_outputs(request: pb.ModelInferRequest) -> tuple[str, ...]:
         if name not in OUTPUTS:
             raise BadInput("outputs", f"expected some of {list(OUTPUTS)}, got {name[:80]!r}")
     return names
-
-
-def _read_parameters(request: pb.ModelInferRequest, wishes: Wishes) -> None:
-    """Fill in what the parameters ask for; those of Triton are ignored, unknown ones refused."""
-    hard = _int_or_bool(request, "hard_deadline") or 0
-    for name in request.parameters:
-        match name:
-            case "latency_budget_us":
-                seconds = budget.microseconds(name, _integer(request, name))
-                wishes.deadlines.append(budget.Deadline(seconds, name, bool(hard)))
-            case "timeout":
-                seconds = budget.microseconds(name, _integer(request, name))
-                wishes.deadlines.append(budget.Deadline(seconds, name, hard=True))
-            case "stitch_id":
-                wishes.stitch = _integer(request, name)
-            case "priority":
-                wishes.priority = _integer(request, name)
-                if not 0 <= wishes.priority <= 255:
-                    raise BadInput(name, f"expected 0 to 255, got {wishes.priority}")
-            case "min_quality":
-                wishes.min_quality = checked_quality(_number(request, name))
-            case "hard_deadline":
-                if "latency_budget_us" not in request.parameters:
-                    raise BadInput(name, "expected latency_budget_us to be set along with it")
-            case "binary_data_output":
-                pass  # gRPC answers are binary anyway
-            case _ if not name.startswith("triton_"):
-                raise BadInput("parameters", f"unknown parameter {name[:80]!r}")
-
-
-def _int_or_bool(request: pb.ModelInferRequest, name: str) -> int | None:
-    if name not in request.parameters:
-        return None
-    parameter = request.parameters[name]
-    kind = parameter.WhichOneof("parameter_choice")
-    if kind not in ("bool_param", "int64_param", "uint64_param"):
-        raise BadInput(name, f"expected an integer or boolean parameter, got {kind}")
-    return int(getattr(parameter, kind))
-
-
-def _integer(request: pb.ModelInferRequest, name: str) -> int:
-    parameter = request.parameters[name]
-    kind = parameter.WhichOneof("parameter_choice")
-    if kind not in ("int64_param", "uint64_param"):
-        raise BadInput(name, f"expected an integer parameter, got {kind}")
-    return int(getattr(parameter, kind))
-
-
-def _number(request: pb.ModelInferRequest, name: str) -> float:
-    """A real number; clients that cannot send doubles send it as text."""
-    parameter = request.parameters[name]
-    kind = parameter.WhichOneof("parameter_choice")
-    if kind is None or kind == "bool_param":
-        raise BadInput(name, f"expected a number, got {kind}")
-    try:
-        return float(getattr(parameter, kind))
-    except ValueError:
-        raise BadInput(name, f"expected a number, got {parameter.string_param[:80]!r}") from None
 
 
 def _accept(
