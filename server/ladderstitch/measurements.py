@@ -17,6 +17,7 @@ class Quality(BaseModel):
     value: float = Field(ge=0, le=1)
     low: float = Field(ge=0, le=1)
     high: float = Field(ge=0, le=1)
+    perplexity: float | None = Field(None, ge=1, description="of language models, on the same text")
 
 
 class QualityTable(BaseModel):

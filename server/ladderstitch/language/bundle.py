@@ -1,8 +1,10 @@
 """A language model on disk, checked when it is loaded.
 
-    model.yaml            what it is: sizes, residual scheme, end tokens, origin, licence
+    model.yaml            what it is: sizes, paths through it, end tokens, origin, licence
     model.safetensors     weights in the Hugging Face layout; or shards with their index
     tokenizer.json        the tokenizer
+    quality.json          optional: each path's next-token accuracy and perplexity
+    *.safetensors         optional: what the tensors of a path differ by (a low-rank delta)
 
 Nothing is unpickled. What does not fit is refused with the reason.
 """
@@ -22,8 +24,21 @@ from ladderstitch.language.config import LlamaConfig
 from ladderstitch.language.residual import Residual
 from ladderstitch.language.tokens import TextTokenizer
 from ladderstitch.language.weights import check_weights
+from ladderstitch.measurements import QualityTable
 
 FAMILY: Final = "llama"
+
+
+class LanguagePath(BaseModel):
+    """One way through the weights that an answer may take: a member of an elastic family."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    residual: Residual
+    delta: str | None = Field(
+        None, pattern=r"^[^/]+\.safetensors$", description="file of what its tensors differ by"
+    )
 
 
 class LanguageManifest(BaseModel):
@@ -37,6 +52,9 @@ class LanguageManifest(BaseModel):
     family: Literal["llama"] = FAMILY
     config: LlamaConfig
     residual: Residual = Residual()
+    paths: tuple[LanguagePath, ...] = Field(
+        (), description="ways to choose between; none: the only one is `residual`"
+    )
     end_tokens: tuple[int, ...] = Field((), description="tokens that end an answer")
     chat_template: str | None = Field(None, description="Jinja template of a conversation")
     origin: str = Field(description="where the weights come from, for people")
@@ -44,11 +62,20 @@ class LanguageManifest(BaseModel):
 
     @model_validator(mode="after")
     def _can_be_served(self) -> LanguageManifest:
-        if self.residual.scheme == "no_communication":
+        if any(path.residual.scheme == "no_communication" for path in self.ways):
             raise ValueError("residual: no_communication gives wrong answers; benchmarks only")
+        if len({path.residual.scheme == "parallel" for path in self.ways}) > 1:
+            raise ValueError("paths: parallel layers have other tensors than the rest")
+        if len({path.name for path in self.ways}) < len(self.ways):
+            raise ValueError("paths: expected names that differ")
         if wrong := [t for t in self.end_tokens if not 0 <= t < self.config.vocab_size]:
             raise ValueError(f"end_tokens: expected tokens of the vocabulary, got {wrong}")
         return self
+
+    @property
+    def ways(self) -> tuple[LanguagePath, ...]:
+        """The paths by id; at least one."""
+        return self.paths or (LanguagePath(name=self.residual.scheme, residual=self.residual),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +84,24 @@ class LanguageBundle:
 
     path: Path
     manifest: LanguageManifest
+    quality: QualityTable | None = None
 
     @classmethod
     def load(cls, path: Path) -> LanguageBundle:
         """Raises `BundleError` naming the file, the field, what was expected and what came."""
         try:
             raw = yaml.safe_load((path / "model.yaml").read_text())
-            bundle = cls(path, LanguageManifest.model_validate(raw))
+            manifest = LanguageManifest.model_validate(raw)
         except (OSError, yaml.YAMLError, ValidationError) as error:
             raise BundleError(f"{path / 'model.yaml'}: {error}") from error
-        shared_norm = bundle.manifest.residual.scheme == "parallel"
-        check_weights(bundle.weights(), bundle.manifest.config, shared_norm=shared_norm)
+        bundle = cls(path, manifest, _read_quality(path / "quality.json", manifest))
+        check_weights(bundle.weights(), manifest.config, shared_norm=bundle.shared_norm)
         return bundle
+
+    @property
+    def shared_norm(self) -> bool:
+        """Whether attention and MLP of a layer share a norm."""
+        return self.manifest.ways[0].residual.scheme == "parallel"
 
     def weights(self) -> SafetensorsFolder:
         return SafetensorsFolder(self.path)
@@ -82,6 +115,20 @@ class LanguageBundle:
                 f"{self.manifest.config.vocab_size} tokens, got {tokenizer.size}"
             )
         return tokenizer
+
+
+def _read_quality(file: Path, manifest: LanguageManifest) -> QualityTable | None:
+    """Several paths without their qualities could not be chosen between."""
+    if not file.exists() and len(manifest.ways) == 1:
+        return None
+    try:
+        table = QualityTable.model_validate_json(file.read_text())
+    except (OSError, ValidationError) as error:
+        raise BundleError(f"{file}: {error}") from error
+    expected, got = set(range(len(manifest.ways))), set(table.stitches)
+    if got != expected:
+        raise BundleError(f"{file}: expected paths {sorted(expected)}, got {sorted(got)}")
+    return table
 
 
 def is_language_bundle(path: Path) -> bool:

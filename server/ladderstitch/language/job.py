@@ -39,14 +39,14 @@ class ModelJob(BaseModel):
 
     @classmethod
     def of(cls, bundle: LanguageBundle, **fields: object) -> ModelJob:
-        """A bundle's model on the path that it was made for."""
+        """A bundle's model, with all its paths."""
         manifest = bundle.manifest
         return cls.model_validate(
             {
                 "config": manifest.config,
-                "paths": (manifest.residual,),
+                "paths": tuple(path.residual for path in manifest.ways),
                 "bundle": bundle.path.resolve(),
-                "shared_norm": manifest.residual.scheme == "parallel",
+                "shared_norm": bundle.shared_norm,
                 "cache_tokens": manifest.config.max_positions,
             }
             | fields
