@@ -9,10 +9,17 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from ladderstitch.language.batch import Batch
 from ladderstitch.language.bundle import LanguageBundle, LanguageManifest, write_manifest
+from ladderstitch.language.cache import PagedCache
+from ladderstitch.language.checkpoint import Weights
 from ladderstitch.language.config import LlamaConfig
-from ladderstitch.language.residual import Residual
-from ladderstitch.language.weights import expected_shapes
+from ladderstitch.language.link import SingleRank
+from ladderstitch.language.residual import Residual, plan_layers
+from ladderstitch.language.sharding import Shard
+from ladderstitch.language.step import Run, Step, Want
+from ladderstitch.language.transformer import Transformer
+from ladderstitch.language.weights import expected_shapes, load_rank
 
 TINY = LlamaConfig(
     vocab_size=257,
@@ -56,6 +63,16 @@ def write_tiny(path: Path, residual: Residual | None = None) -> Path:
     tokenizer.add_special_tokens(["<end>"])
     tokenizer.save(str(path / "tokenizer.json"))
     return path
+
+
+def one_rank_logits(config: LlamaConfig, weights: Weights, tokens: list[int]) -> torch.Tensor:
+    """[T, V] of one sequence in one pass, on the standard path, without processes."""
+    shard = Shard.of(config, 0, 1)
+    model = Transformer(config, load_rank(weights, config, shard), shard)
+    cache = PagedCache(config, shard, 1, len(tokens))
+    step = Step((Run(tokens, 0, [0], Want.ALL),))
+    plans = plan_layers(Residual(), config.layers, 1)
+    return model.forward(Batch(step, len(tokens)), cache, plans, SingleRank())
 
 
 @pytest.fixture(scope="session")

@@ -11,14 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ladderstitch.errors import EngineRestarting
+from ladderstitch.language.batch import Batch
 from ladderstitch.language.bundle import LanguageBundle
+from ladderstitch.language.cache import PagedCache
 from ladderstitch.language.group import RankGroup
 from ladderstitch.language.job import ModelJob
 from ladderstitch.language.linking import GroupOptions
 from ladderstitch.language.member import RankLost
 from ladderstitch.language.residual import Residual
+from ladderstitch.language.sharding import Shard
+from ladderstitch.language.step import Run, Step, Want
+from tests.language.conftest import TINY
 
 PROMPT = np.arange(1, 24, dtype=np.int64)[None]
 PATHS = (Residual(), Residual(scheme="ladder"), Residual(scheme="ladder", ladder_layers=1))
@@ -173,3 +179,52 @@ async def test_ranks_that_cannot_load_say_why(tiny_language_bundle: LanguageBund
             await group.start()
     finally:
         await group.close()
+
+
+async def test_sequences_of_one_step_do_not_see_each_other(
+    tiny_language_bundle: LanguageBundle, expected: np.ndarray
+) -> None:
+    """Prefill, chunks and decoding mixed in one pass, in scattered blocks: each as if alone."""
+    tokens = PROMPT[0].tolist()
+    scattered, neighbours, own = [13, 2, 7], [4, 5, 6], [9, 8, 0]
+    for ranks in (1, 2):
+        async with running(tiny_language_bundle, ranks=ranks, sequences=4) as group:
+            await group.run(
+                Step(
+                    (
+                        Run(tokens[:20], 0, scattered[:2], Want.NONE),
+                        Run(tokens[:3], 0, neighbours[:1], Want.NONE),
+                    )
+                )
+            )
+            outcome = await group.run(
+                Step(
+                    (
+                        Run(tokens[20:21], 20, scattered[:2], Want.LAST),
+                        Run(tokens[3:19], 3, neighbours[:2], Want.ALL),
+                        Run(tokens[:12], 0, own[:1], Want.BEST),
+                    )
+                )
+            )
+        wanted = np.concatenate((expected[0, 0][20:21], expected[0, 0][3:19]))
+        assert np.abs(outcome.logits - wanted).max() <= 1e-5 * np.abs(expected).max()
+        assert outcome.best.tolist() == [expected[0, 0][11].argmax()]
+
+
+def test_a_kernel_that_follows_the_tables_attends_alike() -> None:
+    shard = Shard.of(TINY, 0, 1)
+    rng = np.random.default_rng(0)
+    caches = [PagedCache(TINY, shard, 12, 4) for _ in range(2)]
+    caches[1].follows_tables = True
+    runs = (Run([1], 9, [3, 11, 0]), Run([1], 0, [5]), Run([1], 7, [8, 9]))
+    q = torch.tensor(rng.normal(size=(3, TINY.heads, TINY.head_dim)), dtype=torch.float32)
+    got = []
+    for cache in caches:
+        for run in runs:  # what each has seen so far
+            earlier = Batch(Step((Run([1] * (run.start + 1), 0, run.blocks),)), 4)
+            seen = np.random.default_rng(run.start).normal(
+                size=(2, run.start + 1, TINY.kv_heads, TINY.head_dim)
+            )
+            cache.append(1, earlier, *torch.tensor(seen, dtype=torch.float32))
+        got.append(cache.attend(1, Batch(Step(runs), 4), q))
+    torch.testing.assert_close(got[1], got[0])

@@ -13,18 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from ladderstitch.errors import BundleError, ConfigError, DataError
 from ladderstitch.language.bundle import LanguageBundle
-from ladderstitch.language.cache import ContiguousCache
 from ladderstitch.language.checkpoint import MemoryWeights, SafetensorsFolder
 from ladderstitch.language.config import LlamaConfig
 from ladderstitch.language.gguf_file import import_gguf
-from ladderstitch.language.link import SingleRank
-from ladderstitch.language.residual import Residual, plan_layers
 from ladderstitch.language.sampling import Sampler, Sampling
-from ladderstitch.language.sharding import Shard
 from ladderstitch.language.tokens import TextStream
-from ladderstitch.language.transformer import Transformer
-from ladderstitch.language.weights import check_weights, load_rank
-from tests.language.conftest import TINY, random_tensors, write_tiny
+from ladderstitch.language.weights import check_weights
+from tests.language.conftest import TINY, one_rank_logits, random_tensors, write_tiny
 
 
 def test_characters_of_several_tokens_come_out_whole(tiny_language_bundle: LanguageBundle) -> None:
@@ -59,15 +54,6 @@ def test_top_k_and_top_p_keep_the_likeliest(sampling: Sampling, allowed: set[int
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     sampler = Sampler(sampling)
     assert {sampler.pick(logits) for _ in range(600)} == allowed
-
-
-def logits_of(config: LlamaConfig, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    shard = Shard.of(config, 0, 1)
-    model = Transformer(config, load_rank(MemoryWeights(weights), config, shard), shard)
-    plans = plan_layers(Residual(), config.layers, 1)
-    tokens = torch.arange(1, 20)[None]
-    cache = ContiguousCache(config, shard, 1, 32)
-    return model.forward(tokens, 0, cache, plans, SingleRank(), last_only=False)
 
 
 def write_gguf(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -120,7 +106,10 @@ def test_a_gguf_file_becomes_the_same_model(tmp_path: Path) -> None:
     assert bundle.manifest.config == TINY
     assert bundle.manifest.end_tokens == (0,)
     imported = load_file(bundle.path / "model.safetensors")
-    torch.testing.assert_close(logits_of(TINY, imported), logits_of(TINY, tensors), atol=0, rtol=0)
+    got, wanted = (
+        one_rank_logits(TINY, MemoryWeights(t), list(range(1, 20))) for t in (imported, tensors)
+    )
+    torch.testing.assert_close(got, wanted, atol=0, rtol=0)
 
 
 def test_what_is_no_gguf_file_is_refused(tmp_path: Path) -> None:

@@ -14,18 +14,11 @@ from pathlib import Path
 
 import grpc
 import pytest
-import torch
 
 from ladderstitch.client import AsyncClient, Client, RequestFailed, TextPiece
 from ladderstitch.language.bundle import LanguageBundle
-from ladderstitch.language.cache import ContiguousCache
-from ladderstitch.language.link import SingleRank
-from ladderstitch.language.residual import plan_layers
-from ladderstitch.language.sharding import Shard
-from ladderstitch.language.transformer import Transformer
-from ladderstitch.language.weights import load_rank
 from ladderstitch.v1 import generation_pb2
-from tests.language.conftest import END, write_tiny
+from tests.language.conftest import END, one_rank_logits, write_tiny
 from tests.service.conftest import RunningServer, start_server, stop_server
 
 PROMPT = "a prompt of bytes"
@@ -54,15 +47,10 @@ def client(server: RunningServer) -> Iterator[Client]:
 
 def greedy(bundle: LanguageBundle, prompt: str, count: int) -> list[int]:
     """Without a cache and without ranks: the whole sequence again for every token."""
-    config = bundle.manifest.config
-    shard = Shard.of(config, 0, 1)
-    model = Transformer(config, load_rank(bundle.weights(), config, shard), shard)
-    plans = plan_layers(bundle.manifest.residual, config.layers, 1)
     tokens = bundle.tokenizer().encode(prompt)
     for _ in range(count):
-        cache = ContiguousCache(config, shard, 1, config.max_positions)
-        logits = model.forward(torch.tensor([tokens]), 0, cache, plans, SingleRank())
-        tokens.append(int(logits[0].argmax()))
+        logits = one_rank_logits(bundle.manifest.config, bundle.weights(), tokens)
+        tokens.append(int(logits[-1].argmax()))
         if tokens[-1] == END:
             break
     return tokens[-count:]

@@ -22,9 +22,10 @@ from ladderstitch.errors import (
     ExpiredInCompute,
     ExpiredInQueue,
 )
-from ladderstitch.language.group import Logits, RankGroup
+from ladderstitch.language.group import RankGroup
 from ladderstitch.language.member import RankLost
 from ladderstitch.language.sampling import GREEDY, Sampler, Sampling
+from ladderstitch.language.step import Logits
 from ladderstitch.language.tokens import TextStream, TextTokenizer
 
 MAX_LOSSES = 8

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ladderstitch.language.cache import ContiguousCache
+from ladderstitch.language.batch import Batch
+from ladderstitch.language.cache import PagedCache
 from ladderstitch.language.checkpoint import MemoryWeights
 from ladderstitch.language.config import LlamaConfig
 from ladderstitch.language.layouts import from_gpt_fast, gpt_fast_config
@@ -17,11 +19,13 @@ from ladderstitch.language.link import Link
 from ladderstitch.language.links.threads import run_ranks
 from ladderstitch.language.residual import Residual, plan_layers
 from ladderstitch.language.sharding import Shard
+from ladderstitch.language.step import Want, aligned
 from ladderstitch.language.transformer import Transformer
 from ladderstitch.language.weights import load_rank
 
 FAMILIES = ("hf-llama", "ladder-llama", "desync-gpt", "parallel-gpt")
 RANK_COUNTS = (1, 2, 4)
+BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +89,15 @@ def run_case(
         shard = Shard.of(config, link.rank, ranks)
         held = load_rank(MemoryWeights(weights), config, shard, shared_norm=shared_norm)
         model = Transformer(config, held, shard)
-        cache = ContiguousCache(config, shard, *tokens.shape)
-        starts = [0, *range(prefill, tokens.shape[1])] if run.incremental else [0]
-        ends = [*starts[1:], tokens.shape[1]]
-        parts = [
-            model.forward(tokens[:, start:end], start, cache, plans, link, last_only=False)
-            for start, end in zip(starts, ends, strict=True)
-        ]
+        rows, length = tokens.shape
+        blocks_each = -(-length // BLOCK_TOKENS)
+        cache = PagedCache(config, shard, rows * blocks_each, BLOCK_TOKENS)
+        starts = [0, *range(prefill, length)] if run.incremental else [0]
+        parts = []
+        for start, end in pairwise([*starts, length]):
+            step = aligned(tokens[:, start:end].numpy(), start, 0, blocks_each, Want.ALL)
+            logits = model.forward(Batch(step, BLOCK_TOKENS), cache, plans, link)
+            parts.append(logits.view(rows, end - start, -1))
         return torch.cat(parts, dim=1)
 
     return torch.cat(run_ranks(ranks, work), dim=-1)

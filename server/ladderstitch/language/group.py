@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ladderstitch.errors import EngineRestarting, InternalError
 from ladderstitch.language.job import Assignment, Joining, ModelJob
@@ -18,11 +17,9 @@ from ladderstitch.language.linking import GroupOptions, Region, arrange_link, me
 from ladderstitch.language.member import Member, RankFailed, RankLost
 from ladderstitch.language.messages import Kind, Message
 from ladderstitch.language.recruiting import NoRank, Recruiter
+from ladderstitch.language.step import Logits, Outcome, Step, Tokens, Want, aligned
 
 log = logging.getLogger(__name__)
-
-Tokens = NDArray[np.int64]
-Logits = NDArray[np.float32]
 
 RECOVERY_S = 90.0
 """So long a call waits for the group to be whole again."""
@@ -101,20 +98,30 @@ class RankGroup:
     ) -> Logits:
         """Logits [B, V] of the last tokens, or [B, T, V], of tokens [B, T] at positions start.. .
 
+        Sequence b has the b-th part of the cache. Raises as `run`.
+        """
+        want = Want.LAST if last_only else Want.ALL
+        outcome = await self.run(aligned(tokens, start, path, self.job.sequence_blocks, want))
+        vocabulary = outcome.logits.shape[-1]
+        shape = tokens.shape[:1] if last_only else tokens.shape
+        return outcome.logits.reshape(*shape, vocabulary)
+
+    async def run(self, step: Step) -> Outcome:
+        """One forward pass of all ranks.
+
         Raises `RankLost` if a rank died (the caches are gone), `InternalError` if the pass failed.
         """
-        header = {"shape": tokens.shape, "start": start, "path": path, "last_only": last_only}
-        body = np.ascontiguousarray(tokens, np.int64).tobytes()
-        running = asyncio.create_task(self._pass(Message(Kind.FORWARD, header, body)))
+        message = Message(Kind.FORWARD, *step.pack())
+        running = asyncio.create_task(self._pass(message))
         running.add_done_callback(_retrieve)
         return await asyncio.shield(running)  # ranks finish what a cancelled caller began
 
-    async def _pass(self, message: Message) -> Logits:
+    async def _pass(self, message: Message) -> Outcome:
         async with self._turn:
             if not self._whole.is_set():
                 raise RankLost("the group is not whole")
             replies = await self._ask_all(self._present(), message)
-        return np.concatenate(_parts(replies), axis=-1)
+        return _merge(_passed(replies))
 
     @staticmethod
     async def _ask_all(members: list[Member], message: Message) -> list[Message | BaseException]:
@@ -224,7 +231,7 @@ class RankGroup:
         return await member.ask(Message(Kind.ASSIGN, fields))
 
 
-def _retrieve(done: asyncio.Task[Logits]) -> None:
+def _retrieve(done: asyncio.Task[Outcome]) -> None:
     """Look at the outcome, so that asyncio does not report it when the caller is gone."""
     if not done.cancelled():
         done.exception()
@@ -238,17 +245,22 @@ def _good(replies: list[Message | BaseException]) -> list[Message]:
     return [reply for reply in replies if isinstance(reply, Message)]
 
 
-def _parts(replies: list[Message | BaseException]) -> list[Logits]:
-    """Each rank's logits; a lost rank explains the failures of the others."""
+def _passed(replies: list[Message | BaseException]) -> list[Message]:
+    """Every rank's part; a lost rank explains the failures of the others."""
     for reply in replies:
         if isinstance(reply, BaseException) and not isinstance(reply, RankFailed):
             raise reply
-    parts = []
     for reply in replies:
         if isinstance(reply, RankFailed):
             if "LinkBroken" in str(reply):
                 raise RankLost(str(reply))
             raise InternalError(f"the forward pass failed: {reply}")
-        assert isinstance(reply, Message)
-        parts.append(np.frombuffer(reply.body, np.float32).reshape(reply.header["shape"]))
-    return parts
+    return _good(replies)
+
+
+def _merge(parts: list[Message]) -> Outcome:
+    """Each rank has its rows of the vocabulary, in order of the ranks."""
+    tokens = np.array([part.header["tokens"] for part in parts], np.int64)
+    best = np.array([part.header["best"] for part in parts], np.float32).argmax(axis=0)
+    logits = [np.frombuffer(part.body, np.float32).reshape(part.header["shape"]) for part in parts]
+    return Outcome(tokens[best, np.arange(tokens.shape[1])], np.concatenate(logits, axis=-1))

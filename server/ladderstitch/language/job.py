@@ -33,8 +33,9 @@ class ModelJob(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     threads: int = Field(1, gt=0)
-    sequences: int = Field(1, gt=0, description="rows of the cache")
     cache_tokens: int = Field(gt=0, description="tokens that a sequence may have")
+    sequences: int = Field(1, gt=0, description="sequences of full length that the cache holds")
+    block_tokens: int = Field(16, gt=0, description="tokens of one block of the cache")
     chunk_tokens: int = Field(512, gt=0, description="most tokens of one forward pass, all rows")
 
     @classmethod
@@ -55,6 +56,16 @@ class ModelJob(BaseModel):
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+    @property
+    def sequence_blocks(self) -> int:
+        """Blocks of a sequence of full length."""
+        return -(-self.cache_tokens // self.block_tokens)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the cache."""
+        return self.sequences * self.sequence_blocks
 
     @property
     def message_bytes(self) -> int:

@@ -42,12 +42,12 @@ class FusedLink(Link, Protocol):
     residual add and norm after it."""
 
     def post_product(self, x: Tensor, weight: Tensor) -> Ticket:
-        """Start the sum of x @ weight.T over the ranks: [B, T, K_r] by [D, K_r]."""
+        """Start the sum of x @ weight.T over the ranks: [N, K_r] by [D, K_r]."""
 
     def wait_add_norm(
         self, ticket: Ticket, residual: Tensor, gain: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """r = residual + the sum, and rms_norm(r) * gain; both [B, T, D]. Raises `LinkBroken`."""
+        """r = residual + the sum, and rms_norm(r) * gain; both [N, D]. Raises `LinkBroken`."""
 
 
 class SingleRank:

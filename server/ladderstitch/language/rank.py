@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from ladderstitch.language import messages
-from ladderstitch.language.cache import ContiguousCache
+from ladderstitch.language.batch import Batch
+from ladderstitch.language.cache import PagedCache
 from ladderstitch.language.job import (
     Assignment,
     Joining,
@@ -34,6 +35,7 @@ from ladderstitch.language.link import Link, SingleRank
 from ladderstitch.language.messages import Kind, Message
 from ladderstitch.language.residual import LayerPlan, plan_layers
 from ladderstitch.language.sharding import Shard
+from ladderstitch.language.step import Step
 from ladderstitch.language.transformer import Transformer
 from ladderstitch.language.weights import load_rank
 
@@ -60,8 +62,8 @@ class Rank:
             shared_norm=job.shared_norm,
         )
         self.model = Transformer(job.config, weights, self.shard)
-        self.cache = ContiguousCache(
-            job.config, self.shard, job.sequences, job.cache_tokens, job.torch_dtype, job.device
+        self.cache = PagedCache(
+            job.config, self.shard, job.blocks, job.block_tokens, job.torch_dtype, job.device
         )
         self.link: Link | None = None
         self.paths: list[tuple[tuple[LayerPlan, ...], Link]] = []
@@ -88,20 +90,19 @@ class Rank:
         ]
 
     def forward(self, message: Message) -> Message:
-        """Tokens [B, T] of one path -> this rank's logits, float32."""
-        header = message.header
-        tokens = torch.frombuffer(message.body, dtype=torch.int64).view(header["shape"])
-        plans, link = self.paths[header["path"]]
-        logits = self.model.forward(
-            tokens.to(self.job.device),
-            header["start"],
-            self.cache,
-            plans,
-            link,
-            last_only=header["last_only"],
-        )
-        array = np.ascontiguousarray(logits.float().cpu().numpy())
-        return Message(Kind.LOGITS, {"shape": array.shape}, array.data.cast("B"))
+        """A step -> of this rank's vocabulary the best tokens, and the logits that are wanted."""
+        step = Step.unpack(message.header, message.body)
+        batch = Batch(step, self.job.block_tokens, self.job.device)
+        plans, link = self.paths[step.path]
+        logits = self.model.forward(batch, self.cache, plans, link).float()
+        best = logits[batch.best_rows].max(dim=-1) if batch.best_rows else None
+        full = np.ascontiguousarray(logits[batch.full_rows].cpu().numpy())
+        header = {
+            "best": best.values.tolist() if best else [],
+            "tokens": (best.indices + self.shard.vocabulary.start).tolist() if best else [],
+            "shape": full.shape,
+        }
+        return Message(Kind.LOGITS, header, full.data.cast("B") if full.size else b"")
 
 
 def anonymous_bytes() -> int:

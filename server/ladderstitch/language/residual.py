@@ -98,7 +98,7 @@ def _desync_plans(residual: Residual, layers: int, ranks: int) -> tuple[LayerPla
 class Stream:
     """The residual stream of one forward pass on one rank, and the reductions still in flight.
 
-    Owns the tensor [B, T, D] that it starts from.
+    Owns the tensor [N, D] that it starts from, of N tokens.
     """
 
     def __init__(self, x: Tensor, link: Link) -> None:
@@ -109,7 +109,7 @@ class Stream:
         self._fused = link if isinstance(link, FusedLink) else None
 
     def read(self, lag: int = 0) -> Tensor:
-        """The stream [B, T, D], all of it or (lag 1) without the last sub-block."""
+        """The stream [N, D], all of it or (lag 1) without the last sub-block."""
         while len(self._flying) > 1:
             self._settle()
         if lag or not self._flying:
@@ -119,7 +119,7 @@ class Stream:
         return self._full
 
     def read_normed(self, lag: int, gain: Tensor, eps: float) -> Tensor:
-        """The RMS norm [B, T, D] of what `read` gives; one kernel if the link can."""
+        """The RMS norm [N, D] of what `read` gives; one kernel if the link can."""
         fused, arrived = self._fused, len(self._flying) - lag
         if fused is None or arrived <= 0 or self._full is not None:
             return F.rms_norm(self.read(lag), gain.shape, gain, eps)
@@ -141,11 +141,11 @@ class Stream:
             self.add(linear(x, weight))
 
     def add(self, partial: Tensor) -> None:
-        """Add the sum of all ranks' [B, T, D]; returns while it is being made."""
+        """Add the sum of all ranks' [N, D]; returns while it is being made."""
         self._flying.append(self._link.post(partial))
 
     def add_desynchronised(self, partial: Tensor, *, reduce: bool) -> None:
-        """Add this rank's [B, T, D] to its own stream, or make the streams one again."""
+        """Add this rank's [N, D] to its own stream, or make the streams one again."""
         if reduce:
             mean = self._settled / self._link.ranks
             self._settled = self._link.wait(self._link.post(partial + mean))

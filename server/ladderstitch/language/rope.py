@@ -23,7 +23,7 @@ def rotation_tables(config: LlamaConfig, positions: int) -> tuple[Tensor, Tensor
 
 
 def rotate(x: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:
-    """[..., T, H, d] with tables [T, 1, d]: pairs (i, i + d/2) turned by their angles."""
+    """[N, H, d] with tables [N, 1, d]: pairs (i, i + d/2) turned by their angles."""
     return x * cosines + x.roll(x.shape[-1] // 2, -1) * signed_sines
 
 

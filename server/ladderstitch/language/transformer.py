@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladderstitch.language.cache import ContiguousCache
+from ladderstitch.language.batch import Batch
+from ladderstitch.language.cache import PagedCache
 from ladderstitch.language.config import LlamaConfig
 from ladderstitch.language.link import Link
 from ladderstitch.language.residual import LayerPlan, Stream
@@ -19,8 +20,8 @@ from ladderstitch.models.linear import serving_linear
 
 
 class Attention:
-    """Causal grouped-query attention of one rank's heads: [B, T, D] -> [B, T, H_r d], which
-    `output` makes a partial [B, T, D].
+    """Causal grouped-query attention of one rank's heads: [N, D] -> [N, H_r d], which `output`
+    makes a partial [N, D].
     """
 
     def __init__(
@@ -32,36 +33,17 @@ class Attention:
         self.linear = serving_linear(weights.qkv, cached=False)
 
     def __call__(
-        self, x: Tensor, start: int, rotation: tuple[Tensor, Tensor], cache: ContiguousCache
+        self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor], cache: PagedCache
     ) -> Tensor:
-        batch, tokens, _ = x.shape
         turned = self.heads + self.kv_heads
-        projected = self.linear(x, self.qkv).view(batch, tokens, turned + self.kv_heads, self.width)
-        qk = rotate(projected[:, :, :turned], *rotation).transpose(1, 2)  # [B, H_r + K_r, T, d]
-        v = projected[:, :, turned:].transpose(1, 2)  # [B, K_r, T, d]
-        k, v = cache.append(self.layer, start, qk[:, self.heads :], v)
-        mixed = _attend(qk[:, : self.heads], k, v)
-        return mixed.reshape(batch, tokens, -1)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [B, H, T, d] over k and v [B, K, S, d], the last T of S positions -> [B, T, H, d]."""
-    batch, heads, tokens, width = q.shape
-    kv_heads, seen = k.shape[1], k.shape[2]
-    if tokens == 1:  # the heads of a group are so many queries over the same keys
-        grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
-        return F.scaled_dot_product_attention(grouped, k, v).reshape(batch, 1, heads, width)
-    mask = None
-    if seen > tokens:
-        mask = torch.ones(tokens, seen, dtype=torch.bool, device=q.device).tril(seen - tokens)
-    mixed = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
-    )
-    return mixed.transpose(1, 2)
+        projected = self.linear(x, self.qkv).view(len(x), turned + self.kv_heads, self.width)
+        qk = rotate(projected[:, :turned], *rotation)
+        cache.append(self.layer, batch, qk[:, self.heads :], projected[:, turned:])
+        return cache.attend(self.layer, batch, qk[:, : self.heads]).reshape(len(x), -1)
 
 
 class Mlp:
-    """SwiGLU over one rank's columns: [B, T, D] -> [B, T, F_r], which `output` makes a partial."""
+    """SwiGLU over one rank's columns: [N, D] -> [N, F_r], which `output` makes a partial."""
 
     def __init__(self, weights: LayerWeights) -> None:
         self.gate_up, self.output = weights.gate_up, weights.down
@@ -90,29 +72,19 @@ class Transformer:
 
     @torch.inference_mode()
     def forward(
-        self,
-        tokens: Tensor,
-        start: int,
-        cache: ContiguousCache,
-        plans: Sequence[LayerPlan],
-        link: Link,
-        *,
-        last_only: bool = True,
+        self, batch: Batch, cache: PagedCache, plans: Sequence[LayerPlan], link: Link
     ) -> Tensor:
-        """Logits of this rank's vocabulary rows: [B, V_r] of the last token, or [B, T, V_r].
+        """Logits [R, V_r] of this rank's vocabulary, for the R rows of the batch that want them.
 
-        `tokens` [B, T] stand at positions start.. of their sequences, whose earlier tokens are in
-        the cache. Raises `LinkBroken` if a peer is gone.
+        The earlier tokens of the batch's sequences are in the cache. Raises `LinkBroken` if a peer
+        is gone.
         """
-        end = start + tokens.shape[1]
         cosines, sines = self._rotation
-        rotation = cosines[start:end], sines[start:end]
-        stream = Stream(self._embed(tokens, link), link)
+        rotation = cosines[batch.positions], sines[batch.positions]
+        stream = Stream(self._embed(batch.tokens, link), link)
         for layer, plan in enumerate(plans):
-            self._run_layer(layer, plan, stream, start, rotation, cache)
-        x = stream.read()
-        if last_only:
-            x = x[:, -1]
+            self._run_layer(layer, plan, stream, batch, rotation, cache)
+        x = stream.read()[batch.wanted]
         return self._head(self._norm(x, self.weights.norm), self.weights.head)
 
     def _run_layer(
@@ -120,14 +92,14 @@ class Transformer:
         layer: int,
         plan: LayerPlan,
         stream: Stream,
-        start: int,
+        batch: Batch,
         rotation: tuple[Tensor, Tensor],
-        cache: ContiguousCache,
+        cache: PagedCache,
     ) -> None:
         weights, eps = self.weights.layers[layer], self.config.norm_eps
         attention, mlp = self.attentions[layer], self.mlps[layer]
         x = stream.read_normed(plan.lag, weights.attention_norm, eps)
-        mixed = attention(x, start, rotation, cache)
+        mixed = attention(x, batch, rotation, cache)
         if plan.fused:
             stream.add(_partial(attention, mixed) + _partial(mlp, mlp(x)))
             return
@@ -137,7 +109,7 @@ class Transformer:
         _add(stream, mlp, mlp(x), plan.reduce and plan.reduce[1])
 
     def _embed(self, tokens: Tensor, link: Link) -> Tensor:
-        """[B, T] -> [B, T, D]: each rank knows its rows of the vocabulary, the sum knows all."""
+        """[N] -> [N, D]: each rank knows its rows of the vocabulary, the sum knows all."""
         rows = self.shard.vocabulary
         if self.shard.ranks == 1:
             return F.embedding(tokens, self.weights.embedding)
