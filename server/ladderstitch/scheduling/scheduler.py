@@ -103,10 +103,6 @@ class Scheduler:
     def running_requests(self) -> int:
         return len(self._running)
 
-    @property
-    def queue_rows(self) -> int:
-        return self.planner.queue.rows
-
     def check_budget(
         self, budget_s: float | None, min_quality: float = 0.0
     ) -> admission.BudgetCheck:
