@@ -127,7 +127,7 @@ class Adaptive:
         head = near[0]
         candidates = self.menu.candidates(head)
         slack_s = slack(near, self.menu, latency, moment.start, 0.0)
-        left_s = [request.budget.target - moment.start for request in near] + [FAR_S, FAR_S]
+        left_s = [request.budget.target - moment.start for request in near] + [FAR_S]
         best = (float("-inf"), at, candidates[0], head.rows)
         declines = between = 0
         whole = True  # slower stitches want no larger parts of what fits
@@ -165,25 +165,23 @@ class Adaptive:
     ) -> float:
         """Expected quality of the batch and of all others after it.
 
-        `left_s` is the time left to those from index `at` of the queue on, and to two more.
+        `left_s` is the time left to those from index `at` of the queue on, and to one more.
         """
         menu, forecast = self.menu, self.forecast
         profiled_s = latency.profiled[stitch][rows]
         busy_s = profiled_s * moment.pace + latency.transit_s
         arrived = min(latency.max_rows, 1 + int(TOGETHER * forecast.rate * busy_s))
         late = forecast.late(busy_s, moment.fastest_s[arrived] * moment.pace + self.overhead_s)
-        if at == moment.head and (  # of those behind it, the next two
-            left_s[rows] < busy_s + moment.one_s or left_s[rows + 1] < busy_s + moment.two_s
-        ):
-            late += 1.0
+        if at == moment.head and rows + 1 < len(left_s):  # those behind it: the next two
+            after_s, then_s = left_s[rows] - busy_s, left_s[rows + 1] - busy_s
+            late += after_s < moment.one_s or then_s < moment.two_s
         in_time: float = rows
         if latency.residuals[-1] * latency.slowdown * profiled_s > left_s[0]:
             in_time -= sum(1.0 - latency.chance(stitch, rows, s) for s in left_s[:rows][:RISKED])
         done = rows + at - moment.head
         others = moment.demand.earnings(moment.hull, busy_s, done, moment.scale)
-        return (
-            (menu.quality[stitch] + TIE) * in_time - menu.quality[menu.frontier[0]] * late + others
-        )
+        earned = (menu.quality[stitch] + TIE) * in_time
+        return earned - menu.quality[menu.frontier[0]] * late + others
 
     def _late_value(self, queue: Sequence[Request], latency: LatencyView, moment: Moment) -> float:
         """As `_value`, of a batch of those that are late anyway."""

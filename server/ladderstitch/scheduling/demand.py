@@ -33,7 +33,7 @@ class Demand:
 
     @classmethod
     def of(cls, queue: Sequence[Request], first: int, forecast: Forecast, start: float) -> Demand:
-        """Of the queue from index `first` on, looked at where it grows fourfold, and of newcomers."""
+        """Of newcomers and the queue from index `first` on, looked at wherever it is fourfold."""
         waiting = len(queue) - first
         last_s = min(queue[-1].budget.target - start, FAR_S)
         typical_s = forecast.typical_s or last_s
