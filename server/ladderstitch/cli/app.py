@@ -19,6 +19,7 @@ MODULES = (
     "predicting",
     "generating",
     "making",
+    "converting",
     "measuring",
     "overlapping",
 )
