@@ -1,4 +1,4 @@
-"""`ladderstitch convert-ladder`: a standard language model becomes a family with ladder paths."""
+"""Commands that make language models: ladders of standard ones, and small ones from scratch."""
 
 from __future__ import annotations
 
@@ -57,6 +57,30 @@ def convert_ladder(
         err.print(f"ladderstitch serve --model {into}", highlight=False)
 
 
+def train_language(
+    recipe: Annotated[Path, typer.Option(help="YAML file: sizes, residual schemes, schedule.")],
+    text: Annotated[list[Path], typer.Option(help="Text files to train on.")],
+    held_out: Annotated[list[Path], typer.Option(help="Text files to measure on.")],
+    run: Annotated[Path, typer.Option(help="Where checkpoints, logs and bundles go.")],
+) -> None:
+    """Train a small language model from scratch once for each residual scheme, side by side.
+
+    Same text, same seed, same batches: the held-out losses say what the scheme costs. Writes a
+    bundle for each, a plot and `pair.json`; stopped, it goes on where it was.
+
+    Example: `ladderstitch train-language --recipe examples/small-pair/pair.yaml --text
+    data/brown/train.txt --held-out data/brown/heldout.txt --run runs/small-pair`
+    """
+    from ladderstitch.training.language.pair import Comparison, compare
+    from ladderstitch.training.language.scratch import ScratchRecipe
+
+    with user_errors():
+        comparison = Comparison(ScratchRecipe.load(recipe), text, held_out, run)
+        with progress_bar() as progress:
+            found = compare(comparison, progress)
+        out.print_json(data={name: found[name] for name in ("parameters", "held_out_loss")})
+
+
 def _named(entry: str) -> tuple[str, Path]:
     name, found, file = entry.partition("=")
     if not found or not name:
@@ -76,3 +100,4 @@ def _print(found: dict[str, object]) -> None:
 
 def register(app: typer.Typer) -> None:
     app.command("convert-ladder", rich_help_panel="Make a family")(convert_ladder)
+    app.command("train-language", rich_help_panel="Make a family")(train_language)
