@@ -19,7 +19,7 @@ from ladderstitch.client import AsyncClient, Client, RequestFailed, TextPiece
 from ladderstitch.language.bundle import LanguageBundle, LanguagePath
 from ladderstitch.language.residual import Residual
 from ladderstitch.v1 import generation_pb2, generation_pb2_grpc
-from tests.language.conftest import END, one_rank_logits, write_tiny
+from tests.language.conftest import greedy, write_tiny
 from tests.service.conftest import RunningServer, start_server, stop_server
 
 PROMPT = "a prompt of bytes"
@@ -48,18 +48,6 @@ def server(
 def client(server: RunningServer) -> Iterator[Client]:
     with Client(server.address) as opened:
         yield opened
-
-
-def greedy(bundle: LanguageBundle, prompt: str, count: int) -> list[int]:
-    """Without a cache and without ranks: the whole sequence again for every token."""
-    tokens = bundle.tokenizer().encode(prompt)
-    begin = len(tokens)
-    for _ in range(count):
-        logits = one_rank_logits(bundle.manifest.config, bundle.weights(), tokens)
-        tokens.append(int(logits[-1].argmax()))
-        if tokens[-1] == END:
-            break
-    return tokens[begin:]
 
 
 def rank_pids(server: RunningServer) -> list[int]:
