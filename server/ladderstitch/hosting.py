@@ -92,6 +92,7 @@ class Host:
     ready: bool = False
     leaving: bool = False  # announced, but requests are still accepted
     draining: bool = False
+    metrics_port: int = 0
     live: LiveSettings = field(default_factory=lambda: LiveSettings(0, SchedulerSettings()))
 
     @property

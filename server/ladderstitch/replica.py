@@ -97,6 +97,7 @@ class Replica:
         self.metrics_port, self._close_metrics = self.metrics.expose(
             self.config.metrics_port, self.config.host, share_port=self.share_port
         )
+        self.host.metrics_port = self.metrics_port
         await self.models.start(advance)
         self.host.ready = True
         self.models.set_ready(True)

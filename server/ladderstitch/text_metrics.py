@@ -7,6 +7,9 @@ from ladderstitch.metrics import CALLERS_FAULT, Metrics
 PATH = "0"
 """The path that answers, as the label `stitch`."""
 
+LEARNING = 0.1
+"""Weight of the newest answer in what answers take of late."""
+
 
 class TextMetrics:
     """One model's children of `Metrics`, looked up once."""
@@ -25,6 +28,8 @@ class TextMetrics:
         self._cache = metrics.cache.labels(model)
         self.ready = metrics.ready.labels(model)
         self.restarts = metrics.restarts.labels(model)
+        self.answer_s = 0.0
+        """What an answer took of late, its wait included."""
 
     def queued(self, waiting: int) -> None:
         self._queue.set(waiting)
@@ -48,6 +53,7 @@ class TextMetrics:
         """The last piece was handed over; `met` is None without a budget."""
         self._requests.labels(self._model, PATH, "OK").inc()
         self._total_seconds.observe(seconds)
+        self.answer_s += LEARNING * (seconds - self.answer_s) if self.answer_s else seconds
         if met is not None:
             (self._met if met else self._missed).inc()
 

@@ -15,6 +15,7 @@ from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc
 from ladderstitch.service.admin import AdminService
 from ladderstitch.service.generation import GenerationService
 from ladderstitch.service.inference import InferenceService
+from ladderstitch.service.load import ReplicaService
 from ladderstitch.service.oip import OipService
 from ladderstitch.service.transport import Transport
 from ladderstitch.v1 import (
@@ -24,12 +25,15 @@ from ladderstitch.v1 import (
     generation_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
+    replica_pb2,
+    replica_pb2_grpc,
 )
 
 INFERENCE: tuple[ServiceDescriptor, ...] = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"],
     grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"],
+    replica_pb2.DESCRIPTOR.services_by_name["ReplicaService"],
 )
 ADMIN: tuple[ServiceDescriptor, ...] = (admin_pb2.DESCRIPTOR.services_by_name["AdminService"],)
 SERVICES = tuple(service.full_name for service in (*INFERENCE, *ADMIN))
@@ -73,6 +77,7 @@ class Server:
         grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
             OipService(self.host, repository), server
         )
+        replica_pb2_grpc.add_ReplicaServiceServicer_to_server(ReplicaService(self.host), server)
 
     def _reflect(self, server: grpc.aio.Server, services: tuple[ServiceDescriptor, ...]) -> None:
         health = health_pb2.DESCRIPTOR.services_by_name["Health"]

@@ -9,7 +9,7 @@ import grpc
 
 from ladderstitch.security.certificates import CertificateFiles, RotatingCertificates
 from ladderstitch.security.limits import Limits
-from ladderstitch.security.settings import AccessSettings
+from ladderstitch.security.settings import ListenSettings
 from ladderstitch.security.tokens import TokenFile
 from ladderstitch.service.guard import Guard
 from ladderstitch.service.observing import Observer, Sink
@@ -38,7 +38,7 @@ class Transport:
     @classmethod
     def of(
         cls,
-        settings: AccessSettings,
+        settings: ListenSettings,
         denied: Callable[[str], None],
         sinks: Sequence[Sink] = (),
         *,
