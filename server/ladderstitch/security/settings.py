@@ -41,6 +41,7 @@ class ListenSettings(BaseModel):
     max_connection_grace_s: float = Field(
         300.0, gt=0, description="for what is in flight on a connection that is too old"
     )
+
     @model_validator(mode="after")
     def _certificate_and_key_come_together(self) -> ListenSettings:
         if (self.tls_certificate is None) != (self.tls_key is None):

@@ -91,3 +91,16 @@ class Transport:
                 ("grpc.max_connection_age_grace_ms", round(1e3 * self.max_connection_grace_s)),
             ]
         return options
+
+
+def bind(
+    server: grpc.aio.Server, where: tuple[str, int], credentials: grpc.ServerCredentials | None
+) -> int:
+    """Have a server listen there; the bound port. Raises `OSError` if it is taken."""
+    address = f"{where[0]}:{where[1]}"
+    try:
+        if credentials is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, credentials))
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address}: is another server there?") from error
