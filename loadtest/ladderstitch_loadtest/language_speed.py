@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ladderstitch.generation.generator import Generator
+from ladderstitch.generation.request import GenerationRequest
 from ladderstitch.language.bundle import LanguageBundle
-from ladderstitch.language.generation import GenerationRequest, Generator
 from ladderstitch.language.group import RankGroup
 from ladderstitch.language.job import ModelJob
 from ladderstitch.language.linking import GroupOptions

@@ -40,6 +40,18 @@ class ServerConfig(AccessSettings):
         None, description="secret of ranks that are started by hand (`ladderstitch rank`)"
     )
     context_tokens: int = Field(2048, ge=2, description="prompt and answer of a language model")
+    cache_tokens: int = Field(
+        8192, ge=16, description="tokens of all answers of a language model that its cache holds"
+    )
+    max_sequences: int = Field(
+        32, ge=1, le=4096, description="answers of a language model that are computed on at a time"
+    )
+    chunk_tokens: int = Field(
+        256, ge=1, le=65_536, description="most tokens of one step of a language model"
+    )
+    emulated_link_ms: float = Field(
+        0.0, ge=0, le=1000, description="for experiments: delay every message between ranks"
+    )
     log_format: Literal["text", "json"] = "text"
     log_requests: bool = Field(False, description="a line a request: id, stitch, cost, status")
     otlp_endpoint: str | None = Field(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ladderstitch.bundle import Bundle
 from ladderstitch.errors import BadInput, ModelNotFound, NotReady
+from ladderstitch.generation.generator import Generator
 from ladderstitch.images import ImageReader
 from ladderstitch.language.bundle import LanguageBundle
-from ladderstitch.language.generation import Generator
 from ladderstitch.models.route import Stitch
 from ladderstitch.scheduling.scheduler import Scheduler
 from ladderstitch.scheduling.settings import SchedulerSettings
@@ -34,6 +34,11 @@ class HostedModel:
     def version(self) -> str:
         return self.bundle.manifest.version
 
+    @property
+    def qualities(self) -> Mapping[int, float]:
+        """Of every stitch that it may answer by."""
+        return self.scheduler.quality
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HostedGenerator:
@@ -51,6 +56,11 @@ class HostedGenerator:
     @property
     def version(self) -> str:
         return self.bundle.manifest.version
+
+    @property
+    def qualities(self) -> Mapping[int, float]:
+        """Of every path that it may answer by."""
+        return self.generator.menu.quality
 
 
 Hosted = HostedModel | HostedGenerator

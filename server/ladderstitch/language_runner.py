@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ladderstitch.config import ServerConfig
 from ladderstitch.engine.placement import resolve_device, resolve_dtype
+from ladderstitch.generation.generator import Generator
 from ladderstitch.hosting import Host, HostedGenerator
 from ladderstitch.language.bundle import LanguageBundle
-from ladderstitch.language.generation import Generator
 from ladderstitch.language.group import RankGroup
 from ladderstitch.language.job import ModelJob
 from ladderstitch.language.launching import Launcher
@@ -30,7 +30,8 @@ class LanguageRunner:
         self.tokenizer = self.bundle.tokenizer()
         for rank in range(config.ranks):
             Shard.of(self.bundle.manifest.config, rank, config.ranks)
-        self.metrics = TextMetrics(metrics, self.bundle.manifest.name)
+        self.path_names = [path.name for path in self.bundle.manifest.ways]
+        self.metrics = TextMetrics(metrics, self.bundle.manifest.name, self.path_names)
         self._launcher = launcher
         self._group: RankGroup | None = None
         self._generator: Generator | None = None
@@ -51,17 +52,21 @@ class LanguageRunner:
         """Bring up the ranks; raises `EngineRestarting` with the reason if they do not come."""
         config, manifest = self.config, self.bundle.manifest
         device = resolve_device(config.device)
+        context = min(config.context_tokens, manifest.config.max_positions)
         job = ModelJob.of(
             self.bundle,
             ranks=config.ranks,
             dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
             device=device,
             threads=config.threads,
-            cache_tokens=min(config.context_tokens, manifest.config.max_positions),
+            cache_tokens=context,
+            pool_tokens=max(config.cache_tokens, min(context, config.chunk_tokens)),
+            chunk_tokens=min(context, config.chunk_tokens),
         )
         by_hand = config.rank_secret_file
         options = GroupOptions(
             link="tcp" if config.link == "auto" and config.rank_address else config.link,
+            latency_s=config.emulated_link_ms / 1e3,
             spares=config.spare_ranks,
             listen=config.rank_address,
             secret=by_hand.read_text().strip() if by_hand else "",
@@ -69,7 +74,17 @@ class LanguageRunner:
         launcher = None if by_hand else self._launcher
         self._group = RankGroup(job, options, launcher, self.metrics.restarts.inc)
         await self._group.start()
-        self._generator = Generator(self._group, self.tokenizer, manifest.end_tokens)
+        self._generator = Generator(
+            self._group,
+            self.tokenizer,
+            manifest.end_tokens,
+            self.bundle.quality,
+            self.path_names,
+            config.max_sequences,
+            observer=self.metrics,
+        )
+        await self._generator.measure()
+        self.apply(config.scheduling)
         self.host.add(
             HostedGenerator(self.bundle, self._generator, self.metrics, self._max_prompt_tokens())
         )
@@ -85,12 +100,19 @@ class LanguageRunner:
         self.metrics.ready.set(int(ready))
 
     def apply(self, settings: SchedulerSettings) -> None:
-        """Language models have one path so far: there is nothing to schedule."""
+        if self._generator is None:
+            return
+        self._generator.apply(settings)
+        menu = self._generator.menu
+        fastest, best = menu.choices()[0], menu.choices()[-1]
+        self.metrics.offered(menu.quality[fastest], menu.quality[best], menu.floor)
 
     async def drain(self) -> None:
         if self._generator is not None:
             await self._generator.drain()
 
     async def close(self) -> None:
+        if self._generator is not None:
+            await self._generator.close()
         if self._group is not None:
             await self._group.close()

@@ -85,6 +85,12 @@ class Metrics:
             "served_quality", "Calibrated quality of the stitch served.", model, buckets=QUALITY
         )
         self.generated_tokens = counter("generated_tokens", "Tokens handed to callers.", model)
+        self.reused_tokens = counter(
+            "reused_prompt_tokens", "Tokens of prompts that were in the cache already.", model
+        )
+        self.preemptions = counter(
+            "preemptions", "Answers that gave their cache to others and computed anew.", model
+        )
         self.first_token_seconds = histogram(
             "first_token_seconds", "Arrival to the first token.", model, buckets=SECONDS
         )

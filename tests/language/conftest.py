@@ -10,7 +10,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ladderstitch.language.batch import Batch
-from ladderstitch.language.bundle import LanguageBundle, LanguageManifest, write_manifest
+from ladderstitch.language.bundle import (
+    LanguageBundle,
+    LanguageManifest,
+    LanguagePath,
+    write_manifest,
+)
 from ladderstitch.language.cache import PagedCache
 from ladderstitch.language.checkpoint import Weights
 from ladderstitch.language.config import LlamaConfig
@@ -20,6 +25,7 @@ from ladderstitch.language.sharding import Shard
 from ladderstitch.language.step import Run, Step, Want
 from ladderstitch.language.transformer import Transformer
 from ladderstitch.language.weights import expected_shapes, load_rank
+from ladderstitch.measurements import Quality, QualityTable
 
 TINY = LlamaConfig(
     vocab_size=257,
@@ -43,18 +49,38 @@ def random_tensors(config: LlamaConfig, seed: int = 0) -> dict[str, torch.Tensor
     }
 
 
-def write_tiny(path: Path, residual: Residual | None = None) -> Path:
-    """One token a byte, and an end token."""
+def made_up_quality(paths: int) -> QualityTable:
+    return QualityTable(
+        metric="next-token accuracy",
+        data="nothing",
+        n=1,
+        confidence=0.95,
+        date="2026-01-01",
+        versions={},
+        stitches={
+            n: Quality(value=0.6 - 0.1 * n, low=0.0, high=1.0, perplexity=10.0 + n)
+            for n in range(paths)
+        },
+    )
+
+
+def write_tiny(
+    path: Path, residual: Residual | None = None, paths: tuple[LanguagePath, ...] = ()
+) -> Path:
+    """One token a byte, and an end token; the paths have qualities 0.6, 0.5, ..."""
     manifest = LanguageManifest(
         name="tiny",
         config=TINY,
         residual=residual or Residual(),
+        paths=paths,
         end_tokens=(END,),
         origin="random weights",
         licence="Apache-2.0",
     )
     write_manifest(path, manifest)
     save_file(random_tensors(TINY), path / "model.safetensors")
+    if paths:
+        (path / "quality.json").write_text(made_up_quality(len(paths)).model_dump_json())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: i for i, character in enumerate(alphabet)} | {"<end>": END}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -16,8 +16,9 @@ from ladderstitch.cli.console import err, user_errors
 from ladderstitch.cli.predicting import DEFAULT_ADDRESS, parse_duration, reported
 from ladderstitch.client import TextPiece
 from ladderstitch.errors import RequestError
+from ladderstitch.generation.generator import Generator
+from ladderstitch.generation.request import GenerationRequest
 from ladderstitch.language.bundle import LanguageBundle
-from ladderstitch.language.generation import GenerationRequest, Generator
 from ladderstitch.language.group import RankGroup
 from ladderstitch.language.job import ModelJob
 from ladderstitch.language.sampling import Sampling

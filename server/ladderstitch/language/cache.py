@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladderstitch.language.batch import Batch, Span
+from ladderstitch.language.batch import Batch, Group, Span
 from ladderstitch.language.config import LlamaConfig
 from ladderstitch.language.sharding import Shard
 
@@ -14,8 +14,8 @@ from ladderstitch.language.sharding import Shard
 class PagedCache:
     """[layers, 2, blocks, P, K_r, d]: blocks of P tokens, this rank's K_r key/value heads.
 
-    Paged attention (arXiv 2309.06180). On a CPU a sequence whose blocks are neighbours is read in
-    place, another one is gathered; on a GPU a kernel follows the block table.
+    Paged attention (arXiv 2309.06180). On a CPU blocks are gathered, but for a sequence by itself
+    whose blocks are neighbours; on a GPU a kernel follows the block table.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class PagedCache:
         self._memory = torch.zeros(shape, dtype=dtype, device=device)
         self._layers = [(layer[0], layer[1]) for layer in self._memory.unbind(0)]
         self.block_tokens = block_tokens
+        self._gathered = (self._memory.new_empty(0), self._memory.new_empty(0))
         self.follows_tables = self._memory.is_cuda
 
     @property
@@ -54,11 +55,37 @@ class PagedCache:
             return paged_decode_attention(
                 q, keys.view(paged), values.view(paged), batch.pages, batch.lengths
             )
-        parts = [
-            _attend(q[span.begin : span.end], keys[span.slots], values[span.slots], span)
-            for span in batch.spans
-        ]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        mixed = torch.empty_like(q)
+        for group in batch.groups:
+            mixed[group.rows] = self._attend_together(keys, values, q[group.rows], group)
+        for span in batch.spans:
+            rows = slice(span.begin, span.end)
+            mixed[rows] = _attend(q[rows], keys[span.slots], values[span.slots], span)
+        return mixed
+
+    def _attend_together(self, keys: Tensor, values: Tensor, q: Tensor, group: Group) -> Tensor:
+        """q [b, H, d] over the group's blocks; as q."""
+        count, heads, width = q.shape
+        kv_heads = keys.shape[1]
+        k, v = (
+            self._gather(side, cached, group.blocks).view(count, -1, kv_heads, width)
+            for side, cached in enumerate((keys, values))
+        )
+        grouped = q.reshape(count, kv_heads, heads // kv_heads, width)
+        unseen = group.unseen.to(q.dtype)
+        mixed = F.scaled_dot_product_attention(
+            grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=unseen
+        )
+        return mixed.reshape(q.shape)
+
+    def _gather(self, side: int, cached: Tensor, blocks: Tensor) -> Tensor:
+        """Blocks side by side, in memory that the next layer uses again."""
+        paged = cached.view(-1, self.block_tokens * cached[0].numel())
+        size = len(blocks) * paged.shape[1]
+        if len(self._gathered[side]) < size:
+            self._gathered = (cached.new_empty(size), cached.new_empty(size))
+        out = self._gathered[side][:size].view(len(blocks), -1)
+        return torch.index_select(paged, 0, blocks, out=out)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:

@@ -35,6 +35,9 @@ class ModelJob(BaseModel):
     threads: int = Field(1, gt=0)
     cache_tokens: int = Field(gt=0, description="tokens that a sequence may have")
     sequences: int = Field(1, gt=0, description="sequences of full length that the cache holds")
+    pool_tokens: int | None = Field(
+        None, gt=0, description="tokens that the cache holds, whatever `sequences` says"
+    )
     block_tokens: int = Field(16, gt=0, description="tokens of one block of the cache")
     chunk_tokens: int = Field(512, gt=0, description="most tokens of one forward pass, all rows")
 
@@ -65,6 +68,8 @@ class ModelJob(BaseModel):
     @property
     def blocks(self) -> int:
         """Blocks of the cache."""
+        if self.pool_tokens is not None:
+            return -(-self.pool_tokens // self.block_tokens)
         return self.sequences * self.sequence_blocks
 
     @property

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -61,6 +61,14 @@ class _File(BaseModel):
 
 def digest_of(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def tenant_of(metadata: Iterable[tuple[str, str | bytes]]) -> str:
+    """Who shares with whom: callers of one bearer token; without tokens, all of them."""
+    for key, value in metadata:
+        if key == "authorization":
+            return digest_of(value if isinstance(value, str) else value.decode(errors="replace"))
+    return ""
 
 
 def load_tokens(path: Path) -> dict[str, Token]:

@@ -39,14 +39,14 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def UpdateScheduling(
         self, request: pb.UpdateSchedulingRequest, context: Context
     ) -> pb.UpdateSchedulingResponse:
-        model = self.host.model(request.model_name)
+        model = self.host.find(request.model_name)
         changes = _changes(request)
         for field in ("stitch", "pinned_stitch"):
             stitch = changes.get(field)
-            if stitch is not None and stitch not in model.stitches:
+            if stitch is not None and stitch not in model.qualities:
                 named = "fixed_stitch" if field == "stitch" else field
                 raise BadInput(named, f"expected a stitch of {model.name!r}, got {stitch}")
-        best = max(model.scheduler.quality.values())
+        best = max(model.qualities.values())
         if changes.get("min_quality", 0) > best:
             raise BadInput("min_quality", f"expected at most {best:.4f}, the best stitch's")
         return pb.UpdateSchedulingResponse(scheduling=_message(await self.control.update(changes)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from ladderstitch.core import Budget
 from ladderstitch.errors import BadInput
@@ -15,6 +16,12 @@ MAX_ID_CHARACTERS = 128
 """Longest id that a caller may give a request."""
 
 METADATA_KEY = "x-latency-budget-ms"
+FIRST_TOKEN_KEY = "x-llm-d-slo-ttft-ms"
+TOKEN_KEY = "x-llm-d-slo-tpot-ms"
+
+
+Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
+"""Of a call, as gRPC gives it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +46,7 @@ def resolve(arrival: float, deadlines: Iterable[Deadline]) -> Budget:
 
 
 def of_call(
-    remaining_s: float | None, metadata: Iterable[tuple[str, str | bytes]], default_us: int | None
+    remaining_s: float | None, metadata: Metadata, default_us: int | None
 ) -> list[Deadline]:
     """The deadlines that every call may carry: gRPC's own, metadata, the model's default."""
     deadlines = []
@@ -47,7 +54,7 @@ def of_call(
         deadlines.append(Deadline(remaining_s, "grpc_deadline", hard=True))
     for key, value in metadata:
         if key == METADATA_KEY:
-            deadlines.append(Deadline(_milliseconds(value) / 1e3, "metadata"))
+            deadlines.append(Deadline(milliseconds(key, value), "metadata"))
     if default_us is not None:
         deadlines.append(Deadline(default_us / 1e6, "model_default"))
     return deadlines
@@ -60,14 +67,13 @@ def microseconds(field: str, value: int) -> float:
     return value / 1e6
 
 
-def _milliseconds(value: str | bytes) -> float:
+def milliseconds(key: str, value: str | bytes) -> float:
+    """Seconds of a budget given as metadata; raises `BadInput` that names its key."""
     text = value.decode(errors="replace") if isinstance(value, bytes) else value
     try:
         number = float(text)
     except ValueError:
         number = math.nan
     if not 0.001 <= number <= MAX_BUDGET_US / 1e3:  # NaN fails too
-        raise BadInput(
-            METADATA_KEY, f"expected 0.001 to {MAX_BUDGET_US // 1000} milliseconds, got {text!r}"
-        )
-    return number
+        raise BadInput(key, f"expected 0.001 to {MAX_BUDGET_US // 1000} milliseconds, got {text!r}")
+    return number / 1e3

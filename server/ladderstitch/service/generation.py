@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from contextlib import aclosing
 
-from ladderstitch.core import Budget
+from ladderstitch.answering import Account, answer
 from ladderstitch.errors import BadInput, RequestError
+from ladderstitch.generation.request import GenerationRequest, Piece, TokenBudget
 from ladderstitch.hosting import Host, HostedGenerator
-from ladderstitch.language.generation import GenerationRequest, Piece
 from ladderstitch.language.sampling import Sampling
+from ladderstitch.measurements import QualityTable
+from ladderstitch.security.tokens import tenant_of
 from ladderstitch.service import budget
 from ladderstitch.service.status import Context, statuses
 from ladderstitch.v1 import generation_pb2 as pb
@@ -36,112 +37,45 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         arrival = time.monotonic()
         remaining_s = context.time_remaining()
         model = self.host.generator(request.model_name, request.model_version)
-        resolved = Budget()
         try:
-            deadlines = budget.of_call(remaining_s, context.invocation_metadata(), None)
-            resolved = _budget(request, arrival, deadlines)
-            accepted = _accept(request, model, arrival, resolved)
-            try:
-                await self._stream(request.request_id, model, accepted, resolved, context)
-            finally:
-                model.metrics.generating(0, 0.0)
+            accepted = accept(request, model, arrival, remaining_s, context.invocation_metadata())
         except RequestError as error:
-            model.metrics.refused(error.code, had_budget=resolved.target != math.inf)
+            model.metrics.refused(error.code, had_budget=False)
             raise
-        except asyncio.CancelledError:
-            model.metrics.refused("CANCELLED", had_budget=resolved.target != math.inf)
-            raise
-
-    async def _stream(
-        self,
-        request_id: str,
-        model: HostedGenerator,
-        request: GenerationRequest,
-        resolved: Budget,
-        context: Context,
-    ) -> None:
-        """Write the pieces as they come."""
-        first_token = last_token = 0.0
-        async with aclosing(model.generator.generate(request)) as pieces:
-            async for piece in pieces:
-                now = time.monotonic()
-                if piece.index == 0:
-                    first_token = now
-                    model.metrics.first_token(piece.queue_s, now - request.arrival)
-                else:
-                    model.metrics.next_token(now - last_token)
-                last_token = now
-                used = (len(request.tokens) + piece.index) / model.generator.max_tokens
-                model.metrics.generating(1, used)
-                model.metrics.queued(model.generator.waiting)
-                response = pb.GenerateResponse(
-                    index=piece.index,
-                    token_id=piece.token,
-                    text=piece.text,
-                    request_id=request_id,
-                )
-                if piece.finish is not None:
-                    response.finish_reason = FINISH[piece.finish]
-                    accounting = self._accounting(model, request, piece, first_token, resolved)
-                    response.accounting.CopyFrom(accounting)
-                    met = accounting.budget_met if accounting.HasField("budget_met") else None
-                    model.metrics.completed(now - request.arrival, met)
+        async with aclosing(answer(model, accepted)) as pieces:
+            async for piece, account in pieces:
+                response = _response(request.request_id, piece)
+                if account is not None:
+                    response.finish_reason = FINISH[piece.finish or "stop"]
+                    response.accounting.CopyFrom(
+                        _accounting(model, accepted, piece, account, self.host.replica)
+                    )
                 await context.write(response)
 
-    def _accounting(
-        self,
-        model: HostedGenerator,
-        request: GenerationRequest,
-        last: Piece,
-        first_token: float,
-        resolved: Budget,
-    ) -> pb.GenerationAccounting:
-        now = time.monotonic()
-        accounting = pb.GenerationAccounting(
-            prompt_tokens=len(request.tokens),
-            generated_tokens=last.index + 1,
-            queue_us=round(1e6 * last.queue_s),
-            first_token_us=round(1e6 * (first_token - request.arrival)),
-            total_us=round(1e6 * (now - request.arrival)),
-            path=model.bundle.manifest.residual.scheme,
-            replica=self.host.replica,
-        )
-        if resolved.target != math.inf:
-            accounting.budget_us = round(1e6 * (resolved.target - request.arrival))
-            accounting.budget_met = now <= resolved.target
-        return accounting
 
-
-def _budget(
-    request: pb.GenerateRequest, arrival: float, deadlines: list[budget.Deadline]
-) -> Budget:
-    if request.HasField("latency_budget_us"):
-        seconds = budget.microseconds("latency_budget_us", request.latency_budget_us)
-        deadlines.append(budget.Deadline(seconds, "latency_budget_us", request.hard_deadline))
-    elif request.hard_deadline:
-        raise BadInput("hard_deadline", "expected latency_budget_us to be set along with it")
-    return budget.resolve(arrival, deadlines)
-
-
-def _accept(
-    request: pb.GenerateRequest, model: HostedGenerator, arrival: float, resolved: Budget
+def accept(
+    request: pb.GenerateRequest,
+    model: HostedGenerator,
+    arrival: float,
+    remaining_s: float | None,
+    metadata: budget.Metadata,
 ) -> GenerationRequest:
     """The request as the generator takes it; raises `BadInput` naming the field that is wrong."""
     if len(request.request_id) > budget.MAX_ID_CHARACTERS:
         raise BadInput("request_id", f"expected at most {budget.MAX_ID_CHARACTERS} characters")
     if len(request.stop) > MAX_STOPS:
         raise BadInput("stop", f"expected at most {MAX_STOPS} texts, got {len(request.stop)}")
+    if not 0 <= request.min_quality <= 1:
+        raise BadInput("min_quality", f"expected 0 to 1, got {request.min_quality}")
+    wanted, limit = _budgets(request, arrival, remaining_s, metadata)
     tokens = _prompt(request, model)
-    if len(tokens) > model.max_prompt_tokens:
-        raise BadInput(
-            "prompt", f"expected at most {model.max_prompt_tokens} tokens, got {len(tokens)}"
-        )
     left = model.generator.max_tokens - len(tokens)
-    default = min(DEFAULT_MAX_TOKENS, left)
     return GenerationRequest(
         tokens=tokens,
         arrival=arrival,
-        max_tokens=request.max_tokens if request.HasField("max_tokens") else default,
+        max_tokens=request.max_tokens
+        if request.HasField("max_tokens")
+        else min(DEFAULT_MAX_TOKENS, left),
         sampling=Sampling(
             temperature=request.temperature,
             top_k=request.top_k,
@@ -149,25 +83,142 @@ def _accept(
             seed=request.seed if request.HasField("seed") else None,
         ),
         stop=tuple(request.stop),
-        limit=resolved.limit,
+        limit=limit,
+        budget=wanted,
+        min_quality=request.min_quality,
+        stitch=request.stitch_id if request.HasField("stitch_id") else None,
+        logprobs=request.logprobs if request.HasField("logprobs") else None,
+        tenant=tenant_of(metadata),
     )
+
+
+def _budgets(
+    request: pb.GenerateRequest,
+    arrival: float,
+    remaining_s: float | None,
+    metadata: budget.Metadata,
+) -> tuple[TokenBudget, float]:
+    """What is wanted, and the limit on the clock of `arrival`."""
+    deadlines = budget.of_call(remaining_s, metadata, None)
+    if request.HasField("latency_budget_us"):
+        seconds = budget.microseconds("latency_budget_us", request.latency_budget_us)
+        deadlines.append(budget.Deadline(seconds, "latency_budget_us", request.hard_deadline))
+    elif request.hard_deadline:
+        raise BadInput("hard_deadline", "expected latency_budget_us to be set along with it")
+    resolved = budget.resolve(arrival, deadlines)
+    wanted = {"first_token_budget_us": math.inf, "token_budget_us": math.inf}
+    keys = {
+        budget.FIRST_TOKEN_KEY: "first_token_budget_us",
+        budget.TOKEN_KEY: "token_budget_us",
+    }
+    for key, value in metadata:
+        if key in keys:
+            wanted[keys[key]] = min(wanted[keys[key]], budget.milliseconds(key, value))
+    if request.HasField("first_token_budget_us"):
+        seconds = budget.microseconds("first_token_budget_us", request.first_token_budget_us)
+        wanted["first_token_budget_us"] = min(wanted["first_token_budget_us"], seconds)
+    if request.HasField("token_budget_us"):
+        seconds = budget.microseconds("token_budget_us", request.token_budget_us)
+        wanted["token_budget_us"] = min(wanted["token_budget_us"], seconds)
+    first_s, token_s = wanted["first_token_budget_us"], wanted["token_budget_us"]
+    return TokenBudget(first_s, token_s, resolved.target - arrival), resolved.limit
 
 
 def _prompt(request: pb.GenerateRequest, model: HostedGenerator) -> tuple[int, ...]:
     match request.WhichOneof("prompt"):
         case "text":
-            most = MAX_CHARACTERS_A_TOKEN * model.max_prompt_tokens
-            if len(request.text) > most:
-                raise BadInput("text", f"expected at most {most} characters")
-            return tuple(model.generator.tokenizer.encode(request.text))
+            return tokenise(request.text, model, "text")
         case "tokens":
-            return tuple(request.tokens.ids)
+            return fitting(tuple(request.tokens.ids), model)
     raise BadInput("prompt", "expected text or tokens to be set")
+
+
+def tokenise(text: str, model: HostedGenerator, field: str) -> tuple[int, ...]:
+    """A prompt's tokens; raises `BadInput` for one that is too long."""
+    most = MAX_CHARACTERS_A_TOKEN * model.max_prompt_tokens
+    if len(text) > most:
+        raise BadInput(field, f"expected at most {most} characters, got {len(text)}")
+    return fitting(tuple(model.generator.tokenizer.encode(text)), model)
+
+
+def fitting(tokens: tuple[int, ...], model: HostedGenerator) -> tuple[int, ...]:
+    """The tokens; raises `BadInput` if a prompt may not have so many."""
+    if len(tokens) > model.max_prompt_tokens:
+        raise BadInput(
+            "prompt", f"expected at most {model.max_prompt_tokens} tokens, got {len(tokens)}"
+        )
+    return tokens
+
+
+def _response(request_id: str, piece: Piece) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        index=piece.index,
+        token_id=piece.token,
+        text=piece.text,
+        request_id=request_id,
+        logprob=piece.logprob,
+        top_logprobs=[
+            pb.TokenLogprob(token_id=token, logprob=logprob)
+            for token, logprob in piece.alternatives
+        ],
+    )
+
+
+def _accounting(
+    model: HostedGenerator,
+    request: GenerationRequest,
+    last: Piece,
+    account: Account,
+    replica: str,
+) -> pb.GenerationAccounting:
+    wanted, quality = request.budget, last.answer.quality
+    return pb.GenerationAccounting(
+        prompt_tokens=account.prompt_tokens,
+        generated_tokens=account.generated_tokens,
+        queue_us=round(1e6 * account.queue_s),
+        first_token_us=round(1e6 * account.first_token_s),
+        total_us=round(1e6 * account.total_s),
+        mean_token_us=round(1e6 * account.mean_token_s),
+        budget_us=_microseconds(wanted.answer_s),
+        budget_met=account.answer_met,
+        first_token_budget_us=_microseconds(wanted.first_token_s),
+        first_token_budget_met=account.first_token_met,
+        token_budget_us=_microseconds(wanted.per_token_s),
+        token_budget_met=account.token_met,
+        path=last.answer.name,
+        stitch_id=last.answer.path,
+        quality=quality.value if quality else None,
+        perplexity=quality.perplexity if quality else None,
+        quality_metric=quality_metric(model.bundle.quality),
+        reused_tokens=last.answer.reused_tokens,
+        replica=replica,
+    )
+
+
+def _microseconds(seconds: float) -> int | None:
+    return None if math.isinf(seconds) else round(1e6 * seconds)
+
+
+def quality_metric(table: QualityTable | None) -> str:
+    """What a path's quality is and where it was measured, for people."""
+    return f"{table.metric} on {table.data}" if table else ""
 
 
 def describe_language_model(model: HostedGenerator, ready: bool) -> inference_pb2.GetModelResponse:
     """For `InferenceService.GetModel`, which describes models of every kind."""
-    manifest = model.bundle.manifest
+    manifest, generator = model.bundle.manifest, model.generator
+    table = model.bundle.quality
+    paths = [
+        inference_pb2.LanguagePath(
+            stitch_id=number,
+            name=path.name,
+            residual=path.residual.scheme,
+            quality=table.stitches[number].value if table else None,
+            perplexity=table.stitches[number].perplexity if table else None,
+            planned_token_us=round(1e6 * generator.times.expected(number, 1)),
+        )
+        for number, path in enumerate(manifest.ways)
+    ]
     return inference_pb2.GetModelResponse(
         name=model.name,
         version=model.version,
@@ -175,10 +226,13 @@ def describe_language_model(model: HostedGenerator, ready: bool) -> inference_pb
         origin=manifest.origin,
         licence=manifest.licence,
         language=inference_pb2.LanguageModel(
-            context_tokens=model.generator.max_tokens,
+            context_tokens=generator.max_tokens,
             vocabulary_size=manifest.config.vocab_size,
             layers=manifest.config.layers,
-            residual=manifest.residual.scheme,
-            ranks=model.generator.group.job.ranks,
+            residual=manifest.ways[0].residual.scheme,
+            ranks=generator.group.job.ranks,
+            paths=paths,
+            quality_metric=quality_metric(table),
+            cache_tokens=generator.pool.blocks * generator.pool.block_tokens,
         ),
     )

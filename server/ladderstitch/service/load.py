@@ -56,7 +56,5 @@ def load_of(host: Host) -> pb.WatchLoadResponse:
 
 
 def _backlog(hosted: Hosted) -> Backlog:
-    if isinstance(hosted, HostedModel):
-        return hosted.scheduler.backlog()
-    answer_s = hosted.metrics.answer_s
-    return Backlog((hosted.generator.waiting * answer_s,) * len(HORIZONS_S), answer_s)
+    source = hosted.scheduler if isinstance(hosted, HostedModel) else hosted.generator
+    return source.backlog()

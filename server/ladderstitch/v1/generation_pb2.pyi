@@ -86,6 +86,11 @@ class GenerateRequest(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     LATENCY_BUDGET_US_FIELD_NUMBER: _builtins.int
     HARD_DEADLINE_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_BUDGET_US_FIELD_NUMBER: _builtins.int
+    TOKEN_BUDGET_US_FIELD_NUMBER: _builtins.int
+    MIN_QUALITY_FIELD_NUMBER: _builtins.int
+    STITCH_ID_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Name of the model; unset: the server's only model, if it has just one."""
     model_version: _builtins.str
@@ -110,6 +115,20 @@ class GenerateRequest(_message.Message):
     """
     hard_deadline: _builtins.bool
     """Makes `latency_budget_us` a limit after which no work is done; unset: answered late."""
+    first_token_budget_us: _builtins.int
+    """Budget of the first token in microseconds from the arrival of the request; unset: metadata
+    `x-llm-d-slo-ttft-ms`, or none.
+    """
+    token_budget_us: _builtins.int
+    """Budget of the mean time between the tokens after the first, microseconds; unset: metadata
+    `x-llm-d-slo-tpot-ms`, or none.
+    """
+    min_quality: _builtins.float
+    """Least quality, 0 to 1; better refused than answered below it; unset: 0."""
+    stitch_id: _builtins.int
+    """Pins a path of the model; unset: the best one that the budgets allow."""
+    logprobs: _builtins.int
+    """Report each token's log probability and those of so many likeliest tokens, 0 to 20; unset: none."""
     @_builtins.property
     def tokens(self) -> Global___TokenIds:
         """Tokens."""
@@ -134,27 +153,52 @@ class GenerateRequest(_message.Message):
         stop: _abc.Iterable[_builtins.str] | None = ...,
         latency_budget_us: _builtins.int | None = ...,
         hard_deadline: _builtins.bool = ...,
+        first_token_budget_us: _builtins.int | None = ...,
+        token_budget_us: _builtins.int | None = ...,
+        min_quality: _builtins.float | None = ...,
+        stitch_id: _builtins.int | None = ...,
+        logprobs: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_budget_us", b"_latency_budget_us", "_max_tokens", b"_max_tokens", "_seed", b"_seed", "_top_p", b"_top_p", "latency_budget_us", b"latency_budget_us", "max_tokens", b"max_tokens", "prompt", b"prompt", "seed", b"seed", "text", b"text", "tokens", b"tokens", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_budget_us", b"_first_token_budget_us", "_latency_budget_us", b"_latency_budget_us", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_quality", b"_min_quality", "_seed", b"_seed", "_stitch_id", b"_stitch_id", "_token_budget_us", b"_token_budget_us", "_top_p", b"_top_p", "first_token_budget_us", b"first_token_budget_us", "latency_budget_us", b"latency_budget_us", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_quality", b"min_quality", "prompt", b"prompt", "seed", b"seed", "stitch_id", b"stitch_id", "text", b"text", "token_budget_us", b"token_budget_us", "tokens", b"tokens", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_budget_us", b"_latency_budget_us", "_max_tokens", b"_max_tokens", "_seed", b"_seed", "_top_p", b"_top_p", "hard_deadline", b"hard_deadline", "latency_budget_us", b"latency_budget_us", "max_tokens", b"max_tokens", "model_name", b"model_name", "model_version", b"model_version", "prompt", b"prompt", "request_id", b"request_id", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "text", b"text", "tokens", b"tokens", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_budget_us", b"_first_token_budget_us", "_latency_budget_us", b"_latency_budget_us", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_quality", b"_min_quality", "_seed", b"_seed", "_stitch_id", b"_stitch_id", "_token_budget_us", b"_token_budget_us", "_top_p", b"_top_p", "first_token_budget_us", b"first_token_budget_us", "hard_deadline", b"hard_deadline", "latency_budget_us", b"latency_budget_us", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_quality", b"min_quality", "model_name", b"model_name", "model_version", b"model_version", "prompt", b"prompt", "request_id", b"request_id", "seed", b"seed", "stitch_id", b"stitch_id", "stop", b"stop", "temperature", b"temperature", "text", b"text", "token_budget_us", b"token_budget_us", "tokens", b"tokens", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first_token_budget_us: _TypeAlias = _typing.Literal["first_token_budget_us"]  # noqa: Y015
+    _WhichOneofArgType__first_token_budget_us: _TypeAlias = _typing.Literal["_first_token_budget_us", b"_first_token_budget_us"]  # noqa: Y015
     _WhichOneofReturnType__latency_budget_us: _TypeAlias = _typing.Literal["latency_budget_us"]  # noqa: Y015
     _WhichOneofArgType__latency_budget_us: _TypeAlias = _typing.Literal["_latency_budget_us", b"_latency_budget_us"]  # noqa: Y015
+    _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
+    _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__min_quality: _TypeAlias = _typing.Literal["min_quality"]  # noqa: Y015
+    _WhichOneofArgType__min_quality: _TypeAlias = _typing.Literal["_min_quality", b"_min_quality"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__stitch_id: _TypeAlias = _typing.Literal["stitch_id"]  # noqa: Y015
+    _WhichOneofArgType__stitch_id: _TypeAlias = _typing.Literal["_stitch_id", b"_stitch_id"]  # noqa: Y015
+    _WhichOneofReturnType__token_budget_us: _TypeAlias = _typing.Literal["token_budget_us"]  # noqa: Y015
+    _WhichOneofArgType__token_budget_us: _TypeAlias = _typing.Literal["_token_budget_us", b"_token_budget_us"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_budget_us) -> _WhichOneofReturnType__first_token_budget_us | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__latency_budget_us) -> _WhichOneofReturnType__latency_budget_us | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_quality) -> _WhichOneofReturnType__min_quality | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stitch_id) -> _WhichOneofReturnType__stitch_id | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__token_budget_us) -> _WhichOneofReturnType__token_budget_us | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
     @_typing.overload
@@ -177,6 +221,16 @@ class GenerationAccounting(_message.Message):
     BUDGET_MET_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
+    STITCH_ID_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
+    QUALITY_METRIC_FIELD_NUMBER: _builtins.int
+    PERPLEXITY_FIELD_NUMBER: _builtins.int
+    REUSED_TOKENS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_BUDGET_US_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_BUDGET_MET_FIELD_NUMBER: _builtins.int
+    TOKEN_BUDGET_US_FIELD_NUMBER: _builtins.int
+    TOKEN_BUDGET_MET_FIELD_NUMBER: _builtins.int
+    MEAN_TOKEN_US_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens of the prompt."""
     generated_tokens: _builtins.int
@@ -192,9 +246,29 @@ class GenerationAccounting(_message.Message):
     budget_met: _builtins.bool
     """Whether the last piece was handed to the transport within the budget; unset: there was none."""
     path: _builtins.str
-    """Residual scheme of the path that answered, e.g. "standard" or "ladder"."""
+    """Name of the path that answered, e.g. "standard" or "ladder-8"."""
     replica: _builtins.str
     """Name of the replica that answered."""
+    stitch_id: _builtins.int
+    """Id of the path that answered."""
+    quality: _builtins.float
+    """Its calibrated quality; unset: it was never measured."""
+    quality_metric: _builtins.str
+    """What `quality` is, e.g. "next-token accuracy", and on which data."""
+    perplexity: _builtins.float
+    """Its perplexity on the same data; unset: it was never measured."""
+    reused_tokens: _builtins.int
+    """Tokens of the prompt that were not computed, since an earlier prompt began alike."""
+    first_token_budget_us: _builtins.int
+    """Budget of the first token, microseconds; unset: there was none."""
+    first_token_budget_met: _builtins.bool
+    """Whether the first token was handed to the transport within it; unset: there was none."""
+    token_budget_us: _builtins.int
+    """Budget of the mean time between tokens, microseconds; unset: there was none."""
+    token_budget_met: _builtins.bool
+    """Whether it was kept; unset: there was none, or just one token."""
+    mean_token_us: _builtins.int
+    """Mean time between the tokens after the first, microseconds; 0 for a single token."""
     def __init__(
         self,
         *,
@@ -207,21 +281,81 @@ class GenerationAccounting(_message.Message):
         budget_met: _builtins.bool | None = ...,
         path: _builtins.str = ...,
         replica: _builtins.str = ...,
+        stitch_id: _builtins.int = ...,
+        quality: _builtins.float | None = ...,
+        quality_metric: _builtins.str = ...,
+        perplexity: _builtins.float | None = ...,
+        reused_tokens: _builtins.int = ...,
+        first_token_budget_us: _builtins.int | None = ...,
+        first_token_budget_met: _builtins.bool | None = ...,
+        token_budget_us: _builtins.int | None = ...,
+        token_budget_met: _builtins.bool | None = ...,
+        mean_token_us: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met", "_budget_us", b"_budget_us", "budget_met", b"budget_met", "budget_us", b"budget_us"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met", "_budget_us", b"_budget_us", "_first_token_budget_met", b"_first_token_budget_met", "_first_token_budget_us", b"_first_token_budget_us", "_perplexity", b"_perplexity", "_quality", b"_quality", "_token_budget_met", b"_token_budget_met", "_token_budget_us", b"_token_budget_us", "budget_met", b"budget_met", "budget_us", b"budget_us", "first_token_budget_met", b"first_token_budget_met", "first_token_budget_us", b"first_token_budget_us", "perplexity", b"perplexity", "quality", b"quality", "token_budget_met", b"token_budget_met", "token_budget_us", b"token_budget_us"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met", "_budget_us", b"_budget_us", "budget_met", b"budget_met", "budget_us", b"budget_us", "first_token_us", b"first_token_us", "generated_tokens", b"generated_tokens", "path", b"path", "prompt_tokens", b"prompt_tokens", "queue_us", b"queue_us", "replica", b"replica", "total_us", b"total_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met", "_budget_us", b"_budget_us", "_first_token_budget_met", b"_first_token_budget_met", "_first_token_budget_us", b"_first_token_budget_us", "_perplexity", b"_perplexity", "_quality", b"_quality", "_token_budget_met", b"_token_budget_met", "_token_budget_us", b"_token_budget_us", "budget_met", b"budget_met", "budget_us", b"budget_us", "first_token_budget_met", b"first_token_budget_met", "first_token_budget_us", b"first_token_budget_us", "first_token_us", b"first_token_us", "generated_tokens", b"generated_tokens", "mean_token_us", b"mean_token_us", "path", b"path", "perplexity", b"perplexity", "prompt_tokens", b"prompt_tokens", "quality", b"quality", "quality_metric", b"quality_metric", "queue_us", b"queue_us", "replica", b"replica", "reused_tokens", b"reused_tokens", "stitch_id", b"stitch_id", "token_budget_met", b"token_budget_met", "token_budget_us", b"token_budget_us", "total_us", b"total_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget_met: _TypeAlias = _typing.Literal["budget_met"]  # noqa: Y015
     _WhichOneofArgType__budget_met: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met"]  # noqa: Y015
     _WhichOneofReturnType__budget_us: _TypeAlias = _typing.Literal["budget_us"]  # noqa: Y015
     _WhichOneofArgType__budget_us: _TypeAlias = _typing.Literal["_budget_us", b"_budget_us"]  # noqa: Y015
+    _WhichOneofReturnType__first_token_budget_met: _TypeAlias = _typing.Literal["first_token_budget_met"]  # noqa: Y015
+    _WhichOneofArgType__first_token_budget_met: _TypeAlias = _typing.Literal["_first_token_budget_met", b"_first_token_budget_met"]  # noqa: Y015
+    _WhichOneofReturnType__first_token_budget_us: _TypeAlias = _typing.Literal["first_token_budget_us"]  # noqa: Y015
+    _WhichOneofArgType__first_token_budget_us: _TypeAlias = _typing.Literal["_first_token_budget_us", b"_first_token_budget_us"]  # noqa: Y015
+    _WhichOneofReturnType__perplexity: _TypeAlias = _typing.Literal["perplexity"]  # noqa: Y015
+    _WhichOneofArgType__perplexity: _TypeAlias = _typing.Literal["_perplexity", b"_perplexity"]  # noqa: Y015
+    _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
+    _WhichOneofArgType__quality: _TypeAlias = _typing.Literal["_quality", b"_quality"]  # noqa: Y015
+    _WhichOneofReturnType__token_budget_met: _TypeAlias = _typing.Literal["token_budget_met"]  # noqa: Y015
+    _WhichOneofArgType__token_budget_met: _TypeAlias = _typing.Literal["_token_budget_met", b"_token_budget_met"]  # noqa: Y015
+    _WhichOneofReturnType__token_budget_us: _TypeAlias = _typing.Literal["token_budget_us"]  # noqa: Y015
+    _WhichOneofArgType__token_budget_us: _TypeAlias = _typing.Literal["_token_budget_us", b"_token_budget_us"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__budget_met) -> _WhichOneofReturnType__budget_met | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__budget_us) -> _WhichOneofReturnType__budget_us | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_budget_met) -> _WhichOneofReturnType__first_token_budget_met | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_budget_us) -> _WhichOneofReturnType__first_token_budget_us | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__perplexity) -> _WhichOneofReturnType__perplexity | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quality) -> _WhichOneofReturnType__quality | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__token_budget_met) -> _WhichOneofReturnType__token_budget_met | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__token_budget_us) -> _WhichOneofReturnType__token_budget_us | None: ...
 
 Global___GenerationAccounting: _TypeAlias = GenerationAccounting  # noqa: Y015
+
+@_typing.final
+class TokenLogprob(_message.Message):
+    """A token that might have been, and how likely it was."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    logprob: _builtins.float
+    """Natural logarithm of its probability, before temperature."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
@@ -235,6 +369,8 @@ class GenerateResponse(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     ACCOUNTING_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Number of the token in the answer, from 0, without a gap."""
     token_id: _builtins.int
@@ -245,9 +381,15 @@ class GenerateResponse(_message.Message):
     """Set in the last piece only."""
     request_id: _builtins.str
     """The caller's own id."""
+    logprob: _builtins.float
+    """Natural logarithm of the token's probability, before temperature; unset: not asked for."""
     @_builtins.property
     def accounting(self) -> Global___GenerationAccounting:
         """What the answer cost; in the last piece only."""
+
+    @_builtins.property
+    def top_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The likeliest tokens, likeliest first, as many as were asked for."""
 
     def __init__(
         self,
@@ -258,11 +400,15 @@ class GenerateResponse(_message.Message):
         finish_reason: Global___FinishReason.ValueType = ...,
         accounting: Global___GenerationAccounting | None = ...,
         request_id: _builtins.str = ...,
+        logprob: _builtins.float | None = ...,
+        top_logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accounting", b"accounting"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "accounting", b"accounting", "logprob", b"logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounting", b"accounting", "finish_reason", b"finish_reason", "index", b"index", "request_id", b"request_id", "text", b"text", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "accounting", b"accounting", "finish_reason", b"finish_reason", "index", b"index", "logprob", b"logprob", "request_id", b"request_id", "text", b"text", "token_id", b"token_id", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__logprob: _TypeAlias = _typing.Literal["logprob"]  # noqa: Y015
+    _WhichOneofArgType__logprob: _TypeAlias = _typing.Literal["_logprob", b"_logprob"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprob) -> _WhichOneofReturnType__logprob | None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015

@@ -647,6 +647,55 @@ class GetModelResponse(_message.Message):
 Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
 
 @_typing.final
+class LanguagePath(_message.Message):
+    """A way through a language model's weights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STITCH_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    RESIDUAL_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
+    PERPLEXITY_FIELD_NUMBER: _builtins.int
+    PLANNED_TOKEN_US_FIELD_NUMBER: _builtins.int
+    stitch_id: _builtins.int
+    """What requests and schedules name it by."""
+    name: _builtins.str
+    """Its name, e.g. "standard" or "ladder-8"."""
+    residual: _builtins.str
+    """Residual scheme: "standard", "ladder", "parallel" or "desync"."""
+    quality: _builtins.float
+    """Its calibrated quality; unset: it was never measured."""
+    perplexity: _builtins.float
+    """Its perplexity on the same data; unset: it was never measured."""
+    planned_token_us: _builtins.int
+    """Microseconds that a token is planned to take alone."""
+    def __init__(
+        self,
+        *,
+        stitch_id: _builtins.int = ...,
+        name: _builtins.str = ...,
+        residual: _builtins.str = ...,
+        quality: _builtins.float | None = ...,
+        perplexity: _builtins.float | None = ...,
+        planned_token_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_perplexity", b"_perplexity", "_quality", b"_quality", "perplexity", b"perplexity", "quality", b"quality"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_perplexity", b"_perplexity", "_quality", b"_quality", "name", b"name", "perplexity", b"perplexity", "planned_token_us", b"planned_token_us", "quality", b"quality", "residual", b"residual", "stitch_id", b"stitch_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__perplexity: _TypeAlias = _typing.Literal["perplexity"]  # noqa: Y015
+    _WhichOneofArgType__perplexity: _TypeAlias = _typing.Literal["_perplexity", b"_perplexity"]  # noqa: Y015
+    _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
+    _WhichOneofArgType__quality: _TypeAlias = _typing.Literal["_quality", b"_quality"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__perplexity) -> _WhichOneofReturnType__perplexity | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quality) -> _WhichOneofReturnType__quality | None: ...
+
+Global___LanguagePath: _TypeAlias = LanguagePath  # noqa: Y015
+
+@_typing.final
 class LanguageModel(_message.Message):
     """What is particular to a language model."""
 
@@ -657,6 +706,9 @@ class LanguageModel(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     RESIDUAL_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
+    PATHS_FIELD_NUMBER: _builtins.int
+    QUALITY_METRIC_FIELD_NUMBER: _builtins.int
+    CACHE_TOKENS_FIELD_NUMBER: _builtins.int
     context_tokens: _builtins.int
     """Most tokens of a prompt and its answer together."""
     vocabulary_size: _builtins.int
@@ -664,9 +716,17 @@ class LanguageModel(_message.Message):
     layers: _builtins.int
     """Number of transformer layers."""
     residual: _builtins.str
-    """Residual scheme: "standard", "ladder", "parallel" or "desync"."""
+    """Residual scheme of the first path."""
     ranks: _builtins.int
     """Processes that it is split over."""
+    quality_metric: _builtins.str
+    """What their quality is, and on which data; empty if it was never measured."""
+    cache_tokens: _builtins.int
+    """Tokens that the cache holds, of all answers together."""
+    @_builtins.property
+    def paths(self) -> _containers.RepeatedCompositeFieldContainer[Global___LanguagePath]:
+        """The paths that an answer may take, by id."""
+
     def __init__(
         self,
         *,
@@ -675,10 +735,13 @@ class LanguageModel(_message.Message):
         layers: _builtins.int = ...,
         residual: _builtins.str = ...,
         ranks: _builtins.int = ...,
+        paths: _abc.Iterable[Global___LanguagePath] | None = ...,
+        quality_metric: _builtins.str = ...,
+        cache_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "layers", b"layers", "ranks", b"ranks", "residual", b"residual", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_tokens", b"cache_tokens", "context_tokens", b"context_tokens", "layers", b"layers", "paths", b"paths", "quality_metric", b"quality_metric", "ranks", b"ranks", "residual", b"residual", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
