@@ -16,8 +16,9 @@ import grpc
 import pytest
 
 from ladderstitch.client import AsyncClient, Client, RequestFailed, TextPiece
-from ladderstitch.language.bundle import LanguageBundle
-from ladderstitch.v1 import generation_pb2
+from ladderstitch.language.bundle import LanguageBundle, LanguagePath
+from ladderstitch.language.residual import Residual
+from ladderstitch.v1 import generation_pb2, generation_pb2_grpc
 from tests.language.conftest import END, one_rank_logits, write_tiny
 from tests.service.conftest import RunningServer, start_server, stop_server
 
@@ -26,7 +27,11 @@ PROMPT = "a prompt of bytes"
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> LanguageBundle:
-    return LanguageBundle.load(write_tiny(tmp_path_factory.mktemp("models") / "tiny"))
+    paths = (
+        LanguagePath(name="standard", residual=Residual()),
+        LanguagePath(name="ladder", residual=Residual(scheme="ladder")),
+    )
+    return LanguageBundle.load(write_tiny(tmp_path_factory.mktemp("models") / "tiny", paths=paths))
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +53,13 @@ def client(server: RunningServer) -> Iterator[Client]:
 def greedy(bundle: LanguageBundle, prompt: str, count: int) -> list[int]:
     """Without a cache and without ranks: the whole sequence again for every token."""
     tokens = bundle.tokenizer().encode(prompt)
+    begin = len(tokens)
     for _ in range(count):
         logits = one_rank_logits(bundle.manifest.config, bundle.weights(), tokens)
         tokens.append(int(logits[-1].argmax()))
         if tokens[-1] == END:
             break
-    return tokens[-count:]
+    return tokens[begin:]
 
 
 def rank_pids(server: RunningServer) -> list[int]:
@@ -115,6 +121,10 @@ def test_a_seed_draws_the_same_and_another_seed_does_not(client: Client) -> None
         ({"max_tokens": 1000}, "max_tokens"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": -1.0}, "temperature"),
+        ({"min_quality": 1.5}, "min_quality"),
+        ({"token_budget_s": 0.0}, "token_budget_us"),
+        ({"first_token_budget_s": -1.0}, "first_token_budget_us"),
+        ({"logprobs": 21}, "logprobs"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"stop": [""]}, "stop"),
@@ -136,6 +146,100 @@ def test_bad_input_names_its_field(client: Client, wishes: dict[str, object], fi
     assert list(failure.value.violations) == [field]
 
 
+def test_an_answer_says_what_it_was_made_by_and_which_budgets_it_kept(client: Client) -> None:
+    pieces = list(
+        client.generate(
+            PROMPT,
+            max_tokens=6,
+            budget_s=60,
+            first_token_budget_s=1e-6,
+            token_budget_s=30,
+            min_quality=0.6,
+        )
+    )
+    cost = pieces[-1].accounting
+    assert cost is not None
+    assert (cost.path, cost.stitch_id, cost.perplexity) == ("standard", 0, 10.0)
+    assert cost.quality == pytest.approx(0.6)
+    assert cost.quality_metric == "next-token accuracy on nothing"
+    assert (cost.budget_met, cost.first_token_budget_met, cost.token_budget_met) == (1, 0, 1)
+    assert cost.first_token_us + 5 * cost.mean_token_us == pytest.approx(cost.total_us, abs=10)
+    pinned = list(client.generate(PROMPT, max_tokens=2, stitch=1))[-1].accounting
+    assert pinned is not None
+    assert (pinned.path, pinned.perplexity) == ("ladder", 11.0)
+    assert not pinned.HasField("token_budget_us")
+
+
+def test_budgets_come_as_metadata_too(server: RunningServer) -> None:
+    keys = [("x-llm-d-slo-ttft-ms", "0.001"), ("x-llm-d-slo-tpot-ms", "9000")]
+    request = generation_pb2.GenerateRequest(text=PROMPT, max_tokens=3, token_budget_us=10**8)
+    with grpc.insecure_channel(server.address) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        cost = list(stub.Generate(request, timeout=20, metadata=keys))[-1].accounting
+        assert (cost.first_token_budget_us, cost.token_budget_us) == (1, 9_000_000)
+        assert (cost.first_token_budget_met, cost.token_budget_met) == (False, True)
+        wrong = [("x-llm-d-slo-tpot-ms", "soon")]
+        with pytest.raises(grpc.RpcError) as failure:
+            list(stub.Generate(request, timeout=20, metadata=wrong))
+    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "x-llm-d-slo-tpot-ms: expected" in failure.value.details()
+
+
+@pytest.mark.parametrize(
+    ("wishes", "reason", "metadata"),
+    [
+        ({"stitch": 2}, "STITCH_NOT_FOUND", {}),
+        ({"min_quality": 0.7}, "QUALITY_UNAVAILABLE", {"max_quality": "0.600000"}),
+        ({"budget_s": 1e-5, "hard": True}, "BUDGET_INFEASIBLE", {}),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(
+    client: Client, wishes: dict[str, object], reason: str, metadata: dict[str, str]
+) -> None:
+    with pytest.raises(RequestFailed) as failure:
+        list(client.generate(PROMPT, **wishes))  # type: ignore[arg-type] # as the cases name them
+    assert failure.value.reason == reason
+    assert metadata.items() <= failure.value.metadata.items()
+
+
+def test_log_probabilities_come_with_the_tokens(client: Client) -> None:
+    for piece in client.generate(PROMPT, max_tokens=4, logprobs=2):
+        assert len(piece.alternatives) == 2
+        assert piece.alternatives[0] == (piece.token, piece.logprob)  # it is greedy
+
+
+def test_operators_pin_paths_as_they_pin_stitches(client: Client) -> None:
+    def path() -> str:
+        cost = list(client.generate(PROMPT, max_tokens=1))[-1].accounting
+        assert cost is not None
+        return cost.path
+
+    client.update_scheduling(pinned_stitch=1)
+    try:
+        assert path() == "ladder"
+        with pytest.raises(RequestFailed, match="expected a stitch of 'tiny', got 2"):
+            client.update_scheduling(pinned_stitch=2)
+    finally:
+        client.update_scheduling(unpin=True)
+    assert path() == "standard"
+    paths = client.get_model().language.paths
+    assert [(p.name, p.residual) for p in paths] == [("standard", "standard"), ("ladder", "ladder")]
+    assert paths[1].planned_token_us > 0
+
+
+async def test_32_streams_share_the_model(server: RunningServer, bundle: LanguageBundle) -> None:
+    prompts = [PROMPT[: 1 + n % len(PROMPT)] for n in range(32)]
+    wanted = {prompt: greedy(bundle, prompt, 6) for prompt in set(prompts)}
+    async with AsyncClient(server.address) as client:
+
+        async def stream(prompt: str) -> list[int]:
+            answer = client.generate(prompt, max_tokens=6, timeout_s=60)
+            return [piece.token async for piece in answer]
+
+        answers = await asyncio.gather(*(stream(prompt) for prompt in prompts))
+    assert answers == [wanted[prompt] for prompt in prompts]
+
+
 def test_a_request_without_a_prompt_is_refused(client: Client) -> None:
     with pytest.raises(grpc.RpcError) as failure:
         list(client.generation.Generate(generation_pb2.GenerateRequest(), timeout=10))
@@ -153,9 +257,9 @@ def test_the_other_service_says_where_text_is_made(client: Client) -> None:
 
 def test_a_hard_limit_ends_a_stream(client: Client) -> None:
     with pytest.raises(RequestFailed) as failure:
-        list(client.generate(PROMPT, max_tokens=100, budget_s=0.02, hard=True))
+        list(client.generate(PROMPT, max_tokens=100, stitch=0, budget_s=0.1, hard=True))
     assert failure.value.reason in ("EXPIRED_IN_QUEUE", "EXPIRED_IN_COMPUTE")
-    soft = list(client.generate(PROMPT, max_tokens=40, budget_s=0.001))
+    soft = list(client.generate(PROMPT, max_tokens=40, stitch=0, budget_s=0.001))
     accounting = soft[-1].accounting
     assert accounting is not None
     assert len(soft) == 40
