@@ -12,6 +12,7 @@ from ladderstitch.generation.generator import Generator
 from ladderstitch.images import ImageReader
 from ladderstitch.language.bundle import LanguageBundle
 from ladderstitch.models.route import Stitch
+from ladderstitch.scheduling.live import LiveSettings
 from ladderstitch.scheduling.scheduler import Scheduler
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.text_metrics import TextMetrics
@@ -64,14 +65,6 @@ class HostedGenerator:
 
 
 Hosted = HostedModel | HostedGenerator
-
-
-@dataclass(frozen=True, slots=True)
-class LiveSettings:
-    """The scheduling in force, and how many changes led to it."""
-
-    revision: int
-    settings: SchedulerSettings
 
 
 UpdateSettings = Callable[[dict[str, Any]], Awaitable[LiveSettings]]

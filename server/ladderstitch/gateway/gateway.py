@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
@@ -39,13 +40,21 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class Gateway:
     """Made inside a running event loop; comes up with `start`, goes down with `stop`."""
 
-    def __init__(self, settings: GatewaySettings, discovery: Discovery) -> None:
-        """Raises `ConfigError` for certificates or tokens that cannot be used."""
+    def __init__(
+        self, settings: GatewaySettings, discovery: Discovery, watch_token: str | None = None
+    ) -> None:
+        """`watch_token` goes to replicas instead of the one of the settings.
+
+        Raises `ConfigError` for certificates or tokens that cannot be used.
+        """
         self.settings = settings
         self.port = self.metrics_port = 0
         self.leaving = False
         self._news = asyncio.Event()
-        self.fleet = Fleet(settings.access, settings.max_message_mb << 20, self._news.set)
+        access = settings.access
+        if watch_token is not None:
+            access = replace(access, token=watch_token)
+        self.fleet = Fleet(access, settings.max_message_mb << 20, self._news.set)
         self.metrics = GatewayMetrics(lambda: self.fleet.links.values())
         self._transport = Transport.of(
             settings, self.metrics.denied, share_port=settings.share_port
@@ -81,14 +90,17 @@ class Gateway:
         """Whether requests that come now are answered."""
         return not self.leaving and bool(self.fleet.serving)
 
+    @property
+    def alive(self) -> bool:
+        """False if what keeps it up to date has failed."""
+        return not any(task.done() and task.exception() is not None for task in self._tasks)
+
     async def start(self) -> None:
         """Listen and look for replicas; raises `OSError` if a port is taken."""
         for server, address, encrypted in self._servers:
             bound = bind(server, address, self._transport.credentials if encrypted else None)
             self.port = self.port or bound
-        self.metrics_port, self._close_metrics = self.metrics.expose(
-            self.settings.metrics_port, self.settings.host, share_port=self.settings.share_port
-        )
+        self._expose_metrics()
         await self._tell_health()
         for server, *_ in self._servers:
             await server.start()
@@ -97,13 +109,20 @@ class Gateway:
             asyncio.create_task(self._follow_health(), name="health"),
         ]
 
+    def _expose_metrics(self) -> None:
+        """Pages of its own for every gateway: one that finds the port taken takes a free one."""
+        port, host = self.settings.metrics_port, self.settings.host
+        try:
+            self.metrics_port, self._close_metrics = self.metrics.expose(port, host)
+        except OSError:
+            if not self.settings.share_port:
+                raise
+            self.metrics_port, self._close_metrics = self.metrics.expose(0, host)
+
     async def until_serving(self) -> None:
         """Return when a replica serves."""
         while not self.fleet.serving:
             await self.fleet.change(1.0)
-            for task in self._tasks:
-                if task.done() and (error := task.exception()) is not None:
-                    raise error
 
     async def drain(self, announce_s: float) -> bool:
         """Unready at once, refusing what is new after a while; whether the rest ended in time."""

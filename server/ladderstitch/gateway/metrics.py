@@ -51,11 +51,9 @@ class GatewayMetrics:
     def denied(self, reason: str) -> None:
         self.denials.labels(reason).inc()
 
-    def expose(
-        self, port: int, address: str, *, share_port: bool
-    ) -> tuple[int, Callable[[], None]]:
+    def expose(self, port: int, address: str) -> tuple[int, Callable[[], None]]:
         """Serve `/metrics` and `/sd`; the bound port and a function that stops it."""
-        return expose(self._pages(), port, address, share_port=share_port)
+        return expose(self._pages(), port, address)
 
     def _pages(self) -> Any:
         metrics = make_wsgi_app(self.registry)

@@ -10,7 +10,7 @@ import grpc
 from ladderstitch.security.certificates import CertificateFiles, RotatingCertificates
 from ladderstitch.security.limits import Limits
 from ladderstitch.security.settings import ListenSettings
-from ladderstitch.security.tokens import TokenFile
+from ladderstitch.security.tokens import Token, TokenFile
 from ladderstitch.service.guard import Guard
 from ladderstitch.service.observing import Observer, Sink
 
@@ -43,8 +43,12 @@ class Transport:
         sinks: Sequence[Sink] = (),
         *,
         share_port: bool = False,
+        watch_token: str | None = None,
     ) -> Transport:
-        """Raises `ConfigError` if certificate or token file cannot be used."""
+        """`watch_token` lets a gateway in that shares it, beside those of the token file.
+
+        Raises `ConfigError` if certificate or token file cannot be used.
+        """
         credentials = guard = admin = health = None
         if settings.tls_certificate is not None and settings.tls_key is not None:
             files = CertificateFiles(
@@ -52,7 +56,8 @@ class Transport:
             )
             credentials = RotatingCertificates(files).credentials()
         if settings.token_file is not None:
-            guard = Guard(TokenFile(settings.token_file), Limits(), denied)
+            ours = () if watch_token is None else (Token(name="gateway", token=watch_token),)
+            guard = Guard(TokenFile(settings.token_file, ours), Limits(), denied)
         if settings.admin_port is not None:
             admin = (settings.admin_host, settings.admin_port)
         if settings.health_port is not None:
