@@ -132,7 +132,8 @@ def until_all_serve(metrics: Sequence[str], replicas: int, within_s: float = 60.
     end = time.monotonic() + within_s
     while any(serving_at(page) != replicas for page in metrics):
         if time.monotonic() > end:
-            raise TimeoutError(f"{replicas} replicas did not serve within {within_s} s")
+            pages = {page: serving_at(page) for page in metrics}
+            raise TimeoutError(f"expected {replicas} replicas to serve, got {pages}")
         time.sleep(0.1)
 
 

@@ -27,6 +27,7 @@ from ladderstitch.service.transport import Transport
 
 EXAMPLES = Path("examples/fashion-mnist/images")
 ACCESS = "Who may call"
+GATEWAY_PORTS = ("port", "metrics_port")
 
 
 def serve(
@@ -158,8 +159,9 @@ def _serve_on_ray(config: ServerConfig, started: float) -> None:
     stop = threading.Event()
     status = err.status("starting Ray and Serve, then warming every stitch and batch size ...")
     actors = config.replicas * (1 + config.ranks + config.spare_ranks)
-    if config.replicas > 1 and config.port == 0:  # all gateways must take the same one
-        config = config.model_copy(update={"port": free_port(config.host)})
+    if config.replicas > 1:  # all gateways take the same, those that are started anew, too
+        ports = {name: getattr(config, name) or free_port(config.host) for name in GATEWAY_PORTS}
+        config = config.model_copy(update=ports)
     with status, local_ray(actors) as cluster:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
