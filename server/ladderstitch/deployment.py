@@ -110,8 +110,8 @@ def application(config: ServerConfig) -> Any:
     several are asked for, gateways before them."""
     if config.replicas == 1:
         return _replicas(config)
-    front = gateways(gateway_settings(config), config.scheduling, config.gateways)
-    return front(_replicas(behind_gateways(config)))
+    in_front = gateways(gateway_settings(config), config.scheduling, config.gateways)
+    return in_front(_replicas(behind_gateways(config)))
 
 
 def gateway_settings(config: ServerConfig) -> GatewaySettings:
@@ -155,7 +155,7 @@ def _replicas(config: ServerConfig) -> Any:
         name="replica",
         num_replicas=config.replicas,
         max_ongoing_requests=1000,
-        health_check_period_s=2,
+        health_check_period_s=1,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=config.drain_s + 5,
         ray_actor_options=options,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
@@ -12,6 +16,9 @@ from ladderstitch.gateway.settings import GatewaySettings
 from ladderstitch.live_control import live_control, registered_replicas
 from ladderstitch.logs import configure as configure_logs
 from ladderstitch.scheduling.settings import SchedulerSettings
+
+PAGE_S = 5.0
+"""How often gateways tell each other where their metrics are."""
 
 
 class GatewayDeployment:
@@ -29,6 +36,17 @@ class GatewayDeployment:
         self.replicas = replicas
         self.gateway = Gateway(settings, discovery, watch_token=token)
         await self.gateway.start()
+        self.name = serve.get_replica_context().replica_id.unique_id
+        self._telling = asyncio.create_task(self._exchange_pages(control), name="pages")
+
+    async def _exchange_pages(self, control: Any) -> None:
+        """Prometheus asks one gateway for the pages of all."""
+        while True:
+            page = f"{self.gateway.settings.host}:{self.gateway.metrics_port}"
+            with contextlib.suppress(ray.exceptions.RayError):
+                others = await control.other_pages.remote(self.name, page)
+                self.gateway.metrics.other_pages = others
+            await asyncio.sleep(PAGE_S)
 
     async def check_health(self) -> None:
         """Raises when the gateway no longer follows its replicas, so that Serve replaces it."""
@@ -42,11 +60,14 @@ class GatewayDeployment:
 
     async def __del__(self) -> None:
         """Serve awaits this when it stops a gateway: finish what is under way."""
+        self._telling.cancel()
         await self.gateway.stop()
 
 
-def gateways(settings: GatewaySettings, scheduling: SchedulerSettings, count: int) -> Any:
-    """The deployment, to be bound to the replicas' one."""
+def gateways(
+    settings: GatewaySettings, scheduling: SchedulerSettings, count: int
+) -> Callable[[Any], Any]:
+    """Makes an application of the replicas' one, by placing so many gateways before it."""
     deployment: Any = serve.deployment(
         GatewayDeployment,
         name="gateway",

@@ -20,12 +20,14 @@ NAMESPACE = "ladderstitch"
 LONG_POLL_S = 30.0
 LEASE_S = 2 * LONG_POLL_S + 5
 """A replica asks for settings again and again; one that has not for so long is dead."""
+PAGE_LEASE_S = 15.0
+"""Gateways say every five seconds where their metrics are."""
 RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """Where a replica answers, and when it was last heard of (`time.monotonic`)."""
+    """Where a replica answers or a gateway's metrics are, and when it was last heard of."""
 
     address: str
     heard_at: float
@@ -42,6 +44,7 @@ class LiveControl:
         self.live = LiveSettings(0, SchedulerSettings.model_validate(settings))
         self.seen_config: str | None = None
         self.replicas: dict[str, Registered] = {}
+        self.pages: dict[str, Registered] = {}
         self.watch_token = secrets.token_hex(32)
         self.changed = asyncio.Condition()
 
@@ -94,6 +97,16 @@ class LiveControl:
             async with asyncio.timeout(LONG_POLL_S), self.changed:
                 await self.changed.wait_for(lambda: self._addresses() != known)
         return frozenset((await self.registered()).values())
+
+    async def other_pages(self, gateway: str, page: str) -> frozenset[str]:
+        """Where a gateway's metrics are, and where those of all others are."""
+        now = time.monotonic()
+        self.pages[gateway] = Registered(page, now)
+        return frozenset(
+            other.address
+            for name, other in self.pages.items()
+            if name != gateway and other.heard_at > now - PAGE_LEASE_S
+        )
 
     async def token(self) -> str:
         """With which gateways watch replicas that ask for tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -31,6 +32,7 @@ SERVICES: tuple[ServiceDescriptor, ...] = (
 METHODS = tuple(
     method for s in SERVICES for method in s.methods if path_of(method) not in EVERYWHERE
 )
+INHERIT_S = 1.0
 LAME_DUCK_S = 0.25
 """So long before the end, newcomers are told DRAINING; gRPC would cancel them."""
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -107,6 +109,7 @@ class Gateway:
         self._tasks = [
             asyncio.create_task(self.fleet.follow(self._discovery), name="discovery"),
             asyncio.create_task(self._follow_health(), name="health"),
+            asyncio.create_task(self._take_metrics_port(), name="metrics-port"),
         ]
 
     def _expose_metrics(self) -> None:
@@ -118,6 +121,16 @@ class Gateway:
             if not self.settings.share_port:
                 raise
             self.metrics_port, self._close_metrics = self.metrics.expose(0, host)
+
+    async def _take_metrics_port(self) -> None:
+        """Inherit it from a gateway that ends, so that Prometheus always finds one there."""
+        port, host = self.settings.metrics_port, self.settings.host
+        while port not in (0, self.metrics_port):
+            await asyncio.sleep(INHERIT_S)
+            with contextlib.suppress(OSError):
+                closing, found = self._close_metrics, self.metrics.expose(port, host)
+                self.metrics_port, self._close_metrics = found
+                await asyncio.to_thread(closing)
 
     async def until_serving(self) -> None:
         """Return when a replica serves."""

@@ -23,6 +23,8 @@ class GatewayMetrics:
     def __init__(self, links: Links = tuple) -> None:
         """`links` tells the replicas of the moment."""
         self._links = links
+        self.other_pages: frozenset[str] = frozenset()
+        """HOST:PORT of other gateways' pages, for `/sd`; who knows them sets it."""
         self.registry = CollectorRegistry()
         counter = partial(Counter, registry=self.registry, namespace="ladderstitch_gateway")
         gauge = partial(Gauge, registry=self.registry, namespace="ladderstitch_gateway")
@@ -62,7 +64,8 @@ class GatewayMetrics:
             if environ["PATH_INFO"].rstrip("/") != "/sd":
                 return metrics(environ, start_response)
             start_response("200 OK", [("Content-Type", "application/json")])
-            return [json.dumps(targets(self._links())).encode()]
+            found = targets(self._links(), self.other_pages)
+            return [json.dumps(found).encode()]
 
         return pages
 
@@ -73,9 +76,9 @@ class GatewayMetrics:
         return float(sum(not link.serving for link in self._links()))
 
 
-def targets(links: Iterable[Link]) -> list[dict[str, Any]]:
-    """The replicas' metrics pages, as Prometheus' HTTP service discovery wants them."""
-    return [
+def targets(links: Iterable[Link], gateways: Iterable[str]) -> list[dict[str, Any]]:
+    """Metrics pages of replicas and other gateways, as Prometheus' HTTP discovery wants them."""
+    replicas = [
         {
             "targets": [f"{link.address.rpartition(':')[0]}:{link.state.metrics_port}"],
             "labels": {"replica": link.state.replica},
@@ -83,3 +86,4 @@ def targets(links: Iterable[Link]) -> list[dict[str, Any]]:
         for link in links
         if link.state is not None
     ]
+    return replicas + [{"targets": [page], "labels": {}} for page in sorted(gateways)]
