@@ -12,9 +12,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ladderstitch.client import AsyncClient, RequestFailed
 from ladderstitch.config import ServerConfig
-from ladderstitch.hosting import Control, Host, LiveSettings
+from ladderstitch.hosting import Control, Host
 from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc
 from ladderstitch.replica import Replica
+from ladderstitch.scheduling.live import LiveSettings
 from ladderstitch.service.server import Server
 from ladderstitch.service.transport import Transport
 from tests.conftest import Bundle

@@ -14,6 +14,7 @@ from ladderstitch.cli import access
 
 MODULES = (
     "serving",
+    "gatewaying",
     "operating",
     "doctoring",
     "predicting",
@@ -24,7 +25,7 @@ MODULES = (
     "overlapping",
 )
 """In the order of the help page; each puts its commands into a Typer by `register`."""
-LIGHT = ("operating", "predicting")
+LIGHT = ("operating", "predicting", "gatewaying")
 """Without torch: orchestrators call some of their commands every few seconds."""
 
 

@@ -22,11 +22,12 @@ from ladderstitch.language.bundle import is_language_bundle
 from ladderstitch.language.launching import launch_process
 from ladderstitch.logs import configure as configure_logs
 from ladderstitch.metrics import Metrics
-from ladderstitch.replica import Replica, make_runner, port_is_free
+from ladderstitch.replica import Replica, free_port, make_runner, port_is_free
 from ladderstitch.service.transport import Transport
 
 EXAMPLES = Path("examples/fashion-mnist/images")
 ACCESS = "Who may call"
+GATEWAY_PORTS = ("port", "metrics_port")
 
 
 def serve(
@@ -51,6 +52,14 @@ def serve(
         int | None, typer.Option(help="OpenAI's API for language models, e.g. 8081; unset: none")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda[:N] (default: auto)")] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(help="Copies of the model here, behind gateways; needs Ray (default: 1)"),
+    ] = None,
+    gateways: Annotated[
+        int | None,
+        typer.Option(help="Before several replicas; they share the port (default: 2)"),
+    ] = None,
     ranks: Annotated[
         int | None, typer.Option(help="Language models: processes to split over (default: 1)")
     ] = None,
@@ -110,6 +119,8 @@ def serve(
             metrics_port=metrics_port,
             http_port=http_port,
             device=device,
+            replicas=replicas,
+            gateways=gateways,
             ranks=ranks,
             spare_ranks=spare_ranks,
             tls_certificate=tls_certificate,
@@ -120,6 +131,11 @@ def serve(
             health_port=health_port,
             insecure_public=insecure_public or None,
         )
+        if parsed.replicas > 1 and not ray:
+            raise ConfigError(
+                "replicas: several need Ray; without it, start each with its own --port and "
+                "`ladderstitch gateway --replica HOST:PORT ...` before them"
+            )
         _check_before_start(parsed)
         if ray:
             _serve_on_ray(parsed, started)
@@ -146,7 +162,10 @@ def _serve_on_ray(config: ServerConfig, started: float) -> None:
 
     stop = threading.Event()
     status = err.status("starting Ray and Serve, then warming every stitch and batch size ...")
-    actors = 1 + config.ranks + config.spare_ranks
+    actors = config.replicas * (1 + config.ranks + config.spare_ranks)
+    if config.replicas > 1:  # all gateways take the same, those that are started anew, too
+        ports = {name: getattr(config, name) or free_port(config.host) for name in GATEWAY_PORTS}
+        config = config.model_copy(update=ports)
     with status, local_ray(actors) as cluster:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())

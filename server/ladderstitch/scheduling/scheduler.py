@@ -20,6 +20,7 @@ from ladderstitch.errors import (
 from ladderstitch.measurements import LatencyProfile
 from ladderstitch.metrics import ModelMetrics
 from ladderstitch.scheduling import admission
+from ladderstitch.scheduling.backlog import Backlog
 from ladderstitch.scheduling.engine import Engine, EngineDied, EngineResult
 from ladderstitch.scheduling.latency import LatencyTable
 from ladderstitch.scheduling.ledger import Ledger, Waiting
@@ -106,6 +107,10 @@ class Scheduler:
     @property
     def queue_rows(self) -> int:
         return self.planner.queue.rows
+
+    def backlog(self) -> Backlog:
+        """What others have to wait for at present."""
+        return self.planner.backlog(self.clock())
 
     def check_budget(
         self, budget_s: float | None, min_quality: float = 0.0
