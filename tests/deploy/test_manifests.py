@@ -102,7 +102,7 @@ def test_a_gateway_is_valid_drains_and_reaches_the_replicas(helm: str) -> None:
     mutual = yaml.safe_load(
         of_kind(with_gateway(helm, "--set", "tls.mutual=true"), "ConfigMap")["data"]["gateway.yaml"]
     )
-    assert GatewaySettings.model_validate(mutual).access.key is not None
+    assert GatewaySettings.model_validate(mutual).replica_key is not None
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
