@@ -114,12 +114,17 @@ def _on_ray() -> Iterator[Scene]:
 
 def _kill_actors(server: int, deployment: str, count: int) -> None:
     """`kill -9` of so many of a deployment's processes, as they are at that time."""
-    title = f"ray::ServeReplica:ladderstitch:{deployment}"
-    found = [pid for pid in process_tree(server) if command_line(pid).startswith(title)]
+    found = pids_of(server, deployment)
     if len(found) < count:
-        raise StartFailed(f"{len(found)} processes {title!r}, expected {count}")
+        raise StartFailed(f"{len(found)} processes of {deployment!r}, expected {count}")
     for pid in found[:count]:
         os.kill(pid, signal.SIGKILL)
+
+
+def pids_of(server: int, deployment: str) -> list[int]:
+    """Processes of a Serve deployment below a server."""
+    title = f"ray::ServeReplica:ladderstitch:{deployment}"
+    return [pid for pid in process_tree(server) if command_line(pid).startswith(title)]
 
 
 def _kill(processes: list[Process]) -> None:

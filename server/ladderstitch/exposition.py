@@ -8,6 +8,9 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+POLL_S = 0.1
+"""How soon it notices that it is to stop."""
+
 
 def expose(
     pages: Any, port: int, address: str, *, share_port: bool = False
@@ -19,7 +22,9 @@ def expose(
     """
     kind = _SharedServer if share_port else _Server
     server = make_server(address, port, pages, kind, handler_class=_QuietHandler)
-    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, args=(POLL_S,), name="metrics", daemon=True
+    )
     thread.start()
 
     def close() -> None:

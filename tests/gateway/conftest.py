@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
+from ladderstitch.gateway import gateway
 from ladderstitch.gateway.discovery import Discovery
 from ladderstitch.gateway.gateway import Gateway
 from ladderstitch.gateway.link import WATCH
@@ -125,8 +126,10 @@ MakeFleet = Callable[..., Any]
 
 
 @pytest.fixture
-def fleet() -> MakeFleet:
+def fleet(monkeypatch: pytest.MonkeyPatch) -> MakeFleet:
     """`async with fleet(2, patience_s=1) as running`: so many replicas, the gateway's settings."""
+
+    monkeypatch.setattr(gateway, "LAME_DUCK_S", 0.0)
 
     @asynccontextmanager
     async def make(
@@ -142,17 +145,19 @@ def fleet() -> MakeFleet:
         settings = GatewaySettings.model_validate(
             {"port": 0, "metrics_port": 0, "announce_s": 0.0, "drain_s": 5.0} | fields
         )
-        gateway = Gateway(settings, discovery or fixed(replicas))
-        await gateway.start()
+        front = Gateway(settings, discovery or fixed(replicas))
+        await front.start()
         serving = sum(replica.state.serving for replica in replicas)
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
-            running = Fleet(replicas, gateway, channel)
-            if discovery is None:
-                await running.until(lambda: len(gateway.fleet.serving) == serving)
-            yield running
-        await gateway.stop()
-        for replica in replicas:
-            await replica.stop()
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}") as channel:
+                running = Fleet(replicas, front, channel)
+                if discovery is None:
+                    await running.until(lambda: len(front.fleet.serving) == serving)
+                yield running
+                await front.stop()
+        finally:
+            for replica in replicas:
+                await replica.stop()
 
     return make
 

@@ -9,12 +9,11 @@ import time
 
 import ladderstitch
 from ladderstitch.hosting import Host, Hosted, HostedModel
-from ladderstitch.scheduling.backlog import HORIZONS_S, IDLE, Backlog
+from ladderstitch.scheduling.backlog import HORIZONS_S, IDLE, PUSH_S, Backlog
 from ladderstitch.service.status import Context
 from ladderstitch.v1 import replica_pb2 as pb
 from ladderstitch.v1 import replica_pb2_grpc
 
-PUSH_S = 0.02
 HEARTBEAT_S = 0.5
 """Silence for several of these means that the replica is stuck."""
 GRAIN_US = 100
