@@ -22,8 +22,10 @@ PATIENCE_S = 1.0
 """A request this late is worth as much as one that is in time, and more from then on."""
 DECLINES = 2
 """Slower stitches in a row that were no better, after which none is tried."""
-TOGETHER = 0.5
+TOGETHER = 0.2
 """Share of those arriving during a batch that an impatient one among them has to run with."""
+RISKED = 4
+"""Requests of a batch whose chance to be in time is looked up; later ones have later deadlines."""
 TIE = 1e-6
 """Of equals the larger batch is taken."""
 
@@ -92,7 +94,7 @@ class Adaptive:
         # The part of its time that the engine computes, if batches are as long as that.
         scale = latency.profiled_slack(spell_s / (spell_s + latency.transit_s))
         alone_s = latency.seconds(self.menu.frontier[0], 1) + self.overhead_s
-        strained = demand.exceeds(hull.costs_s[0] / scale)
+        strained = demand.each_s < hull.costs_s[0] / scale
         return Moment(start, hopeless, demand, hull, scale, alone_s, strained)
 
     def _hopeless(self, queue: Sequence[Request], latency: LatencyView, start: float) -> int:
@@ -111,6 +113,7 @@ class Adaptive:
         candidates = self.menu.candidates(head)
         left_s = slack(near, self.menu, latency, moment.start, 0.0)
         safe_s = self._safe(near, at, latency, moment)
+        firsts_s = [request.budget.target - moment.start for request in near[:RISKED]]
         best = (float("-inf"), at, candidates[0], head.rows)
         declines = 0
         for stitch in candidates:
@@ -122,8 +125,8 @@ class Adaptive:
             most = max(head.rows, min(fits, len(near)))
             half = max(head.rows, (most + 1) // 2)
             before = best[0]
-            for rows in (half, most) if half < most else (most,):
-                value = self._value(safe_s, at, stitch, rows, latency, moment)
+            for rows in sorted({half, (3 * most + 3) // 4, most}):
+                value = self._value(safe_s, firsts_s, at, stitch, rows, latency, moment)
                 if value >= best[0]:
                     best = (value, at, stitch, rows)
             declines = declines + 1 if best[0] == before else 0
@@ -147,6 +150,7 @@ class Adaptive:
     def _value(
         self,
         safe_s: Sequence[float],
+        firsts_s: Sequence[float],
         at: int,
         stitch: int,
         rows: int,
@@ -156,7 +160,7 @@ class Adaptive:
         """Expected quality of the batch and of all others after it."""
         quality, fastest = self.menu.quality, self.menu.frontier[0]
         busy_s = latency.seconds(stitch, rows) + latency.transit_s
-        value = (quality[stitch] + TIE) * rows
+        value = (quality[stitch] + TIE) * (rows - _misses(stitch, rows, firsts_s, latency))
         arrived = min(latency.max_rows, 1 + int(TOGETHER * self.forecast.rate * busy_s))
         late = self.forecast.late(busy_s, latency.seconds(fastest, arrived) + self.overhead_s)
         if rows < len(safe_s) and busy_s > safe_s[rows]:
@@ -177,6 +181,17 @@ class Adaptive:
             late += 1
         others = moment.demand.earnings(moment.hull, busy_s, 0, moment.scale)
         return worth * (rows * waited - late) + others
+
+
+def _misses(stitch: int, rows: int, left_s: Sequence[float], latency: LatencyView) -> float:
+    """Expected number of a batch's first requests that it is too late for."""
+    misses = 0.0
+    for seconds in left_s[:rows]:
+        miss = 1.0 - latency.chance(stitch, rows, seconds)
+        if not miss:
+            break
+        misses += miss
+    return misses
 
 
 def _target(request: Request) -> float:
