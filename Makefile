@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 .PHONY: help install serve test lint format types protos tools manifests \
 	verify-models verify-serving verify-scheduling verify-training verify-language verify-kernels \
-	verify-operations soak clean
+	verify-operations verify-gateway soak clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -87,6 +87,11 @@ verify-kernels: install ## about 3 minutes: long ladders, machine code for three
 verify-operations: install ## about 5 minutes: replicas follow the load and are rolled under it, nothing lost
 	$(BIN)/python scripts/verify_operations.py
 	LADDERSTITCH_PANELS=loadtest/results/panels.png $(BIN)/pytest -q tests/deploy/test_monitoring.py
+
+verify-gateway: install ## about 4 minutes: what the gateway adds to a call; kill -9 of replicas and gateways
+	$(BIN)/ladderstitch-loadtest hop --out loadtest/results
+	$(BIN)/ladderstitch-loadtest kills --no-ray --out loadtest/results
+	$(BIN)/ladderstitch-loadtest kills --ray --out loadtest/results
 
 soak: install ## an hour of mixed load, cancels, bad input, killed workers: no leak, no stuck request
 	LADDERSTITCH_SOAK_S=3600 $(BIN)/pytest -q -s tests/test_soak.py

@@ -236,7 +236,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 
 async def verify(short: bool) -> dict[str, Any]:
-    from ladderstitch.deployment import live_control
+    from ladderstitch.live_control import live_control
     from ladderstitch.scheduling.settings import SchedulerSettings
 
     most, up_s, down_s = 3, 2.0, 6.0

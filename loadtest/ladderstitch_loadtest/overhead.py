@@ -60,15 +60,15 @@ async def measure(
         grpc.aio.insecure_channel(address) as channel,
         grpc.aio.insecure_channel(echo_address) as echo_channel,
     ):
-        payload, image, stitch = await _payload(channel)
+        payload, image, stitch = await payload_of(channel)
         infer, echo = channel.unary_unary(INFER), echo_channel.unary_unary(METHOD)
-        await _latencies(echo, payload, 200)
-        await _latencies(infer, payload, 200)
+        await latencies(echo, payload, 200)
+        await latencies(infer, payload, 200)
         one: list[tuple[float, float, float]] = []
         many: dict[int, list[tuple[float, float]]] = {n: [] for n in callers}
         for _ in range(rounds):
-            echo_ms = median(total for total, _ in await _latencies(echo, payload, 300))
-            pairs = await _latencies(infer, payload, 300)
+            echo_ms = median(total for total, _ in await latencies(echo, payload, 300))
+            pairs = await latencies(infer, payload, 300)
             computes = [_compute_ms(answer) for _, answer in pairs]
             rests = [total - c for (total, _), c in zip(pairs, computes, strict=True)]
             one.append((echo_ms, median(rests), median(computes)))
@@ -102,18 +102,31 @@ def _throughput(callers: int, rates: list[tuple[float, float]]) -> Throughput:
     return Throughput(callers, round(echo), round(infer), round(ratio, 2))
 
 
-async def _payload(channel: grpc.aio.Channel) -> tuple[bytes, tuple[int, ...], int]:
-    """One image as pixels, pinned to the fastest stitch of the server's only model."""
+async def image_shape_of(channel: grpc.aio.Channel) -> tuple[int, int, int]:
+    """[C, H, W] of the server's only model."""
+    return _shape(await _model(channel))
+
+
+async def _model(channel: grpc.aio.Channel) -> inference_pb2.GetModelResponse:
     get = channel.unary_unary("/ladderstitch.v1.InferenceService/GetModel")
-    model = inference_pb2.GetModelResponse.FromString(await get(b""))
+    return inference_pb2.GetModelResponse.FromString(await get(b""))
+
+
+def _shape(model: inference_pb2.GetModelResponse) -> tuple[int, int, int]:
     inputs = model.preprocessing
-    shape = (1, inputs.channels, inputs.height, inputs.width)
+    return inputs.channels, inputs.height, inputs.width
+
+
+async def payload_of(channel: grpc.aio.Channel) -> tuple[bytes, tuple[int, ...], int]:
+    """One image as pixels, pinned to the fastest stitch of the server's only model."""
+    model = await _model(channel)
+    shape = (1, *_shape(model))
     pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     stitch = model.frontier[0]
     return infer_request(pixels, stitch=stitch).SerializeToString(), shape, stitch
 
 
-async def _latencies(call: Call, payload: bytes, n: int) -> list[tuple[float, bytes]]:
+async def latencies(call: Call, payload: bytes, n: int) -> list[tuple[float, bytes]]:
     """Milliseconds and answer of `n` calls, one after another."""
     seen = []
     for _ in range(n):

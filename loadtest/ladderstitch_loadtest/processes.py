@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class StartFailed(Exception):
@@ -70,3 +71,11 @@ def echo_server() -> Iterator[str]:
         process.stdin.close()
         process.wait(timeout=30)
         process.stdout.close()
+
+
+def command_line(pid: int) -> str:
+    """Of a process; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from math import exp
+from math import exp, inf
 from random import Random
 
 import numpy as np
 
 from ladderstitch.core import Budget, Request
 from ladderstitch.errors import RequestError
+from ladderstitch.gateway.routing import View, choose
+from ladderstitch.scheduling.backlog import PUSH_S
 from ladderstitch.scheduling.planner import Planner
 from ladderstitch.scheduling.policy import Decision
 from ladderstitch.scheduling.settings import SchedulerSettings
@@ -52,6 +54,8 @@ class Replica:
         self.stitch = -1
         self.started = 0.0
         self.compute_s = 0.0
+        self.view = View(told_at=-inf)
+        self.marks: dict[Request, int] = {}
         self.turn = 0
         """Counts decisions, so that a wake-up that is no longer wanted can be told."""
 
@@ -69,6 +73,7 @@ class Simulation:
         self._sigma = _sigmas(family, machine.spread)
         self._events: list[tuple[float, int, int, int]] = []
         self._sent = 0
+        self._routed = 0
 
     def run(self, trace: Trace, *, hard: bool = True) -> Outcome:
         """Every request's end; `hard` budgets are limits too: what passes them is dropped."""
@@ -88,6 +93,7 @@ class Simulation:
                 replica.planner.admit(request, at, alone=idle and not replica.planner.queue)
             except RequestError:
                 continue
+            replica.marks[request] = replica.view.sent()
             index[request] = i
             replica.planner.add(request)
             if idle:
@@ -96,11 +102,16 @@ class Simulation:
         return outcome
 
     def _route(self, request: Request, now: float) -> int:
-        """The replica with the most slack for this request: the gateway's rule."""
+        """The replica with the most slack for this request: the gateway's rule, on what replicas
+        have told, which they do as often as real ones."""
         if len(self.replicas) == 1:
             return 0
-        waits = [replica.planner.wait_s(request, now) for replica in self.replicas]
-        return waits.index(min(waits))
+        for replica in self.replicas:
+            if now - replica.view.told_at >= PUSH_S:
+                replica.view.told(replica.planner.backlog(now), now)
+        self._routed += 1
+        views = [replica.view for replica in self.replicas]
+        return choose(views, request.budget.target - now, now, self._routed)
 
     def _advance(self, until: float, outcome: Outcome, index: dict[Request, int]) -> None:
         """Everything that happens before `until`."""
@@ -120,6 +131,7 @@ class Simulation:
         batch, rows = replica.running, len(replica.running)
         quality = self.family.quality[replica.stitch]
         for request in batch:
+            replica.view.ended(replica.marks.pop(request))
             i = index.pop(request)
             outcome.answer(
                 i, now, replica.started, replica.compute_s, replica.stitch, quality, rows
@@ -131,7 +143,8 @@ class Simulation:
     def _dispatch(self, number: int, now: float) -> None:
         replica = self.replicas[number]
         planner = replica.planner
-        planner.take_expired(now)
+        for request in planner.take_expired(now):
+            replica.view.ended(replica.marks.pop(request))
         replica.turn += 1
         if not planner.queue:
             return

@@ -27,6 +27,12 @@ class ServerConfig(AccessSettings):
         1.0, ge=0, le=10, description="shorter batches of light models run in the replica's process"
     )
     max_batch_rows: int = Field(32, ge=1, le=4096)
+    replicas: int = Field(
+        1, ge=1, le=64, description="copies of the model on this machine, behind gateways"
+    )
+    gateways: int = Field(
+        2, ge=1, le=16, description="before several replicas; they share `port`, one may be lost"
+    )
     ranks: int = Field(1, ge=1, le=64, description="processes that a language model is split over")
     spare_ranks: int = Field(0, ge=0, le=8, description="warm processes that replace lost ranks")
     link: LinkChoice = Field(
@@ -67,6 +73,12 @@ class ServerConfig(AccessSettings):
             raise ValueError("rank_address: expected HOST:PORT along with rank_secret_file")
         return self
 
+    @model_validator(mode="after")
+    def _ranks_elsewhere_belong_to_one_replica(self) -> ServerConfig:
+        if self.rank_address and self.replicas > 1:
+            raise ValueError("rank_address: expected replicas: 1 along with it")
+        return self
+
     def listening(self) -> tuple[tuple[str, str], ...]:
         """Fields of ports, each with the address that it is bound to."""
         return (
@@ -74,6 +86,7 @@ class ServerConfig(AccessSettings):
             ("metrics_port", self.host),
             ("admin_port", self.admin_host),
             ("health_port", self.host),
+            ("http_port", self.host),
         )
 
     @classmethod

@@ -6,8 +6,6 @@ No request passes through Ray: every replica answers on its own gRPC port.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
 from typing import Any
 
@@ -17,83 +15,19 @@ from ray.serve.exceptions import RayServeException
 
 from ladderstitch.config import ServerConfig
 from ladderstitch.engine.placement import resolve_device
-from ladderstitch.hosting import LiveSettings
+from ladderstitch.gateway.settings import GatewaySettings
+from ladderstitch.gateway_deployment import gateways
 from ladderstitch.language.bundle import is_language_bundle
+from ladderstitch.live_control import live_control
 from ladderstitch.logs import configure as configure_logs
 from ladderstitch.pressure import Pressure
 from ladderstitch.rank_actors import RANK_RESOURCES, launch_actor
-from ladderstitch.replica import Replica, merged
-from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.replica import Replica
+from ladderstitch.scheduling.live import LiveSettings
 
 log = logging.getLogger(__name__)
 
 APP = "ladderstitch"
-NAMESPACE = "ladderstitch"
-LONG_POLL_S = 30.0
-
-
-class LiveControl:
-    """The scheduling in force, for all replicas of a deployment, also those born later.
-
-    A named actor. The last writer wins, be it an administrator or a new `user_config`; a
-    `user_config` that was seen before (Serve repeats it to every new replica) is no new writing.
-    """
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.live = LiveSettings(0, SchedulerSettings.model_validate(settings))
-        self.seen_config: str | None = None
-        self.addresses: dict[str, str] = {}
-        self.changed = asyncio.Condition()
-
-    async def get(self) -> LiveSettings:
-        return self.live
-
-    async def update(self, changes: dict[str, Any]) -> LiveSettings:
-        """Change some fields for everyone; raises pydantic's `ValidationError` for a bad value."""
-        self.live = merged(self.live, changes)
-        async with self.changed:
-            self.changed.notify_all()
-        return self.live
-
-    async def configured(self, user_config: dict[str, Any]) -> LiveSettings:
-        """Take a `user_config` over as a change, if it is a new one."""
-        text = json.dumps(user_config, sort_keys=True)
-        if text == self.seen_config:
-            return self.live
-        self.seen_config = text
-        return await self.update(user_config)
-
-    async def newer_than(self, revision: int) -> LiveSettings:
-        """Wait for a later revision, or for the long poll to end."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LONG_POLL_S), self.changed:
-                await self.changed.wait_for(lambda: self.live.revision > revision)
-        return self.live
-
-    async def register(self, replica: str, address: str) -> None:
-        """Where a replica answers; gateways will ask."""
-        self.addresses[replica] = address
-
-    async def unregister(self, replica: str) -> None:
-        """It takes no more requests."""
-        self.addresses.pop(replica, None)
-
-    async def registered(self) -> dict[str, str]:
-        return dict(self.addresses)
-
-
-def live_control(settings: SchedulerSettings) -> Any:
-    """The deployment's `LiveControl` actor, started if there is none."""
-    actor = ray.remote(LiveControl).options(
-        name="live-control",
-        namespace=NAMESPACE,
-        get_if_exists=True,
-        lifetime="detached",
-        num_cpus=0,
-        max_restarts=-1,
-        max_concurrency=1000,
-    )
-    return actor.remote(settings.model_dump())
 
 
 class ReplicaDeployment:
@@ -111,12 +45,13 @@ class ReplicaDeployment:
             update=self._update,
             share_port=True,
             launcher=launch_actor,
+            watch_token=await self.control.token.remote(),
         )
         await self.replica.start()
         self.pressure = Pressure(self.replica.host, self.replica.metrics)
         self.replica.apply(await self.control.get.remote())
-        address = f"{self.config.host}:{self.replica.port}"
-        await self.control.register.remote(self.replica.host.replica, address)
+        self.address = f"{_reachable(self.config.host)}:{self.replica.port}"
+        await self.control.register.remote(self.replica.host.replica, self.address)
         self._following = asyncio.create_task(self._follow(), name="follow-live-settings")
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -151,8 +86,11 @@ class ReplicaDeployment:
         """Apply what others change; survives a restart of the control actor."""
         while True:
             try:
-                revision = self.replica.host.live.revision
-                self.replica.apply(await self.control.newer_than.remote(revision))
+                host = self.replica.host
+                live = await self.control.newer_than.remote(
+                    host.live.revision, host.replica, self.address
+                )
+                self.replica.apply(live)
             except ray.exceptions.RayError as error:
                 log.warning("live settings unreachable, trying again: %s", error)
                 await asyncio.sleep(1.0)
@@ -168,7 +106,39 @@ def build(args: dict[str, Any]) -> Any:
 
 
 def application(config: ServerConfig) -> Any:
-    """The deployment graph of one model: a replica, and its ranks in one placement group."""
+    """The deployment graph of one model: a replica and its ranks in one placement group; if
+    several are asked for, gateways before them."""
+    if config.replicas == 1:
+        return _replicas(config)
+    in_front = gateways(gateway_settings(config), config.scheduling, config.gateways)
+    return in_front(_replicas(behind_gateways(config)))
+
+
+def gateway_settings(config: ServerConfig) -> GatewaySettings:
+    """Gateways listen where a single replica would."""
+    shared = GatewaySettings.model_fields.keys() & ServerConfig.model_fields.keys() - {"replicas"}
+    fields = config.model_dump(include=shared)
+    return GatewaySettings.model_validate(fields | {"share_port": config.gateways > 1})
+
+
+def behind_gateways(config: ServerConfig) -> ServerConfig:
+    """Replicas of one machine: free ports of loopback, plaintext there, but the same tokens."""
+    return config.model_copy(
+        update={
+            "host": "127.0.0.1",
+            "port": 0,
+            "metrics_port": 0,
+            "admin_port": None,
+            "health_port": None,
+            "tls_certificate": None,
+            "tls_key": None,
+            "tls_client_ca": None,
+            "max_connection_age_s": None,
+        }
+    )
+
+
+def _replicas(config: ServerConfig) -> Any:
     gpus = int(resolve_device(config.device) != "cpu")
     options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
     placement: dict[str, Any] = {}
@@ -183,9 +153,9 @@ def application(config: ServerConfig) -> Any:
     deployment: Any = serve.deployment(
         ReplicaDeployment,
         name="replica",
-        num_replicas=1,
+        num_replicas=config.replicas,
         max_ongoing_requests=1000,
-        health_check_period_s=2,
+        health_check_period_s=1,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=config.drain_s + 5,
         ray_actor_options=options,
@@ -193,3 +163,9 @@ def application(config: ServerConfig) -> Any:
         **placement,
     )
     return deployment.bind(config.model_dump(mode="json"))
+
+
+def _reachable(host: str) -> str:
+    """The address under which other machines know one that is bound."""
+    everywhere = host in ("0.0.0.0", "::", "[::]")
+    return str(ray.util.get_node_ip_address()) if everywhere else host

@@ -12,6 +12,7 @@ from ladderstitch.generation.generator import Generator
 from ladderstitch.images import ImageReader
 from ladderstitch.language.bundle import LanguageBundle
 from ladderstitch.models.route import Stitch
+from ladderstitch.scheduling.live import LiveSettings
 from ladderstitch.scheduling.scheduler import Scheduler
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.text_metrics import TextMetrics
@@ -66,14 +67,6 @@ class HostedGenerator:
 Hosted = HostedModel | HostedGenerator
 
 
-@dataclass(frozen=True, slots=True)
-class LiveSettings:
-    """The scheduling in force, and how many changes led to it."""
-
-    revision: int
-    settings: SchedulerSettings
-
-
 UpdateSettings = Callable[[dict[str, Any]], Awaitable[LiveSettings]]
 """Changed fields -> what is in force from then on, here and on every other replica."""
 
@@ -102,6 +95,7 @@ class Host:
     ready: bool = False
     leaving: bool = False  # announced, but requests are still accepted
     draining: bool = False
+    metrics_port: int = 0
     live: LiveSettings = field(default_factory=lambda: LiveSettings(0, SchedulerSettings()))
 
     @property

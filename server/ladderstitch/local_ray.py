@@ -22,7 +22,7 @@ class Cluster:
     """The running Ray and Serve."""
 
     def run(self, config: ServerConfig) -> tuple[int, int]:
-        """Deploy one replica and wait until it answers; its gRPC and metrics ports.
+        """Deploy, and wait until requests are answered; the gRPC and metrics ports for callers.
 
         Raises `ConfigError` if it does not come up.
         """
@@ -38,7 +38,7 @@ class Cluster:
         return ports
 
     def drain(self) -> None:
-        """Let the replica finish what it accepted, and end it."""
+        """Let all finish what they accepted, and end them."""
         from ray import serve
 
         from ladderstitch.deployment import APP

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from socketserver import ThreadingMixIn
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
 from ladderstitch.core import Completion, Request
+from ladderstitch.exposition import expose
 
 SECONDS = (
     0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008, 0.012, 0.016, 0.024, 0.032,
@@ -131,32 +129,7 @@ class Metrics:
 
         With `share_port` a rolling replacement may listen beside its predecessor for a while.
         """
-        kind = _SharedServer if share_port else _MetricsServer
-        server = make_server(
-            address, port, make_wsgi_app(self.registry), kind, handler_class=_QuietHandler
-        )
-        thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
-        thread.start()
-
-        def close() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        return server.server_port, close
-
-
-class _MetricsServer(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-
-class _SharedServer(_MetricsServer):
-    allow_reuse_port = True
-
-
-class _QuietHandler(WSGIRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        """A line a scrape would drown the log."""
+        return expose(make_wsgi_app(self.registry), port, address, share_port=share_port)
 
 
 class ModelMetrics:

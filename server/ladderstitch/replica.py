@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ladderstitch.allocator import return_freed_memory
 from ladderstitch.config import ServerConfig
-from ladderstitch.hosting import Control, Host, Hosted, LiveSettings, UpdateSettings
+from ladderstitch.hosting import Control, Host, Hosted, UpdateSettings
 from ladderstitch.image_runner import ImageRunner
 from ladderstitch.language.bundle import is_language_bundle
 from ladderstitch.language.launching import Launcher, launch_process
@@ -18,11 +18,14 @@ from ladderstitch.logs import log_request
 from ladderstitch.metrics import Metrics
 from ladderstitch.repository import Repository
 from ladderstitch.runner import Advance, Runner
-from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.scheduling.live import LiveSettings, merged
 from ladderstitch.service.observing import Sink
 from ladderstitch.service.server import Server
 from ladderstitch.service.traces import trace_sink
 from ladderstitch.service.transport import Transport
+
+if TYPE_CHECKING:
+    from ladderstitch.openai.server import HttpServer
 
 LAME_DUCK_S = 0.25
 """So long, calls on their way to a stopping replica are still taken, and as long again those that
@@ -40,8 +43,10 @@ class Replica:
         update: UpdateSettings | None = None,
         share_port: bool = False,
         launcher: Launcher = launch_process,
+        watch_token: str | None = None,
     ) -> None:
-        """`launcher` starts the ranks of a language model.
+        """`launcher` starts the ranks of a language model; a gateway may watch by `watch_token`,
+        where callers need tokens.
 
         Raises `BundleError`, and `ConfigError` for certificates or tokens that cannot be used.
         """
@@ -59,10 +64,19 @@ class Replica:
         )
         self._close_traces: Callable[[], None] = lambda: None
         transport = Transport.of(
-            config, self.metrics.denied, self._sinks(name), share_port=share_port
+            config,
+            self.metrics.denied,
+            self._sinks(name),
+            share_port=share_port,
+            watch_token=watch_token,
         )
         control = Control(update or self._update_alone, self.drain, self._load, self._unload)
         self.server = Server(self.host, control, transport)
+        self.http: HttpServer | None = None
+        if config.http_port is not None:
+            from ladderstitch.openai.server import HttpServer  # a second to import
+
+            self.http = HttpServer(config, self.host, transport.guard)
         self.metrics_port = 0
         self._close_metrics: Callable[[], None] = lambda: None
 
@@ -94,9 +108,12 @@ class Replica:
         Raises `OSError` if a port is taken, and what the runner raises if it cannot come up.
         """
         await self.server.start(self.config.host, self.config.port)
+        if self.http is not None and self.config.http_port is not None:
+            await self.http.start(self.config.http_port, share_port=self.share_port)
         self.metrics_port, self._close_metrics = self.metrics.expose(
             self.config.metrics_port, self.config.host, share_port=self.share_port
         )
+        self.host.metrics_port = self.metrics_port
         await self.models.start(advance)
         self.host.ready = True
         self.models.set_ready(True)
@@ -135,6 +152,8 @@ class Replica:
         await self.drain(announce_s=0.0 if self.host.draining else LAME_DUCK_S)
         await asyncio.sleep(LAME_DUCK_S)
         await self.server.stop(grace_s=1.0)
+        if self.http is not None:
+            await self.http.stop()
         await self.models.close()
         self._close_metrics()
         await asyncio.to_thread(self._close_traces)
@@ -153,10 +172,11 @@ def make_runner(config: ServerConfig, host: Host, metrics: Metrics, launcher: La
     return ImageRunner(config, host, metrics)
 
 
-def merged(live: LiveSettings, changes: dict[str, Any]) -> LiveSettings:
-    """The settings after a change, checked anew, one revision later."""
-    fields = live.settings.model_dump() | changes
-    return LiveSettings(live.revision + 1, SchedulerSettings.model_validate(fields))
+def free_port(address: str) -> int:
+    """A port of the address that nobody listens on at present."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
 
 
 def port_is_free(address: str, port: int) -> bool:

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from ladderstitch.catalogue import find_bundle
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import BadInput, Draining, ModelNotFound, UserError
-from ladderstitch.hosting import Host, Hosted, LiveSettings
+from ladderstitch.hosting import Host, Hosted
 from ladderstitch.runner import Advance, Runner
 from ladderstitch.scheduling.engine import EngineDied
+from ladderstitch.scheduling.live import LiveSettings
 
 log = logging.getLogger(__name__)
 

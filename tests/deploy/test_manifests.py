@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
+from ladderstitch.gateway.settings import GatewaySettings
 from tests.deploy.conftest import tool
 from tests.deploy.manifests import (
     Manifest,
@@ -59,6 +60,49 @@ def test_helm_lints_and_kustomize_holds_what_it_renders(helm: str, variant: str)
 def test_kustomize_builds_an_overlay(kubectl: str, variant: str) -> None:
     built = parse(run(kubectl, "kustomize", str(DEPLOY / "kustomize" / variant)))
     assert sorted(m["kind"] for m in built) == sorted(m["kind"] for m in committed(variant))
+
+
+def with_gateway(helm: str, *flags: str) -> Manifests:
+    """What enabling the gateway adds."""
+    command = (helm, "template", "ladderstitch", str(DEPLOY / "chart"), *flags)
+    bare, whole = (
+        parse(run(*command, "--set", f"gateway.enabled={on}")) for on in ("false", "true")
+    )
+    return [manifest for manifest in whole if manifest not in bare]
+
+
+def test_a_gateway_is_valid_drains_and_reaches_the_replicas(helm: str) -> None:
+    import kubernetes_validate
+
+    added = with_gateway(helm)
+    for manifest in added:
+        kubernetes_validate.validate(manifest, "1.33", strict=True)
+    assert sorted(m["kind"] for m in added) == [
+        "ConfigMap", "Deployment", "PodDisruptionBudget", "Service"
+    ]  # fmt: skip
+    pod = of_kind(added, "Deployment")["spec"]["template"]
+    fields = yaml.safe_load(of_kind(added, "ConfigMap")["data"]["gateway.yaml"])
+    settings = GatewaySettings.model_validate(fields)
+    assert container(pod)["command"][:2] == ["ladderstitch", "gateway"]
+    declared = {port["name"]: port["containerPort"] for port in container(pod)["ports"]}
+    assert declared == {
+        "grpc": settings.port, "health": settings.health_port, "ls-metrics": settings.metrics_port
+    }  # fmt: skip
+    assert container(pod)["readinessProbe"]["grpc"]["port"] == settings.health_port
+    grace_s = pod["spec"]["terminationGracePeriodSeconds"]
+    assert grace_s > settings.announce_s + settings.drain_s
+    replicas = of_kind(
+        parse(run(helm, "template", "ladderstitch", str(DEPLOY / "chart"))), "Service"
+    )
+    assert settings.replicas == (f"dns:{replicas['metadata']['name']}:8001",)
+    for kind in ("Service", "PodDisruptionBudget"):
+        spec = of_kind(added, kind)["spec"]
+        wanted = spec["selector"].get("matchLabels", spec["selector"])
+        assert wanted.items() <= pod["metadata"]["labels"].items()
+    mutual = yaml.safe_load(
+        of_kind(with_gateway(helm, "--set", "tls.mutual=true"), "ConfigMap")["data"]["gateway.yaml"]
+    )
+    assert GatewaySettings.model_validate(mutual).replica_key is not None
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

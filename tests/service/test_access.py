@@ -83,7 +83,7 @@ def encrypted(pair: Pair, **fields: Any) -> dict[str, Any]:
 
 async def outcome(port: int, access: Access = PLAIN) -> Code:
     """How a call ends that needs no model."""
-    async with AsyncClient(f"127.0.0.1:{port}", access=access) as client:
+    async with AsyncClient(f"127.0.0.1:{port}", access=access, retries=None) as client:
         try:
             await client.list_models()
         except RequestFailed as refused:

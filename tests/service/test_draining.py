@@ -35,7 +35,7 @@ async def replica(tiny_bundle: Bundle) -> AsyncIterator[Replica]:
 
 @pytest.fixture
 async def client(replica: Replica) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(f"127.0.0.1:{replica.port}") as client:
+    async with AsyncClient(f"127.0.0.1:{replica.port}", retries=None) as client:
         yield client
 
 

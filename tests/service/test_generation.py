@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -16,17 +17,25 @@ import grpc
 import pytest
 
 from ladderstitch.client import AsyncClient, Client, RequestFailed, TextPiece
-from ladderstitch.language.bundle import LanguageBundle
-from ladderstitch.v1 import generation_pb2
-from tests.language.conftest import END, one_rank_logits, write_tiny
+from ladderstitch.language.bundle import LanguageBundle, LanguagePath
+from ladderstitch.language.residual import Residual
+from ladderstitch.oip import grpc_service_pb2 as pb
+from ladderstitch.oip import grpc_service_pb2_grpc
+from ladderstitch.v1 import generation_pb2, generation_pb2_grpc
+from tests.language.conftest import greedy, write_tiny
 from tests.service.conftest import RunningServer, start_server, stop_server
 
 PROMPT = "a prompt of bytes"
+TEXT_INPUT = {"name": "text_input", "datatype": "BYTES", "shape": [1]}
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> LanguageBundle:
-    return LanguageBundle.load(write_tiny(tmp_path_factory.mktemp("models") / "tiny"))
+    paths = (
+        LanguagePath(name="standard", residual=Residual()),
+        LanguagePath(name="ladder", residual=Residual(scheme="ladder")),
+    )
+    return LanguageBundle.load(write_tiny(tmp_path_factory.mktemp("models") / "tiny", paths=paths))
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +52,6 @@ def server(
 def client(server: RunningServer) -> Iterator[Client]:
     with Client(server.address) as opened:
         yield opened
-
-
-def greedy(bundle: LanguageBundle, prompt: str, count: int) -> list[int]:
-    """Without a cache and without ranks: the whole sequence again for every token."""
-    tokens = bundle.tokenizer().encode(prompt)
-    for _ in range(count):
-        logits = one_rank_logits(bundle.manifest.config, bundle.weights(), tokens)
-        tokens.append(int(logits[-1].argmax()))
-        if tokens[-1] == END:
-            break
-    return tokens[-count:]
 
 
 def rank_pids(server: RunningServer) -> list[int]:
@@ -115,6 +113,10 @@ def test_a_seed_draws_the_same_and_another_seed_does_not(client: Client) -> None
         ({"max_tokens": 1000}, "max_tokens"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": -1.0}, "temperature"),
+        ({"min_quality": 1.5}, "min_quality"),
+        ({"token_budget_s": 0.0}, "token_budget_us"),
+        ({"first_token_budget_s": -1.0}, "first_token_budget_us"),
+        ({"logprobs": 21}, "logprobs"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"stop": [""]}, "stop"),
@@ -136,6 +138,100 @@ def test_bad_input_names_its_field(client: Client, wishes: dict[str, object], fi
     assert list(failure.value.violations) == [field]
 
 
+def test_an_answer_says_what_it_was_made_by_and_which_budgets_it_kept(client: Client) -> None:
+    pieces = list(
+        client.generate(
+            PROMPT,
+            max_tokens=6,
+            budget_s=60,
+            first_token_budget_s=1e-6,
+            token_budget_s=30,
+            min_quality=0.6,
+        )
+    )
+    cost = pieces[-1].accounting
+    assert cost is not None
+    assert (cost.path, cost.stitch_id, cost.perplexity) == ("standard", 0, 10.0)
+    assert cost.quality == pytest.approx(0.6)
+    assert cost.quality_metric == "next-token accuracy on nothing"
+    assert (cost.budget_met, cost.first_token_budget_met, cost.token_budget_met) == (1, 0, 1)
+    assert cost.first_token_us + 5 * cost.mean_token_us == pytest.approx(cost.total_us, abs=10)
+    pinned = list(client.generate(PROMPT, max_tokens=2, stitch=1))[-1].accounting
+    assert pinned is not None
+    assert (pinned.path, pinned.perplexity) == ("ladder", 11.0)
+    assert not pinned.HasField("token_budget_us")
+
+
+def test_budgets_come_as_metadata_too(server: RunningServer) -> None:
+    keys = [("x-llm-d-slo-ttft-ms", "0.001"), ("x-llm-d-slo-tpot-ms", "9000")]
+    request = generation_pb2.GenerateRequest(text=PROMPT, max_tokens=3, token_budget_us=10**8)
+    with grpc.insecure_channel(server.address) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        cost = list(stub.Generate(request, timeout=20, metadata=keys))[-1].accounting
+        assert (cost.first_token_budget_us, cost.token_budget_us) == (1, 9_000_000)
+        assert (cost.first_token_budget_met, cost.token_budget_met) == (False, True)
+        wrong = [("x-llm-d-slo-tpot-ms", "soon")]
+        with pytest.raises(grpc.RpcError) as failure:
+            list(stub.Generate(request, timeout=20, metadata=wrong))
+    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "x-llm-d-slo-tpot-ms: expected" in failure.value.details()
+
+
+@pytest.mark.parametrize(
+    ("wishes", "reason", "metadata"),
+    [
+        ({"stitch": 2}, "STITCH_NOT_FOUND", {}),
+        ({"min_quality": 0.7}, "QUALITY_UNAVAILABLE", {"max_quality": "0.600000"}),
+        ({"budget_s": 1e-5, "hard": True}, "BUDGET_INFEASIBLE", {}),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(
+    client: Client, wishes: dict[str, object], reason: str, metadata: dict[str, str]
+) -> None:
+    with pytest.raises(RequestFailed) as failure:
+        list(client.generate(PROMPT, **wishes))  # type: ignore[arg-type] # as the cases name them
+    assert failure.value.reason == reason
+    assert metadata.items() <= failure.value.metadata.items()
+
+
+def test_log_probabilities_come_with_the_tokens(client: Client) -> None:
+    for piece in client.generate(PROMPT, max_tokens=4, logprobs=2):
+        assert len(piece.alternatives) == 2
+        assert piece.alternatives[0] == (piece.token, piece.logprob)  # it is greedy
+
+
+def test_operators_pin_paths_as_they_pin_stitches(client: Client) -> None:
+    def path() -> str:
+        cost = list(client.generate(PROMPT, max_tokens=1))[-1].accounting
+        assert cost is not None
+        return cost.path
+
+    client.update_scheduling(pinned_stitch=1)
+    try:
+        assert path() == "ladder"
+        with pytest.raises(RequestFailed, match="expected a stitch of 'tiny', got 2"):
+            client.update_scheduling(pinned_stitch=2)
+    finally:
+        client.update_scheduling(unpin=True)
+    assert path() == "standard"
+    paths = client.get_model().language.paths
+    assert [(p.name, p.residual) for p in paths] == [("standard", "standard"), ("ladder", "ladder")]
+    assert paths[1].planned_token_us > 0
+
+
+async def test_32_streams_share_the_model(server: RunningServer, bundle: LanguageBundle) -> None:
+    prompts = [PROMPT[: 1 + n % len(PROMPT)] for n in range(32)]
+    wanted = {prompt: greedy(bundle, prompt, 6) for prompt in set(prompts)}
+    async with AsyncClient(server.address) as client:
+
+        async def stream(prompt: str) -> list[int]:
+            answer = client.generate(prompt, max_tokens=6, timeout_s=60)
+            return [piece.token async for piece in answer]
+
+        answers = await asyncio.gather(*(stream(prompt) for prompt in prompts))
+    assert answers == [wanted[prompt] for prompt in prompts]
+
+
 def test_a_request_without_a_prompt_is_refused(client: Client) -> None:
     with pytest.raises(grpc.RpcError) as failure:
         list(client.generation.Generate(generation_pb2.GenerateRequest(), timeout=10))
@@ -153,9 +249,9 @@ def test_the_other_service_says_where_text_is_made(client: Client) -> None:
 
 def test_a_hard_limit_ends_a_stream(client: Client) -> None:
     with pytest.raises(RequestFailed) as failure:
-        list(client.generate(PROMPT, max_tokens=100, budget_s=0.02, hard=True))
+        list(client.generate(PROMPT, max_tokens=100, stitch=0, budget_s=0.1, hard=True))
     assert failure.value.reason in ("EXPIRED_IN_QUEUE", "EXPIRED_IN_COMPUTE")
-    soft = list(client.generate(PROMPT, max_tokens=40, budget_s=0.001))
+    soft = list(client.generate(PROMPT, max_tokens=40, stitch=0, budget_s=0.001))
     accounting = soft[-1].accounting
     assert accounting is not None
     assert len(soft) == 40
@@ -235,3 +331,70 @@ def test_ranks_that_do_not_fit_the_model_are_refused_at_once(bundle: LanguageBun
     assert "ranks: expected at most 3 (the KV heads) or a divisor of 6" in " ".join(
         done.stderr.split()
     )
+
+
+def test_tritonclient_streams_tokens_unmodified(
+    server: RunningServer, bundle: LanguageBundle
+) -> None:
+    probe = Path(__file__).with_name("tritonclient_text_probe.py")
+    done = subprocess.run(
+        [sys.executable, str(probe), server.address],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["tokens"]["first"] == greedy(bundle, PROMPT, 6)
+    assert seen["finals"]["first"]["ladderstitch_stitch_name"] == "standard"
+    assert seen["finals"]["first"]["ladderstitch_finish_reason"] == "length"
+    assert 1 <= len(seen["tokens"]["second"]) <= 3
+    assert seen["finals"]["second"]["ladderstitch_budget_met"] is True
+    (error,) = seen["errors"]
+    assert error.startswith("BAD_INPUT: prompt: expected at least one token")
+    assert seen["metadata"]["inputs"] == [
+        {"name": "text_input", "datatype": "BYTES", "shape": ["1"]}
+    ]
+    assert seen["config"]["config"]["model_transaction_policy"] == {"decoupled": True}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "parameters", "field"),
+    [
+        ({"name": "images", "datatype": "BYTES", "shape": [1]}, {}, "inputs"),
+        ({"name": "text_input", "datatype": "FP32", "shape": [1]}, {}, "text_input"),
+        ({"name": "text_input", "datatype": "BYTES", "shape": [2]}, {}, "text_input"),
+        ({"name": "text_input", "datatype": "BYTES", "shape": [1]}, {"wrong": 1}, "parameters"),
+        (
+            {"name": "text_input", "datatype": "BYTES", "shape": [1]},
+            {"max_tokens": 0},
+            "max_tokens",
+        ),
+        ({"name": "text_input", "datatype": "BYTES", "shape": [1]}, {"stitch_id": 7}, "stitch_id"),
+    ],
+)
+def test_a_bad_request_ends_alone_and_the_stream_goes_on(
+    server: RunningServer, tensor: dict[str, object], parameters: dict[str, int], field: str
+) -> None:
+    def request(tensor: dict[str, object], text: bytes, **given: int) -> pb.ModelInferRequest:
+        made = pb.ModelInferRequest(
+            model_name="tiny",
+            inputs=[pb.ModelInferRequest.InferInputTensor(**tensor)],  # type: ignore[arg-type] # as the cases say
+            raw_input_contents=[len(text).to_bytes(4, "little") + text],
+        )
+        for name, value in given.items():
+            made.parameters[name].int64_param = value
+        return made
+
+    with grpc.insecure_channel(server.address) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        sent = [
+            request(tensor, b"x", **parameters),
+            request(TEXT_INPUT, b"\xff\xfe"),
+            request(TEXT_INPUT, b"a prompt", max_tokens=2, stitch_id=0),
+        ]
+        answers = list(stub.ModelStreamInfer(iter(sent), timeout=30))
+    errors = [answer.error_message for answer in answers if answer.error_message]
+    assert len(errors) == 2
+    assert any(f"{field}: " in error for error in errors)
+    assert any("expected UTF-8" in error for error in errors)
+    finals = [a.infer_response.parameters["triton_final_response"].bool_param for a in answers]
+    assert sum(finals) == 3

@@ -187,7 +187,7 @@ def test_an_array_of_another_type_is_refused_by_the_client(client: Client) -> No
 
 
 def test_no_server_is_said_plainly() -> None:
-    with Client("127.0.0.1:9") as client, pytest.raises(RequestFailed) as failed:
+    with Client("127.0.0.1:9", retries=None) as client, pytest.raises(RequestFailed) as failed:
         client.predict(pixels(), timeout_s=5)
     assert failed.value.code == grpc.StatusCode.UNAVAILABLE
     assert failed.value.reason == ""

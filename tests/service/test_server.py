@@ -12,9 +12,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ladderstitch.client import AsyncClient, RequestFailed
 from ladderstitch.config import ServerConfig
-from ladderstitch.hosting import Control, Host, LiveSettings
+from ladderstitch.hosting import Control, Host
 from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc
 from ladderstitch.replica import Replica
+from ladderstitch.scheduling.live import LiveSettings
 from ladderstitch.service.server import Server
 from ladderstitch.service.transport import Transport
 from tests.conftest import Bundle
@@ -50,7 +51,7 @@ async def loading() -> AsyncIterator[Server]:
 
 async def test_while_loading_it_is_live_but_not_ready(loading: Server) -> None:
     address = f"127.0.0.1:{loading.port}"
-    async with AsyncClient(address) as client:
+    async with AsyncClient(address, retries=None) as client:
         with pytest.raises(RequestFailed) as refused:
             await client.predict(pixels())
         assert refused.value.code == grpc.StatusCode.UNAVAILABLE
@@ -80,7 +81,7 @@ async def test_an_unforeseen_error_is_internal_with_an_incident_and_no_trace(
 ) -> None:
     loading.host.ready = True
     loading.host.models = {"broken": None}  # type: ignore[dict-item] # makes the handler fail
-    async with AsyncClient(f"127.0.0.1:{loading.port}") as client:
+    async with AsyncClient(f"127.0.0.1:{loading.port}", retries=None) as client:
         with pytest.raises(RequestFailed) as failed:
             await client.predict(pixels(), model="broken")
     assert failed.value.code == grpc.StatusCode.INTERNAL
@@ -105,7 +106,7 @@ async def test_a_stopping_replica_finishes_and_refuses(tiny_bundle: Bundle) -> N
     config = ServerConfig(bundle=tiny_bundle.path, port=0, metrics_port=0, max_batch_rows=8)
     replica = Replica(config)
     await replica.start()
-    async with AsyncClient(f"127.0.0.1:{replica.port}") as client:
+    async with AsyncClient(f"127.0.0.1:{replica.port}", retries=None) as client:
         asking = [asyncio.create_task(client.predict(pixels(4, n))) for n in range(40)]
         await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
         await replica.stop()

@@ -12,6 +12,30 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: replica
 {{- end }}
 
+{{- define "ladderstitch.gatewayLabels" -}}
+{{ include "ladderstitch.labels" . }}
+app.kubernetes.io/component: gateway
+{{- end }}
+
+{{/* Fields of GatewaySettings: callers as a replica takes them, replicas over TLS. */}}
+{{- define "ladderstitch.gatewayConfig" -}}
+{{- $config := dict
+  "replicas" (list (printf "dns:%s-replicas:8001" .Release.Name))
+  "host" "0.0.0.0" "port" 8001 "admin_port" 8002 "admin_host" "127.0.0.1" "health_port" 8003
+  "metrics_port" 9464
+  "tls_certificate" "/etc/ladderstitch/tls/tls.crt" "tls_key" "/etc/ladderstitch/tls/tls.key"
+  "token_file" "/etc/ladderstitch/tokens/tokens.yaml"
+  "replica_ca" "/etc/ladderstitch/tls/ca.crt" "replica_server_name" .Values.tls.serverName
+  "replica_token_file" "/etc/ladderstitch/tokens/gateway-token"
+  "announce_s" .Values.drain.announceSeconds "drain_s" .Values.drain.finishSeconds }}
+{{- if .Values.tls.mutual }}
+{{- $_ := set $config "tls_client_ca" "/etc/ladderstitch/tls/ca.crt" }}
+{{- $_ := set $config "replica_certificate" "/etc/ladderstitch/tls/tls.crt" }}
+{{- $_ := set $config "replica_key" "/etc/ladderstitch/tls/tls.key" }}
+{{- end }}
+{{- toYaml $config }}
+{{- end }}
+
 {{/* Fields of ServerConfig. What the templates rely on cannot be overridden by `server`. */}}
 {{- define "ladderstitch.config" -}}
 {{- $ours := dict

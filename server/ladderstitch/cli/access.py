@@ -77,6 +77,7 @@ def connect(context: typer.Context, address: str, timeout_s: float = 30.0) -> Cl
     options = context.find_object(Options)
     assert options is not None, "set before every command"
     try:
-        return Client(address, timeout_s, options.access())
+        # whoever sits at a terminal wants to know at once
+        return Client(address, timeout_s, options.access(), retries=None)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error

@@ -14,16 +14,18 @@ from ladderstitch.cli import access
 
 MODULES = (
     "serving",
+    "gatewaying",
     "operating",
     "doctoring",
     "predicting",
     "generating",
     "making",
+    "converting",
     "measuring",
     "overlapping",
 )
 """In the order of the help page; each puts its commands into a Typer by `register`."""
-LIGHT = ("operating", "predicting")
+LIGHT = ("operating", "predicting", "gatewaying")
 """Without torch: orchestrators call some of their commands every few seconds."""
 
 

@@ -34,6 +34,16 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed draws the same.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
     budget: Annotated[str | None, typer.Option(help="For the whole answer, e.g. 2s.")] = None,
+    first_token: Annotated[
+        str | None, typer.Option(help="Budget of the first token, e.g. 300ms.")
+    ] = None,
+    per_token: Annotated[
+        str | None, typer.Option(help="Budget of the mean time between tokens, e.g. 40ms.")
+    ] = None,
+    min_quality: Annotated[
+        float | None, typer.Option(help="Refuse rather than answer below this quality, 0 to 1.")
+    ] = None,
+    stitch: Annotated[int | None, typer.Option(help="Take this path whatever the budget.")] = None,
     model: Annotated[
         str, typer.Option(help="Model's name; default: the server's only one, or smollm2.")
     ] = "",
@@ -43,10 +53,13 @@ def generate(
 ) -> None:
     """Go on from a prompt with a language model, token by token.
 
-    `ladderstitch fetch smollm2` and `ladderstitch serve --model smollm2` first; or `--local`.
+    `ladderstitch fetch smollm2` and `ladderstitch serve --model smollm2` first; or `--local`. A
+    model with several paths answers by the best one that the budgets allow.
     """
     with user_errors():
-        budget_s = parse_duration(budget) if budget else None
+        budget_s, first_s, token_s = (
+            parse_duration(text) if text else None for text in (budget, first_token, per_token)
+        )
         sampling = Sampling(temperature, top_k, top_p, seed)
         stops = tuple(stop or ())
         if local:
@@ -64,13 +77,17 @@ def generate(
                 model=model,
                 max_tokens=max_tokens,
                 budget_s=budget_s,
+                first_token_budget_s=first_s,
+                token_budget_s=token_s,
+                min_quality=min_quality,
+                stitch=stitch,
                 stop=stops,
                 **asdict(sampling),
             ):
                 typer.echo(last.text, nl=False)
         typer.echo()
         if last is not None:
-            _summarise(last, time.monotonic() - started, budgeted=budget_s is not None)
+            _summarise(last, time.monotonic() - started)
 
 
 async def _generate_here(bundle: LanguageBundle, request: GenerationRequest, ranks: int) -> None:
@@ -93,12 +110,22 @@ async def _generate_here(bundle: LanguageBundle, request: GenerationRequest, ran
         await group.close()
 
 
-def _summarise(last: TextPiece, seconds: float, *, budgeted: bool) -> None:
+def _summarise(last: TextPiece, seconds: float) -> None:
     _say(last.index + 1, seconds)
     cost = last.accounting
-    if budgeted and cost is not None:
-        met = "met" if cost.budget_met else "missed"
-        err.print(f"budget of {cost.budget_us / 1e6:.2f} s {met}: {cost.total_us / 1e6:.2f} s")
+    if cost is None:
+        return
+    quality = f", {cost.quality_metric} {cost.quality:.3f}" if cost.HasField("quality") else ""
+    err.print(f"path {cost.path}{quality}")
+    for what, wished, took_us in (
+        ("budget", "budget", cost.total_us),
+        ("first token", "first_token_budget", cost.first_token_us),
+        ("per token", "token_budget", cost.mean_token_us),
+    ):
+        if cost.HasField(f"{wished}_us"):  # type: ignore[arg-type] # the fields of the table above
+            met = "met" if getattr(cost, f"{wished}_met") else "missed"
+            wanted_ms = getattr(cost, f"{wished}_us") / 1e3
+            err.print(f"{what} of {wanted_ms:.0f} ms {met}: {took_us / 1e3:.0f} ms")
 
 
 def _say(tokens: int, seconds: float) -> None:

@@ -22,11 +22,12 @@ from ladderstitch.language.bundle import is_language_bundle
 from ladderstitch.language.launching import launch_process
 from ladderstitch.logs import configure as configure_logs
 from ladderstitch.metrics import Metrics
-from ladderstitch.replica import Replica, make_runner, port_is_free
+from ladderstitch.replica import Replica, free_port, make_runner, port_is_free
 from ladderstitch.service.transport import Transport
 
 EXAMPLES = Path("examples/fashion-mnist/images")
 ACCESS = "Who may call"
+GATEWAY_PORTS = ("port", "metrics_port")
 
 
 def serve(
@@ -47,7 +48,18 @@ def serve(
     metrics_port: Annotated[
         int | None, typer.Option(help="Prometheus port, 0: any (default: 9464)")
     ] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="OpenAI's API for language models, e.g. 8081; unset: none")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda[:N] (default: auto)")] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(help="Copies of the model here, behind gateways; needs Ray (default: 1)"),
+    ] = None,
+    gateways: Annotated[
+        int | None,
+        typer.Option(help="Before several replicas; they share the port (default: 2)"),
+    ] = None,
     ranks: Annotated[
         int | None, typer.Option(help="Language models: processes to split over (default: 1)")
     ] = None,
@@ -105,7 +117,10 @@ def serve(
             host=host,
             port=port,
             metrics_port=metrics_port,
+            http_port=http_port,
             device=device,
+            replicas=replicas,
+            gateways=gateways,
             ranks=ranks,
             spare_ranks=spare_ranks,
             tls_certificate=tls_certificate,
@@ -116,6 +131,11 @@ def serve(
             health_port=health_port,
             insecure_public=insecure_public or None,
         )
+        if parsed.replicas > 1 and not ray:
+            raise ConfigError(
+                "replicas: several need Ray; without it, start each with its own --port and "
+                "`ladderstitch gateway --replica HOST:PORT ...` before them"
+            )
         _check_before_start(parsed)
         if ray:
             _serve_on_ray(parsed, started)
@@ -142,14 +162,17 @@ def _serve_on_ray(config: ServerConfig, started: float) -> None:
 
     stop = threading.Event()
     status = err.status("starting Ray and Serve, then warming every stitch and batch size ...")
-    actors = 1 + config.ranks + config.spare_ranks
+    actors = config.replicas * (1 + config.ranks + config.spare_ranks)
+    if config.replicas > 1:  # all gateways take the same, those that are started anew, too
+        ports = {name: getattr(config, name) or free_port(config.host) for name in GATEWAY_PORTS}
+        config = config.model_copy(update=ports)
     with status, local_ray(actors) as cluster:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         port, metrics_port = cluster.run(config)
         status.stop()
         if not stop.is_set():
-            _say_ready(config, port, metrics_port, started)
+            _say_ready(config, port, metrics_port, config.http_port, started)
         stop.wait()
         err.print("draining ...")
         cluster.drain()
@@ -165,15 +188,21 @@ async def _serve_alone(config: ServerConfig, started: float) -> None:
     with progress_bar() as progress:
         task = progress.add_task("warming up", total=None)
         await replica.start(lambda done, total: progress.update(task, completed=done, total=total))
-    _say_ready(config, replica.port, replica.metrics_port, started)
+    http_port = replica.http.port if replica.http is not None else None
+    _say_ready(config, replica.port, replica.metrics_port, http_port, started)
     await stop.wait()
     err.print("draining ...")
     await replica.stop()
 
 
-def _say_ready(config: ServerConfig, port: int, metrics_port: int, started: float) -> None:
+def _say_ready(
+    config: ServerConfig, port: int, metrics_port: int, http_port: int | None, started: float
+) -> None:
     seconds = time.monotonic() - started
     where = f"gRPC on {config.host}:{port}, metrics on http://{config.host}:{metrics_port}/metrics"
+    if http_port is not None:
+        scheme = "https" if config.tls_certificate is not None else "http"
+        where += f", OpenAI API on {scheme}://{config.host}:{http_port}/v1"
     out.print(f"[bold green]ready[/] after {seconds:.1f} s: {where}", soft_wrap=True)
     address = "" if port == 8001 else f" --address {config.host}:{port}"
     if is_language_bundle(config.bundle):

@@ -11,9 +11,11 @@ from ladderstitch.client.asynchronous import AsyncClient
 from ladderstitch.client.blocking import Client
 from ladderstitch.client.failure import RequestFailed
 from ladderstitch.client.prediction import Image, Prediction, infer_request
+from ladderstitch.client.retries import RETRY_POLICY
 from ladderstitch.client.text import TextPiece, generate_request
 
 __all__ = [
+    "RETRY_POLICY",
     "Access",
     "AsyncClient",
     "Client",

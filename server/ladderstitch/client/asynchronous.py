@@ -12,6 +12,7 @@ import grpc
 from ladderstitch.client.access import PLAIN, Access
 from ladderstitch.client.failure import RequestFailed
 from ladderstitch.client.prediction import Image, Prediction, check_budget_request, infer_request
+from ladderstitch.client.retries import RETRY_POLICY, retry_options
 from ladderstitch.client.text import TextPiece, generate_request
 from ladderstitch.v1 import (
     admin_pb2,
@@ -30,15 +31,20 @@ class AsyncClient:
         address: str = "127.0.0.1:8001",
         timeout_s: float = 30.0,
         access: Access = PLAIN,
+        retries: str | None = RETRY_POLICY,
     ) -> None:
-        """Raises `ValueError` and `OSError` as `Access.credentials` does."""
+        """`retries` is a gRPC service config; None: what fails, fails at once.
+
+        Raises `ValueError` and `OSError` as `Access.credentials` does.
+        """
         self.timeout_s = timeout_s
         self._metadata = access.metadata
         credentials = access.credentials(address)
+        options = [*retry_options(retries), *access.options]
         self.channel = (
-            grpc.aio.insecure_channel(address)
+            grpc.aio.insecure_channel(address, options=options)
             if credentials is None
-            else grpc.aio.secure_channel(address, credentials, options=access.options)
+            else grpc.aio.secure_channel(address, credentials, options=options)
         )
         self.inference: Any = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.generation: Any = generation_pb2_grpc.GenerationServiceStub(self.channel)

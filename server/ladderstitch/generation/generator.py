@@ -25,7 +25,7 @@ from ladderstitch.errors import (
     RequestError,
 )
 from ladderstitch.generation.blocks import BlockPool
-from ladderstitch.generation.choosing import choose_path
+from ladderstitch.generation.choosing import IDLE, choose_path, forecast
 from ladderstitch.generation.measuring import measure_steps
 from ladderstitch.generation.pace import StepTimes, made_up_profile
 from ladderstitch.generation.planning import Plan, plan_step
@@ -37,6 +37,7 @@ from ladderstitch.language.member import RankLost
 from ladderstitch.language.step import Outcome, Step, Want
 from ladderstitch.language.tokens import TextTokenizer
 from ladderstitch.measurements import QualityTable
+from ladderstitch.scheduling.backlog import HORIZONS_S, Backlog
 from ladderstitch.scheduling.menu import Menu
 from ladderstitch.scheduling.settings import SchedulerSettings
 
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 
 MAX_LOSSES = 8
 """Lost ranks that one answer survives: more is no accident."""
+SHORT_TOKENS = 32
+"""Of a prompt, and of an answer, by which a load is told."""
 
 
 class Observer(Protocol):
@@ -113,6 +116,16 @@ class Generator:
     def cache_share(self) -> float:
         """Share of the cache's blocks that answers hold."""
         return self.pool.used / self.pool.blocks
+
+    def backlog(self) -> Backlog:
+        """How much longer than alone a short answer would take, if it were asked for now."""
+        path, load = self.menu.choices()[0], self._roster.load()
+        busy, alone = (
+            forecast(path, SHORT_TOKENS, there, self.times).answer_s(SHORT_TOKENS)
+            for there in (load, IDLE)
+        )
+        request_s = self.times.prefill_s(path, SHORT_TOKENS)
+        return Backlog((busy - alone,) * len(HORIZONS_S), request_s)
 
     async def measure(self) -> None:
         """Learn what steps take; before the first request. Raises `RankLost`."""

@@ -13,6 +13,7 @@ from ladderstitch.errors import BudgetInfeasible, Overloaded, RequestError
 from ladderstitch.measurements import LatencyProfile
 from ladderstitch.scheduling import admission
 from ladderstitch.scheduling.arrivals import Arrivals
+from ladderstitch.scheduling.backlog import HORIZONS_S, Backlog
 from ladderstitch.scheduling.latency import LatencyTable
 from ladderstitch.scheduling.menu import Menu
 from ladderstitch.scheduling.policies import make_policy
@@ -70,6 +71,16 @@ class Planner:
             return busy_s
         ahead = self.queue.rows_before(request)
         return busy_s + admission.work_s(ahead, self.menu, self.latency.view)
+
+    def backlog(self, now: float) -> Backlog:
+        """What others have to wait for here, by how urgent they are."""
+        busy_s = max(0.0, self.busy_until - now)
+        menu, view = self.menu, self.latency.view
+        rows = [self.queue.rows_due(now + due_s) for due_s in HORIZONS_S]
+        return Backlog(
+            waits_s=tuple(busy_s + admission.work_s(ahead, menu, view) for ahead in rows),
+            request_s=view.expected(menu.choices()[0], 1),
+        )
 
     def check_budget(
         self, budget_s: float | None, min_quality: float, now: float

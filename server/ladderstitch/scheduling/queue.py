@@ -46,9 +46,13 @@ class DeadlineQueue:
 
     def rows_before(self, request: Request) -> float:
         """Estimated rows that would run before this request, if it were added now."""
+        return self.rows_due(self.key(request))
+
+    def rows_due(self, key: float) -> float:
+        """Estimated rows of requests whose key is below this one."""
         if not self._ordered:
             return 0.0
-        ahead: int = self._ordered.bisect_key_left(self.key(request))
+        ahead: int = self._ordered.bisect_key_left(key)
         return self.rows * ahead / len(self._ordered)
 
     def add(self, request: Request) -> None:

@@ -20,6 +20,7 @@ from ladderstitch.errors import (
 from ladderstitch.measurements import LatencyProfile
 from ladderstitch.metrics import ModelMetrics
 from ladderstitch.scheduling import admission
+from ladderstitch.scheduling.backlog import Backlog
 from ladderstitch.scheduling.engine import Engine, EngineDied, EngineResult
 from ladderstitch.scheduling.latency import LatencyTable
 from ladderstitch.scheduling.ledger import Ledger, Waiting
@@ -102,6 +103,10 @@ class Scheduler:
     @property
     def running_requests(self) -> int:
         return len(self._running)
+
+    def backlog(self) -> Backlog:
+        """What others have to wait for at present."""
+        return self.planner.backlog(self.clock())
 
     def check_budget(
         self, budget_s: float | None, min_quality: float = 0.0

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 MAX_IMAGE_PIXELS = 50_000_000
 
 
-class AccessSettings(BaseModel):
+class ListenSettings(BaseModel):
     """Where a server listens, who may call it and how much one call may carry."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -23,6 +23,9 @@ class AccessSettings(BaseModel):
     admin_host: str = Field("127.0.0.1", description="address of the admin port")
     health_port: int | None = Field(
         None, ge=0, le=65_535, description="plaintext grpc.health.v1 alone, for probes; unset: none"
+    )
+    http_port: int | None = Field(
+        None, ge=0, le=65_535, description="OpenAI's API for language models; unset: none"
     )
     tls_certificate: Path | None = Field(None, description="PEM chain; reread when it changes")
     tls_key: Path | None = Field(None, description="PEM key of the certificate")
@@ -41,15 +44,9 @@ class AccessSettings(BaseModel):
     max_connection_grace_s: float = Field(
         300.0, gt=0, description="for what is in flight on a connection that is too old"
     )
-    max_image_pixels: int = Field(
-        MAX_IMAGE_PIXELS, ge=1, description="of an encoded picture, read off its header"
-    )
-    max_prompt_tokens: int | None = Field(
-        None, ge=1, description="of a text prompt; unset: whatever the context holds"
-    )
 
     @model_validator(mode="after")
-    def _certificate_and_key_come_together(self) -> AccessSettings:
+    def _certificate_and_key_come_together(self) -> ListenSettings:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_key: expected it along with tls_certificate")
         if self.tls_client_ca is not None and self.tls_certificate is None:
@@ -57,7 +54,7 @@ class AccessSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _public_binds_are_locked(self) -> AccessSettings:
+    def _public_binds_are_locked(self) -> ListenSettings:
         locked = self.tls_certificate is not None and self.token_file is not None
         if locked or self.insecure_public:
             return self
@@ -69,6 +66,17 @@ class AccessSettings(BaseModel):
                     "tls_key and token_file along with it, or insecure_public to do without"
                 )
         return self
+
+
+class AccessSettings(ListenSettings):
+    """Of a server that computes: how much it takes in, too."""
+
+    max_image_pixels: int = Field(
+        MAX_IMAGE_PIXELS, ge=1, description="of an encoded picture, read off its header"
+    )
+    max_prompt_tokens: int | None = Field(
+        None, ge=1, description="of a text prompt; unset: whatever the context holds"
+    )
 
 
 def is_loopback(address: str) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ladderstitch.errors import BadInput
-from ladderstitch.hosting import Control, Host, LiveSettings
+from ladderstitch.hosting import Control, Host
+from ladderstitch.scheduling.live import LiveSettings
 from ladderstitch.service.inference import checked_quality
 from ladderstitch.service.status import Context, statuses
 from ladderstitch.v1 import admin_pb2 as pb

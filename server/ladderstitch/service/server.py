@@ -15,8 +15,9 @@ from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc
 from ladderstitch.service.admin import AdminService
 from ladderstitch.service.generation import GenerationService
 from ladderstitch.service.inference import InferenceService
+from ladderstitch.service.load import ReplicaService
 from ladderstitch.service.oip import OipService
-from ladderstitch.service.transport import Transport
+from ladderstitch.service.transport import Transport, bind
 from ladderstitch.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -24,12 +25,15 @@ from ladderstitch.v1 import (
     generation_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
+    replica_pb2,
+    replica_pb2_grpc,
 )
 
 INFERENCE: tuple[ServiceDescriptor, ...] = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"],
     grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"],
+    replica_pb2.DESCRIPTOR.services_by_name["ReplicaService"],
 )
 ADMIN: tuple[ServiceDescriptor, ...] = (admin_pb2.DESCRIPTOR.services_by_name["AdminService"],)
 SERVICES = tuple(service.full_name for service in (*INFERENCE, *ADMIN))
@@ -73,6 +77,7 @@ class Server:
         grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
             OipService(self.host, repository), server
         )
+        replica_pb2_grpc.add_ReplicaServiceServicer_to_server(ReplicaService(self.host), server)
 
     def _reflect(self, server: grpc.aio.Server, services: tuple[ServiceDescriptor, ...]) -> None:
         health = health_pb2.DESCRIPTOR.services_by_name["Health"]
@@ -82,11 +87,11 @@ class Server:
     async def start(self, address: str, port: int) -> int:
         """Bind and listen; the bound port. Raises `OSError` if an address is taken."""
         credentials = self.transport.credentials
-        self.port = _bind(self._main, (address, port), credentials)
+        self.port = bind(self._main, (address, port), credentials)
         if self._admin is not None and self.transport.admin is not None:
-            self.admin_port = _bind(self._admin, self.transport.admin, credentials)
+            self.admin_port = bind(self._admin, self.transport.admin, credentials)
         if self._probes is not None and self.transport.health is not None:
-            self.health_port = _bind(self._probes, self.transport.health, None)
+            self.health_port = bind(self._probes, self.transport.health, None)
         await self.set_serving(False)
         for server in self._servers:
             await server.start()
@@ -107,15 +112,3 @@ class Server:
     async def stop(self, grace_s: float) -> None:
         """Take no new calls; those in flight have `grace_s` to end."""
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
-
-
-def _bind(
-    server: grpc.aio.Server, where: tuple[str, int], credentials: grpc.ServerCredentials | None
-) -> int:
-    address = f"{where[0]}:{where[1]}"
-    try:
-        if credentials is None:
-            return int(server.add_insecure_port(address))
-        return int(server.add_secure_port(address, credentials))
-    except RuntimeError as error:
-        raise OSError(f"cannot listen on {address}: is another server there?") from error

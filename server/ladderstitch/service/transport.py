@@ -9,8 +9,8 @@ import grpc
 
 from ladderstitch.security.certificates import CertificateFiles, RotatingCertificates
 from ladderstitch.security.limits import Limits
-from ladderstitch.security.settings import AccessSettings
-from ladderstitch.security.tokens import TokenFile
+from ladderstitch.security.settings import ListenSettings
+from ladderstitch.security.tokens import Token, TokenFile
 from ladderstitch.service.guard import Guard
 from ladderstitch.service.observing import Observer, Sink
 
@@ -38,13 +38,17 @@ class Transport:
     @classmethod
     def of(
         cls,
-        settings: AccessSettings,
+        settings: ListenSettings,
         denied: Callable[[str], None],
         sinks: Sequence[Sink] = (),
         *,
         share_port: bool = False,
+        watch_token: str | None = None,
     ) -> Transport:
-        """Raises `ConfigError` if certificate or token file cannot be used."""
+        """`watch_token` lets a gateway in that shares it, beside those of the token file.
+
+        Raises `ConfigError` if certificate or token file cannot be used.
+        """
         credentials = guard = admin = health = None
         if settings.tls_certificate is not None and settings.tls_key is not None:
             files = CertificateFiles(
@@ -52,7 +56,8 @@ class Transport:
             )
             credentials = RotatingCertificates(files).credentials()
         if settings.token_file is not None:
-            guard = Guard(TokenFile(settings.token_file), Limits(), denied)
+            ours = () if watch_token is None else (Token(name="gateway", token=watch_token),)
+            guard = Guard(TokenFile(settings.token_file, ours), Limits(), denied)
         if settings.admin_port is not None:
             admin = (settings.admin_host, settings.admin_port)
         if settings.health_port is not None:
@@ -91,3 +96,16 @@ class Transport:
                 ("grpc.max_connection_age_grace_ms", round(1e3 * self.max_connection_grace_s)),
             ]
         return options
+
+
+def bind(
+    server: grpc.aio.Server, where: tuple[str, int], credentials: grpc.ServerCredentials | None
+) -> int:
+    """Have a server listen there; the bound port. Raises `OSError` if it is taken."""
+    address = f"{where[0]}:{where[1]}"
+    try:
+        if credentials is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, credentials))
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address}: is another server there?") from error

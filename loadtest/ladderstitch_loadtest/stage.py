@@ -1,0 +1,121 @@
+"""Replicas and gateways as processes of one machine, each of which can be killed and comes back."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ladderstitch_loadtest.processes import StartFailed
+
+READY = re.compile(r"ready.* gRPC on (\S+), metrics on (\S+)/metrics")
+
+
+class Process:
+    """One command; what is killed from outside is started again at once, as systemd would."""
+
+    def __init__(self, *arguments: str, restart: bool = True) -> None:
+        self.arguments = arguments
+        self.restart = restart
+        self.starts = 0
+        self._ready = threading.Event()
+        self._stopping = False
+        self._process: subprocess.Popen[str] | None = None
+        self._thread = threading.Thread(target=self._supervise, daemon=True)
+        self.address = self.metrics = ""
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def until_ready(self) -> None:
+        """Raises `StartFailed` if it does not come up."""
+        if not self._ready.wait(timeout=120) or not self.address:
+            raise StartFailed(f"`ladderstitch {' '.join(self.arguments)}` did not come up")
+
+    def kill(self) -> None:
+        """`kill -9`."""
+        assert self._process is not None, "set by `start`"
+        self._process.kill()
+
+    def stop(self) -> int:
+        """Ctrl-C; the exit status."""
+        self._stopping = True
+        assert self._process is not None, "set by `start`"
+        self._process.send_signal(signal.SIGINT)
+        self._thread.join(timeout=60)
+        return self._process.wait(timeout=60)
+
+    def _supervise(self) -> None:
+        while not self._stopping:
+            self._run()
+            if not self.restart:
+                break
+        self._ready.set()
+
+    def _run(self) -> None:
+        environment = os.environ | {"COLUMNS": "240", "PYTHONUNBUFFERED": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ladderstitch", *self.arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        self.starts += 1
+        assert self._process.stdout is not None
+        with self._process.stdout as said:
+            for line in said:
+                if ready := READY.search(line):
+                    self.address, self.metrics = ready[1], ready[2]
+                    self._ready.set()
+        self._process.wait()
+
+
+@contextmanager
+def stage(
+    replicas: int = 2, gateways: int = 1, *flags: str
+) -> Iterator[tuple[list[Process], list[Process]]]:
+    """So many replicas, and gateways on one port before them, for the `with` block.
+
+    `flags` are of `ladderstitch serve`. Raises `StartFailed` if one does not come up.
+    """
+    ports = free_ports(replicas + 2)
+    served = [
+        Process(
+            "serve", "--no-ray", "--port", str(port), "--metrics-port", "0", *flags
+        )
+        for port in ports[:replicas]
+    ]  # fmt: skip
+    named = [text for port in ports[:replicas] for text in ("--replica", f"127.0.0.1:{port}")]
+    fronts = [
+        Process("gateway", *named, "--port", str(ports[-1]), "--metrics-port", "0", "--share-port")
+        for _ in range(gateways)
+    ]
+    everything = [*served, *fronts]
+    for process in everything:
+        process.start()
+    try:
+        for process in everything:
+            process.until_ready()
+        yield served, fronts
+    finally:
+        for process in reversed(everything):
+            process.stop()
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct ports of loopback that nobody listens on at present."""
+    probes: list[Any] = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [int(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports

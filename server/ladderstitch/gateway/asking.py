@@ -1,0 +1,142 @@
+"""One call to one replica, handed on to the caller: messages, metadata, and how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from ladderstitch.gateway.attempts import Attempts, Metadata
+from ladderstitch.gateway.link import Link
+from ladderstitch.service.status import Context
+
+SICKNESS = frozenset({"UNAVAILABLE", "INTERNAL", "UNKNOWN"})
+
+
+class Failure(Exception):
+    """A replica's call ended with a status; `begun`: the caller has got something of it."""
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        details: str,
+        begun: bool,
+        initial: Metadata = (),
+        trailing: Metadata = (),
+    ) -> None:
+        super().__init__(f"{code.name}: {details}")
+        self.code, self.details, self.begun = code, details, begun
+        self.initial, self.trailing = initial, trailing
+
+    @property
+    def sick(self) -> bool:
+        """Whether it speaks against the replica, not against the request."""
+        return self.code.name in SICKNESS
+
+    async def tell(self, context: Context) -> None:
+        """End the caller's call in the same way."""
+        if self.initial and not self.begun:
+            await context.send_initial_metadata(self.initial)
+        await context.abort(self.code, self.details, self.trailing)
+
+
+async def ask(
+    link: Link, method: str, request: bytes, context: Context, attempts: Attempts
+) -> bytes:
+    """One message for one; raises `Failure`."""
+    call = link.stub("unary_unary", method)(
+        request, timeout=attempts.timeout_s, metadata=attempts.metadata
+    )
+    with _under_way(link, call):
+        reply: bytes = await call
+        await _open(call, context)
+        await _close(call, context)
+    return reply
+
+
+async def ask_stream(
+    link: Link, method: str, request: bytes, context: Context, attempts: Attempts
+) -> None:
+    """Messages for one; raises `Failure`."""
+    call = link.stub("unary_stream", method)(
+        request, timeout=attempts.timeout_s, metadata=attempts.metadata
+    )
+    with _under_way(link, call) as progress:
+        await _hand_on(call, context, progress)
+
+
+async def converse(
+    link: Link, method: str, requests: Any, context: Context, attempts: Attempts
+) -> None:
+    """Messages both ways; raises `Failure`, begun: what the caller sent is gone."""
+    call = link.stub("stream_stream", method)(
+        timeout=attempts.timeout_s, metadata=attempts.metadata
+    )
+
+    async def send() -> None:
+        async for request in requests:
+            await call.write(request)
+        await call.done_writing()
+
+    with _under_way(link, call, begun=True) as progress:
+        sending = asyncio.create_task(send())
+        try:
+            await _hand_on(call, context, progress)
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+
+
+@dataclass(slots=True)
+class _Progress:
+    begun: bool
+
+
+@contextmanager
+def _under_way(link: Link, call: Any, *, begun: bool = False) -> Iterator[_Progress]:
+    """While the call lasts; whatever ends it but the caller's own leaving becomes a `Failure`."""
+    progress = _Progress(begun)
+    mark = link.opened(call)
+    try:
+        yield progress
+    except grpc.aio.AioRpcError as error:
+        raise Failure(
+            error.code(),
+            error.details() or "",
+            progress.begun,
+            tuple(error.initial_metadata() or ()),
+            tuple(error.trailing_metadata() or ()),
+        ) from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # the caller left
+            raise
+        unavailable = grpc.StatusCode.UNAVAILABLE
+        raise Failure(unavailable, "the replica was lost", progress.begun) from None
+    finally:
+        call.cancel()
+        link.ended(call, mark)
+
+
+async def _hand_on(call: Any, context: Context, progress: _Progress) -> None:
+    first = True
+    while (message := await call.read()) is not grpc.aio.EOF:
+        if first:
+            await _open(call, context)
+            first, progress.begun = False, True
+        await context.write(message)
+    await _close(call, context)
+
+
+async def _open(call: Any, context: Context) -> None:
+    if metadata := await call.initial_metadata():
+        await context.send_initial_metadata(tuple(metadata))
+
+
+async def _close(call: Any, context: Context) -> None:
+    if metadata := await call.trailing_metadata():
+        context.set_trailing_metadata(tuple(metadata))

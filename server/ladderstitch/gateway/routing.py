@@ -1,0 +1,66 @@
+"""Which replica a request goes to: the one that leaves it the most slack. Pure, no clock, no I/O.
+
+The gateway and the load test's simulator use the same rule on the same knowledge: what a replica
+said last, how long ago, and what was sent there since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ladderstitch.scheduling.backlog import IDLE, Backlog
+
+GRAIN_S = 2e-4
+"""Delays that differ by less are equal: no estimate is better than that."""
+
+
+@dataclass(slots=True)
+class View:
+    """What is known of one replica; all times are seconds on the router's own clock."""
+
+    backlog: Backlog = IDLE
+    told_at: float = 0.0
+    tellings: int = 0
+    outstanding: int = 0  # sent there and not answered
+    unseen: int = 0  # those of them that the backlog cannot contain yet
+
+    def told(self, backlog: Backlog, now: float) -> None:
+        """The replica speaks: it knows of all that was sent before."""
+        self.backlog, self.told_at = backlog, now
+        self.tellings += 1
+        self.unseen = 0
+
+    def sent(self) -> int:
+        """A request goes there; the mark to give to `ended`."""
+        self.outstanding += 1
+        self.unseen += 1
+        return self.tellings
+
+    def ended(self, mark: int) -> None:
+        """A request has come back, one way or another."""
+        self.outstanding -= 1
+        if mark == self.tellings:
+            self.unseen -= 1
+
+    def delay_s(self, budget_s: float, now: float) -> float:
+        """Seconds until an answer: what waits there, what was sent since, and its own work."""
+        waited_s = self.backlog.wait_s(budget_s) - (now - self.told_at)
+        return max(0.0, waited_s) + (1 + self.unseen) * self.backlog.request_s
+
+
+def choose(views: Sequence[View], budget_s: float, now: float, turn: int) -> int:
+    """Place of the replica whose slack, `budget_s` less its delay, is the largest.
+
+    Among equals the one with the fewest requests under way, then each in its turn. Raises
+    `IndexError` if there is none.
+    """
+    if not views:
+        raise IndexError("no replica to choose")
+    count = len(views)
+    order = ((turn + step) % count for step in range(count))
+    return min(order, key=lambda place: _cost(views[place], budget_s, now))
+
+
+def _cost(view: View, budget_s: float, now: float) -> tuple[int, int]:
+    return round(view.delay_s(budget_s, now) / GRAIN_S), view.outstanding

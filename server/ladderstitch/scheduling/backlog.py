@@ -1,0 +1,36 @@
+"""How long newcomers wait at a replica, by how urgent they are: what it tells those who route."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+HORIZONS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3600.0)
+"""Budgets that a backlog is told for: queues are in deadline order, so the urgent wait less."""
+
+PUSH_S = 0.02
+"""How often a replica tells it at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Seconds of work before a newcomer's own, for each horizon; and what one request adds."""
+
+    waits_s: tuple[float, ...] = (0.0,)
+    request_s: float = 0.0
+    horizons_s: tuple[float, ...] = HORIZONS_S
+
+    def wait_s(self, budget_s: float) -> float:
+        """Of a request that is wanted within so many seconds; the next horizon counts."""
+        place = bisect_left(self.horizons_s, budget_s)
+        return self.waits_s[min(place, len(self.waits_s) - 1)]
+
+    def __add__(self, other: Backlog) -> Backlog:
+        """Of a replica with both models: either's work is in the way of a request."""
+        pairs = zip(self.waits_s, other.waits_s, strict=True)
+        return Backlog(
+            tuple(a + b for a, b in pairs), max(self.request_s, other.request_s), self.horizons_s
+        )
+
+
+IDLE = Backlog((0.0,) * len(HORIZONS_S))
