@@ -39,7 +39,7 @@ class Attempts:
         self.deadline = math.inf if remaining_s is None else self.arrival + remaining_s
         self._give_up = min(self.deadline, self.arrival + patience_s)
         self._metadata: Metadata = tuple((k, v) for k, v in metadata if k not in OURS)
-        self._budget_s = min(_budget_s(self._metadata), self.deadline - self.arrival)
+        self.due = min(self.arrival + _budget_s(self._metadata), self.deadline)
         self._tried: list[Link] = []
         self._pause_s = BACK_OFF_S
         self.count = 0
@@ -67,7 +67,7 @@ class Attempts:
     async def next(self) -> Link:
         """The replica to ask now; waits for one to come. Raises `NotReady` when time is up."""
         while True:
-            link = self._fleet.choose(self._budget_s - self.elapsed_s, self._tried)
+            link = self._fleet.choose(self.due - self._clock(), self._tried)
             if link is not None:
                 self._tried.append(link)
                 self.count += 1
