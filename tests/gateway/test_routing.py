@@ -52,7 +52,7 @@ def test_what_was_sent_since_counts_until_it_is_answered_or_told() -> None:
 
 
 def test_relaxed_requests_sent_since_may_run_but_are_not_ahead() -> None:
-    """One of ten relaxed ones may have been started, in a batch; three urgent ones are all ahead."""
+    """Some of ten relaxed ones may have been started; three urgent ones are all ahead."""
     relaxed, urgent = view(0.0, batch_s=0.002), view(0.0, batch_s=0.002)
     for _ in range(10):
         relaxed.sent(1.0)

@@ -9,7 +9,7 @@ HORIZONS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3600.0)
 """Budgets that a backlog is told for: queues are in deadline order, so the urgent wait less."""
 
 PUSH_S = 0.005
-"""How often a replica tells it at most. About a batch: what is told less often is no longer true."""
+"""How often a replica tells it at most: about as often as it starts a batch."""
 
 
 @dataclass(frozen=True, slots=True)
