@@ -29,11 +29,12 @@ from ladderstitch_loadtest import switching as switch_cost
 from ladderstitch_loadtest.compare_cli import compare, decisions
 from ladderstitch_loadtest.files import write
 from ladderstitch_loadtest.gateway_cli import hop, kills
+from ladderstitch_loadtest.generation_cli import generation
 from ladderstitch_loadtest.load_cli import agree, burst, run
 from ladderstitch_loadtest.processes import echo_server, ladderstitch_server
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-for command in (run, compare, decisions, agree, burst, hop, kills):
+for command in (run, compare, decisions, agree, burst, hop, kills, generation):
     app.command()(command)
 
 Address = Annotated[

@@ -85,6 +85,7 @@ class ServerConfig(AccessSettings):
             ("metrics_port", self.host),
             ("admin_port", self.admin_host),
             ("health_port", self.host),
+            ("http_port", self.host),
         )
 
     @classmethod

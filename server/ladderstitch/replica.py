@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ladderstitch.allocator import return_freed_memory
 from ladderstitch.config import ServerConfig
@@ -23,6 +23,9 @@ from ladderstitch.service.observing import Sink
 from ladderstitch.service.server import Server
 from ladderstitch.service.traces import trace_sink
 from ladderstitch.service.transport import Transport
+
+if TYPE_CHECKING:
+    from ladderstitch.openai.server import HttpServer
 
 LAME_DUCK_S = 0.25
 """So long, calls on their way to a stopping replica are still taken, and as long again those that
@@ -69,6 +72,11 @@ class Replica:
         )
         control = Control(update or self._update_alone, self.drain, self._load, self._unload)
         self.server = Server(self.host, control, transport)
+        self.http: HttpServer | None = None
+        if config.http_port is not None:
+            from ladderstitch.openai.server import HttpServer  # a second to import
+
+            self.http = HttpServer(config, self.host, transport.guard)
         self.metrics_port = 0
         self._close_metrics: Callable[[], None] = lambda: None
 
@@ -100,6 +108,8 @@ class Replica:
         Raises `OSError` if a port is taken, and what the runner raises if it cannot come up.
         """
         await self.server.start(self.config.host, self.config.port)
+        if self.http is not None and self.config.http_port is not None:
+            await self.http.start(self.config.http_port, share_port=self.share_port)
         self.metrics_port, self._close_metrics = self.metrics.expose(
             self.config.metrics_port, self.config.host, share_port=self.share_port
         )
@@ -142,6 +152,8 @@ class Replica:
         await self.drain(announce_s=0.0 if self.host.draining else LAME_DUCK_S)
         await asyncio.sleep(LAME_DUCK_S)
         await self.server.stop(grace_s=1.0)
+        if self.http is not None:
+            await self.http.stop()
         await self.models.close()
         self._close_metrics()
         await asyncio.to_thread(self._close_traces)

@@ -101,6 +101,18 @@ def one_rank_logits(config: LlamaConfig, weights: Weights, tokens: list[int]) ->
     return model.forward(Batch(step, len(tokens)), cache, plans, SingleRank())
 
 
+def greedy(bundle: LanguageBundle, prompt: str, count: int) -> list[int]:
+    """Without a cache and without ranks: the whole sequence again for every token."""
+    tokens = bundle.tokenizer().encode(prompt)
+    begin = len(tokens)
+    for _ in range(count):
+        logits = one_rank_logits(bundle.manifest.config, bundle.weights(), tokens)
+        tokens.append(int(logits[-1].argmax()))
+        if tokens[-1] == END:
+            break
+    return tokens[begin:]
+
+
 @pytest.fixture(scope="session")
 def tiny_language_bundle(tmp_path_factory: pytest.TempPathFactory) -> LanguageBundle:
     """3 layers, 6 query and 3 KV heads, 257 tokens."""

@@ -21,6 +21,8 @@ from ladderstitch.client import Client
 from ladderstitch.oip import grpc_service_pb2_grpc
 from tests.conftest import make_tiny_bundle
 
+READY = re.compile(r"ready after .* gRPC on (\S+), metrics on ([^\s,]+)(?:, OpenAI API on (\S+))?")
+
 
 @dataclass(frozen=True)
 class RunningServer:
@@ -28,6 +30,7 @@ class RunningServer:
     address: str
     metrics: str
     log: Path
+    http: str = ""
 
 
 def start_server(
@@ -43,12 +46,12 @@ def start_server(
         )
     assert process.stdout is not None
     line = process.stdout.readline()
-    ready = re.match(r"ready after .* gRPC on (\S+), metrics on (\S+)", line)
+    ready = READY.match(line)
     if ready is None:
         process.kill()
         process.wait()
         raise AssertionError(f"the server said {line!r}; its log: {log.read_text()}")
-    return RunningServer(process, ready[1], ready[2], log)
+    return RunningServer(process, ready[1], ready[2], log, ready[3] or "")
 
 
 def stop_server(server: RunningServer) -> int:

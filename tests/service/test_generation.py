@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -18,11 +19,14 @@ import pytest
 from ladderstitch.client import AsyncClient, Client, RequestFailed, TextPiece
 from ladderstitch.language.bundle import LanguageBundle, LanguagePath
 from ladderstitch.language.residual import Residual
+from ladderstitch.oip import grpc_service_pb2 as pb
+from ladderstitch.oip import grpc_service_pb2_grpc
 from ladderstitch.v1 import generation_pb2, generation_pb2_grpc
-from tests.language.conftest import END, one_rank_logits, write_tiny
+from tests.language.conftest import greedy, write_tiny
 from tests.service.conftest import RunningServer, start_server, stop_server
 
 PROMPT = "a prompt of bytes"
+TEXT_INPUT = {"name": "text_input", "datatype": "BYTES", "shape": [1]}
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +52,6 @@ def server(
 def client(server: RunningServer) -> Iterator[Client]:
     with Client(server.address) as opened:
         yield opened
-
-
-def greedy(bundle: LanguageBundle, prompt: str, count: int) -> list[int]:
-    """Without a cache and without ranks: the whole sequence again for every token."""
-    tokens = bundle.tokenizer().encode(prompt)
-    begin = len(tokens)
-    for _ in range(count):
-        logits = one_rank_logits(bundle.manifest.config, bundle.weights(), tokens)
-        tokens.append(int(logits[-1].argmax()))
-        if tokens[-1] == END:
-            break
-    return tokens[begin:]
 
 
 def rank_pids(server: RunningServer) -> list[int]:
@@ -339,3 +331,70 @@ def test_ranks_that_do_not_fit_the_model_are_refused_at_once(bundle: LanguageBun
     assert "ranks: expected at most 3 (the KV heads) or a divisor of 6" in " ".join(
         done.stderr.split()
     )
+
+
+def test_tritonclient_streams_tokens_unmodified(
+    server: RunningServer, bundle: LanguageBundle
+) -> None:
+    probe = Path(__file__).with_name("tritonclient_text_probe.py")
+    done = subprocess.run(
+        [sys.executable, str(probe), server.address],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["tokens"]["first"] == greedy(bundle, PROMPT, 6)
+    assert seen["finals"]["first"]["ladderstitch_stitch_name"] == "standard"
+    assert seen["finals"]["first"]["ladderstitch_finish_reason"] == "length"
+    assert 1 <= len(seen["tokens"]["second"]) <= 3
+    assert seen["finals"]["second"]["ladderstitch_budget_met"] is True
+    (error,) = seen["errors"]
+    assert error.startswith("BAD_INPUT: prompt: expected at least one token")
+    assert seen["metadata"]["inputs"] == [
+        {"name": "text_input", "datatype": "BYTES", "shape": ["1"]}
+    ]
+    assert seen["config"]["config"]["model_transaction_policy"] == {"decoupled": True}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "parameters", "field"),
+    [
+        ({"name": "images", "datatype": "BYTES", "shape": [1]}, {}, "inputs"),
+        ({"name": "text_input", "datatype": "FP32", "shape": [1]}, {}, "text_input"),
+        ({"name": "text_input", "datatype": "BYTES", "shape": [2]}, {}, "text_input"),
+        ({"name": "text_input", "datatype": "BYTES", "shape": [1]}, {"wrong": 1}, "parameters"),
+        (
+            {"name": "text_input", "datatype": "BYTES", "shape": [1]},
+            {"max_tokens": 0},
+            "max_tokens",
+        ),
+        ({"name": "text_input", "datatype": "BYTES", "shape": [1]}, {"stitch_id": 7}, "stitch_id"),
+    ],
+)
+def test_a_bad_request_ends_alone_and_the_stream_goes_on(
+    server: RunningServer, tensor: dict[str, object], parameters: dict[str, int], field: str
+) -> None:
+    def request(tensor: dict[str, object], text: bytes, **given: int) -> pb.ModelInferRequest:
+        made = pb.ModelInferRequest(
+            model_name="tiny",
+            inputs=[pb.ModelInferRequest.InferInputTensor(**tensor)],  # type: ignore[arg-type] # as the cases say
+            raw_input_contents=[len(text).to_bytes(4, "little") + text],
+        )
+        for name, value in given.items():
+            made.parameters[name].int64_param = value
+        return made
+
+    with grpc.insecure_channel(server.address) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        sent = [
+            request(tensor, b"x", **parameters),
+            request(TEXT_INPUT, b"\xff\xfe"),
+            request(TEXT_INPUT, b"a prompt", max_tokens=2, stitch_id=0),
+        ]
+        answers = list(stub.ModelStreamInfer(iter(sent), timeout=30))
+    errors = [answer.error_message for answer in answers if answer.error_message]
+    assert len(errors) == 2
+    assert any(f"{field}: " in error for error in errors)
+    assert any("expected UTF-8" in error for error in errors)
+    finals = [a.infer_response.parameters["triton_final_response"].bool_param for a in answers]
+    assert sum(finals) == 3

@@ -20,6 +20,7 @@ MODULES = (
     "predicting",
     "generating",
     "making",
+    "converting",
     "measuring",
     "overlapping",
 )

@@ -19,7 +19,7 @@ def fetch(
     what: Annotated[
         str,
         typer.Argument(
-            help="fashion-mnist, brown (data), smollm2 (language model), "
+            help="fashion-mnist, brown, austen (data), smollm2 (language model), "
             "efficientnet-lite (photographs, 1,000 labels)"
         ),
     ],

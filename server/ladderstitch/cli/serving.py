@@ -48,6 +48,9 @@ def serve(
     metrics_port: Annotated[
         int | None, typer.Option(help="Prometheus port, 0: any (default: 9464)")
     ] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="OpenAI's API for language models, e.g. 8081; unset: none")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda[:N] (default: auto)")] = None,
     replicas: Annotated[
         int | None,
@@ -114,6 +117,7 @@ def serve(
             host=host,
             port=port,
             metrics_port=metrics_port,
+            http_port=http_port,
             device=device,
             replicas=replicas,
             gateways=gateways,
@@ -168,7 +172,7 @@ def _serve_on_ray(config: ServerConfig, started: float) -> None:
         port, metrics_port = cluster.run(config)
         status.stop()
         if not stop.is_set():
-            _say_ready(config, port, metrics_port, started)
+            _say_ready(config, port, metrics_port, config.http_port, started)
         stop.wait()
         err.print("draining ...")
         cluster.drain()
@@ -184,15 +188,21 @@ async def _serve_alone(config: ServerConfig, started: float) -> None:
     with progress_bar() as progress:
         task = progress.add_task("warming up", total=None)
         await replica.start(lambda done, total: progress.update(task, completed=done, total=total))
-    _say_ready(config, replica.port, replica.metrics_port, started)
+    http_port = replica.http.port if replica.http is not None else None
+    _say_ready(config, replica.port, replica.metrics_port, http_port, started)
     await stop.wait()
     err.print("draining ...")
     await replica.stop()
 
 
-def _say_ready(config: ServerConfig, port: int, metrics_port: int, started: float) -> None:
+def _say_ready(
+    config: ServerConfig, port: int, metrics_port: int, http_port: int | None, started: float
+) -> None:
     seconds = time.monotonic() - started
     where = f"gRPC on {config.host}:{port}, metrics on http://{config.host}:{metrics_port}/metrics"
+    if http_port is not None:
+        scheme = "https" if config.tls_certificate is not None else "http"
+        where += f", OpenAI API on {scheme}://{config.host}:{http_port}/v1"
     out.print(f"[bold green]ready[/] after {seconds:.1f} s: {where}", soft_wrap=True)
     address = "" if port == 8001 else f" --address {config.host}:{port}"
     if is_language_bundle(config.bundle):

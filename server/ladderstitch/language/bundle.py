@@ -21,9 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ladderstitch.errors import BundleError
 from ladderstitch.language.checkpoint import SafetensorsFolder
 from ladderstitch.language.config import LlamaConfig
+from ladderstitch.language.deltas import check_delta, load_delta
 from ladderstitch.language.residual import Residual
 from ladderstitch.language.tokens import TextTokenizer
-from ladderstitch.language.weights import check_weights
+from ladderstitch.language.weights import check_weights, expected_shapes
 from ladderstitch.measurements import QualityTable
 
 FAMILY: Final = "llama"
@@ -96,6 +97,10 @@ class LanguageBundle:
             raise BundleError(f"{path / 'model.yaml'}: {error}") from error
         bundle = cls(path, manifest, _read_quality(path / "quality.json", manifest))
         check_weights(bundle.weights(), manifest.config, shared_norm=bundle.shared_norm)
+        shapes = expected_shapes(manifest.config, shared_norm=bundle.shared_norm)
+        for way in manifest.ways:
+            if way.delta is not None:
+                check_delta(load_delta(path / way.delta), shapes)
         return bundle
 
     @property
@@ -105,6 +110,13 @@ class LanguageBundle:
 
     def weights(self) -> SafetensorsFolder:
         return SafetensorsFolder(self.path)
+
+    def delta_files(self) -> tuple[Path | None, ...]:
+        """For each path what its tensors differ by; empty if no path has such a file."""
+        files = tuple(
+            self.path.resolve() / way.delta if way.delta else None for way in self.manifest.ways
+        )
+        return files if any(files) else ()
 
     def tokenizer(self) -> TextTokenizer:
         """Raises `BundleError` if `tokenizer.json` is missing or has tokens beyond the model's."""

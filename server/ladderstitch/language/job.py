@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ladderstitch.engine.placement import DTYPES
 from ladderstitch.language.bundle import LanguageBundle
@@ -27,6 +27,10 @@ class ModelJob(BaseModel):
 
     config: LlamaConfig
     paths: tuple[Residual, ...] = (Residual(),)
+    deltas: tuple[Path | None, ...] = Field(
+        (),
+        description="a file for each path of what its tensors differ by; none: no path has one",
+    )
     bundle: Path | None = None
     shared_norm: bool = False
     ranks: int = Field(1, gt=0)
@@ -48,13 +52,20 @@ class ModelJob(BaseModel):
         return cls.model_validate(
             {
                 "config": manifest.config,
-                "paths": tuple(path.residual for path in manifest.ways),
+                "paths": tuple(way.residual for way in manifest.ways),
+                "deltas": bundle.delta_files(),
                 "bundle": bundle.path.resolve(),
                 "shared_norm": bundle.shared_norm,
                 "cache_tokens": manifest.config.max_positions,
             }
             | fields
         )
+
+    @model_validator(mode="after")
+    def _a_delta_for_each_path(self) -> ModelJob:
+        if len(self.deltas) not in (0, len(self.paths)):
+            raise ValueError(f"deltas: expected {len(self.paths)}, got {len(self.deltas)}")
+        return self
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from ladderstitch.language import messages
 from ladderstitch.language.batch import Batch
 from ladderstitch.language.cache import PagedCache
+from ladderstitch.language.deltas import DeltaWeights, load_delta, touched_layers
 from ladderstitch.language.job import (
     Assignment,
     Joining,
@@ -37,7 +39,7 @@ from ladderstitch.language.residual import LayerPlan, plan_layers
 from ladderstitch.language.sharding import Shard
 from ladderstitch.language.step import Step
 from ladderstitch.language.transformer import Transformer
-from ladderstitch.language.weights import load_rank
+from ladderstitch.language.weights import load_layer, load_rank
 
 log = logging.getLogger(__name__)
 
@@ -53,22 +55,14 @@ class Rank:
         started, anonymous = time.monotonic(), anonymous_bytes()
         self.job = job
         self.shard = Shard.of(job.config, assignment.rank, job.ranks)
-        weights = load_rank(
-            job.weights(),
-            job.config,
-            self.shard,
-            job.torch_dtype,
-            job.device,
-            shared_norm=job.shared_norm,
-        )
-        self.model = Transformer(job.config, weights, self.shard)
+        self.models = load_models(job, self.shard)
         self.cache = PagedCache(
             job.config, self.shard, job.blocks, job.block_tokens, job.torch_dtype, job.device
         )
         self.link: Link | None = None
         self.paths: list[tuple[tuple[LayerPlan, ...], Link]] = []
         self.loaded = {
-            "weight_bytes": weights.bytes(),
+            "weight_bytes": self.models[0].weights.bytes(),
             "cache_bytes": self.cache.bytes,
             "memory_bytes": anonymous_bytes() - anonymous,
             "seconds": time.monotonic() - started,
@@ -94,7 +88,7 @@ class Rank:
         step = Step.unpack(message.header, message.body)
         batch = Batch(step, self.job.block_tokens, self.job.device)
         plans, link = self.paths[step.path]
-        logits = self.model.forward(batch, self.cache, plans, link).float()
+        logits = self.models[step.path].forward(batch, self.cache, plans, link).float()
         best = logits[batch.best_rows].max(dim=-1) if batch.best_rows else None
         full = np.ascontiguousarray(logits[batch.full_rows].cpu().numpy())
         header = {
@@ -103,6 +97,29 @@ class Rank:
             "shape": full.shape,
         }
         return Message(Kind.LOGITS, header, full.data.cast("B") if full.size else b"")
+
+
+def load_models(job: ModelJob, shard: Shard) -> list[Transformer]:
+    """One rank's share of every path; paths share all tensors that no delta changes."""
+    read = job.weights()
+    share = load_rank(
+        read, job.config, shard, job.torch_dtype, job.device, shared_norm=job.shared_norm
+    )
+    plain = Transformer(job.config, share, shard)
+    models = []
+    for file in job.deltas or (None,) * len(job.paths):
+        if file is None:
+            models.append(plain)
+            continue
+        delta = load_delta(file)
+        layers = list(share.layers)
+        for layer in touched_layers(delta):
+            layers[layer] = load_layer(
+                DeltaWeights(read, delta), layer, job.config, shard, job.torch_dtype, job.device,
+                shared_norm=job.shared_norm,
+            )  # fmt: skip
+        models.append(Transformer(job.config, replace(share, layers=tuple(layers)), shard))
+    return models
 
 
 def anonymous_bytes() -> int:

@@ -120,23 +120,25 @@ def load_rank(
 
     embedding = vocabulary(EMBEDDING)
     layers = [
-        _load_layer(weights, f"model.layers.{i}.", config, shard, dtype, device, shared_norm)
-        for i in range(config.layers)
+        load_layer(weights, layer, config, shard, dtype, device, shared_norm=shared_norm)
+        for layer in range(config.layers)
     ]
     head = embedding if config.tied_head else pack(vocabulary(HEAD))
     return RankWeights(embedding, tuple(layers), whole(FINAL_NORM), head)
 
 
-def _load_layer(
+def load_layer(
     weights: Weights,
-    prefix: str,
+    layer: int,
     config: LlamaConfig,
     shard: Shard,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    shared_norm: bool,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    shared_norm: bool = False,
 ) -> LayerWeights:
-    d = config.head_dim
+    """One rank's share of one layer."""
+    d, prefix = config.head_dim, f"model.layers.{layer}."
     queries = range(shard.heads.start * d, shard.heads.stop * d)
     kv_rows = [range(head * d, (head + 1) * d) for head in shard.kv_heads]
 

@@ -24,6 +24,9 @@ class ListenSettings(BaseModel):
     health_port: int | None = Field(
         None, ge=0, le=65_535, description="plaintext grpc.health.v1 alone, for probes; unset: none"
     )
+    http_port: int | None = Field(
+        None, ge=0, le=65_535, description="OpenAI's API for language models; unset: none"
+    )
     tls_certificate: Path | None = Field(None, description="PEM chain; reread when it changes")
     tls_key: Path | None = Field(None, description="PEM key of the certificate")
     tls_client_ca: Path | None = Field(

@@ -42,14 +42,28 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no t
         if handler is None or service in OPEN_SERVICES:
             return handler
         try:
-            token = self._authenticated(details.invocation_metadata)
-            _check_scope(token, service, method)
+            token = self.admit(details.invocation_metadata, needed_scope(service, method), method)
         except RequestError as error:
-            self.denied(error.reason)
             return _refusing(handler, error)
         if token.concurrent_requests is None and token.requests_per_s is None:
             return handler
         return self._limited(handler, token)
+
+    def admit(
+        self, metadata: Iterable[tuple[str, str | bytes]], scope: Scope, what: str = "this"
+    ) -> Token:
+        """By gRPC metadata or HTTP headers; raises `Unauthenticated`, `NotAllowed`."""
+        try:
+            token = self._authenticated(metadata)
+            if scope not in token.scopes:
+                raise NotAllowed(
+                    f"token {token.name!r} has the scopes {sorted(token.scopes)}; {what} needs "
+                    f"{scope!r}"
+                )
+        except RequestError as error:
+            self.denied(error.reason)
+            raise
+        return token
 
     def _authenticated(self, metadata: Iterable[tuple[str, str | bytes]]) -> Token:
         values = [value for key, value in metadata if key == "authorization"]
@@ -86,13 +100,10 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no t
         return with_behaviour(handler, stream if inspect.isasyncgenfunction(behaviour) else call)
 
 
-def _check_scope(token: Token, service: str, method: str) -> None:
+def needed_scope(service: str, method: str) -> Scope:
+    """What a caller's token has to allow."""
     administers = service in ADMIN_SERVICES or method in ADMIN_METHODS
-    needed: Scope = "admin" if administers else "inference"
-    if needed not in token.scopes:
-        raise NotAllowed(
-            f"token {token.name!r} has the scopes {sorted(token.scopes)}; {method} needs {needed!r}"
-        )
+    return "admin" if administers else "inference"
 
 
 def _refusing(handler: grpc.RpcMethodHandler, error: RequestError) -> grpc.RpcMethodHandler:

@@ -9,18 +9,22 @@ from __future__ import annotations
 import math
 import time
 import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 
 import numpy as np
 
 import ladderstitch
+from ladderstitch.answering import answer
 from ladderstitch.core import Completion, Pixels, Request
 from ladderstitch.errors import BadInput, NotAllowed, RequestError
-from ladderstitch.hosting import Control, Host, HostedModel
+from ladderstitch.hosting import Control, Host, HostedGenerator, HostedModel
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import grpc_service_pb2_grpc
-from ladderstitch.service import budget, oip_describe
+from ladderstitch.service import budget, oip_describe, oip_text
 from ladderstitch.service.inference import softmax
 from ladderstitch.service.oip_parameters import Wishes, read_parameters
+from ladderstitch.service.oip_streams import answer_stream
 from ladderstitch.service.oip_tensors import read_images
 from ladderstitch.service.status import Context, statuses
 
@@ -70,13 +74,18 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: Context
     ) -> pb.ModelMetadataResponse:
-        return oip_describe.metadata(self.host.model(request.name, request.version))
+        model = self.host.find(request.name, request.version)
+        if isinstance(model, HostedGenerator):
+            return oip_text.metadata(model)
+        return oip_describe.metadata(model)
 
     @statuses
     async def ModelConfig(
         self, request: pb.ModelConfigRequest, context: Context
     ) -> pb.ModelConfigResponse:
-        model = self.host.model(request.name, request.version)
+        model = self.host.find(request.name, request.version)
+        if isinstance(model, HostedGenerator):
+            return pb.ModelConfigResponse(config=oip_text.config(model))
         return pb.ModelConfigResponse(config=oip_describe.config(model))
 
     @statuses
@@ -121,8 +130,37 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
             raise NotAllowed("models are loaded and unloaded at the admin port: AdminService")
         return self.repository
 
+    async def ModelStreamInfer(
+        self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
+    ) -> AsyncGenerator[pb.ModelStreamInferResponse]:
+        async def respond(request: pb.ModelInferRequest) -> AsyncGenerator[pb.ModelInferResponse]:
+            model = self.host.find(request.model_name, request.model_version)
+            if isinstance(model, HostedModel):
+                yield await self._infer(request, context)
+                return
+            try:
+                accepted = oip_text.accept(
+                    request, model, time.monotonic(), context.time_remaining(),
+                    context.invocation_metadata(),
+                )  # fmt: skip
+            except RequestError as error:
+                model.metrics.refused(error.code, had_budget=False)
+                raise
+            async with aclosing(answer(model, accepted)) as pieces:
+                async for piece, account in pieces:
+                    yield oip_text.response(request, model, piece, account, self.host.replica)
+
+        async with aclosing(answer_stream(request_iterator, respond)) as responses:
+            async for response in responses:
+                yield response
+
     @statuses
     async def ModelInfer(
+        self, request: pb.ModelInferRequest, context: Context
+    ) -> pb.ModelInferResponse:
+        return await self._infer(request, context)
+
+    async def _infer(
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
         arrival = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ladderstitch.errors import BadInput
@@ -20,31 +21,34 @@ class Wishes:
     priority: int = 0
 
 
-def read_parameters(request: pb.ModelInferRequest, wishes: Wishes) -> None:
-    """Fill in what the parameters ask for; those of Triton are ignored, unknown ones refused."""
+def read_parameters(
+    request: pb.ModelInferRequest, wishes: Wishes, others: Collection[str] = ()
+) -> None:
+    """Fill in what the parameters ask for; `others` are left to the caller, those of Triton are
+    ignored, unknown ones refused."""
     hard = _int_or_bool(request, "hard_deadline") or 0
     for name in request.parameters:
         match name:
             case "latency_budget_us":
-                seconds = budget.microseconds(name, _integer(request, name))
+                seconds = budget.microseconds(name, integer(request, name))
                 wishes.deadlines.append(budget.Deadline(seconds, name, bool(hard)))
             case "timeout":
-                seconds = budget.microseconds(name, _integer(request, name))
+                seconds = budget.microseconds(name, integer(request, name))
                 wishes.deadlines.append(budget.Deadline(seconds, name, hard=True))
             case "stitch_id":
-                wishes.stitch = _integer(request, name)
+                wishes.stitch = integer(request, name)
             case "priority":
-                wishes.priority = _integer(request, name)
+                wishes.priority = integer(request, name)
                 if not 0 <= wishes.priority <= 255:
                     raise BadInput(name, f"expected 0 to 255, got {wishes.priority}")
             case "min_quality":
-                wishes.min_quality = checked_quality(_number(request, name))
+                wishes.min_quality = checked_quality(number(request, name))
             case "hard_deadline":
                 if "latency_budget_us" not in request.parameters:
                     raise BadInput(name, "expected latency_budget_us to be set along with it")
             case "binary_data_output":
                 pass  # gRPC answers are binary anyway
-            case _ if not name.startswith("triton_"):
+            case _ if name not in others and not name.startswith("triton_"):
                 raise BadInput("parameters", f"unknown parameter {name[:80]!r}")
 
 
@@ -58,7 +62,8 @@ def _int_or_bool(request: pb.ModelInferRequest, name: str) -> int | None:
     return int(getattr(parameter, kind))
 
 
-def _integer(request: pb.ModelInferRequest, name: str) -> int:
+def integer(request: pb.ModelInferRequest, name: str) -> int:
+    """A parameter's value; raises `BadInput` for another kind."""
     parameter = request.parameters[name]
     kind = parameter.WhichOneof("parameter_choice")
     if kind not in ("int64_param", "uint64_param"):
@@ -66,7 +71,7 @@ def _integer(request: pb.ModelInferRequest, name: str) -> int:
     return int(getattr(parameter, kind))
 
 
-def _number(request: pb.ModelInferRequest, name: str) -> float:
+def number(request: pb.ModelInferRequest, name: str) -> float:
     """A real number; clients that cannot send doubles send it as text."""
     parameter = request.parameters[name]
     kind = parameter.WhichOneof("parameter_choice")

@@ -22,7 +22,7 @@ async def read_images(request: pb.ModelInferRequest, reader: ImageReader, max_ro
     if typed == bool(raw) or len(raw) > 1:
         raise BadInput(INPUT, "expected either one raw content or typed contents")
     if tensor.datatype == "BYTES":
-        files = list(tensor.contents.bytes_contents) if typed else _split(raw[0])
+        files = list(tensor.contents.bytes_contents) if typed else split_bytes(INPUT, raw[0])
         return await _pictures(tensor, files, reader, max_rows)
     data = _typed_bytes(tensor) if typed else raw[0]
     return reader.tensor(INPUT, tensor.datatype, tensor.shape, data)
@@ -53,14 +53,17 @@ async def _pictures(
     return np.concatenate([await reader.encoded(INPUT, file) for file in files])
 
 
-def _split(raw: bytes) -> list[bytes]:
-    """The elements of a raw BYTES tensor: each a little-endian length and that many bytes."""
+def split_bytes(name: str, raw: bytes) -> list[bytes]:
+    """The elements of a raw BYTES tensor: each a little-endian length and that many bytes.
+
+    Raises `BadInput` if they do not add up.
+    """
     files, position = [], 0
     while position < len(raw):
         length = int.from_bytes(raw[position : position + 4], "little")
         position += 4
         if position + length > len(raw):
-            raise BadInput(f"{INPUT}.data", "the length of an element runs past the end")
+            raise BadInput(f"{name}.data", "the length of an element runs past the end")
         files.append(raw[position : position + length])
         position += length
     return files

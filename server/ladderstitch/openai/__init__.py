@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP face for language models, beside the gRPC one."""
