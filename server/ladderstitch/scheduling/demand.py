@@ -9,8 +9,8 @@ from ladderstitch.core import Request
 from ladderstitch.scheduling.arrivals import FAR_S, Forecast
 from ladderstitch.scheduling.prices import Hull
 
-AHEAD = (1.0, 1.5, 2.0)
-"""Horizons beyond the queue's last deadline, in typical budgets."""
+AHEAD = 2.0
+"""How far ahead newcomers are expected, in typical budgets."""
 GUARD = 0.25
 """Part of an impatient request's budget that is not planned with: batches are no fluid."""
 IMPATIENT = 0.05
@@ -33,7 +33,7 @@ class Demand:
 
     @classmethod
     def of(cls, queue: Sequence[Request], first: int, forecast: Forecast, start: float) -> Demand:
-        """Of the queue from index `first` on, looked at where it doubles, and of newcomers."""
+        """Of newcomers and the queue from index `first` on, looked at wherever it is fourfold."""
         waiting = len(queue) - first
         last_s = min(queue[-1].budget.target - start, FAR_S)
         typical_s = forecast.typical_s or last_s
@@ -41,11 +41,12 @@ class Demand:
         dues, rows = [], 1
         while rows < waiting:
             dues.append((min(queue[first + rows - 1].budget.target - start, FAR_S), rows))
-            rows *= 2
+            rows *= 4
         dues.append((last_s, waiting))
         guard_s = GUARD * impatient_s
         each_s = min((due - guard_s) / rows for due, rows in dues)
-        dues += [(s, waiting) for part in AHEAD if (s := part * typical_s) > last_s]
+        if last_s < AHEAD * typical_s:
+            dues.append((AHEAD * typical_s, waiting))
         points = [(due - guard_s, rows + forecast.late(due, 0.0)) for due, rows in dues]
         return cls(_lower_hull(points), impatient_s, each_s)
 
