@@ -14,7 +14,7 @@ import numpy as np
 
 from ladderstitch.core import Budget, Request
 from ladderstitch.errors import RequestError
-from ladderstitch.gateway.routing import View, choose
+from ladderstitch.gateway.routing import Mark, View, choose
 from ladderstitch.scheduling.backlog import PUSH_S
 from ladderstitch.scheduling.planner import Planner
 from ladderstitch.scheduling.policy import Decision
@@ -55,7 +55,7 @@ class Replica:
         self.started = 0.0
         self.compute_s = 0.0
         self.view = View(told_at=-inf)
-        self.marks: dict[Request, int] = {}
+        self.marks: dict[Request, Mark] = {}
         self.turn = 0
         """Counts decisions, so that a wake-up that is no longer wanted can be told."""
 
@@ -93,7 +93,7 @@ class Simulation:
                 replica.planner.admit(request, at, alone=idle and not replica.planner.queue)
             except RequestError:
                 continue
-            replica.marks[request] = replica.view.sent()
+            replica.marks[request] = replica.view.sent(due)
             index[request] = i
             replica.planner.add(request)
             if idle:

@@ -89,14 +89,16 @@ class LiveControl:
     async def registered(self) -> dict[str, str]:
         """Address by replica."""
         oldest = time.monotonic() - LEASE_S
-        return {name: r.address for name, r in self.replicas.items() if r.heard_at > oldest}
+        self.replicas = {name: r for name, r in self.replicas.items() if r.heard_at > oldest}
+        return {name: replica.address for name, replica in self.replicas.items()}
 
     async def addresses_other_than(self, known: frozenset[str]) -> frozenset[str]:
         """Wait until the replicas' addresses are others, or for the long poll to end."""
+        await self.registered()  # forgets the dead
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LONG_POLL_S), self.changed:
                 await self.changed.wait_for(lambda: self._addresses() != known)
-        return frozenset((await self.registered()).values())
+        return self._addresses()
 
     async def other_pages(self, gateway: str, page: str) -> frozenset[str]:
         """Where a gateway's metrics are, and where those of all others are."""

@@ -104,6 +104,21 @@ def test_the_smallest_deadline_is_planned_for_and_named(server: RunningServer) -
             assert cost.budget_us / 1e6 == pytest.approx(wanted_s, abs=0.5)
 
 
+def test_time_that_a_gateway_held_a_call_counts(server: RunningServer) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        infer = inference_pb2_grpc.InferenceServiceStub(channel).Infer
+        request = inference_pb2.InferRequest(
+            encoded_image=picture(), latency_budget_us=3_000_000, request_id="mine"
+        )
+        cost = infer(
+            request, timeout=20, metadata=(("x-ladderstitch-held-us", "5000000"),)
+        ).accounting
+        assert cost.total_us > 5_000_000
+        assert (cost.budget_us, cost.budget_met) == (3_000_000, False)
+        with pytest.raises(grpc.RpcError, match="x-ladderstitch-held-us: expected 0 to"):
+            infer(request, timeout=20, metadata=(("x-ladderstitch-held-us", "-1"),))
+
+
 def test_a_soft_budget_is_answered_late_and_says_so(client: Client) -> None:
     answer = client.predict(pixels(), budget_s=1e-6)
     assert answer.budget_met is False

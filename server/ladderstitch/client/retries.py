@@ -1,7 +1,7 @@
 """What a client does when a server goes away: gRPC's own retry policy, as every language takes it.
 
 Inference may be asked for twice, so whatever ends with UNAVAILABLE before an answer has begun is
-tried anew, for about four seconds; the deadline always counts. Changes are never repeated.
+tried anew, for about seven seconds; the deadline always counts. Changes are never repeated.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ RETRY_POLICY = json.dumps(
                 "retryPolicy": {
                     "maxAttempts": 5,
                     "initialBackoff": "0.1s",
-                    "backoffMultiplier": 3,
-                    "maxBackoff": "3s",
+                    "backoffMultiplier": 4,
+                    "maxBackoff": "5s",
                     "retryableStatusCodes": ["UNAVAILABLE"],
                 },
             }

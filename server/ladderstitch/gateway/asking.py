@@ -51,7 +51,7 @@ async def ask(
     call = link.stub("unary_unary", method)(
         request, timeout=attempts.timeout_s, metadata=attempts.metadata
     )
-    with _under_way(link, call):
+    with _under_way(link, call, attempts):
         reply: bytes = await call
         await _open(call, context)
         await _close(call, context)
@@ -65,7 +65,7 @@ async def ask_stream(
     call = link.stub("unary_stream", method)(
         request, timeout=attempts.timeout_s, metadata=attempts.metadata
     )
-    with _under_way(link, call) as progress:
+    with _under_way(link, call, attempts) as progress:
         await _hand_on(call, context, progress)
 
 
@@ -82,7 +82,7 @@ async def converse(
             await call.write(request)
         await call.done_writing()
 
-    with _under_way(link, call, begun=True) as progress:
+    with _under_way(link, call, attempts, begun=True) as progress:
         sending = asyncio.create_task(send())
         try:
             await _hand_on(call, context, progress)
@@ -97,10 +97,12 @@ class _Progress:
 
 
 @contextmanager
-def _under_way(link: Link, call: Any, *, begun: bool = False) -> Iterator[_Progress]:
+def _under_way(
+    link: Link, call: Any, attempts: Attempts, *, begun: bool = False
+) -> Iterator[_Progress]:
     """While the call lasts; whatever ends it but the caller's own leaving becomes a `Failure`."""
     progress = _Progress(begun)
-    mark = link.opened(call)
+    mark = link.opened(call, attempts.due)
     try:
         yield progress
     except grpc.aio.AioRpcError as error:

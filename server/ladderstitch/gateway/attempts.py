@@ -10,15 +10,16 @@ from random import Random
 from ladderstitch.errors import NotReady
 from ladderstitch.gateway.fleet import Fleet
 from ladderstitch.gateway.link import Link
-from ladderstitch.service.budget import METADATA_KEY
+from ladderstitch.service.budget import HELD_KEY, METADATA_KEY
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 BACK_OFF_S, MAX_BACK_OFF_S = 0.02, 0.5
 """Before all replicas are tried anew; doubled each time, and spread by half to either side."""
-SHORTEST_MS = 0.001
-OURS = frozenset({"user-agent", "te", "content-type", "grpc-accept-encoding", "accept-encoding"})
-"""Metadata of one connection, which is not the next one's."""
+NOTED_S = 0.001
+"""What a call waits here beyond this, the replica is told."""
+OURS = frozenset({"user-agent", HELD_KEY})
+"""Metadata of one hop, which is not the next one's."""
 _random = Random()
 
 
@@ -39,7 +40,7 @@ class Attempts:
         self.deadline = math.inf if remaining_s is None else self.arrival + remaining_s
         self._give_up = min(self.deadline, self.arrival + patience_s)
         self._metadata: Metadata = tuple((k, v) for k, v in metadata if k not in OURS)
-        self._budget_s = min(_budget_s(self._metadata), self.deadline - self.arrival)
+        self.due = min(self.arrival + _budget_s(self._metadata), self.deadline)
         self._tried: list[Link] = []
         self._pause_s = BACK_OFF_S
         self.count = 0
@@ -55,19 +56,16 @@ class Attempts:
 
     @property
     def metadata(self) -> Metadata:
-        """The caller's; a budget in it is less what has passed since the request came."""
-        if self.count <= 1:
+        """The caller's; and how long the call has been here, which its budgets are less by."""
+        held_s = self.elapsed_s
+        if held_s < NOTED_S:
             return self._metadata
-        held_ms = 1e3 * self.elapsed_s
-        return tuple(
-            (key, _shortened(value, held_ms) if key == METADATA_KEY else value)
-            for key, value in self._metadata
-        )
+        return (*self._metadata, (HELD_KEY, str(round(1e6 * held_s))))
 
     async def next(self) -> Link:
         """The replica to ask now; waits for one to come. Raises `NotReady` when time is up."""
         while True:
-            link = self._fleet.choose(self._budget_s - self.elapsed_s, self._tried)
+            link = self._fleet.choose(self.due - self._clock(), self._tried)
             if link is not None:
                 self._tried.append(link)
                 self.count += 1
@@ -96,10 +94,3 @@ def _budget_s(metadata: Metadata) -> float:
         return float(values[0]) / 1e3 if values else math.inf
     except ValueError:
         return math.inf
-
-
-def _shortened(value: str | bytes, held_ms: float) -> str | bytes:
-    try:
-        return f"{max(float(value) - held_ms, SHORTEST_MS):.3f}"
-    except ValueError:
-        return value

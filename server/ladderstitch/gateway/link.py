@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from ladderstitch.client.access import Access
-from ladderstitch.gateway.routing import View
+from ladderstitch.gateway.routing import Mark, View
 from ladderstitch.scheduling.backlog import Backlog
 from ladderstitch.v1 import replica_pb2 as pb
 
@@ -81,13 +81,13 @@ class Link:
             found = self._stubs[kind, method] = getattr(self._channel, kind)(method)
         return found
 
-    def opened(self, call: Any) -> int:
+    def opened(self, call: Any, due: float) -> Mark:
         """A call goes to the replica; it is cancelled should the replica fall silent."""
         self._calls.add(call)
         self.idle.clear()
-        return self.view.sent()
+        return self.view.sent(due)
 
-    def ended(self, call: Any, mark: int) -> None:
+    def ended(self, call: Any, mark: Mark) -> None:
         self._calls.discard(call)
         self.view.ended(mark)
         if not self.view.outstanding:
@@ -167,6 +167,7 @@ def backlog_of(state: pb.WatchLoadResponse) -> Backlog:
     return Backlog(
         waits_s=tuple(wait.wait_us / 1e6 for wait in state.waits) or (0.0,),
         request_s=state.request_us / 1e6,
+        batch_s=state.batch_us / 1e6,
         horizons_s=tuple(wait.due_us / 1e6 for wait in state.waits),
     )
 

@@ -6,13 +6,18 @@ said last, how long ago, and what was sent there since.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ladderstitch.scheduling.backlog import IDLE, Backlog
 
 GRAIN_S = 2e-4
 """Delays that differ by less are equal: no estimate is better than that."""
+
+
+Mark = tuple[int, float]
+"""How often the replica had spoken when a request went there, and when the request is due."""
 
 
 @dataclass(slots=True)
@@ -23,30 +28,37 @@ class View:
     told_at: float = 0.0
     tellings: int = 0
     outstanding: int = 0  # sent there and not answered
-    unseen: int = 0  # those of them that the backlog cannot contain yet
+    unseen: list[float] = field(default_factory=list)
+    """When those of them are due that the backlog cannot contain yet, in order."""
 
     def told(self, backlog: Backlog, now: float) -> None:
         """The replica speaks: it knows of all that was sent before."""
         self.backlog, self.told_at = backlog, now
         self.tellings += 1
-        self.unseen = 0
+        self.unseen.clear()
 
-    def sent(self) -> int:
+    def sent(self, due: float) -> Mark:
         """A request goes there; the mark to give to `ended`."""
         self.outstanding += 1
-        self.unseen += 1
-        return self.tellings
+        insort(self.unseen, due)
+        return self.tellings, due
 
-    def ended(self, mark: int) -> None:
+    def ended(self, mark: Mark) -> None:
         """A request has come back, one way or another."""
+        tellings, due = mark
         self.outstanding -= 1
-        if mark == self.tellings:
-            self.unseen -= 1
+        if tellings == self.tellings:
+            del self.unseen[bisect_left(self.unseen, due)]
 
     def delay_s(self, budget_s: float, now: float) -> float:
-        """Seconds until an answer: what waits there, what was sent since, and its own work."""
-        waited_s = self.backlog.wait_s(budget_s) - (now - self.told_at)
-        return max(0.0, waited_s) + (1 + self.unseen) * self.backlog.request_s
+        """Seconds until an answer: what waits there, what was sent since, and its own work.
+
+        What is due earlier goes first; of the rest, some may be running already.
+        """
+        waited_s = max(0.0, self.backlog.wait_s(budget_s) - (now - self.told_at))
+        ahead = bisect_right(self.unseen, now + budget_s)
+        started_s = self.backlog.batch_s if ahead < len(self.unseen) else 0.0
+        return waited_s + started_s + (1 + ahead) * self.backlog.request_s
 
 
 def choose(views: Sequence[View], budget_s: float, now: float, turn: int) -> int:

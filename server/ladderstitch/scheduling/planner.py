@@ -25,6 +25,9 @@ from ladderstitch.scheduling.settings import SchedulerSettings
 FORECASTING = frozenset({"adaptive", "model_switching"})
 """Policies that are told anew what to expect as requests come."""
 
+LEARNING = 0.1
+"""Weight of the newest batch in what batches take."""
+
 
 class Planner:
     """All times are seconds on the clock of the requests; `busy_until` is 0 while nothing runs.
@@ -39,6 +42,8 @@ class Planner:
         self.latency = LatencyTable(profile, settings.attainment_probability)
         self.queue = DeadlineQueue(settings.priority_window_s)
         self.busy_until = 0.0
+        self.batch_s = 0.0
+        """What batches took of late."""
         self._arrivals = Arrivals()
         self.configure(settings)
 
@@ -80,6 +85,7 @@ class Planner:
         return Backlog(
             waits_s=tuple(busy_s + admission.work_s(ahead, menu, view) for ahead in rows),
             request_s=view.expected(menu.choices()[0], 1),
+            batch_s=self.batch_s,
         )
 
     def check_budget(
@@ -145,6 +151,7 @@ class Planner:
     def finished(self, stitch: int, rows: int, compute_s: float, total_s: float) -> float:
         """Learn from a batch that came back whole; returns actual over expected seconds."""
         self.latency.observe_transit(total_s - compute_s)
+        self.batch_s += LEARNING * (total_s - self.batch_s)
         return self.latency.observe(stitch, rows, compute_s)
 
     def _renew(self) -> None:

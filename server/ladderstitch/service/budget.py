@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from ladderstitch.core import Budget
 from ladderstitch.errors import BadInput
+from ladderstitch.service.status import Context
 
 MAX_BUDGET_US = 3_600_000_000
 """An hour: whoever means more may as well name no budget."""
@@ -16,6 +18,8 @@ MAX_ID_CHARACTERS = 128
 """Longest id that a caller may give a request."""
 
 METADATA_KEY = "x-latency-budget-ms"
+HELD_KEY = "x-ladderstitch-held-us"
+"""How long a gateway had the call before: it arrived there."""
 FIRST_TOKEN_KEY = "x-llm-d-slo-ttft-ms"
 TOKEN_KEY = "x-llm-d-slo-tpot-ms"
 
@@ -31,6 +35,19 @@ class Deadline:
     seconds: float
     source: str
     hard: bool = False
+
+
+def clocked(context: Context) -> tuple[float, float | None]:
+    """When a call arrived (`time.monotonic`), and the seconds from then to its gRPC deadline.
+
+    A gateway's waiting for a replica counts. Raises `BadInput` if it is malformed.
+    """
+    now, remaining_s = time.monotonic(), context.time_remaining()
+    held_s = 0.0
+    for key, value in context.invocation_metadata():
+        if key == HELD_KEY:
+            held_s = _held(value)
+    return now - held_s, None if remaining_s is None else remaining_s + held_s
 
 
 def resolve(arrival: float, deadlines: Iterable[Deadline]) -> Budget:
@@ -77,3 +94,10 @@ def milliseconds(key: str, value: str | bytes) -> float:
     if not 0.001 <= number <= MAX_BUDGET_US / 1e3:  # NaN fails too
         raise BadInput(key, f"expected 0.001 to {MAX_BUDGET_US // 1000} milliseconds, got {text!r}")
     return number / 1e3
+
+
+def _held(value: str | bytes) -> float:
+    text = value.decode(errors="replace") if isinstance(value, bytes) else value
+    if not text.isdecimal() or int(text) > MAX_BUDGET_US:
+        raise BadInput(HELD_KEY, f"expected 0 to {MAX_BUDGET_US} microseconds, got {text[:80]!r}")
+    return int(text) / 1e6

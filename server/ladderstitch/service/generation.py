@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from contextlib import aclosing
 
 from ladderstitch.answering import Account, answer
@@ -34,8 +33,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(  # type: ignore[override] # grpc.aio takes coroutines that write, too
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
-        arrival = time.monotonic()
-        remaining_s = context.time_remaining()
+        arrival, remaining_s = budget.clocked(context)
         model = self.host.generator(request.model_name, request.model_version)
         try:
             accepted = accept(request, model, arrival, remaining_s, context.invocation_metadata())

@@ -34,8 +34,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     @statuses
     async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:
-        arrival = time.monotonic()
-        remaining_s = context.time_remaining()
+        arrival, remaining_s = budget.clocked(context)
         model = self.host.model(request.model_name, request.model_version)
         try:
             deadlines = budget.of_call(

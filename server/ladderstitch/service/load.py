@@ -14,6 +14,8 @@ from ladderstitch.service.status import Context
 from ladderstitch.v1 import replica_pb2 as pb
 from ladderstitch.v1 import replica_pb2_grpc
 
+QUIET_S = 0.02
+"""How often it is looked whether there is news, while there is none."""
 HEARTBEAT_S = 0.5
 """Silence for several of these means that the replica is stuck."""
 GRAIN_US = 100
@@ -33,7 +35,7 @@ class ReplicaService(replica_pb2_grpc.ReplicaServiceServicer):
             if state != told or now - told_at >= HEARTBEAT_S:
                 await context.write(state)
                 told, told_at = state, now
-            await asyncio.sleep(PUSH_S)
+            await asyncio.sleep(PUSH_S if told_at == now else QUIET_S)
 
 
 def load_of(host: Host) -> pb.WatchLoadResponse:
@@ -47,11 +49,16 @@ def load_of(host: Host) -> pb.WatchLoadResponse:
         models=everything,
         metrics_port=host.metrics_port,
         waits=[
-            pb.Wait(due_us=round(1e6 * due_s), wait_us=GRAIN_US * round(1e6 * wait_s / GRAIN_US))
+            pb.Wait(due_us=round(1e6 * due_s), wait_us=_grained(wait_s))
             for due_s, wait_s in zip(HORIZONS_S, backlog.waits_s, strict=True)
         ],
-        request_us=GRAIN_US * round(1e6 * backlog.request_s / GRAIN_US),
+        request_us=_grained(backlog.request_s),
+        batch_us=_grained(backlog.batch_s),
     )
+
+
+def _grained(seconds: float) -> int:
+    return GRAIN_US * round(1e6 * seconds / GRAIN_US)
 
 
 def _backlog(hosted: Hosted) -> Backlog:

@@ -163,8 +163,7 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     async def _infer(
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
-        arrival = time.monotonic()
-        remaining_s = context.time_remaining()
+        arrival, remaining_s = budget.clocked(context)
         model = self.host.model(request.model_name, request.model_version)
         try:
             wanted = _wanted_outputs(request)

@@ -74,6 +74,7 @@ class WatchLoadResponse(_message.Message):
     METRICS_PORT_FIELD_NUMBER: _builtins.int
     WAITS_FIELD_NUMBER: _builtins.int
     REQUEST_US_FIELD_NUMBER: _builtins.int
+    BATCH_US_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     """Name of the replica, new for each one that is started."""
     version: _builtins.str
@@ -84,6 +85,8 @@ class WatchLoadResponse(_message.Message):
     """Port of its metrics page."""
     request_us: _builtins.int
     """Microseconds that one more request takes: on the fastest stitch, alone."""
+    batch_us: _builtins.int
+    """Microseconds that batches took of late."""
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the models that it serves, in order."""
@@ -102,10 +105,11 @@ class WatchLoadResponse(_message.Message):
         metrics_port: _builtins.int = ...,
         waits: _abc.Iterable[Global___Wait] | None = ...,
         request_us: _builtins.int = ...,
+        batch_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics_port", b"metrics_port", "models", b"models", "replica", b"replica", "request_us", b"request_us", "serving", b"serving", "version", b"version", "waits", b"waits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_us", b"batch_us", "metrics_port", b"metrics_port", "models", b"models", "replica", b"replica", "request_us", b"request_us", "serving", b"serving", "version", b"version", "waits", b"waits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -48,7 +48,7 @@ class ReplicaServiceServicer:
 
     def WatchLoad(self, request, context):
         """Tells the replica's state at once, then whenever it changes and at least every half second, until
-        the caller leaves; at most fifty times a second. Never fails.
+        the caller leaves; at most 200 times a second. Never fails.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,7 +35,7 @@ class ReplicaServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ReplicaServiceAsyncStub: ...
     WatchLoad: _grpc.UnaryStreamMultiCallable[_replica_pb2.WatchLoadRequest, _replica_pb2.WatchLoadResponse]
     """Tells the replica's state at once, then whenever it changes and at least every half second, until
-    the caller leaves; at most fifty times a second. Never fails.
+    the caller leaves; at most 200 times a second. Never fails.
     """
 
 @_typing.type_check_only
@@ -45,7 +45,7 @@ class ReplicaServiceAsyncStub(ReplicaServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     WatchLoad: _aio.UnaryStreamMultiCallable[_replica_pb2.WatchLoadRequest, _replica_pb2.WatchLoadResponse]  # type: ignore[assignment]
     """Tells the replica's state at once, then whenever it changes and at least every half second, until
-    the caller leaves; at most fifty times a second. Never fails.
+    the caller leaves; at most 200 times a second. Never fails.
     """
 
 class ReplicaServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -58,7 +58,7 @@ class ReplicaServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_replica_pb2.WatchLoadResponse], _abc.AsyncIterator[_replica_pb2.WatchLoadResponse]]:
         """Tells the replica's state at once, then whenever it changes and at least every half second, until
-        the caller leaves; at most fifty times a second. Never fails.
+        the caller leaves; at most 200 times a second. Never fails.
         """
 
 def add_ReplicaServiceServicer_to_server(servicer: ReplicaServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
