@@ -28,7 +28,7 @@ from ladderstitch.service.transport import Transport
 if TYPE_CHECKING:
     from ladderstitch.openai.server import HttpServer
 
-LASTING_PORTS = (20_000, 32_000)
+FIRST_PORT, END_PORT = 20_000, 32_000
 """Below those that Linux gives to outgoing connections."""
 LAME_DUCK_S = 0.25
 """So long, calls on their way to a stopping replica are still taken, and as long again those that
@@ -180,11 +180,11 @@ def free_port(address: str) -> int:
 
     Raises `OSError` if there is none.
     """
-    start = random.randrange(*LASTING_PORTS)
-    for port in (*range(start, LASTING_PORTS[1]), *range(LASTING_PORTS[0], start)):
+    start = random.randrange(FIRST_PORT, END_PORT)
+    for port in (*range(start, END_PORT), *range(FIRST_PORT, start)):
         if port_is_free(address, port):
             return port
-    raise OSError(f"no port of {address} from {LASTING_PORTS[0]} to {LASTING_PORTS[1]} is free")
+    raise OSError(f"no port of {address} from {FIRST_PORT} to {END_PORT} is free")
 
 
 def port_is_free(address: str, port: int) -> bool:
