@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from ladderstitch.client import Client, RequestFailed
-from ladderstitch_loadtest.malformed import process_tree
+from ladderstitch_loadtest.malforming import process_tree
 from tests.conftest import make_tiny_bundle
 from tests.language.conftest import write_tiny
 from tests.service.conftest import RunningServer, picture, pixels, start_server, stop_server

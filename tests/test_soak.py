@@ -21,7 +21,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from ladderstitch.client import AsyncClient, RequestFailed
-from ladderstitch_loadtest.malformed import memory_mb, process_tree
+from ladderstitch_loadtest.malforming import memory_mb, process_tree
 from tests.conftest import make_tiny_bundle
 from tests.language.conftest import write_tiny
 from tests.service.conftest import RunningServer, pixels, start_server, stop_server

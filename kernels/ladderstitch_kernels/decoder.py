@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ladderstitch_kernels.comm.split_phase import Exchange, gemv_post, wait_add, wait_add_norm
-from ladderstitch_kernels.ops.add_rms_norm import add_rms_norm
 from ladderstitch_kernels.ops.decode_attention import paged_decode_attention
 from ladderstitch_kernels.ops.rope_append import rope_append
 from ladderstitch_kernels.ops.swiglu import swiglu
@@ -158,17 +157,6 @@ class Decoder:
             x = wait_add(x, exchange)
         self.position += 1
         return x
-
-    def step_alone(self, x: Tensor) -> Tensor:
-        """The same with no sum over ranks: a ceiling for the speed, and one rank's whole model."""
-        partial = torch.zeros_like(x)
-        for layer, weights in enumerate(self.layers):
-            x, normed = add_rms_norm(partial, x, weights.attention_norm, EPS)
-            partial = F.linear(self._attend(layer, normed), weights.output)
-            x, normed = add_rms_norm(partial, x, weights.ffn_norm, EPS)
-            partial = F.linear(self._gate(layer, normed), weights.down)
-        self.position += 1
-        return x + partial
 
     def _attend(self, layer: int, x: Tensor) -> Tensor:
         shape = self.shape

@@ -33,7 +33,7 @@ def expect_like(name: str, x: Tensor, other: Tensor) -> None:
 
 
 def expect_contiguous(name: str, x: Tensor) -> None:
-    """Raises `ValueError` unless `x` is contiguous and of floating point."""
+    """Raises `ValueError` unless `x` is contiguous."""
     if not x.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {x.stride()}")
 

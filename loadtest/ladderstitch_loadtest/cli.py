@@ -14,24 +14,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import grpc
 import torch
 import typer
 from rich.progress import Progress
 from rich.table import Table
 
 from ladderstitch.cli.console import err, out, progress_bar
-from ladderstitch_loadtest import malformed as malformed_requests
+from ladderstitch.v1 import inference_pb2, inference_pb2_grpc
+from ladderstitch_loadtest import malforming, real_sizes
 from ladderstitch_loadtest import memory as memory_use
 from ladderstitch_loadtest import mixed as mixed_budgets
 from ladderstitch_loadtest import overhead as server_overhead
-from ladderstitch_loadtest import real_sizes
 from ladderstitch_loadtest import switching as switch_cost
 from ladderstitch_loadtest.compare_cli import compare, decisions
 from ladderstitch_loadtest.files import write
 from ladderstitch_loadtest.gateway_cli import hop, kills
 from ladderstitch_loadtest.generation_cli import generation
 from ladderstitch_loadtest.load_cli import agree, burst, run
-from ladderstitch_loadtest.processes import echo_server, ladderstitch_server
+from ladderstitch_loadtest.malformed import ImageCases
+from ladderstitch_loadtest.malformed_text import TextCases
+from ladderstitch_loadtest.processes import Served, echo_server, ladderstitch_server
+from ladderstitch_loadtest.tiny_language import write_tiny
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 for command in (run, compare, decisions, agree, burst, hop, kills, generation):
@@ -236,13 +240,18 @@ def mixed(
 @app.command()
 def malformed(
     requests: Annotated[int, typer.Option(min=1, help="How many.")] = 10_000,
+    text: Annotated[
+        bool, typer.Option("--text", help="To a tiny language model: also cancels, deadlines.")
+    ] = False,
     seed: Seed = 1,
     folder: Out = None,
 ) -> None:
     """Malformed requests of every kind; exits with 1 unless each gets the right status."""
-    with a_server(None, ray=False) as (where, pid), progress_bar() as progress:
-        assert pid is not None
-        found = asyncio.run(_malformed(where, pid, requests, seed, progress))
+    with tempfile.TemporaryDirectory() as name, progress_bar() as progress:
+        flags = ("--model", str(write_tiny(Path(name) / "tiny"))) if text else ()
+        with ladderstitch_server("--no-ray", *flags) as served:
+            err.print(served.ready_line)
+            found = asyncio.run(_malformed(served, requests, seed, progress, text=text))
     for line in found.wrong[:20]:
         err.print(line, highlight=False)
     out.print(
@@ -258,13 +267,17 @@ def malformed(
         "memory_before_mb": round(found.memory_before_mb, 1),
         "memory_after_mb": round(found.memory_after_mb, 1),
     }
-    write(folder, "malformed", figures)
+    write(folder, "malformed-text" if text else "malformed", figures)
     raise typer.Exit(1 if found.wrong else 0)
 
 
 async def _malformed(
-    where: str, pid: int, requests: int, seed: int, progress: Progress
-) -> malformed_requests.Outcome:
+    served: Served, requests: int, seed: int, progress: Progress, *, text: bool
+) -> malforming.Outcome:
     task = progress.add_task("malformed", total=requests)
-    pids = malformed_requests.process_tree(pid)
-    return await malformed_requests.run(where, pids, requests, seed, lambda: progress.advance(task))
+    pids = malforming.process_tree(served.pid)
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+        model = await stub.GetModel(inference_pb2.GetModelRequest())
+        cases = (TextCases if text else ImageCases)(model, channel, seed)
+        return await malforming.run(cases, pids, requests, lambda: progress.advance(task))

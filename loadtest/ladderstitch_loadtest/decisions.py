@@ -18,6 +18,9 @@ LENGTHS = (1, 10, 100, 1000)
 BUDGETS_S = (0.008, 0.036, 0.1)
 RATE = 2000.0
 HISTORY = 1000
+REPEATS = 3
+"""Every decision is taken so often and its shortest time counts: what the policy takes, without
+what else the machine does meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +49,17 @@ def measure(family: Family, policy: str, decisions: int, seed: int) -> list[Row]
             planner.queue.remove(request)
         for _ in range(length):
             planner.queue.add(_request(now, rng.uniform(0.002, 0.1 + length / RATE)))
-        seconds = []
-        for _ in range(decisions):
-            at = now + rng.uniform(-0.001, 0.002)
-            started = time.perf_counter()
-            planner.policy(planner.queue.view, planner.latency.view, at)
-            seconds.append(time.perf_counter() - started)
+        moments = [now + rng.uniform(-0.001, 0.002) for _ in range(decisions)]
+        seconds = [min(_seconds(planner, at) for _ in range(REPEATS)) for at in moments]
         p50, p99 = np.quantile(seconds, [0.5, 0.99]).tolist()
         rows.append(Row(family.name, policy, length, round(1e6 * p50, 1), round(1e6 * p99, 1)))
     return rows
+
+
+def _seconds(planner: Planner, at: float) -> float:
+    started = time.perf_counter()
+    planner.policy(planner.queue.view, planner.latency.view, at)
+    return time.perf_counter() - started
 
 
 def _request(arrival: float, budget_s: float) -> Request:

@@ -18,7 +18,7 @@ from ladderstitch.cli.console import err, out
 from ladderstitch_loadtest import hop as hops
 from ladderstitch_loadtest.files import write
 from ladderstitch_loadtest.kills import Killing, kill_under_load, until_all_serve
-from ladderstitch_loadtest.malformed import process_tree
+from ladderstitch_loadtest.malforming import process_tree
 from ladderstitch_loadtest.processes import StartFailed, command_line, ladderstitch_server
 from ladderstitch_loadtest.stage import Process, stage
 

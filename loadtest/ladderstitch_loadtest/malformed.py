@@ -1,58 +1,35 @@
-"""Requests that are wrong in every way we could think of, each with the status that it must get."""
+"""Requests to an image model that are wrong in every way we could think of."""
 
 from __future__ import annotations
 
-import asyncio
 import io
 import random
 import struct
 import zlib
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
-from google.rpc.error_details_pb2 import ErrorInfo
-from google.rpc.status_pb2 import Status
 from PIL import Image
 
 from ladderstitch.v1 import inference_pb2 as pb
 from ladderstitch.v1 import inference_pb2_grpc
-
-BAD_INPUT = (grpc.StatusCode.INVALID_ARGUMENT, "BAD_INPUT")
-NO_MODEL = (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
-NO_STITCH = (grpc.StatusCode.NOT_FOUND, "STITCH_NOT_FOUND")
-INFEASIBLE = (grpc.StatusCode.FAILED_PRECONDITION, "BUDGET_INFEASIBLE")
-NO_QUALITY = (grpc.StatusCode.FAILED_PRECONDITION, "QUALITY_UNAVAILABLE")
-Expected = tuple[grpc.StatusCode, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    kind: str
-    request: pb.InferRequest
-    expected: Expected
-    metadata: tuple[tuple[str, str], ...] = ()
+from ladderstitch_loadtest.malforming import (
+    BAD_INPUT,
+    INFEASIBLE,
+    NO_MODEL,
+    NO_QUALITY,
+    NO_STITCH,
+    Case,
+)
 
 
-@dataclass(slots=True)
-class Outcome:
-    """What came of a run; `wrong` holds a line for each answer that was not the right one."""
+class ImageCases:
+    """A `Malformer` of requests to one image model, by seed."""
 
-    kinds: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-    good_answers: int = 0
-    memory_before_mb: float = 0.0
-    memory_after_mb: float = 0.0
-
-
-class Malformer:
-    """Makes cases for one model, by seed."""
-
-    def __init__(self, model: pb.GetModelResponse, seed: int) -> None:
+    def __init__(self, model: pb.GetModelResponse, channel: grpc.aio.Channel, seed: int) -> None:
+        self._stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
         inputs = model.preprocessing
         self.shape = (1, inputs.channels, inputs.height, inputs.width)
         self.stitches = len(model.stitches)
@@ -66,6 +43,12 @@ class Malformer:
             self.metadata_budget, self.tight_hard_budget, self.unknown_name, self.unknown_stitch,
             self.quality, self.priority, self.long_id, self.empty_batch, self.large_batch,
         ]  # fmt: skip
+
+    async def send(self, case: Case) -> None:
+        await self._stub.Infer(case.request, metadata=case.metadata, timeout=30)
+
+    async def send_good(self) -> None:
+        await self._stub.Infer(self.good(), timeout=30)
 
     def good(self) -> pb.InferRequest:
         return self._request(np.zeros(self.shape, np.uint8))
@@ -182,76 +165,6 @@ class Malformer:
         return Case(
             "large batch", self._request(np.zeros((rows, *self.shape[1:]), np.uint8)), BAD_INPUT
         )
-
-
-async def run(
-    address: str, pids: list[int], requests: int, seed: int, advance: Callable[[], None]
-) -> Outcome:
-    """Send so many malformed requests, 16 at a time, with a good one after every tenth."""
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
-        model = await stub.GetModel(pb.GetModelRequest())
-        malformer, outcome = Malformer(model, seed), Outcome()
-        await _batch(stub, malformer, range(400), Outcome(), lambda: None)  # warms caches
-        outcome.memory_before_mb = memory_mb(pids)
-        for start in range(0, requests, 16):
-            indices = range(start, min(requests, start + 16))
-            await _batch(stub, malformer, indices, outcome, advance)
-        await asyncio.sleep(1.0)
-        outcome.memory_after_mb = memory_mb(pids)
-    return outcome
-
-
-async def _batch(
-    stub: Any,
-    malformer: Malformer,
-    indices: range,
-    outcome: Outcome,
-    advance: Callable[[], None],
-) -> None:
-    async def one(index: int) -> None:
-        case = malformer.case(index)
-        outcome.kinds[case.kind] += 1
-        try:
-            await stub.Infer(case.request, metadata=case.metadata, timeout=30)
-            outcome.wrong.append(f"{case.kind}: answered")
-        except grpc.aio.AioRpcError as error:
-            got = (error.code(), reason(error))
-            if got != case.expected:
-                outcome.wrong.append(f"{case.kind}: expected {case.expected}, got {got}")
-        advance()
-        if index % 10 == 0:
-            await stub.Infer(malformer.good(), timeout=30)
-            outcome.good_answers += 1
-
-    await asyncio.gather(*(one(index) for index in indices))
-
-
-def reason(error: grpc.aio.AioRpcError) -> str:
-    """`ErrorInfo.reason` of a failed call."""
-    for key, value in error.trailing_metadata() or ():
-        if key == "grpc-status-details-bin":
-            for detail in Status.FromString(value).details:
-                info = ErrorInfo()
-                if detail.Unpack(info):
-                    return str(info.reason)
-    return ""
-
-
-def memory_mb(pids: list[int]) -> float:
-    """Unshared resident memory of processes, MiB."""
-    kilobytes = 0
-    for pid in pids:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith(("Private_Clean:", "Private_Dirty:")):
-                kilobytes += int(line.split()[1])
-    return kilobytes / 1024
-
-
-def process_tree(pid: int) -> list[int]:
-    """A process and all its descendants."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(p for child in children for p in process_tree(int(child)))]
 
 
 def _png(shape: tuple[int, ...], kind: str) -> bytes:

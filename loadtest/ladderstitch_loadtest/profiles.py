@@ -33,11 +33,6 @@ class Family:
         rows = self.profile.max_batch
         return max(rows / self.profile.stitches[s].median_s[-1] for s in self.frontier)
 
-    def capacity_of(self, stitch: int) -> float:
-        """Rows a second of one engine in the stitch's best batch size."""
-        seconds = self.profile.stitches[stitch].median_s
-        return max(n / t for n, t in zip(self.profile.batch_sizes, seconds, strict=True))
-
 
 def supernet() -> Family:
     """Six subnets like SuperServe's (NSDI'25): A + C * batch ms, without any spread."""

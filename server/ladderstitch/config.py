@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ladderstitch.bundle import EMBEDDED
 from ladderstitch.errors import ConfigError
+from ladderstitch.language.linking import LinkChoice
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.security.settings import AccessSettings
 
@@ -34,7 +35,7 @@ class ServerConfig(AccessSettings):
     )
     ranks: int = Field(1, ge=1, le=64, description="processes that a language model is split over")
     spare_ranks: int = Field(0, ge=0, le=8, description="warm processes that replace lost ranks")
-    link: Literal["auto", "shared_memory", "tcp", "nccl", "symmetric"] = Field(
+    link: LinkChoice = Field(
         "auto",
         description="between ranks; auto: shared memory on CPUs, NCCL on GPUs; symmetric: Triton's "
         "kernels between the GPUs of one machine",

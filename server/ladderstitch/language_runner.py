@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ladderstitch.config import ServerConfig
 from ladderstitch.engine.placement import resolve_device, resolve_dtype
+from ladderstitch.errors import EngineRestarting
 from ladderstitch.generation.generator import Generator
 from ladderstitch.hosting import Host, HostedGenerator
 from ladderstitch.language.bundle import LanguageBundle
@@ -11,6 +12,7 @@ from ladderstitch.language.group import RankGroup
 from ladderstitch.language.job import ModelJob
 from ladderstitch.language.launching import Launcher
 from ladderstitch.language.linking import GroupOptions
+from ladderstitch.language.member import RankLost
 from ladderstitch.language.sharding import Shard
 from ladderstitch.metrics import Metrics
 from ladderstitch.runner import Advance
@@ -83,7 +85,10 @@ class LanguageRunner:
             config.max_sequences,
             observer=self.metrics,
         )
-        await self._generator.measure()
+        try:
+            await self._generator.measure()
+        except RankLost as error:
+            raise EngineRestarting(f"a rank was lost while steps were measured: {error}") from error
         self.apply(config.scheduling)
         self.host.add(
             HostedGenerator(self.bundle, self._generator, self.metrics, self._max_prompt_tokens())

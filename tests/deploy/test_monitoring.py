@@ -20,7 +20,7 @@ import yaml
 
 from ladderstitch.client import Access, Client, RequestFailed
 from ladderstitch.metrics import Metrics
-from ladderstitch_loadtest.malformed import process_tree
+from ladderstitch_loadtest.malforming import process_tree
 from tests.conftest import make_tiny_bundle
 from tests.deploy.conftest import tool
 from tests.deploy.monitoring import (

@@ -94,7 +94,7 @@ def test_adaptive_beats_slackfit_on_mixed_budgets(cv2: float) -> None:
         simulate(FAMILY, trace, settings_of(policy), machine).summary()
         for policy in ("adaptive", "slackfit")
     )
-    assert ours.attainment > 0.995
+    assert ours.attainment > 0.99
     assert ours.effective_quality > theirs.effective_quality + 0.015
 
 

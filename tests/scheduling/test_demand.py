@@ -43,21 +43,20 @@ def test_a_long_spell_allows_cheaper_rows() -> None:
 
 
 def test_demand_counts_the_queue_and_those_to_come() -> None:
-    """Ten requests due at 100 ms; 50 a second more, each with 40 ms."""
-    queue = [make_request(0.1) for _ in range(10)]
+    """Ten requests due at 60 ms; 50 a second more, each with 40 ms."""
+    queue = [make_request(0.06) for _ in range(10)]
     forecast = Forecast(50.0, (0.04,), (0.0, 0.04))
     demand = Demand.of(queue, 0, forecast, 0.0)
     due, rows = demand.points[-1]
-    assert due == pytest.approx(6.0 * 0.04 - GUARD * 0.04)
-    assert rows == pytest.approx(10 + 50 * (0.24 - 0.04))
-    assert demand.exceeds(0.1)
-    assert not demand.exceeds(0.0001)
+    assert due == pytest.approx(2.0 * 0.04 - GUARD * 0.04)
+    assert rows == pytest.approx(10 + 50 * (0.08 - 0.04))
+    assert demand.each_s == pytest.approx((0.06 - GUARD * 0.04) / 10)  # of those who wait only
 
 
 def test_earnings_give_each_row_the_time_that_its_deadline_leaves() -> None:
     """Two rows due in 2 ms and two in 14: the first get 1 ms each, the others 6."""
     hull = Hull.over(POINTS)
-    demand = Demand(((0.002, 2.0), (0.014, 4.0)), impatient_s=0.1)
+    demand = Demand(((0.002, 2.0), (0.014, 4.0)), impatient_s=0.1, each_s=0.001)
     assert demand.earnings(hull, 0.0, 0, 1.0) == pytest.approx(2 * 0.7 + 2 * 0.9)
     # Busy for 4 ms with the first two: 10 ms are left for two rows.
     assert demand.earnings(hull, 0.004, 2, 1.0) == pytest.approx(2 * hull.quality(0.005))

@@ -1,17 +1,46 @@
 """Malformed requests of every kind: each gets its status, good ones are answered all along.
 
-`make verify-serving` sends 10,000 of them and watches the memory; here a few hundred.
+`ladderstitch-loadtest malformed` sends 10,000 of them and watches the memory; here a few hundred.
 """
 
 from __future__ import annotations
 
-from ladderstitch_loadtest.malformed import process_tree, run
-from tests.service.conftest import RunningServer
+from pathlib import Path
+
+import grpc
+
+from ladderstitch.v1 import inference_pb2, inference_pb2_grpc
+from ladderstitch_loadtest.malformed import ImageCases
+from ladderstitch_loadtest.malformed_text import TextCases
+from ladderstitch_loadtest.malforming import Outcome, process_tree, run
+from tests.language.conftest import write_tiny
+from tests.service.conftest import RunningServer, start_server, stop_server
 
 
-async def test_each_gets_the_right_status(server: RunningServer) -> None:
-    outcome = await run(server.address, process_tree(server.process.pid), 570, 3, lambda: None)
+async def outcome_of(
+    server: RunningServer, cases: type[ImageCases | TextCases], requests: int
+) -> Outcome:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        model = await stub.GetModel(inference_pb2.GetModelRequest())
+        malformer = cases(model, channel, 3)
+        return await run(malformer, process_tree(server.process.pid), requests, lambda: None)
+
+
+async def test_images(server: RunningServer) -> None:
+    outcome = await outcome_of(server, ImageCases, 570)
     assert outcome.wrong == []
     assert min(outcome.kinds.values()) == 30
     assert outcome.good_answers == 57
     assert "incident" not in server.log.read_text()
+
+
+async def test_text(tmp_path: Path) -> None:
+    """With deadlines of milliseconds, callers who leave, prompts at and over the context."""
+    server = start_server(write_tiny(tmp_path / "tiny"), tmp_path / "log")
+    outcome = await outcome_of(server, TextCases, 440)
+    assert outcome.wrong == []
+    assert min(outcome.kinds.values()) == 20
+    assert outcome.good_answers == 44
+    assert stop_server(server) == 0
+    assert "incident" not in (tmp_path / "log").read_text()

@@ -73,11 +73,14 @@ def test_plain_networks_are_stitched_on_photographs(tmp_path: Path, photographs:
     result = runner.invoke(
         app,
         ["import", *files, "--into", str(tmp_path / "bundle"), "--images", str(photographs),
-         "--labels", str(tmp_path / "labels.txt"), "--name", "zoo"],
+         "--labels", str(tmp_path / "labels.txt"), "--name", "zoo",
+         "--mean", "0.5,0.5,0.5", "--std", "0.5,0.25,0.5"],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     bundle = Bundle.load(tmp_path / "bundle")
     assert (bundle.manifest.name, bundle.manifest.labels[2]) == ("zoo", "cat")
+    assert bundle.manifest.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert bundle.manifest.preprocessing.std == (0.5, 0.25, 0.5)
     serving = InferenceModel(bundle.load_model())
     assert len(serving.plans) == 2 + 7
     images = torch.randn(2, 3, 32, 32)
@@ -115,4 +118,9 @@ def test_what_cannot_be_imported_says_why(tmp_path: Path) -> None:
     )
     assert "snnet-levit has no usual sizes" in said(files[0], "--family", "snnet-levit")
     assert "wrong tensors: missing anchors.0.blocks.0" in said(files[0], "--family", "snnet-deit")
+    assert "No such file" in said(files[0], "--labels", str(tmp_path / "none.txt"))
+    assert "mean: expected numbers such as 0.5,0.5,0.5, got grey" in said(
+        files[0], "--mean", "grey"
+    )
+    assert "mean: expected 3 values" in said(files[0], "--mean", "0.5")
     assert not (tmp_path / "bundle").exists()

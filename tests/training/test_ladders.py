@@ -17,6 +17,7 @@ from ladderstitch.errors import BundleError, ConfigError, DataError
 from ladderstitch.language.bundle import LanguageBundle
 from ladderstitch.language.checkpoint import MemoryWeights
 from ladderstitch.language.deltas import DeltaWeights, check_delta
+from ladderstitch.language.fetch import add_paths
 from ladderstitch.language.group import RankGroup
 from ladderstitch.language.job import ModelJob
 from ladderstitch.language.residual import Residual, plan_layers
@@ -27,7 +28,7 @@ from ladderstitch.training.language.forward import TrainableLlama
 from ladderstitch.training.language.low_rank import LowRank, adapt, delta_tensors
 from ladderstitch.training.language.recipe import LadderRecipe
 from ladderstitch.training.language.text import windows
-from tests.language.conftest import TINY, random_tensors, write_tiny
+from tests.language.conftest import TINY, made_up_quality, random_tensors, write_tiny
 
 LADDER = Residual(scheme="ladder", ladder_layers=2)
 TOKENS = torch.arange(1, 25)[None]
@@ -202,3 +203,24 @@ def test_strings_of_an_r_package() -> None:
     assert read_lazy_load(vector(b"one", b"") + vector(b"two")) == [["one", ""], ["two"]]
     with pytest.raises(DataError, match="not a lazy-load file"):
         read_lazy_load(b"\0\0\0\4what")
+
+
+def test_a_family_is_added_to_a_bundle_or_refused(tmp_path: Path) -> None:
+    family = tmp_path / "family"
+    family.mkdir()
+    (family / "paths.yaml").write_text(
+        "[{name: standard, residual: {}}, {name: ladder-2, delta: d.safetensors, "
+        "residual: {scheme: ladder, ladder_layers: 2}}]"
+    )
+    (family / "quality.json").write_text(made_up_quality(2).model_dump_json())
+    save_file(delta_tensors(disturbed_adapters()), family / "d.safetensors")
+    add_paths(write_tiny(tmp_path / "tiny"), family)
+    bundle = LanguageBundle.load(tmp_path / "tiny")
+    assert [way.name for way in bundle.manifest.ways] == ["standard", "ladder-2"]
+    assert bundle.delta_files() == (None, bundle.path / "d.safetensors")
+    (family / "quality.json").write_text(made_up_quality(1).model_dump_json())
+    with pytest.raises(BundleError, match=r"expected paths \[0, 1\], got \[0\]"):
+        add_paths(write_tiny(tmp_path / "other"), family)
+    (tmp_path / "tiny/d.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"d\.safetensors"):
+        LanguageBundle.load(tmp_path / "tiny")

@@ -11,8 +11,6 @@ then the first proof that it has read e, so slots come around after 4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -278,16 +276,3 @@ def _constants(exchange: Exchange) -> dict[str, int]:
         "RANKS_PAD": triton.next_power_of_2(exchange.ranks),
         "SLOTS": SLOTS,
     }
-
-
-def exchanges(
-    memories: Sequence[SymmetricMemory],
-    rows: int,
-    width: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    *,
-    columns: int = 64,
-) -> list[Exchange]:
-    """One exchange for each rank of a process that holds them all."""
-    return [Exchange(memory, rows, width, dtype, device, columns=columns) for memory in memories]

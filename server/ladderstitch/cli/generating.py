@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Annotated
@@ -87,7 +88,8 @@ def generate(
                 typer.echo(last.text, nl=False)
         typer.echo()
         if last is not None:
-            _summarise(last, time.monotonic() - started)
+            asked = {"budget": budget_s, "first_token": first_s, "token": token_s}
+            _summarise(last, time.monotonic() - started, asked)
 
 
 async def _generate_here(bundle: LanguageBundle, request: GenerationRequest, ranks: int) -> None:
@@ -110,22 +112,22 @@ async def _generate_here(bundle: LanguageBundle, request: GenerationRequest, ran
         await group.close()
 
 
-def _summarise(last: TextPiece, seconds: float) -> None:
+def _summarise(last: TextPiece, seconds: float, asked: Mapping[str, float | None]) -> None:
     _say(last.index + 1, seconds)
     cost = last.accounting
     if cost is None:
         return
     quality = f", {cost.quality_metric} {cost.quality:.3f}" if cost.HasField("quality") else ""
     err.print(f"path {cost.path}{quality}")
-    for what, wished, took_us in (
-        ("budget", "budget", cost.total_us),
-        ("first token", "first_token_budget", cost.first_token_us),
-        ("per token", "token_budget", cost.mean_token_us),
+    for name, what, met, took_us in (
+        ("budget", "whole answer", cost.budget_met, cost.total_us),
+        ("first_token", "first token", cost.first_token_budget_met, cost.first_token_us),
+        ("token", "mean per token", cost.token_budget_met, cost.mean_token_us),
     ):
-        if cost.HasField(f"{wished}_us"):  # type: ignore[arg-type] # the fields of the table above
-            met = "met" if getattr(cost, f"{wished}_met") else "missed"
-            wanted_ms = getattr(cost, f"{wished}_us") / 1e3
-            err.print(f"{what} of {wanted_ms:.0f} ms {met}: {took_us / 1e3:.0f} ms")
+        wanted_s = asked[name]
+        if wanted_s is not None:
+            told = "met" if met else "missed"
+            err.print(f"{what}: {took_us / 1e3:.0f} ms, budget of {1e3 * wanted_s:.0f} ms {told}")
 
 
 def _say(tokens: int, seconds: float) -> None:

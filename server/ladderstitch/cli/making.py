@@ -124,6 +124,16 @@ def import_(
     name: Annotated[str, typer.Option(help="How requests call the model.")] = "imported",
     labels: Annotated[Path | None, typer.Option(help="A label a line.")] = None,
     licence: Annotated[str, typer.Option(help="Of the weights.")] = "not stated",
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            help="Subtracted from pixels in 0..1, a number a channel, as in 0.5,0.5,0.5; default: "
+            "ImageNet's, 0.5 for grey pictures."
+        ),
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(help="Pixels are divided by it afterwards; as `--mean`.")
+    ] = None,
 ) -> None:
     """Make a bundle from published or own checkpoints: stitched families, or DeiT, ViT, Swin and
     ResNet in timm's or Hugging Face's layout, which become the anchors of a new family.
@@ -133,7 +143,7 @@ def import_(
     from ladderstitch.training.import_family import Naming, import_anchors, import_released
 
     with user_errors():
-        naming = Naming(name, licence, labels, None, None)
+        naming = Naming(name, licence, labels, _numbers("mean", mean), _numbers("std", std))
         if family is None:
             model = import_anchors(checkpoints, images, naming, into, image_size=image_size)
         elif len(checkpoints) == 1:
@@ -142,6 +152,15 @@ def import_(
             raise ConfigError(f"checkpoints: expected one of a {family}, got {len(checkpoints)}")
     count = sum(stitch.usable for stitch in model.stitches)
     out.print(f"{into}: {count} networks; next: ladderstitch calibrate {into} --data FOLDER")
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option}: expected numbers such as 0.5,0.5,0.5, got {text}") from None
 
 
 def register(app: typer.Typer) -> None:

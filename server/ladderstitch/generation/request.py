@@ -72,9 +72,11 @@ class GenerationRequest:
             raise BadInput("stop", "expected texts that are not empty")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise BadInput("logprobs", f"expected 0 to {MAX_LOGPROBS}, got {self.logprobs}")
-        for name in ("first_token_s", "per_token_s", "answer_s"):
+        for name in ("first_token_s", "per_token_s"):
             if not getattr(self.budget, name) > 0:  # NaN fails too
                 raise BadInput(name, f"expected above 0, got {getattr(self.budget, name)}")
+        if math.isnan(self.budget.answer_s):  # what is left of a deadline may be nothing
+            raise BadInput("answer_s", "expected a number, got nan")
 
 
 @dataclass(frozen=True, slots=True)

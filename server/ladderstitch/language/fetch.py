@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import yaml
+
 from ladderstitch.errors import DataError
+from ladderstitch.language.bundle import LanguageBundle, LanguageManifest, write_manifest
 from ladderstitch.language.gguf_file import Advance, import_gguf
 
 
@@ -20,6 +24,8 @@ class PackagedModel:
     file: str
     origin: str
     licence: str
+    family: Path | None = None
+    """Folder of what makes a family of it: more paths, their deltas and qualities."""
 
 
 MODELS = {
@@ -30,6 +36,10 @@ MODELS = {
         licence="Apache-2.0",
     ),
 }
+MODELS["smollm2-ladder"] = replace(
+    MODELS["smollm2"], family=Path(__file__).parents[1] / "bundles" / "smollm2-ladder"
+)
+PATHS_FILE = "paths.yaml"
 
 
 def fetch_model(name: str, into: Path, advance: Advance) -> None:
@@ -44,6 +54,22 @@ def fetch_model(name: str, into: Path, advance: Advance) -> None:
             licence=model.licence,
             advance=advance,
         )
+    if model.family is not None:
+        add_paths(into, model.family)
+
+
+def add_paths(bundle: Path, family: Path) -> None:
+    """Make a family of a bundle: `paths.yaml` of a folder into its manifest, all else beside it.
+
+    Raises `BundleError` if the two do not fit.
+    """
+    raw = yaml.safe_load((bundle / "model.yaml").read_text())
+    raw["paths"] = yaml.safe_load((family / PATHS_FILE).read_text())
+    for file in family.iterdir():
+        if file.name != PATHS_FILE:
+            shutil.copy2(file, bundle / file.name)
+    write_manifest(bundle, LanguageManifest.model_validate(raw))
+    LanguageBundle.load(bundle)
 
 
 def download(name: str, folder: Path) -> Path:

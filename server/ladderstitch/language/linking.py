@@ -22,7 +22,7 @@ Address = tuple[str, int]
 
 
 LinkKind = Literal["shared_memory", "tcp", "nccl", "symmetric"]
-LinkChoice = Literal["auto", "shared_memory", "tcp", "nccl", "symmetric"]
+LinkChoice = Literal["auto", LinkKind]
 
 
 class Region(Protocol):

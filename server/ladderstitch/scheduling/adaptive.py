@@ -5,10 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from ladderstitch.core import Request
-from ladderstitch.scheduling.arrivals import Forecast
+from ladderstitch.scheduling.arrivals import FAR_S, Forecast
 from ladderstitch.scheduling.demand import Demand
 from ladderstitch.scheduling.latency import LatencyView
 from ladderstitch.scheduling.menu import Menu
@@ -22,8 +21,10 @@ PATIENCE_S = 1.0
 """A request this late is worth as much as one that is in time, and more from then on."""
 DECLINES = 2
 """Slower stitches in a row that were no better, after which none is tried."""
-TOGETHER = 0.5
+TOGETHER = 0.2
 """Share of those arriving during a batch that an impatient one among them has to run with."""
+RISKED = 4
+"""Requests of a batch whose chance to be in time is looked up; later ones have later deadlines."""
 TIE = 1e-6
 """Of equals the larger batch is taken."""
 
@@ -32,9 +33,10 @@ TIE = 1e-6
 class Moment:
     """What all choices of one decision share.
 
-    The first `head` requests of the queue are past saving; `scale` turns seconds into the
-    profile's; `alone_s` is the least that any request takes; `strained` says that not
-    all can be in time.
+    The first `head` requests of the queue are past saving. `pace` turns the profile's seconds into
+    the present's; `scale` turns seconds into the profile's and leaves out what is not compute;
+    `fastest_s` are the fastest stitch's seconds in the profile, by rows, `one_s` and `two_s` its
+    present ones for one row and for two. `strained` says that not all who wait can be in time.
     """
 
     start: float
@@ -42,7 +44,10 @@ class Moment:
     demand: Demand
     hull: Hull
     scale: float
-    alone_s: float
+    pace: float
+    fastest_s: Sequence[float]
+    one_s: float
+    two_s: float
     strained: bool
 
 
@@ -91,9 +96,21 @@ class Adaptive:
         hull = self.prices.hull(latency.profiled_slack(spell_s))
         # The part of its time that the engine computes, if batches are as long as that.
         scale = latency.profiled_slack(spell_s / (spell_s + latency.transit_s))
-        alone_s = latency.seconds(self.menu.frontier[0], 1) + self.overhead_s
-        strained = demand.exceeds(hull.costs_s[0] / scale)
-        return Moment(start, hopeless, demand, hull, scale, alone_s, strained)
+        fastest = self.menu.frontier[0]
+        one_s = latency.seconds(fastest, 1)
+        two_s = latency.seconds(fastest, 2) if latency.max_rows > 1 else 2 * one_s
+        return Moment(
+            start=start,
+            head=hopeless,
+            demand=demand,
+            hull=hull,
+            scale=scale,
+            pace=latency.slowdown * latency.tail,
+            fastest_s=latency.profiled[fastest],
+            one_s=one_s,
+            two_s=two_s,
+            strained=demand.each_s < hull.costs_s[0] / scale,
+        )
 
     def _hopeless(self, queue: Sequence[Request], latency: LatencyView, start: float) -> int:
         """How many at the head of the queue no stitch saves."""
@@ -109,61 +126,62 @@ class Adaptive:
         near = list(queue[at : at + latency.max_rows + 2])
         head = near[0]
         candidates = self.menu.candidates(head)
-        left_s = slack(near, self.menu, latency, moment.start, 0.0)
-        safe_s = self._safe(near, at, latency, moment)
+        slack_s = slack(near, self.menu, latency, moment.start, 0.0)
+        left_s = [request.budget.target - moment.start for request in near] + [FAR_S]
         best = (float("-inf"), at, candidates[0], head.rows)
-        declines = 0
+        declines = between = 0
+        whole = True  # slower stitches want no larger parts of what fits
         for stitch in candidates:
             if stitch not in self.prices.efficient and stitch != candidates[0]:
                 continue
-            fits = latency.largest_fit(stitch, left_s)
+            fits = latency.largest_fit(stitch, slack_s)
             if fits < head.rows:
                 break  # candidates rise in latency
             most = max(head.rows, min(fits, len(near)))
             half = max(head.rows, (most + 1) // 2)
-            before = best[0]
-            for rows in (half, most) if half < most else (most,):
-                value = self._value(safe_s, at, stitch, rows, latency, moment)
+            declines += 1
+            for rows in (half, most) if whole and half < most else (half,):
+                value = self._value(left_s, at, stitch, rows, latency, moment)
                 if value >= best[0]:
                     best = (value, at, stitch, rows)
-            declines = declines + 1 if best[0] == before else 0
+                    between, declines = (half + most + 1) // 2, 0
+            whole = whole and best[3] == most
             if declines == (1 if moment.strained else DECLINES):
                 break
+        if between > head.rows:
+            value = self._value(left_s, at, best[2], between, latency, moment)
+            if value > best[0]:
+                best = (value, at, best[2], between)
         return best
-
-    def _safe(
-        self, near: Sequence[Request], at: int, latency: LatencyView, moment: Moment
-    ) -> list[float]:
-        """[k]: how long k rows may take without making the next two late."""
-        if at > moment.head:
-            return []
-        fastest = self.menu.frontier[0]
-        left_s = [request.budget.target - moment.start for request in near]
-        first_s = latency.seconds(fastest, 1)
-        second_s = latency.seconds(fastest, 2) if latency.max_rows > 1 else 2 * first_s
-        pairs = pairwise([*left_s, float("inf")])
-        return [min(one - first_s, other - second_s) for one, other in pairs]
 
     def _value(
         self,
-        safe_s: Sequence[float],
+        left_s: Sequence[float],
         at: int,
         stitch: int,
         rows: int,
         latency: LatencyView,
         moment: Moment,
     ) -> float:
-        """Expected quality of the batch and of all others after it."""
-        quality, fastest = self.menu.quality, self.menu.frontier[0]
-        busy_s = latency.seconds(stitch, rows) + latency.transit_s
-        value = (quality[stitch] + TIE) * rows
-        arrived = min(latency.max_rows, 1 + int(TOGETHER * self.forecast.rate * busy_s))
-        late = self.forecast.late(busy_s, latency.seconds(fastest, arrived) + self.overhead_s)
-        if rows < len(safe_s) and busy_s > safe_s[rows]:
-            late += 1
+        """Expected quality of the batch and of all others after it.
+
+        `left_s` is the time left to those from index `at` of the queue on, and to one more.
+        """
+        menu, forecast = self.menu, self.forecast
+        profiled_s = latency.profiled[stitch][rows]
+        busy_s = profiled_s * moment.pace + latency.transit_s
+        arrived = min(latency.max_rows, 1 + int(TOGETHER * forecast.rate * busy_s))
+        late = forecast.late(busy_s, moment.fastest_s[arrived] * moment.pace + self.overhead_s)
+        if at == moment.head and rows + 1 < len(left_s):  # those behind it: the next two
+            after_s, then_s = left_s[rows] - busy_s, left_s[rows + 1] - busy_s
+            late += after_s < moment.one_s or then_s < moment.two_s
+        in_time: float = rows
+        if latency.residuals[-1] * latency.slowdown * profiled_s > left_s[0]:
+            in_time -= sum(1.0 - latency.chance(stitch, rows, s) for s in left_s[:rows][:RISKED])
         done = rows + at - moment.head
         others = moment.demand.earnings(moment.hull, busy_s, done, moment.scale)
-        return value - quality[fastest] * late + others
+        earned = (menu.quality[stitch] + TIE) * in_time
+        return earned - menu.quality[menu.frontier[0]] * late + others
 
     def _late_value(self, queue: Sequence[Request], latency: LatencyView, moment: Moment) -> float:
         """As `_value`, of a batch of those that are late anyway."""
@@ -172,7 +190,7 @@ class Adaptive:
         busy_s = latency.seconds(fastest, rows) + latency.transit_s
         worth = self.menu.quality[fastest]
         waited = max(0.0, moment.start - queue[0].budget.target) / PATIENCE_S
-        late = self.forecast.late(busy_s, moment.alone_s)
+        late = self.forecast.late(busy_s, moment.one_s + self.overhead_s)
         if queue[moment.head].budget.target - moment.start - busy_s < latency.seconds(fastest, 1):
             late += 1
         others = moment.demand.earnings(moment.hull, busy_s, 0, moment.scale)

@@ -41,9 +41,9 @@ class Forecast:
         fastest_s: it is late if t < busy_s + fastest_s - b. Those with b < fastest_s are late
         whatever the engine does and do not count.
         """
-        if not self.budgets_s:
-            return 0.0
         reach = busy_s + fastest_s
+        if not self.budgets_s or reach <= self.budgets_s[0]:
+            return 0.0
         first, last = bisect_left(self.budgets_s, fastest_s), bisect_left(self.budgets_s, reach)
         spells = (last - first) * reach - (self.sums_s[last] - self.sums_s[first])
         return self.rate * spells / len(self.budgets_s)

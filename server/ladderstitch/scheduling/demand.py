@@ -9,8 +9,8 @@ from ladderstitch.core import Request
 from ladderstitch.scheduling.arrivals import FAR_S, Forecast
 from ladderstitch.scheduling.prices import Hull
 
-AHEAD = (1.0, 1.5, 2.0, 3.0, 6.0)
-"""Horizons beyond the queue's last deadline, in typical budgets."""
+AHEAD = 2.0
+"""How far ahead newcomers are expected, in typical budgets."""
 GUARD = 0.25
 """Part of an impatient request's budget that is not planned with: batches are no fluid."""
 IMPATIENT = 0.05
@@ -23,15 +23,17 @@ LEAST_S = 1e-6
 class Demand:
     """A demand bound function: by `points[k][0]` seconds from now, `points[k][1]` rows are due.
 
-    Of the function only the points that can bind, its lower hull.
+    Of the function only the points that can bind, its lower hull. `each_s` is the least time
+    a row that those who wait have.
     """
 
     points: tuple[tuple[float, float], ...]
     impatient_s: float
+    each_s: float
 
     @classmethod
     def of(cls, queue: Sequence[Request], first: int, forecast: Forecast, start: float) -> Demand:
-        """Of the queue from index `first` on, looked at where it doubles, and of newcomers."""
+        """Of newcomers and the queue from index `first` on, looked at wherever it is fourfold."""
         waiting = len(queue) - first
         last_s = min(queue[-1].budget.target - start, FAR_S)
         typical_s = forecast.typical_s or last_s
@@ -39,16 +41,14 @@ class Demand:
         dues, rows = [], 1
         while rows < waiting:
             dues.append((min(queue[first + rows - 1].budget.target - start, FAR_S), rows))
-            rows *= 2
+            rows *= 4
         dues.append((last_s, waiting))
-        dues += [(s, waiting) for part in AHEAD if (s := part * typical_s) > last_s]
         guard_s = GUARD * impatient_s
+        each_s = min((due - guard_s) / rows for due, rows in dues)
+        if last_s < AHEAD * typical_s:
+            dues.append((AHEAD * typical_s, waiting))
         points = [(due - guard_s, rows + forecast.late(due, 0.0)) for due, rows in dues]
-        return cls(_lower_hull(points), impatient_s)
-
-    def exceeds(self, seconds_per_row: float) -> bool:
-        """Whether so much time for every row is more than there is."""
-        return any(due < rows * seconds_per_row for due, rows in self.points)
+        return cls(_lower_hull(points), impatient_s, each_s)
 
     def earnings(self, hull: Hull, busy_s: float, done: int, scale: float) -> float:
         """Quality that all rows but the first `done` can have after a busy spell.

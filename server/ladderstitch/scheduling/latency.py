@@ -51,6 +51,11 @@ class LatencyView:
         """Slack in the profile's seconds, to compare with `profiled` directly."""
         return slack_s / (self.slowdown * self.tail)
 
+    def chance(self, stitch: int, rows: int, slack_s: float) -> float:
+        """How likely a batch is over within the slack, by the recent residuals; 0 to 1."""
+        allowed = slack_s / (self.profiled[stitch][rows] * self.slowdown)
+        return bisect_right(self.residuals, allowed) / len(self.residuals)
+
     def largest_fit(self, stitch: int, slack_s: float) -> int:
         """Rows that fit into the slack on a stitch; 0 if not even one does."""
         return bisect_right(self.profiled[stitch], self.profiled_slack(slack_s), lo=1) - 1

@@ -104,10 +104,6 @@ class Scheduler:
     def running_requests(self) -> int:
         return len(self._running)
 
-    @property
-    def queue_rows(self) -> int:
-        return self.planner.queue.rows
-
     def backlog(self) -> Backlog:
         """What others have to wait for at present."""
         return self.planner.backlog(self.clock())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.models.staged import Hierarchical
 from ladderstitch.models.trunk import Trunk
-from ladderstitch.models.vit import InputShape, Vit, VitConfig
+from ladderstitch.models.vit import Vit, VitConfig
 from ladderstitch.training.data import LabelledImages
 from ladderstitch.training.learngene import Maps, Watched, distillation_loss, save_maps
 from ladderstitch.training.loop import Loss, Run, accuracy, fit
@@ -45,93 +46,90 @@ def train_anchors(recipe: Recipe, images: LabelledImages, folder: Path, progress
         )
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(recipe.threads)
-    teacher = (
-        None if recipe.pool is None else _teacher(recipe, recipe.pool, images, folder, progress)
-    )
+    trainer = Trainer(recipe, images, folder, progress)
+    teacher = None if recipe.pool is None else trainer.teacher(recipe.pool)
     for anchor in reversed(range(len(recipe.anchors))):
-        if anchor_file(folder, anchor).exists():
-            continue
-        torch.manual_seed(recipe.seed + anchor)
-        model = _fresh(recipe.family.anchors[anchor], recipe.family.inputs)
-        schedule, name = recipe.anchors[anchor], f"anchor-{anchor}"
+        if not anchor_file(folder, anchor).exists():
+            trainer.train(anchor, teacher)
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """One network's training: what its files are called, what is added to the recipe's seed."""
+
+    name: str
+    seed: int
+    schedule: Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """What the training of all of a family's networks shares."""
+
+    recipe: Recipe
+    images: LabelledImages
+    folder: Path
+    progress: Progress
+
+    def train(self, anchor: int, teacher: Vit | None) -> None:
+        """Write one anchor, which learns from the teacher if there is one."""
+        recipe = self.recipe
+        lesson = Lesson(f"anchor-{anchor}", anchor, recipe.anchors[anchor])
+        model = self._fresh(recipe.family.anchors[anchor], lesson)
         if recipe.pool is None or teacher is None:
-            _train_alone(recipe, model, schedule, name, anchor, images, folder, progress)
+            self._fit_alone(model, lesson)
         else:
             assert isinstance(model, Vit)
             maps = Maps(model, teacher)
-            loss = distillation_loss(
-                Watched(model), Watched(teacher), maps, recipe.pool, schedule.label_smoothing
-            )
-            both = nn.ModuleList((model, maps))
-            _train(recipe, model, both, loss, schedule, name, anchor, images, folder, progress)
-            save_maps(maps, folder, anchor)
-        save_file(model.state_dict(), anchor_file(folder, anchor))
+            smoothing = lesson.schedule.label_smoothing
+            loss = distillation_loss(Watched(model), Watched(teacher), maps, recipe.pool, smoothing)
+            self._fit(model, nn.ModuleList((model, maps)), loss, lesson)
+            save_maps(maps, self.folder, anchor)
+        save_file(model.state_dict(), anchor_file(self.folder, anchor))
 
+    def teacher(self, pool: Pool) -> Vit:
+        """The pool's larger model, trained first."""
+        lesson = Lesson("teacher", len(self.recipe.anchors), pool.schedule)
+        model = self._fresh(pool.teacher, lesson)
+        assert isinstance(model, Vit)
+        file = self.folder / "teacher.safetensors"
+        if not file.exists():
+            self._fit_alone(model, lesson)
+            save_file(model.state_dict(), file)
+        model.load_state_dict(load_file(file))
+        return model.eval().requires_grad_(False)
 
-def _teacher(
-    recipe: Recipe, pool: Pool, images: LabelledImages, folder: Path, progress: Progress
-) -> Vit:
-    """The pool's larger model, trained first."""
-    torch.manual_seed(recipe.seed + len(recipe.anchors))
-    model = _fresh(pool.teacher, recipe.family.inputs)
-    assert isinstance(model, Vit)
-    file = folder / "teacher.safetensors"
-    if not file.exists():
-        seed = len(recipe.anchors)
-        _train_alone(recipe, model, pool.schedule, "teacher", seed, images, folder, progress)
-        save_file(model.state_dict(), file)
-    model.load_state_dict(load_file(file))
-    return model.eval().requires_grad_(False)
+    def _fresh(self, config: AnyAnchor, lesson: Lesson) -> Trunk:
+        torch.manual_seed(self.recipe.seed + lesson.seed)
+        model = config.build(self.recipe.family.inputs)
+        if isinstance(model, Vit):
+            init_vit(model)
+        return model
 
+    def _fit_alone(self, model: Trunk, lesson: Lesson) -> None:
+        smoothing = lesson.schedule.label_smoothing
 
-def _fresh(config: AnyAnchor, inputs: InputShape) -> Trunk:
-    model = config.build(inputs)
-    if isinstance(model, Vit):
-        init_vit(model)
-    return model
+        def loss(batch: Tensor, labels: Tensor, _rng: torch.Generator) -> Tensor:
+            return F.cross_entropy(model(batch), labels, label_smoothing=smoothing)
 
+        self._fit(model, model, loss, lesson)
 
-def _train_alone(
-    recipe: Recipe,
-    model: Trunk,
-    schedule: Schedule,
-    name: str,
-    seed: int,
-    images: LabelledImages,
-    folder: Path,
-    progress: Progress,
-) -> None:
-    def loss(batch: Tensor, labels: Tensor, _rng: torch.Generator) -> Tensor:
-        return F.cross_entropy(model(batch), labels, label_smoothing=schedule.label_smoothing)
-
-    _train(recipe, model, model, loss, schedule, name, seed, images, folder, progress)
-
-
-def _train(
-    recipe: Recipe,
-    model: Trunk,
-    trained: nn.Module,
-    loss: Loss,
-    schedule: Schedule,
-    name: str,
-    seed: int,
-    images: LabelledImages,
-    folder: Path,
-    progress: Progress,
-) -> None:
-    """Fit `trained`, of which `model` is the network, or all."""
-    train, validation = images.split(recipe.data.validation_images)
-    bfloat16 = recipe.precision == "bfloat16"
-    run = Run(name, folder, recipe.seed + seed, schedule, recipe.data, train, bfloat16)
-    fit(
-        trained,
-        parameter_groups(trained, schedule.learning_rate),
-        loss,
-        lambda: {"validation_accuracy": accuracy(model, validation, recipe.data)},
-        run,
-        progress,
-    )
-    run.checkpoint.unlink()
+    def _fit(self, model: Trunk, trained: nn.Module, loss: Loss, lesson: Lesson) -> None:
+        """Fit `trained`, of which `model` is the network, or all."""
+        recipe, schedule = self.recipe, lesson.schedule
+        train, validation = self.images.split(recipe.data.validation_images)
+        bfloat16 = recipe.precision == "bfloat16"
+        seed = recipe.seed + lesson.seed
+        run = Run(lesson.name, self.folder, seed, schedule, recipe.data, train, bfloat16)
+        fit(
+            trained,
+            parameter_groups(trained, schedule.learning_rate),
+            loss,
+            lambda: {"validation_accuracy": accuracy(model, validation, recipe.data)},
+            run,
+            self.progress,
+        )
+        run.checkpoint.unlink()
 
 
 def init_vit(model: Vit) -> None:

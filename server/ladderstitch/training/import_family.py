@@ -66,13 +66,17 @@ RELEASED: dict[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """What a bundle says about itself, and how it takes pictures."""
+    """What a bundle says about itself, and how it takes pictures.
+
+    `labels` is a file of a label a line; `mean` and `std` hold one number a channel and default to
+    ImageNet's, or 0.5 for grey pictures.
+    """
 
     name: str
     licence: str
-    labels: Path | None
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
+    labels: Path | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 def import_released(
@@ -148,21 +152,28 @@ def family_of(anchors: Sequence[PlainAnchor]) -> FamilyConfig:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
+    text = _text(path)
     try:
-        text = path.read_text()
         fields = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, json.JSONDecodeError, yaml.YAMLError) as error:
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{path}: expected fields, got {type(fields).__name__}")
     return fields
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
 def _manifest(config: FamilyConfig, naming: Naming, origin: str) -> Manifest:
     inputs = config.inputs
     labels: Sequence[str] = [f"class {i}" for i in range(inputs.num_classes)]
     if naming.labels is not None:
-        labels = naming.labels.read_text().splitlines()
+        labels = _text(naming.labels).splitlines()
     grey = inputs.in_channels == 1
     try:
         return Manifest(
