@@ -181,7 +181,7 @@ def free_port(address: str) -> int:
     Raises `OSError` if there is none.
     """
     start = random.randrange(FIRST_PORT, END_PORT)
-    for port in (*range(start, END_PORT), *range(FIRST_PORT, start)):
+    for port in chain(range(start, END_PORT), range(FIRST_PORT, start)):
         if port_is_free(address, port):
             return port
     raise OSError(f"no port of {address} from {FIRST_PORT} to {END_PORT} is free")
