@@ -153,7 +153,13 @@ async def compare_batching(
     """Every variant at every rate until it falls below `GIVE_UP`."""
     prompts = bundle.tokenizer().encode(text[:400_000])
     group = RankGroup(
-        ModelJob.of(bundle, dtype=dtype, cache_tokens=512, pool_tokens=8192, chunk_tokens=128)
+        ModelJob.of(
+            bundle,
+            dtype=dtype,
+            cache_tokens=min(512, bundle.manifest.config.max_positions),
+            pool_tokens=8192,
+            chunk_tokens=128,
+        )
     )
     rows: list[Row] = []
     try:
@@ -175,10 +181,10 @@ async def compare_batching(
                     trying.remove(variant)
     finally:
         await group.close()
-    return {"dtype": dtype, "rows": [asdict(row) for row in rows]} | _sustained(rows)
+    return {"dtype": dtype, "rows": [asdict(row) for row in rows]} | sustained(rows)
 
 
-def _sustained(rows: Sequence[Row]) -> dict[str, object]:
+def sustained(rows: Sequence[Row]) -> dict[str, object]:
     """The highest rate that each variant answers with the attainment wanted, and its tokens/s."""
     best = {
         variant.name: max(
@@ -188,7 +194,7 @@ def _sustained(rows: Sequence[Row]) -> dict[str, object]:
         )
         for variant in VARIANTS
     }
-    sustained = {
+    told = {
         name: {"offered_per_s": row.offered_per_s, "tokens_per_s": row.tokens_per_s}
         if row
         else None
@@ -196,7 +202,7 @@ def _sustained(rows: Sequence[Row]) -> dict[str, object]:
     }
     alone, shared = best[VARIANTS[0].name], best[VARIANTS[-1].name]
     ratio = round(shared.tokens_per_s / alone.tokens_per_s, 2) if alone and shared else None
-    return {"sustained": sustained, "continuous_over_one_after_another": ratio}
+    return {"sustained": told, "continuous_over_one_after_another": ratio}
 
 
 def plot(found: dict[str, object], path: Path) -> None:

@@ -35,17 +35,23 @@ async def _collect(generator: Generator, request: GenerationRequest) -> tuple[li
     return pieces, first_s
 
 
-def _random_prompt(rng: np.random.Generator, tokens: int) -> tuple[int, ...]:
-    return tuple(int(token) for token in rng.integers(1000, 40_000, tokens))
+def _random_prompt(rng: np.random.Generator, tokens: int, vocabulary: int) -> tuple[int, ...]:
+    return tuple(int(token) for token in rng.integers(0, vocabulary, tokens))
 
 
-async def prefix_reuse(bundle: LanguageBundle, dtype: str) -> dict[str, object]:
-    """Seconds to the first token of a new prefix of 512 tokens, and of later prompts that share it
-    and go on with 16 tokens of their own."""
+async def prefix_reuse(
+    bundle: LanguageBundle, dtype: str, prefix_tokens: int = PREFIX_TOKENS
+) -> dict[str, object]:
+    """Seconds to the first token of a new prefix, and of later prompts that share it and go on
+    with 16 tokens of their own."""
+    context = prefix_tokens + 32
     group = RankGroup(
-        ModelJob.of(bundle, dtype=dtype, cache_tokens=640, pool_tokens=4096, chunk_tokens=256)
-    )
-    rng = np.random.default_rng(0)
+        ModelJob.of(
+            bundle, dtype=dtype, cache_tokens=context, pool_tokens=8 * context,
+            chunk_tokens=min(256, context),
+        )
+    )  # fmt: skip
+    rng, vocabulary = np.random.default_rng(0), bundle.manifest.config.vocab_size
     fresh: list[float] = []
     shared: list[float] = []
     reused: set[int] = set()
@@ -54,9 +60,9 @@ async def prefix_reuse(bundle: LanguageBundle, dtype: str) -> dict[str, object]:
         generator = Generator(group, bundle.tokenizer())
         await generator.measure()
         for _ in range(PREFIX_ROUNDS):
-            prefix = _random_prompt(rng, PREFIX_TOKENS)
+            prefix = _random_prompt(rng, prefix_tokens, vocabulary)
             for number in range(4):
-                prompt = prefix + _random_prompt(rng, 16)
+                prompt = prefix + _random_prompt(rng, 16, vocabulary)
                 request = GenerationRequest(prompt, time.monotonic(), max_tokens=2)
                 pieces, first_s = await _collect(generator, request)
                 (shared if number else fresh).append(first_s)
@@ -88,7 +94,7 @@ async def paths_by_budget(
         ),
         GroupOptions(latency_s=latency_s),
     )
-    rng = np.random.default_rng(0)
+    rng, vocabulary = np.random.default_rng(0), bundle.manifest.config.vocab_size
     answers: dict[str, list[dict[str, Any]]] = {"tight": [], "relaxed": []}
     try:
         await group.start()
@@ -99,7 +105,10 @@ async def paths_by_budget(
         for _ in range(8):
             for kind, budget in (("tight", tight), ("relaxed", TokenBudget(per_token_s=1.0))):
                 request = GenerationRequest(
-                    _random_prompt(rng, 32), time.monotonic(), max_tokens=24, budget=budget
+                    _random_prompt(rng, 32, vocabulary),
+                    time.monotonic(),
+                    max_tokens=24,
+                    budget=budget,
                 )
                 pieces, first_s = await _collect(generator, request)
                 mean_s = (time.monotonic() - request.arrival - first_s) / (len(pieces) - 1)
@@ -142,7 +151,8 @@ async def beside_transformers(
     batching that `transformers` has, in turns; and on how many answers the two agree."""
     from transformers import GenerationConfig
 
-    prompts = [list(_random_prompt(np.random.default_rng(n), 40)) for n in range(OFFLINE_PROMPTS)]
+    rng, vocabulary = np.random.default_rng(0), bundle.manifest.config.vocab_size
+    prompts = [list(_random_prompt(rng, 40, vocabulary)) for _ in range(OFFLINE_PROMPTS)]
     settings: Any = GenerationConfig(  # type: ignore[no-untyped-call] # of the library
         max_new_tokens=OFFLINE_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
