@@ -176,7 +176,7 @@ def test_a_deadline_ends_a_stream_with_its_reason(client: openai.OpenAI) -> None
         )  # fmt: skip
         list(answer)
 
-    with pytest.raises(openai.APIError, match="the limit passed|the limit is in"):
+    with pytest.raises(openai.APIError, match=r"the limit passed|the limit is in"):
         stream()
 
 
