@@ -137,12 +137,18 @@ def calibrate(family: Family, run: Measured) -> tuple[Family, Machine]:
     """A family and machine whose batches take as long as a real run's did."""
     outcome = run.outcome
     answered = [i for i, stitch in enumerate(outcome.stitch) if stitch >= 0]
-    ratios = np.array([_ratio(family, outcome.stitch[i], outcome.rows[i], outcome.compute_s[i])
-                       for i in answered])  # fmt: skip
-    middle, high = np.quantile(ratios, [0.5, 0.99]).tolist()
+    ratios = [
+        _ratio(family, outcome.stitch[i], outcome.rows[i], outcome.compute_s[i]) for i in answered
+    ]
     transit = median(
         outcome.total_s[i] - outcome.queue_s[i] - outcome.compute_s[i] for i in answered
     )
+    return fitted(family, ratios, transit)
+
+
+def fitted(family: Family, ratios: Sequence[float], transit_s: float) -> tuple[Family, Machine]:
+    """A family that takes `ratios` of its profile, and a machine with so much besides."""
+    middle, high = np.quantile(ratios, [0.5, 0.99]).tolist()
     stitches = {
         stitch: Latency(
             median_s=tuple(s * middle for s in latency.median_s),
@@ -151,7 +157,7 @@ def calibrate(family: Family, run: Measured) -> tuple[Family, Machine]:
         for stitch, latency in family.profile.stitches.items()
     }
     profile: LatencyProfile = family.profile.model_copy(update={"stitches": stitches})
-    return Family(family.name, family.quality, profile), Machine(transit_s=transit)
+    return Family(family.name, family.quality, profile), Machine(transit_s=transit_s)
 
 
 def _ratio(family: Family, stitch: int, rows: int, seconds: float) -> float:

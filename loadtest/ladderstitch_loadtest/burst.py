@@ -16,6 +16,7 @@ from ladderstitch.client import AsyncClient
 from ladderstitch_loadtest import traces
 from ladderstitch_loadtest.generator import Measured, measure
 from ladderstitch_loadtest.mixed import choose
+from ladderstitch_loadtest.processes import Served, histogram_quantile
 from ladderstitch_loadtest.targets import Target
 from ladderstitch_loadtest.traces import BudgetClass, Trace
 
@@ -43,12 +44,17 @@ class Row:
 
 @dataclass(slots=True)
 class Burst:
-    """`capacity_rps` is what the server answers on its fastest stitch to 32 callers."""
+    """`capacity_rps` is what the server answers on its fastest stitch to 32 callers.
+
+    `dispatch_p99_ms`: from a free engine to its next batch while requests wait, over the whole run;
+    the upper edge of the histogram's bucket.
+    """
 
     capacity_rps: float
     base_rps: float
     budget_ms: float
     rounds: int
+    dispatch_p99_ms: float
     rows: list[Row] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, object]:
@@ -56,7 +62,7 @@ class Burst:
 
 
 async def measure_burst(
-    address: str,
+    server: Served,
     target: Target,
     *,
     policies: Sequence[str],
@@ -66,6 +72,7 @@ async def measure_burst(
     advance: Callable[[str], None],
 ) -> Burst:
     """Policies take turns on the same arrivals."""
+    address = server.address
     runs: dict[str, list[tuple[float, ...]]] = {policy: [] for policy in policies}
     budget = BudgetClass("burst", budget_s)
     async with AsyncClient(address) as client:
@@ -84,7 +91,8 @@ async def measure_burst(
                 await choose(client, policy)
                 runs[policy].append(_figures(measure(address, target, trace, cpus=cpus)))
         await choose(client, "adaptive")
-    found = Burst(round(capacity), round(base, 1), 1e3 * budget_s, rounds)
+    dispatch_s = histogram_quantile(server.page(), "ladderstitch_turnaround_seconds", 0.99)
+    found = Burst(round(capacity), round(base, 1), 1e3 * budget_s, rounds, 1e3 * dispatch_s)
     for policy, rows in runs.items():
         middles = [round(median(column), 5) for column in zip(*rows, strict=True)]
         found.rows.append(Row(policy, *middles))

@@ -27,7 +27,7 @@ from ladderstitch_loadtest import memory as memory_use
 from ladderstitch_loadtest import mixed as mixed_budgets
 from ladderstitch_loadtest import overhead as server_overhead
 from ladderstitch_loadtest import switching as switch_cost
-from ladderstitch_loadtest.compare_cli import compare, decisions
+from ladderstitch_loadtest.compare_cli import compare, decisions, replay
 from ladderstitch_loadtest.files import write
 from ladderstitch_loadtest.gateway_cli import hop, kills
 from ladderstitch_loadtest.generation_cli import generation
@@ -38,7 +38,7 @@ from ladderstitch_loadtest.processes import Served, echo_server, ladderstitch_se
 from ladderstitch_loadtest.tiny_language import write_tiny
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-for command in (run, compare, decisions, agree, burst, hop, kills, generation):
+for command in (run, compare, decisions, replay, agree, burst, hop, kills, generation):
     app.command()(command)
 
 Address = Annotated[

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.progress import track
 from rich.table import Table
 
 from ladderstitch.bundle import Bundle
 from ladderstitch.catalogue import find_bundle
-from ladderstitch.cli.console import out, progress_bar
+from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch_loadtest import decisions as decision_times
-from ladderstitch_loadtest import laboratory, plots, scenarios
+from ladderstitch_loadtest import laboratory, plots, replaying, scenarios
 from ladderstitch_loadtest.files import write
 from ladderstitch_loadtest.laboratory import ORACLE, Comparison
 from ladderstitch_loadtest.profiles import Family, of_bundle, supernet
@@ -85,6 +86,35 @@ def decisions(
         )
     out.print(table)
     write(folder, "decisions", {"rows": [row.to_dict() for row in rows]})
+
+
+def replay(
+    file: Annotated[Path, typer.Argument(help="MODEL-PID.jsonl of `ladderstitch serve --record`.")],
+    policy: Annotated[
+        list[str], typer.Option(help="`slackfit` and so on, or `fixed N`; repeatable.")
+    ] = [*laboratory.POLICIES],  # noqa: B006 # typer reads it only
+) -> None:
+    """A server's record, once more: the same decisions, and what other policies make of it.
+
+    Fails if the planner decides otherwise than it did in the server.
+    """
+    with user_errors():
+        found = replaying.replay(file)
+    made = found.admissions + found.decisions
+    out.print(f"{found.same} of {made} admissions and decisions are made again")
+    for difference in found.differences:
+        err.print(difference)
+    table = Table("policy", "attainment", "effective quality")
+    rows = {f"recorded: {found.settings.policy}": found.recorded}
+    for name in track(policy, "simulating", console=err, transient=True):
+        rows[f"simulated: {name}"] = found.simulated(name)
+    for title, figures in rows.items():
+        table.add_row(
+            title, f"{100 * figures.attainment:.2f} %", f"{100 * figures.effective_quality:.2f} %"
+        )
+    out.print(table)
+    if not found.exact:
+        raise typer.Exit(1)
 
 
 def _family(name: str) -> Family:

@@ -22,7 +22,7 @@ from ladderstitch_loadtest import traces
 from ladderstitch_loadtest.files import write
 from ladderstitch_loadtest.generator import Measured, measure
 from ladderstitch_loadtest.outcome import Summary
-from ladderstitch_loadtest.processes import ladderstitch_server
+from ladderstitch_loadtest.processes import Served, ladderstitch_server
 from ladderstitch_loadtest.profiles import of_bundle
 from ladderstitch_loadtest.report import write_report
 from ladderstitch_loadtest.targets import Kind, find_target
@@ -110,11 +110,11 @@ def agree(
 ) -> None:
     """The embedded model's server beside its simulation: policies on five traces."""
     family = of_bundle(Bundle.load(find_bundle(EMBEDDED)))
-    with _server(cpu) as address, err.status("starting") as status:
-        target = find_target(address, "ladderstitch", "", hard=True)
+    with _server(cpu) as server, err.status("starting") as status:
+        target = find_target(server.address, "ladderstitch", "", hard=True)
         found = asyncio.run(
             agreements.compare_with_simulator(
-                address, target, family, policies=policy, rate=rate, seconds=seconds,
+                server.address, target, family, policies=policy, rate=rate, seconds=seconds,
                 rounds=rounds, cpus=None if cpu is None else [cpu], advance=status.update,
             )
         )  # fmt: skip
@@ -144,11 +144,11 @@ def burst(
     folder: Out = None,
 ) -> None:
     """A tenfold burst of 2 s on the embedded model's server, 0.8 of its capacity at its height."""
-    with _server(cpu) as address, err.status("starting") as status:
-        target = find_target(address, "ladderstitch", "", hard=True)
+    with _server(cpu) as server, err.status("starting") as status:
+        target = find_target(server.address, "ladderstitch", "", hard=True)
         found = asyncio.run(
             bursts.measure_burst(
-                address, target, policies=policy, budget_s=budget_ms / 1e3, rounds=rounds,
+                server, target, policies=policy, budget_s=budget_ms / 1e3, rounds=rounds,
                 cpus=None if cpu is None else [cpu], advance=status.update,
             )
         )  # fmt: skip
@@ -164,18 +164,19 @@ def burst(
             )),
         )  # fmt: skip
     out.print(table)
+    out.print(f"free engine to next batch: at most {found.dispatch_p99_ms:g} ms at p99")
     write(folder, "burst", found.to_dict())
 
 
 @contextmanager
-def _server(cpu: int | None) -> Iterator[str]:
+def _server(cpu: int | None) -> Iterator[Served]:
     """A server of the embedded model on all CPUs but that one."""
     before = os.sched_getaffinity(0)
     if cpu is not None:
         os.sched_setaffinity(0, before - {cpu} or before)
     try:
         with ladderstitch_server("--no-ray") as served:
-            yield served.address
+            yield served
     finally:
         os.sched_setaffinity(0, before)
 

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlopen
+
+from prometheus_client.parser import text_string_to_metric_families
 
 
 class StartFailed(Exception):
@@ -25,6 +28,28 @@ class Served:
     metrics: str
     pid: int
     ready_line: str
+
+    def page(self) -> str:
+        """The metrics page as it is now."""
+        with urlopen(self.metrics, timeout=10) as answer:
+            text: str = answer.read().decode()
+        return text
+
+
+def histogram_quantile(page: str, name: str, share: float) -> float:
+    """Upper edge of the bucket that this quantile of a metrics page's histogram lies in.
+
+    Over all labels; NaN if nothing was observed.
+    """
+    counts: dict[float, float] = {}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            if sample.name == f"{name}_bucket":
+                edge = float(sample.labels["le"])
+                counts[edge] = counts.get(edge, 0.0) + sample.value
+    total = counts.get(float("inf"), 0.0)
+    edges = sorted(edge for edge, count in counts.items() if total and count >= share * total)
+    return edges[0] if edges else float("nan")
 
 
 @contextmanager

@@ -155,7 +155,7 @@ class Simulation:
             self._at(now + choice.seconds, number, replica.turn)
             return
         replica.running, replica.stitch, replica.started = choice.requests, choice.stitch, now
-        planner.started(choice.requests, choice.stitch, now)
+        planner.started(len(choice.requests), choice.stitch, now)
         replica.compute_s = self._compute_s(planner, choice.stitch, len(choice.requests), now)
         self._at(now + replica.compute_s + self.machine.transit_s, number, replica.turn)
 

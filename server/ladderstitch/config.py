@@ -61,6 +61,11 @@ class ServerConfig(AccessSettings):
     )
     log_format: Literal["text", "json"] = "text"
     log_requests: bool = Field(False, description="a line a request: id, stitch, cost, status")
+    record: Path | None = Field(
+        None,
+        description="folder: all that is planned for a model of images goes to MODEL-PID.jsonl, "
+        "for `ladderstitch-loadtest replay`",
+    )
     otlp_endpoint: str | None = Field(
         None, description="http://HOST:4317: traces go there; needs the extra `telemetry`"
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import TextIO
+
 from ladderstitch.bundle import Bundle
 from ladderstitch.config import ServerConfig
 from ladderstitch.engine.channel import WorkerConfig
@@ -32,6 +35,7 @@ class ImageRunner:
         self.quality = quality_table(self.bundle)
         self._engine: ProcessEngine | None = None
         self._model: HostedModel | None = None
+        self._record: TextIO | None = None
 
     @property
     def name(self) -> str:
@@ -75,6 +79,19 @@ class ImageRunner:
             await self._model.scheduler.close()
         if self._engine is not None:
             self._engine.close()
+        if self._record is not None:
+            self._record.close()
+
+    def _open_record(self) -> TextIO | None:
+        """A file of this process and model, for what is planned; raises `ConfigError`."""
+        folder = self.config.record
+        if folder is None:
+            return None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return (folder / f"{self.name}-{os.getpid()}.jsonl").open("w")
+        except OSError as error:
+            raise ConfigError(f"record: {error}") from error
 
     def _make_engine(self, worker: WorkerConfig) -> ProcessEngine:
         light = worker.device == "cpu" and self.bundle.weight_bytes <= LIGHT_BYTES
@@ -103,9 +120,11 @@ class ImageRunner:
         name = self.bundle.manifest.name
         metrics: ModelMetrics = self.metrics.for_model(name, stitches)
         quality = {stitch: score.value for stitch, score in self.quality.stitches.items()}
-        scheduler = Scheduler(engine, quality, profile, self.host.live.settings, metrics)
+        settings = self.host.live.settings
+        self._record = self._open_record()
+        scheduler = Scheduler(engine, quality, profile, settings, metrics, record=self._record)
         try:
-            scheduler.configure(self.host.live.settings)
+            scheduler.configure(settings)
         except BadInput as error:
             raise ConfigError(f"scheduling.{error}") from error
         metrics.running.set_function(lambda: scheduler.running_requests)

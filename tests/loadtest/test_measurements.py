@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from math import isnan
 from pathlib import Path
 
 import numpy as np
 import pytest
+from prometheus_client import generate_latest
 from typer.testing import CliRunner
 
+from ladderstitch.metrics import Metrics
 from ladderstitch_loadtest import memory, mixed, overhead, switching
 from ladderstitch_loadtest.cli import app
 from ladderstitch_loadtest.open_loop import poisson
-from ladderstitch_loadtest.processes import echo_server
+from ladderstitch_loadtest.processes import echo_server, histogram_quantile
 from tests.service.conftest import RunningServer, server
 
 __all__ = ["server"]
@@ -64,3 +67,15 @@ def test_many_stitches_cost_no_more_memory_than_their_parts(tmp_path: Path) -> N
     assert found["stitches"] == 71
     assert found["model_storages"] == found["anchors_and_layers"]
     assert found["plans"] < 1.0
+
+
+def test_a_histograms_quantile_is_its_buckets_edge() -> None:
+    metrics = Metrics()
+    for model, times in (("a", [0.00015] * 98 + [0.0004]), ("b", [0.05])):
+        for seconds in times:
+            metrics.for_model(model, {0: 0.9}).turnaround.observe(seconds)
+    page = generate_latest(metrics.registry).decode()
+    name = "ladderstitch_turnaround_seconds"
+    found = [histogram_quantile(page, name, share) for share in (0.5, 0.98, 0.99, 1.0)]
+    assert found == [0.0002, 0.0002, 0.0005, 0.1]
+    assert isnan(histogram_quantile("", name, 0.5))

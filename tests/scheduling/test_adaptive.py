@@ -143,3 +143,13 @@ def test_the_forecast_learns_the_rate_and_forgets() -> None:
             arrivals.add(make_request(now + 0.01, arrival=now))
         assert arrivals.forecast.rate == pytest.approx(rate, rel=0.25)
         assert len(arrivals.forecast.budgets_s) == REMEMBERED
+
+
+def test_nobody_is_given_up_for_newcomers() -> None:
+    """More are to come than can be served; of those who wait, all can be in time."""
+    forecast = forecast_of([0.1], rate=10_000.0)
+    head = make_request(NOW + 0.0012)
+    others = [make_request(NOW + 0.1 + i / 1e6) for i in range(60)]
+    policy = Adaptive(make_menu(), 0.0, forecast, make_prices())
+    assert head in policy([head, *others], plain_view(), NOW).requests
+    assert decide([head], forecast) == (0, 1)

@@ -100,6 +100,10 @@ def serve(
             rich_help_panel=ACCESS,
         ),
     ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Folder for all that is planned, to `ladderstitch-loadtest replay`."),
+    ] = None,
     ray: Annotated[
         bool, typer.Option("--ray/--no-ray", help="Run under Ray Serve, or in this process alone.")
     ] = True,
@@ -130,6 +134,7 @@ def serve(
             admin_port=admin_port,
             health_port=health_port,
             insecure_public=insecure_public or None,
+            record=record.absolute() if record is not None else None,
         )
         if parsed.replicas > 1 and not ray:
             raise ConfigError(

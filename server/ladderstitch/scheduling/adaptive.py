@@ -21,7 +21,7 @@ PATIENCE_S = 1.0
 """A request this late is worth as much as one that is in time, and more from then on."""
 DECLINES = 2
 """Slower stitches in a row that were no better, after which none is tried."""
-TOGETHER = 0.2
+TOGETHER = 0.5
 """Share of those arriving during a batch that an impatient one among them has to run with."""
 RISKED = 4
 """Requests of a batch whose chance to be in time is looked up; later ones have later deadlines."""

@@ -6,7 +6,7 @@ clock, the other by a virtual one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from ladderstitch.core import Request
 from ladderstitch.errors import BudgetInfeasible, Overloaded, RequestError
@@ -118,6 +118,14 @@ class Planner:
                 self.settings, self.menu, self._arrivals.forecast, self._prices
             )
 
+    def put_back(self, request: Request) -> None:
+        """Queue a request again whose batch was lost."""
+        self.queue.add(request)
+
+    def withdraw(self, request: Request) -> None:
+        """Take a request off the queue; raises `ValueError` if it does not wait."""
+        self.queue.remove(request)
+
     def take_expired(self, now: float) -> list[Request]:
         """Remove and return the requests that cannot end before their limit any more.
 
@@ -136,9 +144,8 @@ class Planner:
                 self.queue.remove(request)
         return choice
 
-    def started(self, requests: Sequence[Request], stitch: int, now: float) -> None:
+    def started(self, rows: int, stitch: int, now: float) -> None:
         """A batch went to the engine; `now` is when it was decided."""
-        rows = sum(request.rows for request in requests)
         self.busy_until = now + self.latency.view.expected(stitch, rows)
 
     def finished(self, stitch: int, rows: int, compute_s: float, total_s: float) -> float:

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import TextIO
 
 from ladderstitch.core import Completion, Request
 from ladderstitch.errors import (
@@ -27,6 +28,7 @@ from ladderstitch.scheduling.ledger import Ledger, Waiting
 from ladderstitch.scheduling.menu import Menu
 from ladderstitch.scheduling.planner import Planner
 from ladderstitch.scheduling.policy import Decision, Hold
+from ladderstitch.scheduling.recording import RecordingPlanner
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.scheduling.statistics import Statistics
 from ladderstitch.scheduling.sweeper import Sweeper
@@ -41,6 +43,7 @@ class Scheduler:
     """Owns the queue of one model and the dispatch loop that empties it onto the engine.
 
     Made inside a running event loop; raises `BadInput` if the settings do not fit the model.
+    All that is planned goes to `record`, if there is one.
     """
 
     def __init__(
@@ -51,11 +54,16 @@ class Scheduler:
         settings: SchedulerSettings,
         metrics: ModelMetrics,
         clock: Callable[[], float] = time.monotonic,
+        record: TextIO | None = None,
     ) -> None:
         self.engine = engine
         self.metrics = metrics
         self.clock = clock
-        self.planner = Planner(quality, profile, settings)
+        self.planner = (
+            Planner(quality, profile, settings)
+            if record is None
+            else RecordingPlanner(quality, profile, settings, record)
+        )
         self._ledger = Ledger(metrics, clock)
         self._alone: deque[Waiting] = deque()
         self._running: list[Waiting] = []
@@ -132,7 +140,7 @@ class Scheduler:
         except asyncio.CancelledError:
             if self._ledger.leave(waiting):
                 with contextlib.suppress(ValueError):  # it is being computed, not queued
-                    self.planner.queue.remove(request)
+                    self.planner.withdraw(request)
                 self.metrics.queued(self.queue_requests)
                 self._wake.set()
             raise
@@ -200,7 +208,7 @@ class Scheduler:
         except Exception as error:
             # Whatever is wrong with the policy, the head ends here and the others get their turn.
             head = queue.view[0]
-            queue.remove(head)
+            self.planner.withdraw(head)
             self._ledger.fail(self._ledger[head], _incident("the policy failed", error))
             return None
         if isinstance(choice, Hold):
@@ -212,7 +220,7 @@ class Scheduler:
         rows = sum(request.rows for request in decision.requests)
         batch = [self._ledger[request] for request in decision.requests]
         self._running = batch
-        self.planner.started(decision.requests, decision.stitch, now)
+        self.planner.started(rows, decision.stitch, now)
         if self._free_since is not None:
             self.metrics.turnaround.observe(self.clock() - self._free_since)
             self._free_since = None
@@ -275,7 +283,7 @@ class Scheduler:
                 self._ledger.fail(waiting, final)
             elif waiting in self._ledger:
                 waiting.lost = True
-                self.planner.queue.add(waiting.request)
+                self.planner.put_back(waiting.request)
 
     def _retry_alone(self, batch: list[Waiting], error: InternalError) -> None:
         """Run the requests of a failed batch one by one, so that a bad one fails alone."""
