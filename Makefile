@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: help install serve test lint format types protos tools manifests \
-	verify-models verify-serving verify-scheduling verify-training verify-language verify-kernels \
+	verify-models verify-serving verify-scheduling verify-training verify-language verify-generation verify-kernels \
 	verify-operations verify-gateway soak clean
 .DEFAULT_GOAL := help
 
@@ -77,6 +77,13 @@ verify-language: install ## about 8 minutes: SmolLM2 beside transformers; commun
 	$(BIN)/ladderstitch-loadtest smollm2 --text data/brown/heldout.txt --out loadtest/results
 	$(BIN)/ladderstitch bench-overlap --out loadtest/results
 	$(BIN)/ladderstitch bench-overlap --link tcp --out loadtest/results
+
+verify-generation: install ## about 10 minutes: streams under token budgets, prefixes, paths, 10,000 malformed requests
+	$(BIN)/ladderstitch fetch smollm2
+	$(BIN)/ladderstitch fetch smollm2-ladder
+	$(BIN)/ladderstitch fetch brown --into data/brown
+	$(BIN)/ladderstitch-loadtest generation --text data/brown/heldout.txt --family smollm2-ladder --out loadtest/results
+	$(BIN)/ladderstitch-loadtest malformed --text --out loadtest/results
 
 verify-kernels: install ## about 3 minutes: long ladders, machine code for three GPUs; check and bench if there is a GPU
 	$(BIN)/pytest -q -m slow tests/kernels

@@ -33,6 +33,7 @@ def test_flags_override_the_file() -> None:
         ("port: 99999", "port"),
         ("scheduling: {policy: best}", "scheduling.policy"),
         ("scheduling: {policy: fixed}", "the policy `fixed` needs one"),
+        ("{replicas: 2, http_port: 8081}", "http_port: expected replicas: 1"),
         ("[1]", "expected a mapping"),
         (": {", "mapping"),
     ],

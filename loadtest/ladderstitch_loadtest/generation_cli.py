@@ -24,8 +24,8 @@ def generation(
     text: Annotated[Path, typer.Option(help="Text file that prompts are cut from.")],
     model: Annotated[str, typer.Option(help="Bundle of a language model.")] = "smollm2",
     family: Annotated[
-        Path | None,
-        typer.Option(help="Bundle with several paths (`convert-ladder`); default: skip that part."),
+        str | None,
+        typer.Option(help="Bundle with several paths, e.g. smollm2-ladder; default: skip that."),
     ] = None,
     rates: Annotated[str, typer.Option(help="Requests/s to offer, rising.")] = RATES,
     seconds: Annotated[float, typer.Option(help="Length of each run.")] = 20.0,
@@ -47,7 +47,7 @@ def generation(
         "prefix": generation_parts.prefix_reuse(bundle, dtype),
     }
     if family is not None:
-        several = LanguageBundle.load(family)
+        several = LanguageBundle.load(find_bundle(family))
         parts["paths"] = generation_parts.paths_by_budget(several, 1e-3, dtype)
     parts["batching"] = generation_load.compare_batching(
         bundle, text.read_text(), [float(rate) for rate in rates.split(",")], seconds, dtype,

@@ -117,7 +117,7 @@ def _result(
         requests=len(samples),
         answered=len(answered),
         codes=dict(Counter(sample.code for sample in samples)),
-        hole_s=round(max(np.diff([0.0, *ends])), 2),
+        hole_s=round(float(max(np.diff([0.0, *ends]))), 2),
         worst_s=round(max(latencies), 2),
         p50_ms=round(1e3 * float(np.median(latencies)), 2),
         p99_ms=round(1e3 * float(np.quantile(latencies, 0.99)), 2),

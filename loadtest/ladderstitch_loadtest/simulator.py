@@ -15,7 +15,6 @@ import numpy as np
 from ladderstitch.core import Budget, Request
 from ladderstitch.errors import RequestError
 from ladderstitch.gateway.routing import Mark, View, choose
-from ladderstitch.scheduling.backlog import PUSH_S
 from ladderstitch.scheduling.planner import Planner
 from ladderstitch.scheduling.policy import Decision
 from ladderstitch.scheduling.settings import SchedulerSettings
@@ -32,6 +31,8 @@ P99_SIGMAS = 2.326
 class Machine:
     """What simulated replicas run on.
 
+    They tell whoever routes how busy they are every `push_s`; 0: it is always known.
+
     `spread` scales the profile's own p99/median (0: every batch takes its median). `transit_s` is
     what a batch costs beyond compute. `slow` are (from, to, factor) spells of a noisy neighbour.
     """
@@ -39,6 +40,7 @@ class Machine:
     replicas: int = 1
     spread: float = 1.0
     transit_s: float = 0.0
+    push_s: float = 0.0
     slow: tuple[tuple[float, float, float], ...] = ()
 
     def factor(self, now: float) -> float:
@@ -103,11 +105,11 @@ class Simulation:
 
     def _route(self, request: Request, now: float) -> int:
         """The replica with the most slack for this request: the gateway's rule, on what replicas
-        have told, which they do as often as real ones."""
+        have told."""
         if len(self.replicas) == 1:
             return 0
         for replica in self.replicas:
-            if now - replica.view.told_at >= PUSH_S:
+            if now - replica.view.told_at >= self.machine.push_s:
                 replica.view.told(replica.planner.backlog(now), now)
         self._routed += 1
         views = [replica.view for replica in self.replicas]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
+from ladderstitch.replica import free_port
 from ladderstitch_loadtest.processes import StartFailed
 
 READY = re.compile(r"ready.* gRPC on (\S+), metrics on (\S+)/metrics")
@@ -111,11 +110,8 @@ def stage(
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct ports of loopback that nobody listens on at present."""
-    probes: list[Any] = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+    """Distinct ports of loopback that nobody has."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port("127.0.0.1"))
+    return list(ports)

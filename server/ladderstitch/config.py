@@ -79,9 +79,11 @@ class ServerConfig(AccessSettings):
         return self
 
     @model_validator(mode="after")
-    def _ranks_elsewhere_belong_to_one_replica(self) -> ServerConfig:
-        if self.rank_address and self.replicas > 1:
-            raise ValueError("rank_address: expected replicas: 1 along with it")
+    def _what_belongs_to_one_replica(self) -> ServerConfig:
+        """Ranks of other machines know one address; gateways forward gRPC alone."""
+        for field, value in (("rank_address", self.rank_address), ("http_port", self.http_port)):
+            if value not in ("", None) and self.replicas > 1:
+                raise ValueError(f"{field}: expected replicas: 1 along with it")
         return self
 
     def listening(self) -> tuple[tuple[str, str], ...]:

@@ -54,9 +54,10 @@ class GatewayDeployment:
             raise RayServeException("the gateway no longer follows its replicas")
 
     async def ports(self) -> tuple[int, int]:
-        """gRPC and metrics, once requests are answered."""
+        """gRPC and metrics, once requests are answered: those that some gateway always has."""
         await self.gateway.until_serving()
-        return self.gateway.port, self.gateway.metrics_port
+        settings, gateway = self.gateway.settings, self.gateway
+        return gateway.port, settings.metrics_port or gateway.metrics_port
 
     async def __del__(self) -> None:
         """Serve awaits this when it stops a gateway: finish what is under way."""

@@ -67,6 +67,7 @@ def local_ray(actors: int = 1) -> Iterator[Cluster]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # its 15 would put answers behind all else on this machine
         "RAY_SERVE_LOG_TO_STDERR": "0",
     }
     import ray  # reads the environment when it is imported

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ladderstitch.allocator import return_freed_memory
@@ -27,6 +29,8 @@ from ladderstitch.service.transport import Transport
 if TYPE_CHECKING:
     from ladderstitch.openai.server import HttpServer
 
+FIRST_PORT, END_PORT = 20_000, 32_000
+"""Below those that Linux gives to outgoing connections."""
 LAME_DUCK_S = 0.25
 """So long, calls on their way to a stopping replica are still taken, and as long again those that
 come later are told DRAINING; gRPC would cancel them."""
@@ -173,10 +177,15 @@ def make_runner(config: ServerConfig, host: Host, metrics: Metrics, launcher: La
 
 
 def free_port(address: str) -> int:
-    """A port of the address that nobody listens on at present."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
+    """One that nobody has, and no outgoing connection will take: it can be had again later.
+
+    Raises `OSError` if there is none.
+    """
+    start = random.randrange(FIRST_PORT, END_PORT)
+    for port in chain(range(start, END_PORT), range(FIRST_PORT, start)):
+        if port_is_free(address, port):
+            return port
+    raise OSError(f"no port of {address} from {FIRST_PORT} to {END_PORT} is free")
 
 
 def port_is_free(address: str, port: int) -> bool:

@@ -95,10 +95,11 @@ async def test_a_replica_is_told_what_was_lost_on_the_way(fleet: MakeFleet) -> N
             metadata = (("x-latency-budget-ms", "500"), (HELD_KEY, "77"))
             await running.infer(timeout=3.0, metadata=metadata)
     told = [(m.get(HELD_KEY), m["x-latency-budget-ms"], s) for _, m, s in running.replicas[1].asked]
-    (later,) = [(int(held), left) for held, _, left in told if held is not None]
     assert {budget for _, budget, _ in told} == {"500"}  # it runs from the arrival at the gateway
-    assert 100_000 <= later[0] < 3_000_000
-    assert later[1] < 3.0
+    assert "77" not in {held for held, *_ in told}
+    held_us, left_s = max((int(held), left) for held, _, left in told if held is not None)
+    assert 100_000 <= held_us < 3_000_000
+    assert left_s < 3.0
 
 
 async def test_when_all_refuse_the_last_word_counts_once_time_is_up(fleet: MakeFleet) -> None:

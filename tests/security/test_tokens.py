@@ -82,7 +82,7 @@ def test_a_new_file_is_in_force_within_a_second_and_a_broken_one_is_not(
     tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(tmp_path / "tokens.yaml", f"tokens: [{{name: a, token: {SECRET}}}]")
-    tokens = TokenFile(path, clock)
+    tokens = TokenFile(path, clock=clock)
     write(path, "tokens: [{name: b, token: the-next-secret-of-all}]")
     assert tokens.find(SECRET) is not None
     clock.now += CHECK_S

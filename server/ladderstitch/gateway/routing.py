@@ -53,11 +53,11 @@ class View:
     def delay_s(self, budget_s: float, now: float) -> float:
         """Seconds until an answer: what waits there, what was sent since, and its own work.
 
-        What is due earlier goes first; of the rest, some may be running already.
+        What is due earlier goes first; whatever was sent since may be running already.
         """
         waited_s = max(0.0, self.backlog.wait_s(budget_s) - (now - self.told_at))
         ahead = bisect_right(self.unseen, now + budget_s)
-        started_s = self.backlog.batch_s if ahead < len(self.unseen) else 0.0
+        started_s = self.backlog.batch_s if self.unseen else 0.0
         return waited_s + started_s + (1 + ahead) * self.backlog.request_s
 
 

@@ -24,9 +24,6 @@ class ListenSettings(BaseModel):
     health_port: int | None = Field(
         None, ge=0, le=65_535, description="plaintext grpc.health.v1 alone, for probes; unset: none"
     )
-    http_port: int | None = Field(
-        None, ge=0, le=65_535, description="OpenAI's API for language models; unset: none"
-    )
     tls_certificate: Path | None = Field(None, description="PEM chain; reread when it changes")
     tls_key: Path | None = Field(None, description="PEM key of the certificate")
     tls_client_ca: Path | None = Field(
@@ -69,8 +66,11 @@ class ListenSettings(BaseModel):
 
 
 class AccessSettings(ListenSettings):
-    """Of a server that computes: how much it takes in, too."""
+    """Of a server that computes: its protocols, and how much it takes in, too."""
 
+    http_port: int | None = Field(
+        None, ge=0, le=65_535, description="OpenAI's API for language models; unset: none"
+    )
     max_image_pixels: int = Field(
         MAX_IMAGE_PIXELS, ge=1, description="of an encoded picture, read off its header"
     )

@@ -92,8 +92,8 @@ class TokenFile:
     def __init__(
         self,
         path: Path,
-        ours: Iterable[Token] = (),
         clock: Callable[[], float] = time.monotonic,
+        ours: Iterable[Token] = (),
     ) -> None:
         """`ours` are valid, too, and in no file. Raises `ConfigError` if it cannot be used."""
         self.path = path

@@ -57,7 +57,7 @@ class Transport:
             credentials = RotatingCertificates(files).credentials()
         if settings.token_file is not None:
             ours = () if watch_token is None else (Token(name="gateway", token=watch_token),)
-            guard = Guard(TokenFile(settings.token_file, ours), Limits(), denied)
+            guard = Guard(TokenFile(settings.token_file, ours=ours), Limits(), denied)
         if settings.admin_port is not None:
             admin = (settings.admin_host, settings.admin_port)
         if settings.health_port is not None:
