@@ -8,7 +8,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -324,7 +323,8 @@ def test_health_needs_no_token(server: RunningServer) -> None:
         assert json.load(answer) == {"serving": True}
 
 
-def test_a_caller_who_hangs_up_frees_the_model(server: RunningServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_caller_who_hangs_up_frees_the_model(server: RunningServer, stream: bool) -> None:
     def running() -> float:
         with urllib.request.urlopen(server.metrics) as page:
             lines = page.read().decode().splitlines()
@@ -336,7 +336,8 @@ def test_a_caller_who_hangs_up_frees_the_model(server: RunningServer, tmp_path: 
 
     before = running()
     host, port = server.http.removeprefix("http://").removesuffix("/v1").split(":")
-    body = json.dumps({"model": "tiny", "prompt": PROMPT, "max_tokens": 100, "stitch_id": 0})
+    wishes = {"model": "tiny", "prompt": PROMPT, "max_tokens": 100, "stitch_id": 0}
+    body = json.dumps(wishes | {"stream": stream})
     with socket.create_connection((host, int(port)), timeout=20) as raw:
         raw.sendall(
             HEAD + b"content-type: application/json\r\ncontent-length: "
