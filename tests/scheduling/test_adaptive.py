@@ -147,9 +147,8 @@ def test_the_forecast_learns_the_rate_and_forgets() -> None:
 
 def test_nobody_is_given_up_for_newcomers() -> None:
     """More are to come than can be served; of those who wait, all can be in time."""
-    forecast = forecast_of([0.1], rate=10_000.0)
-    head = make_request(NOW + 0.0012)
+    forecast = forecast_of([0.004, 0.1], rate=10_000.0)
+    head = make_request(NOW + 0.004)
     others = [make_request(NOW + 0.1 + i / 1e6) for i in range(60)]
     policy = Adaptive(make_menu(), 0.0, forecast, make_prices())
     assert head in policy([head, *others], plain_view(), NOW).requests
-    assert decide([head], forecast) == (0, 1)

@@ -25,6 +25,8 @@ TOGETHER = 0.5
 """Share of those arriving during a batch that an impatient one among them has to run with."""
 RISKED = 4
 """Requests of a batch whose chance to be in time is looked up; later ones have later deadlines."""
+FEW = 16
+"""Requests that are few enough to be looked at one by one."""
 TIE = 1e-6
 """Of equals the larger batch is taken."""
 
@@ -73,7 +75,7 @@ class Adaptive:
             return run_late(queue, self.menu, latency, now, self.overhead_s)
         moment = self._moment(queue, hopeless, latency, start)
         value, at, stitch, rows = self._best(queue, hopeless, latency, moment)
-        if moment.strained:
+        if moment.strained and not self._all_in_time(queue, hopeless, latency, start):
             # Giving up a few urgent ones may save more of the others.
             full_s = latency.seconds(self.menu.frontier[0], latency.max_rows)
             skip = bisect_left(queue, start + full_s, lo=hopeless, key=_target)
@@ -87,6 +89,18 @@ class Adaptive:
             return Decision(take(queue, stitch, rows, self.menu), stitch)
         rest = queue[at : at + 4 * rows]
         return Decision(take(rest, stitch, rows, self.menu), stitch)
+
+    def _all_in_time(
+        self, queue: Sequence[Request], hopeless: int, latency: LatencyView, start: float
+    ) -> bool:
+        """Whether a short queue can be served one by one; the fluid is no judge of so few."""
+        if len(queue) - hopeless > FEW:
+            return False
+        for request in queue[hopeless:]:
+            start += latency.seconds(self.menu.candidates(request)[0], request.rows)
+            if start > request.budget.target:
+                return False
+        return True
 
     def _moment(
         self, queue: Sequence[Request], hopeless: int, latency: LatencyView, start: float

@@ -24,7 +24,7 @@ class Demand:
     """A demand bound function: by `points[k][0]` seconds from now, `points[k][1]` rows are due.
 
     Of the function only the points that can bind, its lower hull. `each_s` is the least time
-    a row that those who wait have.
+    a row that those who wait have, many of them together or all.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -44,7 +44,7 @@ class Demand:
             rows *= 4
         dues.append((last_s, waiting))
         guard_s = GUARD * impatient_s
-        each_s = min((due - guard_s) / rows for due, rows in dues)
+        each_s = min((due - guard_s) / rows for due, rows in dues[min(2, len(dues) - 1) :])
         if last_s < AHEAD * typical_s:
             dues.append((AHEAD * typical_s, waiting))
         points = [(due - guard_s, rows + forecast.late(due, 0.0)) for due, rows in dues]
