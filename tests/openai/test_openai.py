@@ -8,7 +8,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -172,7 +171,7 @@ def test_a_deadline_ends_a_stream_with_its_reason(client: openai.OpenAI) -> None
     def stream() -> None:
         answer = client.completions.create(
             model="tiny", prompt=PROMPT, max_tokens=110, temperature=0, stream=True,
-            extra_headers={"x-deadline-ms": "80"}, extra_body={"stitch_id": 0},
+            extra_headers={"x-deadline-ms": "10"}, extra_body={"stitch_id": 0},
         )  # fmt: skip
         list(answer)
 
@@ -214,10 +213,14 @@ def test_bad_chats(client: openai.OpenAI) -> None:
     for messages, why in (
         ([], "messages"),
         ([{"role": "robot", "content": "x"}], "no robots"),
+        ([{"role": "user", "content": 3}], "messages"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "type text"),
     ):
         with pytest.raises(openai.BadRequestError, match=why):
             ask(messages)
+    for most in ("max_completion_tokens", "max_tokens"):
+        with pytest.raises(openai.BadRequestError, match="max_tokens: expected at least 1"):
+            ask([{"role": "user", "content": "x"}], **{most: 0})
     with pytest.raises(openai.BadRequestError, match="logprobs to be true"):
         ask([{"role": "user", "content": "x"}], top_logprobs=2)
 
@@ -231,8 +234,10 @@ def test_models(client: openai.OpenAI) -> None:
 
 
 def test_tokens_and_scopes(server: RunningServer) -> None:
-    with connect(server, "wrong") as stranger, pytest.raises(openai.AuthenticationError):
-        stranger.models.list()
+    with connect(server, "wrong") as stranger:
+        with pytest.raises(openai.AuthenticationError) as unknown:
+            stranger.models.list()
+        assert unknown.value.response.headers["www-authenticate"] == "Bearer"
     with (
         connect(server, "boss-secret-16-letters") as boss,
         pytest.raises(openai.PermissionDeniedError),
@@ -280,6 +285,17 @@ def post(server: RunningServer, body: bytes, path: str = "/completions") -> tupl
         b'{"model": 3, "prompt": "x"}',
         b'{"model": "tiny", "prompt": "\xff\xfe"}',
         b'{"model": "tiny", "prompt": "x", "stream": "maybe"}',
+        b'{"model": "tiny", "prompt": "\\ud800"}',
+        b'{"model": "tiny", "prompt": ["\\udfff"]}',
+        b'{"model": "\\ud800", "prompt": "x"}',
+        b'{"model": "tiny", "prompt": "x", "stop": ["\\ud800"]}',
+        b'{"model": "tiny", "prompt": "x", "suffix": "\\ud800"}',
+        b'{"model": "tiny", "prompt": "x", "temperature": NaN}',
+        b'{"model": "tiny", "prompt": "x", "top_p": 1e999}',
+        b'{"model": "tiny", "prompt": [1e30]}',
+        b'{"model": "tiny", "prompt": [[]]}',
+        b'{"model": "tiny", "prompt": "x", "max_tokens": 1e300}',
+        b'{"model": "tiny", "prompt": ' + b"[" * 50_000,
     ],
 )
 def test_what_is_no_request_is_refused(server: RunningServer, body: bytes) -> None:
@@ -307,7 +323,8 @@ def test_health_needs_no_token(server: RunningServer) -> None:
         assert json.load(answer) == {"serving": True}
 
 
-def test_a_caller_who_hangs_up_frees_the_model(server: RunningServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_caller_who_hangs_up_frees_the_model(server: RunningServer, stream: bool) -> None:
     def running() -> float:
         with urllib.request.urlopen(server.metrics) as page:
             lines = page.read().decode().splitlines()
@@ -319,7 +336,8 @@ def test_a_caller_who_hangs_up_frees_the_model(server: RunningServer, tmp_path: 
 
     before = running()
     host, port = server.http.removeprefix("http://").removesuffix("/v1").split(":")
-    body = json.dumps({"model": "tiny", "prompt": PROMPT, "max_tokens": 100, "stitch_id": 0})
+    wishes = {"model": "tiny", "prompt": PROMPT, "max_tokens": 100, "stitch_id": 0}
+    body = json.dumps(wishes | {"stream": stream})
     with socket.create_connection((host, int(port)), timeout=20) as raw:
         raw.sendall(
             HEAD + b"content-type: application/json\r\ncontent-length: "

@@ -398,3 +398,29 @@ def test_a_bad_request_ends_alone_and_the_stream_goes_on(
     assert any("expected UTF-8" in error for error in errors)
     finals = [a.infer_response.parameters["triton_final_response"].bool_param for a in answers]
     assert sum(finals) == 3
+
+
+def test_an_oip_stream_takes_token_budgets_from_metadata(server: RunningServer) -> None:
+    request = pb.ModelInferRequest(
+        model_name="tiny",
+        inputs=[pb.ModelInferRequest.InferInputTensor(**TEXT_INPUT)],  # type: ignore[arg-type] # one dict for all
+        raw_input_contents=[(1).to_bytes(4, "little") + b"x"],
+    )
+    request.parameters["max_tokens"].int64_param = 3
+
+    with grpc.insecure_channel(server.address) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+        def last(key: str, value: str) -> pb.ModelStreamInferResponse:
+            metadata = ((key, value),)
+            answers: list[pb.ModelStreamInferResponse] = list(
+                stub.ModelStreamInfer(iter([request]), metadata=metadata, timeout=30)
+            )
+            return answers[-1]
+
+        for key in ("x-llm-d-slo-ttft-ms", "x-llm-d-slo-tpot-ms"):
+            for value, met in (("60000", True), ("0.001", False)):
+                told = last(key, value).infer_response.parameters
+                assert "ladderstitch_budget_met" in told
+                assert told["ladderstitch_budget_met"].bool_param is met
+            assert f"{key}: expected" in last(key, "soon").error_message

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, aclosing
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -24,6 +25,10 @@ from ladderstitch.security.tokens import tenant_of
 from ladderstitch.service.guard import Guard
 
 Told = tuple[Piece, Account | None]
+T = TypeVar("T")
+
+GONE = Response(status_code=499)
+"""To a caller who hung up: nobody reads it."""
 
 
 def build(host: Host, guard: Guard | None, max_body_bytes: int) -> FastAPI:
@@ -57,13 +62,13 @@ def build(host: Host, guard: Guard | None, max_body_bytes: int) -> FastAPI:
 
     @app.get("/v1/models")
     async def models(request: Request) -> Body:
-        _enter(guard, request)
-        return {"object": "list", "data": [_described(m) for m in host.generators.values()]}
+        async with _enter(guard, request):
+            return {"object": "list", "data": [_described(m) for m in host.generators.values()]}
 
     @app.get("/v1/models/{name}")
     async def model(name: str, request: Request) -> Body:
-        _enter(guard, request)
-        return _described(host.generator(name))
+        async with _enter(guard, request):
+            return _described(host.generator(name))
 
     @app.post("/v1/completions")
     async def completions(wishes: CompletionRequest, request: Request) -> Response:
@@ -121,13 +126,17 @@ async def _respond(
         form = Form(model, isinstance(wishes, ChatRequest), accepted.logprobs is not None)
         if not wishes.stream:
             async with held:
-                return JSONResponse(await _whole(model, accepted, form, request))
+                body = await _unless_gone(_collect(model, accepted, form), request)
+                return GONE if body is None else JSONResponse(body)
         # What ends an answer before its first token is still a status of its own.
         pieces = answer(model, accepted)
-        first = await _first(pieces)
+        first = await _unless_gone(_first(pieces), request)
     except BaseException:
         await held.aclose()
         raise
+    if first is None:
+        await held.aclose()
+        return GONE
     usage = wishes.stream_options is not None and wishes.stream_options.include_usage
     events = _events(first, pieces, form, held, usage=usage)
     return StreamingResponse(events, media_type="text/event-stream")
@@ -163,21 +172,17 @@ async def _events(
             yield event(body_of(our_fault(error)))
 
 
-async def _whole(
-    model: HostedGenerator, accepted: GenerationRequest, form: Form, request: Request
-) -> Body:
-    """The answer in one; the work ends if the caller hangs up."""
-    collecting = asyncio.create_task(_collect(model, accepted, form))
+async def _unless_gone(work: Coroutine[Any, Any, T], request: Request) -> T | None:
+    """What the work brings; None if the caller hangs up before, which ends the work."""
+    working = asyncio.create_task(work)
     leaving = asyncio.create_task(_hung_up(request))
     try:
-        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            return {}  # nobody reads it
-        return await collecting
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return await working if working.done() else None
     finally:
-        for task in (collecting, leaving):
+        for task in (working, leaving):
             task.cancel()
-        await asyncio.gather(collecting, leaving, return_exceptions=True)
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _collect(model: HostedGenerator, accepted: GenerationRequest, form: Form) -> Body:

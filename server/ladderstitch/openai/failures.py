@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from ladderstitch.errors import BadInput, InternalError, Overloaded, RequestError
+from ladderstitch.errors import BadInput, InternalError, Overloaded, RequestError, Unauthenticated
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ def body_of(error: RequestError) -> dict[str, Any]:
 
 def response_to(error: RequestError) -> JSONResponse:
     headers = {}
+    if isinstance(error, Unauthenticated):
+        headers["www-authenticate"] = "Bearer"
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
         headers["retry-after-ms"] = str(max(1, round(1e3 * error.retry_after_s)))

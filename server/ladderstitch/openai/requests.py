@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ladderstitch.errors import BadInput
 from ladderstitch.generation.request import GenerationRequest, TokenBudget
@@ -42,6 +42,16 @@ LIMIT_KEY = "x-deadline-ms"
 """Our header for a hard limit: past it the answer ends with an error."""
 
 
+def _encodable(text: str) -> str:
+    """JSON's escapes can spell half a character, which no tokenizer takes."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("expected Unicode text, got a lone surrogate")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
 class StreamOptions(BaseModel):
     include_usage: bool = False
 
@@ -51,7 +61,7 @@ class Wishes(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=False)
 
-    model: str
+    model: Text
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
@@ -59,7 +69,7 @@ class Wishes(BaseModel):
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     min_quality: float = Field(0.0, ge=0, le=1)
     stitch_id: int | None = None
 
@@ -87,7 +97,7 @@ class Wishes(BaseModel):
 
 
 class CompletionRequest(Wishes):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: Text | list[int] | list[Text] | list[list[int]]
     logprobs: int | None = None
 
     def tokens(self, model: HostedGenerator) -> tuple[int, ...]:
@@ -112,12 +122,12 @@ class CompletionRequest(Wishes):
 
 class TextPart(BaseModel):
     type: str
-    text: str = ""
+    text: Text = ""
 
 
 class ChatMessage(BaseModel):
-    role: str
-    content: str | list[TextPart] | None = None
+    role: Text
+    content: Text | list[TextPart] | None = None
 
     def plain(self) -> Message:
         """Raises `BadInput` for content that is no text."""
@@ -148,7 +158,9 @@ class ChatRequest(Wishes):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def most_tokens(self, left: int) -> int:
-        wanted = self.max_completion_tokens or self.max_tokens
+        wanted = self.max_completion_tokens
+        if wanted is None:
+            wanted = self.max_tokens
         return left if wanted is None else wanted
 
 

@@ -96,6 +96,18 @@ def milliseconds(key: str, value: str | bytes) -> float:
     return number / 1e3
 
 
+def of_tokens(metadata: Metadata) -> tuple[float, float]:
+    """Seconds wanted to the first token and for each further one; `inf` is no wish.
+
+    Raises `BadInput` that names the key.
+    """
+    wanted = {FIRST_TOKEN_KEY: math.inf, TOKEN_KEY: math.inf}
+    for key, value in metadata:
+        if key in wanted:
+            wanted[key] = min(wanted[key], milliseconds(key, value))
+    return wanted[FIRST_TOKEN_KEY], wanted[TOKEN_KEY]
+
+
 def _held(value: str | bytes) -> float:
     text = value.decode(errors="replace") if isinstance(value, bytes) else value
     if not text.isdecimal() or int(text) > MAX_BUDGET_US:

@@ -38,6 +38,7 @@ def accept(
     wishes = Wishes(budget.of_call(remaining_s, metadata, None))
     read_parameters(request, wishes, OWN)
     resolved = budget.resolve(arrival, wishes.deadlines)
+    first_token_s, per_token_s = budget.of_tokens(metadata)
     tokens = tokenise(_prompt(request), model, INPUT)
     given = request.parameters
     left = model.generator.max_tokens - len(tokens)
@@ -53,7 +54,7 @@ def accept(
             seed=integer(request, "seed") if "seed" in given else None,
         ),
         limit=resolved.limit,
-        budget=TokenBudget(answer_s=resolved.target - arrival),
+        budget=TokenBudget(first_token_s, per_token_s, resolved.target - arrival),
         min_quality=wishes.min_quality,
         stitch=wishes.stitch,
         tenant=tenant_of(metadata),
