@@ -104,21 +104,12 @@ def _budgets(
     elif request.hard_deadline:
         raise BadInput("hard_deadline", "expected latency_budget_us to be set along with it")
     resolved = budget.resolve(arrival, deadlines)
-    wanted = {"first_token_budget_us": math.inf, "token_budget_us": math.inf}
-    keys = {
-        budget.FIRST_TOKEN_KEY: "first_token_budget_us",
-        budget.TOKEN_KEY: "token_budget_us",
-    }
-    for key, value in metadata:
-        if key in keys:
-            wanted[keys[key]] = min(wanted[keys[key]], budget.milliseconds(key, value))
+    first_s, token_s = budget.of_tokens(metadata)
     if request.HasField("first_token_budget_us"):
-        seconds = budget.microseconds("first_token_budget_us", request.first_token_budget_us)
-        wanted["first_token_budget_us"] = min(wanted["first_token_budget_us"], seconds)
+        field = "first_token_budget_us"
+        first_s = min(first_s, budget.microseconds(field, request.first_token_budget_us))
     if request.HasField("token_budget_us"):
-        seconds = budget.microseconds("token_budget_us", request.token_budget_us)
-        wanted["token_budget_us"] = min(wanted["token_budget_us"], seconds)
-    first_s, token_s = wanted["first_token_budget_us"], wanted["token_budget_us"]
+        token_s = min(token_s, budget.microseconds("token_budget_us", request.token_budget_us))
     return TokenBudget(first_s, token_s, resolved.target - arrival), resolved.limit
 
 
