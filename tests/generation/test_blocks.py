@@ -6,6 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from ladderstitch.generation import blocks
 from ladderstitch.generation.blocks import BlockKey, BlockPool
 
 BLOCKS, SIZE = 12, 2
@@ -68,12 +69,12 @@ TestPool = Pool.TestCase
 def test_a_prefix_is_found_by_its_own_scope_only() -> None:
     pool = BlockPool(BLOCKS, SIZE)
     mine, others = pool.scope(("path 0", "me")), pool.scope(("path 0", "you"))
-    blocks = pool.take(2)
-    assert blocks is not None
-    last = pool.remember(blocks[0], mine, [1, 2])
-    pool.remember(blocks[1], last, [3, 4])
-    assert pool.find(mine, [1, 2, 3, 4, 5]).blocks == tuple(blocks)
-    assert pool.find(mine, [1, 2, 3, 4]).blocks == (blocks[0],)  # one token is left to compute
+    taken = pool.take(2)
+    assert taken is not None
+    last = pool.remember(taken[0], mine, [1, 2])
+    pool.remember(taken[1], last, [3, 4])
+    assert pool.find(mine, [1, 2, 3, 4, 5]).blocks == tuple(taken)
+    assert pool.find(mine, [1, 2, 3, 4]).blocks == (taken[0],)  # one token is left to compute
     assert pool.find(others, [1, 2, 3, 4, 5]).blocks == ()
 
 
@@ -83,13 +84,13 @@ def test_prefixes_whose_hashes_collide_are_not_taken_for_each_other(
     monkeypatch.setattr(BlockKey, "__hash__", lambda self: 7)
     pool = BlockPool(BLOCKS, SIZE)
     scope = pool.scope("everyone")
-    blocks = pool.take(3)
-    assert blocks is not None
-    for block, tokens in zip(blocks, ([1, 2], [2, 1], [3, 3]), strict=True):
+    taken = pool.take(3)
+    assert taken is not None
+    for block, tokens in zip(taken, ([1, 2], [2, 1], [3, 3]), strict=True):
         pool.remember(block, scope, tokens)
-    assert pool.find(scope, [2, 1, 9]).blocks == (blocks[1],)
+    assert pool.find(scope, [2, 1, 9]).blocks == (taken[1],)
     assert pool.find(scope, [1, 3, 9]).blocks == ()
-    assert pool.find(scope, [2, 1, 1, 2, 9]).blocks == (blocks[1],)
+    assert pool.find(scope, [2, 1, 1, 2, 9]).blocks == (taken[1],)
 
 
 def test_the_longest_unused_is_forgotten_first() -> None:
@@ -113,3 +114,20 @@ def test_neighbours_are_taken_where_they_are_free() -> None:
     first = pool.take(2, after=1)
     assert first == [2, 3]
     assert pool.take(1, after=1) == [4]
+
+
+def test_scopes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "MOST_SCOPES", 2)
+    pool = BlockPool(BLOCKS, SIZE)
+    held = pool.take(1)
+    assert held is not None
+    pool.remember(held[0], pool.scope("first"), [1, 2])
+    pool.scope("second")
+    assert pool.find(pool.scope("first"), [1, 2, 3]).blocks == tuple(held)
+    pool.scope("third")  # `second` goes, which was unused longest
+    assert pool.find(pool.scope("first"), [1, 2, 3]).blocks == tuple(held)
+    pool.scope("fourth")
+    pool.scope("fifth")
+    assert pool.find(pool.scope("first"), [1, 2, 3]).blocks == ()
+    pool.release(held)
+    assert pool.free == BLOCKS

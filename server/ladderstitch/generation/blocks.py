@@ -9,6 +9,8 @@ from itertools import count
 
 import numpy as np
 
+MOST_SCOPES = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class BlockKey:
@@ -92,10 +94,18 @@ class BlockPool:
                 self._blank[block] = True
 
     def scope(self, key: object) -> int:
-        """The number that stands before the first block of every sequence of a scope."""
-        if key not in self._scopes:
-            self._scopes[key] = next(self._numbers)
-        return self._scopes[key]
+        """The number that stands before the first block of every sequence of a scope.
+
+        The scope that was unused longest is forgotten when there are too many; its blocks are
+        found no more and go as the room is needed.
+        """
+        number = self._scopes.pop(key, None)
+        if number is None:
+            number = next(self._numbers)
+            if len(self._scopes) >= MOST_SCOPES:
+                del self._scopes[next(iter(self._scopes))]
+        self._scopes[key] = number
+        return number
 
     def find(self, scope: int, tokens: Sequence[int]) -> Prefix:
         """The longest remembered beginning of a sequence, less than all of it."""
