@@ -248,9 +248,12 @@ def test_the_other_service_says_where_text_is_made(client: Client) -> None:
 
 
 def test_a_hard_limit_ends_a_stream(client: Client) -> None:
+    """A slow machine may refuse it at once instead."""
     with pytest.raises(RequestFailed) as failure:
-        list(client.generate(PROMPT, max_tokens=100, stitch=0, budget_s=0.1, hard=True))
-    assert failure.value.reason in ("EXPIRED_IN_QUEUE", "EXPIRED_IN_COMPUTE")
+        list(client.generate(PROMPT, max_tokens=100, stitch=0, budget_s=0.02, hard=True))
+    assert failure.value.reason in (
+        "EXPIRED_IN_QUEUE", "EXPIRED_IN_COMPUTE", "BUDGET_INFEASIBLE", "OVERLOADED",
+    )  # fmt: skip
     soft = list(client.generate(PROMPT, max_tokens=40, stitch=0, budget_s=0.001))
     accounting = soft[-1].accounting
     assert accounting is not None
