@@ -13,6 +13,7 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
+from ladderstitch.allocator import settle_for_good
 from ladderstitch.config import ServerConfig
 from ladderstitch.engine.placement import resolve_device
 from ladderstitch.gateway.settings import GatewaySettings
@@ -48,6 +49,7 @@ class ReplicaDeployment:
             watch_token=await self.control.token.remote(),
         )
         await self.replica.start()
+        settle_for_good()
         self.pressure = Pressure(self.replica.host, self.replica.metrics)
         self.replica.apply(await self.control.get.remote())
         self.address = f"{_reachable(self.config.host)}:{self.replica.port}"

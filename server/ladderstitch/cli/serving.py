@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from ladderstitch.allocator import settle_for_good
 from ladderstitch.bundle import EMBEDDED
 from ladderstitch.catalogue import find_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
@@ -193,6 +194,7 @@ async def _serve_alone(config: ServerConfig, started: float) -> None:
     with progress_bar() as progress:
         task = progress.add_task("warming up", total=None)
         await replica.start(lambda done, total: progress.update(task, completed=done, total=total))
+    settle_for_good()
     http_port = replica.http.port if replica.http is not None else None
     _say_ready(config, replica.port, replica.metrics_port, http_port, started)
     await stop.wait()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ladderstitch.allocator import settle_for_good
 from ladderstitch.bundle import Bundle
 from ladderstitch.engine.channel import COMMAND, READY, REPLY, Buffers, WorkerConfig
 from ladderstitch.engine.placement import DTYPES
@@ -48,6 +49,7 @@ class Worker:
 
 def serve(commands: socket.socket, worker: Worker) -> None:
     """Answer commands until the other end closes; an error ends its batch, not the worker."""
+    settle_for_good()
     commands.send(READY)
     while message := commands.recv(COMMAND.size):
         try:

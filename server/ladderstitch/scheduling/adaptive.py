@@ -69,6 +69,8 @@ class Adaptive:
     prices: Prices
 
     def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision:
+        if len(queue) == 1 and len(only := self.menu.candidates(queue[0])) == 1:
+            return Decision((queue[0],), only[0])  # nothing to choose
         start = now + self.overhead_s
         hopeless = self._hopeless(queue, latency, start)
         if hopeless == len(queue):

@@ -27,6 +27,14 @@ class Waiting:
     failed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What a batch answered, and when."""
+
+    at: float
+    answers: list[tuple[Request, Completion]]
+
+
 class Ledger:
     """Ending a request that has already ended is allowed and changes nothing."""
 
@@ -65,19 +73,36 @@ class Ledger:
         quality: float,
         started: float,
         result: EngineResult,
-    ) -> None:
-        """Give each request of a batch that started at `started` its rows of the result."""
-        now, first, rows = self.clock(), 0, len(result.logits)
+    ) -> Settled:
+        """Give each request of a batch that started at `started` its rows of the result.
+
+        What was answered is yet to be counted, by `count`.
+        """
+        settled = Settled(self.clock(), [])
+        first, rows = 0, len(result.logits)
         for waiting in batch:
             request = waiting.request
             logits = result.logits[first : first + request.rows]
             first += request.rows
-            if now > request.budget.limit:
+            if settled.at > request.budget.limit:
                 self.expire_computing(waiting)
-                continue
-            queue_s = started - request.arrival
-            completion = Completion(logits, stitch, quality, queue_s, result.compute_s, rows)
-            self._answer(waiting, completion, now)
+            elif self._close(waiting):
+                queue_s = started - request.arrival
+                completion = Completion(logits, stitch, quality, queue_s, result.compute_s, rows)
+                waiting.answer.set_result(completion)
+                settled.answers.append((request, completion))
+        return settled
+
+    def count(self, settled: Settled) -> None:
+        """Metrics and statistics of what `settle` answered."""
+        for request, completion in settled.answers:
+            self.metrics.completed(request, completion, settled.at)
+            self.statistics.answered(
+                request.rows,
+                completion.queue_s,
+                completion.compute_s,
+                settled.at - request.arrival,
+            )
 
     def expire_queued(self, requests: Iterable[Request], now: float) -> None:
         for request in requests:
@@ -106,15 +131,6 @@ class Ledger:
         late = self.clock() >= waiting.request.budget.target
         self.metrics.refused("CANCELLED", waiting.request if late else None)
         return True
-
-    def _answer(self, waiting: Waiting, completion: Completion, now: float) -> None:
-        if self._close(waiting):
-            request = waiting.request
-            waiting.answer.set_result(completion)
-            self.metrics.completed(request, completion, now)
-            self.statistics.answered(
-                request.rows, completion.queue_s, completion.compute_s, now - request.arrival
-            )
 
     def _close(self, waiting: Waiting) -> bool:
         """Whether it was open until now."""

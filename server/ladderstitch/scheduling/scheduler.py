@@ -24,7 +24,7 @@ from ladderstitch.scheduling import admission
 from ladderstitch.scheduling.backlog import Backlog
 from ladderstitch.scheduling.engine import Engine, EngineDied, EngineResult
 from ladderstitch.scheduling.latency import LatencyTable
-from ladderstitch.scheduling.ledger import Ledger, Waiting
+from ladderstitch.scheduling.ledger import Ledger, Settled, Waiting
 from ladderstitch.scheduling.menu import Menu
 from ladderstitch.scheduling.planner import Planner
 from ladderstitch.scheduling.policy import Decision, Hold
@@ -247,15 +247,24 @@ class Scheduler:
     ) -> None:
         if len(result.logits) != rows:
             raise ValueError(f"logits: expected {rows} rows, got {len(result.logits)}")
+        settled = self._ledger.settle(batch, stitch, self.quality[stitch], started, result)
+        # Answers go out first: books are kept in the loop's next turn.
+        total_s = settled.at - started
+        loop = asyncio.get_running_loop()
+        loop.call_soon(self._account, settled, stitch, rows, total_s, result)
+
+    def _account(
+        self, settled: Settled, stitch: int, rows: int, total_s: float, result: EngineResult
+    ) -> None:
+        self._ledger.count(settled)
         tail = self.latency.view.tail
-        error = self.planner.finished(stitch, rows, result.compute_s, self.clock() - started)
+        error = self.planner.finished(stitch, rows, result.compute_s, total_s)
         self.metrics.computed(rows, result.compute_s, error, tail)
         self.metrics.corrected(self.latency.view.slowdown, self.latency.view.tail)
         self.statistics.computed(rows, result.compute_s)
         if stitch != self._last_stitch:
             self.metrics.switched(result.switch_s)
             self._last_stitch = stitch
-        self._ledger.settle(batch, stitch, self.quality[stitch], started, result)
 
     def _expire(self, now: float) -> None:
         expired = self.planner.take_expired(now)

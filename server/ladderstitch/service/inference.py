@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import uuid
 
 import numpy as np
 
@@ -137,7 +136,7 @@ async def _accept(
     if request.priority > 255:
         raise BadInput("priority", f"expected 0 to 255, got {request.priority}")
     return Request(
-        id=request.request_id or uuid.uuid4().hex,
+        id=request.request_id,
         images=await _images(request, model),
         arrival=arrival,
         budget=budget.resolve(arrival, deadlines),
@@ -167,15 +166,14 @@ def checked_quality(value: float) -> float:
 
 def softmax(logits: Logits) -> Logits:
     """[N, K] -> [N, K] probabilities."""
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    normalised: Logits = powers / powers.sum(axis=1, keepdims=True)
-    return normalised
+    powers: Logits = np.exp(logits - np.maximum.reduce(logits, axis=1, keepdims=True))
+    powers /= np.add.reduce(powers, axis=1, keepdims=True)
+    return powers
 
 
 def predictions(logits: Logits, labels: tuple[str, ...]) -> list[pb.Prediction]:
     """One a row: all logits and the most probable classes."""
-    probabilities = softmax(logits)
-    best = np.argsort(-logits, axis=1, kind="stable")[:, :TOP].tolist()
+    best = (-logits).argsort(axis=1, kind="stable")[:, :TOP].tolist()
     return [
         pb.Prediction(
             top=[
@@ -185,7 +183,7 @@ def predictions(logits: Logits, labels: tuple[str, ...]) -> list[pb.Prediction]:
             logits=row,
         )
         for row, probability, order in zip(
-            logits.tolist(), probabilities.tolist(), best, strict=True
+            logits.tolist(), softmax(logits).tolist(), best, strict=True
         )
     ]
 

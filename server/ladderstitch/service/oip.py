@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
@@ -232,7 +231,7 @@ def _accept(
     if len(request.id) > budget.MAX_ID_CHARACTERS:
         raise BadInput("id", f"expected at most {budget.MAX_ID_CHARACTERS} characters")
     return Request(
-        id=request.id or uuid.uuid4().hex,
+        id=request.id,
         images=images,
         arrival=arrival,
         budget=budget.resolve(arrival, wishes.deadlines),
