@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ from ladderstitch.replica import free_port
 from ladderstitch_loadtest.processes import StartFailed
 
 READY = re.compile(r"ready.* gRPC on (\S+), metrics on (\S+)/metrics")
+START_S = 120.0
+"""A process that is not ready by then has failed."""
 
 
 class Process:
@@ -24,6 +27,7 @@ class Process:
         self.arguments = arguments
         self.restart = restart
         self.starts = 0
+        self._readies = 0
         self._ready = threading.Event()
         self._stopping = False
         self._process: subprocess.Popen[str] | None = None
@@ -35,13 +39,30 @@ class Process:
 
     def until_ready(self) -> None:
         """Raises `StartFailed` if it does not come up."""
-        if not self._ready.wait(timeout=120) or not self.address:
+        if not self._ready.wait(timeout=START_S) or not self.address:
             raise StartFailed(f"`ladderstitch {' '.join(self.arguments)}` did not come up")
+
+    @property
+    def pid(self) -> int:
+        """Of the process as it is now."""
+        assert self._process is not None, "set by `start`"
+        return self._process.pid
 
     def kill(self) -> None:
         """`kill -9`."""
-        assert self._process is not None, "set by `start`"
-        self._process.kill()
+        os.kill(self.pid, signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """SIGTERM: it drains, ends, and is started again."""
+        os.kill(self.pid, signal.SIGTERM)
+
+    def until_restarted(self, starts: int) -> None:
+        """Wait until it is ready for the `starts`-th time; raises `StartFailed` if that fails."""
+        end = time.monotonic() + START_S
+        while self._readies < starts:
+            if time.monotonic() > end:
+                raise StartFailed(f"`ladderstitch {' '.join(self.arguments)}` did not come back")
+            time.sleep(0.05)
 
     def stop(self) -> int:
         """Ctrl-C; the exit status."""
@@ -73,6 +94,7 @@ class Process:
             for line in said:
                 if ready := READY.search(line):
                     self.address, self.metrics = ready[1], ready[2]
+                    self._readies += 1
                     self._ready.set()
         self._process.wait()
 

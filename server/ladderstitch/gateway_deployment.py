@@ -11,6 +11,7 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
+from ladderstitch.allocator import return_freed_memory, settle_for_good
 from ladderstitch.gateway.gateway import Gateway
 from ladderstitch.gateway.settings import GatewaySettings
 from ladderstitch.live_control import live_control, registered_replicas
@@ -29,6 +30,7 @@ class GatewayDeployment:
     ) -> None:
         """`replicas` is their deployment's handle: it makes them part of the application."""
         settings = GatewaySettings.model_validate(fields)
+        return_freed_memory()
         configure_logs(settings.log_format)
         control = live_control(SchedulerSettings.model_validate(scheduling))
         discovery = registered_replicas(control)
@@ -36,6 +38,7 @@ class GatewayDeployment:
         self.replicas = replicas
         self.gateway = Gateway(settings, discovery, watch_token=token)
         await self.gateway.start()
+        settle_for_good()
         self.name = serve.get_replica_context().replica_id.unique_id
         self._telling = asyncio.create_task(self._exchange_pages(control), name="pages")
 

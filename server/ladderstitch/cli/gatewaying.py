@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ladderstitch.allocator import return_freed_memory, settle_for_good
 from ladderstitch.cli.console import err, out, user_errors
 from ladderstitch.errors import ConfigError
 from ladderstitch.gateway.discovery import named
@@ -128,6 +129,7 @@ def gateway(
 
 
 async def _run(settings: GatewaySettings) -> None:
+    return_freed_memory()
     configure_logs(settings.log_format)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -138,6 +140,7 @@ async def _run(settings: GatewaySettings) -> None:
         await gateway.start()
     except OSError as error:
         raise ConfigError(f"port: {error}; name another with --port") from error
+    settle_for_good()
     out.print(
         f"[bold green]ready[/]: gRPC on {settings.host}:{gateway.port}, metrics on "
         f"http://{settings.host}:{gateway.metrics_port}/metrics, replicas' on /sd",

@@ -52,7 +52,7 @@ async def ask(
         request, timeout=attempts.timeout_s, metadata=attempts.metadata
     )
     with _under_way(link, call, attempts):
-        reply: bytes = await call
+        reply: bytes = await asyncio.shield(call)
         await _open(call, context)
         await _close(call, context)
     return reply
@@ -120,13 +120,25 @@ def _under_way(
         unavailable = grpc.StatusCode.UNAVAILABLE
         raise Failure(unavailable, "the replica was lost", progress.begun) from None
     finally:
-        call.cancel()
+        _leave(call)
         link.ended(call, mark)
+
+
+def _leave(call: Any) -> None:
+    """Cancel in gRPC's core only, which then ends what waits for the call's next event.
+
+    `call.cancel` drops that, and 80 bytes with it for each of up to six operations (grpc/grpc issue
+    43360): 500 bytes a caller that leaves. For the same reason `shield` stands before what is
+    awaited of a call.
+    """
+    core = call._cython_call
+    if not core.done():
+        core.cancel("the caller left")
 
 
 async def _hand_on(call: Any, context: Context, progress: _Progress) -> None:
     first = True
-    while (message := await call.read()) is not grpc.aio.EOF:
+    while (message := await asyncio.shield(call.read())) is not grpc.aio.EOF:
         if first:
             await _open(call, context)
             first, progress.begun = False, True
