@@ -239,8 +239,8 @@ async def verify(short: bool) -> dict[str, Any]:
     from ladderstitch.live_control import live_control
     from ladderstitch.scheduling.settings import SchedulerSettings
 
-    most, up_s, down_s = 3, 2.0, 6.0
-    phases = [(LOW, 5.0), (HIGH, 25.0), (LOW, 20.0)] if short else [
+    most, up_s, down_s = (2, 1.0, 3.0) if short else (3, 2.0, 6.0)
+    phases = [(LOW, 2.0), (HIGH, 16.0), (LOW, 8.0)] if short else [
         (LOW, 20.0), (HIGH, 60.0), (LOW, 60.0)]  # fmt: skip
     await asyncio.to_thread(deploy, scaling(most, up_s, down_s))
     fleet = Fleet(live_control(SchedulerSettings()))
@@ -274,10 +274,12 @@ def failures(found: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="only scaling, in 50 seconds")
+    parser.add_argument(
+        "--short", action="store_true", help="only scaling to two replicas; writes nothing"
+    )
     parser.add_argument("--out", type=Path, default=Path("loadtest/results"))
     arguments = parser.parse_args()
-    with fake_cluster(most=4):
+    with fake_cluster(most=2 if arguments.short else 4):
         found = asyncio.run(verify(arguments.short))
     if not arguments.short:
         (arguments.out / "operations.json").write_text(json.dumps(found, indent=1) + "\n")
