@@ -11,6 +11,7 @@ from typing import Any
 
 from prometheus_client import Metric
 
+from ladderstitch.gateway.metrics import GatewayMetrics
 from ladderstitch.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,15 +71,15 @@ SCALING: list[Entry] = [
 """The series called `ray_` are there only under Ray, with its autoscaler."""
 
 
-def panels_of_metrics() -> Iterator[Entry]:
-    """One panel a metric, by its kind; a metric added to `Metrics` gets one by itself."""
-    for metric in Metrics().registry.collect():
-        labels = [label for label in _labels(metric) if label != "model"]
-        yield metric.documentation.rstrip("."), _unit(metric), _queries(metric, labels)
+def panels_of_metrics(metrics: Metrics | GatewayMetrics) -> Iterator[Entry]:
+    """One panel a metric, by its kind; a metric that is added gets one by itself."""
+    for metric in metrics.registry.collect():
+        yield metric.documentation.rstrip("."), _unit(metric), _queries(metric, metrics)
 
 
-def _queries(metric: Metric, labels: list[str]) -> list[Query]:
-    name, by = metric.name, ["model", *labels] if "model" in _labels(metric) else labels
+def _queries(metric: Metric, metrics: Metrics | GatewayMetrics) -> list[Query]:
+    name, by = metric.name, _labels(metric, metrics)
+    by.sort(key=lambda label: label != "model")
     chosen = "@" if "model" in by else ""
     group, legend = ", ".join(by), " ".join(f"{{{{{label}}}}}" for label in by)
     rate = "[$__rate_interval]"
@@ -92,11 +93,11 @@ def _queries(metric: Metric, labels: list[str]) -> list[Query]:
     ]
 
 
-def _labels(metric: Metric) -> list[str]:
+def _labels(metric: Metric, metrics: Metrics | GatewayMetrics) -> list[str]:
     """Names of the labels; a metric without children yet has no samples that tell them."""
     return next(
         list(wrapper._labelnames)
-        for wrapper in vars(Metrics()).values()
+        for wrapper in vars(metrics).values()
         if getattr(wrapper, "_name", None) == metric.name
     )
 
@@ -113,7 +114,8 @@ def dashboard() -> dict[str, Any]:
     rows = [
         ("Overview", OVERVIEW),
         ("Scaling", SCALING),
-        ("Every metric", list(panels_of_metrics())),
+        ("Gateways", list(panels_of_metrics(GatewayMetrics()))),
+        ("Every metric", list(panels_of_metrics(Metrics()))),
     ]
     panels: list[dict[str, Any]] = []
     top = 0

@@ -19,8 +19,10 @@ import pytest
 import yaml
 
 from ladderstitch.client import Access, Client, RequestFailed
+from ladderstitch.gateway.metrics import GatewayMetrics
 from ladderstitch.metrics import Metrics
 from ladderstitch_loadtest.malforming import process_tree
+from ladderstitch_loadtest.stage import Process
 from tests.conftest import make_tiny_bundle
 from tests.deploy.conftest import tool
 from tests.deploy.monitoring import (
@@ -59,8 +61,9 @@ def test_every_alert_fires_in_its_scenario_and_rests_beside_it() -> None:
 def test_the_dashboard_is_that_of_the_metrics() -> None:
     subprocess.run([sys.executable, "scripts/dashboard.py", "--check"], check=True, cwd=ROOT)
     shown = " ".join(queries())
-    for metric in Metrics().registry.collect():
-        assert metric.name in shown
+    for metrics in (Metrics(), GatewayMetrics()):
+        for metric in metrics.registry.collect():
+            assert metric.name in shown
 
 
 def test_the_chart_ships_the_rules(helm: str) -> None:
@@ -78,14 +81,20 @@ def inbox() -> Iterator[Inbox]:
 
 
 @pytest.fixture(scope="module")
-def image_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """Small enough in everything that each alert can be provoked."""
-    folder = tmp_path_factory.mktemp("image")
-    tokens, config = folder / "tokens.yaml", folder / "serve.yaml"
-    tokens.write_text(
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("tokens") / "tokens.yaml"
+    file.write_text(
         f"tokens: [{{name: u, token: {USER}}}, "
         f"{{name: a, token: {ADMIN}, scopes: [inference, admin]}}]"
     )
+    return file
+
+
+@pytest.fixture(scope="module")
+def image_server(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Iterator[RunningServer]:
+    """Small enough in everything that each alert can be provoked."""
+    folder = tmp_path_factory.mktemp("image")
+    config = folder / "serve.yaml"
     config.write_text(
         "inline_limit_ms: 0\nmax_batch_rows: 8\nscheduling: {queue_limit_requests: 8}\n"
     )
@@ -99,10 +108,33 @@ def image_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSe
 @pytest.fixture(scope="module")
 def text_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder = tmp_path_factory.mktemp("text")
-    server = start_server(write_tiny(folder / "tiny"), folder / "log")
+    manifest = write_tiny(folder / "text") / "model.yaml"
+    manifest.write_text(yaml.safe_dump(yaml.safe_load(manifest.read_text()) | {"name": "text"}))
+    server = start_server(manifest.parent, folder / "log")
     yield server
     if server.process.poll() is None:
         assert stop_server(server) == 0
+
+
+@pytest.fixture(scope="module")
+def gateway(
+    tmp_path_factory: pytest.TempPathFactory,
+    tokens: Path,
+    image_server: RunningServer,
+    text_server: RunningServer,
+) -> Iterator[Process]:
+    """Before replicas of different models: what one does not have, it asks of the other."""
+    own = tmp_path_factory.mktemp("gateway") / "token"
+    own.write_text(USER)
+    process = Process(
+        "gateway", "--replica", image_server.address, "--replica", text_server.address,
+        "--token-file", str(tokens), "--replica-token-file", str(own), "--port", "0",
+        "--metrics-port", "0", restart=False,
+    )  # fmt: skip
+    process.start()
+    process.until_ready()
+    yield process
+    assert process.stop() == 0
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +143,14 @@ def prometheus(
     inbox: Inbox,
     image_server: RunningServer,
     text_server: RunningServer,
+    gateway: Process,
 ) -> Iterator[Prometheus]:
     folder = tmp_path_factory.mktemp("prometheus")
     binary, alertmanager = tool("prometheus"), TEMPLATE.is_file()
     ports = free_port(), free_port() if alertmanager else inbox.server.server_port
     (folder / "rules.yaml").write_text(hastened(RULES.read_text()))
-    targets = [urllib.parse.urlparse(s.metrics).netloc for s in (image_server, text_server)]
+    pages = (image_server.metrics, text_server.metrics, gateway.metrics)
+    targets = [urllib.parse.urlparse(page).netloc for page in pages]
     configuration = {
         "global": {"scrape_interval": "500ms", "evaluation_interval": "1s"},
         "rule_files": ["rules.yaml"],
@@ -148,26 +182,29 @@ def prometheus(
 
 
 @contextlib.contextmanager
-def under_load(images: RunningServer, text: RunningServer) -> Iterator[None]:
-    """Callers that are in time, late, refused, denied, and one that reads text."""
+def under_load(images: RunningServer, text: RunningServer, gateway: Process) -> Iterator[None]:
+    """Callers that are in time, late, refused, denied, one that reads text; some by the gateway."""
     over = threading.Event()
 
-    def call(token: str, **wishes: Any) -> None:
-        with Client(images.address, access=Access(token=token)) as client:
+    def call(token: str, address: str = images.address, **wishes: Any) -> None:
+        with Client(address, access=Access(token=token)) as client:
             while not over.wait(0.01):
                 with contextlib.suppress(RequestFailed):
                     client.predict(pixels(), **wishes)
 
-    def read() -> None:
-        with Client(text.address) as client:
+    def read(address: str) -> None:
+        with Client(address, access=Access(token=USER)) as client:
             while not over.wait(0.05):
-                for _ in client.generate("a prompt", max_tokens=5, budget_s=5.0):
+                for _ in client.generate("a prompt", model="text", max_tokens=5, budget_s=5.0):
                     pass
 
     wishes: list[dict[str, Any]] = [{"token": USER, "budget_s": 1e-6}] * 12
-    wishes += [{"token": USER, "budget_s": 5.0}, {"token": "an-unknown-0123456789"}]
+    for address in (images.address, gateway.address):
+        wishes.append({"token": USER, "budget_s": 5.0, "model": "tiny", "address": address})
+        wishes.append({"token": "an-unknown-0123456789", "address": address})
     threads = [threading.Thread(target=call, kwargs=kwargs) for kwargs in wishes]
-    threads.append(threading.Thread(target=read))
+    readers = (text.address, gateway.address)
+    threads += [threading.Thread(target=read, args=(address,)) for address in readers]
     for thread in threads:
         thread.start()
     try:
@@ -199,10 +236,10 @@ def stop_for(pid: int, seconds: float) -> None:
 
 
 def test_metrics_pass_promtools_check(
-    image_server: RunningServer, text_server: RunningServer
+    image_server: RunningServer, text_server: RunningServer, gateway: Process
 ) -> None:
-    for server in (image_server, text_server):
-        with urllib.request.urlopen(server.metrics) as page:
+    for address in (image_server.metrics, text_server.metrics, f"{gateway.metrics}/metrics"):
+        with urllib.request.urlopen(address) as page:
             text = page.read()
         done = subprocess.run(
             [tool("promtool"), "check", "metrics"], input=text, capture_output=True
@@ -211,10 +248,14 @@ def test_metrics_pass_promtools_check(
 
 
 def test_live_every_query_has_data_and_every_alert_is_delivered(
-    prometheus: Prometheus, inbox: Inbox, image_server: RunningServer, text_server: RunningServer
+    prometheus: Prometheus,
+    inbox: Inbox,
+    image_server: RunningServer,
+    text_server: RunningServer,
+    gateway: Process,
 ) -> None:
     admin = Access(token=ADMIN)
-    with under_load(image_server, text_server):
+    with under_load(image_server, text_server, gateway):
         ours = [query for query in queries() if not query.startswith("ray_")]
         assert len(ours) > 30
 
@@ -240,7 +281,10 @@ def test_live_every_query_has_data_and_every_alert_is_delivered(
             return {"LadderstitchEngineRestarts"} - inbox.names
 
         eventually(dies)
-        while_it_runs = alerts() - {"LadderstitchNotReady", "LadderstitchNoData"}
+        once_it_ends = {
+            "LadderstitchNotReady", "LadderstitchNoData", "LadderstitchNoReplicaServes"
+        }  # fmt: skip
+        while_it_runs = alerts() - once_it_ends
         eventually(lambda: while_it_runs - inbox.names)
         if path := os.environ.get("LADDERSTITCH_PANELS"):
             draw(prometheus, Path(path))
