@@ -24,6 +24,12 @@ def has_kind(manifests: Manifests, kind: str) -> bool:
     return any(manifest["kind"] == kind for manifest in manifests)
 
 
+def services(manifests: Manifests) -> dict[Any, Manifest]:
+    """Specs by the name of the container port that they lead to."""
+    specs = [manifest["spec"] for manifest in manifests if manifest["kind"] == "Service"]
+    return {port["targetPort"]: spec for spec in specs for port in spec["ports"]}
+
+
 def cluster(manifests: Manifests) -> Manifest:
     spec: Manifest = of_kind(manifests, "RayService")["spec"]["rayClusterConfig"]
     return spec

@@ -24,6 +24,7 @@ from tests.deploy.manifests import (
     of_kind,
     pods,
     ports,
+    services,
     worker,
     worker_group,
 )
@@ -129,14 +130,23 @@ def disruptions_are_limited(manifests: Manifests) -> Iterator[str]:
 
 @rule
 def the_service_is_headless_and_finds_replicas(manifests: Manifests) -> Iterator[str]:
-    spec = of_kind(manifests, "Service")["spec"]
+    spec = services(manifests)["serve-grpc"]
     if spec.get("clusterIP") != "None":
         yield "a ClusterIP balances by connection, and gRPC's last: expected clusterIP: None"
     if not spec["selector"].items() <= worker(manifests)["metadata"]["labels"].items():
         yield "the Service selects no replica"
-    for port in spec["ports"]:
-        if port["targetPort"] not in ports(worker(manifests)):
-            yield f"targetPort {port['targetPort']} is no port of a replica"
+
+
+@rule
+def services_lead_to_what_the_server_listens_on(manifests: Manifests) -> Iterator[str]:
+    declared, fields = ports(worker(manifests)), application(manifests)["args"]
+    for field, name in (("port", "serve-grpc"), ("http_port", "serve-openai")):
+        if (number := fields.get(field)) != declared.get(name):
+            yield f"{field} is {number}, the pod's port {name} {declared.get(name)}"
+        if number is not None and name not in services(manifests):
+            yield f"no Service leads to {name}"
+    for name in services(manifests).keys() - declared.keys():
+        yield f"targetPort {name} is no port of a replica"
 
 
 @rule
@@ -227,6 +237,12 @@ def the_network_is_closed(manifests: Manifests) -> Iterator[str]:
     for pod in pods(manifests):
         if not wanted.items() <= pod["metadata"]["labels"].items():
             yield f"the NetworkPolicy does not cover {container(pod)['name']}"
+    entries = of_kind(manifests, "NetworkPolicy")["spec"]["ingress"]
+    open_ports = {port["port"] for entry in entries for port in entry.get("ports", ())}
+    fields = application(manifests)["args"]
+    for field in ("port", "http_port"):
+        if fields.get(field, 8001) not in open_ports:
+            yield f"{field}: {fields[field]} is closed to callers"
 
 
 @rule

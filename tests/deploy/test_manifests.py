@@ -188,6 +188,9 @@ BREAKING: dict[str, Callable[[Manifests], object]] = {
     "the_service_is_headless_and_finds_replicas": lambda m: of_kind(m, "Service")["spec"].pop(
         "clusterIP"
     ),
+    "services_lead_to_what_the_server_listens_on": lambda m: serve_config(
+        m, lambda app: app["args"].update(http_port=8081)
+    ),
     "metrics_are_declared_and_scraped": lambda m: container(worker(m))["ports"].pop(),
     "every_container_is_bounded": lambda m: container(head(m))["resources"].pop("limits"),
     "ranks_and_gpus_fit_the_pod": lambda m: serve_config(

@@ -46,6 +46,7 @@ app.kubernetes.io/component: gateway
   "drain_s" .Values.drain.finishSeconds
   "ranks" .Values.ranks "spare_ranks" .Values.spareRanks }}
 {{- if .Values.model.bundle }}{{ $_ := set $ours "bundle" .Values.model.bundle }}{{ end }}
+{{- if .Values.http.enabled }}{{ $_ := set $ours "http_port" 8081 }}{{ end }}
 {{- if .Values.tls.mutual }}{{ $_ := set $ours "tls_client_ca" "/etc/ladderstitch/tls/ca.crt" }}{{ end }}
 {{- $defaults := dict "max_connection_age_s" 300 }}
 {{- toYaml (mergeOverwrite $defaults (deepCopy .Values.server) $ours) }}
