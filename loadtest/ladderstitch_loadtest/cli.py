@@ -36,10 +36,23 @@ from ladderstitch_loadtest.malformed import ImageCases
 from ladderstitch_loadtest.malformed_text import TextCases
 from ladderstitch_loadtest.processes import Served, echo_server, ladderstitch_server
 from ladderstitch_loadtest.soak_cli import soak
+from ladderstitch_loadtest.stream_cli import stream
 from ladderstitch_loadtest.tiny_language import write_tiny
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-for command in (run, compare, decisions, replay, agree, burst, hop, kills, generation, soak):
+for command in (
+    run,
+    stream,
+    compare,
+    decisions,
+    replay,
+    agree,
+    burst,
+    hop,
+    kills,
+    generation,
+    soak,
+):
     app.command()(command)
 
 Address = Annotated[

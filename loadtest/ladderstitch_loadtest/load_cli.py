@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -18,7 +18,7 @@ from ladderstitch.catalogue import find_bundle
 from ladderstitch.cli.console import err, out
 from ladderstitch_loadtest import agreement as agreements
 from ladderstitch_loadtest import burst as bursts
-from ladderstitch_loadtest import traces
+from ladderstitch_loadtest.arriving import ArrivalFile, Arrivals, Cv2, arrival_times
 from ladderstitch_loadtest.files import write
 from ladderstitch_loadtest.generator import Measured, measure
 from ladderstitch_loadtest.outcome import Summary
@@ -26,9 +26,8 @@ from ladderstitch_loadtest.processes import Served, ladderstitch_server
 from ladderstitch_loadtest.profiles import of_bundle
 from ladderstitch_loadtest.report import write_report
 from ladderstitch_loadtest.targets import Kind, find_target
-from ladderstitch_loadtest.traces import BudgetClass, Times, Trace
+from ladderstitch_loadtest.traces import BudgetClass, Trace
 
-Arrivals = Literal["poisson", "gamma", "ramp", "step", "replay"]
 Cpu = Annotated[
     int | None, typer.Option(help="CPU for the generator; the server that is started gets others.")
 ]
@@ -40,19 +39,9 @@ def run(
     address: Annotated[str, typer.Argument(help="host:port of a running server.")],
     rate: Annotated[float, typer.Option(min=0.1, help="Mean requests a second.")] = 100.0,
     seconds: Annotated[float, typer.Option(min=0.1)] = 10.0,
-    arrivals: Annotated[
-        Arrivals,
-        typer.Option(
-            help="`ramp`: from a quarter of the rate to 7/4 of it and back; `step`: half of the "
-            "rate, and 2.5 times it in the second quarter of the time."
-        ),
-    ] = "poisson",
-    cv2: Annotated[
-        float, typer.Option(min=0, help="Squared variation of `gamma` gaps: 0 a clock, 8 bursts.")
-    ] = 4.0,
-    file: Annotated[
-        Path | None, typer.Option(help="CSV to `replay`: Azure's LLM format, or seconds.")
-    ] = None,
+    arrivals: Arrivals = "poisson",
+    cv2: Cv2 = 4.0,
+    file: ArrivalFile = None,
     budget: Annotated[
         list[str], typer.Option(help="NAME:MILLISECONDS[:SHARE], repeatable: the mix of budgets.")
     ] = ["budget:20"],  # noqa: B006 # typer reads it only
@@ -78,7 +67,7 @@ def run(
     Exits with 1 when a bar is missed, with 2 when the generator was the bottleneck.
     """
     rng = np.random.default_rng(seed)
-    times = _times(arrivals, rate, seconds, cv2, file, rng)
+    times = arrival_times(arrivals, rate, seconds, cv2, file, rng)
     trace = Trace.draw(arrivals, times, [_budget_class(text) for text in budget], rng)
     measured = measure(
         address, find_target(address, target, model, hard=not soft), trace, processes=processes
@@ -225,29 +214,3 @@ def _budget_class(text: str) -> BudgetClass:
     if len(numbers) > 2 or milliseconds <= 0 or share <= 0:
         raise typer.BadParameter(f"expected positive milliseconds and share, got {text!r}")
     return BudgetClass(name, milliseconds / 1e3, share)
-
-
-def _times(
-    arrivals: Arrivals,
-    rate: float,
-    seconds: float,
-    cv2: float,
-    file: Path | None,
-    rng: np.random.Generator,
-) -> Times:
-    match arrivals:
-        case "poisson":
-            return traces.poisson(rate, seconds, rng)
-        case "gamma":
-            return traces.gamma(rate, cv2, seconds, rng)
-        case "ramp":
-            return traces.ramp(rate / 4, 7 * rate / 4, seconds, rng)
-        case "step":
-            return traces.step(rate / 2, 2.5 * rate, seconds / 4, seconds / 2, seconds, rng)
-        case "replay":
-            if file is None:
-                raise typer.BadParameter("--arrivals replay needs --file")
-            try:
-                return traces.replay(traces.read_arrivals(file), rate, seconds)
-            except ValueError as error:
-                raise typer.BadParameter(str(error)) from error

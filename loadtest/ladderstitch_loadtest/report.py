@@ -25,15 +25,6 @@ def write_report(
     file: Path, title: str, run: Measured, summary: Summary, facts: Mapping[str, object]
 ) -> None:
     """`facts` go into a table of what was run on what."""
-    parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>",
-        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>",
-    ]
-    if run.late:
-        parts.append(
-            f"<p class=bad>The generator was late by {1e3 * run.lag_p99_s:.2f} ms (p99): "
-            "what follows is its limit, not the server's.</p>"
-        )
     headline = {
         "offered": summary.offered,
         "attainment": f"{100 * summary.attainment:.2f} %",
@@ -43,9 +34,32 @@ def write_report(
         "left late, p99": f"{1e3 * run.lag_p99_s:.2f} ms",
         "statuses": json.dumps(run.statuses()),
     }
-    parts.append(_table(["", ""], [[k, str(v)] for k, v in (headline | dict(facts)).items()]))
-    parts.append(_classes(summary))
-    parts += [f"<img alt='{name}' src='{_png(plot)}'>" for name, plot in _plots(run).items()]
+    late_s = run.lag_p99_s if run.late else None
+    write_page(file, title, late_s, headline | dict(facts), [_classes(summary)], _plots(run))
+
+
+def write_page(
+    file: Path,
+    title: str,
+    late_s: float | None,
+    headline: Mapping[str, object],
+    tables: Sequence[str],
+    plots: Mapping[str, Figure],
+) -> None:
+    """`late_s` is how late the generator was, if that spoils the figures; plots go by their
+    names."""
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>",
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>",
+    ]
+    if late_s is not None:
+        parts.append(
+            f"<p class=bad>The generator was late by {1e3 * late_s:.2f} ms (p99): "
+            "what follows is its limit, not the server's.</p>"
+        )
+    parts.append(table(["", ""], [[name, str(value)] for name, value in headline.items()]))
+    parts += tables
+    parts += [f"<img alt='{name}' src='{_png(plot)}'>" for name, plot in plots.items()]
     file.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -57,7 +71,7 @@ def _classes(summary: Summary) -> str:
             share = [f"{100 * one.attainment:.2f} %", f"{100 * one.effective_quality:.2f} %"]
             rows.append([f"{one.name}, {one.budget_ms:g} ms", *share, part, *figures])
     head = ["budget class", "attainment", "effective quality", "ms of", *QUANTILES]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _plots(run: Measured) -> dict[str, Figure]:
@@ -118,7 +132,9 @@ def _png(figure: Figure) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """As HTML."""
+
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 

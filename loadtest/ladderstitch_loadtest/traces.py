@@ -132,6 +132,23 @@ def read_arrivals(file: Path) -> Times:
     return _times(arrivals - arrivals[0])
 
 
+def read_lengths(file: Path) -> NDArray[np.int64]:
+    """[N, 2] tokens of prompt and answer of a CSV in Azure's LLM format, in order of arrival.
+
+    Raises `ValueError` with what is wrong.
+    """
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    try:
+        rows.sort(key=lambda row: row["TIMESTAMP"])
+        lengths = [(int(row["ContextTokens"]), int(row["GeneratedTokens"])) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file}: expected columns TIMESTAMP, ContextTokens, GeneratedTokens: {error}"
+        ) from error
+    return np.array(lengths, np.int64).reshape(-1, 2)
+
+
 def replay(times: Times, rate: float, seconds: float, start: float = 0.0) -> Times:
     """The recorded arrivals from the share `start` of them on, at another mean rate, cut off."""
     chosen = times[int(start * len(times)) :]
