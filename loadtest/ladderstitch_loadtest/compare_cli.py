@@ -16,8 +16,8 @@ from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch_loadtest import decisions as decision_times
 from ladderstitch_loadtest import laboratory, plots, replaying, scenarios
 from ladderstitch_loadtest.files import write
-from ladderstitch_loadtest.laboratory import ORACLE, Comparison
 from ladderstitch_loadtest.profiles import Family, of_bundle, supernet
+from ladderstitch_loadtest.standings import cells, columns, standings
 
 Grid = Literal["full", "short"]
 
@@ -57,10 +57,14 @@ def compare(
         found = list(
             laboratory.compare(pairs, seeds, workers, lambda runs: progress.advance(task, runs))
         )
-    out.print(_table(found))
+    table = Table(*columns(found))
+    for comparison in found:
+        table.add_row(*cells(comparison))
+    out.print(table)
     if folder is not None:
         name = "policies" if grid == "full" else "policies-short"
         write(folder, name, {"comparisons": [comparison.to_dict() for comparison in found]})
+        (folder / f"{name}.md").write_text(standings(found), encoding="utf-8")
         plots.compared(found, folder / f"{name}.png")
 
 
@@ -119,28 +123,3 @@ def replay(
 
 def _family(name: str) -> Family:
     return supernet() if name == "supernet" else of_bundle(Bundle.load(find_bundle(name)))
-
-
-def _table(found: list[Comparison]) -> Table:
-    """Effective quality in percent and, in brackets, attainment."""
-    table = Table("family", "trace", "adaptive", "best other", "ahead", "slackfit", "ahead", ORACLE)
-    for comparison in found:
-        ours = comparison.figure("adaptive")
-        others = [f for f in comparison.figures if f.policy not in ("adaptive", ORACLE)]
-        best, slackfit = others[0], comparison.figure("slackfit")
-        limit = [f for f in comparison.figures if f.policy == ORACLE]
-        table.add_row(
-            comparison.family,
-            comparison.scenario,
-            _figure(ours),
-            f"{_figure(best)} {best.policy}",
-            f"{best.behind:+.2f} ±{best.behind_half_width:.2f}",
-            _figure(slackfit),
-            f"{slackfit.behind:+.2f} ±{slackfit.behind_half_width:.2f}",
-            _figure(limit[0]) if limit else "",
-        )
-    return table
-
-
-def _figure(figure: laboratory.Figure) -> str:
-    return f"{100 * figure.effective_quality:.2f} ({100 * figure.attainment:.1f})"
