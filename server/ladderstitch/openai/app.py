@@ -95,7 +95,7 @@ class BoundedBodies:
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self.most_bytes:
-                raise BadInput("body", f"expected at most {self.most_bytes} bytes")
+                raise HTTPException(413, f"body: expected at most {self.most_bytes} bytes")
             return message
 
         await self.app(scope, bounded, send)

@@ -26,8 +26,8 @@ STATUS = {
 }
 """gRPC status -> HTTP status."""
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
-         404: "not_found_error", 429: "rate_limit_error", 503: "unavailable_error",
-         504: "timeout_error"}  # fmt: skip
+         404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error",
+         503: "unavailable_error", 504: "timeout_error"}  # fmt: skip
 
 
 def body_of(error: RequestError) -> dict[str, Any]:
