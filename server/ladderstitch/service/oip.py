@@ -21,10 +21,9 @@ from ladderstitch.hosting import Control, Host, HostedGenerator, HostedModel
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import grpc_service_pb2_grpc
 from ladderstitch.service import budget, oip_describe, oip_text
-from ladderstitch.service.inference import softmax
 from ladderstitch.service.oip_parameters import Wishes, read_parameters
 from ladderstitch.service.oip_streams import answer_stream
-from ladderstitch.service.oip_tensors import read_images
+from ladderstitch.service.oip_tensors import read_images, softmax
 from ladderstitch.service.status import Context, statuses
 
 OUTPUTS = ("logits", "probabilities", "labels")

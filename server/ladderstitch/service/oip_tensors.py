@@ -1,10 +1,10 @@
-"""The input tensor of an Open Inference Protocol request, raw or typed."""
+"""Tensors of the Open Inference Protocol: a request's input, raw or typed; probabilities."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ladderstitch.core import Pixels
+from ladderstitch.core import Logits, Pixels
 from ladderstitch.errors import BadInput
 from ladderstitch.images import ImageReader
 from ladderstitch.oip import grpc_service_pb2 as pb
@@ -67,3 +67,10 @@ def split_bytes(name: str, raw: bytes) -> list[bytes]:
         files.append(raw[position : position + length])
         position += length
     return files
+
+
+def softmax(logits: Logits) -> Logits:
+    """[N, K] -> [N, K] probabilities."""
+    powers: Logits = np.exp(logits - np.maximum.reduce(logits, axis=1, keepdims=True))
+    powers /= np.add.reduce(powers, axis=1, keepdims=True)
+    return powers
