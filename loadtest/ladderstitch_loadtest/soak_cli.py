@@ -18,7 +18,8 @@ from ladderstitch.catalogue import HOME_VARIABLE
 from ladderstitch.cli.console import err, out, progress_bar
 from ladderstitch_loadtest.files import write
 from ladderstitch_loadtest.kills import until_all_serve
-from ladderstitch_loadtest.soak import IMAGES, STUCK_S, TEXT, Soak, SoakResult
+from ladderstitch_loadtest.soak import IMAGES, STUCK_S, TEXT, Soak
+from ladderstitch_loadtest.soak_result import SoakResult
 from ladderstitch_loadtest.stage import stage
 from ladderstitch_loadtest.tiny_language import write_tiny
 
