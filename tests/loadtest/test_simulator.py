@@ -74,14 +74,18 @@ def test_requests_go_to_the_replica_with_the_most_slack_for_them() -> None:
 def test_routing_by_what_replicas_told_lately_costs_little() -> None:
     scenario = Scenario("gamma", 0.5, 8.0, mixed=True, replicas=2)
     known, told = (
-        simulate(
-            FAMILY, scenario.trace(FAMILY, 0), settings_of("adaptive"),
-            Machine(replicas=2, push_s=push_s),
-        ).summary()
+        [
+            simulate(
+                FAMILY, scenario.trace(FAMILY, seed), settings_of("adaptive"),
+                Machine(replicas=2, push_s=push_s),
+            ).summary()
+            for seed in range(4)
+        ]
         for push_s in (0.0, PUSH_S)
     )  # fmt: skip
-    assert known.attainment >= told.attainment > known.attainment - 0.02
-    assert told.effective_quality > known.effective_quality - 0.02
+    for figure in ("attainment", "effective_quality"):
+        best, got = (np.mean([getattr(run, figure) for run in runs]) for runs in (known, told))
+        assert got > best - 0.005
 
 
 def test_a_noisy_neighbour_is_over_within_a_second() -> None:
