@@ -69,6 +69,9 @@ def local_ray(actors: int = 1) -> Iterator[Cluster]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # its 15 would put answers behind all else on this machine
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        # Serve's own gRPC server shares ours' completion queue: on two event loops, each event of
+        # either wakes both, and goes through the wrong one half of the time.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     }
     import ray  # reads the environment when it is imported
     from ray import serve
