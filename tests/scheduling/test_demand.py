@@ -46,7 +46,7 @@ def test_demand_counts_the_queue_and_those_to_come() -> None:
     """Ten requests due at 60 ms; 50 a second more, each with 40 ms."""
     queue = [make_request(0.06) for _ in range(10)]
     forecast = Forecast(50.0, (0.04,), (0.0, 0.04))
-    demand = Demand.of(queue, 0, forecast, 0.0)
+    demand = Demand.of(queue, queue, 0, forecast, 0.0)
     due, rows = demand.points[-1]
     assert due == pytest.approx(2.0 * 0.04 - GUARD * 0.04)
     assert rows == pytest.approx(10 + 50 * (0.08 - 0.04))

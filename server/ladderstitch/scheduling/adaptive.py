@@ -72,11 +72,11 @@ class Adaptive:
         if len(queue) == 1 and len(only := self.menu.candidates(queue[0])) == 1:
             return Decision((queue[0],), only[0])  # nothing to choose
         start = now + self.overhead_s
-        near = list(queue[: latency.max_rows + 2])  # a list is looked up ten times as fast
+        near = list(queue[: 2 * latency.max_rows + 2])
         hopeless = self._hopeless(queue, near, latency, start)
         if hopeless == len(queue):
             return run_late(queue, self.menu, latency, now, self.overhead_s)
-        moment = self._moment(queue, hopeless, latency, start)
+        moment = self._moment(queue, near, hopeless, latency, start)
         value, at, stitch, rows = self._best(queue, near, hopeless, latency, moment)
         if moment.strained and not self._all_in_time(queue, hopeless, latency, start):
             # Giving up a few urgent ones may save more of the others.
@@ -106,9 +106,14 @@ class Adaptive:
         return True
 
     def _moment(
-        self, queue: Sequence[Request], hopeless: int, latency: LatencyView, start: float
+        self,
+        queue: Sequence[Request],
+        near: Sequence[Request],
+        hopeless: int,
+        latency: LatencyView,
+        start: float,
     ) -> Moment:
-        demand = Demand.of(queue, hopeless, self.forecast, start)
+        demand = Demand.of(queue, near, hopeless, self.forecast, start)
         spell_s = SPELL * demand.impatient_s
         hull = self.prices.hull(latency.profiled_slack(spell_s))
         # The part of its time that the engine computes, if batches are as long as that.
@@ -147,8 +152,8 @@ class Adaptive:
         moment: Moment,
     ) -> tuple[float, int, int, int]:
         """Value, index of the head, stitch and rows of the best batch that begins there."""
-        if at:
-            near = list(queue[at : at + latency.max_rows + 2])
+        end = at + latency.max_rows + 2
+        near = near[at:end] if end <= len(near) else list(queue[at:end])
         head = near[0]
         candidates = self.menu.candidates(head)
         slack_s = slack(near, self.menu, latency, moment.start, 0.0)

@@ -32,15 +32,27 @@ class Demand:
     each_s: float
 
     @classmethod
-    def of(cls, queue: Sequence[Request], first: int, forecast: Forecast, start: float) -> Demand:
-        """Of newcomers and the queue from index `first` on, looked at wherever it is fourfold."""
+    def of(
+        cls,
+        queue: Sequence[Request],
+        near: Sequence[Request],
+        first: int,
+        forecast: Forecast,
+        start: float,
+    ) -> Demand:
+        """Of newcomers and the queue from index `first` on, looked at wherever it is fourfold.
+
+        `near` is the queue's beginning, as a list: looked up ten times as fast.
+        """
         waiting = len(queue) - first
         last_s = min(queue[-1].budget.target - start, FAR_S)
         typical_s = forecast.typical_s or last_s
         impatient_s = max(LEAST_S, forecast.quantile_s(IMPATIENT) or typical_s)
         dues, rows = [], 1
         while rows < waiting:
-            dues.append((min(queue[first + rows - 1].budget.target - start, FAR_S), rows))
+            last = first + rows - 1
+            request = near[last] if last < len(near) else queue[last]
+            dues.append((min(request.budget.target - start, FAR_S), rows))
             rows *= 4
         dues.append((last_s, waiting))
         guard_s = GUARD * impatient_s
