@@ -72,6 +72,8 @@ def local_ray(actors: int = 1) -> Iterator[Cluster]:
         # Serve's own gRPC server shares ours' completion queue: on two event loops, each event of
         # either wakes both, and goes through the wrong one half of the time.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        # Under gRPC's wake-ups it is the slower one: 0.66 instead of 0.62 ms at one caller.
+        "RAY_USE_UVLOOP": "0",
     }
     import ray  # reads the environment when it is imported
     from ray import serve
