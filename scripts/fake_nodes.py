@@ -118,7 +118,7 @@ def _start_head(folder: Path, port: int) -> subprocess.Popen[bytes]:
 
 
 def _connect(ray: Any, address: str, head: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while True:
         try:
             ray.init(address=address, namespace="ladderstitch", logging_level=logging.WARNING)
@@ -134,7 +134,7 @@ def _end(head: subprocess.Popen[bytes]) -> None:
         with suppress(ProcessLookupError):
             os.killpg(head.pid, number)
         with suppress(subprocess.TimeoutExpired):
-            head.wait(timeout=10)
+            head.wait(timeout=60)
 
 
 def _free_port() -> int:

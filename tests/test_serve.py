@@ -27,7 +27,7 @@ from tests.service.conftest import RunningServer, picture, pixels, start_server,
 def ladderstitch(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ladderstitch", *map(str, arguments)]
     environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
 
 
 def eventually(check: Callable[[], bool], within_s: float = 30.0) -> None:
@@ -193,7 +193,7 @@ def test_on_ray_token_authentication_is_on(on_ray: tuple[RunningServer, Path]) -
         environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret}
         return subprocess.run(
             [sys.executable, "-c", code],
-            capture_output=True, text=True, timeout=60, env=environment,
+            capture_output=True, text=True, timeout=500, env=environment,
         )  # fmt: skip
 
     stranger = join("0" * 64)

@@ -42,7 +42,7 @@ print(json.dumps(found))
 def found() -> dict[str, object]:
     """In a process of its own: Ray reads its environment when it is imported."""
     done = subprocess.run(
-        [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=500, check=True
     )
     answers: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return answers

@@ -127,7 +127,7 @@ def _result(
     )
 
 
-def until_all_serve(metrics: Sequence[str], replicas: int, within_s: float = 60.0) -> None:
+def until_all_serve(metrics: Sequence[str], replicas: int, within_s: float = 600.0) -> None:
     """Wait until every gateway's metrics page counts so many; raises `TimeoutError`."""
     end = time.monotonic() + within_s
     while any(serving_at(page) != replicas for page in metrics):

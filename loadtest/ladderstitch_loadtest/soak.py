@@ -31,11 +31,11 @@ CALLERS = 3
 PAUSE_S = 0.08
 """Between two requests of a caller."""
 STUCK_S = 30.0
-"""No request may take so long, whatever happens around it."""
+"""Deadline of every request, whatever happens around it."""
 DISTURBED_EVERY_S = 60.0
 """Every second disturbance is the restart of a replica."""
-SETTLE_S = 15.0
-"""So long after a disturbance began, statuses of `AROUND_RESTARTS` have a reason."""
+RECOVERY_S = 600.0
+"""A replica that does not answer by then has failed."""
 SAMPLES = 400
 
 ALLOWED = {
@@ -47,13 +47,15 @@ ALLOWED = {
     "bad": {"BAD_INPUT", "MODEL_NOT_FOUND", "STITCH_NOT_FOUND", "QUALITY_UNAVAILABLE"},
 }
 AROUND_RESTARTS = {"ENGINE_RESTARTING", "UNAVAILABLE"}
-"""What a request may get that lost its worker twice, or a stream whose replica died."""
+"""Allowed for a request that overlaps a disturbance: its worker was lost twice, or its replica died
+under a stream."""
 
 
 class Soak:
-    """Callers of six kinds, a disturber and an observer, until the time is up.
+    """Callers of six kinds, a disturber and an observer.
 
-    `survivor` and `victim` are the replicas behind `gateway`; both can find the bundle `TEXT`.
+    `survivor` and `victim` are the replicas behind `gateway`; both can find the bundle `TEXT`. The
+    run takes `seconds`, and longer where the machine needs longer for one disturbance of each kind.
     """
 
     def __init__(
@@ -63,16 +65,19 @@ class Soak:
         gateway: Process,
         seconds: float,
         advance: Callable[[float], None] = lambda seconds: None,
+        stuck_s: float = STUCK_S,
     ) -> None:
         self.survivor, self.victim, self.gateway = survivor, victim, gateway
-        self.seconds, self.advance = seconds, advance
+        self.seconds, self.advance, self.stuck_s = seconds, advance, stuck_s
         self.result = SoakResult(seconds, {}, [], 0.0, [], 0.0)
         self._started = time.monotonic()
+        self._disturbed = self._over = False
+        self._calm_since_s = 0.0
         self._latencies: list[float] = []
         self._rng = np.random.default_rng(1)
 
     async def run(self) -> SoakResult:
-        """Load for so long; raises what a replica says that cannot load the text model."""
+        """Load until the end; raises what a replica says that cannot load the text model."""
         async with AsyncClient(self.gateway.address) as self.client:
             for replica in (self.survivor, self.victim):
                 await self._load_text(replica)
@@ -87,6 +92,7 @@ class Soak:
             }
             callers = [self._call(kind, ask) for kind, ask in kinds.items() for _ in range(CALLERS)]
             await asyncio.gather(*callers, self._disturb(), self._observe())
+        self.result.seconds = self._now_s
         pages = [self.survivor.metrics, self.victim.metrics]
         self.result.left_over = sum([await asyncio.to_thread(waiting, page) for page in pages])
         return self.result
@@ -97,15 +103,15 @@ class Soak:
 
     async def _call(self, kind: str, ask: Callable[[int], Awaitable[str]]) -> None:
         for number in itertools.count(1):
-            if self._now_s > self.seconds:
+            if self._over:
                 return
-            started = time.monotonic()
+            started_s = self._now_s
             try:
                 end = await ask(number)
             except RequestFailed as error:
                 end = error.reason or error.code.name
-                self._judge(kind, end, error)
-            took_s = time.monotonic() - started
+                self._judge(kind, end, started_s, error)
+            took_s = self._now_s - started_s
             self.result.longest_s = max(self.result.longest_s, took_s)
             if kind == "images" and end == "OK":
                 self._latencies.append(took_s)
@@ -113,12 +119,12 @@ class Soak:
             of_kind[end] = of_kind.get(end, 0) + 1
             await asyncio.sleep(PAUSE_S)
 
-    def _judge(self, kind: str, end: str, error: RequestFailed) -> None:
+    def _judge(self, kind: str, end: str, started_s: float, error: RequestFailed) -> None:
         """Note a status that the request should not have had."""
         if end in ALLOWED[kind]:
             return
-        disturbed_s = self.result.disturbances[-1][0] if self.result.disturbances else -np.inf
-        if end in AROUND_RESTARTS and self._now_s - disturbed_s < SETTLE_S:
+        overlaps = self._disturbed or started_s < self._calm_since_s
+        if end in AROUND_RESTARTS and overlaps:
             return
         self.result.unexplained.append(f"{self._now_s:.1f} s, {kind}: {error}")
 
@@ -127,25 +133,25 @@ class Soak:
 
     async def _look(self, number: int) -> str:
         image = self._pixels(1 + number % 3)
-        await self.client.predict(image, model=IMAGES, budget_s=0.5, timeout_s=STUCK_S)
+        await self.client.predict(image, model=IMAGES, budget_s=0.5, timeout_s=self.stuck_s)
         return "OK"
 
     async def _hurry(self, number: int) -> str:
         budget_s = 0.001 * (1 + number % 9)
         await self.client.predict(
-            self._pixels(), model=IMAGES, budget_s=budget_s, hard=True, timeout_s=STUCK_S
+            self._pixels(), model=IMAGES, budget_s=budget_s, hard=True, timeout_s=self.stuck_s
         )
         return "OK"
 
     async def _read(self, number: int) -> str:
         stream = self.client.generate(
-            "a b c", model=TEXT, max_tokens=1 + number % 20, timeout_s=STUCK_S
+            "a b c", model=TEXT, max_tokens=1 + number % 20, timeout_s=self.stuck_s
         )
         pieces = [piece async for piece in stream]
         return "OK" if pieces and pieces[-1].finish else "cut short"
 
     async def _leave_stream(self, number: int) -> str:
-        stream = self.client.generate("a b", model=TEXT, max_tokens=40, timeout_s=STUCK_S)
+        stream = self.client.generate("a b", model=TEXT, max_tokens=40, timeout_s=self.stuck_s)
         async for piece in stream:
             if piece.index >= number % 8:
                 return "left"
@@ -154,7 +160,7 @@ class Soak:
     async def _cancel(self, number: int) -> str:
         """Ask, and be gone before the answer."""
         asking = asyncio.create_task(
-            self.client.predict(self._pixels(4), model=IMAGES, timeout_s=STUCK_S)
+            self.client.predict(self._pixels(4), model=IMAGES, timeout_s=self.stuck_s)
         )
         await asyncio.sleep(0.001 * (number % 4))
         asking.cancel()
@@ -182,17 +188,23 @@ class Soak:
         return "answered"
 
     async def _disturb(self) -> None:
-        every_s = min(DISTURBED_EVERY_S, self.seconds / 8)
-        turns = itertools.cycle(
-            [("kill -9", self._kill), ("workers", self._kill_workers), ("SIGTERM", self._end),
-             ("reload", self._reload)]
-        )  # fmt: skip
-        for number, (name, disturb) in enumerate(turns, 1):
+        kinds: dict[str, Callable[[], Awaitable[None]]] = {
+            "kill -9": self._kill,
+            "workers": self._kill_workers,
+            "SIGTERM": self._end,
+            "reload": self._reload,
+        }
+        every_s = min(DISTURBED_EVERY_S, self.seconds / (2 * len(kinds)))
+        for number, (name, disturb) in enumerate(itertools.cycle(kinds.items()), 1):
             await asyncio.sleep(number * every_s - self._now_s)
-            if self._now_s > self.seconds - every_s / 2:
-                return
+            if number > len(kinds) and self._now_s > self.seconds - every_s / 2:
+                break
             self.result.disturbances.append((self._now_s, name))
+            self._disturbed = True
             await disturb()
+            self._disturbed, self._calm_since_s = False, self._now_s
+        await asyncio.sleep(self.seconds - self._now_s)
+        self._over = True
 
     async def _kill(self) -> None:
         starts = self.victim.starts
@@ -210,10 +222,25 @@ class Soak:
         await self._load_text(self.victim)
 
     async def _kill_workers(self) -> None:
-        """Engine and rank of the survivor."""
+        """Engine and rank of the survivor; returns when both answer again."""
         for pid in process_tree(self.survivor.pid)[1:]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        end_s = self._now_s + RECOVERY_S
+        async with AsyncClient(self.survivor.address) as client:
+            while not await self._answers(client):
+                if self._now_s > end_s:
+                    raise TimeoutError(f"the survivor did not answer within {RECOVERY_S:.0f} s")
+                await asyncio.sleep(0.1)
+
+    async def _answers(self, client: AsyncClient) -> bool:
+        try:
+            await client.predict(self._pixels(), model=IMAGES, timeout_s=self.stuck_s)
+            async for _ in client.generate("a b", model=TEXT, max_tokens=1, timeout_s=self.stuck_s):
+                pass
+        except RequestFailed:
+            return False
+        return True
 
     async def _reload(self) -> None:
         async with AsyncClient(self.survivor.address) as client:
@@ -225,7 +252,7 @@ class Soak:
 
     async def _observe(self) -> None:
         every_s, ended = self.seconds / SAMPLES, 0
-        while self._now_s < self.seconds:
+        while not self._over:
             latencies, self._latencies = self._latencies or [0.0], []
             total = self.result.requests
             p50, p99 = 1e3 * np.quantile(latencies, [0.5, 0.99])

@@ -73,14 +73,14 @@ def models() -> Iterator[None]:
                 os.environ[HOME_VARIABLE] = before
 
 
-def shortfalls(found: SoakResult) -> list[str]:
+def shortfalls(found: SoakResult, stuck_s: float = STUCK_S) -> list[str]:
     """A line for each bar that a run of ten minutes or more does not meet."""
     lines = []
     if found.unexplained:
         lines.append(f"{len(found.unexplained)} requests ended as they should not have")
     if found.left_over:
         lines.append(f"{found.left_over:.0f} requests are still there, and nobody waits for them")
-    if found.longest_s >= STUCK_S:
+    if found.longest_s >= stuck_s:
         lines.append(f"a request took {found.longest_s:.1f} s")
     for which in ("gateway", "survivor"):
         slope = found.slope_mb_per_hour(which)

@@ -9,15 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ladderstitch.replica import free_port
 from ladderstitch_loadtest.processes import StartFailed
 
 READY = re.compile(r"ready.* gRPC on (\S+), metrics on (\S+)/metrics")
-START_S = 120.0
-"""A process that is not ready by then has failed."""
+START_S = 600.0
+"""A process that is not ready by then has failed, on the slowest machine, too."""
 
 
 class Process:
@@ -69,8 +69,8 @@ class Process:
         self._stopping = True
         assert self._process is not None, "set by `start`"
         self._process.send_signal(signal.SIGINT)
-        self._thread.join(timeout=60)
-        return self._process.wait(timeout=60)
+        self._thread.join(timeout=START_S)
+        return self._process.wait(timeout=START_S)
 
     def _supervise(self) -> None:
         while not self._stopping:
@@ -101,11 +101,12 @@ class Process:
 
 @contextmanager
 def stage(
-    replicas: int = 2, gateways: int = 1, *flags: str
+    replicas: int = 2, gateways: int = 1, *flags: str, gateway_flags: Sequence[str] = ()
 ) -> Iterator[tuple[list[Process], list[Process]]]:
     """So many replicas, and gateways on one port before them, for the `with` block.
 
-    `flags` are of `ladderstitch serve`. Raises `StartFailed` if one does not come up.
+    `flags` are of `ladderstitch serve`, `gateway_flags` of `ladderstitch gateway`. Raises
+    `StartFailed` if one does not come up.
     """
     ports = free_ports(replicas + 2)
     served = [
@@ -116,7 +117,16 @@ def stage(
     ]  # fmt: skip
     named = [text for port in ports[:replicas] for text in ("--replica", f"127.0.0.1:{port}")]
     fronts = [
-        Process("gateway", *named, "--port", str(ports[-1]), "--metrics-port", "0", "--share-port")
+        Process(
+            "gateway",
+            *named,
+            "--port",
+            str(ports[-1]),
+            "--metrics-port",
+            "0",
+            "--share-port",
+            *gateway_flags,
+        )
         for _ in range(gateways)
     ]
     everything = [*served, *fronts]

@@ -21,20 +21,25 @@ from tests.service.conftest import pixels
 from tests.test_serve import ladderstitch, served_on_ray
 
 Stage = tuple[list[Process], list[Process]]
+PATIENCE_S = 300
+"""Deadline of requests and patience of gateways: replicas are back by then on any machine."""
 TOKENS = "tokens:\n  - {name: user, token: user-secret-0123456789}\n"
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     bundle = make_tiny_bundle(tmp_path_factory.mktemp("kills") / "tiny").path
-    with stage(2, 2, "--bundle", str(bundle)) as processes:
+    patience = ("--patience", str(PATIENCE_S))
+    with stage(2, 2, "--bundle", str(bundle), gateway_flags=patience) as processes:
         yield processes
 
 
 async def killed(running: Stage, kill: Callable[[], None]) -> Killing:
     replicas, gateways = running
     until_all_serve([gateway.metrics for gateway in gateways], len(replicas))
-    return await kill_under_load(gateways[0].address, "", kill, rate=50, seconds=2.5, deadline_s=20)
+    return await kill_under_load(
+        gateways[0].address, "", kill, rate=50, seconds=2.5, deadline_s=PATIENCE_S
+    )
 
 
 async def test_one_of_two_replicas(running: Stage) -> None:

@@ -21,7 +21,7 @@ def command(name: str, **environment: str) -> str:
         env=inherited | environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=500,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout

@@ -342,7 +342,7 @@ def test_tritonclient_streams_tokens_unmodified(
     probe = Path(__file__).with_name("tritonclient_text_probe.py")
     done = subprocess.run(
         [sys.executable, str(probe), server.address],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
