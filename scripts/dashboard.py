@@ -146,10 +146,16 @@ def _datasource() -> dict[str, Any]:
 def _models() -> dict[str, Any]:
     query = "label_values(ladderstitch_model_ready, model)"
     return {
-        "name": "model", "type": "query", "datasource": {"uid": "$datasource"}, "query": query,
-        "refresh": 2, "includeAll": True, "multi": True, "allValue": ".*",
+        "name": "model",
+        "type": "query",
+        "datasource": {"uid": "$datasource"},
+        "query": query,
+        "refresh": 2,
+        "includeAll": True,
+        "multi": True,
+        "allValue": ".*",
         "current": {"text": "All", "value": "$__all"},
-    }  # fmt: skip
+    }
 
 
 def _row(number: int, title: str, y: int) -> dict[str, Any]:

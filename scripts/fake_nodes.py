@@ -39,21 +39,30 @@ def configuration(most: int, gcs: str) -> dict[str, Any]:
             "launch_multiple": True,
         },
         "available_node_types": {
-            "ray.head.default": {
-                "resources": {"CPU": 0}, "node_config": nothing, "max_workers": 0
-            },
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": nothing, "max_workers": 0},
             "replica": {
                 "resources": {"CPU": 1, "object_store_memory": OBJECT_STORE_BYTES},
-                "node_config": nothing, "min_workers": 0, "max_workers": most,
+                "node_config": nothing,
+                "min_workers": 0,
+                "max_workers": most,
             },
         },
         "head_node_type": "ray.head.default",
-        "auth": nothing, "docker": nothing, "file_mounts": nothing,
-        "initialization_commands": [], "setup_commands": [], "head_setup_commands": [],
-        "worker_setup_commands": [], "head_start_ray_commands": [], "worker_start_ray_commands": [],
-        "cluster_synced_files": [], "file_mounts_sync_continuously": False, "rsync_exclude": [],
-        "rsync_filter": [], "upscaling_speed": 10,
-    }  # fmt: skip
+        "auth": nothing,
+        "docker": nothing,
+        "file_mounts": nothing,
+        "initialization_commands": [],
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+        "head_start_ray_commands": [],
+        "worker_start_ray_commands": [],
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": [],
+        "rsync_filter": [],
+        "upscaling_speed": 10,
+    }
 
 
 @contextmanager

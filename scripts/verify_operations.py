@@ -296,8 +296,11 @@ async def verify(short: bool) -> dict[str, Any]:
 
 def failures(found: dict[str, Any]) -> list[str]:
     """What a deployment that scales and rolls well would not show."""
-    wrong = [f"{name}: {part['lost']} requests lost, {part['codes']}"
-             for name in ("scale", "roll") if (part := found[name]) and part["lost"]]  # fmt: skip
+    wrong = [
+        f"{name}: {part['lost']} requests lost, {part['codes']}"
+        for name in ("scale", "roll")
+        if (part := found[name]) and part["lost"]
+    ]
     scaled = found["scale"]
     wrong += [
         f"{what} did not follow the load"

@@ -63,9 +63,12 @@ def test_nothing_known_changes_nothing() -> None:
 
 
 @given(
-    st.floats(0, 1e4), st.integers(1, 50), st.floats(0, 1), st.floats(0, 1),
+    st.floats(0, 1e4),
+    st.integers(1, 50),
+    st.floats(0, 1),
+    st.floats(0, 1),
     st.none() | st.floats(0, 1),
-)  # fmt: skip
+)
 def test_the_goal_is_kept_at_whatever_size_is_chosen(
     demand: float, replicas: int, attainment: float, busy: float, quality: float | None
 ) -> None:

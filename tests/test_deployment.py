@@ -17,11 +17,20 @@ ROOT = Path(__file__).parent.parent
 def test_user_config_and_administrator_the_last_writer_wins(tmp_path: Path) -> None:
     bundle = make_tiny_bundle(tmp_path / "tiny").path
     done = subprocess.run(
-        [sys.executable, "-m", "tests.deployment_probe", str(bundle), str(free_port()),
-         str(free_port())],
-        capture_output=True, text=True, timeout=500, cwd=ROOT,
+        [
+            sys.executable,
+            "-m",
+            "tests.deployment_probe",
+            str(bundle),
+            str(free_port()),
+            str(free_port()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["same_replica"]

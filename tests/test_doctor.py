@@ -73,9 +73,13 @@ def test_each_illness_is_found(config: ServerConfig, what: str) -> None:
 
 @pytest.mark.parametrize(
     ("what", "constant"),
-    [("shared memory", "SHARED_BYTES"), ("open files", "OPEN_FILES"),
-     ("temporary files", "TEMPORARY_BYTES"), ("socket paths", "RAY_PATH")],
-)  # fmt: skip
+    [
+        ("shared memory", "SHARED_BYTES"),
+        ("open files", "OPEN_FILES"),
+        ("temporary files", "TEMPORARY_BYTES"),
+        ("socket paths", "RAY_PATH"),
+    ],
+)
 def test_too_little_room_is_found(
     config: ServerConfig, what: str, constant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +106,9 @@ def test_the_command_says_what_to_do_and_fails(tmp_path: Path) -> None:
     path.write_text("device: cuda:77\nport: 0\nmetrics_port: 0\n")
     done = subprocess.run(
         [sys.executable, "-m", "ladderstitch", "doctor", "--config", str(path)],
-        capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+    )
     assert done.returncode == 1
     assert "set device: cpu" in done.stdout

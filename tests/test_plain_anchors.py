@@ -30,9 +30,14 @@ def shaken(model: nn.Module, std: float = 0.1) -> nn.Module:
 
 def vit(kind: str) -> nn.Module:
     sizes = {
-        "image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 3, "intermediate_size": 96, "num_labels": 5,
-    }  # fmt: skip
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "intermediate_size": 96,
+        "num_labels": 5,
+    }
     if kind == "vit":
         return hf.ViTForImageClassification(hf.ViTConfig(**sizes))
     if kind == "deit":
@@ -42,18 +47,26 @@ def vit(kind: str) -> nn.Module:
 
 def swin() -> nn.Module:
     config = hf.SwinConfig(
-        image_size=64, patch_size=4, embed_dim=8, depths=[2, 2, 2], num_heads=[1, 2, 4],
-        window_size=4, num_labels=5,
-    )  # fmt: skip
+        image_size=64,
+        patch_size=4,
+        embed_dim=8,
+        depths=[2, 2, 2],
+        num_heads=[1, 2, 4],
+        window_size=4,
+        num_labels=5,
+    )
     return hf.SwinForImageClassification(config)
 
 
 def resnet(kind: str) -> nn.Module:
     expansion = 4 if kind == "bottleneck" else 1
     config = hf.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8 * expansion * 2**s for s in range(4)],
-        depths=[2, 1, 2, 1], layer_type=kind, num_labels=5,
-    )  # fmt: skip
+        embedding_size=8,
+        hidden_sizes=[8 * expansion * 2**s for s in range(4)],
+        depths=[2, 1, 2, 1],
+        layer_type=kind,
+        num_labels=5,
+    )
     return hf.ResNetForImageClassification(config)
 
 

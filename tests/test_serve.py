@@ -136,10 +136,16 @@ def served_on_ray(bundle: Path, folder: Path, *flags: str) -> Iterator[tuple[Run
     """
     temporary = Path(tempfile.mkdtemp(prefix="lt", dir="/tmp"))  # short: Ray's sockets live below
     running = start_server(
-        bundle, folder / "log", *flags,
-        "--ray", "--port", str(free_port()), "--metrics-port", str(free_port()),
+        bundle,
+        folder / "log",
+        *flags,
+        "--ray",
+        "--port",
+        str(free_port()),
+        "--metrics-port",
+        str(free_port()),
         environment={"TMPDIR": str(temporary)},
-    )  # fmt: skip
+    )
     yield running, temporary
     processes = process_tree(running.process.pid)
     assert len(processes) > 4
@@ -193,8 +199,11 @@ def test_on_ray_token_authentication_is_on(on_ray: tuple[RunningServer, Path]) -
         environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret}
         return subprocess.run(
             [sys.executable, "-c", code],
-            capture_output=True, text=True, timeout=500, env=environment,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=500,
+            env=environment,
+        )
 
     stranger = join("0" * 64)
     assert stranger.returncode != 0

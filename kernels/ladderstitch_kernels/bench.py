@@ -97,9 +97,11 @@ class Bench:
             return total, F.rms_norm(total, (n,), gain, 1e-5)
 
         yield self.timing(
-            "add_rms_norm 8192 x 8192", 4 * size,
-            lambda: add_rms_norm(x, residual, gain, 1e-5), eager_norm,
-        )  # fmt: skip
+            "add_rms_norm 8192 x 8192",
+            4 * size,
+            lambda: add_rms_norm(x, residual, gain, 1e-5),
+            eager_norm,
+        )
         gate_up = random(m, 2 * n)
 
         def eager_gate() -> Tensor:
@@ -109,10 +111,12 @@ class Bench:
         yield self.timing("swiglu 8192 x 8192", 3 * size, lambda: swiglu(gate_up), eager_gate)
         exchange = Exchange(StreamRanks.group(1, "cuda")[0], m, n, DTYPE, "cuda")
         yield self.timing(
-            "wait_add_norm 8192 x 8192, arrived", 4 * size,
-            lambda: wait_add_norm(residual, gain, 1e-5, exchange), eager_norm,
+            "wait_add_norm 8192 x 8192, arrived",
+            4 * size,
+            lambda: wait_add_norm(residual, gain, 1e-5, exchange),
+            eager_norm,
             before=lambda: post(x, exchange),
-        )  # fmt: skip
+        )
 
     def products(self) -> Iterator[Timing]:
         """Row-parallel products of a 70B Llama's decoding over 8 ranks, pushed to one rank."""
@@ -123,11 +127,12 @@ class Bench:
                 exchange = Exchange(StreamRanks.group(1, "cuda")[0], rows, 8192, DTYPE, "cuda")
 
                 yield self.timing(
-                    f"gemv_post {rows} x {k} -> 8192", weight.nbytes,
+                    f"gemv_post {rows} x {k} -> 8192",
+                    weight.nbytes,
                     partial(gemv_post, x, weight, exchange),
                     partial(F.linear, x, weight),
                     after=partial(wait_add_norm, residual, gain, 1e-5, exchange),
-                )  # fmt: skip
+                )
 
     def attention(self) -> Iterator[Timing]:
         """32 heads over 8 of keys and values, 8,192 tokens a sequence."""
@@ -161,9 +166,11 @@ class Bench:
                 return F.linear(x, w, b) + F.linear(F.linear(x, down), up)
 
             yield self.timing(
-                f"stitch_linear {m} x {k} -> {n}", x.nbytes + weight.nbytes + m * n * 2,
-                partial(stitch_linear, x, weight, bias, down, up), eager,
-            )  # fmt: skip
+                f"stitch_linear {m} x {k} -> {n}",
+                x.nbytes + weight.nbytes + m * n * 2,
+                partial(stitch_linear, x, weight, bias, down, up),
+                eager,
+            )
 
 
 def results() -> dict[str, object]:

@@ -92,20 +92,22 @@ def single_rank(sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Findi
     m, d, f = sizes.rows, sizes.width, sizes.ffn
     x, residual, gain = random(m, d), random(m, d), random(d)
     yield Finding(
-        "add_rms_norm", dtype,
+        "add_rms_norm",
+        dtype,
         worst(
             add_rms_norm(x, residual, gain, 1e-5), reference.add_rms_norm(x, residual, gain, 1e-5)
         ),
-    )  # fmt: skip
+    )
     gate_up = random(m, 2 * f)
     yield Finding("swiglu", dtype, worst([swiglu(gate_up)], [reference.swiglu(gate_up)]))
     weight, bias, down, up = random(f, d), random(f), random(16, d), random(f, 16)
     for rows in (1, min(m, 40), m):
         arguments = (x[:rows], residual[:rows], weight / d**0.5, bias, down / d**0.5, up / 4)
         yield Finding(
-            f"stitch_pending, {rows} rows", dtype,
+            f"stitch_pending, {rows} rows",
+            dtype,
             worst(stitch_pending(*arguments), reference.stitch_pending(*arguments)),
-        )  # fmt: skip
+        )
     yield from _attention(sizes, dtype, device, random)
 
 
@@ -121,12 +123,13 @@ def _attention(
         make(3, h, d),
     )
     yield Finding(
-        "paged_decode_attention", dtype,
+        "paged_decode_attention",
+        dtype,
         worst(
             [paged_decode_attention(q, keys, values, pages, lengths)],
             [reference.paged_decode_attention(q, keys, values, pages, lengths)],
         ),
-    )  # fmt: skip
+    )
     angles = torch.randn(64, d // 2, device=device)
     qkv, positions = make(5, h + 2 * k, d), torch.tensor([3, 1, 63, 0, 9], device=device)
     slots = torch.tensor([7, 3, -1, 0, 31], device=device)

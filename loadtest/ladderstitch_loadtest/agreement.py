@@ -62,11 +62,15 @@ class Agreement:
     def to_dict(self) -> dict[str, object]:
         return asdict(self) | {
             "errors": [
-                {"trace": p.trace, "policy": p.policy, "attainment": round(p.attainment_error, 2),
-                 "quality": round(p.quality_error, 2)}
+                {
+                    "trace": p.trace,
+                    "policy": p.policy,
+                    "attainment": round(p.attainment_error, 2),
+                    "quality": round(p.quality_error, 2),
+                }
                 for p in self.pairs
             ]
-        }  # fmt: skip
+        }
 
 
 def plans(rate: float, seconds: float, seed: int) -> list[Trace]:
@@ -123,9 +127,14 @@ async def compare_with_simulator(
                         _simulated(machine_family, machine, trace, policy, seed),
                     )
                     runs.setdefault((trace.name, policy), []).append(
-                        (mine.attainment, theirs[0], mine.effective_quality, theirs[1],
-                         1e3 * real.lag_p99_s)
-                    )  # fmt: skip
+                        (
+                            mine.attainment,
+                            theirs[0],
+                            mine.effective_quality,
+                            theirs[1],
+                            1e3 * real.lag_p99_s,
+                        )
+                    )
         await choose(client, "adaptive")
     for (name, policy), ends in runs.items():
         middles = [round(median(column), 5) for column in zip(*ends, strict=True)]

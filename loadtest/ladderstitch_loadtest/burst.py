@@ -111,10 +111,14 @@ def _figures(run: Measured) -> tuple[float, ...]:
         return float(quality[phase & answered].mean())
 
     return (
-        float(met[burst].mean()), float(met.mean()), float(value.mean()),
-        mean_quality(at < BEFORE_S), mean_quality(burst), mean_quality(at >= end + RECOVERY_S),
+        float(met[burst].mean()),
+        float(met.mean()),
+        float(value.mean()),
+        mean_quality(at < BEFORE_S),
+        mean_quality(burst),
+        mean_quality(at >= end + RECOVERY_S),
         1e3 * run.lag_p99_s,
-    )  # fmt: skip
+    )
 
 
 async def _capacity(address: str, target: Target, budget_s: float, seconds: float = 2.0) -> float:

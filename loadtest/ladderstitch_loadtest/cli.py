@@ -137,9 +137,11 @@ def overhead(
     )
     for many in found.throughput:
         table.add_row(
-            str(many.callers), f"{many.echo_rps:.0f} /s", f"{many.infer_rps:.0f} /s",
+            str(many.callers),
+            f"{many.echo_rps:.0f} /s",
+            f"{many.infer_rps:.0f} /s",
             f"{many.ratio:.2f}",
-        )  # fmt: skip
+        )
     out.print(table)
     write(folder, "overhead", found.to_dict())
 
@@ -174,8 +176,13 @@ def memory(
     """Memory of 71 stitches at once, beside that of their anchors and stitching layers."""
     found = memory_use.measure()
     table = Table("MiB", "", title=f"{found.family}: {found.stitches} stitches in one process")
-    for name in ("anchors_and_layers", "model_storages", "plans", "resident_one_stitch",
-                 "resident_all_stitches"):  # fmt: skip
+    for name in (
+        "anchors_and_layers",
+        "model_storages",
+        "plans",
+        "resident_one_stitch",
+        "resident_all_stitches",
+    ):
         table.add_row(name.replace("_", " "), f"{getattr(found, name):.2f}")
     out.print(table)
     write(folder, "memory", found.to_dict())
@@ -191,9 +198,16 @@ def real_sizes_(
     found = [real_sizes.measure(family) for family in real_sizes.FAMILIES]
     overhead = real_sizes.executor_overhead()
     table = Table(
-        "family", "parameters", "stitches", "tensors", "resident", "ratio", "load",
-        "anchors at batch 1", title="random weights, 224 x 224, one thread",
-    )  # fmt: skip
+        "family",
+        "parameters",
+        "stitches",
+        "tensors",
+        "resident",
+        "ratio",
+        "load",
+        "anchors at batch 1",
+        title="random weights, 224 x 224, one thread",
+    )
     for row in found:
         table.add_row(
             row.family,
@@ -233,10 +247,16 @@ def mixed(
         )
     classes = list(found.budgets_ms)
     table = Table(
-        "policy", "attainment", *classes, "effective quality", "p50", "p99", "batch",
+        "policy",
+        "attainment",
+        *classes,
+        "effective quality",
+        "p50",
+        "p99",
+        "batch",
         title=f"{found.rate:.0f} requests/s, budgets "
         + ", ".join(f"{name} {ms:.1f} ms" for name, ms in found.budgets_ms.items()),
-    )  # fmt: skip
+    )
     for row in sorted(found.rows, key=lambda row: -row.effective_quality):
         table.add_row(
             row.policy,

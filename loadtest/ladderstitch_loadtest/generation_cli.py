@@ -50,9 +50,13 @@ def generation(
         several = LanguageBundle.load(find_bundle(family))
         parts["paths"] = generation_parts.paths_by_budget(several, 1e-3, dtype)
     parts["batching"] = generation_load.compare_batching(
-        bundle, text.read_text(), [float(rate) for rate in rates.split(",")], seconds, dtype,
+        bundle,
+        text.read_text(),
+        [float(rate) for rate in rates.split(",")],
+        seconds,
+        dtype,
         lambda row: err.print(row),
-    )  # fmt: skip
+    )
     with tempfile.TemporaryDirectory() as packages:
         if transformers:
             from ladderstitch.language.fetch import download

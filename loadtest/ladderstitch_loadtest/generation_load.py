@@ -169,9 +169,14 @@ async def compare_batching(
             plan = arrivals(prompts, rate, seconds, seed=number)
             for variant in tuple(trying):
                 generator = Generator(
-                    group, bundle.tokenizer(), (), bundle.quality, (), variant.max_sequences,
+                    group,
+                    bundle.tokenizer(),
+                    (),
+                    bundle.quality,
+                    (),
+                    variant.max_sequences,
                     variant.batching,
-                )  # fmt: skip
+                )
                 await generator.measure()
                 row = await offer(generator, variant.name, plan, rate, seconds)
                 await generator.close()

@@ -47,10 +47,13 @@ async def prefix_reuse(
     context = prefix_tokens + 32
     group = RankGroup(
         ModelJob.of(
-            bundle, dtype=dtype, cache_tokens=context, pool_tokens=8 * context,
+            bundle,
+            dtype=dtype,
+            cache_tokens=context,
+            pool_tokens=8 * context,
             chunk_tokens=min(256, context),
         )
-    )  # fmt: skip
+    )
     rng, vocabulary = np.random.default_rng(0), bundle.manifest.config.vocab_size
     fresh: list[float] = []
     shared: list[float] = []
@@ -180,9 +183,11 @@ async def beside_transformers(
             ours_s.append(time.monotonic() - started)
             started = time.monotonic()
             made = await asyncio.to_thread(
-                reference.generate_batch, inputs=prompts, generation_config=settings,
+                reference.generate_batch,
+                inputs=prompts,
+                generation_config=settings,
                 progress_bar=False,
-            )  # fmt: skip
+            )
             theirs_s.append(time.monotonic() - started)
             theirs = [made[key].generated_tokens for key in sorted(made, key=_number)]
             ours = [[piece.token for piece in pieces] for pieces, _ in answers]

@@ -67,9 +67,12 @@ async def agreement(bundle: LanguageBundle, reference: Any) -> dict[str, object]
             ours = await greedy(group, tokens, NEW_TOKENS)
             with torch.inference_mode():
                 theirs = reference.generate(
-                    torch.tensor([tokens]), do_sample=False, max_new_tokens=NEW_TOKENS,
-                    eos_token_id=None, pad_token_id=0,
-                )[0, len(tokens):].tolist()  # fmt: skip
+                    torch.tensor([tokens]),
+                    do_sample=False,
+                    max_new_tokens=NEW_TOKENS,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )[0, len(tokens) :].tolist()
             if ours != theirs:
                 differing.append(prompt)
     finally:

@@ -75,11 +75,19 @@ def run(
     summary = measured.outcome.summary()
     out.print(_table(summary))
     facts = {
-        "server": address, "arrivals": arrivals, "rate": rate, "seconds": seconds, "seed": seed,
-        "budgets": ", ".join(budget), "processes": processes,
-    }  # fmt: skip
-    seen = {"statuses": measured.statuses(), "late": measured.late,
-            "lag_p99_ms": round(1e3 * measured.lag_p99_s, 3)}  # fmt: skip
+        "server": address,
+        "arrivals": arrivals,
+        "rate": rate,
+        "seconds": seconds,
+        "seed": seed,
+        "budgets": ", ".join(budget),
+        "processes": processes,
+    }
+    seen = {
+        "statuses": measured.statuses(),
+        "late": measured.late,
+        "lag_p99_ms": round(1e3 * measured.lag_p99_s, 3),
+    }
     write(folder, "load", {"load": facts} | seen | {"summary": summary.to_dict()})
     if folder is not None:
         write_report(folder / "load.html", f"Load on {address}", measured, summary, facts)
@@ -103,18 +111,27 @@ def agree(
         target = find_target(server.address, "ladderstitch", "", hard=True)
         found = asyncio.run(
             agreements.compare_with_simulator(
-                server.address, target, family, policies=policy, rate=rate, seconds=seconds,
-                rounds=rounds, cpus=None if cpu is None else [cpu], advance=status.update,
+                server.address,
+                target,
+                family,
+                policies=policy,
+                rate=rate,
+                seconds=seconds,
+                rounds=rounds,
+                cpus=None if cpu is None else [cpu],
+                advance=status.update,
             )
-        )  # fmt: skip
+        )
     table = Table("trace", "policy", "attainment", "simulated", "effective quality", "simulated")
     for pair in found.pairs:
         table.add_row(
-            pair.trace, pair.policy, f"{100 * pair.attainment:.2f}",
+            pair.trace,
+            pair.policy,
+            f"{100 * pair.attainment:.2f}",
             f"{100 * pair.simulated_attainment:.2f} ({pair.attainment_error:+.2f})",
             f"{100 * pair.effective_quality:.2f}",
             f"{100 * pair.simulated_quality:.2f} ({pair.quality_error:+.2f})",
-        )  # fmt: skip
+        )
     out.print(table)
     write(folder, "agreement", found.to_dict())
 
@@ -137,21 +154,38 @@ def burst(
         target = find_target(server.address, "ladderstitch", "", hard=True)
         found = asyncio.run(
             bursts.measure_burst(
-                server, target, policies=policy, budget_s=budget_ms / 1e3, rounds=rounds,
-                cpus=None if cpu is None else [cpu], advance=status.update,
+                server,
+                target,
+                policies=policy,
+                budget_s=budget_ms / 1e3,
+                rounds=rounds,
+                cpus=None if cpu is None else [cpu],
+                advance=status.update,
             )
-        )  # fmt: skip
-    table = Table("policy", "attainment in the burst", "effective quality", "quality before",
-                  "in the burst", "1 s after", title=f"{found.base_rps:g} -> "
-                  f"{10 * found.base_rps:g} requests/s")  # fmt: skip
+        )
+    table = Table(
+        "policy",
+        "attainment in the burst",
+        "effective quality",
+        "quality before",
+        "in the burst",
+        "1 s after",
+        title=f"{found.base_rps:g} -> {10 * found.base_rps:g} requests/s",
+    )
     for row in found.rows:
         table.add_row(
             row.policy,
-            *(f"{100 * figure:.2f}" for figure in (
-                row.attainment_burst, row.effective_quality, row.quality_before,
-                row.quality_burst, row.quality_recovered,
-            )),
-        )  # fmt: skip
+            *(
+                f"{100 * figure:.2f}"
+                for figure in (
+                    row.attainment_burst,
+                    row.effective_quality,
+                    row.quality_before,
+                    row.quality_burst,
+                    row.quality_recovered,
+                )
+            ),
+        )
     out.print(table)
     out.print(f"free engine to next batch: at most {found.dispatch_p99_ms:g} ms at p99")
     write(folder, "burst", found.to_dict())
@@ -192,16 +226,25 @@ def _verdict(
 
 def _table(summary: Summary) -> Table:
     table = Table(
-        "budget class", "offered", "attainment", "effective quality", "p50", "p99", "p99.9",
+        "budget class",
+        "offered",
+        "attainment",
+        "effective quality",
+        "p50",
+        "p99",
+        "p99.9",
         title=f"attainment {100 * summary.attainment:.2f} %, effective quality "
         f"{100 * summary.effective_quality:.2f} %, {summary.goodput_rps:.1f} in time a second",
-    )  # fmt: skip
+    )
     for one in summary.classes:
         quantiles = [f"{one.latency_ms['total'][q]:.2f} ms" for q in ("p50", "p99", "p99.9")]
         table.add_row(
-            f"{one.name}, {one.budget_ms:g} ms", str(one.offered), f"{100 * one.attainment:.2f}",
-            f"{100 * one.effective_quality:.2f}", *quantiles,
-        )  # fmt: skip
+            f"{one.name}, {one.budget_ms:g} ms",
+            str(one.offered),
+            f"{100 * one.attainment:.2f}",
+            f"{100 * one.effective_quality:.2f}",
+            *quantiles,
+        )
     return table
 
 

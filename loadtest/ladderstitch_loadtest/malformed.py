@@ -37,12 +37,26 @@ class ImageCases:
         self.png = _png(self.shape, "PNG")
         self.jpeg = _png(self.shape, "JPEG")
         self.makers: list[Callable[[], Case]] = [
-            self.wrong_shape, self.wrong_size, self.wrong_type, self.not_finite,
-            self.truncated_file, self.garbage_file, self.huge_picture, self.lying_header,
-            self.no_input, self.budget,
-            self.metadata_budget, self.tight_hard_budget, self.unknown_name, self.unknown_stitch,
-            self.quality, self.priority, self.long_id, self.empty_batch, self.large_batch,
-        ]  # fmt: skip
+            self.wrong_shape,
+            self.wrong_size,
+            self.wrong_type,
+            self.not_finite,
+            self.truncated_file,
+            self.garbage_file,
+            self.huge_picture,
+            self.lying_header,
+            self.no_input,
+            self.budget,
+            self.metadata_budget,
+            self.tight_hard_budget,
+            self.unknown_name,
+            self.unknown_stitch,
+            self.quality,
+            self.priority,
+            self.long_id,
+            self.empty_batch,
+            self.large_batch,
+        ]
 
     async def send(self, case: Case) -> None:
         await self._stub.Infer(case.request, metadata=case.metadata, timeout=30)
@@ -64,9 +78,19 @@ class ImageCases:
     def wrong_shape(self) -> Case:
         _, c, h, w = self.shape
         shape = self.rng.choice(
-            [(), (h, w), (c, h, w), (1, c, h, w, 1), (1, c + 1, h, w), (1, c, h + 1, w),
-             (-1, c, h, w), (1, c, h, -w), (1 << 62, c, h, w), (1, c, 1 << 40, 1 << 40)]
-        )  # fmt: skip
+            [
+                (),
+                (h, w),
+                (c, h, w),
+                (1, c, h, w, 1),
+                (1, c + 1, h, w),
+                (1, c, h + 1, w),
+                (-1, c, h, w),
+                (1, c, h, -w),
+                (1 << 62, c, h, w),
+                (1, c, 1 << 40, 1 << 40),
+            ]
+        )
         request = self.good()
         request.tensor.shape[:] = shape
         return Case("wrong shape", request, BAD_INPUT)

@@ -45,11 +45,29 @@ class TextCases:
         self.paths = len(model.language.paths)
         self.rng = random.Random(seed)
         self.makers: list[Callable[[], Case]] = [
-            self.no_prompt, self.empty_prompt, self.wrong_tokens, self.long_prompt, self.long_text,
-            self.max_tokens, self.temperature, self.top_k, self.top_p, self.stop, self.logprobs,
-            self.budget, self.token_budget, self.metadata, self.quality, self.stitch, self.name,
-            self.long_id, self.tight_limit, self.deadline, self.cancelled, self.full_context,
-        ]  # fmt: skip
+            self.no_prompt,
+            self.empty_prompt,
+            self.wrong_tokens,
+            self.long_prompt,
+            self.long_text,
+            self.max_tokens,
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.stop,
+            self.logprobs,
+            self.budget,
+            self.token_budget,
+            self.metadata,
+            self.quality,
+            self.stitch,
+            self.name,
+            self.long_id,
+            self.tight_limit,
+            self.deadline,
+            self.cancelled,
+            self.full_context,
+        ]
 
     def case(self, index: int) -> Case:
         return self.makers[index % len(self.makers)]()
@@ -155,15 +173,19 @@ class TextCases:
         """Too little for most models; a tiny one may make it."""
         timeout_s = self.rng.uniform(0.001, 0.004)
         return Case(
-            "deadline of 1 to 4 ms", self._request(max_tokens=40), LATE | {ANSWERED},
+            "deadline of 1 to 4 ms",
+            self._request(max_tokens=40),
+            LATE | {ANSWERED},
             timeout_s=timeout_s,
-        )  # fmt: skip
+        )
 
     def cancelled(self) -> Case:
         return Case(
-            "left by its caller", self._request(max_tokens=20), ANSWERED,
+            "left by its caller",
+            self._request(max_tokens=20),
+            ANSWERED,
             leave_after=self.rng.randint(1, 6),
-        )  # fmt: skip
+        )
 
     def full_context(self) -> Case:
         """A prompt that leaves room for one token is fine."""

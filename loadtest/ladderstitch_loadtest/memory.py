@@ -44,10 +44,12 @@ def measure() -> Memory:
     torch.manual_seed(0)
     config = deit_family(image_size=32)
     model = config.build().eval().requires_grad_(False)
-    expected = sum(p.numel() * 4 for part in (model.anchors, model.stitch_layers)
-                   for p in part.parameters())  # fmt: skip
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
-                for p in model.parameters()}  # fmt: skip
+    expected = sum(
+        p.numel() * 4 for part in (model.anchors, model.stitch_layers) for p in part.parameters()
+    )
+    storages = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
+    }
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     serving = InferenceModel(model)

@@ -98,10 +98,12 @@ def _batches(family: Family) -> list[list[tuple[float, float]]]:
     for rows in range(1, profile.max_batch + 1):
         points: list[tuple[float, float]] = []
         options = [
-            (float(np.interp(rows, profile.batch_sizes, profile.stitches[s].median_s)),
-             family.quality[s])
+            (
+                float(np.interp(rows, profile.batch_sizes, profile.stitches[s].median_s)),
+                family.quality[s],
+            )
             for s in family.frontier
-        ]  # fmt: skip
+        ]
         for seconds, quality in sorted(options):
             if not points or quality > points[-1][1]:
                 points.append((seconds, quality))

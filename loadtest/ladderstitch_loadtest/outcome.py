@@ -30,9 +30,15 @@ class Outcome:
         return cls(trace, [nan] * n, [nan] * n, [nan] * n, [-1] * n, [0.0] * n, [0] * n)
 
     def answer(
-        self, i: int, now: float, started: float, compute_s: float, stitch: int, quality: float,
+        self,
+        i: int,
+        now: float,
+        started: float,
+        compute_s: float,
+        stitch: int,
+        quality: float,
         rows: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Request i was answered `now`, out of a batch that started at `started`."""
         arrival = float(self.trace.arrivals_s[i])
         self.total_s[i] = now - arrival

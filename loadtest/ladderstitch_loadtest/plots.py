@@ -10,9 +10,13 @@ from matplotlib.figure import Figure
 from ladderstitch_loadtest.laboratory import ORACLE, Comparison
 
 COLOURS = {
-    "adaptive": "tab:red", "slackfit": "tab:blue", "max_batch": "tab:green",
-    "max_quality": "tab:purple", "model_switching": "tab:orange", ORACLE: "black",
-}  # fmt: skip
+    "adaptive": "tab:red",
+    "slackfit": "tab:blue",
+    "max_batch": "tab:green",
+    "max_quality": "tab:purple",
+    "model_switching": "tab:orange",
+    ORACLE: "black",
+}
 
 
 def compared(found: Sequence[Comparison], file: Path) -> None:

@@ -42,9 +42,13 @@ def supernet() -> Family:
         seconds = tuple((fixed + row * n) / 1e3 for n in sizes)
         stitches[stitch] = Latency(median_s=seconds, p99_s=seconds)
     profile = LatencyProfile(
-        device="made up", threads=1, date="2025-04-28", versions={}, batch_sizes=sizes,
+        device="made up",
+        threads=1,
+        date="2025-04-28",
+        versions={},
+        batch_sizes=sizes,
         stitches=stitches,
-    )  # fmt: skip
+    )
     return Family("supernet", dict(enumerate(SUPERNET_QUALITY)), profile)
 
 

@@ -70,9 +70,13 @@ class StreamTrace:
         """One process's part."""
         part = slice(offset, None, processes)
         return StreamTrace(
-            self.name, self.arrivals_s[part], self.picks[part], self.classes,
-            self.prompt_tokens[part], self.answer_tokens[part],
-        )  # fmt: skip
+            self.name,
+            self.arrivals_s[part],
+            self.picks[part],
+            self.classes,
+            self.prompt_tokens[part],
+            self.answer_tokens[part],
+        )
 
 
 def draw_lengths(text: str, count: int, rng: np.random.Generator) -> Lengths:

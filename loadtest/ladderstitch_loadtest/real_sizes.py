@@ -99,9 +99,16 @@ def serve(bundle: Path, model: StitchedModel) -> tuple[float, tuple[str, ...]]:
     made_up = {s: Quality(value=n / most, low=0.0, high=1.0) for s, n in macs.items()}
     write_table(
         bundle / "quality.json",
-        QualityTable(metric="made up", data="none", n=1, confidence=0.95, date="", versions={},
-                     stitches=made_up),
-    )  # fmt: skip
+        QualityTable(
+            metric="made up",
+            data="none",
+            n=1,
+            confidence=0.95,
+            date="",
+            versions={},
+            stitches=made_up,
+        ),
+    )
     (bundle.parent / "serve.yaml").write_text("max_batch_rows: 1\n")
     started = time.perf_counter()
     flags = ("--no-ray", "--bundle", str(bundle), "--config", str(bundle.parent / "serve.yaml"))

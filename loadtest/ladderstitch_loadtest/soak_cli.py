@@ -42,10 +42,13 @@ def soak(
             survivor, victim = replicas
             found = asyncio.run(
                 Soak(
-                    survivor, victim, gateway, seconds,
+                    survivor,
+                    victim,
+                    gateway,
+                    seconds,
                     lambda done: progress.update(task, completed=done),
                 ).run()
-            )  # fmt: skip
+            )
     out.print(table_of(found))
     for line in found.unexplained[:20]:
         err.print(line, highlight=False)
@@ -91,7 +94,8 @@ def shortfalls(found: SoakResult, stuck_s: float = STUCK_S) -> list[str]:
 
 def table_of(found: SoakResult) -> Table:
     table = Table(
-        "requests", "ends",
+        "requests",
+        "ends",
         title=f"{found.seconds:.0f} s, {found.requests} requests, {len(found.disturbances)} "
         f"disturbances, longest {found.longest_s:.2f} s",
         caption="memory: "
@@ -100,7 +104,7 @@ def table_of(found: SoakResult) -> Table:
             f"{found.slope_mb_per_hour(which):+.1f} MB/h"
             for which in ("gateway", "survivor", "callers")
         ),
-    )  # fmt: skip
+    )
     for kind, ends in found.ends.items():
         table.add_row(kind, ", ".join(f"{end} {count}" for end, count in sorted(ends.items())))
     return table

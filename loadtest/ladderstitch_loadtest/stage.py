@@ -110,11 +110,9 @@ def stage(
     """
     ports = free_ports(replicas + 2)
     served = [
-        Process(
-            "serve", "--no-ray", "--port", str(port), "--metrics-port", "0", *flags
-        )
+        Process("serve", "--no-ray", "--port", str(port), "--metrics-port", "0", *flags)
         for port in ports[:replicas]
-    ]  # fmt: skip
+    ]
     named = [text for port in ports[:replicas] for text in ("--replica", f"127.0.0.1:{port}")]
     fronts = [
         Process(

@@ -76,11 +76,16 @@ def stream(
     summary = run.summary()
     out.print(table_of(summary))
     facts: dict[str, object] = {
-        "server": address, "arrivals": arrivals, "rate": rate, "seconds": seconds, "seed": seed,
-        "budgets": ", ".join(budget), "processes": processes,
+        "server": address,
+        "arrivals": arrivals,
+        "rate": rate,
+        "seconds": seconds,
+        "seed": seed,
+        "budgets": ", ".join(budget),
+        "processes": processes,
         "prompt tokens": f"{prompt.min()} to {prompt.max()}, mean {prompt.mean():.0f}",
         "answer tokens": f"{answer.min()} to {answer.max()}, mean {answer.mean():.0f}",
-    }  # fmt: skip
+    }
     seen = {"late": run.late, "lag_p99_ms": round(1e3 * run.lag_p99_s, 3)}
     write(folder, "streams", {"load": facts} | seen | {"summary": summary.to_dict()})
     if folder is not None:
@@ -110,22 +115,30 @@ def _lengths(
 
 def table_of(summary: StreamSummary) -> Table:
     table = Table(
-        "budget class", "offered", "attainment", "effective quality", "first token p50, p99",
+        "budget class",
+        "offered",
+        "attainment",
+        "effective quality",
+        "first token p50, p99",
         "between tokens p50, p99",
         title=f"attainment {100 * summary.attainment:.2f} %, {summary.tokens_per_s:.1f} tokens/s, "
         f"{summary.goodput_tokens_per_s:.1f} of them in time",
-        caption=", ".join(f"{count} {name}" for name, count in
-                          (summary.statuses | summary.paths).items()),
-    )  # fmt: skip
+        caption=", ".join(
+            f"{count} {name}" for name, count in (summary.statuses | summary.paths).items()
+        ),
+    )
     for one in summary.classes:
         parts = [
             f"{one.ms[part]['p50']:.1f}, {one.ms[part]['p99']:.1f} ms"
             for part in ("first token", "between tokens")
         ]
         table.add_row(
-            f"{one.name}, {one.first_token_ms:g} + {one.token_ms:g} ms", str(one.offered),
-            f"{100 * one.attainment:.2f}", f"{100 * one.effective_quality:.2f}", *parts,
-        )  # fmt: skip
+            f"{one.name}, {one.first_token_ms:g} + {one.token_ms:g} ms",
+            str(one.offered),
+            f"{100 * one.attainment:.2f}",
+            f"{100 * one.effective_quality:.2f}",
+            *parts,
+        )
     return table
 
 

@@ -77,9 +77,10 @@ def _latency(run: StreamRun) -> Figure:
     first, between = figure.subplots(1, 2, sharey=True)
     for k, wanted in enumerate(run.trace.classes):
         mine = [
-            end for end, pick in zip(run.ends, run.trace.picks, strict=True)
+            end
+            for end, pick in zip(run.ends, run.trace.picks, strict=True)
             if pick == k and end.tokens
-        ]  # fmt: skip
+        ]
         for panel, times_s, budget_s in (
             (first, [end.first_s for end in mine], wanted.first_s),
             (between, [end.gap_s for end in mine if end.tokens > 1], wanted.per_token_s),

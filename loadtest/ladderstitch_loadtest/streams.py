@@ -70,9 +70,12 @@ class StreamPart:
     async def _read(self, channel: grpc.aio.Channel, number: int, due: float) -> StreamEnd:
         trace, end = self.trace, StreamEnd(lag_s=time.monotonic() - due)
         pieces = self.target.ask(
-            channel, int(trace.prompt_tokens[number]), int(trace.answer_tokens[number]),
-            trace.classes[trace.picks[number]], seed=self.seed + number,
-        )  # fmt: skip
+            channel,
+            int(trace.prompt_tokens[number]),
+            int(trace.answer_tokens[number]),
+            trace.classes[trace.picks[number]],
+            seed=self.seed + number,
+        )
         try:
             async for told in pieces:
                 end.total_s = time.monotonic() - due

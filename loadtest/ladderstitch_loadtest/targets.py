@@ -13,8 +13,21 @@ from ladderstitch.oip import grpc_service_pb2 as oip
 from ladderstitch.v1 import inference_pb2 as pb
 
 Kind = Literal["ladderstitch", "oip"]
-ITEM_BYTES = {"UINT8": 1, "INT8": 1, "BOOL": 1, "FP16": 2, "BF16": 2, "INT16": 2, "UINT16": 2,
-              "INT32": 4, "UINT32": 4, "FP32": 4, "INT64": 8, "UINT64": 8, "FP64": 8}  # fmt: skip
+ITEM_BYTES = {
+    "UINT8": 1,
+    "INT8": 1,
+    "BOOL": 1,
+    "FP16": 2,
+    "BF16": 2,
+    "INT16": 2,
+    "UINT16": 2,
+    "INT32": 4,
+    "UINT32": 4,
+    "FP32": 4,
+    "INT64": 8,
+    "UINT64": 8,
+    "FP64": 8,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +66,13 @@ class Native:
     def read(self, answer: bytes) -> Answer:
         cost = pb.InferResponse.FromString(answer).accounting
         return Answer(
-            cost.total_us / 1e6, cost.queue_us / 1e6, cost.compute_us / 1e6, cost.stitch_id,
-            cost.quality, cost.batch_size,
-        )  # fmt: skip
+            cost.total_us / 1e6,
+            cost.queue_us / 1e6,
+            cost.compute_us / 1e6,
+            cost.stitch_id,
+            cost.quality,
+            cost.batch_size,
+        )
 
 
 @dataclass(frozen=True, slots=True)

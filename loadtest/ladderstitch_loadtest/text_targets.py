@@ -58,9 +58,12 @@ class NativeText:
     ) -> AsyncIterator[Told | None]:
         tokens = np.random.default_rng(seed).integers(0, self.vocabulary, prompt).tolist()
         request = generate_request(
-            tokens, model=self.model, max_tokens=answer, first_token_budget_s=wanted.first_s,
+            tokens,
+            model=self.model,
+            max_tokens=answer,
+            first_token_budget_s=wanted.first_s,
             token_budget_s=wanted.per_token_s,
-        )  # fmt: skip
+        )
         call = channel.unary_stream(
             "/ladderstitch.v1.GenerationService/Generate",
             request_serializer=generation_pb2.GenerateRequest.SerializeToString,

@@ -13,9 +13,16 @@ from ladderstitch.language.config import LlamaConfig
 from ladderstitch.language.weights import expected_shapes
 
 CONFIG = LlamaConfig(
-    vocab_size=256, hidden_size=48, intermediate_size=96, layers=2, heads=6, kv_heads=3,
-    head_dim=8, max_positions=256, tied_head=True,
-)  # fmt: skip
+    vocab_size=256,
+    hidden_size=48,
+    intermediate_size=96,
+    layers=2,
+    heads=6,
+    kv_heads=3,
+    head_dim=8,
+    max_positions=256,
+    tied_head=True,
+)
 
 
 def write_tiny(path: Path) -> Path:

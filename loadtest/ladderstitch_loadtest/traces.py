@@ -101,9 +101,13 @@ def ramp(low: float, high: float, seconds: float, rng: np.random.Generator) -> T
 
 
 def step(
-    base: float, burst: float, start_s: float, end_s: float, seconds: float,
+    base: float,
+    burst: float,
+    start_s: float,
+    end_s: float,
+    seconds: float,
     rng: np.random.Generator,
-) -> Times:  # fmt: skip
+) -> Times:
     """`base`, but `burst` from `start_s` to `end_s`."""
     points = [(0.0, base), (start_s, base), (start_s, burst), (end_s, burst), (end_s, base)]
     return varying([*points, (seconds, base)], rng)

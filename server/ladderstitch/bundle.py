@@ -46,9 +46,12 @@ class Preprocessing(BaseModel):
     std: tuple[float, ...]
     resize: Literal["bilinear", "bicubic"] = "bilinear"
     crop: float | None = Field(
-        None, gt=0, le=1, description="share of the shorter side that a centred square takes; "
-        "unset: the whole picture, stretched"
-    )  # fmt: skip
+        None,
+        gt=0,
+        le=1,
+        description="share of the shorter side that a centred square takes; "
+        "unset: the whole picture, stretched",
+    )
 
     @model_validator(mode="after")
     def _one_value_a_channel(self) -> Preprocessing:

@@ -86,9 +86,12 @@ def check_processors(config: ServerConfig) -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0))
     needed = config.threads * config.ranks
     yield _judged(
-        "processors", needed <= cores, f"{cores} cores, {needed} computing threads",
-        "lower `threads` or `ranks`: they would take each other's time", worst="warning",
-    )  # fmt: skip
+        "processors",
+        needed <= cores,
+        f"{cores} cores, {needed} computing threads",
+        "lower `threads` or `ranks`: they would take each other's time",
+        worst="warning",
+    )
 
 
 def check_gpu(config: ServerConfig) -> Iterator[Finding]:
@@ -100,9 +103,11 @@ def check_gpu(config: ServerConfig) -> Iterator[Finding]:
         return
     if device == "cpu" and shutil.which("nvidia-smi"):
         yield Finding(
-            "gpu", "warning", "a driver is here, but torch cannot use it: running on the CPU",
+            "gpu",
+            "warning",
+            "a driver is here, but torch cannot use it: running on the CPU",
             "install torch with CUDA: make install TORCH=cuda",
-        )  # fmt: skip
+        )
     elif device == "cpu":
         yield Finding("gpu", "ok", f"none; the CPU serves ({device_name(torch.device('cpu'))})")
     else:
@@ -116,34 +121,46 @@ def check_memory(config: ServerConfig) -> Iterator[Finding]:
     weights = sum(path.stat().st_size for path in config.bundle.glob("*.safetensors"))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     yield _judged(
-        "memory", free > 2 * weights + (1 << 30),
+        "memory",
+        free > 2 * weights + (1 << 30),
         f"{free >> 20} MiB free, weights of {weights >> 20} MiB",
-        "free some: loading needs about twice the weights and 1 GiB", worst="warning",
-    )  # fmt: skip
+        "free some: loading needs about twice the weights and 1 GiB",
+        worst="warning",
+    )
     shared = Path("/dev/shm")
     room = shutil.disk_usage(shared).free if shared.is_dir() else 0
     yield _judged(
-        "shared memory", room >= SHARED_BYTES, f"{room >> 20} MiB in /dev/shm",
+        "shared memory",
+        room >= SHARED_BYTES,
+        f"{room >> 20} MiB in /dev/shm",
         "docker run --shm-size=1g; in Kubernetes a Memory volume at /dev/shm",
-    )  # fmt: skip
+    )
 
 
 def check_limits(_: ServerConfig) -> Iterator[Finding]:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     yield _judged(
-        "open files", files >= OPEN_FILES, f"at most {files}",
-        f"ulimit -n {OPEN_FILES} or more: every connection is one", worst="warning",
-    )  # fmt: skip
+        "open files",
+        files >= OPEN_FILES,
+        f"at most {files}",
+        f"ulimit -n {OPEN_FILES} or more: every connection is one",
+        worst="warning",
+    )
     folder = tempfile.gettempdir()
     room = shutil.disk_usage(folder).free
     yield _judged(
-        "temporary files", room >= TEMPORARY_BYTES, f"{room >> 20} MiB in {folder}",
-        "Ray logs there: free 1 GiB, or set TMPDIR", worst="warning",
-    )  # fmt: skip
+        "temporary files",
+        room >= TEMPORARY_BYTES,
+        f"{room >> 20} MiB in {folder}",
+        "Ray logs there: free 1 GiB, or set TMPDIR",
+        worst="warning",
+    )
     yield _judged(
-        "socket paths", len(folder) + RAY_PATH <= SOCKET_PATH, f"TMPDIR is {folder}",
+        "socket paths",
+        len(folder) + RAY_PATH <= SOCKET_PATH,
+        f"TMPDIR is {folder}",
         f"set TMPDIR to a shorter folder: a socket's path may have {SOCKET_PATH} bytes",
-    )  # fmt: skip
+    )
 
 
 def check_ports(config: ServerConfig) -> Iterator[Finding]:
@@ -172,9 +189,12 @@ def check_bundle(config: ServerConfig) -> Iterator[Finding]:
         return  # the finding on the GPU says so
     measured_on = profile.device if profile is not None else "no machine"
     yield _judged(
-        "latency profile", measured_on == here, f"measured on {measured_on}",
-        f"this is {here}; it is scaled at start, `ladderstitch profile` measures", worst="warning",
-    )  # fmt: skip
+        "latency profile",
+        measured_on == here,
+        f"measured on {measured_on}",
+        f"this is {here}; it is scaled at start, `ladderstitch profile` measures",
+        worst="warning",
+    )
 
 
 def check_access(config: ServerConfig) -> Iterator[Finding]:

@@ -57,6 +57,11 @@ def log_request(record: RequestRecord) -> None:
     told = " ".join(f"{name}={fact}" for name, fact in record.facts.items())
     requests.info(
         "%s %s %s %s in %.2f ms %s",
-        record.request_id, record.method, record.model or "-", record.code, milliseconds, told,
+        record.request_id,
+        record.method,
+        record.model or "-",
+        record.code,
+        milliseconds,
+        told,
         extra={FACTS: facts},
-    )  # fmt: skip
+    )

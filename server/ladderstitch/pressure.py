@@ -70,9 +70,10 @@ class Pressure:
     def _totals(self) -> Totals:
         metrics = self._metrics
         requests = sum(
-            value for _, labels, value in _samples(metrics.requests, "_total")
+            value
+            for _, labels, value in _samples(metrics.requests, "_total")
             if labels["code"] not in CALLERS_FAULT
-        )  # fmt: skip
+        )
         judged = {"true": 0.0, "false": 0.0}
         for _, labels, value in _samples(metrics.budgets, "_total"):
             judged[labels["met"]] += value

@@ -99,8 +99,11 @@ def pods_drain_before_they_stop(manifests: Manifests) -> Iterator[str]:
 def grace_is_longer_than_the_drain(manifests: Manifests) -> Iterator[str]:
     command = container(worker(manifests)).get("lifecycle", {}).get("preStop", {})
     flags = command.get("exec", {}).get("command", [])
-    waits = [int(flag.partition("=")[2].removesuffix("s")) for flag in flags
-             if flag.startswith(("--announce=", "--timeout="))]  # fmt: skip
+    waits = [
+        int(flag.partition("=")[2].removesuffix("s"))
+        for flag in flags
+        if flag.startswith(("--announce=", "--timeout="))
+    ]
     needed = sum(waits) + deployment(manifests)["graceful_shutdown_timeout_s"]
     grace = worker(manifests)["spec"].get("terminationGracePeriodSeconds", 30)
     if grace <= needed:
@@ -249,9 +252,15 @@ def the_network_is_closed(manifests: Manifests) -> Iterator[str]:
 def shared_memory_has_room(manifests: Manifests) -> Iterator[str]:
     """Kubernetes gives 64 MiB otherwise: too little for Ray and for ranks."""
     for pod in pods(manifests):
-        memory = {volume["name"] for volume in pod["spec"].get("volumes", ())
-                  if volume.get("emptyDir", {}).get("medium") == "Memory"}  # fmt: skip
-        mounted = {mount["name"] for mount in container(pod).get("volumeMounts", ())
-                   if mount["mountPath"] == "/dev/shm"}  # fmt: skip
+        memory = {
+            volume["name"]
+            for volume in pod["spec"].get("volumes", ())
+            if volume.get("emptyDir", {}).get("medium") == "Memory"
+        }
+        mounted = {
+            mount["name"]
+            for mount in container(pod).get("volumeMounts", ())
+            if mount["mountPath"] == "/dev/shm"
+        }
         if not mounted & memory:
             yield f"{container(pod)['name']}: /dev/shm is not in memory of its own"

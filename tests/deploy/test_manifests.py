@@ -28,7 +28,7 @@ from tests.deploy.manifests import (
     parse,
     worker,
     worker_group,
-)  # fmt: skip
+)
 from tests.deploy.rules import RULES, broken
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,16 +78,21 @@ def test_a_gateway_is_valid_drains_and_reaches_the_replicas(helm: str) -> None:
     for manifest in added:
         kubernetes_validate.validate(manifest, "1.33", strict=True)
     assert sorted(m["kind"] for m in added) == [
-        "ConfigMap", "Deployment", "PodDisruptionBudget", "Service"
-    ]  # fmt: skip
+        "ConfigMap",
+        "Deployment",
+        "PodDisruptionBudget",
+        "Service",
+    ]
     pod = of_kind(added, "Deployment")["spec"]["template"]
     fields = yaml.safe_load(of_kind(added, "ConfigMap")["data"]["gateway.yaml"])
     settings = GatewaySettings.model_validate(fields)
     assert container(pod)["command"][:2] == ["ladderstitch", "gateway"]
     declared = {port["name"]: port["containerPort"] for port in container(pod)["ports"]}
     assert declared == {
-        "grpc": settings.port, "health": settings.health_port, "ls-metrics": settings.metrics_port
-    }  # fmt: skip
+        "grpc": settings.port,
+        "health": settings.health_port,
+        "ls-metrics": settings.metrics_port,
+    }
     assert container(pod)["readinessProbe"]["grpc"]["port"] == settings.health_port
     grace_s = pod["spec"]["terminationGracePeriodSeconds"]
     assert grace_s > settings.announce_s + settings.drain_s
@@ -234,5 +239,7 @@ def test_the_example_of_a_token_file_loads() -> None:
     from ladderstitch.security.tokens import load_tokens
 
     names = {token.name for token in load_tokens(ROOT / "examples/tokens.yaml").values()}
-    assert names == {token["name"] for token in yaml.safe_load(
-        (ROOT / "examples/tokens.yaml").read_text())["tokens"]}  # fmt: skip
+    assert names == {
+        token["name"]
+        for token in yaml.safe_load((ROOT / "examples/tokens.yaml").read_text())["tokens"]
+    }

@@ -53,8 +53,12 @@ def test_every_alert_fires_in_its_scenario_and_rests_beside_it() -> None:
     cases = ROOT / "deploy/monitoring/rules_test.yaml"
     subprocess.run([tool("promtool"), "test", "rules", str(cases)], check=True)
     tests = yaml.safe_load(cases.read_text())["tests"]
-    fired = {case["alertname"] for test in tests for case in test.get("alert_rule_test", ())
-             if case["exp_alerts"]}  # fmt: skip
+    fired = {
+        case["alertname"]
+        for test in tests
+        for case in test.get("alert_rule_test", ())
+        if case["exp_alerts"]
+    }
     assert fired == alerts()
 
 
@@ -127,10 +131,21 @@ def gateway(
     own = tmp_path_factory.mktemp("gateway") / "token"
     own.write_text(USER)
     process = Process(
-        "gateway", "--replica", image_server.address, "--replica", text_server.address,
-        "--token-file", str(tokens), "--replica-token-file", str(own), "--port", "0",
-        "--metrics-port", "0", restart=False,
-    )  # fmt: skip
+        "gateway",
+        "--replica",
+        image_server.address,
+        "--replica",
+        text_server.address,
+        "--token-file",
+        str(tokens),
+        "--replica-token-file",
+        str(own),
+        "--port",
+        "0",
+        "--metrics-port",
+        "0",
+        restart=False,
+    )
     process.start()
     process.until_ready()
     yield process
@@ -162,10 +177,14 @@ def prometheus(
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(configuration))
     webhook = f"http://127.0.0.1:{inbox.server.server_port}/"
     routing = {
-        "route": {"receiver": "test", "group_wait": "0s", "group_interval": "1s",
-                  "group_by": ["alertname"]},
+        "route": {
+            "receiver": "test",
+            "group_wait": "0s",
+            "group_interval": "1s",
+            "group_by": ["alertname"],
+        },
         "receivers": [{"name": "test", "webhook_configs": [{"url": webhook}]}],
-    }  # fmt: skip
+    }
     (folder / "alertmanager.yaml").write_text(yaml.safe_dump(routing))
     asked = Prometheus(ports[0])
     command = [binary, f"--config.file={folder / 'prometheus.yaml'}"]
@@ -281,9 +300,7 @@ def test_live_every_query_has_data_and_every_alert_is_delivered(
             return {"LadderstitchEngineRestarts"} - inbox.names
 
         eventually(dies)
-        once_it_ends = {
-            "LadderstitchNotReady", "LadderstitchNoData", "LadderstitchNoReplicaServes"
-        }  # fmt: skip
+        once_it_ends = {"LadderstitchNotReady", "LadderstitchNoData", "LadderstitchNoReplicaServes"}
         while_it_runs = alerts() - once_it_ends
         eventually(lambda: while_it_runs - inbox.names)
         if path := os.environ.get("LADDERSTITCH_PANELS"):

@@ -19,8 +19,11 @@ ROOT = Path(__file__).parent.parent.parent
 def test_replicas_and_nodes_follow_the_load_and_nothing_is_lost() -> None:
     done = subprocess.run(
         [sys.executable, "scripts/verify_operations.py", "--short"],
-        capture_output=True, text=True, timeout=1700, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=1700,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     scaled = json.loads(done.stdout[done.stdout.index("\n{") :])["scale"]
     assert scaled["codes"] == {"OK": scaled["requests"]}

@@ -34,9 +34,14 @@ class FakeReplica:
     def __init__(self, name: str, models: tuple[str, ...] = ("tiny",)) -> None:
         self.name = name
         self.state = replica_pb2.WatchLoadResponse(
-            replica=name, version="0", serving=True, models=models, metrics_port=1,
-            waits=[replica_pb2.Wait(due_us=3_600_000_000)], request_us=1000,
-        )  # fmt: skip
+            replica=name,
+            version="0",
+            serving=True,
+            models=models,
+            metrics_port=1,
+            waits=[replica_pb2.Wait(due_us=3_600_000_000)],
+            request_us=1000,
+        )
         self.mute = False
         self.asked: list[tuple[str, dict[str, Any], float | None]] = []
         self.answers: dict[str, Answer] = {}

@@ -138,17 +138,28 @@ async def test_tls_tokens_and_limits_on_both_hops(tiny_bundle: Bundle, tmp_path:
     watcher.write_text(WATCHER)
     replica = Replica(
         ServerConfig(
-            bundle=tiny_bundle.path, port=0, metrics_port=0, token_file=tokens,
-            tls_certificate=inside.certificate, tls_key=inside.key, tls_client_ca=authority.path,
+            bundle=tiny_bundle.path,
+            port=0,
+            metrics_port=0,
+            token_file=tokens,
+            tls_certificate=inside.certificate,
+            tls_key=inside.key,
+            tls_client_ca=authority.path,
         )
-    )  # fmt: skip
+    )
     await replica.start()
     settings = GatewaySettings(
-        port=0, metrics_port=0, announce_s=0, replicas=(f"127.0.0.1:{replica.port}",),
-        tls_certificate=outside.certificate, tls_key=outside.key,
-        replica_ca=authority.path, replica_certificate=shown.certificate, replica_key=shown.key,
+        port=0,
+        metrics_port=0,
+        announce_s=0,
+        replicas=(f"127.0.0.1:{replica.port}",),
+        tls_certificate=outside.certificate,
+        tls_key=outside.key,
+        replica_ca=authority.path,
+        replica_certificate=shown.certificate,
+        replica_key=shown.key,
         replica_token_file=watcher,
-    )  # fmt: skip
+    )
     gateway = Gateway(settings, named(settings.replicas))
     await gateway.start()
     async with asyncio.timeout(20):

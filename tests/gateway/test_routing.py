@@ -89,8 +89,11 @@ def test_nobody_to_choose() -> None:
 waits = st.lists(st.floats(0, 5), min_size=10, max_size=10).map(lambda w: tuple(sorted(w)))
 
 
-@given(st.lists(st.tuples(waits, st.integers(0, 5)), min_size=1, max_size=6), st.floats(0, 10),
-       st.integers(0, 100))  # fmt: skip
+@given(
+    st.lists(st.tuples(waits, st.integers(0, 5)), min_size=1, max_size=6),
+    st.floats(0, 10),
+    st.integers(0, 100),
+)
 def test_nobody_else_would_leave_more_slack(
     told: list[tuple[tuple[float, ...], int]], budget_s: float, turn: int
 ) -> None:

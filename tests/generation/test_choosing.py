@@ -34,9 +34,13 @@ def linear(base_s: float, token_s: float = 0.001) -> Latency:
 
 
 PROFILE = LatencyProfile(
-    device="made up", threads=1, date="", versions={}, batch_sizes=(1, 100),
+    device="made up",
+    threads=1,
+    date="",
+    versions={},
+    batch_sizes=(1, 100),
     stitches={STANDARD: linear(0.049), LADDER: linear(0.019)},
-)  # fmt: skip
+)
 TIMES = StepTimes(PROFILE, 0.0)
 QUALITY = {STANDARD: 0.6, LADDER: 0.5}
 MENU = Menu.of(QUALITY, PROFILE, SETTINGS)

@@ -32,9 +32,12 @@ def ladder_of_products(meeting: Meeting, reductions: int, wrap: bool = False) ->
 
     rows, width, k = 3, 37, 19
     exchange = Exchange(
-        SharedMapping(meeting.folder, meeting.rank, meeting.ranks), rows, width, torch.float32,
+        SharedMapping(meeting.folder, meeting.rank, meeting.ranks),
+        rows,
+        width,
+        torch.float32,
         columns=16,
-    )  # fmt: skip
+    )
     if wrap:
         start = 2**31 - 3
         exchange.counts[::2] = start

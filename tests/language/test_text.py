@@ -74,11 +74,16 @@ def write_gguf(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     writer.add_token_merges([])
     writer.add_eos_token_id(0)
     names = {
-        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
-    }  # fmt: skip
+    }
     for name, tensor in tensors.items():
         parts = name.removeprefix("model.").removesuffix(".weight")
         theirs = {"embed_tokens": "token_embd", "norm": "output_norm"}.get(parts)
@@ -173,9 +178,14 @@ def test_wrong_tensors_are_all_named() -> None:
 )
 def test_models_that_are_no_llama_are_refused(change: dict[str, object], message: str) -> None:
     fields = {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 8, "head_dim": 8, "vocab_size": 100, "max_position_embeddings": 64,
-    }  # fmt: skip
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "head_dim": 8,
+        "vocab_size": 100,
+        "max_position_embeddings": 64,
+    }
     assert LlamaConfig.from_hf(fields).kv_heads == 8
     with pytest.raises(ConfigError, match=message):
         LlamaConfig.from_hf(fields | change)

@@ -43,9 +43,15 @@ def test_arrivals_are_poisson_seeded_and_cut_from_the_text() -> None:
 def test_rates_are_compared_at_equal_attainment() -> None:
     alone, static, shared = (variant.name for variant in VARIANTS)
     found = sustained(
-        [row(alone, 1, 0.99, 30), row(alone, 2, 0.9, 50), row(static, 1, 0.5, 30),
-         row(shared, 1, 1.0, 31), row(shared, 4, 0.96, 120), row(shared, 6, 0.8, 140)]
-    )  # fmt: skip
+        [
+            row(alone, 1, 0.99, 30),
+            row(alone, 2, 0.9, 50),
+            row(static, 1, 0.5, 30),
+            row(shared, 1, 1.0, 31),
+            row(shared, 4, 0.96, 120),
+            row(shared, 6, 0.8, 140),
+        ]
+    )
     assert found["sustained"] == {
         alone: {"offered_per_s": 1, "tokens_per_s": 30},
         static: None,

@@ -47,9 +47,21 @@ def test_run_writes_figures_and_report_and_keeps_the_bar(
     server: RunningServer, tmp_path: Path
 ) -> None:
     command = [
-        "run", server.address, "--rate", "40", "--seconds", "0.5", "--budget", "a:5000",
-        "--budget", "b:9000:2", "--out", str(tmp_path), "--arrivals", "gamma",
-    ]  # fmt: skip
+        "run",
+        server.address,
+        "--rate",
+        "40",
+        "--seconds",
+        "0.5",
+        "--budget",
+        "a:5000",
+        "--budget",
+        "b:9000:2",
+        "--out",
+        str(tmp_path),
+        "--arrivals",
+        "gamma",
+    ]
     passed = CliRunner().invoke(app, [*command, "--min-attainment", "0.5"])
     assert passed.exit_code == 0, passed.output
     found = json.loads((tmp_path / "load.json").read_text())

@@ -32,9 +32,13 @@ def test_arrivals_are_poisson_and_seeded() -> None:
 
 async def test_mixed_budgets_account_for_every_request(server: RunningServer) -> None:
     found = await mixed.measure(
-        server.address, seconds=0.3, rounds=1, seed=2, policies=("adaptive",),
+        server.address,
+        seconds=0.3,
+        rounds=1,
+        seed=2,
+        policies=("adaptive",),
         advance=lambda name: None,
-    )  # fmt: skip
+    )
     names = [row.policy for row in found.rows]
     assert names[0] == "adaptive"
     assert all(name.startswith("fixed ") for name in names[1:])

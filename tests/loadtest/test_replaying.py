@@ -39,9 +39,14 @@ async def record(path: Path) -> float:
     engine.script = lose_the_third
     with path.open("w") as file:
         scheduler = Scheduler(
-            engine, QUALITY, make_profile(), SchedulerSettings(overhead_s=0.0),
-            Metrics().for_model("m", QUALITY), clock, record=file,
-        )  # fmt: skip
+            engine,
+            QUALITY,
+            make_profile(),
+            SchedulerSettings(overhead_s=0.0),
+            Metrics().for_model("m", QUALITY),
+            clock,
+            record=file,
+        )
         ends: list[object] = []
         for wave in range(8):
             tasks, budgets = [], {}

@@ -31,9 +31,10 @@ def test_batches_take_their_profile() -> None:
     trace = trace_of([0.0, 0.0001, 0.0002, 0.01], 0.1)
     got = simulate(FAMILY, trace, settings_of("fixed 0"), Machine(transit_s=0.0005))
     assert got.total_s == pytest.approx(
-        [0.00141 + 0.0005] + [0.00141 + 0.0005 + 0.00177 + 0.0005 - at for at in (1e-4, 2e-4)]
+        [0.00141 + 0.0005]
+        + [0.00141 + 0.0005 + 0.00177 + 0.0005 - at for at in (1e-4, 2e-4)]
         + [0.00141 + 0.0005]
-    )  # fmt: skip
+    )
     assert got.rows == [1, 2, 2, 1]
     assert got.queue_s[1] == pytest.approx(0.00191 - 0.0001)
     summary = got.summary()
@@ -76,13 +77,15 @@ def test_routing_by_what_replicas_told_lately_costs_little() -> None:
     known, told = (
         [
             simulate(
-                FAMILY, scenario.trace(FAMILY, seed), settings_of("adaptive"),
+                FAMILY,
+                scenario.trace(FAMILY, seed),
+                settings_of("adaptive"),
                 Machine(replicas=2, push_s=push_s),
             ).summary()
             for seed in range(4)
         ]
         for push_s in (0.0, PUSH_S)
-    )  # fmt: skip
+    )
     for figure in ("attainment", "effective_quality"):
         best, got = (np.mean([getattr(run, figure) for run in runs]) for runs in (known, told))
         assert got > best - 0.005

@@ -59,9 +59,21 @@ def test_the_command_writes_figures_and_report_and_keeps_the_bar(
     text_server: RunningServer, tmp_path: Path
 ) -> None:
     command = [
-        "stream", text_server.address, "--rate", "20", "--seconds", "0.6", "--answer-tokens", "4",
-        "--prompt-tokens", "2-6", "--budget", "a:9000:4000", "--out", str(tmp_path),
-    ]  # fmt: skip
+        "stream",
+        text_server.address,
+        "--rate",
+        "20",
+        "--seconds",
+        "0.6",
+        "--answer-tokens",
+        "4",
+        "--prompt-tokens",
+        "2-6",
+        "--budget",
+        "a:9000:4000",
+        "--out",
+        str(tmp_path),
+    ]
     passed = CliRunner().invoke(app, [*command, "--min-attainment", "0.5"])
     assert passed.exit_code == 0, passed.output
     found = json.loads((tmp_path / "streams.json").read_text())

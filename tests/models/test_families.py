@@ -136,8 +136,14 @@ def test_published_counts_of_real_sizes() -> None:
 
 def test_the_larger_swin_stages_map_as_published() -> None:
     assert stage_stitches(6, 18)[:7] == [
-        (0, 1, 0), (0, 2, 0), (1, 3, 0), (1, 4, 1), (1, 5, 1), (2, 6, 1), (2, 7, 2),
-    ]  # fmt: skip
+        (0, 1, 0),
+        (0, 2, 0),
+        (1, 3, 0),
+        (1, 4, 1),
+        (1, 5, 1),
+        (2, 6, 1),
+        (2, 7, 2),
+    ]
     assert stage_stitches(6, 18)[-2:] == [(5, 16, 5), (5, 17, 5)]
     assert stage_stitches(2, 2) == [(0, 1, 0)]
     assert (layer_count(6, 18), layer_count(18, 18)) == (6, 17)

@@ -108,9 +108,13 @@ def test_a_chat_goes_through_the_models_template(client: openai.OpenAI) -> None:
         {"role": "user", "content": [{"type": "text", "text": "hello"}]},
     ]
     chat = client.chat.completions.create(
-        model="tiny", messages=messages, max_completion_tokens=8, temperature=0, logprobs=True,
+        model="tiny",
+        messages=messages,
+        max_completion_tokens=8,
+        temperature=0,
+        logprobs=True,
         top_logprobs=1,
-    )  # fmt: skip
+    )
     plain = client.completions.create(
         model="tiny", prompt="[system]be brief[user]hello[assistant]", max_tokens=8, temperature=0
     )
@@ -126,9 +130,13 @@ def test_a_chat_goes_through_the_models_template(client: openai.OpenAI) -> None:
 
 def test_a_seed_and_a_stop_text(client: openai.OpenAI) -> None:
     def draw(**wishes: Any) -> str:
-        return client.completions.create(
-            model="tiny", prompt=PROMPT, max_tokens=10, temperature=1.5, seed=3, **wishes
-        ).choices[0].text  # fmt: skip
+        return (
+            client.completions.create(
+                model="tiny", prompt=PROMPT, max_tokens=10, temperature=1.5, seed=3, **wishes
+            )
+            .choices[0]
+            .text
+        )
 
     first = draw()
     assert draw() == first
@@ -170,9 +178,14 @@ def test_a_deadline_ends_a_stream_with_its_reason(client: openai.OpenAI) -> None
 
     def stream() -> None:
         answer = client.completions.create(
-            model="tiny", prompt=PROMPT, max_tokens=110, temperature=0, stream=True,
-            extra_headers={"x-deadline-ms": "10"}, extra_body={"stitch_id": 0},
-        )  # fmt: skip
+            model="tiny",
+            prompt=PROMPT,
+            max_tokens=110,
+            temperature=0,
+            stream=True,
+            extra_headers={"x-deadline-ms": "10"},
+            extra_body={"stitch_id": 0},
+        )
         list(answer)
 
     with pytest.raises(openai.APIError, match=r"the limit passed|the limit is in"):
@@ -265,9 +278,10 @@ def test_tokens_and_scopes(server: RunningServer) -> None:
 
 def post(server: RunningServer, body: bytes, path: str = "/completions") -> tuple[int, Any]:
     request = urllib.request.Request(
-        server.http + path, body,
+        server.http + path,
+        body,
         {"content-type": "application/json", "authorization": BEARER},
-    )  # fmt: skip
+    )
     try:
         with urllib.request.urlopen(request, timeout=20) as answer:
             return answer.status, json.load(answer)
@@ -340,9 +354,12 @@ def test_a_caller_who_hangs_up_frees_the_model(server: RunningServer, stream: bo
     body = json.dumps(wishes | {"stream": stream})
     with socket.create_connection((host, int(port)), timeout=20) as raw:
         raw.sendall(
-            HEAD + b"content-type: application/json\r\ncontent-length: "
-            + str(len(body)).encode() + b"\r\n\r\n" + body.encode()
-        )  # fmt: skip
+            HEAD
+            + b"content-type: application/json\r\ncontent-length: "
+            + str(len(body)).encode()
+            + b"\r\n\r\n"
+            + body.encode()
+        )
     deadline = time.monotonic() + 10
     while running() == before and time.monotonic() < deadline:
         pass

@@ -136,5 +136,8 @@ def test_the_chance_to_be_in_time_is_the_share_of_recent_batches() -> None:
     view = replace(plain_view(slowdown=2.0), residuals=(0.9, 1.0, 1.1, 1.5))
     expected_s = view.expected(1, 4)
     assert [view.chance(1, 4, share * expected_s) for share in (0.5, 0.95, 1.1, 2.0)] == [
-        0.0, 0.25, 0.75, 1.0,
-    ]  # fmt: skip
+        0.0,
+        0.25,
+        0.75,
+        1.0,
+    ]

@@ -176,14 +176,19 @@ async def test_tokens_decide_who_may_ask_and_who_may_administer(
                     return refused.code
             return Code.OK
 
-        asked = [await outcome(server.port, Access(ca=authority.path, token=token))
-                 for token in (None, "wrong-0123456789", USER, ADMIN)]  # fmt: skip
+        asked = [
+            await outcome(server.port, Access(ca=authority.path, token=token))
+            for token in (None, "wrong-0123456789", USER, ADMIN)
+        ]
         administered = [await administers(t) for t in (None, "wrong-0123456789", USER, ADMIN)]
     page = generate_latest(metrics.registry).decode()
     assert asked == [Code.UNAUTHENTICATED, Code.UNAUTHENTICATED, Code.OK, Code.OK]
     assert administered == [
-        Code.UNAUTHENTICATED, Code.UNAUTHENTICATED, Code.PERMISSION_DENIED, Code.OK,
-    ]  # fmt: skip
+        Code.UNAUTHENTICATED,
+        Code.UNAUTHENTICATED,
+        Code.PERMISSION_DENIED,
+        Code.OK,
+    ]
     assert 'ladderstitch_denied_calls_total{reason="UNAUTHENTICATED"} 4.0' in page
     assert 'ladderstitch_denied_calls_total{reason="NOT_ALLOWED"} 1.0' in page
 

@@ -79,8 +79,12 @@ async def test_changes_under_load_lose_nothing(server: RunningServer) -> None:
 def test_health_is_told_overall_by_service_and_by_model(server: RunningServer) -> None:
     with grpc.insecure_channel(server.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        for name in ("", "tiny", "ladderstitch.v1.InferenceService",
-                     "inference.GRPCInferenceService"):  # fmt: skip
+        for name in (
+            "",
+            "tiny",
+            "ladderstitch.v1.InferenceService",
+            "inference.GRPCInferenceService",
+        ):
             reply = health.Check(health_pb2.HealthCheckRequest(service=name))
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(grpc.RpcError) as unknown:

@@ -252,8 +252,11 @@ def test_a_hard_limit_ends_a_stream(client: Client) -> None:
     with pytest.raises(RequestFailed) as failure:
         list(client.generate(PROMPT, max_tokens=100, stitch=0, budget_s=0.02, hard=True))
     assert failure.value.reason in (
-        "EXPIRED_IN_QUEUE", "EXPIRED_IN_COMPUTE", "BUDGET_INFEASIBLE", "OVERLOADED",
-    )  # fmt: skip
+        "EXPIRED_IN_QUEUE",
+        "EXPIRED_IN_COMPUTE",
+        "BUDGET_INFEASIBLE",
+        "OVERLOADED",
+    )
     soft = list(client.generate(PROMPT, max_tokens=40, stitch=0, budget_s=0.001))
     accounting = soft[-1].accounting
     assert accounting is not None
@@ -342,8 +345,11 @@ def test_tritonclient_streams_tokens_unmodified(
     probe = Path(__file__).with_name("tritonclient_text_probe.py")
     done = subprocess.run(
         [sys.executable, str(probe), server.address],
-        capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["tokens"]["first"] == greedy(bundle, PROMPT, 6)

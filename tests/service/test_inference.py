@@ -57,9 +57,15 @@ def test_tensors_and_files_of_the_same_picture_agree(client: Client) -> None:
 
 @pytest.mark.parametrize(
     ("size", "kind", "mode"),
-    [((40, 30), "PNG", "RGB"), ((300, 260), "JPEG", "RGB"), ((9, 9), "PNG", "RGBA"),
-     ((8, 8), "PNG", "1"), ((16, 8), "PNG", "P"), ((8, 8), "PNG", "I;16")],
-)  # fmt: skip
+    [
+        ((40, 30), "PNG", "RGB"),
+        ((300, 260), "JPEG", "RGB"),
+        ((9, 9), "PNG", "RGBA"),
+        ((8, 8), "PNG", "1"),
+        ((16, 8), "PNG", "P"),
+        ((8, 8), "PNG", "I;16"),
+    ],
+)
 def test_pictures_of_any_size_and_mode_are_taken(
     client: Client, size: tuple[int, int], kind: str, mode: str
 ) -> None:

@@ -38,9 +38,13 @@ def probe(address: str) -> dict[str, object]:
 
     outputs = [triton.InferRequestedOutput(n) for n in ("logits", "probabilities", "labels")]
     asked = client.infer(
-        "tiny", [tensor], outputs=outputs, timeout=9_000_000, priority=3,
+        "tiny",
+        [tensor],
+        outputs=outputs,
+        timeout=9_000_000,
+        priority=3,
         parameters={"latency_budget_us": 5_000_000},
-    )  # fmt: skip
+    )
     seen["sums"] = asked.as_numpy("probabilities").sum(1).tolist()
     seen["labels"] = [label.decode() for label in asked.as_numpy("labels")]
     seen["parameters"] = {

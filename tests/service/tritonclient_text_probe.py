@@ -30,11 +30,16 @@ def probe(address: str) -> dict[str, Any]:
         "tiny", [text_input("a prompt of bytes")], request_id="first", parameters={"max_tokens": 6}
     )
     client.async_stream_infer(
-        "tiny", [text_input("another")], request_id="second",
+        "tiny",
+        [text_input("another")],
+        request_id="second",
         parameters={
-            "max_tokens": 3, "temperature": "0.5", "seed": 1, "latency_budget_us": 9_000_000,
+            "max_tokens": 3,
+            "temperature": "0.5",
+            "seed": 1,
+            "latency_budget_us": 9_000_000,
         },
-    )  # fmt: skip
+    )
     client.async_stream_infer("tiny", [text_input("")], request_id="empty")
     tokens: dict[str, list[int]] = {"first": [], "second": []}
     finals: dict[str, dict[str, Any]] = {}

@@ -26,9 +26,14 @@ runner = CliRunner()
 def hf_vit(folder: Path, width: int, depth: int = 3) -> nn.Module:
     torch.manual_seed(width)
     config = hf.ViTConfig(
-        image_size=32, patch_size=8, hidden_size=width, num_hidden_layers=depth,
-        num_attention_heads=2, intermediate_size=2 * width, num_labels=5,
-    )  # fmt: skip
+        image_size=32,
+        patch_size=8,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        num_labels=5,
+    )
     model = hf.ViTForImageClassification(config).eval()
     model.save_pretrained(folder)
     return model
@@ -72,10 +77,23 @@ def test_plain_networks_are_stitched_on_photographs(tmp_path: Path, photographs:
     (tmp_path / "labels.txt").write_text("ant\nbee\ncat\ndog\neel\n")
     result = runner.invoke(
         app,
-        ["import", *files, "--into", str(tmp_path / "bundle"), "--images", str(photographs),
-         "--labels", str(tmp_path / "labels.txt"), "--name", "zoo",
-         "--mean", "0.5,0.5,0.5", "--std", "0.5,0.25,0.5"],
-    )  # fmt: skip
+        [
+            "import",
+            *files,
+            "--into",
+            str(tmp_path / "bundle"),
+            "--images",
+            str(photographs),
+            "--labels",
+            str(tmp_path / "labels.txt"),
+            "--name",
+            "zoo",
+            "--mean",
+            "0.5,0.5,0.5",
+            "--std",
+            "0.5,0.25,0.5",
+        ],
+    )
     assert result.exit_code == 0, result.output
     bundle = Bundle.load(tmp_path / "bundle")
     assert (bundle.manifest.name, bundle.manifest.labels[2]) == ("zoo", "cat")

@@ -91,10 +91,18 @@ def test_the_gradient_of_the_divergence_is_its_derivative() -> None:
 
 
 RECIPE = {
-    "name": "ladder-2", "ladder_layers": 2, "rank": 8, "tokens": 4096, "window": 32,
-    "batch_windows": 8, "epochs": 3, "learning_rate": 5e-3, "held_out_tokens": 512,
-    "held_out_window": 32, "untrained": [1],
-}  # fmt: skip
+    "name": "ladder-2",
+    "ladder_layers": 2,
+    "rank": 8,
+    "tokens": 4096,
+    "window": 32,
+    "batch_windows": 8,
+    "epochs": 3,
+    "learning_rate": 5e-3,
+    "held_out_tokens": 512,
+    "held_out_window": 32,
+    "untrained": [1],
+}
 
 
 def converted(folder: Path, into: str = "out") -> dict[str, object]:
@@ -108,12 +116,22 @@ def converted(folder: Path, into: str = "out") -> dict[str, object]:
     done = CliRunner().invoke(
         app,
         [
-            "convert-ladder", str(folder / "tiny"), "--recipe", str(folder / "recipe.yaml"),
-            "--text", str(folder / "train.txt"), "--held-out", f"held={folder / 'held.txt'}",
-            "--into", str(folder / into), "--work", str(folder / "work"),
-            "--report", str(folder / "report.json"),
+            "convert-ladder",
+            str(folder / "tiny"),
+            "--recipe",
+            str(folder / "recipe.yaml"),
+            "--text",
+            str(folder / "train.txt"),
+            "--held-out",
+            f"held={folder / 'held.txt'}",
+            "--into",
+            str(folder / into),
+            "--work",
+            str(folder / "work"),
+            "--report",
+            str(folder / "report.json"),
         ],
-    )  # fmt: skip
+    )
     assert done.exit_code == 0, done.output
     report: dict[str, object] = json.loads((folder / "report.json").read_text())
     return report

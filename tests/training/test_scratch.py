@@ -15,13 +15,25 @@ from ladderstitch.language.bundle import LanguageBundle
 
 RECIPE = {
     "config": {
-        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 4,
-        "kv_heads": 2, "head_dim": 8, "max_positions": 64, "tied_head": True,
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "max_positions": 64,
+        "tied_head": True,
     },
     "schemes": {"standard": {"scheme": "standard"}, "ladder": {"scheme": "ladder"}},
-    "tokens": 30_720, "window": 32, "batch_windows": 8, "learning_rate": 1e-2, "warmup_steps": 5,
-    "held_out_tokens": 512, "measure_steps": 40,
-}  # fmt: skip
+    "tokens": 30_720,
+    "window": 32,
+    "batch_windows": 8,
+    "learning_rate": 1e-2,
+    "warmup_steps": 5,
+    "held_out_tokens": 512,
+    "measure_steps": 40,
+}
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "slept")
 
 
@@ -38,11 +50,17 @@ def train(folder: Path, run: str, **changes: object) -> Path:
     done = CliRunner().invoke(
         app,
         [
-            "train-language", "--recipe", str(folder / "recipe.yaml"),
-            "--text", str(folder / "train.txt"), "--held-out", str(folder / "held.txt"),
-            "--run", str(folder / run),
+            "train-language",
+            "--recipe",
+            str(folder / "recipe.yaml"),
+            "--text",
+            str(folder / "train.txt"),
+            "--held-out",
+            str(folder / "held.txt"),
+            "--run",
+            str(folder / run),
         ],
-    )  # fmt: skip
+    )
     assert done.exit_code == 0, done.output
     return folder / run
 

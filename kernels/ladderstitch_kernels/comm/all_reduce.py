@@ -89,16 +89,35 @@ class AllReduce:
         }
         if algorithm == "one_shot":
             one_shot_kernel[(self.programs,)](
-                x, out, self.slots.local, self.slots.addresses, self.arrivals.local,
-                self.arrivals.addresses, self.counts, self.rank, x.numel(), self.one_shot_elements,
-                SLOTS=_SLOTS, **constants,
-            )  # fmt: skip
+                x,
+                out,
+                self.slots.local,
+                self.slots.addresses,
+                self.arrivals.local,
+                self.arrivals.addresses,
+                self.counts,
+                self.rank,
+                x.numel(),
+                self.one_shot_elements,
+                SLOTS=_SLOTS,
+                **constants,
+            )
         else:
             two_shot_kernel[(self.programs,)](
-                x, out, self.inbox.local, self.inbox.addresses, self.outbox.local,
-                self.outbox.addresses, self.arrivals.local, self.arrivals.addresses, self.counts,
-                self.rank, x.numel(), _piece(x.numel(), self.ranks), **constants,
-            )  # fmt: skip
+                x,
+                out,
+                self.inbox.local,
+                self.inbox.addresses,
+                self.outbox.local,
+                self.outbox.addresses,
+                self.arrivals.local,
+                self.arrivals.addresses,
+                self.counts,
+                self.rank,
+                x.numel(),
+                _piece(x.numel(), self.ranks),
+                **constants,
+            )
         return out
 
 
@@ -109,9 +128,21 @@ def _piece(elements: int, ranks: int) -> int:
 
 @triton.jit
 def one_shot_kernel(
-    x, out, slots, slot_table, arrivals, arrival_table, counts, rank, n, slot_elements,
-    RANKS: tl.constexpr, RANKS_PAD: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    out,
+    slots,
+    slot_table,
+    arrivals,
+    arrival_table,
+    counts,
+    rank,
+    n,
+    slot_elements,
+    RANKS: tl.constexpr,
+    RANKS_PAD: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     program, programs = tl.program_id(0), tl.num_programs(0)
     epoch = tl.load(counts) + 1
     slot = ((epoch & (SLOTS - 1)) * RANKS).to(tl.int64) * slot_elements
@@ -137,9 +168,22 @@ def one_shot_kernel(
 
 @triton.jit
 def two_shot_kernel(
-    x, out, inbox, inbox_table, outbox, outbox_table, arrivals, arrival_table, counts, rank,
-    n, piece, RANKS: tl.constexpr, RANKS_PAD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    out,
+    inbox,
+    inbox_table,
+    outbox,
+    outbox_table,
+    arrivals,
+    arrival_table,
+    counts,
+    rank,
+    n,
+    piece,
+    RANKS: tl.constexpr,
+    RANKS_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Boxes need no second copy: a peer's first signal of the next call tells that it is done with
     this one, and its second that it has read what this rank stored at the first.
     """

@@ -81,9 +81,16 @@ def _slot(epoch, SLOTS: tl.constexpr):
 
 @triton.jit
 def _push(
-    partial, where, exists, slots, epoch, rank, slot_elements,
-    RANKS: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
+    partial,
+    where,
+    exists,
+    slots,
+    epoch,
+    rank,
+    slot_elements,
+    RANKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
     """Store a part of this rank's partial in every rank's slot."""
     slot = (_slot(epoch, SLOTS) * RANKS + rank).to(tl.int64) * slot_elements
     for peer in tl.static_range(RANKS):
@@ -94,10 +101,24 @@ def _push(
 
 @triton.jit
 def gemv_post_kernel(
-    x, weight, slots, arrivals, counts, rank, m, n, k, max_rows,
-    RANKS: tl.constexpr, RANKS_PAD: tl.constexpr, SLOTS: tl.constexpr,
-    M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    slots,
+    arrivals,
+    counts,
+    rank,
+    m,
+    n,
+    k,
+    max_rows,
+    RANKS: tl.constexpr,
+    RANKS_PAD: tl.constexpr,
+    SLOTS: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     epoch = tl.load(counts) + 1
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
@@ -149,19 +170,41 @@ def gemv_post(x: Tensor, weight: Tensor, exchange: Exchange) -> None:
     expect_like("x", x, x)
     block_k = min(256 if m == 1 else 128, max(16, triton.next_power_of_2(k)))
     gemv_post_kernel[(exchange.programs,)](
-        x, weight, exchange.slots.addresses, exchange.arrivals.addresses, exchange.counts,
-        exchange.rank, m, exchange.width, k, exchange.rows,
-        **_constants(exchange), M=1 if m == 1 else 16, BLOCK_N=exchange.columns,
-        BLOCK_K=block_k, UPCAST=interpreted() or x.dtype == torch.float32, num_warps=4,
-    )  # fmt: skip
+        x,
+        weight,
+        exchange.slots.addresses,
+        exchange.arrivals.addresses,
+        exchange.counts,
+        exchange.rank,
+        m,
+        exchange.width,
+        k,
+        exchange.rows,
+        **_constants(exchange),
+        M=1 if m == 1 else 16,
+        BLOCK_N=exchange.columns,
+        BLOCK_K=block_k,
+        UPCAST=interpreted() or x.dtype == torch.float32,
+        num_warps=4,
+    )
 
 
 @triton.jit
 def post_kernel(
-    x, slots, arrivals, counts, rank, m, n, max_rows,
-    RANKS: tl.constexpr, RANKS_PAD: tl.constexpr, SLOTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    x,
+    slots,
+    arrivals,
+    counts,
+    rank,
+    m,
+    n,
+    max_rows,
+    RANKS: tl.constexpr,
+    RANKS_PAD: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     epoch = tl.load(counts) + 1
     columns = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     for first in range(0, m, BLOCK_M):
@@ -182,18 +225,41 @@ def post(partial: Tensor, exchange: Exchange) -> None:
     m = exchange.check("partial", partial, exchange.width)
     expect_like("partial", partial, partial)
     post_kernel[(exchange.programs,)](
-        partial, exchange.slots.addresses, exchange.arrivals.addresses, exchange.counts,
-        exchange.rank, m, exchange.width, exchange.rows, **_constants(exchange),
-        BLOCK_M=min(16, triton.next_power_of_2(m)), BLOCK_N=exchange.columns, num_warps=4,
-    )  # fmt: skip
+        partial,
+        exchange.slots.addresses,
+        exchange.arrivals.addresses,
+        exchange.counts,
+        exchange.rank,
+        m,
+        exchange.width,
+        exchange.rows,
+        **_constants(exchange),
+        BLOCK_M=min(16, triton.next_power_of_2(m)),
+        BLOCK_N=exchange.columns,
+        num_warps=4,
+    )
 
 
 @triton.jit
 def wait_add_norm_kernel(
-    slots, arrivals, counts, residual, weight, total_out, norm_out, n, max_rows, eps, programs,
-    RANKS: tl.constexpr, RANKS_PAD: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
-    ADD: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
+    slots,
+    arrivals,
+    counts,
+    residual,
+    weight,
+    total_out,
+    norm_out,
+    n,
+    max_rows,
+    eps,
+    programs,
+    RANKS: tl.constexpr,
+    RANKS_PAD: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+    NORM: tl.constexpr,
+):
     row = tl.program_id(0)
     epoch = tl.load(counts + 2) + 1
     source = tl.arange(0, RANKS_PAD)
@@ -263,11 +329,23 @@ def _collect(
 ) -> None:
     block = triton.next_power_of_2(exchange.width)
     wait_add_norm_kernel[(total.shape[0],)](
-        exchange.slots.local, exchange.arrivals.local, exchange.counts, residual, weight, total,
-        normed, exchange.width, exchange.rows, eps, exchange.programs,
-        **_constants(exchange), BLOCK=block, ADD=residual is not None, NORM=normed is not None,
+        exchange.slots.local,
+        exchange.arrivals.local,
+        exchange.counts,
+        residual,
+        weight,
+        total,
+        normed,
+        exchange.width,
+        exchange.rows,
+        eps,
+        exchange.programs,
+        **_constants(exchange),
+        BLOCK=block,
+        ADD=residual is not None,
+        NORM=normed is not None,
         num_warps=warps(block * 4),
-    )  # fmt: skip
+    )
 
 
 def _constants(exchange: Exchange) -> dict[str, int]:

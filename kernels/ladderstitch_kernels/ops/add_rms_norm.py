@@ -12,9 +12,7 @@ from ladderstitch_kernels.launch import expect_like, expect_shape, runs_triton, 
 
 
 @triton.jit
-def add_rms_norm_kernel(
-    x, residual, weight, total_out, norm_out, n, eps, BLOCK: tl.constexpr
-):  # fmt: skip
+def add_rms_norm_kernel(x, residual, weight, total_out, norm_out, n, eps, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * n
     columns = tl.arange(0, BLOCK)
     exists = columns < n
@@ -48,7 +46,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     if x.shape[0]:
         block = triton.next_power_of_2(x.shape[1])
         add_rms_norm_kernel[(x.shape[0],)](
-            x, residual, weight, total, normed, x.shape[1], eps, BLOCK=block,
+            x,
+            residual,
+            weight,
+            total,
+            normed,
+            x.shape[1],
+            eps,
+            BLOCK=block,
             num_warps=warps(block * x.element_size()),
-        )  # fmt: skip
+        )
     return total, normed

@@ -23,10 +23,26 @@ _MOST_SPLITS = 64
 
 @triton.jit
 def decode_attention_kernel(
-    q, key_cache, value_cache, pages, lengths, partial, weights, scale, most_pages, split_tokens,
-    heads, PAGE: tl.constexpr, WIDTH: tl.constexpr, KV_HEADS: tl.constexpr, SPLITS: tl.constexpr,
-    GROUP_PAD: tl.constexpr, WIDTH_PAD: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    q,
+    key_cache,
+    value_cache,
+    pages,
+    lengths,
+    partial,
+    weights,
+    scale,
+    most_pages,
+    split_tokens,
+    heads,
+    PAGE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    WIDTH_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """One split of one sequence and KV head: sums weighted by exp(score - best), best, weight."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     group = heads // KV_HEADS
@@ -71,9 +87,14 @@ def decode_attention_kernel(
 
 @triton.jit
 def merge_splits_kernel(
-    partial, weights, out, WIDTH: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    partial,
+    weights,
+    out,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
     WIDTH_PAD: tl.constexpr,
-):  # fmt: skip
+):
     head = tl.program_id(0)
     split = tl.arange(0, SPLITS_PAD)
     lane = tl.arange(0, WIDTH_PAD)
@@ -133,16 +154,38 @@ def paged_decode_attention(
     weights = torch.empty(batch, heads, splits, 2, device=q.device)
     width_pad = max(16, triton.next_power_of_2(width))
     decode_attention_kernel[(batch, kv_heads, splits)](
-        q, key_cache, value_cache, pages, lengths, partial, weights,
-        width**-0.5 if scale is None else scale, pages.shape[1], split_tokens, heads,
-        PAGE=page_tokens, WIDTH=width, KV_HEADS=kv_heads, SPLITS=splits,
-        GROUP_PAD=max(16, triton.next_power_of_2(heads // kv_heads)), WIDTH_PAD=width_pad,
-        BLOCK=_BLOCK, UPCAST=interpreted() or q.dtype == torch.float32, num_warps=4, num_stages=3,
-    )  # fmt: skip
+        q,
+        key_cache,
+        value_cache,
+        pages,
+        lengths,
+        partial,
+        weights,
+        width**-0.5 if scale is None else scale,
+        pages.shape[1],
+        split_tokens,
+        heads,
+        PAGE=page_tokens,
+        WIDTH=width,
+        KV_HEADS=kv_heads,
+        SPLITS=splits,
+        GROUP_PAD=max(16, triton.next_power_of_2(heads // kv_heads)),
+        WIDTH_PAD=width_pad,
+        BLOCK=_BLOCK,
+        UPCAST=interpreted() or q.dtype == torch.float32,
+        num_warps=4,
+        num_stages=3,
+    )
     merge_splits_kernel[(batch * heads,)](
-        partial, weights, out, WIDTH=width, SPLITS=splits,
-        SPLITS_PAD=triton.next_power_of_2(splits), WIDTH_PAD=width_pad, num_warps=4,
-    )  # fmt: skip
+        partial,
+        weights,
+        out,
+        WIDTH=width,
+        SPLITS=splits,
+        SPLITS_PAD=triton.next_power_of_2(splits),
+        WIDTH_PAD=width_pad,
+        num_warps=4,
+    )
     return out
 
 

@@ -13,9 +13,20 @@ from ladderstitch_kernels.launch import expect_contiguous, expect_like, expect_s
 
 @triton.jit
 def rope_append_kernel(
-    qkv, cosines, sines, positions, slots, q_out, key_cache, value_cache, heads,
-    KV_HEADS: tl.constexpr, HALF: tl.constexpr, HEADS_PAD: tl.constexpr, HALF_PAD: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    cosines,
+    sines,
+    positions,
+    slots,
+    q_out,
+    key_cache,
+    value_cache,
+    heads,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
     position = tl.load(positions + row).to(tl.int64)
@@ -84,9 +95,19 @@ def rope_append(
     q = torch.empty(tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
     if tokens:
         rope_append_kernel[(tokens,)](
-            qkv, cosines, sines, positions, slots, q, key_cache, value_cache, heads,
-            KV_HEADS=kv_heads, HALF=width // 2,
+            qkv,
+            cosines,
+            sines,
+            positions,
+            slots,
+            q,
+            key_cache,
+            value_cache,
+            heads,
+            KV_HEADS=kv_heads,
+            HALF=width // 2,
             HEADS_PAD=triton.next_power_of_2(heads + kv_heads),
-            HALF_PAD=triton.next_power_of_2(width // 2), num_warps=4,
-        )  # fmt: skip
+            HALF_PAD=triton.next_power_of_2(width // 2),
+            num_warps=4,
+        )
     return q

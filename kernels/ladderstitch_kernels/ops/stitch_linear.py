@@ -20,10 +20,26 @@ _MOST_RANK = 128
 
 @triton.jit
 def stitch_kernel(
-    x, pending, weight, bias, down, up, out, pending_out, m, n, k, rank,
-    PENDING: tl.constexpr, BIAS: tl.constexpr, RANK_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    x,
+    pending,
+    weight,
+    bias,
+    down,
+    up,
+    out,
+    pending_out,
+    m,
+    n,
+    k,
+    rank,
+    PENDING: tl.constexpr,
+    BIAS: tl.constexpr,
+    RANK_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """A tile of the output; the tiles past the stream's are of what is still to arrive.
 
     Tiles with the same columns come one after another, so that the weight is read once.
@@ -158,13 +174,28 @@ def _launch(
     block_m, block_n = tile_shape(m, n)
     tiles = triton.cdiv(m, block_m) * (1 if pending is None else 2)
     stitch_kernel[(tiles, triton.cdiv(n, block_n))](
-        x, pending, weight, bias, down, up, out, arriving, m, n, k, rank,
-        PENDING=pending is not None, BIAS=bias is not None,
+        x,
+        pending,
+        weight,
+        bias,
+        down,
+        up,
+        out,
+        arriving,
+        m,
+        n,
+        k,
+        rank,
+        PENDING=pending is not None,
+        BIAS=bias is not None,
         RANK_PAD=max(16, triton.next_power_of_2(rank)) if rank else 0,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64 if x.element_size() <= 2 else 32,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=64 if x.element_size() <= 2 else 32,
         UPCAST=interpreted() or x.dtype == torch.float32,
-        num_warps=8 if block_m * block_n >= 128 * 128 else 4, num_stages=4,
-    )  # fmt: skip
+        num_warps=8 if block_m * block_n >= 128 * 128 else 4,
+        num_stages=4,
+    )
 
 
 def tile_shape(m: int, n: int) -> tuple[int, int]:

@@ -80,8 +80,17 @@ def frontier(
         over: Over = "macs" if macs else "latency"
         listed = [row for row in rows(loaded, over) if row.on_frontier or all_stitches]
         table = Table(title=f"{loaded.manifest.name}: frontier of quality and {over}")
-        for column in ("id", "stitch", "quality", "95 % interval", "batch 1", "p99", "MMACs",
-                       "parameters", "frontier"):  # fmt: skip
+        for column in (
+            "id",
+            "stitch",
+            "quality",
+            "95 % interval",
+            "batch 1",
+            "p99",
+            "MMACs",
+            "parameters",
+            "frontier",
+        ):
             table.add_column(column)
         for row in listed:
             table.add_row(

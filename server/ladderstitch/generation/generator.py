@@ -180,9 +180,14 @@ class Generator:
             for path in range(len(self.group.job.paths))
         }
         path = choose_path(
-            request, self.menu, self.settings, self.times, self._roster.load(), reusable,
+            request,
+            self.menu,
+            self.settings,
+            self.times,
+            self._roster.load(),
+            reusable,
             time.monotonic(),
-        )  # fmt: skip
+        )
         quality = self._quality.stitches[path] if self._quality else None
         sequence = TokenSequence(
             request, path, self.path_names[path], quality, self.tokenizer, self.end_tokens

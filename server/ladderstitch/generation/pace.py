@@ -79,6 +79,10 @@ def made_up_profile(paths: int, most_tokens: int) -> LatencyProfile:
     sizes = (1, most_tokens) if most_tokens > 1 else (1,)
     same = Latency(median_s=(0.01,) * len(sizes), p99_s=(0.01,) * len(sizes))
     return LatencyProfile(
-        device="unmeasured", threads=1, date="", versions={}, batch_sizes=sizes,
+        device="unmeasured",
+        threads=1,
+        date="",
+        versions={},
+        batch_sizes=sizes,
         stitches=dict.fromkeys(range(paths), same),
-    )  # fmt: skip
+    )

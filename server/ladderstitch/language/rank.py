@@ -115,9 +115,14 @@ def load_models(job: ModelJob, shard: Shard) -> list[Transformer]:
         layers = list(share.layers)
         for layer in touched_layers(delta):
             layers[layer] = load_layer(
-                DeltaWeights(read, delta), layer, job.config, shard, job.torch_dtype, job.device,
+                DeltaWeights(read, delta),
+                layer,
+                job.config,
+                shard,
+                job.torch_dtype,
+                job.device,
                 shared_norm=job.shared_norm,
-            )  # fmt: skip
+            )
         models.append(Transformer(job.config, replace(share, layers=tuple(layers)), shard))
     return models
 

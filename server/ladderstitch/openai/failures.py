@@ -25,9 +25,16 @@ STATUS = {
     "DEADLINE_EXCEEDED": 504,
 }
 """gRPC status -> HTTP status."""
-KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
-         404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error",
-         503: "unavailable_error", 504: "timeout_error"}  # fmt: skip
+KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "unavailable_error",
+    504: "timeout_error",
+}
 
 
 def body_of(error: RequestError) -> dict[str, Any]:

@@ -107,9 +107,14 @@ def fields(request: Request) -> list[Any]:
     """What planning knows of a request; `request_of` makes one of it."""
     budget = request.budget
     return [
-        request.arrival, budget.target, budget.limit, request.rows, request.min_quality,
-        request.stitch, request.priority,
-    ]  # fmt: skip
+        request.arrival,
+        budget.target,
+        budget.limit,
+        request.rows,
+        request.min_quality,
+        request.stitch,
+        request.priority,
+    ]
 
 
 def request_of(told: list[Any], images: Pixels) -> Request:

@@ -11,8 +11,11 @@ import grpc
 def behaviour_of(handler: grpc.RpcMethodHandler) -> Callable[..., Any]:
     """The only one of a handler's four functions that is set."""
     behaviours = (
-        handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream
-    )  # fmt: skip
+        handler.unary_unary,
+        handler.unary_stream,
+        handler.stream_unary,
+        handler.stream_stream,
+    )
     (behaviour,) = (behaviour for behaviour in behaviours if behaviour is not None)
     found: Callable[..., Any] = behaviour
     return found

@@ -138,9 +138,12 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
                 return
             try:
                 accepted = oip_text.accept(
-                    request, model, time.monotonic(), context.time_remaining(),
+                    request,
+                    model,
+                    time.monotonic(),
+                    context.time_remaining(),
                     context.invocation_metadata(),
-                )  # fmt: skip
+                )
             except RequestError as error:
                 model.metrics.refused(error.code, had_budget=False)
                 raise

