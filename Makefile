@@ -75,8 +75,8 @@ verify-language: install ## about 8 minutes: SmolLM2 beside transformers; commun
 	$(BIN)/ladderstitch fetch smollm2
 	$(BIN)/ladderstitch fetch brown --into data/brown
 	$(BIN)/ladderstitch-loadtest smollm2 --text data/brown/heldout.txt --out loadtest/results
-	$(BIN)/ladderstitch bench-overlap --out loadtest/results
-	$(BIN)/ladderstitch bench-overlap --link tcp --out loadtest/results
+	$(BIN)/ladderstitch-loadtest overlap --out loadtest/results
+	$(BIN)/ladderstitch-loadtest overlap --link tcp --out loadtest/results
 
 verify-generation: install ## about 10 minutes: streams under token budgets, prefixes, paths, 10,000 malformed requests
 	$(BIN)/ladderstitch fetch smollm2

@@ -34,6 +34,7 @@ from ladderstitch_loadtest.generation_cli import generation
 from ladderstitch_loadtest.load_cli import agree, burst, run
 from ladderstitch_loadtest.malformed import ImageCases
 from ladderstitch_loadtest.malformed_text import TextCases
+from ladderstitch_loadtest.overlap_cli import overlap
 from ladderstitch_loadtest.processes import Served, echo_server, ladderstitch_server
 from ladderstitch_loadtest.soak_cli import soak
 from ladderstitch_loadtest.stream_cli import stream
@@ -50,6 +51,7 @@ for command in (
     burst,
     hop,
     kills,
+    overlap,
     generation,
     soak,
 ):

@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from ladderstitch.errors import RequestError
+from ladderstitch.generation.blocks import BlockPool
 from ladderstitch.generation.generator import Generator
+from ladderstitch.generation.pace import StepTimes
 from ladderstitch.generation.request import GenerationRequest, TokenBudget
-from ladderstitch.generation.roster import Batching
+from ladderstitch.generation.roster import Roster
 from ladderstitch.language.bundle import LanguageBundle
 from ladderstitch.language.group import RankGroup
 from ladderstitch.language.job import ModelJob
@@ -37,16 +39,24 @@ GIVE_UP = 0.6
 """Attainment below which a variant is not tried at higher rates."""
 
 
+class StaticRoster(Roster):
+    """Static batching, for comparison: nobody joins until all answers of a batch are complete."""
+
+    def admit(self, times: StepTimes, now: float) -> None:
+        if not self.active:
+            super().admit(times, now)
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     name: str
     max_sequences: int
-    batching: Batching = "continuous"
+    make_roster: Callable[[BlockPool, int], Roster] = Roster
 
 
 VARIANTS = (
     Variant("one after another", 1),
-    Variant("static batches of 16", 16, "static"),
+    Variant("static batches of 16", 16, StaticRoster),
     Variant("continuous, 16", 16),
 )
 
@@ -175,7 +185,7 @@ async def compare_batching(
                     bundle.quality,
                     (),
                     variant.max_sequences,
-                    variant.batching,
+                    make_roster=variant.make_roster,
                 )
                 await generator.measure()
                 row = await offer(generator, variant.name, plan, rate, seconds)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
-from google.rpc.error_details_pb2 import ErrorInfo
-from google.rpc.status_pb2 import Status
+
+from ladderstitch.client import RequestFailed
 
 BAD_INPUT = (grpc.StatusCode.INVALID_ARGUMENT, "BAD_INPUT")
 NO_MODEL = (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
@@ -83,7 +83,7 @@ async def _batch(
         try:
             await malformer.send(case)
         except grpc.aio.AioRpcError as error:
-            got = (error.code(), reason(error))
+            got = (error.code(), RequestFailed(error).reason)
         if not case.allows(got):
             outcome.wrong.append(f"{case.kind}: expected {case.expected}, got {got}")
         advance()
@@ -92,17 +92,6 @@ async def _batch(
             outcome.good_answers += 1
 
     await asyncio.gather(*(one(index) for index in indices))
-
-
-def reason(error: grpc.aio.AioRpcError) -> str:
-    """`ErrorInfo.reason` of a failed call."""
-    for key, value in error.trailing_metadata() or ():
-        if key == "grpc-status-details-bin":
-            for detail in Status.FromString(value).details:
-                info = ErrorInfo()
-                if detail.Unpack(info):
-                    return str(info.reason)
-    return ""
 
 
 def memory_mb(pids: list[int]) -> float:

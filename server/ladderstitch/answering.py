@@ -64,7 +64,11 @@ async def answer(
                     yield piece, None
                     continue
                 account = _account(request, piece, first_at, now)
-                metrics.completed(piece.answer, account.total_s, account.met)
+                made = piece.answer
+                quality = made.quality.value if made.quality else None
+                metrics.completed(
+                    made.path, quality, made.reused_tokens, account.total_s, account.met
+                )
                 yield piece, account
     except RequestError as error:
         metrics.refused(error.code, had_budget=budgeted)

@@ -20,13 +20,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ladderstitch.errors import BundleError
 from ladderstitch.measurements import LatencyProfile, QualityTable
 from ladderstitch.models.family import FamilyConfig
 from ladderstitch.models.stitched import StitchedModel
+from ladderstitch.tensor_check import check_tensors, shapes_of
 
 EMBEDDED = Path(__file__).parent / "bundles" / "fashion-mnist"
 """The bundle inside the package: what `serve` loads unless told otherwise."""
@@ -138,7 +138,7 @@ class Bundle:
             raise BundleError(f"{weights}: {error}") from error
         with torch.device("meta"):
             model = self.manifest.config.build()
-        check_tensors(model.state_dict(), tensors, where=str(weights))
+        check_tensors(shapes_of(model.state_dict()), shapes_of(tensors), where=str(weights))
         tensors = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
         model.load_state_dict(tensors, assign=True)
         model.eval().requires_grad_(False).fold_batch_norm()
@@ -147,19 +147,6 @@ class Bundle:
     @property
     def weight_bytes(self) -> int:
         return (self.path / "weights.safetensors").stat().st_size
-
-
-def check_tensors(expected: dict[str, Tensor], got: dict[str, Tensor], *, where: str) -> None:
-    """Raise `BundleError` that names every missing, unknown and mis-shaped tensor."""
-    problems = [f"missing {name}" for name in expected.keys() - got.keys()]
-    problems += [f"unknown {name}" for name in got.keys() - expected.keys()]
-    problems += [
-        f"{name}: expected {tuple(expected[name].shape)}, got {tuple(got[name].shape)}"
-        for name in expected.keys() & got.keys()
-        if expected[name].shape != got[name].shape
-    ]
-    if problems:
-        raise BundleError(f"{where}: {len(problems)} wrong tensors: " + "; ".join(sorted(problems)))
 
 
 def write_bundle(path: Path, manifest: Manifest, model: StitchedModel) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from ladderstitch.bundle import EMBEDDED
-from ladderstitch.errors import ConfigError
 from ladderstitch.language.linking import LinkChoice
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.security.settings import AccessSettings
@@ -19,7 +17,6 @@ class ServerConfig(AccessSettings):
     """Everything that is fixed while a replica runs, and the scheduling it starts with."""
 
     bundle: Path = Field(EMBEDDED, description="model bundle directory")
-    metrics_port: int = Field(9464, ge=0, le=65_535, description="/metrics; 0 takes a free one")
     device: str = Field("auto", description="auto, cpu or cuda[:N]")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = Field(1, ge=1, description="torch threads of the worker process")
@@ -88,24 +85,4 @@ class ServerConfig(AccessSettings):
 
     def listening(self) -> tuple[tuple[str, str], ...]:
         """Fields of ports, each with the address that it is bound to."""
-        return (
-            ("port", self.host),
-            ("metrics_port", self.host),
-            ("admin_port", self.admin_host),
-            ("health_port", self.host),
-            ("http_port", self.host),
-        )
-
-    @classmethod
-    def load(cls, path: Path | None, **flags: Any) -> ServerConfig:
-        """The file's fields, overridden by the flags that are not None.
-
-        Raises `ConfigError` that names the field, what was expected and what came.
-        """
-        try:
-            fields = yaml.safe_load(path.read_text()) or {} if path else {}
-            if not isinstance(fields, dict):
-                raise ConfigError(f"{path}: expected a mapping of fields")
-            return cls.model_validate(fields | {k: v for k, v in flags.items() if v is not None})
-        except (OSError, yaml.YAMLError, ValidationError) as error:
-            raise ConfigError(f"{path or 'flags'}: {error}") from error
+        return (*super().listening(), ("http_port", self.host))

@@ -25,7 +25,11 @@ LadderstitchError
 
 from __future__ import annotations
 
+import logging
+import uuid
 from typing import ClassVar
+
+log = logging.getLogger(__name__)
 
 
 class LadderstitchError(Exception):
@@ -151,4 +155,14 @@ class NotAllowed(RequestError):
 
 
 class InternalError(RequestError):
-    """Our fault; `incident` finds the traceback in the log."""
+    """A fault of the server; `error_id` in the metadata finds the traceback in the log."""
+
+    @classmethod
+    def logged(cls, what: str, error: BaseException) -> InternalError:
+        """Log `error` with its traceback under a new error id, and return the error that bears it.
+
+        `what` says for the log what was going on; callers see only the id.
+        """
+        error_id = uuid.uuid4().hex[:12]
+        log.error("error_id=%s %s", error_id, what, exc_info=error)
+        return cls(f"internal error; error_id={error_id}", error_id=error_id)

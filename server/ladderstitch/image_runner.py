@@ -8,7 +8,7 @@ from typing import TextIO
 from ladderstitch.bundle import Bundle
 from ladderstitch.config import ServerConfig
 from ladderstitch.engine.channel import WorkerConfig
-from ladderstitch.engine.hybrid import HybridEngine
+from ladderstitch.engine.hybrid import InlineEngine
 from ladderstitch.engine.placement import resolve_device, resolve_dtype
 from ladderstitch.engine.process import ProcessEngine
 from ladderstitch.engine.warming import warm_up
@@ -16,8 +16,9 @@ from ladderstitch.errors import BadInput, BundleError, ConfigError
 from ladderstitch.hosting import Host, HostedModel
 from ladderstitch.images import ImageReader
 from ladderstitch.measurements import QualityTable
-from ladderstitch.metrics import Metrics, ModelMetrics
+from ladderstitch.metrics import ImageMetrics, Metrics
 from ladderstitch.runner import Advance
+from ladderstitch.scheduling.engine import Engine
 from ladderstitch.scheduling.scheduler import Scheduler
 from ladderstitch.scheduling.settings import SchedulerSettings
 
@@ -33,7 +34,7 @@ class ImageRunner:
         self.config, self.host, self.metrics = config, host, metrics
         self.bundle = Bundle.load(config.bundle)
         self.quality = quality_table(self.bundle)
-        self._engine: ProcessEngine | None = None
+        self._engine: ProcessEngine | InlineEngine | None = None
         self._model: HostedModel | None = None
         self._record: TextIO | None = None
 
@@ -93,10 +94,10 @@ class ImageRunner:
         except OSError as error:
             raise ConfigError(f"record: {error}") from error
 
-    def _make_engine(self, worker: WorkerConfig) -> ProcessEngine:
+    def _make_engine(self, worker: WorkerConfig) -> ProcessEngine | InlineEngine:
         light = worker.device == "cpu" and self.bundle.weight_bytes <= LIGHT_BYTES
         if light and self.config.inline_limit_ms > 0:
-            return HybridEngine(worker, self.config.inline_limit_ms / 1e3)
+            return InlineEngine(ProcessEngine(worker), self.config.inline_limit_ms / 1e3)
         return ProcessEngine(worker)
 
     def _worker_config(self) -> WorkerConfig:
@@ -112,13 +113,11 @@ class ImageRunner:
             classes=len(manifest.labels),
         )
 
-    async def _host(
-        self, engine: ProcessEngine, worker: WorkerConfig, advance: Advance
-    ) -> HostedModel:
+    async def _host(self, engine: Engine, worker: WorkerConfig, advance: Advance) -> HostedModel:
         stitches = {stitch.id: stitch for stitch in self.bundle.manifest.config.stitches()}
         profile = await warm_up(engine, self.bundle, worker, advance)
         name = self.bundle.manifest.name
-        metrics: ModelMetrics = self.metrics.for_model(name, stitches)
+        metrics = ImageMetrics(self.metrics, name, stitches)
         quality = {stitch: score.value for stitch, score in self.quality.stitches.items()}
         settings = self.host.live.settings
         self._record = self._open_record()

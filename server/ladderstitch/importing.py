@@ -9,10 +9,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from ladderstitch.bundle import check_tensors
 from ladderstitch.errors import ConfigError
 from ladderstitch.models.family import FamilyConfig
 from ladderstitch.models.stitched import StitchedModel
+from ladderstitch.tensor_check import check_tensors, shapes_of
 
 Fields = dict[str, Any]
 Tensors = Mapping[str, Tensor]
@@ -178,6 +178,6 @@ def import_model(
     model = read_config(family, upstream).build()
     adapted = LAYOUTS[family].tensors(tensors, upstream)
     kept = {k: v for k, v in adapted.items() if not k.endswith(COMPUTED)}
-    check_tensors(model.state_dict(), kept, where=family)
+    check_tensors(shapes_of(model.state_dict()), shapes_of(kept), where=family)
     model.load_state_dict(kept)
     return model.eval().requires_grad_(False)

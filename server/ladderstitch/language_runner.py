@@ -33,7 +33,7 @@ class LanguageRunner:
         for rank in range(config.ranks):
             Shard.of(self.bundle.manifest.config, rank, config.ranks)
         self.path_names = [path.name for path in self.bundle.manifest.ways]
-        self.metrics = TextMetrics(metrics, self.bundle.manifest.name, self.path_names)
+        self.metrics = TextMetrics(metrics, self.bundle.manifest.name, range(len(self.path_names)))
         self._launcher = launcher
         self._group: RankGroup | None = None
         self._generator: Generator | None = None

@@ -112,12 +112,6 @@ class Metrics:
         self.total_seconds = histogram(
             "total_seconds", "Arrival to answer.", model, buckets=SECONDS
         )
-        self.switch_seconds = histogram(
-            "switch_seconds",
-            "Changing the stitch between two batches.",
-            model,
-            buckets=(1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1e-2),
-        )
         self.batch = histogram("batch_rows", "Rows of a batch.", model, buckets=ROWS)
         self.quality = histogram(
             "served_quality", "Calibrated quality of the stitch served.", model, buckets=QUALITY
@@ -153,9 +147,6 @@ class Metrics:
             buckets=ERROR,
         )
 
-    def for_model(self, name: str, stitches: Iterable[int]) -> ModelMetrics:
-        return ModelMetrics(self, name, stitches)
-
     def denied(self, reason: str) -> None:
         """A call was refused before it reached a model."""
         self.denials.labels(reason).inc()
@@ -171,35 +162,37 @@ class Metrics:
 
 
 class ModelMetrics:
-    """One model's children of `Metrics`, looked up once: `labels()` costs microseconds a call."""
+    """What models of every kind count: one model's children of `Metrics`, looked up once, because
+    `labels()` costs microseconds a call.
 
-    def __init__(self, metrics: Metrics, model: str, stitches: Iterable[int]) -> None:
-        self._requests = {
-            (str(stitch), "OK"): metrics.requests.labels(model, str(stitch), "OK")
-            for stitch in stitches
-        }
+    `variants` are the ids that answers may name as their stitch or path.
+    """
+
+    def __init__(self, metrics: Metrics, model: str, variants: Iterable[int]) -> None:
         self._all_requests, self._model = metrics.requests, model
+        self._requests = {
+            (str(variant), "OK"): metrics.requests.labels(model, str(variant), "OK")
+            for variant in variants
+        }
         self._met = metrics.budgets.labels(model, "true")
         self._missed = metrics.budgets.labels(model, "false")
+        self._kept = metrics.planned.labels(model, "true")
+        self._overrun = metrics.planned.labels(model, "false")
         self._switches = metrics.switches.labels(model)
         self._queue = metrics.queue.labels(model)
         self._slowdown = metrics.slowdown.labels(model)
         self._tail = metrics.tail.labels(model)
-        self._slack = metrics.slack.labels(model)
         self._queue_seconds = metrics.queue_seconds.labels(model)
         self._compute_seconds = metrics.compute_seconds.labels(model)
         self._total_seconds = metrics.total_seconds.labels(model)
-        self._switch_seconds = metrics.switch_seconds.labels(model)
         self._batch = metrics.batch.labels(model)
         self._quality = metrics.quality.labels(model)
         self._error = metrics.error.labels(model)
         self._frontier = {
             end: metrics.frontier.labels(model, end) for end in ("fastest", "best", "floor")
         }
+        self._last_variant: int | None = None
         self.running = metrics.running.labels(model)
-        self._kept = metrics.planned.labels(model, "true")
-        self._overrun = metrics.planned.labels(model, "false")
-        self.turnaround = metrics.turnaround.labels(model)
         self.ready = metrics.ready.labels(model)
         self.restarts = metrics.restarts.labels(model)
 
@@ -212,30 +205,46 @@ class ModelMetrics:
         """A request was admitted, or left the queue otherwise than in a batch."""
         self._queue.set(waiting)
 
+    def computed(
+        self, variant: int, batch: int, compute_s: float, error: float, slowdown: float, tail: float
+    ) -> None:
+        """A batch came back: `error` is actual over predicted seconds, `tail` what was allowed."""
+        (self._kept if error <= tail else self._overrun).inc()
+        self._batch.observe(batch)
+        self._compute_seconds.observe(compute_s)
+        self._error.observe(error)
+        self._slowdown.set(slowdown)
+        self._tail.set(tail)
+        if self._last_variant not in (None, variant):
+            self._switches.inc()
+        self._last_variant = variant
+
+    def _ended(self, variant: str, code: str) -> None:
+        key = (variant, code)
+        if key not in self._requests:
+            self._requests[key] = self._all_requests.labels(self._model, variant, code)
+        self._requests[key].inc()
+
+
+class ImageMetrics(ModelMetrics):
+    """What an image model counts besides."""
+
+    def __init__(self, metrics: Metrics, model: str, stitches: Iterable[int]) -> None:
+        super().__init__(metrics, model, stitches)
+        self._slack = metrics.slack.labels(model)
+        self.turnaround = metrics.turnaround.labels(model)
+
     def dispatched(self, requests: Sequence[Request], now: float, waiting: int) -> None:
+        """A batch goes to the engine, and `waiting` requests stay behind."""
         self._queue.set(waiting)
         for request in requests:
             self._queue_seconds.observe(now - request.arrival)
             if request.budget.target != float("inf"):
                 self._slack.observe(request.budget.target - now)
 
-    def computed(self, rows: int, compute_s: float, error: float, tail: float) -> None:
-        """A batch came back; `error` is actual over predicted seconds, `tail` what was allowed."""
-        (self._kept if error <= tail else self._overrun).inc()
-        self._batch.observe(rows)
-        self._compute_seconds.observe(compute_s)
-        self._error.observe(error)
-
-    def switched(self, seconds: float) -> None:
-        self._switches.inc()
-        self._switch_seconds.observe(seconds)
-
-    def corrected(self, slowdown: float, tail: float) -> None:
-        self._slowdown.set(slowdown)
-        self._tail.set(tail)
-
     def completed(self, request: Request, completion: Completion, now: float) -> None:
-        self._requests[str(completion.stitch), "OK"].inc()
+        """A request was answered."""
+        self._ended(str(completion.stitch), "OK")
         self._total_seconds.observe(now - request.arrival)
         self._quality.observe(completion.quality)
         if request.budget.target != float("inf"):
@@ -243,14 +252,8 @@ class ModelMetrics:
 
     def refused(self, code: str, request: Request | None = None) -> None:
         """A request ended with a status instead of an answer; its budget counts as missed."""
-        self._requests_child("none", code).inc()
+        self._ended("none", code)
         if request is None or code in CALLERS_FAULT:
             return
         if request.budget.target != float("inf"):
             self._missed.inc()
-
-    def _requests_child(self, stitch: str, code: str) -> Counter:
-        key = (stitch, code)
-        if key not in self._requests:
-            self._requests[key] = self._all_requests.labels(self._model, stitch, code)
-        return self._requests[key]

@@ -18,7 +18,6 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ladderstitch.bundle import check_tensors
 from ladderstitch.checkpoints import read_weights
 from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.importing import COMPUTED
@@ -26,6 +25,7 @@ from ladderstitch.models.resnet import ResNetConfig
 from ladderstitch.models.swin import SwinConfig
 from ladderstitch.models.trunk import Trunk
 from ladderstitch.models.vit import InputShape, VitConfig
+from ladderstitch.tensor_check import check_tensors, shapes_of
 
 Tensors = dict[str, Tensor]
 PlainConfig = VitConfig | SwinConfig | ResNetConfig
@@ -82,7 +82,9 @@ class PlainAnchor:
     def build(self) -> Trunk:
         """The network, in eval mode; raises `BundleError` naming the tensors that do not fit."""
         trunk = self.config.build(self.inputs)
-        check_tensors(trunk.state_dict(), self.tensors, where=type(trunk).__name__)
+        check_tensors(
+            shapes_of(trunk.state_dict()), shapes_of(self.tensors), where=type(trunk).__name__
+        )
         trunk.load_state_dict(self.tensors)
         return trunk.eval().requires_grad_(False)
 

@@ -2,74 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from ladderstitch.generation.generator import Generator
-from ladderstitch.generation.planning import Plan
-from ladderstitch.generation.request import Answer
-from ladderstitch.metrics import CALLERS_FAULT, Metrics
+from ladderstitch.metrics import CALLERS_FAULT, Metrics, ModelMetrics
 
 
-class TextMetrics:
-    """One model's children of `Metrics`, looked up once; an `Observer` of its generator."""
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step did: its path and how many sequences it ran, seconds of compute, actual over
+    expected seconds, and the correction of the latency model after it."""
 
-    def __init__(self, metrics: Metrics, model: str, paths: Sequence[str]) -> None:
-        self._requests, self._model = metrics.requests, model
-        self._met = metrics.budgets.labels(model, "true")
-        self._missed = metrics.budgets.labels(model, "false")
-        self._queue = metrics.queue.labels(model)
-        self._queue_seconds = metrics.queue_seconds.labels(model)
-        self._total_seconds = metrics.total_seconds.labels(model)
-        self._compute_seconds = metrics.compute_seconds.labels(model)
-        self._batch = metrics.batch.labels(model)
-        self._quality = metrics.quality.labels(model)
-        self._error = metrics.error.labels(model)
-        self._slowdown = metrics.slowdown.labels(model)
-        self._tail = metrics.tail.labels(model)
-        self._switches = metrics.switches.labels(model)
-        self._frontier = {
-            end: metrics.frontier.labels(model, end) for end in ("fastest", "best", "floor")
-        }
-        self._kept = metrics.planned.labels(model, "true")
-        self._overrun = metrics.planned.labels(model, "false")
+    path: int
+    sequences: int
+    compute_s: float
+    error: float
+    slowdown: float
+    tail: float
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """Requests that wait and that run, and the share of the cache's blocks in use."""
+
+    waiting: int
+    running: int
+    cache_share: float
+
+
+class TextMetrics(ModelMetrics):
+    """What a language model counts besides."""
+
+    def __init__(self, metrics: Metrics, model: str, paths: Iterable[int]) -> None:
+        super().__init__(metrics, model, paths)
         self._tokens = metrics.generated_tokens.labels(model)
         self._reused = metrics.reused_tokens.labels(model)
         self._preempted = metrics.preemptions.labels(model)
         self._first = metrics.first_token_seconds.labels(model)
         self._gap = metrics.token_gap_seconds.labels(model)
-        self._running = metrics.running.labels(model)
         self._cache = metrics.cache.labels(model)
-        self.ready = metrics.ready.labels(model)
-        self.restarts = metrics.restarts.labels(model)
-        self._last_path: int | None = None
-        for path in range(len(paths)):
-            metrics.requests.labels(model, str(path), "OK")
 
-    def offered(self, fastest: float, best: float, floor: float) -> None:
-        """The qualities that requests may get from now on."""
-        for end, quality in (("fastest", fastest), ("best", best), ("floor", floor)):
-            self._frontier[end].set(quality)
-
-    def counted(self, generator: Generator) -> None:
-        """Who waits, who is computed on, how full the cache is."""
-        self._queue.set(generator.waiting)
-        self._running.set(generator.running)
-        self._cache.set(generator.cache_share)
-
-    def stepped(self, generator: Generator, plan: Plan, seconds: float, error: float) -> None:
-        self.counted(generator)
-        view = generator.times.table.view
-        (self._kept if error <= view.tail else self._overrun).inc()
-        self._batch.observe(len(plan.parts))
-        self._compute_seconds.observe(seconds)
-        self._error.observe(error)
-        self._slowdown.set(view.slowdown)
-        self._tail.set(view.tail)
-        if self._last_path not in (None, plan.path):
-            self._switches.inc()
-        self._last_path = plan.path
+    def stepped(self, step: StepReport, load: Occupancy) -> None:
+        """A step is done."""
+        self._queue.set(load.waiting)
+        self.running.set(load.running)
+        self._cache.set(load.cache_share)
+        self.computed(
+            step.path, step.sequences, step.compute_s, step.error, step.slowdown, step.tail
+        )
 
     def preempted(self, sequences: int) -> None:
+        """Sequences gave their blocks to others."""
         self._preempted.inc(sequences)
 
     def first_token(self, queue_s: float, seconds: float) -> None:
@@ -79,21 +62,24 @@ class TextMetrics:
         self._first.observe(seconds)
 
     def next_token(self, gap_s: float) -> None:
+        """A further token, `gap_s` after the one before it."""
         self._tokens.inc()
         self._gap.observe(gap_s)
 
-    def completed(self, answer: Answer, seconds: float, met: bool | None) -> None:
-        """The last piece was made; `met` is None without a budget."""
-        self._requests.labels(self._model, str(answer.path), "OK").inc()
-        self._total_seconds.observe(seconds)
-        self._reused.inc(answer.reused_tokens)
-        if answer.quality is not None:
-            self._quality.observe(answer.quality.value)
+    def completed(
+        self, path: int, quality: float | None, reused_tokens: int, total_s: float, met: bool | None
+    ) -> None:
+        """The last token was made; `met` is None without a budget."""
+        self._ended(str(path), "OK")
+        self._total_seconds.observe(total_s)
+        self._reused.inc(reused_tokens)
+        if quality is not None:
+            self._quality.observe(quality)
         if met is not None:
             (self._met if met else self._missed).inc()
 
     def refused(self, code: str, *, had_budget: bool) -> None:
-        """A request ended with a status, before or after its first piece."""
-        self._requests.labels(self._model, "none", code).inc()
+        """A request ended with a status, before or after its first token."""
+        self._ended("none", code)
         if had_budget and code not in CALLERS_FAULT:
             self._missed.inc()

@@ -9,60 +9,54 @@ import numpy as np
 import pytest
 
 from ladderstitch.bundle import Bundle
-from ladderstitch.engine.hybrid import QUIET_S, HybridEngine
+from ladderstitch.engine.hybrid import IDLE_BEFORE_INLINE_S, InlineEngine
+from ladderstitch.engine.process import ProcessEngine
 from tests.engine.test_process import images, worker_config
 
 LONG_S = 60.0
 
 
 @pytest.fixture
-async def engine(tiny_bundle: Bundle) -> AsyncIterator[HybridEngine]:
+async def engine(tiny_bundle: Bundle) -> AsyncIterator[InlineEngine]:
     """Every batch counts as short."""
-    engine = HybridEngine(worker_config(tiny_bundle), inline_limit_s=LONG_S)
+    engine = InlineEngine(ProcessEngine(worker_config(tiny_bundle)), LONG_S)
     await engine.start()
     yield engine
     engine.close()
 
 
 async def quiet() -> None:
-    await asyncio.sleep(2 * QUIET_S)
+    await asyncio.sleep(2 * IDLE_BEFORE_INLINE_S)
 
 
-async def test_both_places_give_the_same_answer(engine: HybridEngine) -> None:
+async def test_both_places_give_the_same_answer(engine: InlineEngine) -> None:
     worker = await engine.forward([images(2)], 5)  # never ran before: the worker's
     await quiet()
-    engine.close()  # whoever answers now is not the worker
     inline = await engine.forward([images(2)], 5)
+    assert engine.inline_batches == 1
     np.testing.assert_allclose(inline.logits, worker.logits, atol=1e-6)
     assert inline.compute_s > 0
 
 
-async def test_a_busy_moment_or_company_sends_a_batch_to_the_worker(
-    engine: HybridEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    here: list[int] = []
-    run_here = engine._run_here
-    monkeypatch.setattr(engine, "_run_here", lambda *call: here.append(call[1]) or run_here(*call))
+async def test_a_busy_moment_or_company_sends_a_batch_to_the_worker(engine: InlineEngine) -> None:
     for _ in range(2):
         await quiet()
         await engine.forward([images(1)], 0)
-    assert here == [1]
+    assert engine.inline_batches == 1
     await engine.forward([images(1), images(1)], 0)  # company
     await quiet()
     await engine.forward([images(1)], 0)  # the last batch had company
-    assert here == [1]
+    assert engine.inline_batches == 1
     await quiet()
     await engine.forward([images(1)], 0)
-    assert here == [1, 1]
+    assert engine.inline_batches == 2
 
 
 async def test_a_long_batch_is_the_workers(tiny_bundle: Bundle) -> None:
-    engine = HybridEngine(worker_config(tiny_bundle), inline_limit_s=1e-9)
+    engine = InlineEngine(ProcessEngine(worker_config(tiny_bundle)), limit_s=1e-9)
     await engine.start()
     for _ in range(3):
         await quiet()
         await engine.forward([images(1)], 0)
-    pid = engine.worker_pid
     engine.close()
-    assert pid is not None
-    assert engine._local.stitch == -1  # never ran
+    assert engine.inline_batches == 0

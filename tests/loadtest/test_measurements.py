@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import generate_latest
 from typer.testing import CliRunner
 
-from ladderstitch.metrics import Metrics
+from ladderstitch.metrics import ImageMetrics, Metrics
 from ladderstitch_loadtest import memory, mixed, overhead, switching
 from ladderstitch_loadtest.cli import app
 from ladderstitch_loadtest.open_loop import poisson
@@ -77,7 +77,7 @@ def test_a_histograms_quantile_is_its_buckets_edge() -> None:
     metrics = Metrics()
     for model, times in (("a", [0.00015] * 98 + [0.0004]), ("b", [0.05])):
         for seconds in times:
-            metrics.for_model(model, {0: 0.9}).turnaround.observe(seconds)
+            ImageMetrics(metrics, model, {0: 0.9}).turnaround.observe(seconds)
     page = generate_latest(metrics.registry).decode()
     name = "ladderstitch_turnaround_seconds"
     found = [histogram_quantile(page, name, share) for share in (0.5, 0.98, 0.99, 1.0)]

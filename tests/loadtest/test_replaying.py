@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ladderstitch.errors import DataError, RequestError
-from ladderstitch.metrics import Metrics
+from ladderstitch.metrics import ImageMetrics, Metrics
 from ladderstitch.scheduling.engine import EngineDied
 from ladderstitch.scheduling.scheduler import Scheduler
 from ladderstitch.scheduling.settings import SchedulerSettings
@@ -43,7 +43,7 @@ async def record(path: Path) -> float:
             QUALITY,
             make_profile(),
             SchedulerSettings(overhead_s=0.0),
-            Metrics().for_model("m", QUALITY),
+            ImageMetrics(Metrics(), "m", QUALITY),
             clock,
             record=file,
         )

@@ -108,7 +108,7 @@ class ScriptedEngine:
         self.clock.now += seconds
         first = np.concatenate([request[:, 0, 0, 0] for request in images])
         logits = np.stack([np.full(rows, stitch, np.float32), first], axis=1)
-        return self.result(EngineResult(logits, seconds, 1e-6))
+        return self.result(EngineResult(logits, seconds))
 
 
 @pytest.fixture

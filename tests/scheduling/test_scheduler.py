@@ -26,7 +26,7 @@ from ladderstitch.errors import (
     RequestError,
     StitchNotFound,
 )
-from ladderstitch.metrics import Metrics
+from ladderstitch.metrics import ImageMetrics, Metrics
 from ladderstitch.scheduling.engine import EngineDied, EngineResult
 from ladderstitch.scheduling.policy import Decision
 from ladderstitch.scheduling.scheduler import Scheduler
@@ -52,7 +52,7 @@ class Bench:
             QUALITY,
             make_profile(),
             SchedulerSettings.model_validate({"policy": "max_quality"} | settings),
-            self.metrics.for_model("m", QUALITY),
+            ImageMetrics(self.metrics, "m", QUALITY),
             clock,
         )
 
@@ -373,7 +373,7 @@ async def test_one_bad_request_fails_alone(
     bench.engine.gate.set()
     answers = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(answers[3], InternalError)
-    assert answers[3].metadata["incident"] in caplog.text
+    assert answers[3].metadata["error_id"] in caplog.text
     others = [a.logits[0, 1] for i, a in enumerate(answers) if isinstance(a, Completion)]
     assert others == [0, 11, 12, 14]
     await bench.scheduler.close()

@@ -137,7 +137,6 @@ def test_metrics_count_what_happened(server: RunningServer, client: Client) -> N
     assert grown("budget_total", met="true") == 2  # the third has the client's 30 s deadline
     assert grown("budget_total", met="false") == 1
     assert grown("switches_total") >= 1
-    assert grown("switch_seconds_count") == grown("switches_total")
     assert grown("batch_rows_sum") == 4
     for name in ("queue_seconds", "total_seconds", "served_quality", "dispatch_slack_seconds"):
         assert grown(f"{name}_count") == 3

@@ -32,7 +32,7 @@ async def test_images(server: RunningServer) -> None:
     assert outcome.wrong == []
     assert min(outcome.kinds.values()) == 30
     assert outcome.good_answers == 57
-    assert "incident" not in server.log.read_text()
+    assert "error_id" not in server.log.read_text()
 
 
 async def test_text(tmp_path: Path) -> None:
@@ -43,4 +43,4 @@ async def test_text(tmp_path: Path) -> None:
     assert min(outcome.kinds.values()) == 20
     assert outcome.good_answers == 44
     assert stop_server(server) == 0
-    assert "incident" not in (tmp_path / "log").read_text()
+    assert "error_id" not in (tmp_path / "log").read_text()

@@ -85,7 +85,7 @@ async def test_an_unforeseen_error_is_internal_with_an_incident_and_no_trace(
         with pytest.raises(RequestFailed) as failed:
             await client.predict(pixels(), model="broken")
     assert failed.value.code == grpc.StatusCode.INTERNAL
-    assert failed.value.metadata["incident"] in caplog.text
+    assert failed.value.metadata["error_id"] in caplog.text
     assert "Traceback" in caplog.text
     assert "Traceback" not in failed.value.message
     assert "Error" not in failed.value.message

@@ -22,7 +22,6 @@ MODULES = (
     "making",
     "converting",
     "measuring",
-    "overlapping",
 )
 """In the order of the help page; each puts its commands into a Typer by `register`."""
 LIGHT = ("operating", "predicting", "gatewaying")

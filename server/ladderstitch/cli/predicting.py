@@ -16,6 +16,7 @@ from ladderstitch.cli.access import connect
 from ladderstitch.cli.console import err, out, user_errors
 from ladderstitch.client import Prediction, RequestFailed
 from ladderstitch.errors import ConfigError
+from ladderstitch.scheduling.settings import PolicyName
 from ladderstitch.v1 import inference_pb2
 
 Address = Annotated[str, typer.Option(help="host:port of the server's gRPC endpoint.")]
@@ -119,9 +120,7 @@ def _language_line(model: inference_pb2.GetModelResponse) -> str:
 
 def schedule(
     context: typer.Context,
-    policy: Annotated[
-        str | None, typer.Option(help="fixed, max_quality, max_batch, slackfit or adaptive")
-    ] = None,
+    policy: Annotated[PolicyName | None, typer.Option(help="How stitches are chosen.")] = None,
     fixed_stitch: Annotated[int | None, typer.Option(help="Stitch of the policy fixed.")] = None,
     pin: Annotated[int | None, typer.Option(help="Stitch that overrides the policy.")] = None,
     unpin: Annotated[bool, typer.Option("--unpin", help="Take the pin away.")] = False,
@@ -131,7 +130,8 @@ def schedule(
 ) -> None:
     """Show or change how a running server chooses stitches. Takes effect in milliseconds."""
     with reported(address), connect(context, address) as client:
-        if policy is None and pin is None and min_quality is None and not unpin:
+        changes = (policy, fixed_stitch, pin, min_quality)
+        if not unpin and all(change is None for change in changes):
             out.print(client.get_scheduling(model))
             return
         out.print(

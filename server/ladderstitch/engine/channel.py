@@ -19,8 +19,8 @@ from ladderstitch.core import Logits, Pixels
 COMMAND = struct.Struct("<ii")
 """rows in the input buffer, stitch id."""
 
-REPLY = struct.Struct("<Bqq")
-"""0 = logits are in the output buffer, 1 = an error's text follows; compute ns; switch ns."""
+REPLY = struct.Struct("<Bq")
+"""0 = logits are in the output buffer, 1 = an error's text follows; compute ns."""
 
 READY = b"ready"
 MAX_MESSAGE_BYTES = 65_536

@@ -78,13 +78,13 @@ class ProcessEngine:
         except OSError as error:
             raise EngineDied(f"the worker is gone: {error}") from error
         message = await self._reply
-        failed, compute_ns, switch_ns = REPLY.unpack_from(message)
+        failed, compute_ns = REPLY.unpack_from(message)
         if failed:
             raise InternalError(
                 f"the batch failed: {message[REPLY.size :].decode(errors='replace')}"
             )
         logits = self.buffers.logits[:rows].copy()
-        return EngineResult(logits, compute_ns / 1e9, switch_ns / 1e9)
+        return EngineResult(logits, compute_ns / 1e9)
 
     def close(self) -> None:
         """End the worker; nothing may be in flight."""

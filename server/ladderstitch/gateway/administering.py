@@ -8,10 +8,11 @@ from typing import Any
 
 import grpc
 
-from ladderstitch.errors import BadInput, NotReady
+from ladderstitch.errors import NotReady
 from ladderstitch.gateway.attempts import OURS
 from ladderstitch.gateway.fleet import Fleet
 from ladderstitch.service.status import Context, abort, statuses
+from ladderstitch.service.validation import announce_seconds
 from ladderstitch.v1 import admin_pb2 as pb
 
 ADMIN = "/ladderstitch.v1.AdminService/"
@@ -27,7 +28,6 @@ EVERYWHERE = frozenset(
     }
 )
 DRAIN = f"{ADMIN}Drain"
-MAX_ANNOUNCE_S = 3600
 
 
 class Administrator(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no types
@@ -55,10 +55,8 @@ class Administrator(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships 
     @statuses
     async def drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         """Take this gateway out of service; its replicas go on."""
-        announce_s = request.announce.ToMicroseconds() / 1e6
-        if not 0 <= announce_s <= MAX_ANNOUNCE_S:
-            raise BadInput("announce", f"expected 0 to {MAX_ANNOUNCE_S} seconds, got {announce_s}")
-        return pb.DrainResponse(finished=await self._drain(announce_s))
+        finished = await self._drain(announce_seconds(request.announce))
+        return pb.DrainResponse(finished=finished)
 
     async def _everywhere(self, method: str, request: bytes, context: Context) -> bytes:
         """The last replica's answer if all agreed, else the first one's status that did not."""

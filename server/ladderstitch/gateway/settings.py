@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from ladderstitch.client.access import Access
 from ladderstitch.errors import ConfigError
@@ -21,9 +20,6 @@ class GatewaySettings(ListenSettings):
 
     replicas: tuple[str, ...] = Field(
         (), description="HOST:PORT each, or dns:HOST:PORT for all addresses that a name has"
-    )
-    metrics_port: int = Field(
-        9464, ge=0, le=65_535, description="/metrics, and /sd for the replicas'; 0 takes a free one"
     )
     share_port: bool = Field(False, description="several gateways of a machine listen on one port")
     replica_tls: bool = Field(False, description="TLS with the system's authorities")
@@ -70,26 +66,3 @@ class GatewaySettings(ListenSettings):
             self.replica_tls,
             self.replica_server_name,
         )
-
-    def listening(self) -> tuple[tuple[str, str], ...]:
-        """Fields of ports, each with the address that it is bound to."""
-        return (
-            ("port", self.host),
-            ("metrics_port", self.host),
-            ("admin_port", self.admin_host),
-            ("health_port", self.host),
-        )
-
-    @classmethod
-    def load(cls, path: Path | None, **flags: Any) -> GatewaySettings:
-        """The file's fields, overridden by the flags that are not None.
-
-        Raises `ConfigError` that names the field, what was expected and what came.
-        """
-        try:
-            fields = yaml.safe_load(path.read_text()) or {} if path else {}
-            if not isinstance(fields, dict):
-                raise ConfigError(f"{path}: expected a mapping of fields")
-            return cls.model_validate(fields | {k: v for k, v in flags.items() if v is not None})
-        except (OSError, yaml.YAMLError, ValidationError) as error:
-            raise ConfigError(f"{path or 'flags'}: {error}") from error

@@ -10,8 +10,7 @@ import asyncio
 import logging
 import math
 import time
-import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
@@ -30,7 +29,7 @@ from ladderstitch.generation.measuring import measure_steps
 from ladderstitch.generation.pace import StepTimes, made_up_profile
 from ladderstitch.generation.planning import Plan, plan_step
 from ladderstitch.generation.request import GenerationRequest, Piece
-from ladderstitch.generation.roster import Batching, Roster
+from ladderstitch.generation.roster import Roster
 from ladderstitch.generation.sequence import TokenSequence
 from ladderstitch.language.group import RankGroup
 from ladderstitch.language.member import RankLost
@@ -40,6 +39,7 @@ from ladderstitch.measurements import QualityTable
 from ladderstitch.scheduling.backlog import HORIZONS_S, Backlog
 from ladderstitch.scheduling.menu import Menu
 from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.text_metrics import Occupancy, StepReport
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ SHORT_TOKENS = 32
 class Observer(Protocol):
     """Who counts what happens between the steps."""
 
-    def stepped(self, generator: Generator, plan: Plan, seconds: float, error: float) -> None:
-        """A step is done; `error` is actual over expected seconds."""
+    def stepped(self, step: StepReport, load: Occupancy) -> None:
+        """A step is done."""
 
     def preempted(self, sequences: int) -> None:
         """So many had to give their blocks to others."""
@@ -62,7 +62,7 @@ class Observer(Protocol):
 class Unobserved:
     """Nobody counts."""
 
-    def stepped(self, generator: Generator, plan: Plan, seconds: float, error: float) -> None:
+    def stepped(self, step: StepReport, load: Occupancy) -> None:
         pass
 
     def preempted(self, sequences: int) -> None:
@@ -80,15 +80,15 @@ class Generator:
         quality: QualityTable | None = None,
         path_names: Sequence[str] = (),
         max_sequences: int = 32,
-        batching: Batching = "continuous",
         observer: Observer | None = None,
+        make_roster: Callable[[BlockPool, int], Roster] = Roster,
     ) -> None:
         job = group.job
         self.group, self.tokenizer = group, tokenizer
         self.end_tokens = frozenset(end_tokens)
         self.path_names = tuple(path_names) or tuple(path.scheme for path in job.paths)
         self.pool = BlockPool(job.blocks, job.block_tokens)
-        self._roster = Roster(self.pool, max_sequences, batching)
+        self._roster = make_roster(self.pool, max_sequences)
         self.times = StepTimes(made_up_profile(len(job.paths), job.chunk_tokens), 0.0)
         self.draining = False
         self._quality, self._observer = quality, observer or Unobserved()
@@ -239,11 +239,8 @@ class Generator:
                 await self._start_again(error)
             except RequestError as error:
                 self._fail([part.sequence for part in plan.parts], error)
-            except Exception:
-                incident = uuid.uuid4().hex[:12]
-                log.exception("incident %s in a step", incident)
-                message = f"an internal error; incident {incident}"
-                self._fail_all(InternalError(message, incident=incident))
+            except Exception as error:
+                self._fail_all(InternalError.logged("a step failed", error))
 
     async def _step(self, wanted: Plan) -> None:
         plan, preempted = self._roster.make_room(wanted, self.times)
@@ -258,7 +255,11 @@ class Generator:
         count = len(plan.parts)
         error = self.times.observe(plan.path, plan.tokens, count, now - started)
         self._deliver(plan, step, outcome, now)
-        self._observer.stepped(self, plan, now - started, error)
+        view = self.times.table.view
+        self._observer.stepped(
+            StepReport(plan.path, count, now - started, error, view.slowdown, view.tail),
+            Occupancy(self.waiting, self.running, self.cache_share),
+        )
 
     def _deliver(self, plan: Plan, step: Step, outcome: Outcome, now: float) -> None:
         best, logits = iter(outcome.best.tolist()), iter(outcome.logits)

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from ladderstitch.generation.blocks import BlockPool
 from ladderstitch.generation.choosing import Load
 from ladderstitch.generation.pace import StepTimes
 from ladderstitch.generation.planning import Plan
 from ladderstitch.generation.sequence import TokenSequence
 
-Batching = Literal["continuous", "static"]
-
 
 class Roster:
     """Active sequences hold blocks, waiting ones hold none; changed between steps only, but for
     callers who leave.
 
-    `batching` is `continuous`; `static` lets nobody join until all answers of a batch are
-    complete, for comparisons. At most `max_sequences` are active at a time.
+    At most `max_sequences` are active at a time.
     """
 
-    def __init__(self, pool: BlockPool, max_sequences: int, batching: Batching) -> None:
+    def __init__(self, pool: BlockPool, max_sequences: int) -> None:
         self.pool = pool
         self.active: list[TokenSequence] = []
         self.waiting: list[TokenSequence] = []
-        self._max_sequences, self._batching = max_sequences, batching
+        self._max_sequences = max_sequences
 
     @property
     def empty(self) -> bool:
@@ -50,8 +45,6 @@ class Roster:
 
     def admit(self, times: StepTimes, now: float) -> None:
         """Let the most urgent in for whom there is room, and a block more for each who grows."""
-        if self._batching == "static" and self.active:
-            return
         self.waiting.sort(key=lambda s: s.due(times.expected(s.path, 1)))
         while self.waiting and len(self.active) < self._max_sequences:
             first = self.waiting[0]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ladderstitch.errors import BundleError
 from ladderstitch.language.checkpoint import Weights
+from ladderstitch.tensor_check import raise_for
 
 UP, DOWN = ".up", ".down"
 
@@ -44,8 +45,7 @@ def check_delta(delta: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
             problems.append(
                 f"{name}: expected factors of {shape}, got {tuple(up.shape)}, {tuple(down.shape)}"
             )
-    if problems:
-        raise BundleError(f"delta: {len(problems)} problems: {'; '.join(problems[:10])}")
+    raise_for(problems, where="delta")
 
 
 def touched_layers(delta: Mapping[str, Tensor]) -> list[int]:

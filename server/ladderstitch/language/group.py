@@ -13,7 +13,7 @@ import numpy as np
 from ladderstitch.errors import EngineRestarting, InternalError
 from ladderstitch.language.job import Assignment, Joining, ModelJob
 from ladderstitch.language.launching import Launcher, launch_process
-from ladderstitch.language.linking import GroupOptions, Region, arrange_link, mendable
+from ladderstitch.language.linking import ArrangeLink, GroupOptions, Region, arrange_link, mendable
 from ladderstitch.language.member import Member, RankFailed, RankLost
 from ladderstitch.language.messages import Kind, Message
 from ladderstitch.language.recruiting import NoRank, Recruiter
@@ -56,6 +56,7 @@ class RankGroup:
         self._mending: asyncio.Task[None] | None = None
         self._closing = False
         self._turn = asyncio.Lock()
+        self._arrange: ArrangeLink = arrange_link
 
     @property
     def whole(self) -> bool:
@@ -127,10 +128,10 @@ class RankGroup:
     async def _ask_all(members: list[Member], message: Message) -> list[Message | BaseException]:
         return await asyncio.gather(*(m.ask(message) for m in members), return_exceptions=True)
 
-    async def change_link(self, options: GroupOptions) -> None:
+    async def change_link(self, options: GroupOptions, arrange: ArrangeLink = arrange_link) -> None:
         """Reach each other in another way from now on; the caches are kept. Raises `RankLost`."""
         async with self._turn:
-            self.options = options
+            self.options, self._arrange = options, arrange
             await self._join()
 
     async def close(self) -> None:
@@ -209,7 +210,7 @@ class RankGroup:
 
     async def _join(self) -> None:
         members = self._present()
-        spec, self._region = arrange_link(self.job, self.options, [m.listens for m in members])
+        spec, self._region = self._arrange(self.job, self.options, [m.listens for m in members])
         joining = Message(Kind.JOIN, Joining(link=spec).model_dump(mode="json"))
         try:
             _good(await self._ask_all(members, joining))
@@ -252,7 +253,7 @@ def _passed(replies: list[Message | BaseException]) -> list[Message]:
             raise reply
     for reply in replies:
         if isinstance(reply, RankFailed):
-            if "LinkBroken" in str(reply):
+            if reply.peer_lost:
                 raise RankLost(str(reply))
             raise InternalError(f"the forward pass failed: {reply}")
     return _good(replies)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
@@ -48,6 +49,16 @@ class FusedLink(Link, Protocol):
         self, ticket: Ticket, residual: Tensor, gain: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """r = residual + the sum, and rms_norm(r) * gain; both [N, D]. Raises `LinkBroken`."""
+
+
+def sum_in_rank_order(parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum of every rank's partial, in float32 and in rank order, in the dtype of the
+    first: the same bits on all ranks."""
+    first, *others = parts
+    total = first.float()
+    for other in others:
+        total = total + other
+    return total.to(first.dtype)
 
 
 class SingleRank:

@@ -47,8 +47,6 @@ class GroupOptions:
     """HOST:PORT at which ranks of other machines connect; unset: a socket file of this one."""
     secret: str = ""
     """What ranks that others start must know; unset: a random one."""
-    route: Callable[[Sequence[Address]], Sequence[Address]] = tuple
-    """Where the TCP link reaches ranks that listen at these addresses."""
 
 
 def link_kind(job: ModelJob, options: GroupOptions) -> LinkKind:
@@ -64,6 +62,12 @@ def mendable(job: ModelJob, options: GroupOptions) -> bool:
     return kind != "nccl" and not (kind == "symmetric" and job.device != "cpu")
 
 
+ArrangeLink = Callable[
+    ["ModelJob", "GroupOptions", Sequence[Address]], tuple[LinkSpec, Region | None]
+]
+"""Makes the link of a group anew, as `arrange_link` does."""
+
+
 def arrange_link(
     job: ModelJob, options: GroupOptions, listening: Sequence[Address]
 ) -> tuple[LinkSpec, Region | None]:
@@ -72,8 +76,7 @@ def arrange_link(
         return SingleSpec(), None
     kind = link_kind(job, options)
     if kind == "tcp":
-        addresses = tuple(options.route(listening))
-        return TcpSpec(addresses=addresses, secret=secrets.token_hex(16)), None
+        return TcpSpec(addresses=tuple(listening), secret=secrets.token_hex(16)), None
     if kind == "nccl":
         return NcclSpec(store=listening[0]), None
     if kind == "symmetric":

@@ -17,7 +17,14 @@ class RankLost(LadderstitchError):
 
 
 class RankFailed(LadderstitchError):
-    """A rank could not do what it was asked for, and says why."""
+    """A rank could not do what it was asked for, and says why.
+
+    `peer_lost` says that it did not hear from another rank of its group.
+    """
+
+    def __init__(self, message: str, *, peer_lost: bool = False) -> None:
+        super().__init__(message)
+        self.peer_lost = peer_lost
 
 
 class Member:
@@ -61,7 +68,7 @@ class Member:
         finally:
             self._reply = None
         if reply.kind == Kind.FAILED:
-            raise RankFailed(reply.header["error"])
+            raise RankFailed(reply.header["error"], peer_lost=reply.header.get("peer_lost", False))
         return reply
 
     async def close(self) -> None:

@@ -33,7 +33,7 @@ from ladderstitch.language.job import (
     SymmetricSpec,
     TcpSpec,
 )
-from ladderstitch.language.link import Link, SingleRank
+from ladderstitch.language.link import Link, LinkBroken, SingleRank
 from ladderstitch.language.messages import Kind, Message
 from ladderstitch.language.residual import LayerPlan, plan_layers
 from ladderstitch.language.sharding import Shard
@@ -186,7 +186,11 @@ def serve(group: socket.socket, listener: socket.socket) -> None:
                 reply = rank.forward(message)
         except Exception as error:
             log.warning("rank failed: %s: %s", type(error).__name__, error)
-            reply = Message(Kind.FAILED, {"error": f"{type(error).__name__}: {error}"[:4096]})
+            failure = {
+                "error": f"{type(error).__name__}: {error}"[:4096],
+                "peer_lost": isinstance(error, LinkBroken),
+            }
+            reply = Message(Kind.FAILED, failure)
         try:
             messages.send(group, reply)
         except OSError:

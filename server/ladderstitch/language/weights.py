@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ladderstitch.errors import BundleError
 from ladderstitch.language.checkpoint import Weights
 from ladderstitch.language.config import LlamaConfig
 from ladderstitch.language.sharding import Shard
 from ladderstitch.models.linear import pack
+from ladderstitch.tensor_check import check_tensors
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -88,16 +88,7 @@ def check_weights(weights: Weights, config: LlamaConfig, *, shared_norm: bool = 
     found -= {name for name in found if name.endswith("rotary_emb.inv_freq")}
     if config.tied_head:
         found.discard(HEAD)
-    problems = [f"missing {name}" for name in expected.keys() - found]
-    problems += [f"unknown {name}" for name in found - expected.keys()]
-    problems += [
-        f"{name}: expected {expected[name]}, got {weights.shape(name)}"
-        for name in expected.keys() & found
-        if weights.shape(name) != expected[name]
-    ]
-    if problems:
-        listed = "; ".join(sorted(problems)[:20])
-        raise BundleError(f"weights: {len(problems)} wrong tensors: {listed}")
+    check_tensors(expected, {name: weights.shape(name) for name in found}, where="weights")
 
 
 def load_rank(

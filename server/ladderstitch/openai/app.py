@@ -15,10 +15,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ladderstitch.answering import Account, answer
-from ladderstitch.errors import BadInput, RequestError
+from ladderstitch.errors import BadInput, InternalError, RequestError
 from ladderstitch.generation.request import GenerationRequest, Piece
 from ladderstitch.hosting import Host, HostedGenerator
-from ladderstitch.openai.failures import KINDS, body_of, our_fault, response_to
+from ladderstitch.openai.failures import KINDS, body_of, response_to
 from ladderstitch.openai.requests import ChatRequest, CompletionRequest, accept
 from ladderstitch.openai.responses import DONE, Body, Form, event
 from ladderstitch.security.tokens import tenant_of
@@ -54,7 +54,7 @@ def build(host: Host, guard: Guard | None, max_body_bytes: int) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> JSONResponse:
-        return response_to(our_fault(error))
+        return response_to(InternalError.logged("over HTTP", error))
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -169,7 +169,7 @@ async def _events(
         except RequestError as error:
             yield event(body_of(error))
         except Exception as error:
-            yield event(body_of(our_fault(error)))
+            yield event(body_of(InternalError.logged("over HTTP", error)))
 
 
 async def _unless_gone(work: Coroutine[Any, Any, T], request: Request) -> T | None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import uuid
 from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from ladderstitch.errors import BadInput, InternalError, Overloaded, RequestError, Unauthenticated
-
-log = logging.getLogger(__name__)
+from ladderstitch.errors import BadInput, Overloaded, RequestError, Unauthenticated
 
 STATUS = {
     "INVALID_ARGUMENT": 400,
@@ -59,10 +55,3 @@ def response_to(error: RequestError) -> JSONResponse:
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
         headers["retry-after-ms"] = str(max(1, round(1e3 * error.retry_after_s)))
     return JSONResponse(body_of(error), STATUS[error.code], headers)
-
-
-def our_fault(error: Exception) -> InternalError:
-    """An incident whose traceback is in the log."""
-    incident = uuid.uuid4().hex[:12]
-    log.error("incident %s over HTTP", incident, exc_info=error)
-    return InternalError(f"an internal error; incident {incident}", incident=incident)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import uuid
 from collections import deque
 from collections.abc import Callable
 
 from ladderstitch.errors import EngineRestarting, InternalError, RequestError
-from ladderstitch.metrics import ModelMetrics
+from ladderstitch.metrics import ImageMetrics
 from ladderstitch.scheduling.engine import Engine, EngineDied, EngineResult
 from ladderstitch.scheduling.ledger import Ledger, Settled, Waiting
 from ladderstitch.scheduling.planner import Planner
 from ladderstitch.scheduling.policy import Decision
-
-log = logging.getLogger(__name__)
 
 
 class Batches:
@@ -27,7 +23,7 @@ class Batches:
         engine: Engine,
         planner: Planner,
         ledger: Ledger,
-        metrics: ModelMetrics,
+        metrics: ImageMetrics,
         clock: Callable[[], float],
     ) -> None:
         self.running: list[Waiting] = []
@@ -37,7 +33,6 @@ class Batches:
         self._engine, self._planner, self._ledger = engine, planner, ledger
         self._metrics, self._clock = metrics, clock
         self._free_since = 0.0
-        self._last_stitch: int | None = None
 
     async def run(self, decision: Decision, now: float) -> None:
         """Returns when every request of it has an answer, an error or another try ahead."""
@@ -60,7 +55,7 @@ class Batches:
             self._metrics.restarts.inc()
             self._retry(batch, EngineRestarting(f"the engine was lost twice: {error}"))
         except Exception as error:
-            self._retry_alone(batch, incident(f"a batch of {len(batch)} failed", error))
+            self._retry_alone(batch, InternalError.logged(f"a batch of {len(batch)} failed", error))
         finally:
             self.running = []
             self._planner.free()
@@ -86,12 +81,8 @@ class Batches:
         latency = self._planner.latency
         tail = latency.view.tail
         error = self._planner.finished(stitch, rows, result.compute_s, total_s)
-        self._metrics.computed(rows, result.compute_s, error, tail)
-        self._metrics.corrected(latency.view.slowdown, latency.view.tail)
+        self._metrics.computed(stitch, rows, result.compute_s, error, latency.view.slowdown, tail)
         self._ledger.statistics.computed(rows, result.compute_s)
-        if stitch != self._last_stitch:
-            self._metrics.switched(result.switch_s)
-            self._last_stitch = stitch
 
     def _retry(self, batch: list[Waiting], final: RequestError) -> None:
         """Put the requests of a lost batch back; those lost before get the final error."""
@@ -110,10 +101,3 @@ class Batches:
             elif waiting in self._ledger:
                 waiting.failed = True
                 self.alone.append(waiting)
-
-
-def incident(what: str, error: Exception) -> InternalError:
-    """Log the traceback under a number that the caller is told instead."""
-    number = uuid.uuid4().hex[:12]
-    log.error("incident %s: %s", number, what, exc_info=error)
-    return InternalError(f"the model failed; incident {number}", incident=number)

@@ -15,11 +15,10 @@ class EngineDied(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EngineResult:
-    """Logits of all rows in order, and seconds of compute and, of those, of switching stitch."""
+    """Logits of all rows in order, and seconds of compute."""
 
     logits: Logits
     compute_s: float
-    switch_s: float
 
 
 class Engine(Protocol):

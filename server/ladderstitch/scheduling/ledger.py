@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ladderstitch.core import Completion, Request
 from ladderstitch.errors import ExpiredInCompute, ExpiredInQueue, RequestError
-from ladderstitch.metrics import ModelMetrics
+from ladderstitch.metrics import ImageMetrics
 from ladderstitch.scheduling.engine import EngineResult
 from ladderstitch.scheduling.statistics import Statistics
 
@@ -38,7 +38,7 @@ class Settled:
 class Ledger:
     """Ending a request that has already ended is allowed and changes nothing."""
 
-    def __init__(self, metrics: ModelMetrics, clock: Callable[[], float]) -> None:
+    def __init__(self, metrics: ImageMetrics, clock: Callable[[], float]) -> None:
         self.metrics = metrics
         self.clock = clock
         self.statistics = Statistics()

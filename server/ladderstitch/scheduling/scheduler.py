@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import TextIO
 
 from ladderstitch.core import Completion, Request
-from ladderstitch.errors import Draining, RequestError
+from ladderstitch.errors import Draining, InternalError, RequestError
 from ladderstitch.measurements import LatencyProfile
-from ladderstitch.metrics import ModelMetrics
+from ladderstitch.metrics import ImageMetrics
 from ladderstitch.scheduling import admission
 from ladderstitch.scheduling.backlog import Backlog
-from ladderstitch.scheduling.batches import Batches, incident
+from ladderstitch.scheduling.batches import Batches
 from ladderstitch.scheduling.engine import Engine
 from ladderstitch.scheduling.latency import LatencyTable
 from ladderstitch.scheduling.ledger import Ledger
@@ -43,7 +43,7 @@ class Scheduler:
         quality: Mapping[int, float],
         profile: LatencyProfile,
         settings: SchedulerSettings,
-        metrics: ModelMetrics,
+        metrics: ImageMetrics,
         clock: Callable[[], float] = time.monotonic,
         record: TextIO | None = None,
     ) -> None:
@@ -197,7 +197,7 @@ class Scheduler:
             # Whatever is wrong with the policy, the head ends here and the others get their turn.
             head = queue.view[0]
             self.planner.withdraw(head)
-            self._ledger.fail(self._ledger[head], incident("the policy failed", error))
+            self._ledger.fail(self._ledger[head], InternalError.logged("the policy failed", error))
             return None
         if isinstance(choice, Hold):
             return choice

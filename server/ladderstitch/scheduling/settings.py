@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PolicyName = Literal["fixed", "max_quality", "max_batch", "slackfit", "model_switching", "adaptive"]
+POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 
 class SchedulerSettings(BaseModel):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ladderstitch.errors import ConfigError
 
 MAX_IMAGE_PIXELS = 50_000_000
 
@@ -17,6 +21,9 @@ class ListenSettings(BaseModel):
 
     host: str = Field("127.0.0.1", description="address to bind; loopback unless asked otherwise")
     port: int = Field(8001, ge=0, le=65_535, description="gRPC; 0 takes a free one")
+    metrics_port: int = Field(
+        9464, ge=0, le=65_535, description="HTTP port of /metrics; 0 takes a free one"
+    )
     admin_port: int | None = Field(
         None, ge=0, le=65_535, description="admin rpcs here and nowhere else; unset: on `port`"
     )
@@ -63,6 +70,29 @@ class ListenSettings(BaseModel):
                     "tls_key and token_file along with it, or insecure_public to do without"
                 )
         return self
+
+    def listening(self) -> tuple[tuple[str, str], ...]:
+        """Fields of ports, each with the address that it is bound to."""
+        return (
+            ("port", self.host),
+            ("metrics_port", self.host),
+            ("admin_port", self.admin_host),
+            ("health_port", self.host),
+        )
+
+    @classmethod
+    def load(cls, path: Path | None, **flags: Any) -> Self:
+        """The file's fields, overridden by the flags that are not None.
+
+        Raises `ConfigError` that names the field, what was expected and what came.
+        """
+        try:
+            fields = yaml.safe_load(path.read_text()) or {} if path else {}
+            if not isinstance(fields, dict):
+                raise ConfigError(f"{path}: expected a mapping of fields")
+            return cls.model_validate(fields | {k: v for k, v in flags.items() if v is not None})
+        except (OSError, yaml.YAMLError, ValidationError) as error:
+            raise ConfigError(f"{path or 'flags'}: {error}") from error
 
 
 class AccessSettings(ListenSettings):

@@ -7,20 +7,13 @@ from typing import Any
 from ladderstitch.errors import BadInput
 from ladderstitch.hosting import Control, Host
 from ladderstitch.scheduling.live import LiveSettings
-from ladderstitch.service.inference import checked_quality
+from ladderstitch.scheduling.settings import POLICY_NAMES
 from ladderstitch.service.status import Context, statuses
+from ladderstitch.service.validation import announce_seconds, checked_quality
 from ladderstitch.v1 import admin_pb2 as pb
 from ladderstitch.v1 import admin_pb2_grpc
 
-POLICIES = {
-    pb.POLICY_NAME_FIXED: "fixed",
-    pb.POLICY_NAME_MAX_QUALITY: "max_quality",
-    pb.POLICY_NAME_MAX_BATCH: "max_batch",
-    pb.POLICY_NAME_SLACKFIT: "slackfit",
-    pb.POLICY_NAME_ADAPTIVE: "adaptive",
-    pb.POLICY_NAME_MODEL_SWITCHING: "model_switching",
-}
-MAX_ANNOUNCE_S = 3600
+POLICIES = {pb.PolicyName.Value(f"POLICY_NAME_{name.upper()}"): name for name in POLICY_NAMES}
 NUMBERS = {name: number for number, name in POLICIES.items()}
 
 
@@ -54,10 +47,8 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
 
     @statuses
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
-        announce_s = request.announce.ToMicroseconds() / 1e6
-        if not 0 <= announce_s <= MAX_ANNOUNCE_S:
-            raise BadInput("announce", f"expected 0 to {MAX_ANNOUNCE_S} seconds, got {announce_s}")
-        return pb.DrainResponse(finished=await self.control.drain(announce_s))
+        finished = await self.control.drain(announce_seconds(request.announce))
+        return pb.DrainResponse(finished=finished)
 
     @statuses
     async def LoadModel(

@@ -14,8 +14,6 @@ from ladderstitch.service.status import Context
 
 MAX_BUDGET_US = 3_600_000_000
 """An hour: whoever means more may as well name no budget."""
-MAX_ID_CHARACTERS = 128
-"""Longest id that a caller may give a request."""
 
 METADATA_KEY = "x-latency-budget-ms"
 HELD_KEY = "x-ladderstitch-held-us"

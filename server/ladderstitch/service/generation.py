@@ -14,6 +14,7 @@ from ladderstitch.measurements import QualityTable
 from ladderstitch.security.tokens import tenant_of
 from ladderstitch.service import budget
 from ladderstitch.service.status import Context, statuses
+from ladderstitch.service.validation import checked_id, checked_quality
 from ladderstitch.v1 import generation_pb2 as pb
 from ladderstitch.v1 import generation_pb2_grpc, inference_pb2
 
@@ -59,12 +60,9 @@ def accept(
     metadata: budget.Metadata,
 ) -> GenerationRequest:
     """The request as the generator takes it; raises `BadInput` naming the field that is wrong."""
-    if len(request.request_id) > budget.MAX_ID_CHARACTERS:
-        raise BadInput("request_id", f"expected at most {budget.MAX_ID_CHARACTERS} characters")
+    checked_id("request_id", request.request_id)
     if len(request.stop) > MAX_STOPS:
         raise BadInput("stop", f"expected at most {MAX_STOPS} texts, got {len(request.stop)}")
-    if not 0 <= request.min_quality <= 1:
-        raise BadInput("min_quality", f"expected 0 to 1, got {request.min_quality}")
     wanted, limit = _budgets(request, arrival, remaining_s, metadata)
     tokens = _prompt(request, model)
     left = model.generator.max_tokens - len(tokens)
@@ -83,7 +81,7 @@ def accept(
         stop=tuple(request.stop),
         limit=limit,
         budget=wanted,
-        min_quality=request.min_quality,
+        min_quality=checked_quality(request.min_quality),
         stitch=request.stitch_id if request.HasField("stitch_id") else None,
         logprobs=request.logprobs if request.HasField("logprobs") else None,
         tenant=tenant_of(metadata),

@@ -12,6 +12,7 @@ from ladderstitch.measurements import Quality
 from ladderstitch.service import budget
 from ladderstitch.service.generation import describe_language_model
 from ladderstitch.service.status import Context, statuses
+from ladderstitch.service.validation import checked_id, checked_priority, checked_quality
 from ladderstitch.v1 import inference_pb2 as pb
 from ladderstitch.v1 import inference_pb2_grpc
 
@@ -124,23 +125,19 @@ async def _accept(
     request: pb.InferRequest, model: HostedModel, arrival: float, deadlines: list[budget.Deadline]
 ) -> Request:
     """The request as the scheduler takes it; raises `BadInput` naming the field that is wrong."""
-    if len(request.request_id) > budget.MAX_ID_CHARACTERS:
-        raise BadInput("request_id", f"expected at most {budget.MAX_ID_CHARACTERS} characters")
     if request.HasField("latency_budget_us"):
         seconds = budget.microseconds("latency_budget_us", request.latency_budget_us)
         deadlines.append(budget.Deadline(seconds, "latency_budget_us", request.hard_deadline))
     elif request.hard_deadline:
         raise BadInput("hard_deadline", "expected latency_budget_us to be set along with it")
-    if request.priority > 255:
-        raise BadInput("priority", f"expected 0 to 255, got {request.priority}")
     return Request(
-        id=request.request_id,
+        id=checked_id("request_id", request.request_id),
         images=await _images(request, model),
         arrival=arrival,
         budget=budget.resolve(arrival, deadlines),
         min_quality=checked_quality(request.min_quality),
         stitch=request.stitch_id if request.HasField("stitch_id") else None,
-        priority=request.priority,
+        priority=checked_priority(request.priority),
     )
 
 
@@ -153,13 +150,6 @@ async def _images(request: pb.InferRequest, model: HostedModel) -> Pixels:
         case "encoded_image":
             return await model.reader.encoded("encoded_image", request.encoded_image)
     raise BadInput("input", "expected tensor or encoded_image to be set")
-
-
-def checked_quality(value: float) -> float:
-    """A quality floor; raises `BadInput` outside [0, 1]."""
-    if not 0 <= value <= 1:  # NaN fails too
-        raise BadInput("min_quality", f"expected 0 to 1, got {value}")
-    return value
 
 
 def predictions(logits: Logits, labels: tuple[str, ...]) -> list[pb.Prediction]:

@@ -14,12 +14,12 @@ import grpc
 
 from ladderstitch.service.handlers import behaviour_of, with_behaviour
 from ladderstitch.service.status import Context
+from ladderstitch.service.validation import MAX_ID_CHARACTERS
 
 WATCHED = frozenset({"Infer", "ModelInfer", "Generate"})
 OIP_PREFIX = "ladderstitch_"
 REQUEST_ID = "x-request-id"
 """Answered as metadata: the caller's own id, or one that was made up for the log."""
-MAX_ID_CHARACTERS = 128
 
 Fact = str | int | float | bool
 

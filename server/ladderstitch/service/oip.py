@@ -25,6 +25,7 @@ from ladderstitch.service.oip_parameters import Wishes, read_parameters
 from ladderstitch.service.oip_streams import answer_stream
 from ladderstitch.service.oip_tensors import read_images, softmax
 from ladderstitch.service.status import Context, statuses
+from ladderstitch.service.validation import checked_id
 
 OUTPUTS = ("logits", "probabilities", "labels")
 
@@ -230,10 +231,8 @@ def _wanted_outputs(request: pb.ModelInferRequest) -> tuple[str, ...]:
 def _accept(
     request: pb.ModelInferRequest, wishes: Wishes, images: Pixels, arrival: float
 ) -> Request:
-    if len(request.id) > budget.MAX_ID_CHARACTERS:
-        raise BadInput("id", f"expected at most {budget.MAX_ID_CHARACTERS} characters")
     return Request(
-        id=request.id,
+        id=checked_id("id", request.id),
         images=images,
         arrival=arrival,
         budget=budget.resolve(arrival, wishes.deadlines),

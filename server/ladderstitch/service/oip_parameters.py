@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ladderstitch.errors import BadInput
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.service import budget
-from ladderstitch.service.inference import checked_quality
+from ladderstitch.service.validation import checked_priority, checked_quality
 
 
 @dataclass(slots=True)
@@ -38,9 +38,7 @@ def read_parameters(
             case "stitch_id":
                 wishes.stitch = integer(request, name)
             case "priority":
-                wishes.priority = integer(request, name)
-                if not 0 <= wishes.priority <= 255:
-                    raise BadInput(name, f"expected 0 to 255, got {wishes.priority}")
+                wishes.priority = checked_priority(integer(request, name))
             case "min_quality":
                 wishes.min_quality = checked_quality(number(request, name))
             case "hard_deadline":

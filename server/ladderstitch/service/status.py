@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
@@ -15,12 +13,10 @@ from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
+from ladderstitch.client.failure import DETAILS_KEY
 from ladderstitch.errors import BadInput, InternalError, Overloaded, RequestError
 
-log = logging.getLogger(__name__)
-
 DOMAIN = "ladderstitch"
-DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 Service = TypeVar("Service")
@@ -31,7 +27,7 @@ Handler = Callable[[Service, Any, Context], Awaitable[Reply]]
 
 def statuses(handler: Handler[Service, Reply]) -> Handler[Service, Reply]:
     """Wrap an rpc method: a `RequestError` ends the call with its status and details, anything
-    else with INTERNAL and an incident id whose traceback is in the log."""
+    else with INTERNAL and an error id whose traceback is in the log."""
 
     @functools.wraps(handler)
     async def call(service: Service, request: Any, context: Context) -> Reply:
@@ -42,10 +38,7 @@ def statuses(handler: Handler[Service, Reply]) -> Handler[Service, Reply]:
         except Exception as error:
             if isinstance(error, grpc.aio.AbortError):
                 raise
-            incident = uuid.uuid4().hex[:12]
-            log.exception("incident %s in %s", incident, handler.__qualname__)
-            internal = InternalError(f"an internal error; incident {incident}", incident=incident)
-            await abort(context, internal)
+            await abort(context, InternalError.logged(handler.__qualname__, error))
 
     return call
 

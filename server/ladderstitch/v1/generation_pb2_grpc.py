@@ -60,7 +60,7 @@ class GenerationServiceServicer:
         RESOURCE_EXHAUSTED OVERLOADED: too many wait, or a hard limit would pass meanwhile; retry later.
         DEADLINE_EXCEEDED EXPIRED_IN_QUEUE, EXPIRED_IN_COMPUTE: a hard limit passed, maybe between pieces.
         UNAVAILABLE NOT_READY, DRAINING, ENGINE_RESTARTING: try another replica, or again.
-        INTERNAL: our fault, with an incident id that the server's log explains.
+        INTERNAL: a fault of the server; its log explains the error id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -47,7 +47,7 @@ class GenerationServiceStub:
     RESOURCE_EXHAUSTED OVERLOADED: too many wait, or a hard limit would pass meanwhile; retry later.
     DEADLINE_EXCEEDED EXPIRED_IN_QUEUE, EXPIRED_IN_COMPUTE: a hard limit passed, maybe between pieces.
     UNAVAILABLE NOT_READY, DRAINING, ENGINE_RESTARTING: try another replica, or again.
-    INTERNAL: our fault, with an incident id that the server's log explains.
+    INTERNAL: a fault of the server; its log explains the error id.
     """
 
 @_typing.type_check_only
@@ -69,7 +69,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     RESOURCE_EXHAUSTED OVERLOADED: too many wait, or a hard limit would pass meanwhile; retry later.
     DEADLINE_EXCEEDED EXPIRED_IN_QUEUE, EXPIRED_IN_COMPUTE: a hard limit passed, maybe between pieces.
     UNAVAILABLE NOT_READY, DRAINING, ENGINE_RESTARTING: try another replica, or again.
-    INTERNAL: our fault, with an incident id that the server's log explains.
+    INTERNAL: a fault of the server; its log explains the error id.
     """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -94,7 +94,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         RESOURCE_EXHAUSTED OVERLOADED: too many wait, or a hard limit would pass meanwhile; retry later.
         DEADLINE_EXCEEDED EXPIRED_IN_QUEUE, EXPIRED_IN_COMPUTE: a hard limit passed, maybe between pieces.
         UNAVAILABLE NOT_READY, DRAINING, ENGINE_RESTARTING: try another replica, or again.
-        INTERNAL: our fault, with an incident id that the server's log explains.
+        INTERNAL: a fault of the server; its log explains the error id.
         """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -73,7 +73,7 @@ class InferenceServiceServicer:
         RESOURCE_EXHAUSTED OVERLOADED with RetryInfo: not now, under the present load.
         DEADLINE_EXCEEDED EXPIRED_IN_QUEUE, EXPIRED_IN_COMPUTE: accepted, then too late.
         UNAVAILABLE NOT_READY, DRAINING, ENGINE_RESTARTING: try another replica, or again.
-        INTERNAL: our fault, with an incident id that the server's log explains.
+        INTERNAL: a fault of the server; its log explains the error id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,7 +45,7 @@ class InferenceServiceStub:
     RESOURCE_EXHAUSTED OVERLOADED with RetryInfo: not now, under the present load.
     DEADLINE_EXCEEDED EXPIRED_IN_QUEUE, EXPIRED_IN_COMPUTE: accepted, then too late.
     UNAVAILABLE NOT_READY, DRAINING, ENGINE_RESTARTING: try another replica, or again.
-    INTERNAL: our fault, with an incident id that the server's log explains.
+    INTERNAL: a fault of the server; its log explains the error id.
     """
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     """Lists the models of this server; never fails."""
@@ -79,7 +79,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     RESOURCE_EXHAUSTED OVERLOADED with RetryInfo: not now, under the present load.
     DEADLINE_EXCEEDED EXPIRED_IN_QUEUE, EXPIRED_IN_COMPUTE: accepted, then too late.
     UNAVAILABLE NOT_READY, DRAINING, ENGINE_RESTARTING: try another replica, or again.
-    INTERNAL: our fault, with an incident id that the server's log explains.
+    INTERNAL: a fault of the server; its log explains the error id.
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the models of this server; never fails."""
@@ -116,7 +116,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         RESOURCE_EXHAUSTED OVERLOADED with RetryInfo: not now, under the present load.
         DEADLINE_EXCEEDED EXPIRED_IN_QUEUE, EXPIRED_IN_COMPUTE: accepted, then too late.
         UNAVAILABLE NOT_READY, DRAINING, ENGINE_RESTARTING: try another replica, or again.
-        INTERNAL: our fault, with an incident id that the server's log explains.
+        INTERNAL: a fault of the server; its log explains the error id.
         """
 
     @_abc_1.abstractmethod

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.language.link import LinkBroken, Ticket
+from ladderstitch.language.link import LinkBroken, Ticket, sum_in_rank_order
 
 FOLDER = Path("/dev/shm")
 SLOTS = 4
@@ -112,11 +112,7 @@ class SharedMemoryLink:
         for peer in range(self.ranks):
             if peer != self.rank:
                 self._await(self._line(peer, slot), number)
-        first, *others = views
-        total = first.float()
-        for other in others:
-            total = total + other
-        return total.to(first.dtype)
+        return sum_in_rank_order(views)
 
     def close(self) -> None:
         self._words[0] = 1

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ladderstitch.language.link import LinkBroken, Ticket
+from ladderstitch.language.link import LinkBroken, Ticket, sum_in_rank_order
 
 HEADER = struct.Struct("<qq")
 """Number of the reduction, bytes that follow."""
@@ -126,11 +126,7 @@ class TcpLink:
         while missing or any(peer.outgoing for peer in self._peers.values()):
             self._move(patience)
             missing = {rank for rank in missing if number not in self._peers[rank].arrived}
-        parts = [self._part(rank, number, partial) for rank in range(self.ranks)]
-        total = parts[0].float()
-        for part in parts[1:]:
-            total = total + part
-        return total.to(partial.dtype)
+        return sum_in_rank_order([self._part(rank, number, partial) for rank in range(self.ranks)])
 
     def close(self) -> None:
         for peer in self._peers.values():

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from ladderstitch.language.link import Link, LinkBroken, Ticket
+from ladderstitch.language.link import Link, LinkBroken, Ticket, sum_in_rank_order
 
 WAIT_S = 60.0
 
@@ -64,11 +64,7 @@ class ThreadLink:
         return self._posted
 
     def wait(self, ticket: Ticket) -> Tensor:
-        first, *others = self._meeting.collect(ticket)
-        total = first.float()
-        for other in others:
-            total = total + other.float()
-        return total.to(first.dtype)
+        return sum_in_rank_order(self._meeting.collect(ticket))
 
     def close(self) -> None:
         self._meeting.give_up()

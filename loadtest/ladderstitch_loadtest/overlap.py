@@ -16,10 +16,16 @@ import numpy as np
 
 from ladderstitch.language.config import LlamaConfig
 from ladderstitch.language.group import RankGroup
-from ladderstitch.language.job import ModelJob
-from ladderstitch.language.linking import GroupOptions
-from ladderstitch.language.relay import Relay
+from ladderstitch.language.job import LinkSpec, ModelJob
+from ladderstitch.language.linking import (
+    Address,
+    ArrangeLink,
+    GroupOptions,
+    Region,
+    arrange_link,
+)
 from ladderstitch.language.residual import Residual, Scheme
+from ladderstitch_loadtest.delay_proxy import DelayProxy
 
 SCHEMES: tuple[Scheme, ...] = ("standard", "ladder", "parallel", "no_communication")
 Advance = Callable[[int, int], None]
@@ -104,22 +110,28 @@ async def measure(plan: Plan, advance: Advance) -> list[Row]:
     try:
         await group.start()
         for number, latency_s in enumerate(plan.latencies_s):
-            relay = Relay(latency_s) if plan.tcp and latency_s else None
-            await group.change_link(
-                replace(
-                    group.options,
-                    latency_s=0.0 if plan.tcp else latency_s,
-                    route=relay.route if relay else tuple,
-                )
-            )
+            proxy = DelayProxy(latency_s) if plan.tcp and latency_s else None
+            options = replace(group.options, latency_s=0.0 if plan.tcp else latency_s)
+            await group.change_link(options, _through(proxy) if proxy else arrange_link)
             done = number * plan.rounds * len(SCHEMES)
             rounds = await _rounds(group, plan, lambda n, done=done: advance(done + n, total))  # type: ignore[misc] # mypy cannot infer defaults
-            rows.append(_row(plan, latency_s, relay, rounds))
-            if relay:
-                relay.close()
+            rows.append(_row(plan, latency_s, proxy, rounds))
+            if proxy:
+                proxy.close()
     finally:
         await group.close()
     return rows
+
+
+def _through(proxy: DelayProxy) -> ArrangeLink:
+    """Make links whose connections go through the proxy."""
+
+    def arrange(
+        job: ModelJob, options: GroupOptions, listening: Sequence[Address]
+    ) -> tuple[LinkSpec, Region | None]:
+        return arrange_link(job, options, proxy.route(listening))
+
+    return arrange
 
 
 async def _rounds(
@@ -151,7 +163,7 @@ async def _steps(group: RankGroup, plan: Plan, path: int) -> float:
 
 
 def _row(
-    plan: Plan, latency_s: float, relay: Relay | None, rounds: Sequence[dict[str, float]]
+    plan: Plan, latency_s: float, proxy: DelayProxy | None, rounds: Sequence[dict[str, float]]
 ) -> Row:
     step = {scheme: median(r[scheme] for r in rounds) for scheme in SCHEMES}
     exposed = [r["standard"] - r["no_communication"] for r in rounds]
@@ -163,7 +175,7 @@ def _row(
     return Row(
         link="tcp" if plan.tcp else "shared memory, emulated latency",
         latency_ms=1e3 * latency_s,
-        transport_ms=round(1e3 * relay.held_s, 3) if relay else None,
+        transport_ms=round(1e3 * proxy.held_s, 3) if proxy else None,
         step_ms={scheme: round(1e3 * s, 3) for scheme, s in step.items()},
         tokens_per_s={scheme: round(plan.batch / s, 1) for scheme, s in step.items()},
         ladder_over_standard=round(median(r["standard"] / r["ladder"] for r in rounds), 3),

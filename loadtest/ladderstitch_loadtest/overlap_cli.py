@@ -1,4 +1,4 @@
-"""`ladderstitch bench-overlap`: what a residual scheme is worth on a link; a table and a plot."""
+"""`ladderstitch-loadtest overlap`: what a residual scheme is worth on a link, as table and plot."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rich.table import Table
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.cli.predicting import parse_duration
 from ladderstitch.errors import ConfigError, RequestError
-from ladderstitch.language.overlap import SCHEMES, Plan, Row, Shape, measure
 from ladderstitch.versions import device_name, versions
+from ladderstitch_loadtest.overlap import SCHEMES, Plan, Row, Shape, measure
 
 
-def bench_overlap(
+def overlap(
     link: Annotated[
         str, typer.Option(help="shared_memory (emulated latency), tcp (real delay)")
     ] = "shared_memory",
@@ -126,7 +126,3 @@ def _plot(path: Path, rows: list[Row]) -> None:
     axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel="Measure and check")(bench_overlap)

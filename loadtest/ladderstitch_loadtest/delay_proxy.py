@@ -13,7 +13,7 @@ Address = tuple[str, int]
 CHUNK_BYTES = 1 << 18
 
 
-class Relay:
+class DelayProxy:
     """Listens in front of each address given to `route`; `held_s` is the delay that came about."""
 
     def __init__(self, delay_s: float) -> None:
