@@ -49,8 +49,8 @@ manifests: tools ## render deploy/chart into deploy/kustomize, and the dashboard
 
 verify-models: install ## every golden case, also those that LADDERSTITCH_GOLDEN names; memory of 71 stitches
 	$(BIN)/ladderstitch verify $(wildcard tests/golden/*.safetensors) $(wildcard $(LADDERSTITCH_GOLDEN)/*.safetensors)
-	$(BIN)/pytest -q tests/models tests/test_verify.py
-	$(BIN)/pytest -q -s -m slow tests/test_plain_anchors.py
+	$(BIN)/pytest -q tests/vision/models tests/importers
+	$(BIN)/pytest -q -s -m slow tests/importers/test_vision_anchors.py
 	$(BIN)/ladderstitch-loadtest memory --out loadtest/results
 	$(BIN)/ladderstitch-loadtest real-sizes --out loadtest/results
 
@@ -86,14 +86,14 @@ verify-generation: install ## about 10 minutes: streams under token budgets, pre
 	$(BIN)/ladderstitch-loadtest malformed --text --out loadtest/results
 
 verify-kernels: install ## about 3 minutes: long ladders, machine code for three GPUs; check and bench if there is a GPU
-	$(BIN)/pytest -q -m slow tests/kernels
+	$(BIN)/pytest -q -m slow tests/system/kernels
 	$(BIN)/python -m ladderstitch_kernels.compiled --target sm_80 --target sm_90 --target sm_100
 	$(BIN)/python -m ladderstitch_kernels.check
 	$(BIN)/python -m ladderstitch_kernels.bench --out kernels/results
 
 verify-operations: install ## about 5 minutes: replicas follow the load and are rolled under it, nothing lost
 	$(BIN)/python scripts/verify_operations.py
-	LADDERSTITCH_PANELS=loadtest/results/panels.png $(BIN)/pytest -q tests/deploy/test_monitoring.py
+	LADDERSTITCH_PANELS=loadtest/results/panels.png $(BIN)/pytest -q tests/system/deploy/test_monitoring.py
 
 verify-gateway: install ## about 4 minutes: what the gateway adds to a call; kill -9 of replicas and gateways
 	$(BIN)/ladderstitch-loadtest hop --out loadtest/results

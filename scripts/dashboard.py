@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import Metric
 
 from ladderstitch.gateway.metrics import GatewayMetrics
-from ladderstitch.metrics import Metrics
+from ladderstitch.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PATH = ROOT / "deploy" / "monitoring" / "dashboard.json"

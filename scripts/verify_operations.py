@@ -27,7 +27,7 @@ from fake_nodes import fake_cluster, nodes
 from matplotlib import pyplot as plt
 
 from ladderstitch.client import infer_request
-from ladderstitch_loadtest.open_loop import BudgetClass, Sample, open_loop, poisson
+from ladderstitch_loadtest.load.open_loop import BudgetClass, Sample, open_loop, poisson
 
 APP = "ladderstitch"
 METHOD = "/ladderstitch.v1.InferenceService/Infer"
@@ -118,7 +118,7 @@ def deploy(replicas: dict[str, Any], **args: Any) -> None:
     application = {
         "name": APP,
         "route_prefix": None,
-        "import_path": "ladderstitch.deployment:build",
+        "import_path": "ladderstitch.ray_serve.application:build",
         "args": {"port": 0, "metrics_port": 0, **args},
         "deployments": [{"name": "replica", **replicas}],
     }
@@ -137,7 +137,7 @@ def scaling(most: int, up_s: float, down_s: float) -> dict[str, Any]:
             "metrics_interval_s": 0.5,
             "look_back_period_s": 4,
             "policy": {
-                "policy_function": "ladderstitch.slack_policy:SlackPolicy",
+                "policy_function": "ladderstitch.ray_serve.autoscaler:SlackPolicy",
                 "policy_kwargs": GOALS,
             },
         }
@@ -269,7 +269,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 
 async def verify(short: bool) -> dict[str, Any]:
-    from ladderstitch.live_control import live_control
+    from ladderstitch.ray_serve.control_actor import live_control
     from ladderstitch.scheduling.settings import SchedulerSettings
 
     most, up_s, down_s = (2, 1.0, 3.0) if short else (3, 2.0, 6.0)

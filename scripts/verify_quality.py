@@ -10,9 +10,10 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from ladderstitch.bundle import EMBEDDED, Bundle
-from ladderstitch.training.calibrate import calibrate
-from ladderstitch.training.data import load_idx_folder
+from ladderstitch.bundles.registry import EMBEDDED
+from ladderstitch.training.vision.calibrate import calibrate
+from ladderstitch.training.vision.idx_dataset import load_idx_folder
+from ladderstitch.vision.bundle import Bundle
 
 TOLERANCE = 0.0005
 """Five images of 10,000: other processors round differently."""

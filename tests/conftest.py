@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ladderstitch.bundle import Bundle, Manifest, Preprocessing, write_bundle, write_table
-from ladderstitch.measurements import Latency, LatencyProfile, Quality, QualityTable
-from ladderstitch.models.snnet import SnNetConfig
-from ladderstitch.models.vit import InputShape, VitConfig
+from ladderstitch.scheduling.profiles import Latency, LatencyProfile, Quality, QualityTable
+from ladderstitch.vision.bundle import Bundle, Manifest, Preprocessing, write_bundle, write_table
+from ladderstitch.vision.models.snnet import SnNetConfig
+from ladderstitch.vision.models.vit import InputShape, VitConfig
+from tests.support.language_models import tiny_language_bundle
+
+__all__ = ["tiny_language_bundle"]
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = (1, 2, 4, 8, 16, 32)

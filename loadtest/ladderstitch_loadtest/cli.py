@@ -22,23 +22,24 @@ from rich.table import Table
 
 from ladderstitch.cli.console import err, out, progress_bar
 from ladderstitch.v1 import inference_pb2, inference_pb2_grpc
-from ladderstitch_loadtest import malforming, real_sizes
-from ladderstitch_loadtest import memory as memory_use
-from ladderstitch_loadtest import mixed as mixed_budgets
-from ladderstitch_loadtest import overhead as server_overhead
-from ladderstitch_loadtest import switching as switch_cost
-from ladderstitch_loadtest.compare_cli import compare, decisions, replay
-from ladderstitch_loadtest.files import write
-from ladderstitch_loadtest.gateway_cli import hop, kills
-from ladderstitch_loadtest.generation_cli import generation
-from ladderstitch_loadtest.load_cli import agree, burst, run
-from ladderstitch_loadtest.malformed import ImageCases
-from ladderstitch_loadtest.malformed_text import TextCases
-from ladderstitch_loadtest.overlap_cli import overlap
-from ladderstitch_loadtest.processes import Served, echo_server, ladderstitch_server
-from ladderstitch_loadtest.soak_cli import soak
-from ladderstitch_loadtest.stream_cli import stream
-from ladderstitch_loadtest.tiny_language import write_tiny
+from ladderstitch_loadtest.benchmarks import memory as memory_use
+from ladderstitch_loadtest.benchmarks import mixed as mixed_budgets
+from ladderstitch_loadtest.benchmarks import overhead as server_overhead
+from ladderstitch_loadtest.benchmarks import real_sizes
+from ladderstitch_loadtest.benchmarks import switching as switch_cost
+from ladderstitch_loadtest.benchmarks.generation_cli import generation
+from ladderstitch_loadtest.benchmarks.overlap_cli import overlap
+from ladderstitch_loadtest.faults import fuzz_runner
+from ladderstitch_loadtest.faults.cli import hop, kills
+from ladderstitch_loadtest.faults.fuzz_text import TextCases
+from ladderstitch_loadtest.faults.fuzz_vision import ImageCases
+from ladderstitch_loadtest.faults.soak_cli import soak
+from ladderstitch_loadtest.load.cli import agree, burst, run
+from ladderstitch_loadtest.load.stream_cli import stream
+from ladderstitch_loadtest.servers.processes import Served, echo_server, ladderstitch_server
+from ladderstitch_loadtest.servers.results_io import write
+from ladderstitch_loadtest.servers.tiny_language import write_tiny
+from ladderstitch_loadtest.simulation.cli import compare, decisions, replay
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 for command in (
@@ -87,10 +88,10 @@ def smollm2(
 
     Needs `ladderstitch fetch smollm2`. About 5 minutes.
     """
-    from ladderstitch.catalogue import find_bundle
-    from ladderstitch.language.bundle import LanguageBundle
-    from ladderstitch.language.fetch import download
-    from ladderstitch_loadtest import language_checks, language_speed
+    from ladderstitch.bundles.registry import find_bundle
+    from ladderstitch.importers.fetch_models import download
+    from ladderstitch.text.bundle import LanguageBundle
+    from ladderstitch_loadtest.benchmarks import language_checks, language_speed
 
     bundle = LanguageBundle.load(find_bundle("smollm2"))
     found: dict[str, Any] = {}
@@ -309,11 +310,11 @@ def malformed(
 
 async def _malformed(
     served: Served, requests: int, seed: int, progress: Progress, *, text: bool
-) -> malforming.Outcome:
+) -> fuzz_runner.Outcome:
     task = progress.add_task("malformed", total=requests)
-    pids = malforming.process_tree(served.pid)
+    pids = fuzz_runner.process_tree(served.pid)
     async with grpc.aio.insecure_channel(served.address) as channel:
         stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
         model = await stub.GetModel(inference_pb2.GetModelRequest())
         cases = (TextCases if text else ImageCases)(model, channel, seed)
-        return await malforming.run(cases, pids, requests, lambda: progress.advance(task))
+        return await fuzz_runner.run(cases, pids, requests, lambda: progress.advance(task))

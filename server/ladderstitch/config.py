@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ladderstitch.bundle import EMBEDDED
-from ladderstitch.language.linking import LinkChoice
+from ladderstitch.bundles.registry import EMBEDDED
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.security.settings import AccessSettings
+from ladderstitch.security.listen_config import AccessSettings
+from ladderstitch.text.comm.specs import LinkChoice
 
 
 class ServerConfig(AccessSettings):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ladderstitch.autoscaling import ScalingGoals
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import ConfigError
+from ladderstitch.replica.autoscaling import ScalingGoals
 from ladderstitch.scheduling.settings import SchedulerSettings
 from tests.deploy.manifests import (
     Manifests,

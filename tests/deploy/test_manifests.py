@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
-from ladderstitch.gateway.settings import GatewaySettings
+from ladderstitch.gateway.config import GatewaySettings
 from tests.deploy.conftest import tool
 from tests.deploy.manifests import (
     Manifest,

@@ -12,19 +12,19 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ladderstitch.bundle import Bundle
 from ladderstitch.client import Access, AsyncClient, RequestFailed
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import ConfigError
 from ladderstitch.gateway import gateway as gateways
+from ladderstitch.gateway.config import GatewaySettings
 from ladderstitch.gateway.discovery import named
 from ladderstitch.gateway.gateway import Gateway
-from ladderstitch.gateway.settings import GatewaySettings
-from ladderstitch.replica import Replica
-from ladderstitch_loadtest.stage import free_ports
-from tests.gateway.conftest import INFER, Context, FakeReplica, MakeFleet, fixed
-from tests.security.certificates import Authority
-from tests.service.conftest import pixels
+from ladderstitch.replica.replica import Replica
+from ladderstitch.vision.bundle import Bundle
+from ladderstitch_loadtest.servers.process_supervisor import free_ports
+from tests.support.certificates import Authority
+from tests.support.fake_replicas import INFER, Context, FakeReplica, MakeFleet, fixed
+from tests.support.servers import pixels
 
 RETRIES = "ladderstitch_gateway_retries_total{"
 SERVING = health_pb2.HealthCheckResponse.SERVING

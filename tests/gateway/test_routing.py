@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ladderstitch.gateway.routing import GRAIN_S, View, choose
-from ladderstitch.scheduling.backlog import HORIZONS_S, Backlog
+from ladderstitch.scheduling.load_report import HORIZONS_S, Backlog
 
 
 def view(

@@ -8,13 +8,13 @@ from itertools import product
 import numpy as np
 import pytest
 
-from ladderstitch.scheduling.backlog import PUSH_S
-from ladderstitch_loadtest.laboratory import compare, runs_of, settings_of
-from ladderstitch_loadtest.oracle import MOST_REQUESTS, oracle
-from ladderstitch_loadtest.profiles import Family, supernet
-from ladderstitch_loadtest.scenarios import Scenario, grid, short_grid
-from ladderstitch_loadtest.simulator import Machine, simulate
-from ladderstitch_loadtest.traces import BudgetClass, Trace, gamma
+from ladderstitch.scheduling.load_report import PUSH_S
+from ladderstitch_loadtest.load.traces import BudgetClass, Trace, gamma
+from ladderstitch_loadtest.simulation.oracle import MOST_REQUESTS, oracle
+from ladderstitch_loadtest.simulation.policy_sweep import compare, runs_of, settings_of
+from ladderstitch_loadtest.simulation.profiles import Family, supernet
+from ladderstitch_loadtest.simulation.scenarios import Scenario, grid, short_grid
+from ladderstitch_loadtest.simulation.simulator import Machine, simulate
 
 FAMILY = supernet()
 

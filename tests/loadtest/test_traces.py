@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ladderstitch_loadtest.traces import (
+from ladderstitch_loadtest.load.traces import (
     BudgetClass,
     Trace,
     gamma,

@@ -10,21 +10,21 @@ import typer
 from typer.core import TyperGroup
 
 import ladderstitch
-from ladderstitch.cli import access
+from ladderstitch.cli import connection
 
 MODULES = (
-    "serving",
-    "gatewaying",
-    "operating",
-    "doctoring",
-    "predicting",
-    "generating",
-    "making",
-    "converting",
-    "measuring",
+    "serve",
+    "gateway",
+    "admin",
+    "doctor",
+    "predict",
+    "generate",
+    "make",
+    "convert",
+    "measure",
 )
 """In the order of the help page; each puts its commands into a Typer by `register`."""
-LIGHT = ("operating", "predicting", "gatewaying")
+LIGHT = ("admin", "predict", "gateway")
 """Without torch: orchestrators call some of their commands every few seconds."""
 
 
@@ -73,11 +73,11 @@ def main(
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
-    ca: access.Ca = None,
-    tls: access.Tls = False,
-    certificate: access.Certificate = None,
-    key: access.Key = None,
-    token_file: access.TokenFile = None,
-    server_name: access.ServerName = None,
+    ca: connection.Ca = None,
+    tls: connection.Tls = False,
+    certificate: connection.Certificate = None,
+    key: connection.Key = None,
+    token_file: connection.TokenFile = None,
+    server_name: connection.ServerName = None,
 ) -> None:
-    context.obj = access.Options(ca, tls, certificate, key, token_file, server_name)
+    context.obj = connection.Options(ca, tls, certificate, key, token_file, server_name)

@@ -6,13 +6,13 @@ with Client("127.0.0.1:8001") as client:
         print(piece.text, end="")
 """
 
-from ladderstitch.client.access import Access
-from ladderstitch.client.asynchronous import AsyncClient
-from ladderstitch.client.blocking import Client
-from ladderstitch.client.failure import RequestFailed
+from ladderstitch.client.async_client import AsyncClient
+from ladderstitch.client.client import Client
+from ladderstitch.client.credentials import Access
+from ladderstitch.client.errors import RequestFailed
+from ladderstitch.client.generation import TextPiece, generate_request
 from ladderstitch.client.prediction import Image, Prediction, infer_request
-from ladderstitch.client.retries import RETRY_POLICY
-from ladderstitch.client.text import TextPiece, generate_request
+from ladderstitch.client.retry_policy import RETRY_POLICY
 
 __all__ = [
     "RETRY_POLICY",

@@ -8,7 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from ladderstitch.gateway.settings import DNS
+from ladderstitch.gateway.config import DNS
 
 log = logging.getLogger(__name__)
 

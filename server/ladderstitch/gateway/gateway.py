@@ -13,14 +13,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection_pb2
 
-from ladderstitch.gateway.administering import EVERYWHERE, Administrator
+from ladderstitch.api.listener import Transport, bind
+from ladderstitch.gateway.admin import EVERYWHERE, Administrator
+from ladderstitch.gateway.config import GatewaySettings
 from ladderstitch.gateway.discovery import Discovery
-from ladderstitch.gateway.fleet import Fleet
-from ladderstitch.gateway.forwarding import Forwarder, path_of
+from ladderstitch.gateway.forwarder import Forwarder, path_of
 from ladderstitch.gateway.metrics import GatewayMetrics
-from ladderstitch.gateway.settings import GatewaySettings
+from ladderstitch.gateway.replica_pool import Fleet
 from ladderstitch.oip import grpc_service_pb2
-from ladderstitch.service.transport import Transport, bind
 from ladderstitch.v1 import generation_pb2, inference_pb2
 
 SERVICES: tuple[ServiceDescriptor, ...] = (

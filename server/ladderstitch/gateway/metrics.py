@@ -9,10 +9,10 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
-from ladderstitch.exposition import expose
-from ladderstitch.gateway.attempts import Attempts
-from ladderstitch.gateway.link import Link
-from ladderstitch.metrics import SECONDS
+from ladderstitch.gateway.replica_connection import Link
+from ladderstitch.gateway.retry import Attempts
+from ladderstitch.telemetry.metrics import SECONDS
+from ladderstitch.telemetry.metrics_server import expose
 
 Links = Callable[[], Iterable[Link]]
 

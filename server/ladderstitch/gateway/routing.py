@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ladderstitch.scheduling.backlog import IDLE, Backlog
+from ladderstitch.scheduling.load_report import IDLE, Backlog
 
 GRAIN_S = 2e-4
 """Delays that differ by less are equal: no estimate is better than that."""

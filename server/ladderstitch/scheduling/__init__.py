@@ -1,0 +1,1 @@
+"""What both schedulers share: requests, profiles, candidates, latency model, settings."""

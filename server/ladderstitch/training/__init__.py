@@ -1,0 +1,1 @@
+"""Making model families: vision and language models."""

@@ -1,0 +1,204 @@
+"""A real language model beside another implementation: tokens, rank counts, perplexity, memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from ladderstitch.text.bundle import LanguageBundle, LanguageManifest, write_manifest
+from ladderstitch.text.engine.comm_setup import GroupOptions
+from ladderstitch.text.engine.rank_config import ModelJob
+from ladderstitch.text.engine.rank_group import RankGroup
+from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.residual import Residual
+from ladderstitch.text.model.weights import expected_shapes
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea,",
+    "Water boils at",
+    "def fibonacci(n):",
+    "The three primary colours are",
+    "Dear Sir or Madam,",
+    "In 1969, people first",
+    "A recipe for bread: take",
+    "The opposite of hot is",
+    "Photosynthesis is the process by which",
+    "My favourite book is about",
+    "To be, or not to be,",
+    "The square root of 144 is",
+    "She opened the door and",
+    "Newton's second law says that",
+    "List three animals that can fly:",
+    "The weather tomorrow will be",
+    "An integer is even if",
+    "import numpy as np\n\n",
+    "The longest river in the world",
+)
+NEW_TOKENS = 64
+LADDERS = (None, 4, 8, 15, 30)
+"""Last so many layers as ladder; none: standard."""
+
+
+def reference_model(file: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """SmolLM2 as `transformers` loads it from the GGUF file that we import."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+    return model.eval()
+
+
+async def agreement(bundle: LanguageBundle, reference: Any) -> dict[str, object]:
+    """Greedy tokens of both, prompt by prompt."""
+    tokenizer, differing = bundle.tokenizer(), []
+    group = RankGroup(ModelJob.of(bundle, cache_tokens=256))
+    try:
+        await group.start()
+        for prompt in PROMPTS:
+            tokens = tokenizer.encode(prompt)
+            ours = await greedy(group, tokens, NEW_TOKENS)
+            with torch.inference_mode():
+                theirs = reference.generate(
+                    torch.tensor([tokens]),
+                    do_sample=False,
+                    max_new_tokens=NEW_TOKENS,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )[0, len(tokens) :].tolist()
+            if ours != theirs:
+                differing.append(prompt)
+    finally:
+        await group.close()
+    return {
+        "prompts": len(PROMPTS),
+        "tokens_each": NEW_TOKENS,
+        "prompts_that_agree": len(PROMPTS) - len(differing),
+        "differing": differing,
+    }
+
+
+async def greedy(group: RankGroup, prompt: Sequence[int], count: int) -> list[int]:
+    """The likeliest tokens, end tokens or not."""
+    logits, tokens = await group.forward(np.array([prompt]), 0), []
+    for position in range(len(prompt), len(prompt) + count):
+        tokens.append(int(logits[0].argmax()))
+        logits = await group.forward(np.array([[tokens[-1]]]), position)
+    return tokens
+
+
+async def rank_counts(bundle: LanguageBundle) -> dict[str, object]:
+    """Largest difference of the logits on 2 and 3 ranks to those on one, relative."""
+    paths = (Residual(), Residual(scheme="ladder"), Residual(scheme="ladder", ladder_layers=8))
+    tokens = np.array([bundle.tokenizer().encode(" ".join(PROMPTS))[:128]])
+    logits = {}
+    for ranks in (1, 2, 3):
+        group = RankGroup(ModelJob.of(bundle, ranks=ranks, paths=paths, cache_tokens=128))
+        try:
+            await group.start()
+            logits[ranks] = [
+                await group.forward(tokens, 0, path, last_only=False) for path in range(len(paths))
+            ]
+        finally:
+            await group.close()
+    names = ("standard", "ladder", "ladder, last 8 layers")
+    return {
+        f"{name}, {ranks} ranks": float(
+            np.abs(logits[ranks][path] - logits[1][path]).max() / np.abs(logits[1][path]).max()
+        )
+        for path, name in enumerate(names)
+        for ranks in (2, 3)
+    }
+
+
+async def perplexities(
+    bundle: LanguageBundle, text: str, tokens: int = 2048, context: int = 512
+) -> dict[str, float]:
+    """Of the first tokens of a text, in windows that do not overlap."""
+    ids = bundle.tokenizer().encode(text)[:tokens]
+    paths = tuple(
+        Residual(scheme="ladder", ladder_layers=last) if last else Residual() for last in LADDERS
+    )
+    group = RankGroup(ModelJob.of(bundle, paths=paths, cache_tokens=context))
+    found = {}
+    try:
+        await group.start()
+        for path, last in enumerate(LADDERS):
+            name = f"ladder, last {last} layers" if last else "standard"
+            found[name] = round(await _perplexity(group, ids, context, path), 1)
+    finally:
+        await group.close()
+    return found
+
+
+async def _perplexity(group: RankGroup, ids: list[int], context: int, path: int) -> float:
+    surprise = 0.0
+    for start in range(0, len(ids) - 1, context):
+        window = ids[start : start + context + 1]
+        logits = await group.forward(np.array([window[:-1]]), 0, path, last_only=False)
+        logs = torch.from_numpy(logits[0]).log_softmax(-1)
+        surprise -= float(logs[torch.arange(len(window) - 1), torch.tensor(window[1:])].sum())
+    return math.exp(surprise / (len(ids) - 1))
+
+
+SCALED = LlamaConfig(
+    vocab_size=32_064,
+    hidden_size=1024,
+    intermediate_size=3584,
+    layers=16,
+    heads=32,
+    kv_heads=8,
+    head_dim=32,
+    max_positions=64,
+)
+"""An 8B Llama's proportions, at a fraction of its size."""
+
+FILES = 4
+
+
+async def shards() -> dict[str, object]:
+    """Bytes that each of two ranks holds of a checkpoint in several files, beside the whole."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        whole = _write_sharded(folder)
+        bundle = LanguageBundle.load(folder)
+        group = RankGroup(ModelJob.of(bundle, ranks=2), GroupOptions())
+        try:
+            await group.start()
+            loaded = [group.loaded[rank] for rank in range(2)]
+        finally:
+            await group.close()
+    return {
+        "checkpoint_bytes": whole,
+        "rank_weight_bytes": [rank["weight_bytes"] for rank in loaded],
+        "rank_memory_growth_bytes": [rank["memory_bytes"] for rank in loaded],
+        "rank_load_s": [round(rank["seconds"], 2) for rank in loaded],
+    }
+
+
+def _write_sharded(folder: Path) -> int:
+    """A random checkpoint with its index, one file at a time; its size in bytes."""
+    shapes = list(expected_shapes(SCALED).items())
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number in range(FILES):
+        file = f"model-{number + 1:05d}-of-{FILES:05d}.safetensors"
+        part = shapes[number::FILES]
+        tensors = {name: torch.randn(shape) * 0.02 for name, shape in part}
+        save_file(tensors, folder / file)
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_manifest(
+        folder,
+        LanguageManifest(name="scaled", config=SCALED, origin="random", licence="none"),
+    )
+    return total

@@ -1,0 +1,135 @@
+"""How fast a language model decodes, and what the death of a rank costs its callers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from contextlib import aclosing
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from ladderstitch.scheduling.generation_requests import GenerationRequest
+from ladderstitch.text.bundle import LanguageBundle
+from ladderstitch.text.engine.comm_setup import GroupOptions
+from ladderstitch.text.engine.rank_config import ModelJob
+from ladderstitch.text.engine.rank_group import RankGroup
+from ladderstitch.text.scheduler.scheduler import Generator
+
+PROMPT = "The history of the bicycle begins"
+STEPS = 16
+ROUNDS = 7
+
+
+async def decoding(bundle: LanguageBundle, references: dict[str, Any]) -> dict[str, object]:
+    """Tokens/s at batch 1, one thread, beside `transformers` in each dtype, interleaved.
+
+    Ours includes the hop to the rank's process; both decode greedily with a cache.
+    """
+    torch.set_num_threads(1)
+    found: dict[str, object] = {"memory_bandwidth_gb_s": round(read_bandwidth() / 1e9, 1)}
+    for dtype, theirs in references.items():
+        group = RankGroup(ModelJob.of(bundle, dtype=dtype, cache_tokens=1024))
+        try:
+            await group.start()
+            found[dtype] = await _compare(bundle, group, theirs)
+        finally:
+            await group.close()
+    return found
+
+
+async def _compare(bundle: LanguageBundle, group: RankGroup, theirs: Any) -> dict[str, object]:
+    prompt = bundle.tokenizer().encode(PROMPT)
+    rates = [
+        (await _our_rate(group, prompt), _their_rate(theirs, prompt)) for _ in range(ROUNDS + 1)
+    ]
+    ours, other = (median(column) for column in zip(*rates[1:], strict=True))
+    weight_bytes = group.loaded[0]["weight_bytes"]
+    return {
+        "tokens_per_s": round(ours, 1),
+        "transformers_tokens_per_s": round(other, 1),
+        "ratio": round(median(a / b for a, b in rates[1:]), 2),
+        "bytes_per_token": weight_bytes,
+        "read_gb_s": round(weight_bytes * ours / 1e9, 1),
+    }
+
+
+async def _our_rate(group: RankGroup, prompt: list[int]) -> float:
+    logits = await group.forward(np.array([prompt]), 0)
+    started = time.perf_counter()
+    for step in range(STEPS):
+        token = int(logits[0].argmax())
+        logits = await group.forward(np.array([[token]]), len(prompt) + step)
+    return STEPS / (time.perf_counter() - started)
+
+
+@torch.inference_mode()
+def _their_rate(model: Any, prompt: list[int]) -> float:
+    state = model(torch.tensor([prompt]), use_cache=True)
+    started = time.perf_counter()
+    for _ in range(STEPS):
+        token = state.logits[:, -1:].argmax(-1)
+        state = model(token, past_key_values=state.past_key_values, use_cache=True)
+    return STEPS / (time.perf_counter() - started)
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that one thread reads from memory."""
+    data = torch.ones(100_000_000)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        data.sum()
+        seconds.append(time.perf_counter() - started)
+    return data.nbytes / min(seconds)
+
+
+async def rank_losses(bundle: LanguageBundle) -> dict[str, object]:
+    """kill -9 of one of two ranks under streams, with and without a warm spare."""
+    return {f"{spares} spares": await _lose_a_rank(bundle, spares) for spares in (1, 0)}
+
+
+async def _lose_a_rank(bundle: LanguageBundle, spares: int) -> dict[str, object]:
+    job = ModelJob.of(bundle, ranks=2, cache_tokens=512)
+    group = RankGroup(job, GroupOptions(spares=spares))
+    try:
+        await group.start()
+        generator = Generator(group, bundle.tokenizer(), ())
+        tokens = tuple(bundle.tokenizer().encode(PROMPT))
+        undisturbed = await _stream(generator, tokens, asyncio.Event())
+        started = asyncio.Event()
+        streams = [asyncio.create_task(_stream(generator, tokens, started)) for _ in range(8)]
+        await started.wait()
+        os.kill(group.pids[1], signal.SIGKILL)
+        answers = await asyncio.gather(*streams, return_exceptions=True)
+    finally:
+        await group.close()
+    whole = [answer for answer in answers if not isinstance(answer, BaseException)]
+    return {
+        "accepted": len(answers),
+        "lost": len(answers) - len(whole),
+        "with_other_tokens": sum(answer[0] != undisturbed[0] for answer in whole),
+        "longest_hole_s": round(max(answer[1] for answer in whole), 2),
+        "longest_hole_undisturbed_s": round(undisturbed[1], 3),
+    }
+
+
+async def _stream(
+    generator: Generator, tokens: tuple[int, ...], started: asyncio.Event
+) -> tuple[list[int], float]:
+    """The answer's tokens and the longest wait between two of them."""
+    request = GenerationRequest(tokens, time.monotonic(), max_tokens=48)
+    answer, hole, last = [], 0.0, None
+    async with aclosing(generator.generate(request)) as pieces:
+        async for piece in pieces:
+            now = time.monotonic()
+            hole = max(hole, now - last) if last is not None else hole
+            last = now
+            answer.append(piece.token)
+            if len(answer) == 8:
+                started.set()
+    return answer, hole

@@ -1,0 +1,186 @@
+"""How much of the ranks' communication each residual scheme hides behind computing.
+
+All schemes run on the same random weights, interleaved; nothing but the flow differs. With the
+communication of a step costing (standard - none), where `none` does not communicate at all (and so
+computes nonsense), the ladder hides (standard - ladder) / (standard - none) of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+
+import numpy as np
+
+from ladderstitch.text.comm.specs import LinkSpec
+from ladderstitch.text.engine.comm_setup import (
+    Address,
+    ArrangeLink,
+    GroupOptions,
+    Region,
+    arrange_link,
+)
+from ladderstitch.text.engine.rank_config import ModelJob
+from ladderstitch.text.engine.rank_group import RankGroup
+from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.residual import Residual, Scheme
+from ladderstitch_loadtest.benchmarks.delay_proxy import DelayProxy
+
+SCHEMES: tuple[Scheme, ...] = ("standard", "ladder", "parallel", "no_communication")
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A random model, in the sizes that matter."""
+
+    width: int = 1536
+    ffn: int = 4096
+    layers: int = 20
+    heads: int = 12
+    kv_heads: int = 12
+    vocabulary: int = 4096
+
+    def config(self, positions: int) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.width,
+            intermediate_size=self.ffn,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.width // self.heads,
+            max_positions=positions,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure: decode steps after a prompt, on every link of the grid."""
+
+    shape: Shape
+    ranks: int = 2
+    batch: int = 1
+    prompt: int = 64
+    steps: int = 4
+    rounds: int = 9
+    dtype: str = "float32"
+    latencies_s: tuple[float, ...] = (0.0, 0.00025, 0.0005, 0.001, 0.0025)
+    tcp: bool = False
+
+    def job(self) -> ModelJob:
+        return ModelJob.model_validate(
+            {
+                "config": self.shape.config(self.prompt + 1),
+                "paths": tuple(Residual(scheme=scheme) for scheme in SCHEMES),
+                "ranks": self.ranks,
+                "dtype": self.dtype,
+                "sequences": self.batch,
+                "cache_tokens": self.prompt + 1,
+                "chunk_tokens": self.batch * self.prompt,
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One link. Milliseconds are medians of a step over all rounds; ratios are medians of the
+    rounds' own, since a disturbance meets all schemes of a round."""
+
+    link: str
+    latency_ms: float
+    transport_ms: float | None
+    step_ms: dict[str, float]
+    tokens_per_s: dict[str, float]
+    ladder_over_standard: float
+    parallel_over_standard: float
+    hidden: float | None
+    bound: float
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+async def measure(plan: Plan, advance: Advance) -> list[Row]:
+    """One row a latency; raises `EngineRestarting` if the ranks do not come up."""
+    group = RankGroup(plan.job(), GroupOptions(link="tcp" if plan.tcp else "shared_memory"))
+    rows = []
+    total = len(plan.latencies_s) * plan.rounds * len(SCHEMES)
+    try:
+        await group.start()
+        for number, latency_s in enumerate(plan.latencies_s):
+            proxy = DelayProxy(latency_s) if plan.tcp and latency_s else None
+            options = replace(group.options, latency_s=0.0 if plan.tcp else latency_s)
+            await group.change_link(options, _through(proxy) if proxy else arrange_link)
+            done = number * plan.rounds * len(SCHEMES)
+            rounds = await _rounds(group, plan, lambda n, done=done: advance(done + n, total))  # type: ignore[misc] # mypy cannot infer defaults
+            rows.append(_row(plan, latency_s, proxy, rounds))
+            if proxy:
+                proxy.close()
+    finally:
+        await group.close()
+    return rows
+
+
+def _through(proxy: DelayProxy) -> ArrangeLink:
+    """Make links whose connections go through the proxy."""
+
+    def arrange(
+        job: ModelJob, options: GroupOptions, listening: Sequence[Address]
+    ) -> tuple[LinkSpec, Region | None]:
+        return arrange_link(job, options, proxy.route(listening))
+
+    return arrange
+
+
+async def _rounds(
+    group: RankGroup, plan: Plan, advance: Callable[[int], None]
+) -> list[dict[str, float]]:
+    """Median step seconds by scheme, for each round; each begins with another scheme."""
+    prompt = np.ones((plan.batch, plan.prompt), np.int64)
+    await group.forward(prompt, 0)
+    rounds = []
+    for number in range(-1, plan.rounds):
+        turn = number % len(SCHEMES)
+        seconds: dict[str, float] = {}
+        for scheme in (*SCHEMES[turn:], *SCHEMES[:turn]):
+            seconds[scheme] = await _steps(group, plan, SCHEMES.index(scheme))
+            advance(max(0, number) * len(SCHEMES) + len(seconds))
+        if number >= 0:  # the first round warms up
+            rounds.append(seconds)
+    return rounds
+
+
+async def _steps(group: RankGroup, plan: Plan, path: int) -> float:
+    token = np.ones((plan.batch, 1), np.int64)
+    seconds = []
+    for _ in range(plan.steps):
+        started = time.perf_counter()
+        await group.forward(token, plan.prompt, path)
+        seconds.append(time.perf_counter() - started)
+    return median(seconds)
+
+
+def _row(
+    plan: Plan, latency_s: float, proxy: DelayProxy | None, rounds: Sequence[dict[str, float]]
+) -> Row:
+    step = {scheme: median(r[scheme] for r in rounds) for scheme in SCHEMES}
+    exposed = [r["standard"] - r["no_communication"] for r in rounds]
+    hidden = [
+        (r["standard"] - r["ladder"]) / cost
+        for r, cost in zip(rounds, exposed, strict=True)
+        if cost > 0.02 * r["standard"]  # below that the ratio is noise over noise
+    ]
+    return Row(
+        link="tcp" if plan.tcp else "shared memory, emulated latency",
+        latency_ms=1e3 * latency_s,
+        transport_ms=round(1e3 * proxy.held_s, 3) if proxy else None,
+        step_ms={scheme: round(1e3 * s, 3) for scheme, s in step.items()},
+        tokens_per_s={scheme: round(plan.batch / s, 1) for scheme, s in step.items()},
+        ladder_over_standard=round(median(r["standard"] / r["ladder"] for r in rounds), 3),
+        parallel_over_standard=round(median(r["standard"] / r["parallel"] for r in rounds), 3),
+        hidden=round(median(hidden), 3) if len(hidden) > len(rounds) // 2 else None,
+        bound=round(median(r["standard"] / r["no_communication"] for r in rounds), 3),
+    )

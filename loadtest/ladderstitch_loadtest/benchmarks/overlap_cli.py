@@ -1,0 +1,128 @@
+"""`ladderstitch-loadtest overlap`: what a residual scheme is worth on a link, as table and plot."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from ladderstitch.cli.console import err, out, progress_bar, user_errors
+from ladderstitch.cli.predict import parse_duration
+from ladderstitch.errors import ConfigError, RequestError
+from ladderstitch.runtime.environment import device_name, versions
+from ladderstitch_loadtest.benchmarks.overlap import SCHEMES, Plan, Row, Shape, measure
+
+
+def overlap(
+    link: Annotated[
+        str, typer.Option(help="shared_memory (emulated latency), tcp (real delay)")
+    ] = "shared_memory",
+    latency: Annotated[
+        str, typer.Option(help="Comma-separated one-way latencies to add, e.g. 0ms,500us,1ms")
+    ] = "0ms,250us,500us,1ms,2.5ms",
+    ranks: Annotated[int, typer.Option(min=2, help="Tensor-parallel ranks.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
+    width: Annotated[int, typer.Option(help="Model width D.")] = 1536,
+    ffn: Annotated[int, typer.Option(help="Feed-forward width.")] = 4096,
+    layers: Annotated[int, typer.Option(help="Transformer layers.")] = 20,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 12,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16")] = "float32",
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds a latency.")] = 9,
+    to: Annotated[
+        Path | None, typer.Option("--out", help="Folder for overlap-LINK.json and .png.")
+    ] = None,
+) -> None:
+    """Decode with standard, ladder, parallel and no communication side by side, interleaved.
+
+    Random weights, one torch thread a rank. Prints tokens/s, the ladder's gain, the bound (no
+    communication at all) and the share of the communication that the ladder hides.
+    """
+    with user_errors():
+        if link not in ("shared_memory", "tcp"):
+            raise ConfigError(f"link: expected shared_memory or tcp, got {link!r}")
+        plan = Plan(
+            Shape(width, ffn, layers, heads, heads),
+            ranks=ranks,
+            batch=batch,
+            rounds=rounds,
+            dtype=dtype,
+            latencies_s=tuple(parse_duration(part) for part in latency.split(",")),
+            tcp=link == "tcp",
+        )
+        with progress_bar() as progress:
+            task = progress.add_task("decoding", total=None)
+            try:
+                rows = asyncio.run(
+                    measure(plan, lambda n, all_: progress.update(task, completed=n, total=all_))
+                )
+            except RequestError as error:
+                raise ConfigError(str(error)) from error
+    out.print(_table(plan, rows))
+    if to is not None:
+        _save(to, link, plan, rows)
+
+
+def _table(plan: Plan, rows: list[Row]) -> Table:
+    table = Table(title=f"{rows[0].link}, {plan.ranks} ranks, batch {plan.batch}: tokens/s")
+    for column in ("latency", *SCHEMES, "ladder", "parallel", "bound", "hidden"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        latency = f"{row.latency_ms:g} ms"
+        if row.transport_ms is not None:
+            latency += f" ({row.transport_ms:.2f} measured)"
+        table.add_row(
+            latency,
+            *(f"{row.tokens_per_s[scheme]:.1f}" for scheme in SCHEMES),
+            f"{row.ladder_over_standard:.2f}x",
+            f"{row.parallel_over_standard:.2f}x",
+            f"{row.bound:.2f}x",
+            "-" if row.hidden is None else f"{100 * row.hidden:.0f} %",
+        )
+    return table
+
+
+def _save(folder: Path, link: str, plan: Plan, rows: list[Row]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {
+        "device": device_name(torch.device("cpu")),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": versions(),
+        "plan": asdict(plan),
+        "rows": [row.to_dict() for row in rows],
+    }
+    path = folder / f"overlap-{link}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    _plot(path.with_suffix(".png"), rows)
+    err.print(f"Wrote {path} and {path.with_suffix('.png')}")
+
+
+def _plot(path: Path, rows: list[Row]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    latencies = [row.latency_ms for row in rows]
+    for scheme in SCHEMES:
+        style = "--" if scheme == "no_communication" else "o-"
+        label = "bound (no communication)" if scheme == "no_communication" else scheme
+        axes.plot(latencies, [row.tokens_per_s[scheme] for row in rows], style, label=label)
+    axes.set_xlabel("added one-way latency of the link, ms")
+    axes.set_ylabel("tokens/s")
+    axes.set_ylim(bottom=0)
+    axes.set_title(rows[0].link, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,226 @@
+"""Published families at their real sizes: do they load, what do they take, how fast are they.
+
+Random weights of SN-Net's DeiT Ti/S/B (118.4 M parameters) and Swin Ti/S/B (170.0 M) are written as
+a checkpoint, imported, loaded as a server loads them, and their anchors run on one 224 x 224 image.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ladderstitch.client import Client
+from ladderstitch.importers.import_bundle import RELEASED, Naming, import_released
+from ladderstitch.importers.stitched_families import read_config
+from ladderstitch.scheduling.profiles import Quality, QualityTable
+from ladderstitch.vision.bundle import Bundle, write_table
+from ladderstitch.vision.models.cost import stitch_cost
+from ladderstitch.vision.models.executor import InferenceModel
+from ladderstitch.vision.models.stitched import StitchedModel
+from ladderstitch.vision.models.vit import Block, InputShape, Vit, VitConfig
+from ladderstitch_loadtest.servers.processes import ladderstitch_server
+
+FAMILIES = ("snnet-deit", "snnet-swin")
+MIB = 1 << 20
+PAIRS = 200
+RUNS = 15
+BUDGETS_S = (0.1, 0.4, 3.0)
+
+
+@dataclass(frozen=True, slots=True)
+class RealSize:
+    """Of one family; memory is what a fresh process gains by loading it, in MiB."""
+
+    family: str
+    parameters_m: float
+    stitches: int
+    tensor_mib: float
+    resident_mib: float
+    resident_ratio: float
+    load_s: float
+    anchors_ms: tuple[float, ...]
+    ready_s: float
+    answers: tuple[str, ...]
+    """Budgets, and the networks that answered within them or not."""
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def measure(family: str) -> RealSize:
+    """Import random weights of the published sizes, then load them in a process of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = write_random(family, Path(folder))
+        loading = subprocess.run(
+            [sys.executable, "-m", "ladderstitch_loadtest.benchmarks.real_sizes", str(bundle)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        resident, load_s, *anchors = (float(word) for word in loading.stdout.split())
+        config = Bundle.load(bundle).manifest.config
+        with torch.device("meta"):
+            model = config.build()
+        ready_s, answers = serve(bundle, model)
+    tensors = sum(p.numel() for p in model.parameters())
+    mib = tensors * 4 / MIB
+    return RealSize(
+        family,
+        round(tensors / 1e6, 1),
+        len(model.stitches),
+        round(mib, 1),
+        round(resident, 1),
+        round(resident / mib, 3),
+        round(load_s, 2),
+        tuple(anchors),
+        ready_s,
+        answers,
+    )
+
+
+def serve(bundle: Path, model: StitchedModel) -> tuple[float, tuple[str, ...]]:
+    """Seconds to ready (every network measured, one row at a time), and a request a budget.
+
+    Quality is made up, in order of arithmetic: random weights have none.
+    """
+    macs = {s.id: stitch_cost(model, s, 224).macs for s in model.stitches}
+    most = max(macs.values())
+    made_up = {s: Quality(value=n / most, low=0.0, high=1.0) for s, n in macs.items()}
+    write_table(
+        bundle / "quality.json",
+        QualityTable(
+            metric="made up",
+            data="none",
+            n=1,
+            confidence=0.95,
+            date="",
+            versions={},
+            stitches=made_up,
+        ),
+    )
+    (bundle.parent / "serve.yaml").write_text("max_batch_rows: 1\n")
+    started = time.perf_counter()
+    flags = ("--no-ray", "--bundle", str(bundle), "--config", str(bundle.parent / "serve.yaml"))
+    with ladderstitch_server(*flags) as served, Client(served.address) as client:
+        ready_s = round(time.perf_counter() - started, 1)
+        image = np.random.default_rng(0).integers(0, 256, (1, 3, 224, 224), np.uint8)
+        answers = []
+        for budget_s in BUDGETS_S:
+            answer = client.predict(image, budget_s=budget_s)
+            answers.append(f"{budget_s} s: {answer.stitch_name} in {answer.total_s:.3f} s")
+    return ready_s, tuple(answers)
+
+
+def write_random(family: str, folder: Path) -> Path:
+    """A bundle made from a checkpoint file of random weights."""
+    torch.manual_seed(0)
+    model = read_config(family, RELEASED[family]).build()
+    torch.save({"model": model.state_dict()}, folder / "checkpoint.pth")
+    naming = Naming(family, "none: random weights", None, None, None)
+    import_released(family, folder / "checkpoint.pth", None, naming, folder / "bundle")
+    (folder / "checkpoint.pth").unlink()
+    return folder / "bundle"
+
+
+def load(path: Path) -> None:
+    """Print MiB gained, seconds, and milliseconds of each anchor at batch 1."""
+    torch.set_num_threads(1)
+    images = torch.randn(1, 3, 224, 224)
+    nn.Linear(8, 8)(torch.randn(1, 8))  # the runtime itself
+    before, started = resident_mib(), time.perf_counter()
+    model = Bundle.load(path).load_model()
+    serving = InferenceModel(model)
+    seconds = time.perf_counter() - started
+    with torch.inference_mode():
+        for anchor in range(len(model.trunks())):
+            serving(images, anchor)
+        gained = resident_mib() - before
+        anchors = [_median_ms(lambda a=anchor: serving(images, a)) for anchor in range(3)]  # type: ignore[misc]
+    print(gained, seconds, *anchors)  # noqa: T201
+
+
+def _median_ms(call: Callable[[], Tensor]) -> float:
+    times = []
+    for _ in range(RUNS):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return round(statistics.median(times) * 1e3, 2)
+
+
+def resident_mib() -> float:
+    """Memory of this process that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+
+def executor_overhead() -> dict[str, object]:
+    """The route executor beside a straight-line forward of the same blocks: DeiT-S, batch 1.
+
+    Interleaved pairs in alternating order; the figure is the median of the pairs' ratios.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = VitConfig(embed_dim=384, depth=12, num_heads=6)
+    vit = Vit(InputShape(image_size=224, num_classes=1000), config).eval().requires_grad_(False)
+    nn.init.normal_(vit.pos_embed, std=0.02)
+    family = read_config("snnet-deit", {**RELEASED["snnet-deit"]})
+    model: StitchedModel = family.build().eval().requires_grad_(False)
+    model.trunks()[1].load_state_dict(vit.state_dict())
+    serving = InferenceModel(model)
+    images = torch.randn(1, 3, 224, 224)
+    ratios = []
+    with torch.inference_mode():
+        torch.testing.assert_close(serving(images, 1), straight_line(vit, images))
+        for number in range(PAIRS + 10):
+            calls = [lambda: serving(images, 1), lambda: straight_line(vit, images)]
+            order = (0, 1) if number % 2 else (1, 0)
+            taken: Mapping[int, float] = {at: _seconds(calls[at]) for at in order}
+            if number >= 10:
+                ratios.append(taken[0] / taken[1])
+    return {"pairs": PAIRS, "median_ratio": round(statistics.median(ratios), 4)}
+
+
+def _seconds(call: Callable[[], Tensor]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def straight_line(vit: Vit, images: Tensor) -> Tensor:
+    """DeiT by hand, on the same libraries: no routes, no plans, no modules called."""
+    multiply = torch.ops.mkldnn._linear_pointwise
+    stem = vit.patch_embed.proj
+    assert isinstance(stem, nn.Conv2d)
+    patches = F.conv2d(images, stem.weight, stem.bias, stem.stride).flatten(2).transpose(1, 2)
+    x = torch.cat((vit.cls_token, patches), dim=1) + vit.pos_embed
+    for block in vit.blocks:
+        assert isinstance(block, Block)
+        norm, attn = block.norm1, block.attn
+        y = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        y = multiply(y, attn.qkv.weight, attn.qkv.bias, "none", [], "")
+        q, k, v = y.view(1, 197, 3, 6, 64).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(1, 197, 384)
+        x = x + multiply(y, attn.proj.weight, attn.proj.bias, "none", [], "")
+        norm, mlp = block.norm2, block.mlp
+        y = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        y = F.gelu(multiply(y, mlp.fc1.weight, mlp.fc1.bias, "none", [], ""))
+        x = x + multiply(y, mlp.fc2.weight, mlp.fc2.bias, "none", [], "")
+    norm = vit.norm
+    cls = F.layer_norm(x[:, 0], norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return F.linear(cls, vit.head.weight, vit.head.bias)
+
+
+if __name__ == "__main__":
+    load(Path(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""Killed processes, malformed requests, hours of mixed load."""

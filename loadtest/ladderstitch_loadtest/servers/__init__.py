@@ -1,0 +1,1 @@
+"""Servers and models that measurements start for themselves, and where results go."""

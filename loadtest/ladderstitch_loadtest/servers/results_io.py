@@ -1,0 +1,23 @@
+"""Measurements on disk: figures with the machine that they were taken on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ladderstitch.runtime.environment import device_name, versions
+
+
+def write(folder: Path | None, name: str, figures: dict[str, Any]) -> None:
+    """NAME.json in the folder, if there is one."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    load = [round(value, 2) for value in os.getloadavg()]
+    machine = {"device": device_name(torch.device("cpu")), "load_average": load} | versions()
+    text = json.dumps({"machine": machine} | figures, indent=1)
+    (folder / f"{name}.json").write_text(text + "\n")

@@ -1,0 +1,1 @@
+"""Policies on simulated traces: simulator, oracle, comparison, replay."""

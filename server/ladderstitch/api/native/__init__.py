@@ -1,0 +1,1 @@
+"""`ladderstitch.v1`: inference, generation, administration, load reports."""

@@ -1,0 +1,134 @@
+"""Answers in the form that clients of OpenAI's API expect, whole or as a stream of events."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ladderstitch.api.native.generation import quality_metric
+from ladderstitch.hosting.registry import HostedGenerator
+from ladderstitch.hosting.streaming import Account
+from ladderstitch.scheduling.generation_requests import Piece
+
+Body = dict[str, Any]
+DONE = "data: [DONE]\n\n"
+
+
+def event(body: Body) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
+
+
+@dataclass(slots=True)
+class Form:
+    """How one request's answer looks: `chat` messages or plain text, with logprobs or without."""
+
+    model: HostedGenerator
+    chat: bool
+    logprobs: bool
+    id: str = field(init=False)
+    created: int = field(init=False)
+    _offset: int = 0  # characters of the answer so far
+
+    def __post_init__(self) -> None:
+        self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+
+    def chunk(self, piece: Piece) -> Body:
+        """One piece of a stream."""
+        choice: Body = {"index": 0, "finish_reason": piece.finish}
+        if self.chat:
+            delta: Body = {"content": piece.text}
+            choice["delta"] = {"role": "assistant"} | delta if piece.index == 0 else delta
+        else:
+            choice["text"] = piece.text
+        choice["logprobs"] = self._likelihoods([piece]) if self.logprobs else None
+        return self._frame([choice], streamed=True)
+
+    def last(self, account: Account, piece: Piece) -> Body:
+        """After the last chunk of a stream whose caller wants the usage."""
+        return self._frame([], streamed=True) | self._cost(account, piece)
+
+    def whole(self, pieces: Sequence[Piece], account: Account) -> Body:
+        """An answer in one."""
+        text = "".join(piece.text for piece in pieces)
+        choice: Body = {"index": 0, "finish_reason": pieces[-1].finish}
+        if self.chat:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            choice["text"] = text
+        choice["logprobs"] = self._likelihoods(pieces) if self.logprobs else None
+        return self._frame([choice], streamed=False) | self._cost(account, pieces[-1])
+
+    def _frame(self, choices: list[Body], *, streamed: bool) -> Body:
+        kind = "text_completion"
+        if self.chat:
+            kind = "chat.completion.chunk" if streamed else "chat.completion"
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model.name,
+            "choices": choices,
+        }
+
+    def _cost(self, account: Account, last: Piece) -> Body:
+        """OpenAI's usage, and our own account beside it."""
+        answer, quality = last.answer, last.answer.quality
+        return {
+            "usage": {
+                "prompt_tokens": account.prompt_tokens,
+                "completion_tokens": account.generated_tokens,
+                "total_tokens": account.prompt_tokens + account.generated_tokens,
+                "prompt_tokens_details": {"cached_tokens": answer.reused_tokens},
+            },
+            "ladderstitch": {
+                "path": answer.name,
+                "stitch_id": answer.path,
+                "quality": quality.value if quality else None,
+                "quality_metric": quality_metric(self.model.bundle.quality),
+                "perplexity": quality.perplexity if quality else None,
+                "queue_ms": _ms(account.queue_s),
+                "first_token_ms": _ms(account.first_token_s),
+                "mean_token_ms": _ms(account.mean_token_s),
+                "total_ms": _ms(account.total_s),
+                "budgets_met": account.met,
+            },
+        }
+
+    def _likelihoods(self, pieces: Sequence[Piece]) -> Body:
+        if self.chat:
+            return {"content": [self._chat_token(piece) for piece in pieces], "refusal": None}
+        offsets = []
+        for piece in pieces:
+            offsets.append(self._offset)
+            self._offset += len(piece.text)
+        return {
+            "tokens": [self._text(piece.token) for piece in pieces],
+            "token_logprobs": [piece.logprob for piece in pieces],
+            "top_logprobs": [
+                {self._text(token): logprob for token, logprob in piece.alternatives}
+                for piece in pieces
+            ],
+            "text_offset": offsets,
+        }
+
+    def _chat_token(self, piece: Piece) -> Body:
+        return self._token(piece.token, piece.logprob) | {
+            "top_logprobs": [self._token(*alternative) for alternative in piece.alternatives]
+        }
+
+    def _token(self, token: int, logprob: float | None) -> Body:
+        text = self._text(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    def _text(self, token: int) -> str:
+        return self.model.generator.tokenizer.decode([token])
+
+
+def _ms(seconds: float) -> float:
+    return round(1e3 * seconds, 3)

@@ -1,0 +1,73 @@
+"""The one place where errors become gRPC statuses."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn, TypeAlias, TypeVar
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from ladderstitch.client.errors import DETAILS_KEY
+from ladderstitch.errors import BadInput, InternalError, Overloaded, RequestError
+
+DOMAIN = "ladderstitch"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+
+Service = TypeVar("Service")
+Reply = TypeVar("Reply")
+Context: TypeAlias = grpc.aio.ServicerContext
+Handler = Callable[[Service, Any, Context], Awaitable[Reply]]
+
+
+def statuses(handler: Handler[Service, Reply]) -> Handler[Service, Reply]:
+    """Wrap an rpc method: a `RequestError` ends the call with its status and details, anything
+    else with INTERNAL and an error id whose traceback is in the log."""
+
+    @functools.wraps(handler)
+    async def call(service: Service, request: Any, context: Context) -> Reply:
+        try:
+            return await handler(service, request, context)
+        except RequestError as error:
+            await abort(context, error)
+        except Exception as error:
+            if isinstance(error, grpc.aio.AbortError):
+                raise
+            await abort(context, InternalError.logged(handler.__qualname__, error))
+
+    return call
+
+
+async def abort(context: Context, error: RequestError) -> NoReturn:
+    """End the call with the error's status."""
+    code = grpc.StatusCode[error.code]
+    message = f"{error.reason}: {error}"
+    status = Status(code=code.value[0], message=message)
+    for detail in _details(error):
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    trailer: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status.SerializeToString())]
+    if isinstance(error, Overloaded):
+        trailer.append((PUSHBACK_KEY, str(max(1, round(1e3 * error.retry_after_s)))))
+    await context.abort(code, message, tuple(trailer))
+    raise AssertionError("abort raises")
+
+
+def _details(error: RequestError) -> list[Message]:
+    details: list[Message] = [
+        ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    ]
+    if isinstance(error, BadInput):
+        violation = BadRequest.FieldViolation(field=error.field, description=str(error))
+        details.append(BadRequest(field_violations=[violation]))
+    if isinstance(error, Overloaded):
+        delay = Duration()
+        delay.FromMicroseconds(max(1, round(1e6 * error.retry_after_s)))
+        details.append(RetryInfo(retry_delay=delay))
+    return details

@@ -1,0 +1,1 @@
+"""Published checkpoints and data as bundles, and checks against the original implementations."""

@@ -1,0 +1,150 @@
+"""Llama-architecture GGUF files, dequantised to our bundle layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader, dequantize
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from ladderstitch.errors import DataError
+from ladderstitch.importers.llama_layouts import half_split
+from ladderstitch.text.bundle import LanguageManifest, write_manifest
+from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.weight_reader import SINGLE
+
+Advance = Callable[[int, int], None]
+"""(done, total) tensors."""
+
+CONTROL, USER_DEFINED = 3, 4
+"""Token types of GGUF that never come out of merging."""
+
+NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+OUTSIDE = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+PRE_TOKENIZERS: dict[str, Callable[[], list[Any]]] = {
+    "smollm": lambda: [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ],
+    "gpt-2": lambda: [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+}
+"""How text is cut up before merging, by the file's `tokenizer.ggml.pre`."""
+
+
+def import_gguf(
+    file: Path,
+    into: Path,
+    *,
+    name: str,
+    origin: str,
+    licence: str,
+    advance: Advance = lambda done, total: None,
+) -> None:
+    """Write a bundle in float32. Raises `DataError` for a file of another architecture."""
+    fields, reader = _open(file)
+    config = _config(fields, reader)
+    into.mkdir(parents=True, exist_ok=True)
+    _tokenizer(fields).save(str(into / "tokenizer.json"))
+    tensors = {}
+    for done, tensor in enumerate(reader.tensors):
+        ours = _our_name(tensor.name)
+        tensors[ours] = _values(ours, tensor, config)
+        advance(done + 1, len(reader.tensors))
+    save_file(tensors, into / SINGLE)
+    manifest = LanguageManifest(
+        name=name,
+        config=config,
+        end_tokens=(int(fields["tokenizer.ggml.eos_token_id"]),),
+        chat_template=fields.get("tokenizer.chat_template"),
+        origin=origin,
+        licence=licence,
+    )
+    write_manifest(into, manifest)
+
+
+def _open(file: Path) -> tuple[dict[str, Any], GGUFReader]:
+    try:
+        reader = GGUFReader(file)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: not a GGUF file: {error}") from error
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    if fields.get("general.architecture") != "llama":
+        got = fields.get("general.architecture")
+        raise DataError(f"{file}: general.architecture: expected 'llama', got {got!r}")
+    return fields, reader
+
+
+def _config(fields: dict[str, Any], reader: GGUFReader) -> LlamaConfig:
+    heads, width = fields["llama.attention.head_count"], fields["llama.embedding_length"]
+    return LlamaConfig(
+        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        hidden_size=width,
+        intermediate_size=fields["llama.feed_forward_length"],
+        layers=fields["llama.block_count"],
+        heads=heads,
+        kv_heads=fields.get("llama.attention.head_count_kv", heads),
+        head_dim=fields.get("llama.attention.key_length", width // heads),
+        max_positions=fields["llama.context_length"],
+        # stored as float32; what was meant is a short decimal
+        norm_eps=float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
+        rope_theta=fields.get("llama.rope.freq_base", 10_000.0),
+        tied_head=all(tensor.name != "output.weight" for tensor in reader.tensors),
+    )
+
+
+def _our_name(name: str) -> str:
+    stem = name.removesuffix(".weight")
+    if stem in OUTSIDE:
+        return f"{OUTSIDE[stem]}.weight"
+    _, layer, part = stem.split(".", 2)
+    return f"model.layers.{layer}.{NAMES[part]}.weight"
+
+
+def _values(name: str, tensor: Any, config: LlamaConfig) -> Tensor:
+    values = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
+    if name.endswith("q_proj.weight"):
+        return half_split(values, config.heads).contiguous()
+    if name.endswith("k_proj.weight"):
+        return half_split(values, config.kv_heads).contiguous()
+    return values.contiguous()
+
+
+def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
+    kind, pre = fields["tokenizer.ggml.model"], fields.get("tokenizer.ggml.pre", "gpt-2")
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+        raise DataError(
+            f"tokenizer.ggml: expected gpt2 with one of {sorted(PRE_TOKENIZERS)}, got {kind}, {pre}"
+        )
+    tokens = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", ())]
+    bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre]())
+    tokenizer.decoder = decoders.ByteLevel()
+    types = fields["tokenizer.ggml.token_type"]
+    special = [
+        AddedToken(token, special=True, normalized=False)
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    tokenizer.add_special_tokens(special)
+    return tokenizer

@@ -1,0 +1,199 @@
+"""Bundles from checkpoints that others trained: whole stitched families, or plain anchors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from ladderstitch.errors import ConfigError, DataError
+from ladderstitch.importers.checkpoints import read_weights
+from ladderstitch.importers.stitched_families import import_model, read_config
+from ladderstitch.importers.vision_anchors import PlainAnchor, load_anchor
+from ladderstitch.training.vision.assemble import assemble_family
+from ladderstitch.training.vision.photo_views import find_photographs, random_views
+from ladderstitch.vision.bundle import Manifest, Preprocessing, write_bundle
+from ladderstitch.vision.models.families import FamilyConfig
+from ladderstitch.vision.models.resnet import ResNetConfig
+from ladderstitch.vision.models.stitched import StitchedModel
+from ladderstitch.vision.models.swin import SwinConfig
+from ladderstitch.vision.models.vit import VitConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+VIEWS_EACH = 4
+
+_DEIT = {"image_size": 224, "num_classes": 1000, "patch_size": 16}
+_SWIN = [(96, [2, 2, 6, 2], [3, 6, 12, 24]), (96, [2, 2, 18, 2], [3, 6, 12, 24])]
+_SWIN.append((128, [2, 2, 18, 2], [4, 8, 16, 32]))
+RELEASED: dict[str, Mapping[str, Any]] = {
+    "snnet-deit": _DEIT
+    | {
+        "kernel_size": 2,
+        "stride": 1,
+        "anchors": [{"embed_dim": d, "depth": 12, "num_heads": d // 64} for d in (192, 384, 768)],
+    },
+    "snnet-swin": {
+        "image_size": 224,
+        "num_classes": 1000,
+        "window_size": 7,
+        "anchors": [{"embed_dim": d, "depths": b, "num_heads": h} for d, b, h in _SWIN],
+    },
+    "snnet-resnet": {
+        "image_size": 224,
+        "num_classes": 1000,
+        "anchors": [
+            {"kind": "resnet", "width": 64, "depths": [2, 2, 2, 2], "block": "BasicBlock"},
+            {"kind": "resnet", "width": 64, "depths": [3, 4, 6, 3], "block": "Bottleneck"},
+        ],
+    },
+    "snnetv2": _DEIT
+    | {
+        "anchors": [
+            {"embed_dim": 384, "depth": 12, "num_heads": 6},
+            {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+        ],
+    },
+}
+"""Configurations of published checkpoints, for those who name a family and nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """What a bundle says about itself, and how it takes pictures.
+
+    `labels` is a file of a label a line; `mean` and `std` hold one number a channel and default to
+    ImageNet's, or 0.5 for grey pictures.
+    """
+
+    name: str
+    licence: str
+    labels: Path | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def import_released(
+    family: str, checkpoint: Path, config: Path | None, naming: Naming, into: Path
+) -> StitchedModel:
+    """A family's own checkpoint as a bundle; `config` has upstream's fields (JSON or YAML).
+
+    Raises `DataError`, `ConfigError` or `BundleError` with what does not fit.
+    """
+    if config is None and family not in RELEASED:
+        raise ConfigError(f"config: expected a file, since {family} has no usual sizes")
+    fields = RELEASED[family] if config is None else _read(config)
+    model = import_model(family, fields, read_weights(checkpoint))
+    origin = f"{checkpoint.name}, a {family} checkpoint"
+    write_bundle(into, _manifest(read_config(family, fields), naming, origin), model)
+    return model
+
+
+def import_anchors(
+    checkpoints: Sequence[Path],
+    photographs: Path | None,
+    naming: Naming,
+    into: Path,
+    *,
+    image_size: int | None = None,
+) -> StitchedModel:
+    """Plain networks, smallest first, as a family; stitching layers are fitted on photographs.
+
+    Raises `DataError`, `ConfigError` or `BundleError` with what does not fit.
+    """
+    anchors = [load_anchor(path, image_size=image_size) for path in checkpoints]
+    if len(anchors) > 1 and photographs is None:
+        raise DataError("images: expected a folder of photographs to fit the stitching layers on")
+    config = family_of(anchors)
+    origin = " + ".join(path.name for path in checkpoints)
+    if photographs is not None and len(anchors) > 1:
+        origin += f", stitched by least squares on photographs of {photographs.name}"
+    manifest = _manifest(config, naming, origin)
+    views = torch.empty(0)
+    if photographs is not None:
+        paths = find_photographs(photographs)
+        views = random_views(paths, manifest.preprocessing, VIEWS_EACH, seed=0)
+    model = assemble_family(config, [anchor.build().state_dict() for anchor in anchors], views)
+    write_bundle(into, manifest, model)
+    return model
+
+
+def family_of(anchors: Sequence[PlainAnchor]) -> FamilyConfig:
+    """How these networks are stitched; raises `ConfigError` for those that cannot be."""
+    inputs = anchors[0].inputs
+    for anchor in anchors[1:]:
+        if anchor.inputs != inputs:
+            raise ConfigError(f"anchors: expected all to take {inputs}, got {anchor.inputs}")
+    configs = [anchor.config for anchor in anchors]
+    fields: dict[str, Any] = {"inputs": inputs, "anchors": configs}
+    if all(isinstance(config, VitConfig) for config in configs):
+        depths = [config.depth for config in configs if isinstance(config, VitConfig)]
+        if len(set(depths)) > 1:
+            fields |= {"family": "snnetv2"}
+        else:
+            fields |= {"final_norm_on_stitches": True}
+    elif all(isinstance(config, SwinConfig | ResNetConfig) for config in configs):
+        stages = (0, 1, 2) if isinstance(configs[0], SwinConfig) else (1, 2)
+        fields |= {"family": "snnet-staged", "stages": stages}
+    else:
+        kinds = [type(config).__name__.removesuffix("Config") for config in configs]
+        raise ConfigError(f"anchors: expected transformers, or hierarchical networks, got {kinds}")
+    try:
+        adapter: TypeAdapter[FamilyConfig] = TypeAdapter(FamilyConfig)
+        return adapter.validate_python(fields)
+    except ValidationError as error:
+        raise ConfigError(f"anchors: {error}") from error
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    text = _text(path)
+    try:
+        fields = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: expected fields, got {type(fields).__name__}")
+    return fields
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _manifest(config: FamilyConfig, naming: Naming, origin: str) -> Manifest:
+    inputs = config.inputs
+    labels: Sequence[str] = [f"class {i}" for i in range(inputs.num_classes)]
+    if naming.labels is not None:
+        labels = _text(naming.labels).splitlines()
+    grey = inputs.in_channels == 1
+    try:
+        return Manifest(
+            name=naming.name,
+            family=config.family,
+            config=config,
+            labels=tuple(labels),
+            preprocessing=Preprocessing.model_validate(
+                {
+                    "channels": inputs.in_channels,
+                    "height": inputs.image_size,
+                    "width": inputs.image_size,
+                    "mean": naming.mean or ((0.5,) if grey else IMAGENET_MEAN),
+                    "std": naming.std or ((0.5,) if grey else IMAGENET_STD),
+                    "resize": "bicubic",
+                    "crop": None if grey else 0.875,
+                }
+            ),
+            origin=origin,
+            licence=naming.licence,
+        )
+    except ValidationError as error:
+        raise ConfigError(f"bundle: {error}") from error

@@ -1,1 +1,0 @@
-"""Ladder-Residual transformers: one Llama architecture, split over ranks."""

@@ -1,1 +1,0 @@
-"""Links between ranks: threads, shared memory, TCP, NCCL."""

@@ -1,1 +1,0 @@
-"""An OpenAI-compatible HTTP face for language models, beside the gRPC one."""

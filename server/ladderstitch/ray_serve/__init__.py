@@ -1,0 +1,1 @@
+"""All of Ray: deployments, ranks as actors, live settings, the autoscaler."""

@@ -1,0 +1,1 @@
+"""One replica: a process with models, servers and metrics; readiness, draining, load."""

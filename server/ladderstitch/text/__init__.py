@@ -1,0 +1,1 @@
+"""Language models: bundle, tokenizer, scheduler, ranks, forward pass, communication."""

@@ -1,0 +1,1 @@
+"""The ranks of one language model as one device."""

@@ -1,0 +1,1 @@
+"""The forward pass of one rank: weights, residual schemes, paged cache."""

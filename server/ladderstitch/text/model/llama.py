@@ -1,0 +1,133 @@
+"""One rank's forward pass: reads top-down as the model is defined; a scheme is a plan per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ladderstitch.runtime.linear import serving_linear
+from ladderstitch.text.comm.base import Link
+from ladderstitch.text.model.attention_batch import Batch
+from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.kv_cache import PagedCache
+from ladderstitch.text.model.residual import LayerPlan, Stream
+from ladderstitch.text.model.rope import rotate, rotation_tables
+from ladderstitch.text.model.sharding import Shard
+from ladderstitch.text.model.weights import LayerWeights, RankWeights
+
+
+class Attention:
+    """Causal grouped-query attention of one rank's heads: [N, D] -> [N, H_r d], which `output`
+    makes a partial [N, D].
+    """
+
+    def __init__(
+        self, layer: int, weights: LayerWeights, config: LlamaConfig, shard: Shard
+    ) -> None:
+        self.layer, self.width = layer, config.head_dim
+        self.heads, self.kv_heads = len(shard.heads), len(shard.kv_heads)
+        self.qkv, self.output = weights.qkv, weights.output
+        self.linear = serving_linear(weights.qkv, cached=False)
+
+    def __call__(
+        self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor], cache: PagedCache
+    ) -> Tensor:
+        turned = self.heads + self.kv_heads
+        projected = self.linear(x, self.qkv).view(len(x), turned + self.kv_heads, self.width)
+        qk = rotate(projected[:, :turned], *rotation)
+        cache.append(self.layer, batch, qk[:, self.heads :], projected[:, turned:])
+        return cache.attend(self.layer, batch, qk[:, : self.heads]).reshape(len(x), -1)
+
+
+class Mlp:
+    """SwiGLU over one rank's columns: [N, D] -> [N, F_r], which `output` makes a partial."""
+
+    def __init__(self, weights: LayerWeights) -> None:
+        self.gate_up, self.output = weights.gate_up, weights.down
+        self.linear = serving_linear(weights.gate_up, cached=False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self.linear(x, self.gate_up).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+class Transformer:
+    """One rank of a language model. It holds weights only: what a call works on (the cache), how
+    its stream flows (the plans) and whom it talks to (the link) are arguments.
+    """
+
+    def __init__(self, config: LlamaConfig, weights: RankWeights, shard: Shard) -> None:
+        self.config, self.weights, self.shard = config, weights, shard
+        self.attentions = [Attention(i, w, config, shard) for i, w in enumerate(weights.layers)]
+        self.mlps = [Mlp(layer) for layer in weights.layers]
+        self._head = serving_linear(weights.head, cached=False)
+        dtype, device = weights.norm.dtype, weights.norm.device
+        self._rotation = tuple(
+            table.to(device, dtype)[:, None]
+            for table in rotation_tables(config, config.max_positions)
+        )
+
+    @torch.inference_mode()
+    def forward(
+        self, batch: Batch, cache: PagedCache, plans: Sequence[LayerPlan], link: Link
+    ) -> Tensor:
+        """Logits [R, V_r] of this rank's vocabulary, for the R rows of the batch that want them.
+
+        The earlier tokens of the batch's sequences are in the cache. Raises `LinkBroken` if a peer
+        is gone.
+        """
+        cosines, sines = self._rotation
+        rotation = cosines[batch.positions], sines[batch.positions]
+        stream = Stream(self._embed(batch.tokens, link), link)
+        for layer, plan in enumerate(plans):
+            self._run_layer(layer, plan, stream, batch, rotation, cache)
+        x = stream.read()[batch.wanted]
+        return self._head(self._norm(x, self.weights.norm), self.weights.head)
+
+    def _run_layer(
+        self,
+        layer: int,
+        plan: LayerPlan,
+        stream: Stream,
+        batch: Batch,
+        rotation: tuple[Tensor, Tensor],
+        cache: PagedCache,
+    ) -> None:
+        weights, eps = self.weights.layers[layer], self.config.norm_eps
+        attention, mlp = self.attentions[layer], self.mlps[layer]
+        x = stream.read_normed(plan.lag, weights.attention_norm, eps)
+        mixed = attention(x, batch, rotation, cache)
+        if plan.fused:
+            stream.add(_partial(attention, mixed) + _partial(mlp, mlp(x)))
+            return
+        assert weights.ffn_norm is not None, "only fused layers share a norm"
+        _add(stream, attention, mixed, plan.reduce and plan.reduce[0])
+        x = stream.read_normed(plan.lag, weights.ffn_norm, eps)
+        _add(stream, mlp, mlp(x), plan.reduce and plan.reduce[1])
+
+    def _embed(self, tokens: Tensor, link: Link) -> Tensor:
+        """[N] -> [N, D]: each rank knows its rows of the vocabulary, the sum knows all."""
+        rows = self.shard.vocabulary
+        if self.shard.ranks == 1:
+            return F.embedding(tokens, self.weights.embedding)
+        mine = (tokens >= rows.start) & (tokens < rows.stop)
+        local = (tokens - rows.start).clamp(0, len(rows) - 1)
+        part = F.embedding(local, self.weights.embedding) * mine.unsqueeze(-1)
+        return link.wait(link.post(part))
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
+
+
+def _partial(block: Attention | Mlp, x: Tensor) -> Tensor:
+    return block.linear(x, block.output)
+
+
+def _add(stream: Stream, block: Attention | Mlp, x: Tensor, reduce: bool | None) -> None:
+    if reduce is None:
+        stream.add_product(x, block.output, block.linear)
+    else:
+        stream.add_desynchronised(_partial(block, x), reduce=reduce)

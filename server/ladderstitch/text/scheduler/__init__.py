@@ -1,0 +1,1 @@
+"""Continuous batching of many callers on one language model."""

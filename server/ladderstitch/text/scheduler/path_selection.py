@@ -1,0 +1,146 @@
+"""Which path an answer takes: the best that its budget allows, given who else is there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ladderstitch.errors import (
+    BudgetInfeasible,
+    Overloaded,
+    QualityUnavailable,
+    StitchNotFound,
+)
+from ladderstitch.scheduling.candidates import Menu
+from ladderstitch.scheduling.generation_requests import GenerationRequest
+from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.text.scheduler.sequence import TokenSequence
+from ladderstitch.text.scheduler.step_times import StepTimes
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is on its way: decoding sequences by path, and tokens of prompts to be read."""
+
+    sequences: dict[int, int]
+    unread: dict[int, int]
+    waiting: int
+
+    @classmethod
+    def of(cls, active: Collection[TokenSequence], waiting: Collection[TokenSequence]) -> Load:
+        sequences: dict[int, int] = {}
+        unread: dict[int, int] = {}
+        for sequence in (*active, *waiting):
+            sequences[sequence.path] = sequences.get(sequence.path, 0) + 1
+            if sequence.pending > 1:
+                unread[sequence.path] = unread.get(sequence.path, 0) + sequence.pending
+        return cls(sequences, unread, len(waiting))
+
+
+IDLE = Load({}, {}, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Seconds until the first token from now, and between the others."""
+
+    first_s: float
+    token_s: float
+
+    def answer_s(self, tokens: int) -> float:
+        return self.first_s + self.token_s * (tokens - 1)
+
+
+def forecast(path: int, fresh_tokens: int, load: Load, times: StepTimes) -> Forecast:
+    """For a request of so many tokens to compute; steps of different paths take turns."""
+    counts = dict(load.sequences)
+    counts[path] = counts.get(path, 0) + 1
+    token_s = sum(times.expected(other, n, n) for other, n in counts.items())
+    ahead = sum(times.prefill_s(other, tokens) for other, tokens in load.unread.items())
+    return Forecast(ahead + times.prefill_s(path, fresh_tokens), token_s)
+
+
+def choose_path(
+    request: GenerationRequest,
+    menu: Menu,
+    settings: SchedulerSettings,
+    times: StepTimes,
+    load: Load,
+    reusable: dict[int, int],
+    now: float,
+) -> int:
+    """The path of highest quality that is expected to keep the budget; else the fastest.
+
+    The policy `max_quality` looks at the request alone, as if nobody else were there. `reusable`
+    counts the tokens of its prompt that are in the caches, by path. Raises `StitchNotFound`,
+    `QualityUnavailable`, `BudgetInfeasible` for a limit before its first token even when idle,
+    `Overloaded` for one before it at present, or for a full queue.
+    """
+    candidates = _candidates(request, menu)
+    forecasts = {
+        path: (
+            forecast(path, len(request.tokens) - reusable.get(path, 0), IDLE, times),
+            forecast(path, len(request.tokens) - reusable.get(path, 0), load, times),
+        )
+        for path in candidates
+    }
+    _refuse_hopeless(request, settings, load, forecasts, now)
+    for path in reversed(candidates):
+        alone, shared = forecasts[path]
+        if _keeps(request, alone if settings.policy == "max_quality" else shared, now):
+            return path
+    return candidates[0]
+
+
+def _candidates(request: GenerationRequest, menu: Menu) -> tuple[int, ...]:
+    """Paths to choose from, fastest first."""
+    pin = request.stitch
+    if pin is not None and pin not in menu.quality:
+        raise StitchNotFound(f"stitch_id: expected 0 to {len(menu.quality) - 1}, got {pin}")
+    highest = max(menu.quality.values()) if pin is None else menu.quality[pin]
+    if request.min_quality > highest:
+        raise QualityUnavailable(
+            f"min_quality: expected at most {highest:.4f}, got {request.min_quality:.4f}",
+            max_quality=f"{highest:.6f}",
+        )
+    return (pin,) if pin is not None else menu.choices(request.min_quality)
+
+
+def _refuse_hopeless(
+    request: GenerationRequest,
+    settings: SchedulerSettings,
+    load: Load,
+    forecasts: dict[int, tuple[Forecast, Forecast]],
+    now: float,
+) -> None:
+    alone_s = min(alone.first_s for alone, _ in forecasts.values())
+    shared_s = min(shared.first_s for _, shared in forecasts.values())
+    left_s = request.limit - now
+    if left_s < alone_s:
+        feasible_us = round(1e6 * (alone_s + now - request.arrival))
+        raise BudgetInfeasible(
+            f"the first token takes {1e3 * alone_s:.1f} ms at least, the limit is in "
+            f"{1e3 * max(0.0, left_s):.1f} ms",
+            min_feasible_us=str(feasible_us),
+        )
+    ahead_s = shared_s - alone_s
+    if load.waiting >= settings.queue_limit_requests or ahead_s > settings.queue_limit_s:
+        raise Overloaded(
+            f"{load.waiting} requests wait, {ahead_s:.1f} s of prompts are to be read before this "
+            "one",
+            retry_after_s=max(0.1, ahead_s / 2),
+        )
+    if left_s < shared_s:
+        raise Overloaded(
+            f"the first token is expected in {shared_s:.2f} s, the limit is in {left_s:.2f} s",
+            retry_after_s=max(0.1, shared_s - left_s),
+        )
+
+
+def _keeps(request: GenerationRequest, expected: Forecast, now: float) -> bool:
+    budget, spent = request.budget, now - request.arrival
+    return (
+        spent + expected.first_s <= budget.first_token_s
+        and expected.token_s <= budget.per_token_s
+        and spent + expected.answer_s(request.max_tokens) <= budget.answer_s
+    )

@@ -1,0 +1,88 @@
+"""How long steps take, and by when an answer needs its next token."""
+
+from __future__ import annotations
+
+import math
+
+from ladderstitch.scheduling.generation_requests import TokenBudget
+from ladderstitch.scheduling.latency_model import LatencyTable
+from ladderstitch.scheduling.profiles import Latency, LatencyProfile
+
+RELAXED_FIRST_S = 10.0
+RELAXED_TOKEN_S = 0.25
+"""What answers without a budget are paced by: nobody waits for ever, or reads slower than this."""
+
+
+def due(
+    budget: TokenBudget,
+    arrival: float,
+    first_at: float | None,
+    made: int,
+    most: int,
+    token_s: float,
+) -> float:
+    """When token number `made` (from 0) of at most `most` is due, on the clock of `arrival`.
+
+    `first_at` is when token 0 came, `token_s` what one takes at least. Time that an answer has in
+    hand is kept: it may fall behind for a while and still hold its mean.
+    """
+    end = arrival + budget.answer_s
+    if first_at is None:
+        first = arrival + min(budget.first_token_s, RELAXED_FIRST_S)
+        return min(first, end - token_s * (most - 1))
+    paced = first_at + made * min(budget.per_token_s, RELAXED_TOKEN_S)
+    if math.isinf(end) or most < 2:
+        return paced
+    return min(paced, first_at + (end - first_at) * made / (most - 1))
+
+
+class StepTimes:
+    """Seconds of a step: a profile over its tokens, `sequence_s` for every sequence beyond the
+    first, and what this machine does right now."""
+
+    def __init__(
+        self, profile: LatencyProfile, sequence_s: float, probability: float = 0.99
+    ) -> None:
+        self.table = LatencyTable(profile, probability)
+        self._sequence_s = sequence_s
+
+    @property
+    def most_tokens(self) -> int:
+        return self.table.view.max_rows
+
+    def expected(self, path: int, tokens: int, sequences: int = 1) -> float:
+        """Seconds of one step of so many tokens, at least one."""
+        view = self.table.view
+        whole = view.expected(path, min(tokens, view.max_rows)) * max(1.0, tokens / view.max_rows)
+        return whole + max(0, sequences - 1) * self._sequence_s * view.slowdown
+
+    def fits(self, path: int, slack_s: float, sequences: int) -> int:
+        """Tokens, those of the sequences included, that a step may have to stay within."""
+        view = self.table.view
+        left = slack_s - max(0, sequences - 1) * self._sequence_s * view.slowdown * view.tail
+        return view.largest_fit(path, left) if left > 0 else 0
+
+    def prefill_s(self, path: int, tokens: int) -> float:
+        """Seconds to read so many tokens of a prompt, in steps as large as they may be."""
+        most = self.most_tokens
+        whole, rest = divmod(tokens, most)
+        return whole * self.expected(path, most) + (self.expected(path, rest) if rest else 0.0)
+
+    def observe(self, path: int, tokens: int, sequences: int, seconds: float) -> float:
+        """Learn from a step; actual over expected seconds."""
+        extra = max(0, sequences - 1) * self._sequence_s * self.table.view.slowdown
+        return self.table.observe(path, tokens, max(seconds - extra, 0.1 * seconds))
+
+
+def made_up_profile(paths: int, most_tokens: int) -> LatencyProfile:
+    """Before anything was measured: every step alike, so that order decides and not the path."""
+    sizes = (1, most_tokens) if most_tokens > 1 else (1,)
+    same = Latency(median_s=(0.01,) * len(sizes), p99_s=(0.01,) * len(sizes))
+    return LatencyProfile(
+        device="unmeasured",
+        threads=1,
+        date="",
+        versions={},
+        batch_sizes=sizes,
+        stitches=dict.fromkeys(range(paths), same),
+    )

@@ -1,0 +1,1 @@
+"""Ladder conversion and training of small language models."""

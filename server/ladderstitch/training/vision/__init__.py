@@ -1,0 +1,1 @@
+"""Training, stitching, calibrating and profiling image families."""

@@ -1,0 +1,70 @@
+"""Start stitching layers from the anchors' own features, by least squares (SN-Net, section 3.2)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from ladderstitch.errors import DataError
+from ladderstitch.vision.models.backbone import Trunk, rows
+from ladderstitch.vision.models.route import Stitch
+from ladderstitch.vision.models.stitched import StitchedModel
+
+
+def solve_affine(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [D_end, D_front] and bias [D_end] that minimise |x W^T + b - y|.
+
+    x [N, D_front], y [N, D_end]. Solved in float64; of several solutions the one of least norm.
+    Raises `DataError` for features that are not finite: an anchor that has diverged.
+    """
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise DataError("features: expected finite numbers; an anchor's training has diverged")
+    ones = torch.ones(len(x), 1, dtype=torch.float64)
+    design = torch.cat((x.double(), ones), dim=1)  # [N, D_front + 1]
+    solution = torch.linalg.lstsq(design, y.double(), driver="gelsd").solution
+    return solution[:-1].T.to(x.dtype), solution[-1].to(x.dtype)
+
+
+def anchor_features(anchor: Trunk, images: Tensor) -> list[Tensor]:
+    """Rows [N, D] (a row a token or pixel) that enter step 0, then those that leave each step."""
+    with torch.inference_mode():
+        x = anchor.embed(images)
+        features = [rows(x)]
+        for step in anchor.steps():
+            x = step(x)
+            features.append(rows(x))
+    return features
+
+
+def stitched_pairs(stitches: tuple[Stitch, ...]) -> dict[str, list[tuple[int, int, int, int]]]:
+    """By stitching layer: each (front anchor, last front step, end anchor, first end step)."""
+    pairs: dict[str, list[tuple[int, int, int, int]]] = defaultdict(list)
+    for stitch in stitches:
+        joints = zip(stitch.segments, stitch.layers, stitch.segments[1:], strict=False)
+        for front, layer, end in joints:
+            joint = (front.anchor, front.last, end.anchor, end.first)
+            if layer is not None and joint not in pairs[layer]:
+                pairs[layer].append(joint)
+    return dict(pairs)
+
+
+def initialise_stitching_layers(model: StitchedModel, images: Tensor) -> None:
+    """Set every stitching layer to the mean of the solutions of the stitches that share it.
+
+    images [B, C, H, W]. For front step j and end step k: X = what leaves j, Y = what enters k.
+    """
+    features = [anchor_features(anchor, images) for anchor in model.trunks()]
+    for layer, pairs in stitched_pairs(model.stitches).items():
+        solutions = [
+            solve_affine(features[front][last + 1], features[end][first])
+            for front, last, end, first in pairs
+        ]
+        affine = model.affine(layer)
+        weight = torch.stack([weight for weight, _ in solutions]).mean(0)
+        bias = torch.stack([bias for _, bias in solutions]).mean(0)
+        assert affine.bias is not None
+        with torch.no_grad():
+            affine.weight.copy_(weight.view_as(affine.weight))  # a 1x1 convolution has two more
+            affine.bias.copy_(bias)

@@ -1,0 +1,127 @@
+"""Turn trained anchors into a stitchable family: least squares, then joint fine-tuning."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ladderstitch.training.vision.anchors import load_anchor, parameter_groups
+from ladderstitch.training.vision.assemble import assemble_family
+from ladderstitch.training.vision.idx_dataset import LabelledImages, normalise
+from ladderstitch.training.vision.learngene import start_from_maps
+from ladderstitch.training.vision.loop import Run, accuracy, fit
+from ladderstitch.training.vision.low_rank import add_low_rank, fold_low_rank
+from ladderstitch.training.vision.network_sampler import draw, sampling_groups
+from ladderstitch.training.vision.recipe import Recipe
+from ladderstitch.vision.bundle import Manifest, Preprocessing, write_bundle
+from ladderstitch.vision.models.snnet_staged import StagedConfig
+from ladderstitch.vision.models.stitched import StitchedModel
+
+
+def family_file(folder: Path) -> Path:
+    return folder / "family.safetensors"
+
+
+def assemble(recipe: Recipe, images: LabelledImages, folder: Path) -> StitchedModel:
+    """The family of the run's trained anchors with stitching layers from least squares."""
+    rng = torch.Generator().manual_seed(recipe.seed)
+    chosen = torch.randperm(len(images), generator=rng)[: recipe.init_images]
+    sample = normalise(images.pixels[chosen], recipe.data.mean, recipe.data.std)
+    anchors = [
+        load_anchor(recipe, folder, index).state_dict()
+        for index in range(len(recipe.family.anchors))
+    ]
+    model = assemble_family(recipe.family, anchors, sample)
+    if recipe.pool is not None:
+        start_from_maps(model, recipe.pool, folder)
+    return model.requires_grad_(True)
+
+
+def stitch_family(
+    recipe: Recipe, images: LabelledImages, folder: Path, progress: Progress
+) -> StitchedModel:
+    """Fine-tune all stitches jointly: each step draws one (SN-Net, section 3.4).
+
+    The loss mixes the labels with the soft answers of the largest anchor as it was before.
+    """
+    torch.set_num_threads(recipe.threads)
+    if family_file(folder).exists():
+        model = recipe.family.build()
+        model.load_state_dict(load_file(family_file(folder)))
+        return model.eval()
+    train, validation = images.split(recipe.data.validation_images)
+    model = assemble(recipe, train, folder)
+    teacher = load_anchor(recipe, folder, len(recipe.family.anchors) - 1)
+    schedule = recipe.stitching
+    by_cost = schedule.cost_step_macs if schedule.sampling == "by_cost" else None
+    groups_of_ids = sampling_groups(model, recipe.family.inputs.image_size, by_cost)
+    usable = [stitch.id for stitch in model.stitches if stitch.usable]
+    if schedule.low_rank is not None:
+        add_low_rank(model, schedule.low_rank)
+
+    def loss(batch: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
+        stitch = draw(groups_of_ids, rng)
+        with torch.no_grad():
+            wanted = teacher(batch).float().softmax(1)
+        logits = model(batch, stitch).float()
+        by_labels = F.cross_entropy(logits, labels, label_smoothing=schedule.label_smoothing)
+        by_teacher = F.cross_entropy(logits, wanted)
+        return torch.lerp(by_labels, by_teacher, schedule.distillation)
+
+    shown = [s.id for s in model.stitches if s.is_anchor] + [
+        usable[len(usable) // 4],
+        usable[3 * len(usable) // 4],
+    ]
+
+    def validate() -> dict[str, float]:
+        return {
+            f"validation_accuracy_{stitch}": accuracy(
+                partial(model, stitch=stitch), validation, recipe.data
+            )
+            for stitch in shown
+        }
+
+    bfloat16 = recipe.precision == "bfloat16"
+    seed = recipe.seed + len(usable)
+    run = Run("family", folder, seed, schedule, recipe.data, train, bfloat16)
+    anchor_rate = schedule.learning_rate * schedule.anchor_learning_rate_factor
+    groups = parameter_groups(model.anchors, anchor_rate)
+    groups += parameter_groups(model.stitch_layers, schedule.learning_rate)
+    fit(model, groups, loss, validate, run, progress)
+    fold_low_rank(model)
+    save_file(model.state_dict(), family_file(folder))
+    run.checkpoint.unlink()
+    return model.eval()
+
+
+def export_family(recipe: Recipe, model: StitchedModel, bundle: Path) -> None:
+    """Write the family as a bundle; vision transformers' stems go without their normalisation."""
+    config, inputs = recipe.family, recipe.family.inputs
+    if not isinstance(config, StagedConfig):
+        model.fold_batch_norm()
+        anchors = [a.model_copy(update={"stem_batch_norm": False}) for a in config.anchors]
+        config = config.model_copy(update={"anchors": tuple(anchors)})
+    manifest = Manifest(
+        name=recipe.name,
+        family=config.family,
+        config=config,
+        labels=recipe.data.labels,
+        preprocessing=Preprocessing.model_validate(
+            {
+                "channels": inputs.in_channels,
+                "height": inputs.image_size,
+                "width": inputs.image_size,
+                "mean": recipe.data.mean,
+                "std": recipe.data.std,
+            }
+        ),
+        origin=f"trained from scratch on {recipe.data.name} by `ladderstitch train` and `stitch`",
+        licence=f"weights Apache-2.0; data {recipe.data.licence}",
+    )
+    write_bundle(bundle, manifest, model)

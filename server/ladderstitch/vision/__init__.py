@@ -1,0 +1,1 @@
+"""Image models: bundle, preprocessing, scheduler, engine, stitched networks."""

@@ -1,0 +1,1 @@
+"""Runs one batch of images on one stitch, in a worker process or inline."""

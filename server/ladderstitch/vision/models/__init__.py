@@ -1,0 +1,1 @@
+"""Stitchable networks: routes, anchors, families, the executor."""

@@ -1,0 +1,120 @@
+"""EfficientNet-Lite as an anchor: EfficientNet (arXiv 1905.11946) with ReLU6 and no squeezing.
+
+Module names are those of the published state dicts. Convolutions pad as TensorFlow's "same" does:
+what is odd goes to the right and the bottom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ladderstitch.vision.models.backbone import Trunk
+from ladderstitch.vision.models.batch_norm import fold
+from ladderstitch.vision.models.conv_config import MapAnchorConfig
+from ladderstitch.vision.models.vit import InputShape
+
+KERNELS = (3, 3, 5, 3, 5, 5, 3)
+STRIDES = (1, 2, 2, 2, 1, 2, 1)
+EXPANSIONS = (1, 6, 6, 6, 6, 6, 6)
+EPS = 1e-3
+
+Seven = tuple[int, int, int, int, int, int, int]
+
+
+class EfficientNetLiteConfig(MapAnchorConfig):
+    """Shape of one anchor: seven stages."""
+
+    kind: Literal["efficientnet-lite"] = "efficientnet-lite"
+    widths: Seven = Field(description="channels that leave each stage")
+    depths: Seven = Field(description="blocks of each stage")
+    stem: int = Field(32, gt=0)
+    head: int = Field(1280, gt=0)
+
+    def build(self, inputs: InputShape) -> EfficientNetLite:
+        return EfficientNetLite(inputs, self)
+
+
+class SameConv(nn.Conv2d):
+    """A convolution whose output is the input's size over the stride, rounded up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, step = self.kernel_size[0], self.stride[0]
+        spare = [max((-(-n // step) - 1) * step + size - n, 0) for n in x.shape[-2:]]
+        if any(s % 2 for s in spare):
+            (up, down), (left, right) = ((s // 2, s - s // 2) for s in spare)
+            x = F.pad(x, (left, right, up, down))
+            return F.conv2d(x, self.weight, self.bias, self.stride, 0, 1, self.groups)
+        padding = (spare[0] // 2, spare[1] // 2)
+        return F.conv2d(x, self.weight, self.bias, self.stride, padding, 1, self.groups)
+
+
+def _conv(before: int, after: int, kernel: int, stride: int = 1, groups: int = 1) -> SameConv:
+    return SameConv(before, after, kernel, stride=stride, groups=groups, bias=False)
+
+
+class InvertedResidual(nn.Module):
+    """Widen, filter each channel, narrow; beside a shortcut where nothing changes size."""
+
+    def __init__(self, before: int, after: int, stage: int, stride: int) -> None:
+        super().__init__()
+        middle = before * EXPANSIONS[stage]
+        self.expands = EXPANSIONS[stage] > 1
+        self.adds = stride == 1 and before == after
+        if self.expands:
+            self._expand_conv = _conv(before, middle, 1)
+            self._bn0: nn.Module = nn.BatchNorm2d(middle, eps=EPS)
+        self._depthwise_conv = _conv(middle, middle, KERNELS[stage], stride, groups=middle)
+        self._bn1: nn.Module = nn.BatchNorm2d(middle, eps=EPS)
+        self._project_conv = _conv(middle, after, 1)
+        self._bn2: nn.Module = nn.BatchNorm2d(after, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        y = F.relu6(self._bn1(self._depthwise_conv(y)))
+        y = self._bn2(self._project_conv(y))
+        return x + y if self.adds else y
+
+    def fold_batch_norm(self) -> None:
+        if self.expands:
+            self._expand_conv, self._bn0 = fold(self._expand_conv, self._bn0)
+        self._depthwise_conv, self._bn1 = fold(self._depthwise_conv, self._bn1)
+        self._project_conv, self._bn2 = fold(self._project_conv, self._bn2)
+
+
+class EfficientNetLite(Trunk):
+    """One anchor; its steps work on maps [B, D, H, W]."""
+
+    def __init__(self, inputs: InputShape, config: EfficientNetLiteConfig) -> None:
+        super().__init__()
+        self._conv_stem = _conv(inputs.in_channels, config.stem, 3, 2)
+        self._bn0: nn.Module = nn.BatchNorm2d(config.stem, eps=EPS)
+        blocks, before = [], config.stem
+        for stage, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
+            for index in range(depth):
+                stride = 1 if index else STRIDES[stage]
+                blocks.append(InvertedResidual(before, width, stage, stride))
+                before = width
+        self._blocks = nn.ModuleList(blocks)
+        self._conv_head = _conv(before, config.head, 1)
+        self._bn1: nn.Module = nn.BatchNorm2d(config.head, eps=EPS)
+        self._fc = nn.Linear(config.head, inputs.num_classes)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] images -> [B, D, H/2, W/2]."""
+        return F.relu6(self._bn0(self._conv_stem(images)))
+
+    def steps(self) -> Sequence[nn.Module]:
+        return list(self._blocks)
+
+    def classify(self, x: Tensor, *, final_norm: bool) -> Tensor:
+        """[B, D, H, W] -> [B, num_classes] logits; the norm belongs to the head's convolution."""
+        return self._fc(F.relu6(self._bn1(self._conv_head(x))).mean((2, 3)))
+
+    def fold_batch_norm(self) -> None:
+        self._conv_stem, self._bn0 = fold(self._conv_stem, self._bn0)
+        self._conv_head, self._bn1 = fold(self._conv_head, self._bn1)

@@ -1,0 +1,133 @@
+"""The residual network (arXiv 1512.03385) as an anchor; module names are torchvision's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ladderstitch.vision.models.backbone import Trunk
+from ladderstitch.vision.models.batch_norm import fold
+from ladderstitch.vision.models.conv_config import MapAnchorConfig
+from ladderstitch.vision.models.vit import InputShape
+
+
+class ResNetConfig(MapAnchorConfig):
+    """Shape of one ResNet anchor; widths double from stage to stage."""
+
+    kind: Literal["resnet"] = "resnet"
+    block: Literal["BasicBlock", "Bottleneck"]
+    depths: tuple[int, int, int, int]
+    width: int = Field(64, gt=0, description="channels within the first stage's blocks")
+    batch_norm_eps: float = Field(1e-5, gt=0)
+
+    @property
+    def expansion(self) -> int:
+        return 1 if self.block == "BasicBlock" else 4
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels that leave each stage."""
+        return tuple(self.width * self.expansion * 2**stage for stage in range(4))
+
+    def build(self, inputs: InputShape) -> ResNet:
+        return ResNet(inputs, self)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut; the first one strides."""
+
+    def __init__(self, before: int, width: int, stride: int, eps: float) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1: nn.Module = nn.BatchNorm2d(width, eps=eps)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2: nn.Module = nn.BatchNorm2d(width, eps=eps)
+        self.downsample = _shortcut(before, width, stride, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+    def fold_batch_norm(self) -> None:
+        self.conv1, self.bn1 = fold(self.conv1, self.bn1)
+        self.conv2, self.bn2 = fold(self.conv2, self.bn2)
+        _fold_shortcut(self.downsample)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (which strides) and 1x1 convolutions beside a shortcut; four times as wide."""
+
+    def __init__(self, before: int, width: int, stride: int, eps: float) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 1, bias=False)
+        self.bn1: nn.Module = nn.BatchNorm2d(width, eps=eps)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.bn2: nn.Module = nn.BatchNorm2d(width, eps=eps)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3: nn.Module = nn.BatchNorm2d(4 * width, eps=eps)
+        self.downsample = _shortcut(before, 4 * width, stride, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+    def fold_batch_norm(self) -> None:
+        self.conv1, self.bn1 = fold(self.conv1, self.bn1)
+        self.conv2, self.bn2 = fold(self.conv2, self.bn2)
+        self.conv3, self.bn3 = fold(self.conv3, self.bn3)
+        _fold_shortcut(self.downsample)
+
+
+def _shortcut(before: int, after: int, stride: int, eps: float) -> nn.Sequential | None:
+    if stride == 1 and before == after:
+        return None
+    return nn.Sequential(
+        nn.Conv2d(before, after, 1, stride=stride, bias=False), nn.BatchNorm2d(after, eps=eps)
+    )
+
+
+def _fold_shortcut(shortcut: nn.Sequential | None) -> None:
+    if shortcut is not None and isinstance(shortcut[0], nn.Conv2d):
+        shortcut[0], shortcut[1] = fold(shortcut[0], shortcut[1])
+
+
+class ResNet(Trunk):
+    """One ResNet anchor; its steps work on maps [B, D, H, W]."""
+
+    def __init__(self, inputs: InputShape, config: ResNetConfig) -> None:
+        super().__init__()
+        eps, block = config.batch_norm_eps, BasicBlock
+        kind = block if config.block == "BasicBlock" else Bottleneck
+        self.conv1 = nn.Conv2d(inputs.in_channels, config.width, 7, stride=2, padding=3, bias=False)
+        self.bn1: nn.Module = nn.BatchNorm2d(config.width, eps=eps)
+        before = config.width
+        for stage, depth in enumerate(config.depths):
+            blocks = []
+            for index in range(depth):
+                stride = 2 if stage and not index else 1
+                blocks.append(kind(before, config.width * 2**stage, stride, eps))
+                before = config.widths[stage]
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(before, inputs.num_classes)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] images -> [B, D, H/4, W/4]."""
+        return F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
+
+    def steps(self) -> Sequence[nn.Module]:
+        stages = (self.get_submodule(f"layer{stage}") for stage in range(1, 5))
+        return [block for stage in stages for block in stage.children()]
+
+    def classify(self, x: Tensor, *, final_norm: bool) -> Tensor:
+        """[B, D, H, W] -> [B, num_classes] logits of the mean; there is no final norm."""
+        return self.fc(x.mean((2, 3)))
+
+    def fold_batch_norm(self) -> None:
+        self.conv1, self.bn1 = fold(self.conv1, self.bn1)

@@ -1,0 +1,168 @@
+"""The SN-Net family of vision transformers: its configuration, its stitches, its model.
+
+Paired depth (arXiv 2302.06586, section 3.3): a window of `kernel_size` blocks slides by `stride`
+over the depth. In each window all ordered pairs (j, k) not seen before become stitches "front
+blocks 0..j, then end blocks k..", and all pairs first seen in one window share that window's
+stitching layer; a window that adds nothing gets no layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import nn
+
+from ladderstitch.vision.models.route import Segment, Stitch
+from ladderstitch.vision.models.stitched import StitchedModel, StitchingLayer
+from ladderstitch.vision.models.vit import InputShape, Vit, VitConfig
+
+
+class SnNetConfig(BaseModel):
+    """Everything that determines an SN-Net ViT family but its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    family: Literal["snnet"] = "snnet"
+    inputs: InputShape
+    anchors: tuple[VitConfig, ...] = Field(min_length=1, description="smallest first")
+    kernel_size: int = Field(2, gt=0, description="blocks in a stitching window")
+    stride: int = Field(1, gt=0, description="blocks from one window to the next")
+    nearest_only: bool = Field(True, description="stitch neighbouring anchors only")
+    final_norm_on_anchors: bool = True
+    final_norm_on_stitches: bool = Field(
+        False, description="the published DeiT checkpoints skip the norm on stitched paths"
+    )
+    identity_between_equals: bool = Field(
+        False, description="no stitching layer between anchors of one width (Learngene Pool)"
+    )
+    trained_pairs: tuple[tuple[int, int], ...] | None = Field(
+        None, description="pairs of anchors whose stitches, and themselves, are usable; unset: all"
+    )
+
+    @model_validator(mode="after")
+    def _anchors_pair_up(self) -> SnNetConfig:
+        depths = [anchor.depth for anchor in self.anchors]
+        if len(set(depths)) > 1:
+            raise ValueError(f"anchors: paired stitching expects one depth, got {depths}")
+        return self
+
+    @property
+    def depth(self) -> int:
+        return self.anchors[0].depth
+
+    def stitches(self) -> tuple[Stitch, ...]:
+        """Every network of the family, `id` = position."""
+        stitches = enumerate_stitches(
+            anchors=len(self.anchors),
+            depth=self.depth,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            nearest_only=self.nearest_only,
+            final_norm_on_anchors=self.final_norm_on_anchors,
+            final_norm_on_stitches=self.final_norm_on_stitches,
+        )
+        return tuple(
+            replace(stitch, layers=self._layers(stitch), usable=self._usable(stitch))
+            for stitch in stitches
+        )
+
+    def _layers(self, stitch: Stitch) -> tuple[str | None, ...]:
+        if self._identity(stitch.front, stitch.end):
+            return (None,) * len(stitch.layers)
+        return stitch.layers
+
+    def _identity(self, front: int, end: int) -> bool:
+        same = self.anchors[front].embed_dim == self.anchors[end].embed_dim
+        return self.identity_between_equals and same
+
+    def _usable(self, stitch: Stitch) -> bool:
+        if self.trained_pairs is None:
+            return True
+        if stitch.is_anchor:
+            return any(stitch.front in pair for pair in self.trained_pairs)
+        return (stitch.front, stitch.end) in self.trained_pairs
+
+    def build(self) -> StitchedModel:
+        """The model with torch's default initialisation, on torch's default device."""
+        layers_per_pair = len(paired_windows(self.depth, self.kernel_size, self.stride))
+        pairs = anchor_pairs(len(self.anchors), nearest_only=self.nearest_only)
+        return StitchedModel(
+            anchors=[Vit(self.inputs, anchor) for anchor in self.anchors],
+            stitch_layers=[
+                [
+                    nn.Identity()
+                    if self._identity(front, end)
+                    else StitchingLayer(self.anchors[front].embed_dim, self.anchors[end].embed_dim)
+                    for _ in range(layers_per_pair)
+                ]
+                for front, end in pairs
+            ],
+            stitches=self.stitches(),
+        )
+
+
+def paired_windows(depth: int, kernel_size: int, stride: int) -> list[list[tuple[int, int]]]:
+    """Pairs (last front block, first end block) by stitching layer, in id order.
+
+    `paired_windows(12, 2, 1)` has 11 layers and 34 pairs, as in the published DeiT family.
+    """
+    for field, value in (("depth", depth), ("kernel_size", kernel_size), ("stride", stride)):
+        if value < 1:
+            raise ValueError(f"{field}: expected at least 1, got {value}")
+    seen: set[tuple[int, int]] = set()
+    windows: list[list[tuple[int, int]]] = []
+    for start in range(0, depth, stride):
+        window = range(start, min(start + kernel_size, depth))
+        fresh = [(j, k) for j in window for k in window if (j, k) not in seen]
+        if fresh:
+            seen.update(fresh)
+            windows.append(fresh)
+    return windows
+
+
+def anchor_pairs(anchors: int, *, nearest_only: bool) -> list[tuple[int, int]]:
+    """(front, end) anchor pairs, smaller to larger; only neighbours if `nearest_only`."""
+    return [
+        (front, end)
+        for front in range(anchors)
+        for end in range(front + 1, anchors)
+        if end == front + 1 or not nearest_only
+    ]
+
+
+def enumerate_stitches(
+    *,
+    anchors: int,
+    depth: int,
+    kernel_size: int,
+    stride: int,
+    nearest_only: bool = True,
+    final_norm_on_anchors: bool = True,
+    final_norm_on_stitches: bool = False,
+) -> tuple[Stitch, ...]:
+    """All stitches of a paired-depth family, `id` = position: anchors first, then pair by pair.
+
+    The published DeiT checkpoints skip the final norm on stitched paths but not on anchors: hence
+    the two flags.
+    """
+    stitches = [
+        Stitch(a, (Segment(a, 0, depth - 1),), (), final_norm_on_anchors) for a in range(anchors)
+    ]
+    windows = paired_windows(depth, kernel_size, stride)
+    for pair, (front, end) in enumerate(anchor_pairs(anchors, nearest_only=nearest_only)):
+        for layer, window in enumerate(windows):
+            for last_front, first_end in window:
+                stitches.append(
+                    Stitch(
+                        id=len(stitches),
+                        segments=(
+                            Segment(front, 0, last_front),
+                            Segment(end, first_end, depth - 1),
+                        ),
+                        layers=(f"stitch_layers.{pair}.{layer}.transform",),
+                        final_norm=final_norm_on_stitches,
+                    )
+                )
+    return tuple(stitches)

@@ -1,0 +1,140 @@
+"""SN-Net families of hierarchical networks: Swin, ResNet, LeViT, EfficientNet-Lite, also mixed.
+
+Anchors are stitched inside a stage only, never the last (arXiv 2302.06586, section 3.3). Stages of
+one depth d: (j, j + 1) for j = 0 .. d - 2, a layer each. Of depths d1 < d2, with
+m(i) = floor(i d1 / d2): (m(i), i) for all i with m(i) < i, and the n-th of them uses layer m(n),
+not m(i): published checkpoints were trained so. Families that are not trained jointly may be
+stitched at stage boundaries instead: all of a stage, then the end anchor's next stage.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import nn
+
+from ladderstitch.vision.models.efficientnet import EfficientNetLiteConfig
+from ladderstitch.vision.models.levit import LevitConfig
+from ladderstitch.vision.models.resnet import ResNetConfig
+from ladderstitch.vision.models.route import Segment, Stitch
+from ladderstitch.vision.models.stitched import (
+    Layers,
+    MapStitchingLayer,
+    StitchedModel,
+    StitchingLayer,
+)
+from ladderstitch.vision.models.swin import SwinConfig
+from ladderstitch.vision.models.vit import InputShape
+
+Hierarchical = SwinConfig | ResNetConfig | LevitConfig | EfficientNetLiteConfig
+AnchorConfig = Annotated[Hierarchical, Field(discriminator="kind")]
+
+
+class StagedConfig(BaseModel):
+    """Everything that determines a hierarchical SN-Net family but its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    family: Literal["snnet-staged"] = "snnet-staged"
+    inputs: InputShape
+    anchors: tuple[AnchorConfig, ...] = Field(min_length=1, description="smallest first")
+    stages: tuple[int, ...] = Field(description="the stages that are stitched in, from 0")
+    joints: Literal["within", "after"] = Field(
+        "within", description="stitch within a stage (SN-Net), or after all of it"
+    )
+
+    @model_validator(mode="after")
+    def _stages_fit_the_anchors(self) -> StagedConfig:
+        shortest = min(len(anchor.depths) for anchor in self.anchors)
+        if any(not 0 <= stage < shortest - 1 for stage in self.stages):
+            raise ValueError(
+                f"stages: expected stages 0 to {shortest - 2} (never the last), got {self.stages}"
+            )
+        for front, end in self.pairs:
+            if (front.layout, end.layout) == ("tokens", "map"):
+                raise ValueError(
+                    f"anchors: expected no {end.kind} after a {front.kind}: tokens have no map"
+                )
+            for stage in self.stages:
+                if front.depths[stage] > end.depths[stage]:
+                    raise ValueError(
+                        f"anchors: expected the smaller first; stage {stage} has "
+                        f"{front.depths[stage]} blocks before {end.depths[stage]}"
+                    )
+        return self
+
+    @property
+    def pairs(self) -> list[tuple[Hierarchical, ...]]:
+        """Neighbouring anchors."""
+        return list(zip(self.anchors, self.anchors[1:], strict=False))
+
+    def stitches(self) -> tuple[Stitch, ...]:
+        """Every network, `id` = position: anchors, then stage by stage, pair by pair."""
+        found = [
+            Stitch(a, (Segment(a, 0, anchor.total_steps - 1),), (), True)
+            for a, anchor in enumerate(self.anchors)
+        ]
+        for list_index, stage in enumerate(self.stages):
+            for pair, (front, end) in enumerate(self.pairs):
+                for leaving, entering, layer in self._joints(front, end, stage):
+                    segments = (
+                        Segment(pair, 0, leaving),
+                        Segment(pair + 1, entering, end.total_steps - 1),
+                    )
+                    key = f"stitch_layers.{list_index}.{pair}.{layer}.transform"
+                    found.append(Stitch(len(found), segments, (key,), True))
+        return tuple(found)
+
+    def _joints(
+        self, front: Hierarchical, end: Hierarchical, stage: int
+    ) -> list[tuple[int, int, int]]:
+        """(last step of the front, first step of the end, stitching layer)."""
+        if self.joints == "after":
+            leaving = front.span(stage, front.depths[stage] - 1)[1]
+            return [(leaving, end.span(stage, end.depths[stage] - 1)[1] + 1, 0)]
+        return [
+            (front.span(stage, last)[1], end.span(stage, first)[0], layer)
+            for last, first, layer in stage_stitches(front.depths[stage], end.depths[stage])
+        ]
+
+    def build(self) -> StitchedModel:
+        """The model with torch's default initialisation, on torch's default device."""
+        layers: list[Layers] = [
+            [
+                [
+                    _layer(front, end, stage)
+                    for _ in range(
+                        1
+                        if self.joints == "after"
+                        else layer_count(front.depths[stage], end.depths[stage])
+                    )
+                ]
+                for front, end in self.pairs
+            ]
+            for stage in self.stages
+        ]
+        return StitchedModel(
+            [anchor.build(self.inputs) for anchor in self.anchors], layers, self.stitches()
+        )
+
+
+def stage_stitches(front_depth: int, end_depth: int) -> list[tuple[int, int, int]]:
+    """(last front block, first end block, stitching layer) within a stage, in id order."""
+    if front_depth == end_depth:
+        return [(block, block + 1, block) for block in range(front_depth - 1)]
+    mapped = [i * front_depth // end_depth for i in range(end_depth)]
+    joints = sorted((front, end) for end, front in enumerate(mapped) if front < end)
+    return [(front, end, mapped[n]) for n, (front, end) in enumerate(joints)]
+
+
+def layer_count(front_depth: int, end_depth: int) -> int:
+    """Stitching layers that a stage's checkpoint holds, used or not."""
+    return front_depth - 1 if front_depth == end_depth else front_depth
+
+
+def _layer(front: Hierarchical, end: Hierarchical, stage: int) -> nn.Module:
+    widths = front.widths[stage], end.widths[stage]
+    if front.layout == "map":
+        return MapStitchingLayer(*widths, to_tokens=end.layout == "tokens")
+    return StitchingLayer(*widths)

@@ -1,0 +1,124 @@
+"""From what callers send (numbers, PNG, JPEG) to what the model takes."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ladderstitch.errors import BadInput
+from ladderstitch.scheduling.requests import Pixels
+from ladderstitch.security.listen_config import MAX_IMAGE_PIXELS
+from ladderstitch.vision.bundle import Preprocessing
+
+INLINE_PIXELS = 256 * 256
+"""Larger pictures are decoded in a thread, so that they do not hold up the event loop."""
+ITEM_BYTES = {"UINT8": 1, "FP32": 4}
+
+_decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
+
+
+class ImageReader:
+    """Preprocesses for one model."""
+
+    def __init__(self, preprocessing: Preprocessing, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
+        """`max_pixels` is checked on a file's header, before anything is decoded."""
+        self.max_pixels = max_pixels
+        self.shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
+        self.mode = "L" if preprocessing.channels == 1 else "RGB"
+        self.resample = Image.Resampling[preprocessing.resize.upper()]
+        self.crop = preprocessing.crop
+        std = np.asarray(preprocessing.std, np.float32)
+        mean = np.asarray(preprocessing.mean, np.float32)
+        self.scale = (1 / (255 * std)).reshape(-1, 1, 1)
+        self.shift = (-mean / std).reshape(-1, 1, 1)
+
+    def normalise(self, pixels: NDArray[np.uint8]) -> Pixels:
+        """uint8 [N, C, H, W] -> (pixel / 255 - mean) / std."""
+        return pixels * self.scale + self.shift
+
+    def tensor(self, field: str, datatype: str, shape: Sequence[int], data: bytes) -> Pixels:
+        """[N, C, H, W] from raw little-endian bytes.
+
+        UINT8 are pixels 0 .. 255, FP32 are preprocessed already. Raises `BadInput` naming the part
+        of `field` that is wrong.
+        """
+        if datatype not in ITEM_BYTES:
+            raise BadInput(f"{field}.datatype", f"expected UINT8 or FP32, got {datatype!r}")
+        if len(shape) != 4 or tuple(shape[1:]) != self.shape or shape[0] < 1:
+            expected = ("N >= 1", *self.shape)
+            raise BadInput(f"{field}.shape", f"expected {list(expected)}, got {list(shape)}")
+        wanted = math.prod(shape) * ITEM_BYTES[datatype]
+        if len(data) != wanted:
+            raise BadInput(
+                f"{field}.data",
+                f"expected {wanted} bytes for {datatype} {list(shape)}, got {len(data)}",
+            )
+        if datatype == "UINT8":
+            return self.normalise(np.frombuffer(data, np.uint8).reshape(shape))
+        return self.checked(field, np.frombuffer(data, "<f4").reshape(shape))
+
+    def checked(self, field: str, values: Pixels) -> Pixels:
+        if not np.isfinite(values).all():
+            raise BadInput(f"{field}.data", "expected finite numbers, got NaN or infinity")
+        return values
+
+    async def encoded(self, field: str, data: bytes) -> Pixels:
+        """[1, C, H, W] from the bytes of a PNG or JPEG file.
+
+        Raises `BadInput` for any other, broken or too large file.
+        """
+        if not data:
+            raise BadInput(field, "expected the bytes of a PNG or JPEG file, got none")
+        try:
+            with warnings.catch_warnings():
+                # Pillow's own limit is a global; ours is checked right below.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            raise BadInput(field, f"expected a PNG or JPEG file: {_first_line(error)}") from error
+        except Image.DecompressionBombError as error:
+            raise BadInput(field, f"expected at most {self.max_pixels} pixels: {error}") from error
+        pixels = image.width * image.height
+        if pixels > self.max_pixels:
+            raise BadInput(
+                field,
+                f"expected at most {self.max_pixels} pixels, got {image.width} x {image.height}",
+            )
+        if pixels <= INLINE_PIXELS:
+            return self._decode(field, image)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(_decoders, self._decode, field, image)
+
+    def _decode(self, field: str, image: Image.Image) -> Pixels:
+        _, height, width = self.shape
+        try:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits a channel
+                upright = upright.point(lambda value: value * (1 / 256))
+            picture = upright.convert(self.mode)
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise BadInput(field, f"the picture is broken: {_first_line(error)}") from error
+        box = None if self.crop is None else centred_square(picture.size, self.crop)
+        if picture.size != (width, height) or box is not None:
+            picture = picture.resize((width, height), self.resample, box)
+        array = np.asarray(picture, np.uint8).reshape(height, width, -1)
+        return self.normalise(np.ascontiguousarray(array.transpose(2, 0, 1))[None])
+
+
+def centred_square(size: tuple[int, int], share: float) -> tuple[float, float, float, float]:
+    """Left, upper, right and lower edge of a square of this share of the shorter side."""
+    side = share * min(size)
+    left, upper = (size[0] - side) / 2, (size[1] - side) / 2
+    return left, upper, left + side, upper + side
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,1 @@
+"""Queue, admission, planning and dispatch of image requests."""

@@ -1,0 +1,137 @@
+"""Accepted requests until they end: each exactly once, by an answer, an error or its caller."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ladderstitch.errors import ExpiredInCompute, ExpiredInQueue, RequestError
+from ladderstitch.scheduling.requests import Completion, Request
+from ladderstitch.telemetry.metrics import ImageMetrics
+from ladderstitch.vision.engine.base import EngineResult
+from ladderstitch.vision.scheduler.statistics import Statistics
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """An accepted request and where its answer goes.
+
+    The scheduler sets `lost` when the engine died under it and `failed` when its batch raised: each
+    earns one more try.
+    """
+
+    request: Request
+    answer: asyncio.Future[Completion]
+    lost: bool = False
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What a batch answered, and when."""
+
+    at: float
+    answers: list[tuple[Request, Completion]]
+
+
+class Ledger:
+    """Ending a request that has already ended is allowed and changes nothing."""
+
+    def __init__(self, metrics: ImageMetrics, clock: Callable[[], float]) -> None:
+        self.metrics = metrics
+        self.clock = clock
+        self.statistics = Statistics()
+        self._open: dict[Request, Waiting] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __contains__(self, waiting: Waiting) -> bool:
+        """Whether somebody still wants the answer."""
+        # A caller that is cancelled in this turn of the event loop has cancelled the future, but
+        # not called `leave` yet.
+        return waiting.request in self._open and not waiting.answer.done()
+
+    def __getitem__(self, request: Request) -> Waiting:
+        return self._open[request]
+
+    def open(self, request: Request) -> Waiting:
+        """Accept a request; must be called in the event loop that awaits the answer."""
+        waiting = Waiting(request, asyncio.get_running_loop().create_future())
+        self._open[request] = waiting
+        return waiting
+
+    def all(self) -> list[Waiting]:
+        """In order of acceptance."""
+        return list(self._open.values())
+
+    def settle(
+        self,
+        batch: Iterable[Waiting],
+        stitch: int,
+        quality: float,
+        started: float,
+        result: EngineResult,
+    ) -> Settled:
+        """Give each request of a batch that started at `started` its rows of the result.
+
+        What was answered is yet to be counted, by `count`.
+        """
+        settled = Settled(self.clock(), [])
+        first, rows = 0, len(result.logits)
+        for waiting in batch:
+            request = waiting.request
+            logits = result.logits[first : first + request.rows]
+            first += request.rows
+            if settled.at > request.budget.limit:
+                self.expire_computing(waiting)
+            elif self._close(waiting):
+                queue_s = started - request.arrival
+                completion = Completion(logits, stitch, quality, queue_s, result.compute_s, rows)
+                waiting.answer.set_result(completion)
+                settled.answers.append((request, completion))
+        return settled
+
+    def count(self, settled: Settled) -> None:
+        """Metrics and statistics of what `settle` answered."""
+        for request, completion in settled.answers:
+            self.metrics.completed(request, completion, settled.at)
+            self.statistics.answered(
+                request.rows,
+                completion.queue_s,
+                completion.compute_s,
+                settled.at - request.arrival,
+            )
+
+    def expire_queued(self, requests: Iterable[Request], now: float) -> None:
+        for request in requests:
+            waited_ms = 1e3 * (now - request.arrival)
+            error = ExpiredInQueue(
+                f"the limit was out of reach after {waited_ms:.1f} ms in the queue"
+            )
+            self.fail(self[request], error)
+
+    def expire_computing(self, waiting: Waiting) -> None:
+        self.fail(waiting, ExpiredInCompute("the limit passed while computing"))
+
+    def fail(self, waiting: Waiting, error: RequestError) -> None:
+        if self._close(waiting):
+            waiting.answer.set_exception(error)
+            self.metrics.refused(error.code, waiting.request)
+            self.statistics.fail.add(self.clock() - waiting.request.arrival)
+
+    def leave(self, waiting: Waiting) -> bool:
+        """The caller is gone; whether the request was still open.
+
+        It counts as a missed budget only if the caller left because the time was up.
+        """
+        if self._open.pop(waiting.request, None) is None:
+            return False
+        late = self.clock() >= waiting.request.budget.target
+        self.metrics.refused("CANCELLED", waiting.request if late else None)
+        return True
+
+    def _close(self, waiting: Waiting) -> bool:
+        """Whether it was open until now."""
+        return waiting in self and self._open.pop(waiting.request, None) is not None

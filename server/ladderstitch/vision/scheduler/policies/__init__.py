@@ -1,0 +1,1 @@
+"""Policies: which requests run next, together, on which stitch."""

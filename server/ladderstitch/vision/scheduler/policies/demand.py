@@ -1,0 +1,102 @@
+"""How many rows are due by when, those still to come included, and what they can earn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ladderstitch.scheduling.requests import Request
+from ladderstitch.vision.scheduler.arrivals import FAR_S, Forecast
+from ladderstitch.vision.scheduler.policies.quality_hull import Hull
+
+AHEAD = 2.0
+"""How far ahead newcomers are expected, in typical budgets."""
+GUARD = 0.25
+"""Part of an impatient request's budget that is not planned with: batches are no fluid."""
+IMPATIENT = 0.05
+"""Share of requests whose budgets are shorter than what batches are planned around."""
+LEAST_S = 1e-6
+"""No budget is taken for shorter than this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """A demand bound function: by `points[k][0]` seconds from now, `points[k][1]` rows are due.
+
+    Of the function only the points that can bind, its lower hull. `each_s` is the least time
+    a row that those who wait have, many of them together or all.
+    """
+
+    points: tuple[tuple[float, float], ...]
+    impatient_s: float
+    each_s: float
+
+    @classmethod
+    def of(
+        cls,
+        queue: Sequence[Request],
+        near: Sequence[Request],
+        first: int,
+        forecast: Forecast,
+        start: float,
+    ) -> Demand:
+        """Of newcomers and the queue from index `first` on, looked at wherever it is fourfold.
+
+        `near` is the queue's beginning, as a list: looked up ten times as fast.
+        """
+        waiting = len(queue) - first
+        last_s = min(queue[-1].budget.target - start, FAR_S)
+        typical_s = forecast.typical_s or last_s
+        impatient_s = max(LEAST_S, forecast.quantile_s(IMPATIENT) or typical_s)
+        dues, rows = [], 1
+        while rows < waiting:
+            last = first + rows - 1
+            request = near[last] if last < len(near) else queue[last]
+            dues.append((min(request.budget.target - start, FAR_S), rows))
+            rows *= 4
+        dues.append((last_s, waiting))
+        guard_s = GUARD * impatient_s
+        each_s = min((due - guard_s) / rows for due, rows in dues[min(2, len(dues) - 1) :])
+        if last_s < AHEAD * typical_s:
+            dues.append((AHEAD * typical_s, waiting))
+        points = [(due - guard_s, rows + forecast.late(due, 0.0)) for due, rows in dues]
+        return cls(_lower_hull(points), impatient_s, each_s)
+
+    def earnings(self, hull: Hull, busy_s: float, done: int, scale: float) -> float:
+        """Quality that all rows but the first `done` can have after a busy spell.
+
+        Fluid service in order of deadlines: the greatest convex minorant of the points, each of its
+        segments at the quality that its seconds a row allow. `scale` turns seconds into the hull's.
+        """
+        value = at_s = at_rows = 0.0
+        points, count, k = self.points, len(self.points), 0
+        while k < count:
+            least, best = float("inf"), -1
+            for i in range(k, count):
+                due, rows = points[i]
+                rows -= done
+                if rows > at_rows:
+                    slope = (due - busy_s - at_s) / (rows - at_rows)
+                    if slope < least:
+                        least, best = slope, i
+            if best < 0:
+                break
+            due, rows = points[best]
+            rows -= done
+            if least > 0:
+                value += (rows - at_rows) * hull.quality(least * scale)
+            at_rows, at_s, k = rows, max(at_s, due - busy_s), best + 1
+        return value
+
+
+def _lower_hull(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """Those of (seconds, rows), both rising, between which no other has less time for its rows."""
+    hull: list[tuple[float, float]] = []
+    for due, rows in points:
+        while len(hull) > 1:
+            (first_s, first), (middle_s, middle) = hull[-2:]
+            if (middle_s - first_s) * (rows - first) < (due - first_s) * (middle - first):
+                break
+            hull.pop()
+        hull.append((due, rows))
+    return tuple(hull)

@@ -1,0 +1,1 @@
+"""What tests of several areas share: servers, tiny models, fakes of clocks and transports."""

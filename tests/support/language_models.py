@@ -1,0 +1,114 @@
+"""A tiny random language model on disk, and ways to run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from ladderstitch.scheduling.profiles import Quality, QualityTable
+from ladderstitch.text.bundle import LanguageBundle, LanguageManifest, LanguagePath, write_manifest
+from ladderstitch.text.comm.base import SingleRank
+from ladderstitch.text.model.attention_batch import Batch
+from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.kv_cache import PagedCache
+from ladderstitch.text.model.llama import Transformer
+from ladderstitch.text.model.residual import Residual, plan_layers
+from ladderstitch.text.model.sharding import Shard
+from ladderstitch.text.model.weight_reader import Weights
+from ladderstitch.text.model.weights import expected_shapes, load_rank
+from ladderstitch.text.step import Run, Step, Want
+
+TINY = LlamaConfig(
+    vocab_size=257,
+    hidden_size=48,
+    intermediate_size=100,
+    layers=3,
+    heads=6,
+    kv_heads=3,
+    head_dim=8,
+    max_positions=128,
+    tied_head=True,
+)
+END = 256
+
+
+def random_tensors(config: LlamaConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator) * (0.3 if len(shape) > 1 else 1.0)
+        for name, shape in expected_shapes(config).items()
+    }
+
+
+def made_up_quality(paths: int) -> QualityTable:
+    return QualityTable(
+        metric="next-token accuracy",
+        data="nothing",
+        n=1,
+        confidence=0.95,
+        date="2026-01-01",
+        versions={},
+        stitches={
+            n: Quality(value=0.6 - 0.1 * n, low=0.0, high=1.0, perplexity=10.0 + n)
+            for n in range(paths)
+        },
+    )
+
+
+def write_tiny(
+    path: Path, residual: Residual | None = None, paths: tuple[LanguagePath, ...] = ()
+) -> Path:
+    """One token a byte, and an end token; the paths have qualities 0.6, 0.5, ..."""
+    manifest = LanguageManifest(
+        name="tiny",
+        config=TINY,
+        residual=residual or Residual(),
+        paths=paths,
+        end_tokens=(END,),
+        origin="random weights",
+        licence="Apache-2.0",
+    )
+    write_manifest(path, manifest)
+    save_file(random_tensors(TINY), path / "model.safetensors")
+    if paths:
+        (path / "quality.json").write_text(made_up_quality(len(paths)).model_dump_json())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)} | {"<end>": END}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def one_rank_logits(config: LlamaConfig, weights: Weights, tokens: list[int]) -> torch.Tensor:
+    """[T, V] of one sequence in one pass, on the standard path, without processes."""
+    shard = Shard.of(config, 0, 1)
+    model = Transformer(config, load_rank(weights, config, shard), shard)
+    cache = PagedCache(config, shard, 1, len(tokens))
+    step = Step((Run(tokens, 0, [0], Want.ALL),))
+    plans = plan_layers(Residual(), config.layers, 1)
+    return model.forward(Batch(step, len(tokens)), cache, plans, SingleRank())
+
+
+def greedy(bundle: LanguageBundle, prompt: str, count: int) -> list[int]:
+    """Without a cache and without ranks: the whole sequence again for every token."""
+    tokens = bundle.tokenizer().encode(prompt)
+    begin = len(tokens)
+    for _ in range(count):
+        logits = one_rank_logits(bundle.manifest.config, bundle.weights(), tokens)
+        tokens.append(int(logits[-1].argmax()))
+        if tokens[-1] == END:
+            break
+    return tokens[begin:]
+
+
+@pytest.fixture(scope="session")
+def tiny_language_bundle(tmp_path_factory: pytest.TempPathFactory) -> LanguageBundle:
+    """3 layers, 6 query and 3 KV heads, 257 tokens."""
+    return LanguageBundle.load(write_tiny(tmp_path_factory.mktemp("bundles") / "tiny"))

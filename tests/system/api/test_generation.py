@@ -1,0 +1,435 @@
+"""Text over gRPC from a real server on two ranks, against the model run here in one piece."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from ladderstitch.client import AsyncClient, Client, RequestFailed, TextPiece
+from ladderstitch.oip import grpc_service_pb2 as pb
+from ladderstitch.oip import grpc_service_pb2_grpc
+from ladderstitch.text.bundle import LanguageBundle, LanguagePath
+from ladderstitch.text.model.residual import Residual
+from ladderstitch.v1 import generation_pb2, generation_pb2_grpc
+from tests.support.language_models import greedy, write_tiny
+from tests.support.servers import RunningServer, start_server, stop_server
+
+PROMPT = "a prompt of bytes"
+TEXT_INPUT = {"name": "text_input", "datatype": "BYTES", "shape": [1]}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> LanguageBundle:
+    paths = (
+        LanguagePath(name="standard", residual=Residual()),
+        LanguagePath(name="ladder", residual=Residual(scheme="ladder")),
+    )
+    return LanguageBundle.load(write_tiny(tmp_path_factory.mktemp("models") / "tiny", paths=paths))
+
+
+@pytest.fixture(scope="module")
+def server(
+    bundle: LanguageBundle, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    running = start_server(bundle.path, log, "--ranks", "2", "--spare-ranks", "1")
+    yield running
+    assert stop_server(running) == 0
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[Client]:
+    with Client(server.address) as opened:
+        yield opened
+
+
+def rank_pids(server: RunningServer) -> list[int]:
+    """Children of the server that run ranks, oldest first."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
+    return [
+        int(pid)
+        for pid in children.split()
+        if b"ladderstitch.text.engine.rank" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+
+
+def test_a_stream_is_the_greedy_answer_numbered_without_a_gap(
+    client: Client, bundle: LanguageBundle
+) -> None:
+    pieces = list(client.generate(PROMPT, max_tokens=20))
+    assert [piece.token for piece in pieces] == greedy(bundle, PROMPT, 20)
+    assert [piece.index for piece in pieces] == list(range(20))
+    assert "".join(p.text for p in pieces) == bundle.tokenizer().decode([p.token for p in pieces])
+    assert [piece.finish for piece in pieces[:-1]] == [None] * 19
+    last = pieces[-1]
+    assert last.finish == "length"
+    assert last.accounting is not None
+    assert last.accounting.prompt_tokens == len(PROMPT)
+    assert last.accounting.generated_tokens == 20
+    assert 0 < last.accounting.first_token_us <= last.accounting.total_us
+
+
+def test_tokens_are_a_prompt_too(client: Client, bundle: LanguageBundle) -> None:
+    tokens = bundle.tokenizer().encode(PROMPT)
+    by_tokens = [piece.token for piece in client.generate(tokens, max_tokens=5)]
+    assert by_tokens == [piece.token for piece in client.generate(PROMPT, max_tokens=5)]
+
+
+def test_a_stop_text_ends_the_answer_before_it(client: Client) -> None:
+    def text(pieces: list[TextPiece]) -> str:
+        return "".join(piece.text for piece in pieces)
+
+    whole = text(list(client.generate(PROMPT, max_tokens=24)))
+    stop = whole[6:9]
+    pieces = list(client.generate(PROMPT, max_tokens=24, stop=[stop, "never comes"]))
+    assert text(pieces) == whole[: whole.index(stop)]
+    assert pieces[-1].finish == "stop"
+
+
+def test_a_seed_draws_the_same_and_another_seed_does_not(client: Client) -> None:
+    def draw(seed: int) -> list[int]:
+        wishes = {"temperature": 1.5, "top_k": 50, "top_p": 0.95}
+        return [p.token for p in client.generate(PROMPT, max_tokens=12, seed=seed, **wishes)]
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "field"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1000}, "max_tokens"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"min_quality": 1.5}, "min_quality"),
+        ({"token_budget_s": 0.0}, "token_budget_us"),
+        ({"first_token_budget_s": -1.0}, "first_token_budget_us"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"budget_s": 1e-9}, "latency_budget_us"),
+        ({"hard": True}, "hard_deadline"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [5, 257]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": "x" * 200}, "prompt"),
+        ({"prompt": "x" * 10_000}, "text"),
+    ],
+)
+def test_bad_input_names_its_field(client: Client, wishes: dict[str, object], field: str) -> None:
+    prompt = wishes.pop("prompt", PROMPT)
+    with pytest.raises(RequestFailed) as failure:
+        list(client.generate(prompt, **wishes))  # type: ignore[arg-type] # as the cases name them
+    assert failure.value.reason == "BAD_INPUT"
+    assert list(failure.value.violations) == [field]
+
+
+def test_an_answer_says_what_it_was_made_by_and_which_budgets_it_kept(client: Client) -> None:
+    pieces = list(
+        client.generate(
+            PROMPT,
+            max_tokens=6,
+            budget_s=60,
+            first_token_budget_s=1e-6,
+            token_budget_s=30,
+            min_quality=0.6,
+        )
+    )
+    cost = pieces[-1].accounting
+    assert cost is not None
+    assert (cost.path, cost.stitch_id, cost.perplexity) == ("standard", 0, 10.0)
+    assert cost.quality == pytest.approx(0.6)
+    assert cost.quality_metric == "next-token accuracy on nothing"
+    assert (cost.budget_met, cost.first_token_budget_met, cost.token_budget_met) == (1, 0, 1)
+    assert cost.first_token_us + 5 * cost.mean_token_us == pytest.approx(cost.total_us, abs=10)
+    pinned = list(client.generate(PROMPT, max_tokens=2, stitch=1))[-1].accounting
+    assert pinned is not None
+    assert (pinned.path, pinned.perplexity) == ("ladder", 11.0)
+    assert not pinned.HasField("token_budget_us")
+
+
+def test_budgets_come_as_metadata_too(server: RunningServer) -> None:
+    keys = [("x-llm-d-slo-ttft-ms", "0.001"), ("x-llm-d-slo-tpot-ms", "9000")]
+    request = generation_pb2.GenerateRequest(text=PROMPT, max_tokens=3, token_budget_us=10**8)
+    with grpc.insecure_channel(server.address) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        cost = list(stub.Generate(request, timeout=20, metadata=keys))[-1].accounting
+        assert (cost.first_token_budget_us, cost.token_budget_us) == (1, 9_000_000)
+        assert (cost.first_token_budget_met, cost.token_budget_met) == (False, True)
+        wrong = [("x-llm-d-slo-tpot-ms", "soon")]
+        with pytest.raises(grpc.RpcError) as failure:
+            list(stub.Generate(request, timeout=20, metadata=wrong))
+    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "x-llm-d-slo-tpot-ms: expected" in failure.value.details()
+
+
+@pytest.mark.parametrize(
+    ("wishes", "reason", "metadata"),
+    [
+        ({"stitch": 2}, "STITCH_NOT_FOUND", {}),
+        ({"min_quality": 0.7}, "QUALITY_UNAVAILABLE", {"max_quality": "0.600000"}),
+        ({"budget_s": 1e-5, "hard": True}, "BUDGET_INFEASIBLE", {}),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(
+    client: Client, wishes: dict[str, object], reason: str, metadata: dict[str, str]
+) -> None:
+    with pytest.raises(RequestFailed) as failure:
+        list(client.generate(PROMPT, **wishes))  # type: ignore[arg-type] # as the cases name them
+    assert failure.value.reason == reason
+    assert metadata.items() <= failure.value.metadata.items()
+
+
+def test_log_probabilities_come_with_the_tokens(client: Client) -> None:
+    for piece in client.generate(PROMPT, max_tokens=4, logprobs=2):
+        assert len(piece.alternatives) == 2
+        assert piece.alternatives[0] == (piece.token, piece.logprob)  # it is greedy
+
+
+def test_operators_pin_paths_as_they_pin_stitches(client: Client) -> None:
+    def path() -> str:
+        cost = list(client.generate(PROMPT, max_tokens=1))[-1].accounting
+        assert cost is not None
+        return cost.path
+
+    client.update_scheduling(pinned_stitch=1)
+    try:
+        assert path() == "ladder"
+        with pytest.raises(RequestFailed, match="expected a stitch of 'tiny', got 2"):
+            client.update_scheduling(pinned_stitch=2)
+    finally:
+        client.update_scheduling(unpin=True)
+    assert path() == "standard"
+    paths = client.get_model().language.paths
+    assert [(p.name, p.residual) for p in paths] == [("standard", "standard"), ("ladder", "ladder")]
+    assert paths[1].planned_token_us > 0
+
+
+async def test_32_streams_share_the_model(server: RunningServer, bundle: LanguageBundle) -> None:
+    prompts = [PROMPT[: 1 + n % len(PROMPT)] for n in range(32)]
+    wanted = {prompt: greedy(bundle, prompt, 6) for prompt in set(prompts)}
+    async with AsyncClient(server.address) as client:
+
+        async def stream(prompt: str) -> list[int]:
+            answer = client.generate(prompt, max_tokens=6, timeout_s=60)
+            return [piece.token async for piece in answer]
+
+        answers = await asyncio.gather(*(stream(prompt) for prompt in prompts))
+    assert answers == [wanted[prompt] for prompt in prompts]
+
+
+def test_a_request_without_a_prompt_is_refused(client: Client) -> None:
+    with pytest.raises(grpc.RpcError) as failure:
+        list(client.generation.Generate(generation_pb2.GenerateRequest(), timeout=10))
+    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_the_other_service_says_where_text_is_made(client: Client) -> None:
+    with pytest.raises(RequestFailed, match="'tiny' generates text: call Generate"):
+        client.predict(b"no picture")
+    (summary,) = client.list_models().models
+    assert summary.generates_text
+    described = client.get_model("tiny").language
+    assert (described.layers, described.ranks, described.residual) == (3, 2, "standard")
+
+
+def test_a_hard_limit_ends_a_stream(client: Client) -> None:
+    """A slow machine may refuse it at once instead."""
+    with pytest.raises(RequestFailed) as failure:
+        list(client.generate(PROMPT, max_tokens=100, stitch=0, budget_s=0.02, hard=True))
+    assert failure.value.reason in (
+        "EXPIRED_IN_QUEUE",
+        "EXPIRED_IN_COMPUTE",
+        "BUDGET_INFEASIBLE",
+        "OVERLOADED",
+    )
+    soft = list(client.generate(PROMPT, max_tokens=40, stitch=0, budget_s=0.001))
+    accounting = soft[-1].accounting
+    assert accounting is not None
+    assert len(soft) == 40
+    assert not accounting.budget_met
+
+
+def test_metrics_count_tokens_and_endings(client: Client, server: RunningServer) -> None:
+    def value(name: str) -> float:
+        with urllib.request.urlopen(server.metrics) as page:
+            lines = page.read().decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+    answered = 'ladderstitch_requests_total{code="OK",model="tiny",stitch="0"}'
+    refused = 'ladderstitch_requests_total{code="INVALID_ARGUMENT",model="tiny",stitch="none"}'
+    names = ("ladderstitch_generated_tokens_total", answered, refused)
+    before = [value(name) for name in names]
+    list(client.generate(PROMPT, max_tokens=7))
+    with pytest.raises(RequestFailed):
+        list(client.generate("", max_tokens=7))
+    assert [value(name) - old for name, old in zip(names, before, strict=True)] == [7, 1, 1]
+    assert value("ladderstitch_token_gap_seconds_count") >= 6
+    assert value("ladderstitch_model_ready") == 1
+
+
+async def test_a_caller_who_leaves_makes_room_for_the_next(server: RunningServer) -> None:
+    async with AsyncClient(server.address) as client:
+        leaving = client.generate(PROMPT, max_tokens=100)
+        assert (await anext(leaving)).index == 0
+        await leaving.aclose()  # type: ignore[attr-defined] # it is a generator
+        pieces = [piece async for piece in client.generate(PROMPT, max_tokens=3, timeout_s=10)]
+    assert len(pieces) == 3
+
+
+async def test_streams_survive_the_death_of_each_rank(
+    server: RunningServer, bundle: LanguageBundle
+) -> None:
+    wanted = greedy(bundle, PROMPT, 40)
+
+    async def stream(client: AsyncClient, started: asyncio.Event) -> list[TextPiece]:
+        pieces = []
+        async for piece in client.generate(PROMPT, max_tokens=40, timeout_s=60):
+            pieces.append(piece)
+            if piece.index == 3:
+                started.set()
+        return pieces
+
+    async with AsyncClient(server.address) as client:
+        for victim in (0, 1):  # with the spare first, then with whatever is on its way
+            started = asyncio.Event()
+            streams = [asyncio.create_task(stream(client, started)) for _ in range(3)]
+            await started.wait()
+            os.kill(rank_pids(server)[victim], signal.SIGKILL)
+            for pieces in await asyncio.gather(*streams):
+                assert [piece.token for piece in pieces] == wanted
+                assert [piece.index for piece in pieces] == list(range(40))
+
+
+def test_drained_by_ctrl_c_without_losing_a_stream(bundle: LanguageBundle, tmp_path: Path) -> None:
+    server = start_server(bundle.path, tmp_path / "log")
+    with Client(server.address) as client:
+        stream = client.generate(PROMPT, max_tokens=80)
+        first = next(stream)
+        server.process.send_signal(signal.SIGINT)
+        pieces = [first, *stream]
+    assert [piece.index for piece in pieces] == list(range(len(pieces)))
+    assert pieces[-1].finish is not None
+    assert stop_server(server) == 0
+    assert not re.search("Traceback", server.log.read_text())
+
+
+def test_ranks_that_do_not_fit_the_model_are_refused_at_once(bundle: LanguageBundle) -> None:
+    command = [sys.executable, "-m", "ladderstitch", "serve", "--model", str(bundle.path)]
+    done = subprocess.run(
+        [*command, "--ranks", "5", "--no-ray"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "ranks: expected at most 3 (the KV heads) or a divisor of 6" in " ".join(
+        done.stderr.split()
+    )
+
+
+def test_tritonclient_streams_tokens_unmodified(
+    server: RunningServer, bundle: LanguageBundle
+) -> None:
+    probe = Path(__file__).with_name("tritonclient_text_probe.py")
+    done = subprocess.run(
+        [sys.executable, str(probe), server.address],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["tokens"]["first"] == greedy(bundle, PROMPT, 6)
+    assert seen["finals"]["first"]["ladderstitch_stitch_name"] == "standard"
+    assert seen["finals"]["first"]["ladderstitch_finish_reason"] == "length"
+    assert 1 <= len(seen["tokens"]["second"]) <= 3
+    assert seen["finals"]["second"]["ladderstitch_budget_met"] is True
+    (error,) = seen["errors"]
+    assert error.startswith("BAD_INPUT: prompt: expected at least one token")
+    assert seen["metadata"]["inputs"] == [
+        {"name": "text_input", "datatype": "BYTES", "shape": ["1"]}
+    ]
+    assert seen["config"]["config"]["model_transaction_policy"] == {"decoupled": True}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "parameters", "field"),
+    [
+        ({"name": "images", "datatype": "BYTES", "shape": [1]}, {}, "inputs"),
+        ({"name": "text_input", "datatype": "FP32", "shape": [1]}, {}, "text_input"),
+        ({"name": "text_input", "datatype": "BYTES", "shape": [2]}, {}, "text_input"),
+        ({"name": "text_input", "datatype": "BYTES", "shape": [1]}, {"wrong": 1}, "parameters"),
+        (
+            {"name": "text_input", "datatype": "BYTES", "shape": [1]},
+            {"max_tokens": 0},
+            "max_tokens",
+        ),
+        ({"name": "text_input", "datatype": "BYTES", "shape": [1]}, {"stitch_id": 7}, "stitch_id"),
+    ],
+)
+def test_a_bad_request_ends_alone_and_the_stream_goes_on(
+    server: RunningServer, tensor: dict[str, object], parameters: dict[str, int], field: str
+) -> None:
+    def request(tensor: dict[str, object], text: bytes, **given: int) -> pb.ModelInferRequest:
+        made = pb.ModelInferRequest(
+            model_name="tiny",
+            inputs=[pb.ModelInferRequest.InferInputTensor(**tensor)],  # type: ignore[arg-type] # as the cases say
+            raw_input_contents=[len(text).to_bytes(4, "little") + text],
+        )
+        for name, value in given.items():
+            made.parameters[name].int64_param = value
+        return made
+
+    with grpc.insecure_channel(server.address) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        sent = [
+            request(tensor, b"x", **parameters),
+            request(TEXT_INPUT, b"\xff\xfe"),
+            request(TEXT_INPUT, b"a prompt", max_tokens=2, stitch_id=0),
+        ]
+        answers = list(stub.ModelStreamInfer(iter(sent), timeout=30))
+    errors = [answer.error_message for answer in answers if answer.error_message]
+    assert len(errors) == 2
+    assert any(f"{field}: " in error for error in errors)
+    assert any("expected UTF-8" in error for error in errors)
+    finals = [a.infer_response.parameters["triton_final_response"].bool_param for a in answers]
+    assert sum(finals) == 3
+
+
+def test_an_oip_stream_takes_token_budgets_from_metadata(server: RunningServer) -> None:
+    request = pb.ModelInferRequest(
+        model_name="tiny",
+        inputs=[pb.ModelInferRequest.InferInputTensor(**TEXT_INPUT)],  # type: ignore[arg-type] # one dict for all
+        raw_input_contents=[(1).to_bytes(4, "little") + b"x"],
+    )
+    request.parameters["max_tokens"].int64_param = 3
+
+    with grpc.insecure_channel(server.address) as channel:
+        stub = grpc_service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+        def last(key: str, value: str) -> pb.ModelStreamInferResponse:
+            metadata = ((key, value),)
+            answers: list[pb.ModelStreamInferResponse] = list(
+                stub.ModelStreamInfer(iter([request]), metadata=metadata, timeout=30)
+            )
+            return answers[-1]
+
+        for key in ("x-llm-d-slo-ttft-ms", "x-llm-d-slo-tpot-ms"):
+            for value, met in (("60000", True), ("0.001", False)):
+                told = last(key, value).infer_response.parameters
+                assert "ladderstitch_budget_met" in told
+                assert told["ladderstitch_budget_met"].bool_param is met
+            assert f"{key}: expected" in last(key, "soon").error_message

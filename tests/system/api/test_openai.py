@@ -1,0 +1,366 @@
+"""OpenAI's own client, unmodified, against a real server; and what other clients may send."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+import yaml
+
+from ladderstitch.text.bundle import LanguageBundle, LanguagePath
+from ladderstitch.text.model.residual import Residual
+from tests.support.language_models import greedy, write_tiny
+from tests.support.servers import RunningServer, start_server, stop_server
+
+PROMPT = "a prompt of bytes"
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'robot' %}{{ raise_exception('no robots') }}"
+    "{% endif %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
+)
+BEARER = "Bearer user-secret-16-letters"
+HEAD = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: {BEARER}\r\n".encode()
+TOKENS = """
+tokens:
+  - {name: user, token: user-secret-16-letters}
+  - {name: one, token: one-secret-16-letters, concurrent_requests: 1}
+  - {name: boss, token: boss-secret-16-letters, scopes: [admin]}
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    folder = tmp_path_factory.mktemp("openai")
+    paths = (
+        LanguagePath(name="standard", residual=Residual()),
+        LanguagePath(name="ladder", residual=Residual(scheme="ladder")),
+    )
+    bundle = write_tiny(folder / "tiny", paths=paths)
+    manifest = yaml.safe_load((bundle / "model.yaml").read_text())
+    (bundle / "model.yaml").write_text(yaml.safe_dump(manifest | {"chat_template": TEMPLATE}))
+    (folder / "tokens.yaml").write_text(TOKENS)
+    flags = ("--http-port", "0", "--token-file", str(folder / "tokens.yaml"))
+    running = start_server(bundle, folder / "log", *flags)
+    yield running
+    assert stop_server(running) == 0
+    assert "Traceback" not in running.log.read_text()
+
+
+def connect(server: RunningServer, token: str = "user-secret-16-letters") -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.http, api_key=token, max_retries=0, timeout=30)
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with connect(server) as client:
+        yield client
+
+
+def extra(answer: Any) -> dict[str, Any]:
+    """Our account beside OpenAI's usage."""
+    told: dict[str, Any] = answer.model_extra["ladderstitch"]
+    return told
+
+
+def test_a_completion_is_the_greedy_answer(client: openai.OpenAI, server: RunningServer) -> None:
+    answer = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=12, temperature=0, logprobs=2
+    )
+    choice = answer.choices[0]
+    bundle = LanguageBundle.load(server.log.parent / "tiny")
+    assert choice.text == bundle.tokenizer().decode(greedy(bundle, PROMPT, 12))
+    assert choice.finish_reason == "length"
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(PROMPT), 12)
+    assert choice.logprobs is not None
+    assert choice.logprobs.tokens is not None
+    assert choice.logprobs.top_logprobs is not None
+    assert len(choice.logprobs.tokens) == 12
+    assert max(choice.logprobs.top_logprobs[0].values()) == choice.logprobs.token_logprobs[0]  # type: ignore[index] # there
+    assert extra(answer)["path"] == "standard"
+    assert extra(answer)["perplexity"] == 10.0
+    by_tokens = client.completions.create(
+        model="tiny", prompt=bundle.tokenizer().encode(PROMPT), max_tokens=12, temperature=0
+    )
+    assert by_tokens.choices[0].text == choice.text
+
+
+def test_a_stream_says_the_same_piece_by_piece(client: openai.OpenAI) -> None:
+    wishes: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 9, "temperature": 0}
+    whole = client.completions.create(**wishes)
+    chunks = list(
+        client.completions.create(**wishes, stream=True, stream_options={"include_usage": True})
+    )
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
+    assert [c.choices[0].finish_reason for c in chunks if c.choices] == [None] * 8 + ["length"]
+    assert chunks[-1].usage == whole.usage or chunks[-1].usage.completion_tokens == 9  # type: ignore[union-attr] # asked for
+
+
+def test_a_chat_goes_through_the_models_template(client: openai.OpenAI) -> None:
+    messages: list[Any] = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "hello"}]},
+    ]
+    chat = client.chat.completions.create(
+        model="tiny",
+        messages=messages,
+        max_completion_tokens=8,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=1,
+    )
+    plain = client.completions.create(
+        model="tiny", prompt="[system]be brief[user]hello[assistant]", max_tokens=8, temperature=0
+    )
+    assert chat.choices[0].message.content == plain.choices[0].text
+    assert chat.choices[0].logprobs is not None
+    assert len(chat.choices[0].logprobs.content or []) == 8
+    chunks = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=8, temperature=0, stream=True
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == plain.choices[0].text
+
+
+def test_a_seed_and_a_stop_text(client: openai.OpenAI) -> None:
+    def draw(**wishes: Any) -> str:
+        return (
+            client.completions.create(
+                model="tiny", prompt=PROMPT, max_tokens=10, temperature=1.5, seed=3, **wishes
+            )
+            .choices[0]
+            .text
+        )
+
+    first = draw()
+    assert draw() == first
+    assert draw(stop=first[2:4]) == first[: first.index(first[2:4])]
+
+
+def test_budgets_come_in_headers(client: openai.OpenAI) -> None:
+    def ask(**headers: str) -> Any:
+        return client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=5, temperature=0, extra_headers=headers
+        )
+
+    relaxed = {"x-llm-d-slo-ttft-ms": "60000", "x-llm-d-slo-tpot-ms": "60000"}
+    assert extra(ask(**relaxed))["budgets_met"] is True
+    assert extra(ask(**{"x-latency-budget-ms": "0.001"}))["budgets_met"] is False
+    assert extra(ask())["budgets_met"] is None
+    with pytest.raises(openai.BadRequestError, match="x-llm-d-slo-ttft-ms: expected"):
+        ask(**{"x-llm-d-slo-ttft-ms": "soon"})
+    with pytest.raises(openai.BadRequestError) as failure:
+        ask(**{"x-deadline-ms": "0.001"})
+    assert failure.value.code == "BUDGET_INFEASIBLE"
+
+
+def test_paths_and_quality_floors_are_ours_to_ask_for(client: openai.OpenAI) -> None:
+    def ask(**body: Any) -> Any:
+        return client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=3, temperature=0, extra_body=body
+        )
+
+    assert extra(ask(stitch_id=1))["path"] == "ladder"
+    with pytest.raises(openai.BadRequestError, match="min_quality"):
+        ask(min_quality=0.7)
+    with pytest.raises(openai.NotFoundError, match="stitch_id"):
+        ask(stitch_id=2)
+
+
+def test_a_deadline_ends_a_stream_with_its_reason(client: openai.OpenAI) -> None:
+    """A slow machine may refuse it at once instead."""
+
+    def stream() -> None:
+        answer = client.completions.create(
+            model="tiny",
+            prompt=PROMPT,
+            max_tokens=110,
+            temperature=0,
+            stream=True,
+            extra_headers={"x-deadline-ms": "10"},
+            extra_body={"stitch_id": 0},
+        )
+        list(answer)
+
+    with pytest.raises(openai.APIError, match=r"the limit passed|the limit is in"):
+        stream()
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 10_000}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"seed": -1}, "seed"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [300]}, "prompt"),
+        ({"prompt": ["one", "two"]}, "prompt"),
+        ({"prompt": "x" * 100_000}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"n": 2}, "n"),
+        ({"echo": True}, "echo"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"min_quality": 2}, "min_quality"),
+    ],
+)
+def test_bad_input_names_its_field(client: openai.OpenAI, body: dict[str, Any], field: str) -> None:
+    with pytest.raises(openai.BadRequestError) as failure:
+        client.completions.create(model="tiny", prompt=PROMPT, extra_body=body)
+    assert failure.value.code == "BAD_INPUT"
+    assert str(failure.value.param).split(".")[0] == field
+
+
+def test_bad_chats(client: openai.OpenAI) -> None:
+    def ask(messages: list[Any], **more: Any) -> None:
+        client.chat.completions.create(model="tiny", messages=messages, **more)
+
+    for messages, why in (
+        ([], "messages"),
+        ([{"role": "robot", "content": "x"}], "no robots"),
+        ([{"role": "user", "content": 3}], "messages"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "type text"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=why):
+            ask(messages)
+    for most in ("max_completion_tokens", "max_tokens"):
+        with pytest.raises(openai.BadRequestError, match="max_tokens: expected at least 1"):
+            ask([{"role": "user", "content": "x"}], **{most: 0})
+    with pytest.raises(openai.BadRequestError, match="logprobs to be true"):
+        ask([{"role": "user", "content": "x"}], top_logprobs=2)
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError) as failure:
+        client.completions.create(model="other", prompt="x")
+    assert failure.value.code == "MODEL_NOT_FOUND"
+
+
+def test_tokens_and_scopes(server: RunningServer) -> None:
+    with connect(server, "wrong") as stranger:
+        with pytest.raises(openai.AuthenticationError) as unknown:
+            stranger.models.list()
+        assert unknown.value.response.headers["www-authenticate"] == "Bearer"
+    with (
+        connect(server, "boss-secret-16-letters") as boss,
+        pytest.raises(openai.PermissionDeniedError),
+    ):
+        boss.completions.create(model="tiny", prompt="x")
+    with connect(server, "one-secret-16-letters") as one:
+        stream = one.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=100, stream=True, extra_body={"stitch_id": 0}
+        )
+        next(iter(stream))
+        with pytest.raises(openai.RateLimitError) as failure:
+            one.completions.create(model="tiny", prompt="x")
+        assert failure.value.response.headers["retry-after"] == "1"
+        stream.close()
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:  # the server notices a moment later
+            try:
+                one.completions.create(model="tiny", prompt="x", max_tokens=1)
+                break
+            except openai.RateLimitError:
+                continue
+        else:
+            pytest.fail("a stream whose caller left still held its place")
+
+
+def post(server: RunningServer, body: bytes, path: str = "/completions") -> tuple[int, Any]:
+    request = urllib.request.Request(
+        server.http + path,
+        body,
+        {"content-type": "application/json", "authorization": BEARER},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"not json",
+        b"[1, 2]",
+        b'{"model": "tiny"}',
+        b'{"model": 3, "prompt": "x"}',
+        b'{"model": "tiny", "prompt": "\xff\xfe"}',
+        b'{"model": "tiny", "prompt": "x", "stream": "maybe"}',
+        b'{"model": "tiny", "prompt": "\\ud800"}',
+        b'{"model": "tiny", "prompt": ["\\udfff"]}',
+        b'{"model": "\\ud800", "prompt": "x"}',
+        b'{"model": "tiny", "prompt": "x", "stop": ["\\ud800"]}',
+        b'{"model": "tiny", "prompt": "x", "suffix": "\\ud800"}',
+        b'{"model": "tiny", "prompt": "x", "temperature": NaN}',
+        b'{"model": "tiny", "prompt": "x", "top_p": 1e999}',
+        b'{"model": "tiny", "prompt": [1e30]}',
+        b'{"model": "tiny", "prompt": [[]]}',
+        b'{"model": "tiny", "prompt": "x", "max_tokens": 1e300}',
+        b'{"model": "tiny", "prompt": ' + b"[" * 50_000,
+    ],
+)
+def test_what_is_no_request_is_refused(server: RunningServer, body: bytes) -> None:
+    status, told = post(server, body)
+    assert status == 400
+    assert told["error"]["type"] == "invalid_request_error"
+
+
+def test_a_body_that_never_ends_is_cut(server: RunningServer) -> None:
+    host, port = server.http.removeprefix("http://").removesuffix("/v1").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as raw:
+        raw.sendall(HEAD + b"transfer-encoding: chunked\r\ncontent-type: application/json\r\n\r\n")
+        chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
+        try:
+            for _ in range(80):
+                raw.sendall(chunk)
+        except ConnectionError:
+            pass  # it has answered, and listens no longer
+        answer = raw.recv(100)
+    assert b" 413 " in answer
+
+
+def test_health_needs_no_token(server: RunningServer) -> None:
+    with urllib.request.urlopen(server.http.removesuffix("/v1") + "/health") as answer:
+        assert json.load(answer) == {"serving": True}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_caller_who_hangs_up_frees_the_model(server: RunningServer, stream: bool) -> None:
+    def running() -> float:
+        with urllib.request.urlopen(server.metrics) as page:
+            lines = page.read().decode().splitlines()
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if line.startswith('ladderstitch_requests_total{code="CANCELLED"')
+        )
+
+    before = running()
+    host, port = server.http.removeprefix("http://").removesuffix("/v1").split(":")
+    wishes = {"model": "tiny", "prompt": PROMPT, "max_tokens": 100, "stitch_id": 0}
+    body = json.dumps(wishes | {"stream": stream})
+    with socket.create_connection((host, int(port)), timeout=20) as raw:
+        raw.sendall(
+            HEAD
+            + b"content-type: application/json\r\ncontent-length: "
+            + str(len(body)).encode()
+            + b"\r\n\r\n"
+            + body.encode()
+        )
+    deadline = time.monotonic() + 10
+    while running() == before and time.monotonic() < deadline:
+        pass
+    assert running() == before + 1

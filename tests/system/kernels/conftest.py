@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from tests.kernels.conftest import _interpreter, _poisoned_outputs
+
+__all__ = ["_interpreter", "_poisoned_outputs"]

@@ -1,0 +1,169 @@
+"""A ladder decoder over ranks gives what one rank in float64 gives, token for token."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ladderstitch_kernels.decoder import EPS, DecoderShape, LayerWeights, random_layers
+from tests.system.kernels.mutants import Mutant
+from tests.system.kernels.ranks import SLOWER, Meeting, Nap, run_ranks, slower
+
+SHAPE = DecoderShape(layers=2, width=48, heads=4, kv_heads=4, head_dim=8, ffn=44)
+ROWS = 2
+
+Scheme = Literal["standard", "ladder"]
+
+
+def decode(meeting: Meeting, scheme: Scheme, tokens: int) -> np.ndarray:
+    """What this rank holds after each of so many tokens: [tokens, ROWS, D]."""
+    from ladderstitch_kernels import Exchange, SharedMapping
+    from ladderstitch_kernels.decoder import Decoder, random_layers, shard_layer
+
+    layers = [
+        shard_layer(layer, SHAPE, meeting.rank, meeting.ranks)
+        for layer in random_layers(SHAPE, 0, torch.float32, "cpu")
+    ]
+    decoder = Decoder(SHAPE.shard(meeting.ranks), layers, ROWS, tokens)
+    memory = SharedMapping(meeting.folder, meeting.rank, meeting.ranks)
+    exchange = Exchange(memory, ROWS, SHAPE.width, torch.float32, columns=32)
+    return torch.stack([decoder.step(x, exchange, scheme) for x in inputs(tokens)]).numpy()
+
+
+def inputs(tokens: int) -> Tensor:
+    return torch.randn(tokens, ROWS, SHAPE.width, generator=torch.Generator().manual_seed(7))
+
+
+def whole_model(scheme: Scheme, tokens: int) -> Tensor:
+    """The definition, for all tokens at once, in float64: [tokens, ROWS, D]."""
+    layers = list(random_layers(SHAPE, 0, torch.float32, "cpu"))
+    lag = 2 if scheme == "ladder" else 1
+    streams = [inputs(tokens).double().transpose(0, 1)] * 2  # x_{-2} and x_{-1}, [B, T, D]
+    for layer in layers:
+        for block in (attention, mlp):
+            streams.append(streams[-1] + block(layer, streams[-lag]))
+    return streams[-1].transpose(0, 1)
+
+
+def attention(layer: LayerWeights, x: Tensor) -> Tensor:
+    normed = F.rms_norm(x, x.shape[-1:], layer.attention_norm.double(), EPS)
+    d = SHAPE.head_dim
+    sizes = (SHAPE.heads * d, SHAPE.kv_heads * d, SHAPE.kv_heads * d)
+    q, k, v = (
+        part.unflatten(-1, (-1, d)).transpose(1, 2)
+        for part in (normed @ layer.qkv.double().T).split(sizes, -1)
+    )
+    mixed = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True)
+    return mixed.transpose(1, 2).flatten(2) @ layer.output.double().T
+
+
+def turn(x: Tensor) -> Tensor:
+    """Rotary embedding as complex numbers."""
+    half = x.shape[-1] // 2
+    rates = 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.outer(torch.arange(x.shape[-2], dtype=torch.float64), rates)
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angles)
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+def mlp(layer: LayerWeights, x: Tensor) -> Tensor:
+    normed = F.rms_norm(x, x.shape[-1:], layer.ffn_norm.double(), EPS)
+    gate, up = (normed @ layer.gate_up.double().T).chunk(2, -1)
+    return (F.silu(gate) * up) @ layer.down.double().T
+
+
+def error(got: np.ndarray, expected: Tensor) -> float:
+    return float((torch.from_numpy(got) - expected).abs().max() / expected.abs().max())
+
+
+def assert_ranks_hold(got: list[np.ndarray], expected: Tensor) -> None:
+    for previous, current in pairwise(got):
+        assert np.array_equal(previous, current), "ranks hold different bits"
+    assert error(got[0], expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("scheme", "ranks", "tokens"),
+    [
+        ("ladder", 2, 40),
+        ("ladder", 4, 12),
+        ("standard", 2, 6),
+        pytest.param("ladder", 2, 100, marks=pytest.mark.slow),
+        pytest.param("ladder", 4, 100, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_hold_what_the_definition_says(scheme: Scheme, ranks: int, tokens: int) -> None:
+    assert_ranks_hold(run_ranks(decode, ranks, scheme, tokens), whole_model(scheme, tokens))
+
+
+def test_three_slots_are_too_few_for_a_ladder() -> None:
+    edits = (
+        ("SLOTS = 4", "SLOTS = 3"),
+        ("tl.static_assert((SLOTS & (SLOTS - 1)) == 0)", ""),
+        ("return epoch & (SLOTS - 1)", "return epoch % SLOTS"),
+    )
+    late = (Nap("load", ranks=(1,), chance=0.12, seconds=0.25, kernel="wait_add_norm_kernel"),)
+    expected, mutant = whole_model("ladder", 3), Mutant("comm/split_phase", edits)
+    for factor in SLOWER:
+        got = run_ranks(decode, 2, "ladder", 3, naps=slower(late, factor), mutant=mutant)
+        if max(error(part, expected) for part in got) > 1e-3:
+            return
+    pytest.fail("the planted bug does not show")
+
+
+def test_a_stopped_rank_waits_no_more() -> None:
+    assert run_ranks(wait_for_nobody, 2) == [True, True]
+
+
+def wait_for_nobody(meeting: Meeting) -> bool:
+    """Each rank collects what no other posts; being stopped is all that ends the wait."""
+    import threading
+
+    from ladderstitch_kernels import Exchange, SharedMapping, wait_sum
+
+    memory = SharedMapping(meeting.folder, meeting.rank, meeting.ranks)
+    exchange = Exchange(memory, 1, 16, torch.float32, columns=16)
+    threading.Timer(0.2, exchange.stop).start()
+    return bool(wait_sum(1, exchange).isfinite().all())
+
+
+def pending_through_a_stitch(meeting: Meeting) -> tuple[float, float]:
+    """A sum in flight crosses a stitch: errors of the mapped-then-summed and of the drained."""
+    from ladderstitch_kernels import (
+        Exchange,
+        SharedMapping,
+        post,
+        stitch_linear,
+        stitch_pending,
+        wait_add,
+    )
+
+    generator = torch.Generator().manual_seed(3)
+    x, parts = torch.randn(3, 24, generator=generator), torch.randn(2, 3, 24, generator=generator)
+    weight, bias = torch.randn(40, 24, generator=generator), torch.randn(40, generator=generator)
+    memory = SharedMapping(meeting.folder, meeting.rank, meeting.ranks)
+    narrow = Exchange(memory, 3, 24, torch.float32, columns=32)
+    wide = Exchange(memory, 3, 40, torch.float32, columns=32)
+    stitched, arriving = stitch_pending(x, parts[meeting.rank], weight, bias)
+    post(arriving, wide)
+    carried = wait_add(stitched, wide)
+    post(parts[meeting.rank].clone(), narrow)
+    drained = stitch_linear(wait_add(x, narrow), weight, bias)
+    expected = F.linear((x + parts.sum(0)).double(), weight.double(), bias.double())
+    scale = expected.abs().max()
+    return (
+        ((carried - expected).abs().max() / scale).item(),
+        ((drained - expected).abs().max() / scale).item(),
+    )
+
+
+def test_a_sum_in_flight_crosses_a_stitch() -> None:
+    for carried, drained in run_ranks(pending_through_a_stitch, 2):
+        assert carried < 1e-6
+        assert drained < 1e-6

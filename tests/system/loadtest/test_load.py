@@ -1,0 +1,103 @@
+"""The load generator and its commands against a real server, and against plain OIP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from ladderstitch_loadtest.cli import app
+from ladderstitch_loadtest.load.generator import Measured, measure
+from ladderstitch_loadtest.load.outcome import Outcome
+from ladderstitch_loadtest.load.targets import find_target
+from ladderstitch_loadtest.load.traces import BudgetClass, Trace, poisson
+from ladderstitch_loadtest.simulation.agreement import calibrate
+from ladderstitch_loadtest.simulation.profiles import supernet
+from tests.support.servers import RunningServer
+
+CLASSES = [BudgetClass("tight", 0.5, 1), BudgetClass("relaxed", 2.0, 3)]
+
+
+def short_trace(seed: int = 1) -> Trace:
+    rng = np.random.default_rng(seed)
+    return Trace.draw("short", poisson(60.0, 0.7, rng), CLASSES, rng)
+
+
+@pytest.mark.parametrize(("kind", "model"), [("ladderstitch", ""), ("oip", "tiny")])
+def test_every_request_of_every_process_is_accounted_for(
+    server: RunningServer, kind: str, model: str
+) -> None:
+    trace = short_trace()
+    target = find_target(server.address, kind, model, hard=True)  # type: ignore[arg-type] # literal
+    run = measure(server.address, target, trace, processes=2)
+    assert run.statuses() == {"OK": len(trace)}
+    total = np.array(run.outcome.total_s)
+    assert (total > 0).all()
+    assert (run.client_s >= total - 1e-9).all()
+    assert run.client_s[0] >= run.lag_s[0] >= 0
+    assert {len(trace)} == {len(run.outcome.quality), len(run.client_s), len(run.lag_s)}
+
+
+def test_run_writes_figures_and_report_and_keeps_the_bar(
+    server: RunningServer, tmp_path: Path
+) -> None:
+    command = [
+        "run",
+        server.address,
+        "--rate",
+        "40",
+        "--seconds",
+        "0.5",
+        "--budget",
+        "a:5000",
+        "--budget",
+        "b:9000:2",
+        "--out",
+        str(tmp_path),
+        "--arrivals",
+        "gamma",
+    ]
+    passed = CliRunner().invoke(app, [*command, "--min-attainment", "0.5"])
+    assert passed.exit_code == 0, passed.output
+    found = json.loads((tmp_path / "load.json").read_text())
+    assert found["summary"]["attainment"] == 1.0
+    assert [c["name"] for c in found["summary"]["classes"]] == ["a", "b"]
+    page = (tmp_path / "load.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "http" not in page
+    missed = CliRunner().invoke(app, [*command, "--min-effective-quality", "1"])
+    assert missed.exit_code == 1
+    assert "effective quality: expected at least 1.0000" in missed.output
+
+
+@pytest.mark.parametrize("text", ["a", "a:b", "a:-1", "a:1:0", "a:1:2:3"])
+def test_a_bad_budget_is_refused(text: str) -> None:
+    refused = CliRunner().invoke(app, ["run", "127.0.0.1:1", "--budget", text])
+    assert refused.exit_code == 2
+    assert "expected" in refused.output
+
+
+def test_a_late_generator_says_so() -> None:
+    trace = short_trace()
+    outcome, n = Outcome.unanswered(trace), len(trace)
+    for lag_s, late in ((0.001, False), (0.1, True)):
+        run = Measured(outcome, ("OK",) * n, np.full(n, 0.2), np.full(n, lag_s))
+        assert run.late == late
+
+
+def test_calibration_finds_the_machine() -> None:
+    """A run whose batches took twice their profile and 1 ms beyond computing."""
+    trace, family = short_trace(), supernet()
+    outcome = Outcome.unanswered(trace)
+    for i, at in enumerate(trace.arrivals_s.tolist()):
+        rows = 1 + i % 4
+        compute_s = 2 * family.profile.stitches[1].median_s[rows - 1]
+        outcome.answer(i, at + 0.002 + compute_s + 0.001, at + 0.002, compute_s, 1, 0.7669, rows)
+    n = len(trace)
+    run = Measured(outcome, ("OK",) * n, np.zeros(n), np.zeros(n))
+    slower, machine = calibrate(family, run)
+    assert machine.transit_s == pytest.approx(0.001)
+    assert slower.profile.alone_s(3) == pytest.approx(2 * family.profile.alone_s(3))

@@ -1,0 +1,73 @@
+"""Run by `test_deployment.py` in a process of its own: a declarative Serve deployment and its
+`user_config`, as `serve deploy` and KubeRay use them. Prints what happened as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import grpc
+
+from ladderstitch.client import Client, infer_request
+from ladderstitch.ray_serve.local_cluster import local_ray
+from tests.support.servers import pixels
+
+APP = "ladderstitch"
+
+
+def deploy(bundle: str, ports: tuple[int, int], user_config: dict[str, object]) -> None:
+    """What `serve deploy FILE` does."""
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    application = {
+        "name": APP,
+        "route_prefix": None,
+        "import_path": "ladderstitch.ray_serve.application:build",
+        "args": {"bundle": bundle, "port": ports[0], "metrics_port": ports[1]},
+        "deployments": [{"name": "replica", "user_config": user_config}],
+    }
+    schema = ServeDeploySchema.model_validate({"applications": [application]})
+    _get_global_client().deploy_apps(schema)
+
+
+def until(port: int, stitch: int) -> str:
+    """The replica that answers, once it answers with this stitch."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            with Client(f"127.0.0.1:{port}") as client:
+                response = client.inference.Infer(infer_request(pixels()), timeout=2)
+        except grpc.RpcError:
+            time.sleep(0.1)
+            continue
+        if response.accounting.stitch_id == stitch:
+            return response.accounting.replica
+        time.sleep(0.02)
+    raise AssertionError(f"stitch {stitch} never answered")
+
+
+def probe(bundle: str, port: int, metrics_port: int) -> dict[str, object]:
+    seen: dict[str, object] = {}
+    ports = (port, metrics_port)
+    with local_ray():
+        deploy(bundle, ports, {"pinned_stitch": 4})
+        first = until(port, 4)
+        deploy(bundle, ports, {"pinned_stitch": 9})
+        seen["same_replica"] = until(port, 9) == first
+        with Client(f"127.0.0.1:{port}") as client:
+            client.update_scheduling(pinned_stitch=2)
+            seen["after_admin"] = client.predict(pixels()).stitch
+        deploy(bundle, ports, {"pinned_stitch": 9})  # nothing new: the administrator wrote last
+        time.sleep(2.0)
+        with Client(f"127.0.0.1:{port}") as client:
+            seen["after_repeat"] = client.predict(pixels()).stitch
+            deploy(bundle, ports, {"policy": "fixed", "stitch": 11, "pinned_stitch": None})
+            until(port, 11)
+            seen["revision"] = client.get_scheduling().revision
+    return seen
+
+
+if __name__ == "__main__":
+    json.dump(probe(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])), sys.stdout)

@@ -1,0 +1,46 @@
+"""Malformed requests of every kind: each gets its status, good ones are answered all along.
+
+`ladderstitch-loadtest malformed` sends 10,000 of them and watches the memory; here a few hundred.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+
+from ladderstitch.v1 import inference_pb2, inference_pb2_grpc
+from ladderstitch_loadtest.faults.fuzz_runner import Outcome, process_tree, run
+from ladderstitch_loadtest.faults.fuzz_text import TextCases
+from ladderstitch_loadtest.faults.fuzz_vision import ImageCases
+from tests.support.language_models import write_tiny
+from tests.support.servers import RunningServer, start_server, stop_server
+
+
+async def outcome_of(
+    server: RunningServer, cases: type[ImageCases | TextCases], requests: int
+) -> Outcome:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        model = await stub.GetModel(inference_pb2.GetModelRequest())
+        malformer = cases(model, channel, 3)
+        return await run(malformer, process_tree(server.process.pid), requests, lambda: None)
+
+
+async def test_images(server: RunningServer) -> None:
+    outcome = await outcome_of(server, ImageCases, 570)
+    assert outcome.wrong == []
+    assert min(outcome.kinds.values()) == 30
+    assert outcome.good_answers == 57
+    assert "error_id" not in server.log.read_text()
+
+
+async def test_text(tmp_path: Path) -> None:
+    """With deadlines of milliseconds, callers who leave, prompts at and over the context."""
+    server = start_server(write_tiny(tmp_path / "tiny"), tmp_path / "log")
+    outcome = await outcome_of(server, TextCases, 440)
+    assert outcome.wrong == []
+    assert min(outcome.kinds.values()) == 20
+    assert outcome.good_answers == 44
+    assert stop_server(server) == 0
+    assert "error_id" not in (tmp_path / "log").read_text()

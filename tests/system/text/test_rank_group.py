@@ -1,0 +1,230 @@
+"""Ranks in processes of their own: the same answers as one rank, also after a rank was killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ladderstitch.errors import EngineRestarting
+from ladderstitch.text.bundle import LanguageBundle
+from ladderstitch.text.engine.comm_setup import GroupOptions
+from ladderstitch.text.engine.rank_config import ModelJob
+from ladderstitch.text.engine.rank_group import RankGroup
+from ladderstitch.text.engine.rank_handle import RankLost
+from ladderstitch.text.model.attention_batch import Batch
+from ladderstitch.text.model.kv_cache import PagedCache
+from ladderstitch.text.model.residual import Residual
+from ladderstitch.text.model.sharding import Shard
+from ladderstitch.text.step import Run, Step, Want
+from tests.support.language_models import TINY
+
+PROMPT = np.arange(1, 24, dtype=np.int64)[None]
+PATHS = (Residual(), Residual(scheme="ladder"), Residual(scheme="ladder", ladder_layers=1))
+
+
+@asynccontextmanager
+async def running(
+    bundle: LanguageBundle, options: GroupOptions | None = None, **fields: object
+) -> AsyncIterator[RankGroup]:
+    """A group that leaves no process and no shared memory behind."""
+    job = ModelJob.of(bundle, paths=PATHS, cache_tokens=64, chunk_tokens=32, **fields)
+    group = RankGroup(job, options)
+    try:
+        await group.start()
+        pids = group.pids
+        yield group
+    finally:
+        await group.close()
+    assert left_behind([*pids, *group.pids]) == []
+
+
+def left_behind(pids: list[int]) -> list[Path]:
+    """Processes and shared memory that are still there."""
+    shared = [p for p in Path("/dev/shm").glob("ladderstitch-*") if p.stat().st_uid == os.getuid()]
+    return shared + [path for pid in pids if (path := Path(f"/proc/{pid}")).exists()]
+
+
+async def forward_until_lost(group: RankGroup) -> None:
+    """A death is noticed at the latest in the pass that needs the rank."""
+    while True:
+        await group.forward(PROMPT, 0)
+
+
+async def all_logits(group: RankGroup) -> np.ndarray:
+    """Every path, in one pass and as a prefill with two single tokens: [paths, 2, T, V]."""
+    results = []
+    for path in range(len(PATHS)):
+        whole = await group.forward(PROMPT, 0, path, last_only=False)
+        parts = [await group.forward(PROMPT[:, :-2], 0, path, last_only=False)]
+        for at in (-2, -1):
+            token = PROMPT[:, at : at + 1 or None]
+            logits = await group.forward(token, PROMPT.shape[1] + at, path)
+            parts.append(logits[:, None])
+        results.append((whole[0], np.concatenate(parts, axis=1)[0]))
+    return np.array(results)
+
+
+@pytest.fixture(scope="session")
+def expected(tiny_language_bundle: LanguageBundle) -> np.ndarray:
+    """One rank's, which the golden vectors vouch for."""
+
+    async def run() -> np.ndarray:
+        async with running(tiny_language_bundle) as group:
+            return await all_logits(group)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(("ranks", "link"), [(2, "shared_memory"), (3, "tcp")])
+async def test_ranks_agree_with_one(
+    tiny_language_bundle: LanguageBundle, expected: np.ndarray, ranks: int, link: str
+) -> None:
+    async with running(tiny_language_bundle, GroupOptions(link=link), ranks=ranks) as group:
+        got = await all_logits(group)
+        shares = [group.loaded[rank]["weight_bytes"] for rank in range(ranks)]
+    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+    whole = (tiny_language_bundle.path / "model.safetensors").stat().st_size
+    assert sum(shares) < 1.02 * whole  # norms are on every rank, all else is split
+    assert max(shares) < 0.7 * whole
+
+
+@pytest.mark.parametrize(("link", "spares"), [("shared_memory", 1), ("tcp", 0)])
+async def test_a_killed_rank_is_replaced(
+    tiny_language_bundle: LanguageBundle, expected: np.ndarray, link: str, spares: int
+) -> None:
+    options = GroupOptions(link=link, spares=spares)
+    async with running(tiny_language_bundle, options, ranks=2) as group:
+        for rank in (1, 0):
+            os.kill(group.pids[rank], signal.SIGKILL)
+            with pytest.raises(RankLost):
+                await forward_until_lost(group)
+            await group.ready()
+            got = await group.forward(PROMPT, 0, last_only=False)
+            assert np.abs(got[0] - expected[0, 0]).max() <= 1e-5 * np.abs(expected).max()
+        assert group.restarts == 2
+
+
+async def test_kernels_are_a_link_like_others(
+    tiny_language_bundle: LanguageBundle, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Triton's interpreter, with a rank that dies on the way."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    async with running(tiny_language_bundle, GroupOptions(link="symmetric"), ranks=2) as group:
+        got = await all_logits(group)
+        assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+        step = asyncio.create_task(forward_until_lost(group))
+        await asyncio.sleep(0.1)  # into the kernels
+        os.kill(group.pids[1], signal.SIGKILL)
+        with pytest.raises(RankLost):
+            await step
+        survivor = group.pids[0]
+        await group.ready()
+        again = await group.forward(PROMPT, 0, last_only=False)
+        assert np.abs(again[0] - expected[0, 0]).max() <= 1e-5 * np.abs(expected).max()
+        assert survivor in group.pids
+
+
+async def test_kernels_without_a_gpu_are_refused(tiny_language_bundle: LanguageBundle) -> None:
+    job = ModelJob.of(tiny_language_bundle, ranks=2, cache_tokens=8)
+    group = RankGroup(job, GroupOptions(link="symmetric"))
+    try:
+        with pytest.raises(EngineRestarting, match="link: symmetric needs GPUs"):
+            await group.start()
+    finally:
+        await group.close()
+
+
+async def test_a_rank_killed_in_mid_step_releases_its_peer(
+    tiny_language_bundle: LanguageBundle,
+) -> None:
+    slow = GroupOptions(link="shared_memory", latency_s=0.2)
+    async with running(tiny_language_bundle, slow, ranks=2) as group:
+        step = asyncio.create_task(group.forward(PROMPT, 0))
+        await asyncio.sleep(0)  # let it be sent; the pass takes more than a second
+        os.kill(group.pids[0], signal.SIGKILL)
+        with pytest.raises(RankLost):
+            await step
+        survivor = group.pids[-1]
+        await group.ready()
+        assert survivor in group.pids
+
+
+async def test_a_cancelled_caller_does_not_confuse_the_next(
+    tiny_language_bundle: LanguageBundle, expected: np.ndarray
+) -> None:
+    async with running(tiny_language_bundle, ranks=2) as group:
+        for _ in range(5):
+            step = asyncio.create_task(group.forward(PROMPT[:, :3], 0))
+            await asyncio.sleep(0)
+            step.cancel()
+        got = await group.forward(PROMPT, 0, last_only=False)
+    assert np.abs(got[0] - expected[0, 0]).max() <= 1e-5 * np.abs(expected).max()
+
+
+async def test_ranks_that_cannot_load_say_why(tiny_language_bundle: LanguageBundle) -> None:
+    job = ModelJob.of(tiny_language_bundle, cache_tokens=8).model_copy(
+        update={"bundle": Path("/nowhere")}
+    )
+    group = RankGroup(job)
+    try:
+        with pytest.raises(EngineRestarting, match=r"BundleError: /nowhere/model.yaml"):
+            await group.start()
+    finally:
+        await group.close()
+
+
+async def test_sequences_of_one_step_do_not_see_each_other(
+    tiny_language_bundle: LanguageBundle, expected: np.ndarray
+) -> None:
+    """Prefill, chunks and decoding mixed in one pass, in scattered blocks: each as if alone."""
+    tokens = PROMPT[0].tolist()
+    scattered, neighbours, own = [13, 2, 7], [4, 5, 6], [9, 8, 0]
+    for ranks in (1, 2):
+        async with running(tiny_language_bundle, ranks=ranks, sequences=4) as group:
+            await group.run(
+                Step(
+                    (
+                        Run(tokens[:20], 0, scattered[:2], Want.NONE),
+                        Run(tokens[:3], 0, neighbours[:1], Want.NONE),
+                    )
+                )
+            )
+            outcome = await group.run(
+                Step(
+                    (
+                        Run(tokens[20:21], 20, scattered[:2], Want.LAST),
+                        Run(tokens[3:19], 3, neighbours[:2], Want.ALL),
+                        Run(tokens[:12], 0, own[:1], Want.BEST),
+                    )
+                )
+            )
+        wanted = np.concatenate((expected[0, 0][20:21], expected[0, 0][3:19]))
+        assert np.abs(outcome.logits - wanted).max() <= 1e-5 * np.abs(expected).max()
+        assert outcome.best.tolist() == [expected[0, 0][11].argmax()]
+
+
+def test_a_kernel_that_follows_the_tables_attends_alike() -> None:
+    shard = Shard.of(TINY, 0, 1)
+    rng = np.random.default_rng(0)
+    caches = [PagedCache(TINY, shard, 12, 4) for _ in range(2)]
+    caches[1].follows_tables = True
+    runs = (Run([1], 9, [3, 11, 0]), Run([1], 0, [5]), Run([1], 7, [8, 9]))
+    q = torch.tensor(rng.normal(size=(3, TINY.heads, TINY.head_dim)), dtype=torch.float32)
+    got = []
+    for cache in caches:
+        for run in runs:  # what each has seen so far
+            earlier = Batch(Step((Run([1] * (run.start + 1), 0, run.blocks),)), 4)
+            seen = np.random.default_rng(run.start).normal(
+                size=(2, run.start + 1, TINY.kv_heads, TINY.head_dim)
+            )
+            cache.append(1, earlier, *torch.tensor(seen, dtype=torch.float32))
+        got.append(cache.attend(1, Batch(Step(runs), 4), q))
+    torch.testing.assert_close(got[1], got[0])

@@ -1,0 +1,34 @@
+"""Ranks on two hosts (network namespaces): the same answers as one rank on one host."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ladderstitch.text.bundle import LanguageBundle
+from ladderstitch.text.engine.comm_setup import GroupOptions
+from ladderstitch.text.engine.rank_config import ModelJob
+from ladderstitch.text.engine.rank_group import RankGroup
+from ladderstitch_loadtest.benchmarks.two_hosts import HERE, AlternatingLauncher, second_host
+
+PROMPT = np.arange(1, 30, dtype=np.int64)[None]
+
+
+async def logits(group: RankGroup) -> np.ndarray:
+    try:
+        await group.start()
+        return await group.forward(PROMPT, 0, last_only=False)
+    finally:
+        await group.close()
+
+
+async def test_two_hosts_agree_with_one(tiny_language_bundle: LanguageBundle) -> None:
+    alone = await logits(RankGroup(ModelJob.of(tiny_language_bundle, cache_tokens=64)))
+    job = ModelJob.of(tiny_language_bundle, cache_tokens=64, ranks=2)
+    try:
+        with second_host() as namespace:
+            options = GroupOptions(link="tcp", listen=f"{HERE}:0")
+            together = await logits(RankGroup(job, options, AlternatingLauncher(namespace)))
+    except OSError as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    assert np.abs(together - alone).max() <= 1e-5 * np.abs(alone).max()

@@ -1,0 +1,155 @@
+"""The worker process: the model's answers, errors that stay in their batch, deaths survived."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+import torch
+
+from ladderstitch.errors import ConfigError, InternalError
+from ladderstitch.runtime.device import resolve_device, resolve_dtype
+from ladderstitch.vision.bundle import Bundle
+from ladderstitch.vision.engine.base import EngineDied
+from ladderstitch.vision.engine.ipc import WorkerConfig
+from ladderstitch.vision.engine.process import ProcessEngine
+from ladderstitch.vision.engine.warmup import batch_sizes, warm_up
+
+
+def worker_config(bundle: Bundle, **changes: object) -> WorkerConfig:
+    fields = {
+        "bundle": str(bundle.path),
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": 1,
+        "max_rows": 8,
+        "image_shape": (1, 8, 8),
+        "classes": 4,
+    }
+    return WorkerConfig(**(fields | changes))  # type: ignore[arg-type] # fields of mixed type
+
+
+@pytest.fixture
+async def engine(tiny_bundle: Bundle) -> AsyncIterator[ProcessEngine]:
+    engine = ProcessEngine(worker_config(tiny_bundle))
+    await engine.start()
+    yield engine
+    engine.close()
+
+
+def images(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, 1, 8, 8)).astype(np.float32)
+
+
+async def test_batches_answer_as_the_model_does(engine: ProcessEngine, tiny_bundle: Bundle) -> None:
+    model = tiny_bundle.load_model()
+    for stitch in (0, 5, 16):
+        parts = [images(1, 1), images(3, 2), images(2, 3)]
+        result = await engine.forward(parts, stitch)
+        with torch.inference_mode():
+            wanted = model(torch.from_numpy(np.concatenate(parts)), stitch).numpy()
+        np.testing.assert_allclose(result.logits, wanted, atol=1e-5)
+        assert result.compute_s > 0
+
+
+async def test_logits_outlive_the_next_batch(engine: ProcessEngine) -> None:
+    first = await engine.forward([images(2, 1)], 0)
+    kept = first.logits.copy()
+    await engine.forward([images(2, 9)], 0)
+    np.testing.assert_array_equal(first.logits, kept)
+
+
+async def test_an_error_ends_its_batch_only(engine: ProcessEngine) -> None:
+    pid = engine.worker_pid
+    with pytest.raises(InternalError, match="KeyError: 99"):
+        await engine.forward([images(1)], 99)
+    assert (await engine.forward([images(1)], 0)).logits.shape == (1, 4)
+    assert engine.worker_pid == pid
+
+
+async def test_a_killed_worker_is_replaced(engine: ProcessEngine) -> None:
+    pid = engine.worker_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)  # so that the batch is in flight for certain
+    batch = asyncio.create_task(engine.forward([images(1)], 0))
+    await asyncio.sleep(0)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(EngineDied):
+        await batch
+    assert not engine.ready
+    assert (await engine.forward([images(1)], 0)).logits.shape == (1, 4)
+    assert engine.ready
+    assert engine.worker_pid != pid
+    assert engine.restarts == 1
+
+
+async def test_closing_ends_the_worker(tiny_bundle: Bundle) -> None:
+    engine = ProcessEngine(worker_config(tiny_bundle))
+    await engine.start()
+    pid = engine.worker_pid
+    assert pid is not None
+    engine.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+async def test_a_worker_that_cannot_load_is_reported(tiny_bundle: Bundle) -> None:
+    config = worker_config(tiny_bundle)
+    (tiny_bundle.path / "weights.safetensors").unlink()
+    engine = ProcessEngine(config)
+    with pytest.raises(EngineDied, match="loading the model"):
+        await engine.start()
+    engine.close()
+
+
+async def test_warming_runs_every_pair_and_keeps_the_shape_of_a_shipped_profile(
+    engine: ProcessEngine, tiny_bundle: Bundle
+) -> None:
+    shipped = tiny_bundle.latency
+    assert shipped is not None
+    seen: list[tuple[int, int]] = []
+    profile = await warm_up(
+        engine, tiny_bundle, engine.config, lambda done, total: seen.append((done, total))
+    )
+    assert seen[-1] == (2 * 17 * 4, 2 * 17 * 4)
+    ratios = {
+        round(got / was, 6)
+        for stitch, latency in profile.stitches.items()
+        for got, was in zip(latency.median_s, shipped.stitches[stitch].median_s[:4], strict=True)
+    }
+    assert profile.batch_sizes == (1, 2, 4, 8)
+    assert len(ratios) == 1
+    assert 0 < ratios.pop() < 100
+
+
+async def test_warming_measures_where_no_profile_was_shipped(
+    engine: ProcessEngine, tiny_bundle: Bundle
+) -> None:
+    (tiny_bundle.path / "latency.json").unlink()
+    profile = await warm_up(
+        engine, Bundle.load(tiny_bundle.path), engine.config, lambda done, total: None
+    )
+    assert profile.batch_sizes == (1, 2, 4, 8)
+    assert profile.stitches.keys() == set(range(17))
+
+
+def test_batch_sizes_end_at_the_largest() -> None:
+    assert batch_sizes(1) == (1,)
+    assert batch_sizes(8) == (1, 2, 4, 8)
+    assert batch_sizes(12) == (1, 2, 4, 8, 12)
+
+
+def test_places_and_formats_are_checked() -> None:
+    assert resolve_dtype("auto", "cpu") is torch.float32
+    assert resolve_dtype("auto", "cuda:1") is torch.bfloat16
+    with pytest.raises(ConfigError, match="dtype: expected auto or one of"):
+        resolve_dtype("int8", "cpu")
+    with pytest.raises(ConfigError, match="device: expected auto"):
+        resolve_device("toaster")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="torch sees no GPU"):
+            resolve_device("cuda")

@@ -1,0 +1,116 @@
+"""What `/metrics` says: names, units and bounded labels, read as Prometheus reads them."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from ladderstitch.scheduling.requests import Budget, Completion, Request
+from ladderstitch.telemetry.metrics import ImageMetrics, Metrics
+
+NO_LOGITS = np.zeros((1, 10), np.float32)
+
+
+def make_request(target: float = float("inf")) -> Request:
+    return Request("r", np.zeros((1, 1, 2, 2), np.float32), 10.0, Budget(target))
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    got = metrics.registry.get_sample_value(f"ladderstitch_{name}", {"model": "m", **labels})
+    return got or 0.0
+
+
+def test_a_request_from_queue_to_answer() -> None:
+    metrics = Metrics()
+    model = ImageMetrics(metrics, "m", range(3))
+    on_time, late, free = make_request(10.02), make_request(10.001), make_request()
+    model.queued(3)
+    model.dispatched([on_time, late, free], now=10.002, waiting=0)
+    model.computed(1, batch=3, compute_s=0.004, error=1.25, slowdown=1.5, tail=1.2)
+    model.computed(2, batch=1, compute_s=0.001, error=1.0, slowdown=1.5, tail=1.2)
+    for request in (on_time, late, free):
+        model.completed(request, Completion(NO_LOGITS, 1, 0.9, 0.002, 0.004, 3), now=10.007)
+    assert value(metrics, "requests_total", stitch="1", code="OK") == 3
+    assert value(metrics, "budget_total", met="true") == 1
+    assert value(metrics, "budget_total", met="false") == 1
+    assert value(metrics, "queue_requests") == 0
+    assert value(metrics, "queue_seconds_sum") == pytest.approx(0.006)
+    assert value(metrics, "compute_seconds_sum") == pytest.approx(0.005)
+    assert value(metrics, "total_seconds_sum") == pytest.approx(0.021)
+    assert value(metrics, "batch_rows_sum") == 4
+    assert value(metrics, "latency_plan_total", kept="false") == 1
+    assert value(metrics, "served_quality_sum") == pytest.approx(2.7)
+    assert value(metrics, "switches_total") == 1
+    assert value(metrics, "latency_actual_over_predicted_ratio_sum") == pytest.approx(2.25)
+    assert value(metrics, "latency_slowdown_ratio") == 1.5
+    # Slack: 18 ms and -1 ms; a request without a target has none.
+    assert value(metrics, "dispatch_slack_seconds_bucket", le="0.0") == 1
+    assert value(metrics, "dispatch_slack_seconds_bucket", le="+Inf") == 2
+
+
+KNOWN_LABELS = {"model", "stitch", "code", "met", "kept", "end", "reason", "le"}
+
+
+@pytest.mark.parametrize(
+    ("code", "missed"),
+    [
+        ("RESOURCE_EXHAUSTED", 1),
+        ("DEADLINE_EXCEEDED", 1),
+        ("FAILED_PRECONDITION", 1),
+        ("INTERNAL", 1),
+        ("INVALID_ARGUMENT", 0),
+        ("NOT_FOUND", 0),
+    ],
+)
+def test_a_refusal_misses_the_budget_unless_the_caller_is_at_fault(code: str, missed: int) -> None:
+    metrics = Metrics()
+    model = ImageMetrics(metrics, "m", range(3))
+    model.refused(code, make_request(11.0))
+    model.refused(code, make_request())
+    model.refused(code)
+    assert value(metrics, "requests_total", stitch="none", code=code) == 3
+    assert value(metrics, "budget_total", met="false") == missed
+
+
+def test_two_replicas_in_one_process_do_not_meet() -> None:
+    first, second = Metrics(), Metrics()
+    ImageMetrics(first, "m", range(3)).restarts.inc()
+    ImageMetrics(second, "m", range(3))
+    assert value(first, "engine_restarts_total") == 1
+    assert value(second, "engine_restarts_total") == 0
+
+
+def test_the_page_is_what_prometheus_expects() -> None:
+    metrics = Metrics()
+    model = ImageMetrics(metrics, "m", range(3))
+    model.completed(make_request(), Completion(NO_LOGITS, 1, 0.9, 0.0, 0.0, 1), now=10.1)
+    port, close = metrics.expose(0, "127.0.0.1")
+    address = f"http://127.0.0.1:{port}/metrics"
+    try:
+        with urllib.request.urlopen(address, timeout=5) as page:
+            families = list(text_string_to_metric_families(page.read().decode()))
+    finally:
+        close()
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(address, timeout=5)
+    names = {family.name for family in families}
+    for noun in ("queue", "compute", "total", "dispatch_slack"):
+        assert f"ladderstitch_{noun}_seconds" in names
+    for family in families:
+        assert family.name.startswith("ladderstitch_")
+        assert family.documentation
+        for sample in family.samples:
+            assert sample.labels.keys() <= KNOWN_LABELS
+    edges = sorted(
+        float(sample.labels["le"])
+        for family in families
+        if family.name == "ladderstitch_total_seconds"
+        for sample in family.samples
+        if sample.name.endswith("_bucket")
+    )
+    assert edges[0] == 0.0005
+    assert edges[-2:] == [10.0, float("inf")]

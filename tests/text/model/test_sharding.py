@@ -1,0 +1,51 @@
+"""Splitting a model over ranks: everything is held once, and impossible splits say why."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ladderstitch.errors import ConfigError
+from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.sharding import Shard
+
+
+def config(heads: int, kv_heads: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=101,
+        hidden_size=32,
+        intermediate_size=53,
+        layers=1,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=4,
+        max_positions=16,
+    )
+
+
+@given(kv_heads=st.integers(1, 6), group=st.integers(1, 6), ranks=st.integers(1, 12))
+def test_all_heads_columns_and_rows_are_held_once_and_read_their_own_kv_head(
+    kv_heads: int, group: int, ranks: int
+) -> None:
+    whole = config(kv_heads * group, kv_heads)
+    if ranks > kv_heads and whole.heads % ranks:
+        with pytest.raises(ConfigError, match=f"ranks: expected at most {kv_heads} "):
+            Shard.of(whole, 0, ranks)
+        return
+    shards = [Shard.of(whole, rank, ranks) for rank in range(ranks)]
+    assert [head for shard in shards for head in shard.heads] == list(range(whole.heads))
+    assert [row for shard in shards for row in shard.vocabulary] == list(range(101))
+    assert [column for shard in shards for column in shard.ffn] == list(range(53))
+    for shard in shards:
+        per_kv, rest = divmod(len(shard.heads), len(shard.kv_heads))
+        assert rest == 0
+        assert [shard.kv_heads[i // per_kv] for i in range(len(shard.heads))] == [
+            head // group for head in shard.heads
+        ]
+
+
+def test_uneven_groups_and_a_rank_that_is_not_there() -> None:
+    assert [Shard.of(config(9, 3), rank, 2).kv_heads for rank in (0, 1)] == [(0, 1), (2,)]
+    with pytest.raises(ConfigError, match="rank: expected 0 to 1, got 2"):
+        Shard.of(config(9, 3), 2, 2)

@@ -1,0 +1,192 @@
+"""Text piece by piece, sampling, and files: what surrounds the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from safetensors.torch import load_file, save_file
+
+from ladderstitch.errors import BundleError, ConfigError, DataError
+from ladderstitch.importers.gguf import import_gguf
+from ladderstitch.scheduling.generation_requests import Sampling
+from ladderstitch.text.bundle import LanguageBundle
+from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.weight_reader import MemoryWeights, SafetensorsFolder
+from ladderstitch.text.model.weights import check_weights
+from ladderstitch.text.sampler import Sampler
+from ladderstitch.text.tokenizer import TextStream
+from tests.support.language_models import TINY, one_rank_logits, random_tensors, write_tiny
+
+
+def test_characters_of_several_tokens_come_out_whole(tiny_language_bundle: LanguageBundle) -> None:
+    tokenizer = tiny_language_bundle.tokenizer()
+    text = "naïve 東京 🚲!"
+    stream = TextStream(tokenizer)
+    pieces = [stream.add(token) for token in tokenizer.encode(text)]
+    assert "".join(pieces) == text
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
+    assert stream.finish() == ""
+
+
+def test_greedy_takes_the_likeliest_and_a_draw_follows_the_probabilities() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    assert Sampler(Sampling()).pick(logits) == 0
+    sampler = Sampler(Sampling(temperature=1.0, seed=0))
+    counts = np.bincount([sampler.pick(logits) for _ in range(4000)], minlength=4) / 4000
+    assert np.abs(counts - [0.5, 0.3, 0.15, 0.05]).max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("sampling", "allowed"),
+    [
+        (Sampling(temperature=5.0, top_k=2, seed=1), {0, 1}),
+        (Sampling(temperature=1.0, top_p=0.79, seed=1), {0, 1}),
+        (Sampling(temperature=1.0, top_p=0.81, seed=1), {0, 1, 2}),
+        (Sampling(temperature=1.0, top_p=1e-9, seed=1), {0}),
+        (Sampling(temperature=1.0, top_k=99, seed=1), {0, 1, 2, 3}),
+    ],
+)
+def test_top_k_and_top_p_keep_the_likeliest(sampling: Sampling, allowed: set[int]) -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    sampler = Sampler(sampling)
+    assert {sampler.pick(logits) for _ in range(600)} == allowed
+
+
+def write_gguf(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """The tiny model as llama.cpp writes it: its names, adjacent rotary pairs, Q8_0."""
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(TINY.layers)
+    writer.add_context_length(TINY.max_positions)
+    writer.add_embedding_length(TINY.hidden_size)
+    writer.add_feed_forward_length(TINY.intermediate_size)
+    writer.add_head_count(TINY.heads)
+    writer.add_head_count_kv(TINY.kv_heads)
+    writer.add_layer_norm_rms_eps(TINY.norm_eps)
+    writer.add_rope_freq_base(TINY.rope_theta)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([chr(0x100 + i) for i in range(TINY.vocab_size)])
+    writer.add_token_types([3] + [1] * (TINY.vocab_size - 1))
+    writer.add_token_merges([])
+    writer.add_eos_token_id(0)
+    names = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    for name, tensor in tensors.items():
+        parts = name.removeprefix("model.").removesuffix(".weight")
+        theirs = {"embed_tokens": "token_embd", "norm": "output_norm"}.get(parts)
+        if theirs is None:
+            _, layer, part = parts.split(".", 2)
+            theirs = f"blk.{layer}.{names[part]}"
+            heads = {"attn_q": TINY.heads, "attn_k": TINY.kv_heads}.get(names[part])
+            if heads:  # (i, i + d/2) -> (2i, 2i + 1)
+                d = TINY.head_dim
+                tensor = tensor.view(heads, 2, d // 2, -1).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(
+            f"{theirs}.weight", tensor.contiguous().numpy(), raw_dtype=GGMLQuantizationType.F32
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_becomes_the_same_model(tmp_path: Path) -> None:
+    tensors = random_tensors(TINY)
+    write_gguf(tmp_path / "tiny.gguf", tensors)
+    import_gguf(tmp_path / "tiny.gguf", tmp_path / "b", name="t", origin="test", licence="none")
+    bundle = LanguageBundle.load(tmp_path / "b")
+    assert bundle.manifest.config == TINY
+    assert bundle.manifest.end_tokens == (0,)
+    imported = load_file(bundle.path / "model.safetensors")
+    got, wanted = (
+        one_rank_logits(TINY, MemoryWeights(t), list(range(1, 20))) for t in (imported, tensors)
+    )
+    torch.testing.assert_close(got, wanted, atol=0, rtol=0)
+
+
+def test_what_is_no_gguf_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"not a model at all, only some bytes")
+    with pytest.raises(DataError, match=r"x.gguf: not a GGUF file"):
+        import_gguf(tmp_path / "x.gguf", tmp_path / "b", name="t", origin="o", licence="l")
+
+
+def test_shards_are_found_by_their_index(tmp_path: Path) -> None:
+    bundle = write_tiny(tmp_path / "tiny")
+    tensors = load_file(bundle / "model.safetensors")
+    (bundle / "model.safetensors").unlink()
+    files = {name: f"part-{i % 3}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({n: t for n, t in tensors.items() if files[n] == file}, bundle / file)
+    (bundle / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    weights = LanguageBundle.load(bundle).weights()
+    for name, tensor in tensors.items():
+        assert torch.equal(weights.read(name), tensor)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    part = weights.read(name, rows=range(3, 9), columns=range(8, 16))
+    assert torch.equal(part, tensors[name][3:9, 8:16])
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("[]", "expected an object with weight_map"),
+        ('{"weight_map": {"model.norm.weight": "../x"}}', "lies outside the folder"),
+    ],
+)
+def test_a_bad_index_is_refused(tmp_path: Path, index: str, message: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(BundleError, match=message):
+        SafetensorsFolder(tmp_path).shape("model.norm.weight")
+
+
+def test_wrong_tensors_are_all_named() -> None:
+    tensors = random_tensors(TINY)
+    del tensors["model.norm.weight"]
+    tensors["extra"] = torch.ones(1)
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.ones(2, 3)
+    with pytest.raises(BundleError) as failure:
+        check_weights(MemoryWeights(tensors), TINY)
+    message = str(failure.value)
+    assert "3 wrong tensors" in message
+    assert "missing model.norm.weight" in message
+    assert "unknown extra" in message
+    assert "model.layers.1.mlp.up_proj.weight: expected (100, 48), got (2, 3)" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
+        ({"attention_bias": True}, "attention_bias: expected False"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "expected default, linear or llama3, got 'yarn'"),
+        ({"num_key_value_heads": 5}, "kv_heads: expected a divisor of 8, got 5"),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_models_that_are_no_llama_are_refused(change: dict[str, object], message: str) -> None:
+    fields = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "head_dim": 8,
+        "vocab_size": 100,
+        "max_position_embeddings": 64,
+    }
+    assert LlamaConfig.from_hf(fields).kv_heads == 8
+    with pytest.raises(ConfigError, match=message):
+        LlamaConfig.from_hf(fields | change)

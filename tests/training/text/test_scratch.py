@@ -1,0 +1,100 @@
+"""Small models from scratch: they learn, and a run that was stopped ends as one that was not."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from ladderstitch.cli.app import app
+from ladderstitch.text.bundle import LanguageBundle
+
+RECIPE = {
+    "config": {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "max_positions": 64,
+        "tied_head": True,
+    },
+    "schemes": {"standard": {"scheme": "standard"}, "ladder": {"scheme": "ladder"}},
+    "tokens": 30_720,
+    "window": 32,
+    "batch_windows": 8,
+    "learning_rate": 1e-2,
+    "warmup_steps": 5,
+    "held_out_tokens": 512,
+    "measure_steps": 40,
+}
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "slept")
+
+
+def train(folder: Path, run: str, **changes: object) -> Path:
+    rng = random.Random(0)
+    for name, count in (("train", 4000), ("held", 600)):
+        # Of each word only the two after it may follow.
+        at, words = 0, []
+        for _ in range(count):
+            at = (at + rng.randint(1, 2)) % len(WORDS)
+            words.append(WORDS[at])
+        (folder / f"{name}.txt").write_text(" ".join(words) + "\n")
+    (folder / "recipe.yaml").write_text(json.dumps(RECIPE | changes))
+    done = CliRunner().invoke(
+        app,
+        [
+            "train-language",
+            "--recipe",
+            str(folder / "recipe.yaml"),
+            "--text",
+            str(folder / "train.txt"),
+            "--held-out",
+            str(folder / "held.txt"),
+            "--run",
+            str(folder / run),
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    return folder / run
+
+
+def test_both_schemes_learn_and_become_bundles(tmp_path: Path) -> None:
+    run = train(tmp_path, "run")
+    found = json.loads((run / "pair.json").read_text())
+    for name, loss in found["held_out_loss"].items():
+        assert loss < 1.3  # a fair choice of two words is 0.69, of all tokens 5.7
+        bundle = LanguageBundle.load(run / name)
+        assert bundle.manifest.residual.scheme == name
+    assert (run / "losses.png").stat().st_size > 1000
+
+
+def test_a_stopped_run_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tmp_path, "whole")
+    from ladderstitch.training.text import scratch
+
+    monkeypatch.setattr(scratch, "SAVE_STEPS", 50)
+    original, calls = scratch.Apprentice.learn, []
+
+    def learn(self: scratch.Apprentice, *arguments: object) -> float:
+        calls.append(1)
+        if len(calls) == 150:
+            raise KeyboardInterrupt
+        return original(self, *arguments)  # type: ignore[arg-type] # as they came
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scratch.Apprentice, "learn", learn)
+        with pytest.raises(AssertionError):
+            train(tmp_path, "stopped")
+    stopped = train(tmp_path, "stopped")
+    for name in ("standard", "ladder"):
+        first, again = (load_file(r / name / "model.safetensors") for r in (whole, stopped))
+        assert all(bool((first[key] == again[key]).all()) for key in first)

@@ -1,0 +1,19 @@
+"""Least squares against the reference solver's recorded solutions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ladderstitch.training.vision.least_squares import solve_affine
+from tests.conftest import GOLDEN
+
+
+@pytest.mark.parametrize("case", ["tall", "wide", "square"])
+def test_solver_equals_the_reference(case: str) -> None:
+    tensors = load_file(GOLDEN / "lsq_raw.safetensors")
+    weight, bias = solve_affine(tensors[f"feature.{case}.x"], tensors[f"feature.{case}.y"])
+    for got, name in ((weight, "weight"), (bias, "bias")):
+        wanted = tensors[f"solution.{case}.{name}"]
+        torch.testing.assert_close(got, wanted, atol=1e-4 * float(wanted.abs().max()), rtol=0)

@@ -1,0 +1,234 @@
+"""Every family: its networks against the reference's own lists, its costs against its counts."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ladderstitch.errors import BundleError, ConfigError
+from ladderstitch.importers.stitched_families import import_model, read_config
+from ladderstitch.vision.models.backbone import Trunk
+from ladderstitch.vision.models.cost import stitch_cost
+from ladderstitch.vision.models.executor import InferenceModel
+from ladderstitch.vision.models.levit import LevitConfig
+from ladderstitch.vision.models.resnet import ResNetConfig
+from ladderstitch.vision.models.route import Segment, Stitch
+from ladderstitch.vision.models.snnet_staged import StagedConfig, layer_count, stage_stitches
+from ladderstitch.vision.models.stitched import StitchedModel
+from ladderstitch.vision.models.swin import Swin
+from ladderstitch.vision.models.vit import Vit
+from tests.conftest import GOLDEN
+
+SHEETS = {
+    path.stem: sheet
+    for path in sorted(GOLDEN.glob("*.json"))
+    if "ids" in (sheet := json.loads(path.read_text())) and "input" in str(sheet)
+    if sheet["family"].startswith(("snnet", "learngene"))
+}
+sheets = pytest.mark.parametrize("sheet", SHEETS.values(), ids=SHEETS.keys())
+
+
+def built(sheet: dict[str, Any]) -> StitchedModel:
+    with torch.device("meta"):
+        return read_config(sheet["family"], sheet["config"]).build()
+
+
+def test_every_family_has_a_list() -> None:
+    assert {sheet["family"] for sheet in SHEETS.values()} == {
+        "snnet-deit",
+        "snnet-swin",
+        "snnet-resnet",
+        "snnet-resnet-swin",
+        "snnet-levit",
+        "snnetv2",
+        "learngene-pool",
+    }
+
+
+@sheets
+def test_networks_are_those_of_the_reference(sheet: dict[str, Any]) -> None:
+    config = read_config(sheet["family"], sheet["config"])
+    stitches = config.stitches()
+    assert [stitch.id for stitch in stitches] == [wanted["id"] for wanted in sheet["ids"]]
+    for stitch, wanted in zip(stitches, sheet["ids"], strict=True):
+        assert stitch.segments == tuple(expected_segments(config, wanted))
+        keys = [layer["key"] for layer in wanted.get("stitch_layers", [])]
+        if wanted["kind"] == "stitch":
+            keys = [wanted["stitch_key"]]
+        assert list(stitch.layers) == keys
+        if "trained" in wanted:
+            assert stitch.usable == wanted["trained"]
+        elif wanted.get("usable", True) != stitch.usable:
+            assert stitch.segments[-1].last < stitch.segments[-1].first  # ends in no block at all
+
+
+def expected_segments(config: Any, wanted: dict[str, Any]) -> list[Segment]:
+    if "route" in wanted:
+        return [Segment(r["anchor"], r["first_block"], r["last_block"]) for r in wanted["route"]]
+    if wanted["kind"] == "anchor":
+        return [Segment(wanted["anchor"], 0, steps(config, wanted["anchor"]) - 1)]
+    front, end = wanted["front_anchor"], wanted["end_anchor"]
+    last, first = wanted["last_front_block"], wanted["first_end_block"]
+    if "stage" in wanted:
+        last = config.anchors[front].span(wanted["stage"], last)[1]
+        first = config.anchors[end].span(wanted["stage"], first)[0]
+    return [Segment(front, 0, last), Segment(end, first, steps(config, end) - 1)]
+
+
+def steps(config: Any, anchor: int) -> int:
+    shape = config.anchors[anchor]
+    return shape.total_steps if isinstance(config, StagedConfig) else shape.depth
+
+
+@sheets
+def test_costs_are_what_the_reference_counts(sheet: dict[str, Any]) -> None:
+    model = built(sheet)
+    for stitch, wanted in zip(model.stitches, sheet["ids"], strict=True):
+        cost = stitch_cost(model, stitch, sheet["config"]["image_size"])
+        assert cost.macs == wanted["macs"], stitch
+        if "params" in wanted:
+            assert cost.parameters == wanted["params"] + left_out(model, stitch), stitch
+
+
+def left_out(model: StitchedModel, stitch: Stitch) -> int:
+    """Parameters that upstream runs through on stitched paths and does not count."""
+    front = model.trunks()[stitch.front]
+    if stitch.is_anchor:
+        return 0
+    if isinstance(front, Vit):
+        return front.cls_token.numel() + front.pos_embed.numel()
+    assert isinstance(front, Swin)
+    passed = list(front.steps())[: stitch.segments[0].last + 1]
+    merges = [step for step in passed if hasattr(step, "reduction")]
+    return sum(p.numel() for step in merges for p in step.parameters())
+
+
+def test_published_counts_of_real_sizes() -> None:
+    swin = [(96, (2, 2, 6, 2), (3, 6, 12, 24)), (96, (2, 2, 18, 2), (3, 6, 12, 24))]
+    swin.append((128, (2, 2, 18, 2), (4, 8, 16, 32)))
+    config = {
+        "image_size": 224,
+        "num_classes": 1000,
+        "window_size": 7,
+        "anchors": [{"embed_dim": d, "depths": b, "num_heads": h} for d, b, h in swin],
+    }
+    model = built({"family": "snnet-swin", "config": config})
+    assert len(model.stitches) == 41
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 170.0
+    deit = {
+        "image_size": 224,
+        "num_classes": 1000,
+        "kernel_size": 2,
+        "stride": 1,
+        "anchors": [{"embed_dim": d, "depth": 12, "num_heads": d // 64} for d in (192, 384, 768)],
+    }
+    model = built({"family": "snnet-deit", "config": deit})
+    gmacs = {i: stitch_cost(model, model.stitches[i], 224).macs / 1e9 for i in range(71)}
+    published = {0: 1.26, 1: 4.61, 2: 17.58, 24: 2.76, 16: 3.21, 12: 3.87, 56: 10.05, 49: 13.66}
+    assert {stitch: round(gmacs[stitch], 2) for stitch in published} == published
+    assert round(gmacs[39], 2) == 18.34
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 118.4
+
+
+def test_the_larger_swin_stages_map_as_published() -> None:
+    assert stage_stitches(6, 18)[:7] == [
+        (0, 1, 0),
+        (0, 2, 0),
+        (1, 3, 0),
+        (1, 4, 1),
+        (1, 5, 1),
+        (2, 6, 1),
+        (2, 7, 2),
+    ]
+    assert stage_stitches(6, 18)[-2:] == [(5, 16, 5), (5, 17, 5)]
+    assert stage_stitches(2, 2) == [(0, 1, 0)]
+    assert (layer_count(6, 18), layer_count(18, 18)) == (6, 17)
+
+
+def shaken(config: Any) -> StitchedModel:
+    """A model whose batch normalisation has seen something."""
+    torch.manual_seed(0)
+    model: StitchedModel = config.build()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)  # type: ignore[arg-type]  # tracked
+            nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]  # tracked
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", ["snnet_resnet18_50", "snnet_resnet18_swin", "snnet_levit"])
+def test_folded_normalisation_changes_nothing(name: str) -> None:
+    sheet = SHEETS[name]
+    model = shaken(read_config(sheet["family"], sheet["config"]))
+    images = torch.randn(sheet["input_shape"])
+    with torch.inference_mode():
+        before = [model(images, stitch.id) for stitch in model.stitches]
+        model.fold_batch_norm()
+        serving = InferenceModel(model)
+        for stitch, expected in zip(model.stitches, before, strict=True):
+            scale = expected.abs().max().clamp(min=1.0)
+            assert (serving(images, stitch.id) - expected).abs().max() / scale < 1e-4
+    left = [m for t in model.trunks() for s in t.steps() for m in s.modules()]
+    assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in left)
+
+
+def test_low_rank_stitches_are_folded_and_must_be_whole() -> None:
+    sheet = SHEETS["snnetv2_4_8"]
+    model = shaken(read_config("snnetv2", sheet["config"]))
+    tensors = dict(model.state_dict())
+    layer = "stitch_layers.0.1.transform"
+    down, up = torch.randn(4, 32), torch.randn(48, 4)
+    loaded = import_model(
+        "snnetv2",
+        sheet["config"],
+        tensors | {f"{layer}.lora_A": down, f"{layer}.lora_B": up},
+    )
+    expected = tensors[f"{layer}.weight"] + up @ down / 4
+    torch.testing.assert_close(loaded.affine(layer).weight.data, expected)
+    with pytest.raises(ConfigError, match=r"lora_A: expected 'stitch.*lora_B' beside it"):
+        import_model("snnetv2", sheet["config"], tensors | {f"{layer}.lora_A": down})
+    tensors["anchors.0.extra"] = tensors.pop("anchors.0.norm.bias")
+    with pytest.raises(BundleError, match=r"missing anchors.0.norm.bias; unknown anchors.0.extra"):
+        import_model("snnetv2", sheet["config"], tensors)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stages": (3,)}, r"stages: expected stages 0 to 2 \(never the last\), got \(3,\)"),
+        ({"swap": True}, "anchors: expected the smaller first; stage 1 has 4 blocks before 2"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(fields: dict[str, Any], message: str) -> None:
+    small = ResNetConfig(block="BasicBlock", depths=(2, 2, 2, 2), width=8)
+    large = ResNetConfig(block="Bottleneck", depths=(3, 4, 6, 3), width=8)
+    anchors = (large, small) if fields.pop("swap", False) else (small, large)
+    inputs = {"image_size": 32, "num_classes": 2}
+    with pytest.raises(ValueError, match=message):
+        StagedConfig.model_validate(
+            {"inputs": inputs, "anchors": anchors, "stages": (1, 2)} | fields
+        )
+
+
+def test_tokens_do_not_become_maps() -> None:
+    sheet = SHEETS["snnet_levit"]
+    levit = read_config("snnet-levit", sheet["config"]).anchors[0]
+    assert isinstance(levit, LevitConfig)
+    resnet = ResNetConfig(block="BasicBlock", depths=(4, 4, 4, 4), width=8)
+    inputs = {"image_size": 128, "num_classes": 2}
+    with pytest.raises(ValueError, match="expected no resnet after a levit: tokens have no map"):
+        StagedConfig.model_validate({"inputs": inputs, "anchors": (levit, resnet), "stages": (0,)})
+
+
+def test_a_trunk_runs_whole() -> None:
+    model = shaken(read_config("snnet-swin", SHEETS["snnet_swin"]["config"]))
+    images = torch.randn(2, 3, 128, 128)
+    trunk = model.trunks()[1]
+    assert isinstance(trunk, Trunk)
+    torch.testing.assert_close(trunk(images), model(images, 1))

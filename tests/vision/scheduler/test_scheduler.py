@@ -1,0 +1,520 @@
+"""The scheduler on a fake clock and engine: every request ends exactly once, whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ladderstitch.errors import (
+    BadInput,
+    BudgetInfeasible,
+    Draining,
+    EngineRestarting,
+    ExpiredInCompute,
+    ExpiredInQueue,
+    InternalError,
+    Overloaded,
+    QualityUnavailable,
+    RequestError,
+    StitchNotFound,
+)
+from ladderstitch.scheduling.requests import Completion, Pixels
+from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.telemetry.metrics import ImageMetrics, Metrics
+from ladderstitch.vision.engine.base import EngineDied, EngineResult
+from ladderstitch.vision.scheduler.policies.base import Decision
+from ladderstitch.vision.scheduler.scheduler import Scheduler
+from tests.support.image_scheduling import (
+    QUALITY,
+    FakeClock,
+    ScriptedEngine,
+    make_profile,
+    make_request,
+)
+
+
+class Bench:
+    """A scheduler, its engine and clock; requests carry a mark in their first pixel."""
+
+    def __init__(self, clock: FakeClock, **settings: object) -> None:
+        self.clock = clock
+        self.engine = ScriptedEngine(clock)
+        self.metrics = Metrics()
+        self.scheduler = Scheduler(
+            self.engine,
+            QUALITY,
+            make_profile(),
+            SchedulerSettings.model_validate({"policy": "max_quality"} | settings),
+            ImageMetrics(self.metrics, "m", QUALITY),
+            clock,
+        )
+
+    def submit(
+        self, mark: int, budget_s: float = math.inf, *, hard: bool = False, **wishes: object
+    ) -> asyncio.Task[Completion]:
+        now = self.clock.now
+        request = make_request(
+            now + budget_s, arrival=now, limit=now + budget_s if hard else math.inf, **wishes
+        )
+        request.images[:, 0, 0, 0] = mark
+        return asyncio.create_task(self.scheduler.submit(request))
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(f"ladderstitch_{name}", labels) or 0.0
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_each_gets_its_own_rows_of_the_batch(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    bench.engine.gate = asyncio.Event()
+    tasks = [bench.submit(0)]
+    await settle()  # on the engine alone
+    tasks += [bench.submit(i, rows=i) for i in (1, 2, 3)]
+    await settle()
+    bench.engine.gate.set()
+    answers = await asyncio.gather(*tasks)
+    assert [answer.logits[:, 1].tolist() for answer in answers] == [[0], [1], [2, 2], [3, 3, 3]]
+    assert [answer.batch_rows for answer in answers[1:]] == [6, 6, 6]
+    assert {answer.quality for answer in answers} == {0.9}
+    await bench.scheduler.close()
+
+
+@pytest.mark.parametrize(
+    ("wishes", "error", "metadata"),
+    [
+        ({"rows": 9}, BadInput, {"field": "images"}),
+        ({"stitch": 77}, StitchNotFound, {"stitch_id": "77"}),
+        ({"min_quality": 0.95}, QualityUnavailable, {"max_quality": "0.900000"}),
+        ({"stitch": 0, "min_quality": 0.8}, QualityUnavailable, {"max_quality": "0.700000"}),
+        ({"budget_s": 0.0004, "hard": True}, BudgetInfeasible, {"min_feasible_us": "1700"}),
+        (
+            {"budget_s": 0.005, "hard": True, "min_quality": 0.9},
+            BudgetInfeasible,
+            {"min_feasible_us": "10100"},
+        ),
+    ],
+)
+async def test_what_cannot_be_is_refused_at_once(
+    clock: FakeClock,
+    wishes: dict[str, object],
+    error: type[RequestError],
+    metadata: dict[str, str],
+) -> None:
+    bench = Bench(clock)
+    with pytest.raises(error) as refused:
+        await bench.submit(0, **wishes)  # type: ignore[arg-type] # passed through
+    assert refused.value.metadata == metadata
+    assert bench.engine.calls == []
+    assert bench.count("requests_total", model="m", stitch="none", code=error.code) == 1
+    await bench.scheduler.close()
+
+
+async def test_a_soft_budget_that_nothing_makes_is_answered_late(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    answer = await bench.submit(0, 0.0001)
+    assert answer.stitch == 0
+    assert bench.count("budget_total", model="m", met="false") == 1
+    await bench.scheduler.close()
+
+
+async def test_under_load_hard_budgets_are_refused_with_a_time_to_retry(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    bench.engine.gate = asyncio.Event()
+    running = [bench.submit(i) for i in range(30)]
+    await settle()
+    with pytest.raises(Overloaded) as refused:
+        await bench.submit(99, 0.004, hard=True)
+    assert refused.value.retry_after_s > 0
+    relaxed = bench.submit(98, 5.0, hard=True)
+    await settle()
+    bench.engine.gate.set()
+    assert len(await asyncio.gather(*running, relaxed)) == 31
+    await bench.scheduler.close()
+
+
+async def test_a_full_queue_refuses(clock: FakeClock) -> None:
+    bench = Bench(clock, queue_limit_requests=3)
+    bench.engine.gate = asyncio.Event()
+    first = bench.submit(0)
+    await settle()
+    waiting = [bench.submit(i) for i in range(3)]
+    await settle()
+    with pytest.raises(Overloaded, match="queue is full"):
+        await bench.submit(9)
+    bench.engine.gate.set()
+    await asyncio.gather(first, *waiting)
+    await bench.scheduler.close()
+
+
+async def test_limits_are_kept_in_queue_and_in_compute(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    bench.engine.gate = asyncio.Event()
+    first = bench.submit(0, 0.012, hard=True)
+    await settle()
+    queued = bench.submit(1, 0.03, hard=True)
+    await settle()
+    clock.now += 0.05
+    bench.engine.gate.set()
+    with pytest.raises(ExpiredInCompute):
+        await first
+    with pytest.raises(ExpiredInQueue):
+        await queued
+    assert len(bench.engine.calls) == 1
+    await bench.scheduler.close()
+
+
+async def test_a_caller_that_leaves_frees_its_place(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    bench.engine.gate = asyncio.Event()
+    running, queued = bench.submit(0), bench.submit(1)
+    await settle()
+    queued2 = bench.submit(2)
+    await settle()
+    for task in (running, queued2):
+        task.cancel()
+    await settle()
+    assert bench.scheduler.queue_requests <= 1
+    bench.engine.gate.set()
+    assert (await queued).logits[0, 1] == 1
+    await bench.scheduler.drain()
+    assert sum(rows for _, rows in bench.engine.calls) <= 2
+    assert bench.count("requests_total", model="m", stitch="none", code="CANCELLED") == 2
+    await bench.scheduler.close()
+
+
+async def test_a_lost_engine_is_retried_once(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    deaths = iter([True, False])
+
+    def die_once(images: Sequence[Pixels], stitch: int) -> None:
+        if next(deaths, False):
+            raise EngineDied("killed")
+
+    bench.engine.script = die_once
+    assert (await bench.submit(7)).logits[0, 1] == 7
+    assert len(bench.engine.calls) == 2
+
+    def die_always(images: Sequence[Pixels], stitch: int) -> None:
+        raise EngineDied("killed")
+
+    bench.engine.script = die_always
+    with pytest.raises(EngineRestarting):
+        await bench.submit(8)
+    assert bench.scheduler.running
+    assert bench.count("engine_restarts_total", model="m") == 3
+    await bench.scheduler.close()
+
+
+async def test_hard_limits_end_even_if_the_engine_does_not_come_back(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    bench.engine.gate = asyncio.Event()
+    running = bench.submit(0, 0.02, hard=True)
+    await settle()
+    queued, relaxed = bench.submit(1, 0.1, hard=True), bench.submit(2)
+    await settle()
+    clock.now += 1.0
+    with pytest.raises(ExpiredInCompute):
+        await running
+    with pytest.raises(ExpiredInQueue):
+        await queued
+    bench.engine.gate.set()
+    assert (await relaxed).logits[0, 1] == 2
+    await bench.scheduler.close()
+
+
+async def test_an_engine_faster_than_expected_is_not_thought_busy(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    bench.engine.slowdown = 0.01
+    await bench.submit(0)
+    assert bench.scheduler.check_budget(None).wait_s == 0.0
+    await bench.scheduler.close()
+
+
+async def test_a_slow_spell_does_not_shut_the_door_for_ever(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    bench.engine.slowdown = 10.0
+    for mark in range(20):
+        await bench.submit(mark)
+    bench.engine.slowdown = 1.0
+    with pytest.raises(BudgetInfeasible):
+        await bench.submit(0, 0.004, hard=True)
+    answers = 0
+    for mark in range(600):
+        try:
+            answers += (await bench.submit(mark, 0.004, hard=True)).logits[0, 1] == mark
+        except BudgetInfeasible:
+            assert answers == 0, "refused again after it was let in"
+    assert answers > 200
+    await bench.scheduler.close()
+
+
+async def test_a_policy_that_fails_costs_only_the_head(
+    clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench(clock)
+    good, calls = bench.scheduler.planner.policy, iter(range(10))
+
+    def broken(*state: Any) -> Decision:
+        if next(calls) == 0:
+            raise ZeroDivisionError
+        return good(*state)
+
+    bench.scheduler.planner.policy = broken
+    first, second = bench.submit(0, 1.0), bench.submit(1, 2.0)
+    with pytest.raises(InternalError):
+        await first
+    assert (await second).logits[0, 1] == 1
+    assert "ZeroDivisionError" in caplog.text
+    await bench.scheduler.close()
+
+
+async def test_logits_of_the_wrong_length_are_never_handed_out(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    bench.engine.result = lambda result: replace(result, logits=result.logits[1:])
+    with pytest.raises(InternalError):
+        await bench.submit(0)
+    assert bench.scheduler.running
+    await bench.scheduler.close()
+
+
+async def test_a_lost_engine_before_a_bad_batch_does_not_cost_the_innocent(
+    clock: FakeClock,
+) -> None:
+    bench = Bench(clock)
+    bench.engine.gate = asyncio.Event()
+    troubles = iter([None, EngineDied("killed"), InternalError("bad batch")])
+
+    def trouble(images: Sequence[Pixels], stitch: int) -> None:
+        error = next(troubles, None)
+        if error is not None:
+            raise error
+
+    bench.engine.script = trouble
+    tasks = [bench.submit(0)]
+    await settle()
+    tasks += [bench.submit(i) for i in (1, 2, 3)]
+    await settle()
+    bench.engine.gate.set()
+    answers = await asyncio.gather(*tasks)
+    assert [answer.logits[0, 1] for answer in answers] == [0, 1, 2, 3]
+    assert bench.engine.calls == [(2, 1), (2, 3), (2, 3), (0, 1), (0, 1), (0, 1)]
+    await bench.scheduler.close()
+
+
+async def test_the_fixed_stitch_decides_what_is_feasible(clock: FakeClock) -> None:
+    bench = Bench(clock, policy="fixed", stitch=2)
+    with pytest.raises(BudgetInfeasible) as refused:
+        await bench.submit(0, 0.004, hard=True)
+    assert refused.value.metadata == {"min_feasible_us": "10100"}
+    assert bench.scheduler.check_budget(0.004).idle_stitch is None
+    assert bench.scheduler.check_budget(0.02).idle_stitch == 2
+    await bench.scheduler.close()
+
+
+async def test_a_caller_that_leaves_just_before_dispatch_is_not_computed(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    bench.engine.gate = asyncio.Event()
+    running = bench.submit(0)
+    await settle()
+    queued = bench.submit(1)
+    await settle()
+    bench.engine.gate.set()  # the dispatch loop will run before the caller that leaves does
+    queued.cancel()
+    await running
+    await bench.scheduler.drain()
+    assert bench.engine.calls == [(2, 1)]
+    await bench.scheduler.close()
+
+
+async def test_a_caller_that_leaves_in_the_turn_of_its_answer_is_counted_once(
+    clock: FakeClock,
+) -> None:
+    bench = Bench(clock)
+    task = bench.submit(0)
+
+    def leave(result: EngineResult) -> EngineResult:
+        asyncio.get_running_loop().call_soon(task.cancel)  # once the answer is on its way
+        return result
+
+    bench.engine.result = leave
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert bench.count("requests_total", model="m", stitch="2", code="OK") == 1
+    assert bench.count("requests_total", model="m", stitch="none", code="CANCELLED") == 0
+    await bench.scheduler.close()
+
+
+async def test_one_bad_request_fails_alone(
+    clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench(clock)
+    bench.engine.gate = asyncio.Event()
+
+    def poisoned(images: Sequence[Pixels], stitch: int) -> None:
+        if any(request[0, 0, 0, 0] == 13 for request in images):
+            raise InternalError("bad batch")
+
+    bench.engine.script = poisoned
+    tasks = [bench.submit(0)]
+    await settle()
+    tasks += [bench.submit(i) for i in (11, 12, 13, 14)]
+    await settle()
+    bench.engine.gate.set()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(answers[3], InternalError)
+    assert answers[3].metadata["error_id"] in caplog.text
+    others = [a.logits[0, 1] for i, a in enumerate(answers) if isinstance(a, Completion)]
+    assert others == [0, 11, 12, 14]
+    await bench.scheduler.close()
+
+
+async def test_settings_change_between_batches_without_losing_a_request(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    bench.engine.gate = asyncio.Event()
+    tasks = [bench.submit(0)]
+    await settle()
+    tasks += [bench.submit(i) for i in range(1, 20)]
+    await settle()
+    bench.scheduler.configure(SchedulerSettings(policy="fixed", stitch=0))
+    bench.engine.gate.set()
+    answers = await asyncio.gather(*tasks)
+    assert Counter(answer.stitch for answer in answers) == {2: 1, 0: 19}
+    bench.scheduler.configure(SchedulerSettings(pinned_stitch=3))
+    assert (await bench.submit(0)).stitch == 3
+    bench.scheduler.configure(SchedulerSettings(min_quality=0.8))
+    assert (await bench.submit(0, 0.0001)).stitch == 1
+    await bench.scheduler.close()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"pinned_stitch": 9}, {"policy": "fixed", "stitch": 9}, {"min_quality": 0.99}]
+)
+async def test_settings_that_do_not_fit_the_model_are_refused(
+    clock: FakeClock, fields: dict[str, object]
+) -> None:
+    bench = Bench(clock)
+    before = bench.scheduler.settings
+    with pytest.raises(BadInput):
+        bench.scheduler.configure(SchedulerSettings.model_validate(fields))
+    assert bench.scheduler.settings is before
+    await bench.scheduler.close()
+
+
+async def test_a_floor_raised_too_high_for_a_waiting_request_still_answers_it(
+    clock: FakeClock,
+) -> None:
+    bench = Bench(clock)
+    bench.engine.gate = asyncio.Event()
+    tasks = [bench.submit(0), bench.submit(1, stitch=0)]
+    await settle()
+    bench.scheduler.configure(SchedulerSettings(policy="max_quality", min_quality=0.9))
+    bench.engine.gate.set()
+    assert len(await asyncio.gather(*tasks)) == 2
+    await bench.scheduler.close()
+
+
+async def test_drain_finishes_what_was_accepted_and_refuses_the_rest(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    bench.engine.gate = asyncio.Event()
+    tasks = [bench.submit(i) for i in range(12)]
+    await settle()
+    drained = asyncio.create_task(bench.scheduler.drain())
+    await settle()
+    with pytest.raises(Draining):
+        await bench.submit(99)
+    assert not drained.done()
+    bench.engine.gate.set()
+    await drained
+    assert all(task.done() and not task.exception() for task in tasks)
+    await bench.scheduler.close()
+
+
+async def test_close_ends_what_is_left(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    bench.engine.gate = asyncio.Event()
+    tasks = [bench.submit(i) for i in range(3)]
+    await settle()
+    await bench.scheduler.close()
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {type(end) for end in ends} == {Draining}
+
+
+async def test_check_budget_counts_the_load(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    idle = bench.scheduler.check_budget(0.0045, 0.0)
+    assert (idle.now_stitch, idle.idle_stitch, idle.wait_s) == (1, 1, 0.0)
+    assert bench.scheduler.check_budget(0.0045, 0.85).now_stitch is None
+    assert bench.scheduler.check_budget(None, 0.85).smallest_idle_s == pytest.approx(0.0101)
+    with pytest.raises(QualityUnavailable):
+        bench.scheduler.check_budget(1.0, 0.95)
+    bench.engine.gate = asyncio.Event()
+    tasks = [bench.submit(i) for i in range(17)]
+    await settle()
+    busy = bench.scheduler.check_budget(0.0045, 0.0)
+    assert busy.now_stitch is None
+    assert busy.idle_stitch == 1
+    assert busy.smallest_now_s > busy.smallest_idle_s
+    bench.engine.gate.set()
+    await asyncio.gather(*tasks)
+    await bench.scheduler.close()
+
+
+@pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit", "adaptive"])
+@pytest.mark.parametrize("seed", range(4))
+async def test_every_request_ends_exactly_once(clock: FakeClock, name: str, seed: int) -> None:
+    """Random arrivals, deadlines, cancellations, deaths, failures and reconfigurations."""
+    rng = random.Random(seed)
+    bench = Bench(clock, policy=name)
+
+    def trouble(images: Sequence[Pixels], stitch: int) -> None:
+        dice = rng.random()
+        if dice < 0.05:
+            raise EngineDied("killed")
+        if dice < 0.08:
+            raise InternalError("bad luck")
+
+    bench.engine.script = trouble
+    tasks = []
+    for mark in range(300):
+        budget = rng.choice([0.0005, 0.004, 0.02, 0.2, math.inf])
+        tasks.append(bench.submit(mark, budget, hard=rng.random() < 0.4, rows=rng.randint(1, 3)))
+        if rng.random() < 0.1:
+            rng.choice(tasks).cancel()
+        if rng.random() < 0.05:
+            pinned = rng.choice([None, 1, 4])
+            bench.scheduler.configure(SchedulerSettings(policy=name, pinned_stitch=pinned))  # type: ignore[arg-type] # parametrised
+        if rng.random() < 0.4:
+            clock.now += rng.random() * 0.003
+            await settle()
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    await bench.scheduler.drain()
+    for mark, end in enumerate(ends):
+        if isinstance(end, Completion):
+            assert set(end.logits[:, 1].tolist()) == {mark}
+        else:
+            assert isinstance(end, RequestError | asyncio.CancelledError)
+    assert sum(isinstance(end, Completion) for end in ends) > 100
+    assert bench.scheduler.queue_requests == 0
+    ended = sum(
+        sample.value
+        for metric in bench.metrics.registry.collect()
+        for sample in metric.samples
+        if sample.name == "ladderstitch_requests_total"
+    )
+    never_ran = sum(isinstance(end, asyncio.CancelledError) for end in ends) - bench.count(
+        "requests_total", model="m", stitch="none", code="CANCELLED"
+    )
+    assert never_ran >= 0  # tasks cancelled before their first step, so never submitted
+    assert ended == len(ends) - never_ran
+    await bench.scheduler.close()
