@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from ladderstitch.bundles.registry import EMBEDDED
 from ladderstitch.training.vision.calibrate import calibrate
-from ladderstitch.training.vision.idx_dataset import load_idx_folder
+from ladderstitch.training.vision.dataset import load_idx_folder
 from ladderstitch.vision.bundle import Bundle
 
 TOLERANCE = 0.0005

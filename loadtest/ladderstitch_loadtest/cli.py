@@ -89,7 +89,7 @@ def smollm2(
     Needs `ladderstitch fetch smollm2`. About 5 minutes.
     """
     from ladderstitch.bundles.registry import find_bundle
-    from ladderstitch.importers.fetch_models import download
+    from ladderstitch.importers.fetch import download
     from ladderstitch.text.bundle import LanguageBundle
     from ladderstitch_loadtest.benchmarks import language_checks, language_speed
 

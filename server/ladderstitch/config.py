@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from ladderstitch.bundles.registry import EMBEDDED
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.security.listen_config import AccessSettings
-from ladderstitch.text.comm.specs import LinkChoice
+from ladderstitch.text.comm.base import LinkChoice
 
 
 class ServerConfig(AccessSettings):

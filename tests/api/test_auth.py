@@ -20,7 +20,7 @@ from prometheus_client import generate_latest
 from ladderstitch.api.listener import Transport
 from ladderstitch.api.server import Server
 from ladderstitch.client import Access, AsyncClient, RequestFailed
-from ladderstitch.client.credentials import PLAIN
+from ladderstitch.client.channel import PLAIN
 from ladderstitch.errors import BadInput
 from ladderstitch.hosting.registry import Control, Host
 from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc

@@ -17,7 +17,7 @@ from ladderstitch.config import ServerConfig
 from ladderstitch.hosting.registry import Control, Host
 from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc
 from ladderstitch.replica.replica import Replica
-from ladderstitch.scheduling.active_settings import LiveSettings
+from ladderstitch.scheduling.settings import LiveSettings
 from tests.conftest import Bundle
 from tests.support.servers import pixels
 

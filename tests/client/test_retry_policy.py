@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 
 from ladderstitch.client import RETRY_POLICY, AsyncClient
-from ladderstitch.client.retry_policy import BUFFER_BYTES
+from ladderstitch.client.channel import BUFFER_BYTES
 from tests.support.fake_replicas import INFER, Context, FakeReplica
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gateway.md"

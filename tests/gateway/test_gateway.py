@@ -17,8 +17,8 @@ from ladderstitch.config import ServerConfig
 from ladderstitch.errors import ConfigError
 from ladderstitch.gateway import gateway as gateways
 from ladderstitch.gateway.config import GatewaySettings
-from ladderstitch.gateway.discovery import named
 from ladderstitch.gateway.gateway import Gateway
+from ladderstitch.gateway.replica_pool import named
 from ladderstitch.replica.replica import Replica
 from ladderstitch.vision.bundle import Bundle
 from ladderstitch_loadtest.servers.process_supervisor import free_ports

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ladderstitch.cli import app
-from ladderstitch.importers.golden import FAMILIES
+from ladderstitch.importers.verify_text import FAMILIES
 from tests.conftest import GOLDEN, golden_cases
 
 runner = CliRunner()

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from ladderstitch.errors import ConfigError, RateLimited
-from ladderstitch.security.rate_limits import Limits
-from ladderstitch.security.tokens import CHECK_S, Token, TokenFile, digest_of, load_tokens
+from ladderstitch.security.tokens import CHECK_S, Limits, Token, TokenFile, digest_of, load_tokens
 
 SECRET = "a-secret-of-some-length"
 

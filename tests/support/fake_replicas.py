@@ -12,9 +12,9 @@ import pytest
 
 from ladderstitch.gateway import gateway
 from ladderstitch.gateway.config import GatewaySettings
-from ladderstitch.gateway.discovery import Discovery
 from ladderstitch.gateway.gateway import Gateway
 from ladderstitch.gateway.replica_connection import WATCH
+from ladderstitch.gateway.replica_pool import Discovery
 from ladderstitch.v1 import replica_pb2
 
 INFER = "/ladderstitch.v1.InferenceService/Infer"

@@ -17,9 +17,8 @@ from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.kv_cache import PagedCache
 from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import Residual, plan_layers
-from ladderstitch.text.model.sharding import Shard
 from ladderstitch.text.model.weight_reader import Weights
-from ladderstitch.text.model.weights import expected_shapes, load_rank
+from ladderstitch.text.model.weights import Shard, expected_shapes, load_rank
 from ladderstitch.text.step import Run, Step, Want
 
 TINY = LlamaConfig(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ladderstitch.errors import BundleError, ConfigError, DataError
 from ladderstitch.importers.gguf import import_gguf
-from ladderstitch.scheduling.generation_requests import Sampling
+from ladderstitch.scheduling.requests import Sampling
 from ladderstitch.text.bundle import LanguageBundle
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.weight_reader import MemoryWeights, SafetensorsFolder

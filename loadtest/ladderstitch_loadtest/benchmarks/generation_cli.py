@@ -59,7 +59,7 @@ def generation(
     )
     with tempfile.TemporaryDirectory() as packages:
         if transformers:
-            from ladderstitch.importers.fetch_models import download
+            from ladderstitch.importers.fetch import download
             from ladderstitch_loadtest.benchmarks.language_checks import reference_model
 
             torch.set_num_threads(1)

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ladderstitch.scheduling.generation_requests import GenerationRequest, Piece, TokenBudget
+from ladderstitch.scheduling.requests import GenerationRequest, Piece, TokenBudget
 from ladderstitch.text.bundle import LanguageBundle
-from ladderstitch.text.engine.comm_setup import GroupOptions
-from ladderstitch.text.engine.rank_config import ModelJob
+from ladderstitch.text.engine.rank_config import GroupOptions, ModelJob
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.scheduler.scheduler import Generator
 

@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from ladderstitch.text.bundle import LanguageBundle, LanguageManifest, write_manifest
-from ladderstitch.text.engine.comm_setup import GroupOptions
-from ladderstitch.text.engine.rank_config import ModelJob
+from ladderstitch.text.engine.rank_config import GroupOptions, ModelJob
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.residual import Residual

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ladderstitch.scheduling.generation_requests import GenerationRequest
+from ladderstitch.scheduling.requests import GenerationRequest
 from ladderstitch.text.bundle import LanguageBundle
-from ladderstitch.text.engine.comm_setup import GroupOptions
-from ladderstitch.text.engine.rank_config import ModelJob
+from ladderstitch.text.engine.rank_config import GroupOptions, ModelJob
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.scheduler.scheduler import Generator
 

@@ -14,15 +14,15 @@ from statistics import median
 
 import numpy as np
 
-from ladderstitch.text.comm.specs import LinkSpec
-from ladderstitch.text.engine.comm_setup import (
+from ladderstitch.text.comm.base import LinkSpec
+from ladderstitch.text.engine.rank_config import (
     Address,
     ArrangeLink,
     GroupOptions,
+    ModelJob,
     Region,
     arrange_link,
 )
-from ladderstitch.text.engine.rank_config import ModelJob
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.residual import Residual, Scheme

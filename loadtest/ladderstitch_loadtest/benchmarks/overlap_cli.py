@@ -17,7 +17,7 @@ from rich.table import Table
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.cli.predict import parse_duration
 from ladderstitch.errors import ConfigError, RequestError
-from ladderstitch.runtime.environment import device_name, versions
+from ladderstitch.runtime.device import device_name, versions
 from ladderstitch_loadtest.benchmarks.overlap import SCHEMES, Plan, Row, Shape, measure
 
 

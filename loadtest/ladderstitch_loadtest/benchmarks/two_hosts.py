@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ladderstitch.text.engine.launcher import Launched, launch_process
+from ladderstitch.text.engine.rank_handle import Launched, launch_process
 
 HERE, THERE = "10.213.7.1", "10.213.7.2"
 

@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 
 from ladderstitch.client import infer_request
-from ladderstitch.client.retry_policy import RETRY_POLICY, retry_options
+from ladderstitch.client.channel import RETRY_POLICY, retry_options
 from ladderstitch_loadtest.benchmarks.overhead import INFER, image_shape_of
 from ladderstitch_loadtest.load.open_loop import BudgetClass, Sample, open_loop, poisson
 

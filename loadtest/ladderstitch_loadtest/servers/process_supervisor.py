@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ladderstitch.runtime.ports import free_port
+from ladderstitch.runtime.process import free_port
 from ladderstitch_loadtest.servers.processes import StartFailed
 
 READY = re.compile(r"ready.* gRPC on (\S+), metrics on (\S+)/metrics")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ladderstitch.runtime.environment import device_name, versions
+from ladderstitch.runtime.device import device_name, versions
 
 
 def write(folder: Path | None, name: str, figures: dict[str, Any]) -> None:

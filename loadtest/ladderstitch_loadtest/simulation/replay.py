@@ -15,9 +15,9 @@ from ladderstitch.errors import DataError, RequestError
 from ladderstitch.scheduling.profiles import LatencyProfile
 from ladderstitch.scheduling.requests import Request
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.vision.scheduler.arrivals import FAR_S
 from ladderstitch.vision.scheduler.planner import Planner
 from ladderstitch.vision.scheduler.policies.base import Decision
+from ladderstitch.vision.scheduler.policies.demand import FAR_S
 from ladderstitch.vision.scheduler.recorder import FORMAT, request_of
 from ladderstitch_loadtest.load.traces import BudgetClass, Trace
 from ladderstitch_loadtest.simulation.agreement import fitted

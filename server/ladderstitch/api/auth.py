@@ -8,11 +8,9 @@ from typing import Any
 
 import grpc
 
-from ladderstitch.api.handlers import behaviour_of, with_behaviour
-from ladderstitch.api.status import Context, abort
+from ladderstitch.api.status import Context, abort, behaviour_of, with_behaviour
 from ladderstitch.errors import NotAllowed, RequestError, Unauthenticated
-from ladderstitch.security.rate_limits import Limits
-from ladderstitch.security.tokens import Scope, Token, TokenFile
+from ladderstitch.security.tokens import Limits, Scope, Token, TokenFile
 
 BEARER = "bearer "
 ADMIN_METHODS = frozenset({"RepositoryModelLoad", "RepositoryModelUnload"})

@@ -10,9 +10,8 @@ import grpc
 from ladderstitch.api.auth import Guard
 from ladderstitch.api.request_log import Observer
 from ladderstitch.security.listen_config import ListenSettings
-from ladderstitch.security.rate_limits import Limits
 from ladderstitch.security.tls import CertificateFiles, RotatingCertificates
-from ladderstitch.security.tokens import Token, TokenFile
+from ladderstitch.security.tokens import Limits, Token, TokenFile
 from ladderstitch.telemetry.logs import Sink
 
 

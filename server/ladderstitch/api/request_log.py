@@ -11,8 +11,7 @@ from typing import Any
 
 import grpc
 
-from ladderstitch.api.handlers import behaviour_of, with_behaviour
-from ladderstitch.api.status import Context
+from ladderstitch.api.status import Context, behaviour_of, with_behaviour
 from ladderstitch.api.validation import MAX_ID_CHARACTERS
 from ladderstitch.telemetry.logs import Fact, RequestRecord, Sink
 

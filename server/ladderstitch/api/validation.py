@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from google.protobuf.duration_pb2 import Duration
 
 from ladderstitch.errors import BadInput
+
+if TYPE_CHECKING:  # gateways check fields, too, and load no model
+    from ladderstitch.hosting.registry import HostedGenerator
 
 MAX_ID_CHARACTERS = 128
 """Longest id that a caller may give a request."""
@@ -40,3 +45,26 @@ def announce_seconds(announce: Duration) -> float:
     if not 0 <= seconds <= MAX_ANNOUNCE_S:
         raise BadInput("announce", f"expected 0 to {MAX_ANNOUNCE_S} seconds, got {seconds}")
     return seconds
+
+
+DEFAULT_MAX_TOKENS = 128
+MAX_STOPS = 16
+MAX_CHARACTERS_A_TOKEN = 64
+"""Longer texts are refused before they are tokenised, on the event loop."""
+
+
+def tokenise(text: str, model: HostedGenerator, field: str) -> tuple[int, ...]:
+    """A prompt's tokens; raises `BadInput` for one that is too long."""
+    most = MAX_CHARACTERS_A_TOKEN * model.max_prompt_tokens
+    if len(text) > most:
+        raise BadInput(field, f"expected at most {most} characters, got {len(text)}")
+    return fitting(tuple(model.generator.tokenizer.encode(text)), model)
+
+
+def fitting(tokens: tuple[int, ...], model: HostedGenerator) -> tuple[int, ...]:
+    """The tokens; raises `BadInput` if a prompt may not have so many."""
+    if len(tokens) > model.max_prompt_tokens:
+        raise BadInput(
+            "prompt", f"expected at most {model.max_prompt_tokens} tokens, got {len(tokens)}"
+        )
+    return tokens

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import yaml
 
 from ladderstitch.errors import BundleError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HOME_VARIABLE = "LADDERSTITCH_HOME"
 EMBEDDED_FOLDER = Path(__file__).parent
@@ -46,3 +50,32 @@ def is_language_bundle(path: Path) -> bool:
     except (OSError, yaml.YAMLError) as error:
         raise BundleError(f"{path / 'model.yaml'}: {error}") from error
     return isinstance(raw, dict) and raw.get("family") == LANGUAGE_FAMILY
+
+
+MAX_LISTED = 20
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """Return the shape of each tensor by its name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_tensors(expected: Shapes, got: Shapes, *, where: str) -> None:
+    """Raise `BundleError` that counts missing, unknown and mis-shaped tensors and names them."""
+    problems = [f"missing {name}" for name in expected.keys() - got.keys()]
+    problems += [f"unknown {name}" for name in got.keys() - expected.keys()]
+    problems += [
+        f"{name}: expected {expected[name]}, got {got[name]}"
+        for name in expected.keys() & got.keys()
+        if expected[name] != got[name]
+    ]
+    raise_for(problems, where=where)
+
+
+def raise_for(problems: Collection[str], *, where: str) -> None:
+    """Raise `BundleError` that counts the problems and lists the first ones, if there are any."""
+    if problems:
+        listed = "; ".join(sorted(problems)[:MAX_LISTED])
+        raise BundleError(f"{where}: {len(problems)} wrong tensors: {listed}")

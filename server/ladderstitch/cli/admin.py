@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
-from ladderstitch.cli.connection import connect
-from ladderstitch.cli.console import err, out, user_errors
+from ladderstitch.bundles.registry import find_bundle
+from ladderstitch.cli.console import connect, err, out, user_errors
 from ladderstitch.cli.predict import DEFAULT_ADDRESS, Address, explain, parse_duration, reported
 from ladderstitch.client import RequestFailed
 
@@ -89,8 +91,38 @@ def unload(
     out.print(f"{model} is gone")
 
 
+COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
+
+
+def doctor(
+    config: Annotated[
+        Path | None, typer.Option(help="What `serve --config` would get (default: none).")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="What `serve --model` would get (default: fashion-mnist).")
+    ] = None,
+) -> None:
+    """Check what `serve` needs: versions, processors, GPU, memory, ports, bundle, certificates.
+
+    Says what to do about what is wrong. Starts nothing; exits with 1 if anything failed.
+    """
+    from ladderstitch.config import ServerConfig
+    from ladderstitch.replica.preflight import examine
+
+    with user_errors():
+        bundle = find_bundle(model) if model is not None else None
+        findings = list(examine(ServerConfig.load(config, bundle=bundle)))
+    table = Table("", "state", "found", "what to do")
+    for finding in findings:
+        state = f"[{COLOURS[finding.state]}]{finding.state}[/]"
+        table.add_row(finding.what, state, finding.found, finding.advice)
+    out.print(table)
+    raise typer.Exit(int(any(finding.state == "failed" for finding in findings)))
+
+
 def register(app: typer.Typer) -> None:
     app.command(rich_help_panel="Operate")(load)
     app.command(rich_help_panel="Operate")(unload)
     app.command(rich_help_panel="Operate")(drain)
     app.command(rich_help_panel="Operate")(health)
+    app.command(rich_help_panel="Operate")(doctor)

@@ -10,17 +10,15 @@ import typer
 from typer.core import TyperGroup
 
 import ladderstitch
-from ladderstitch.cli import connection
+from ladderstitch.cli import console
 
 MODULES = (
     "serve",
     "gateway",
     "admin",
-    "doctor",
     "predict",
     "generate",
     "make",
-    "convert",
     "measure",
 )
 """In the order of the help page; each puts its commands into a Typer by `register`."""
@@ -73,11 +71,11 @@ def main(
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
-    ca: connection.Ca = None,
-    tls: connection.Tls = False,
-    certificate: connection.Certificate = None,
-    key: connection.Key = None,
-    token_file: connection.TokenFile = None,
-    server_name: connection.ServerName = None,
+    ca: console.Ca = None,
+    tls: console.Tls = False,
+    certificate: console.Certificate = None,
+    key: console.Key = None,
+    token_file: console.TokenFile = None,
+    server_name: console.ServerName = None,
 ) -> None:
-    context.obj = connection.Options(ca, tls, certificate, key, token_file, server_name)
+    context.obj = console.Options(ca, tls, certificate, key, token_file, server_name)

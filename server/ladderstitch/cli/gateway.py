@@ -12,9 +12,9 @@ import typer
 from ladderstitch.cli.console import err, out, user_errors
 from ladderstitch.errors import ConfigError
 from ladderstitch.gateway.config import GatewaySettings
-from ladderstitch.gateway.discovery import named
 from ladderstitch.gateway.gateway import Gateway
-from ladderstitch.runtime.process_memory import return_freed_memory, settle_for_good
+from ladderstitch.gateway.replica_pool import named
+from ladderstitch.runtime.process import return_freed_memory, settle_for_good
 from ladderstitch.telemetry.logs import configure as configure_logs
 
 ACCESS = "Who may call"

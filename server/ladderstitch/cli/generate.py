@@ -12,12 +12,11 @@ from typing import Annotated
 import typer
 
 from ladderstitch.bundles.registry import find_bundle
-from ladderstitch.cli.connection import connect
-from ladderstitch.cli.console import err, user_errors
+from ladderstitch.cli.console import connect, err, user_errors
 from ladderstitch.cli.predict import DEFAULT_ADDRESS, parse_duration, reported
 from ladderstitch.client import TextPiece
 from ladderstitch.errors import RequestError
-from ladderstitch.scheduling.generation_requests import GenerationRequest, Sampling
+from ladderstitch.scheduling.requests import GenerationRequest, Sampling
 from ladderstitch.text.bundle import LanguageBundle
 from ladderstitch.text.engine.rank_config import ModelJob
 from ladderstitch.text.engine.rank_group import RankGroup

@@ -27,7 +27,7 @@ def calibrate(
 ) -> None:
     """Measure the quality of every stitch, with 95 % intervals, into quality.json. Resumable."""
     from ladderstitch.training.vision.calibrate import calibrate as run
-    from ladderstitch.training.vision.idx_dataset import load_idx_folder
+    from ladderstitch.training.vision.dataset import load_idx_folder
 
     with user_errors(), progress_bar() as progress:
         bundle = find_bundle(str(bundle))
@@ -46,8 +46,8 @@ def profile(
     import torch
 
     from ladderstitch.runtime.device import resolve_device, resolve_dtype
-    from ladderstitch.training.vision.profile import BATCH_SIZES
-    from ladderstitch.training.vision.profile import profile as run
+    from ladderstitch.training.vision.calibrate import BATCH_SIZES
+    from ladderstitch.training.vision.calibrate import profile as run
 
     with user_errors(), progress_bar() as progress:
         bundle = find_bundle(str(bundle))

@@ -12,8 +12,7 @@ import grpc
 import typer
 from rich.table import Table
 
-from ladderstitch.cli.connection import connect
-from ladderstitch.cli.console import err, out, user_errors
+from ladderstitch.cli.console import connect, err, out, user_errors
 from ladderstitch.client import Prediction, RequestFailed
 from ladderstitch.errors import ConfigError
 from ladderstitch.scheduling.settings import PolicyName

@@ -20,11 +20,10 @@ from ladderstitch.errors import ConfigError
 from ladderstitch.hosting.model_manager import make_runner
 from ladderstitch.hosting.registry import Host
 from ladderstitch.replica.replica import Replica
-from ladderstitch.runtime.ports import free_port, port_is_free
-from ladderstitch.runtime.process_memory import settle_for_good
+from ladderstitch.runtime.process import free_port, port_is_free, settle_for_good
 from ladderstitch.telemetry.logs import configure as configure_logs
 from ladderstitch.telemetry.metrics import Metrics
-from ladderstitch.text.engine.launcher import launch_process
+from ladderstitch.text.engine.rank_handle import launch_process
 
 EXAMPLES = Path("examples/fashion-mnist/images")
 ACCESS = "Who may call"

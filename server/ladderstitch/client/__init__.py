@@ -7,12 +7,16 @@ with Client("127.0.0.1:8001") as client:
 """
 
 from ladderstitch.client.async_client import AsyncClient
+from ladderstitch.client.channel import RETRY_POLICY, Access
 from ladderstitch.client.client import Client
-from ladderstitch.client.credentials import Access
 from ladderstitch.client.errors import RequestFailed
-from ladderstitch.client.generation import TextPiece, generate_request
-from ladderstitch.client.prediction import Image, Prediction, infer_request
-from ladderstitch.client.retry_policy import RETRY_POLICY
+from ladderstitch.client.messages import (
+    Image,
+    Prediction,
+    TextPiece,
+    generate_request,
+    infer_request,
+)
 
 __all__ = [
     "RETRY_POLICY",

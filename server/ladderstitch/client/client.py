@@ -10,11 +10,16 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ladderstitch.client.credentials import PLAIN, Access
+from ladderstitch.client.channel import PLAIN, RETRY_POLICY, Access, retry_options
 from ladderstitch.client.errors import RequestFailed
-from ladderstitch.client.generation import TextPiece, generate_request
-from ladderstitch.client.prediction import Image, Prediction, check_budget_request, infer_request
-from ladderstitch.client.retry_policy import RETRY_POLICY, retry_options
+from ladderstitch.client.messages import (
+    Image,
+    Prediction,
+    TextPiece,
+    check_budget_request,
+    generate_request,
+    infer_request,
+)
 from ladderstitch.v1 import (
     admin_pb2,
     admin_pb2_grpc,

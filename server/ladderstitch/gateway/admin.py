@@ -12,7 +12,7 @@ from ladderstitch.api.status import Context, abort, statuses
 from ladderstitch.api.validation import announce_seconds
 from ladderstitch.errors import NotReady
 from ladderstitch.gateway.replica_pool import Fleet
-from ladderstitch.gateway.retry import OURS
+from ladderstitch.gateway.upstream_call import OURS
 from ladderstitch.v1 import admin_pb2 as pb
 
 ADMIN = "/ladderstitch.v1.AdminService/"

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from ladderstitch.client.credentials import Access
+from ladderstitch.client.channel import Access
 from ladderstitch.errors import ConfigError
 from ladderstitch.security.listen_config import ListenSettings
 

@@ -16,8 +16,7 @@ from ladderstitch.errors import Draining, Overloaded, RequestError
 from ladderstitch.gateway.config import GatewaySettings
 from ladderstitch.gateway.metrics import GatewayMetrics
 from ladderstitch.gateway.replica_pool import Fleet
-from ladderstitch.gateway.retry import Attempts
-from ladderstitch.gateway.upstream_call import Failure, ask, ask_stream, converse
+from ladderstitch.gateway.upstream_call import Attempts, Failure, ask, ask_stream, converse
 
 RETRY_AFTER_S = 0.5
 UNAVAILABLE, NOT_FOUND = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND

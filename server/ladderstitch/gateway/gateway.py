@@ -16,10 +16,9 @@ from grpc_reflection.v1alpha import reflection_pb2
 from ladderstitch.api.listener import Transport, bind
 from ladderstitch.gateway.admin import EVERYWHERE, Administrator
 from ladderstitch.gateway.config import GatewaySettings
-from ladderstitch.gateway.discovery import Discovery
 from ladderstitch.gateway.forwarder import Forwarder, path_of
 from ladderstitch.gateway.metrics import GatewayMetrics
-from ladderstitch.gateway.replica_pool import Fleet
+from ladderstitch.gateway.replica_pool import Discovery, Fleet
 from ladderstitch.oip import grpc_service_pb2
 from ladderstitch.v1 import generation_pb2, inference_pb2
 

@@ -10,7 +10,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
 from ladderstitch.gateway.replica_connection import Link
-from ladderstitch.gateway.retry import Attempts
+from ladderstitch.gateway.upstream_call import Attempts
 from ladderstitch.telemetry.metrics import SECONDS
 from ladderstitch.telemetry.metrics_server import expose
 

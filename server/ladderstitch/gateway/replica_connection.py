@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from ladderstitch.client.credentials import Access
+from ladderstitch.client.channel import Access
 from ladderstitch.gateway.routing import Mark, View
 from ladderstitch.scheduling.load_report import Backlog
 from ladderstitch.v1 import replica_pb2 as pb

@@ -11,13 +11,12 @@ from collections.abc import Callable
 from ladderstitch.bundles.registry import find_bundle, is_language_bundle
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import BadInput, Draining, ModelNotFound, UserError
-from ladderstitch.hosting.registry import Host, Hosted
-from ladderstitch.hosting.runner import Advance, Runner
+from ladderstitch.hosting.registry import Advance, Host, Hosted, Runner
 from ladderstitch.hosting.text_runner import LanguageRunner
 from ladderstitch.hosting.vision_runner import ImageRunner
-from ladderstitch.scheduling.active_settings import LiveSettings
+from ladderstitch.scheduling.settings import LiveSettings
 from ladderstitch.telemetry.metrics import Metrics
-from ladderstitch.text.engine.launcher import Launcher
+from ladderstitch.text.engine.rank_handle import Launcher
 from ladderstitch.vision.engine.base import EngineDied
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ladderstitch.errors import RequestError
 from ladderstitch.hosting.registry import HostedGenerator
-from ladderstitch.scheduling.generation_requests import GenerationRequest, Piece
+from ladderstitch.scheduling.requests import GenerationRequest, Piece
 
 
 @dataclass(frozen=True, slots=True)

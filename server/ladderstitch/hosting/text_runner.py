@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import EngineRestarting
-from ladderstitch.hosting.registry import Host, HostedGenerator
-from ladderstitch.hosting.runner import Advance
+from ladderstitch.hosting.registry import Advance, Host, HostedGenerator
 from ladderstitch.runtime.device import resolve_device, resolve_dtype
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.telemetry.text_metrics import TextMetrics
 from ladderstitch.text.bundle import LanguageBundle
-from ladderstitch.text.engine.comm_setup import GroupOptions
-from ladderstitch.text.engine.launcher import Launcher
-from ladderstitch.text.engine.rank_config import ModelJob
+from ladderstitch.text.engine.rank_config import GroupOptions, ModelJob
 from ladderstitch.text.engine.rank_group import RankGroup
-from ladderstitch.text.engine.rank_handle import RankLost
-from ladderstitch.text.model.sharding import Shard
+from ladderstitch.text.engine.rank_handle import Launcher, RankLost
+from ladderstitch.text.model.weights import Shard
 from ladderstitch.text.scheduler.scheduler import Generator
 
 

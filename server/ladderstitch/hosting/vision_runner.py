@@ -7,17 +7,14 @@ from typing import TextIO
 
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import BadInput, BundleError, ConfigError
-from ladderstitch.hosting.registry import Host, HostedModel
-from ladderstitch.hosting.runner import Advance
+from ladderstitch.hosting.registry import Advance, Host, HostedModel
 from ladderstitch.runtime.device import resolve_device, resolve_dtype
 from ladderstitch.scheduling.profiles import QualityTable
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.metrics import ImageMetrics, Metrics
 from ladderstitch.vision.bundle import Bundle
-from ladderstitch.vision.engine.base import Engine
-from ladderstitch.vision.engine.inline import InlineEngine
-from ladderstitch.vision.engine.ipc import WorkerConfig
-from ladderstitch.vision.engine.process import ProcessEngine
+from ladderstitch.vision.engine.base import Engine, WorkerConfig
+from ladderstitch.vision.engine.process import InlineEngine, ProcessEngine
 from ladderstitch.vision.engine.warmup import warm_up
 from ladderstitch.vision.preprocessing import ImageReader
 from ladderstitch.vision.scheduler.scheduler import Scheduler

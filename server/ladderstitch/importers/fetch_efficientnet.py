@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ladderstitch.errors import DataError
 from ladderstitch.importers.checkpoints import read_weights
-from ladderstitch.importers.fetch_models import install_packages
-from ladderstitch.runtime.environment import versions
+from ladderstitch.importers.fetch import install_packages
+from ladderstitch.runtime.device import versions
 from ladderstitch.scheduling.profiles import Quality, QualityTable
-from ladderstitch.training.vision.assemble import assemble_family
-from ladderstitch.training.vision.photo_views import centred_views, find_photographs, random_views
+from ladderstitch.training.vision.dataset import centred_views, find_photographs, random_views
+from ladderstitch.training.vision.stitch import assemble_family
 from ladderstitch.vision.bundle import Manifest, Preprocessing, write_bundle, write_table
 from ladderstitch.vision.models.efficientnet import EfficientNetLiteConfig
 from ladderstitch.vision.models.executor import InferenceModel

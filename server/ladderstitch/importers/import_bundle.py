@@ -16,8 +16,8 @@ from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.importers.checkpoints import read_weights
 from ladderstitch.importers.stitched_families import import_model, read_config
 from ladderstitch.importers.vision_anchors import PlainAnchor, load_anchor
-from ladderstitch.training.vision.assemble import assemble_family
-from ladderstitch.training.vision.photo_views import find_photographs, random_views
+from ladderstitch.training.vision.dataset import find_photographs, random_views
+from ladderstitch.training.vision.stitch import assemble_family
 from ladderstitch.vision.bundle import Manifest, Preprocessing, write_bundle
 from ladderstitch.vision.models.families import FamilyConfig
 from ladderstitch.vision.models.resnet import ResNetConfig

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ladderstitch.errors import DataError
-from ladderstitch.importers import golden
+from ladderstitch.importers import verify_text
 from ladderstitch.importers.stitched_families import import_model
 from ladderstitch.importers.vision_anchors import plain_anchor
-from ladderstitch.training.vision.least_squares import (
+from ladderstitch.training.vision.stitching_layers import (
     initialise_stitching_layers,
     solve_affine,
     stitched_pairs,
@@ -60,7 +60,7 @@ def verify_case(path: Path) -> Verdict:
     }
     try:
         family = sheet["family"]
-        if family in golden.FAMILIES:
+        if family in verify_text.FAMILIES:
             return _verify_language(path.stem, sheet, tensors, weights)
         if family in PLAIN:
             return _verify_plain(path.stem, sheet, tensors, weights)
@@ -155,13 +155,13 @@ def _verify_language(
     weights: Mapping[str, Tensor],
 ) -> Verdict:
     """Every recorded output, in one pass and token by token, on every rank count it allows."""
-    config, ours = golden.read_model(sheet, weights)
+    config, ours = verify_text.read_model(sheet, weights)
     tolerance, prefill = sheet["tolerance"], sheet["config"]["prefill_length"]
     worst, wrong, checked = 0.0, [], 0
-    for run in golden.recorded_runs(sheet):
+    for run in verify_text.recorded_runs(sheet):
         wanted = tensors[f"output.{run.output}"]
         for ranks in run.rank_counts:
-            got = golden.run_case(config, ours, tensors["input"], run, ranks, prefill)
+            got = verify_text.run_case(config, ours, tensors["input"], run, ranks, prefill)
             checked += 1
             worst = max(worst, float((got - wanted).abs().max() / wanted.abs().max()))
             atol, rtol = tolerance["suggested_atol"], tolerance["suggested_rtol"]

@@ -18,12 +18,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from ladderstitch.bundles.registry import check_tensors, shapes_of
 from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.importers.checkpoints import read_weights
 from ladderstitch.importers.stitched_families import COMPUTED
-from ladderstitch.runtime.tensor_check import check_tensors, shapes_of
-from ladderstitch.vision.models.backbone import Trunk
 from ladderstitch.vision.models.resnet import ResNetConfig
+from ladderstitch.vision.models.stitched import Trunk
 from ladderstitch.vision.models.swin import SwinConfig
 from ladderstitch.vision.models.vit import InputShape, VitConfig
 

@@ -6,25 +6,30 @@ No request passes through Ray: every replica answers on its own gRPC port.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.util import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ladderstitch.bundles.registry import is_language_bundle
 from ladderstitch.config import ServerConfig
 from ladderstitch.gateway.config import GatewaySettings
 from ladderstitch.ray_serve.control_actor import live_control
 from ladderstitch.ray_serve.gateway_deployment import gateways
-from ladderstitch.ray_serve.rank_actor import RANK_RESOURCES, launch_actor
 from ladderstitch.replica.load_sampler import Pressure
 from ladderstitch.replica.replica import Replica
 from ladderstitch.runtime.device import resolve_device
-from ladderstitch.runtime.process_memory import settle_for_good
-from ladderstitch.scheduling.active_settings import LiveSettings
+from ladderstitch.runtime.process import settle_for_good
+from ladderstitch.scheduling.settings import LiveSettings
 from ladderstitch.telemetry.logs import configure as configure_logs
+from ladderstitch.text.engine.rank import run
+from ladderstitch.text.engine.rank_handle import Launched
 
 log = logging.getLogger(__name__)
 
@@ -171,3 +176,43 @@ def _reachable(host: str) -> str:
     """The address under which other machines know one that is bound."""
     everywhere = host in ("0.0.0.0", "::", "[::]")
     return str(ray.util.get_node_ip_address()) if everywhere else host
+
+
+RANK_RESOURCES = {"CPU": 1.0}
+
+
+class RankActor:
+    """Is a rank for as long as its group lives."""
+
+    def run(self, address: str, secret: str) -> None:
+        run(address, secret)
+
+
+class _Actor:
+    def __init__(self, actor: Any, running: Any) -> None:
+        self.actor, self.running = actor, running
+
+    async def wait(self) -> object:
+        with contextlib.suppress(RayError):  # killed, by us or not: it has ended
+            await self.running
+        return None
+
+    def kill(self) -> None:
+        ray.kill(self.actor)
+
+
+async def launch_actor(address: str, secret: str) -> Launched:
+    """A `Launcher`: one more rank in the current placement group."""
+    group: Any = get_current_placement_group()
+    gpus = max((bundle.get("GPU", 0) for bundle in group.bundle_specs), default=0)
+    actor: Any = (
+        ray.remote(RankActor)
+        .options(
+            num_cpus=RANK_RESOURCES["CPU"],
+            num_gpus=gpus,
+            max_restarts=0,  # the group asks for a new one itself
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),
+        )
+        .remote()
+    )
+    return _Actor(actor, actor.run.remote(address, secret))

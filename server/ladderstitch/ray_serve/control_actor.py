@@ -13,8 +13,7 @@ from typing import Any
 
 import ray
 
-from ladderstitch.scheduling.active_settings import LiveSettings, merged
-from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.scheduling.settings import LiveSettings, SchedulerSettings, merged
 
 NAMESPACE = "ladderstitch"
 LONG_POLL_S = 30.0

@@ -14,7 +14,7 @@ from ray.serve.exceptions import RayServeException
 from ladderstitch.gateway.config import GatewaySettings
 from ladderstitch.gateway.gateway import Gateway
 from ladderstitch.ray_serve.control_actor import live_control, registered_replicas
-from ladderstitch.runtime.process_memory import return_freed_memory, settle_for_good
+from ladderstitch.runtime.process import return_freed_memory, settle_for_good
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.logs import configure as configure_logs
 

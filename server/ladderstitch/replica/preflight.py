@@ -23,11 +23,10 @@ from ladderstitch.config import ServerConfig
 from ladderstitch.errors import UserError
 from ladderstitch.hosting.model_manager import make_runner
 from ladderstitch.hosting.registry import Host
-from ladderstitch.runtime.device import resolve_device
-from ladderstitch.runtime.environment import device_name
-from ladderstitch.runtime.ports import port_is_free
+from ladderstitch.runtime.device import device_name, resolve_device
+from ladderstitch.runtime.process import port_is_free
 from ladderstitch.telemetry.metrics import Metrics
-from ladderstitch.text.engine.launcher import launch_process
+from ladderstitch.text.engine.rank_handle import launch_process
 from ladderstitch.vision.bundle import Bundle
 
 State = Literal["ok", "warning", "failed"]

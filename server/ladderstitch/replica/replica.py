@@ -10,14 +10,12 @@ from ladderstitch.api.listener import Transport
 from ladderstitch.api.server import Server
 from ladderstitch.config import ServerConfig
 from ladderstitch.hosting.model_manager import Repository, make_runner
-from ladderstitch.hosting.registry import Control, Host, Hosted, UpdateSettings
-from ladderstitch.hosting.runner import Advance
-from ladderstitch.runtime.process_memory import return_freed_memory
-from ladderstitch.scheduling.active_settings import LiveSettings, merged
-from ladderstitch.telemetry.logs import Sink, log_request
+from ladderstitch.hosting.registry import Advance, Control, Host, Hosted, UpdateSettings
+from ladderstitch.runtime.process import return_freed_memory
+from ladderstitch.scheduling.settings import LiveSettings, merged
+from ladderstitch.telemetry.logs import Sink, log_request, trace_sink
 from ladderstitch.telemetry.metrics import Metrics
-from ladderstitch.telemetry.traces import trace_sink
-from ladderstitch.text.engine.launcher import Launcher, launch_process
+from ladderstitch.text.engine.rank_handle import Launcher, launch_process
 
 if TYPE_CHECKING:
     from ladderstitch.api.openai.server import HttpServer

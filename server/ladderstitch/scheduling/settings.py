@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -37,3 +38,17 @@ class SchedulerSettings(BaseModel):
         if self.policy == "fixed" and self.stitch is None:
             raise ValueError("stitch: the policy `fixed` needs one")
         return self
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSettings:
+    """The scheduling in force, and how many changes led to it."""
+
+    revision: int
+    settings: SchedulerSettings
+
+
+def merged(live: LiveSettings, changes: dict[str, Any]) -> LiveSettings:
+    """The settings after a change, checked anew, one revision later."""
+    fields = live.settings.model_dump() | changes
+    return LiveSettings(live.revision + 1, SchedulerSettings.model_validate(fields))

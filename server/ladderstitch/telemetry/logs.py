@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
+import ladderstitch
+from ladderstitch.errors import ConfigError
+
 LogFormat = Literal["text", "json"]
 FACTS = "facts"
 """Attribute of a log record that carries structured fields."""
@@ -84,3 +87,49 @@ def log_request(record: RequestRecord) -> None:
         told,
         extra={FACTS: facts},
     )
+
+
+def trace_sink(endpoint: str, replica: str) -> tuple[Sink, Callable[[], None]]:
+    """Where to put records, and a function that sends what is left and stops.
+
+    Raises `ConfigError` without the extra `telemetry`.
+    """
+    try:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.trace import SpanKind, Status, StatusCode
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+    except ImportError as error:
+        raise ConfigError(
+            f"otlp_endpoint: traces need `pip install 'ladderstitch[telemetry]'` ({error})"
+        ) from error
+
+    resource = Resource.create({"service.name": "ladderstitch", "service.instance.id": replica})
+    provider = TracerProvider(resource=resource)
+    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https"))
+    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=1000))
+    tracer = provider.get_tracer("ladderstitch", ladderstitch.__version__)
+    propagator = TraceContextTextMapPropagator()
+
+    def sink(record: RequestRecord) -> None:
+        span = tracer.start_span(
+            record.method,
+            context=propagator.extract(dict(record.metadata)),
+            kind=SpanKind.SERVER,
+            start_time=record.started_ns,
+            attributes={
+                "rpc.system": "grpc",
+                "rpc.method": record.method,
+                "ladderstitch.request_id": record.request_id,
+                "ladderstitch.model": record.model,
+                "ladderstitch.code": record.code,
+                **{f"ladderstitch.{name}": fact for name, fact in record.facts.items()},
+            },
+        )
+        if record.code != "OK":
+            span.set_status(Status(StatusCode.ERROR, record.code))
+        span.end(record.ended_ns)
+
+    return sink, provider.shutdown

@@ -22,9 +22,8 @@ from ladderstitch.bundles.registry import LANGUAGE_FAMILY
 from ladderstitch.errors import BundleError
 from ladderstitch.scheduling.profiles import QualityTable
 from ladderstitch.text.model.config import LlamaConfig
-from ladderstitch.text.model.deltas import check_delta, load_delta
 from ladderstitch.text.model.residual import Residual
-from ladderstitch.text.model.weight_reader import SafetensorsFolder
+from ladderstitch.text.model.weight_reader import SafetensorsFolder, check_delta, load_delta
 from ladderstitch.text.model.weights import check_weights, expected_shapes
 from ladderstitch.text.tokenizer import TextTokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ladderstitch.scheduling.generation_requests import Sampling
+from ladderstitch.scheduling.requests import Sampling
 
 
 class Sampler:

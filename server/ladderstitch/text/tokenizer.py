@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Never, TypedDict
 
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from ladderstitch.errors import BundleError
+from ladderstitch.errors import BadInput, BundleError
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -65,3 +68,72 @@ class TextStream:
     def _take(self, before: str, now: str) -> str:
         self._context, self._settled = self._settled, len(self._tokens)
         return now[len(before) :]
+
+
+class StoppableText:
+    """Text that ends before a stop text; what may be the beginning of one is held back."""
+
+    def __init__(self, stream: TextStream, stop: Sequence[str]) -> None:
+        self.stopped = False
+        self._stream, self._stop, self._held = stream, stop, ""
+
+    def add(self, token: int) -> str:
+        """What a token adds to the text; empty while that cannot be known."""
+        return self._release(self._stream.add(token))
+
+    def finish(self) -> str:
+        """What was held back, when no more will come; nothing after a stop."""
+        if self.stopped:
+            return ""
+        out = self._release(self._stream.finish())
+        rest, self._held = ("" if self.stopped else self._held), ""
+        return out + rest
+
+    def _release(self, fresh: str) -> str:
+        self._held += fresh
+        found = [at for text in self._stop if (at := self._held.find(text)) >= 0]
+        if found:
+            self.stopped = True
+            out, self._held = self._held[: min(found)], ""
+            return out
+        keep = max((_overlap(self._held, text) for text in self._stop), default=0)
+        split = len(self._held) - keep
+        out, self._held = self._held[:split], self._held[split:]
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Message(TypedDict):
+    role: str
+    content: str
+
+
+class TemplateRefused(TemplateError):
+    """A template does not take these messages, and says why."""
+
+
+def _refuse(message: str) -> Never:
+    raise TemplateRefused(message)
+
+
+def render_chat(template: str | None, messages: Sequence[Message]) -> str:
+    """The prompt that the model's next turn follows.
+
+    Templates are Jinja in a sandbox, as they come with checkpoints. Raises `BadInput` for messages
+    that a template refuses, and for a model without one.
+    """
+    if template is None:
+        raise BadInput("messages", "this model has no chat template; use completions")
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _refuse
+    try:
+        return environment.from_string(template).render(
+            messages=list(messages), add_generation_prompt=True, bos_token="", eos_token=""
+        )
+    except (TemplateError, TypeError) as error:
+        raise BadInput("messages", f"the model's chat template refuses them: {error}") from error

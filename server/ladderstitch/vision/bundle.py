@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ladderstitch.bundles.registry import check_tensors, shapes_of
 from ladderstitch.errors import BundleError
-from ladderstitch.runtime.tensor_check import check_tensors, shapes_of
 from ladderstitch.scheduling.profiles import LatencyProfile, QualityTable
 from ladderstitch.vision.models.families import FamilyConfig
 from ladderstitch.vision.models.stitched import StitchedModel

@@ -15,14 +15,13 @@ import torch
 
 from ladderstitch.errors import EngineRestarting
 from ladderstitch.text.bundle import LanguageBundle
-from ladderstitch.text.engine.comm_setup import GroupOptions
-from ladderstitch.text.engine.rank_config import ModelJob
+from ladderstitch.text.engine.rank_config import GroupOptions, ModelJob
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.engine.rank_handle import RankLost
 from ladderstitch.text.model.attention_batch import Batch
 from ladderstitch.text.model.kv_cache import PagedCache
 from ladderstitch.text.model.residual import Residual
-from ladderstitch.text.model.sharding import Shard
+from ladderstitch.text.model.weights import Shard
 from ladderstitch.text.step import Run, Step, Want
 from tests.support.language_models import TINY
 

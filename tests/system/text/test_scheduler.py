@@ -15,15 +15,14 @@ import pytest
 import torch
 
 from ladderstitch.errors import BadInput, Draining, ExpiredInCompute, RequestError
-from ladderstitch.scheduling.generation_requests import (
+from ladderstitch.scheduling.requests import (
     GenerationRequest,
     Piece,
     Sampling,
     TokenBudget,
 )
 from ladderstitch.text.bundle import LanguageBundle
-from ladderstitch.text.engine.comm_setup import GroupOptions
-from ladderstitch.text.engine.rank_config import ModelJob
+from ladderstitch.text.engine.rank_config import GroupOptions, ModelJob
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.scheduler.block_manager import BlockPool
 from ladderstitch.text.scheduler.queue import Roster

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from ladderstitch.text.bundle import LanguageBundle
-from ladderstitch.text.engine.comm_setup import GroupOptions
-from ladderstitch.text.engine.rank_config import ModelJob
+from ladderstitch.text.engine.rank_config import GroupOptions, ModelJob
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch_loadtest.benchmarks.two_hosts import HERE, AlternatingLauncher, second_host
 

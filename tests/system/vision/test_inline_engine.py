@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from ladderstitch.vision.bundle import Bundle
-from ladderstitch.vision.engine.inline import IDLE_BEFORE_INLINE_S, InlineEngine
-from ladderstitch.vision.engine.process import ProcessEngine
+from ladderstitch.vision.engine.process import IDLE_BEFORE_INLINE_S, InlineEngine, ProcessEngine
 from tests.system.vision.test_process_engine import images, worker_config
 
 LONG_S = 60.0

@@ -14,8 +14,7 @@ import torch
 from ladderstitch.errors import ConfigError, InternalError
 from ladderstitch.runtime.device import resolve_device, resolve_dtype
 from ladderstitch.vision.bundle import Bundle
-from ladderstitch.vision.engine.base import EngineDied
-from ladderstitch.vision.engine.ipc import WorkerConfig
+from ladderstitch.vision.engine.base import EngineDied, WorkerConfig
 from ladderstitch.vision.engine.process import ProcessEngine
 from ladderstitch.vision.engine.warmup import batch_sizes, warm_up
 

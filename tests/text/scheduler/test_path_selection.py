@@ -14,12 +14,11 @@ from ladderstitch.errors import (
     StitchNotFound,
 )
 from ladderstitch.scheduling.candidates import Menu
-from ladderstitch.scheduling.generation_requests import NO_BUDGET, GenerationRequest, TokenBudget
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile
+from ladderstitch.scheduling.requests import NO_BUDGET, GenerationRequest, TokenBudget
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.text.scheduler.path_selection import IDLE, Load, choose_path
+from ladderstitch.text.scheduler.planner import IDLE, LEAST_CHUNK, Load, choose_path, plan_step
 from ladderstitch.text.scheduler.sequence import TokenSequence
-from ladderstitch.text.scheduler.step_planner import LEAST_CHUNK, plan_step
 from ladderstitch.text.scheduler.step_times import RELAXED_FIRST_S, StepTimes, due
 from ladderstitch.text.tokenizer import TextTokenizer
 from tests.support.language_models import write_tiny

@@ -14,20 +14,16 @@ from typer.testing import CliRunner
 
 from ladderstitch.cli.app import app
 from ladderstitch.errors import BundleError, ConfigError, DataError
-from ladderstitch.importers.fetch_models import add_paths
-from ladderstitch.importers.fetch_text import read_lazy_load
+from ladderstitch.importers.fetch import add_paths, read_lazy_load
 from ladderstitch.text.bundle import LanguageBundle
 from ladderstitch.text.engine.rank_config import ModelJob
 from ladderstitch.text.engine.rank_group import RankGroup
-from ladderstitch.text.model.deltas import DeltaWeights, check_delta
 from ladderstitch.text.model.residual import Residual, plan_layers
-from ladderstitch.text.model.weight_reader import MemoryWeights
+from ladderstitch.text.model.weight_reader import DeltaWeights, MemoryWeights, check_delta
 from ladderstitch.text.model.weights import expected_shapes
-from ladderstitch.training.text.distil import divergence
-from ladderstitch.training.text.low_rank import LowRank, adapt, delta_tensors
-from ladderstitch.training.text.recipe import LadderRecipe
-from ladderstitch.training.text.token_windows import windows
-from ladderstitch.training.text.trainable_llama import TrainableLlama
+from ladderstitch.training.text.distil import LadderRecipe, adapt, delta_tensors, divergence
+from ladderstitch.training.text.evaluate import windows
+from ladderstitch.training.text.trainable_llama import LowRank, TrainableLlama
 from tests.support.language_models import TINY, made_up_quality, random_tensors, write_tiny
 
 LADDER = Residual(scheme="ladder", ladder_layers=2)

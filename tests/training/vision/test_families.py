@@ -12,9 +12,9 @@ import yaml
 from safetensors.torch import load_file
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.training.vision.low_rank import add_low_rank, fold_low_rank
-from ladderstitch.training.vision.network_sampler import draw, groups_by_cost
+from ladderstitch.training.vision.loop import draw, groups_by_cost
 from ladderstitch.training.vision.recipe import Recipe
+from ladderstitch.training.vision.stitching_layers import add_low_rank, fold_low_rank
 from ladderstitch.vision.bundle import Bundle
 from tests.conftest import tiny_config
 from tests.training.vision.test_making import RECIPE, ladderstitch, make, workplace
@@ -98,7 +98,7 @@ def test_a_learngene_pool(workplace: Path) -> None:
 
 
 def test_stitches_of_a_pool_start_from_its_maps(workplace: Path) -> None:
-    from ladderstitch.training.vision.idx_dataset import load_idx_folder
+    from ladderstitch.training.vision.dataset import load_idx_folder
     from ladderstitch.training.vision.stitch import assemble
 
     place = recipe(workplace, pool=POOL)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ladderstitch.training.vision.least_squares import solve_affine
+from ladderstitch.training.vision.stitching_layers import solve_affine
 from tests.conftest import GOLDEN
 
 

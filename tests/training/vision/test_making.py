@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from ladderstitch.cli import app
 from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.training.vision import loop
-from ladderstitch.training.vision.idx_dataset import augment, load_idx_folder
+from ladderstitch.training.vision.dataset import augment, load_idx_folder
 from ladderstitch.training.vision.recipe import Recipe
 from ladderstitch.vision.bundle import Bundle
 

@@ -11,14 +11,13 @@ from torch import nn
 
 from ladderstitch.errors import BundleError, ConfigError
 from ladderstitch.importers.stitched_families import import_model, read_config
-from ladderstitch.vision.models.backbone import Trunk
 from ladderstitch.vision.models.cost import stitch_cost
 from ladderstitch.vision.models.executor import InferenceModel
 from ladderstitch.vision.models.levit import LevitConfig
 from ladderstitch.vision.models.resnet import ResNetConfig
 from ladderstitch.vision.models.route import Segment, Stitch
 from ladderstitch.vision.models.snnet_staged import StagedConfig, layer_count, stage_stitches
-from ladderstitch.vision.models.stitched import StitchedModel
+from ladderstitch.vision.models.stitched import StitchedModel, Trunk
 from ladderstitch.vision.models.swin import Swin
 from ladderstitch.vision.models.vit import Vit
 from tests.conftest import GOLDEN

@@ -8,8 +8,7 @@ from ladderstitch.api.status import Context, statuses
 from ladderstitch.api.validation import announce_seconds, checked_quality
 from ladderstitch.errors import BadInput
 from ladderstitch.hosting.registry import Control, Host
-from ladderstitch.scheduling.active_settings import LiveSettings
-from ladderstitch.scheduling.settings import POLICY_NAMES
+from ladderstitch.scheduling.settings import POLICY_NAMES, LiveSettings
 from ladderstitch.v1 import admin_pb2 as pb
 from ladderstitch.v1 import admin_pb2_grpc
 

@@ -14,19 +14,25 @@ from ladderstitch.api.deadlines import (
     seconds_from_us,
     token_budgets,
 )
-from ladderstitch.api.prompts import DEFAULT_MAX_TOKENS, MAX_STOPS, fitting, tokenise
 from ladderstitch.api.status import Context, statuses
-from ladderstitch.api.validation import checked_id, checked_quality
+from ladderstitch.api.validation import (
+    DEFAULT_MAX_TOKENS,
+    MAX_STOPS,
+    checked_id,
+    checked_quality,
+    fitting,
+    tokenise,
+)
 from ladderstitch.errors import BadInput, RequestError
 from ladderstitch.hosting.registry import Host, HostedGenerator
 from ladderstitch.hosting.streaming import Account, answer
-from ladderstitch.scheduling.generation_requests import (
+from ladderstitch.scheduling.profiles import QualityTable
+from ladderstitch.scheduling.requests import (
     GenerationRequest,
     Piece,
     Sampling,
     TokenBudget,
 )
-from ladderstitch.scheduling.profiles import QualityTable
 from ladderstitch.security.tokens import tenant_of
 from ladderstitch.v1 import generation_pb2 as pb
 from ladderstitch.v1 import generation_pb2_grpc, inference_pb2

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-from ladderstitch.api.oip.tensors import INPUT
+from ladderstitch.api.oip.inputs import INPUT
 from ladderstitch.hosting.registry import HostedModel
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import model_config_pb2
-from ladderstitch.vision.scheduler.statistics import Total
+from ladderstitch.vision.scheduler.in_flight import Total
 
 PLATFORM = "ladderstitch"
 

@@ -16,9 +16,8 @@ import numpy as np
 import ladderstitch
 from ladderstitch.api.deadlines import arrival_and_deadline, call_deadlines, resolve_budget
 from ladderstitch.api.oip import metadata, text
-from ladderstitch.api.oip.parameters import Wishes, read_parameters
-from ladderstitch.api.oip.streaming import answer_stream
-from ladderstitch.api.oip.tensors import read_images, softmax
+from ladderstitch.api.oip.inputs import Wishes, read_images, read_parameters, softmax
+from ladderstitch.api.oip.text import answer_stream
 from ladderstitch.api.status import Context, statuses
 from ladderstitch.api.validation import checked_id
 from ladderstitch.errors import BadInput, NotAllowed, RequestError

@@ -6,19 +6,21 @@ parameter `triton_final_response`, as Triton's decoupled models do, and what the
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 
 from ladderstitch.api.deadlines import Metadata, call_deadlines, resolve_budget, token_budgets
+from ladderstitch.api.oip.inputs import Wishes, integer, number, read_parameters, split_bytes
 from ladderstitch.api.oip.metadata import PLATFORM
-from ladderstitch.api.oip.parameters import Wishes, integer, number, read_parameters
-from ladderstitch.api.oip.tensors import split_bytes
-from ladderstitch.api.prompts import DEFAULT_MAX_TOKENS, tokenise
-from ladderstitch.errors import BadInput
+from ladderstitch.api.validation import DEFAULT_MAX_TOKENS, tokenise
+from ladderstitch.errors import BadInput, RequestError
 from ladderstitch.hosting.registry import HostedGenerator
 from ladderstitch.hosting.streaming import Account
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import model_config_pb2
-from ladderstitch.scheduling.generation_requests import (
+from ladderstitch.scheduling.requests import (
     GenerationRequest,
     Piece,
     Sampling,
@@ -157,3 +159,60 @@ def config(model: HostedGenerator) -> model_config_pb2.ModelConfig:
         ],
         model_transaction_policy=model_config_pb2.ModelTransactionPolicy(decoupled=True),
     )
+
+
+MOST_IN_FLIGHT = 256
+"""Requests of one stream that are worked on; the next is read when one has ended."""
+
+Respond = Callable[[pb.ModelInferRequest], AsyncGenerator[pb.ModelInferResponse]]
+
+
+async def answer_stream(
+    requests: AsyncIterator[pb.ModelInferRequest], respond: Respond
+) -> AsyncGenerator[pb.ModelStreamInferResponse]:
+    """All responses to all requests as they are made; a request that fails ends in an
+    `error_message` and leaves the others alone. Closing it ends all work."""
+    ready: asyncio.Queue[pb.ModelStreamInferResponse | None] = asyncio.Queue(maxsize=64)
+    places = asyncio.Semaphore(MOST_IN_FLIGHT)
+
+    async def work(request: pb.ModelInferRequest) -> None:
+        try:
+            async with aclosing(respond(request)) as responses:
+                async for response in responses:
+                    await ready.put(pb.ModelStreamInferResponse(infer_response=response))
+        except RequestError as error:
+            failed = pb.ModelStreamInferResponse(error_message=f"{error.reason}: {error}")
+            failed.infer_response.id = request.id
+            failed.infer_response.parameters["triton_final_response"].bool_param = True
+            await ready.put(failed)
+        finally:
+            places.release()
+
+    async def read() -> None:
+        async with asyncio.TaskGroup() as group:
+            async for request in requests:
+                await places.acquire()
+                group.create_task(work(request))
+        await ready.put(None)
+
+    reading = asyncio.create_task(read())
+    try:
+        while (response := await _next(ready, reading)) is not None:
+            yield response
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+
+
+async def _next(
+    ready: asyncio.Queue[pb.ModelStreamInferResponse | None], reading: asyncio.Task[None]
+) -> pb.ModelStreamInferResponse | None:
+    """The next response; raises what ended the reading, if something did."""
+    getting = asyncio.ensure_future(ready.get())
+    try:
+        await asyncio.wait({getting, reading}, return_when=asyncio.FIRST_COMPLETED)
+        if not getting.done() and reading.exception() is not None:
+            reading.result()
+        return await getting
+    finally:
+        getting.cancel()

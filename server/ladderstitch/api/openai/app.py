@@ -15,13 +15,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ladderstitch.api.auth import Guard
-from ladderstitch.api.openai.errors import KINDS, body_of, response_to
 from ladderstitch.api.openai.requests import ChatRequest, CompletionRequest, accept
-from ladderstitch.api.openai.responses import DONE, Body, Form, event
+from ladderstitch.api.openai.responses import DONE, KINDS, Body, Form, body_of, event, response_to
 from ladderstitch.errors import BadInput, InternalError, RequestError
 from ladderstitch.hosting.registry import Host, HostedGenerator
 from ladderstitch.hosting.streaming import Account, answer
-from ladderstitch.scheduling.generation_requests import GenerationRequest, Piece
+from ladderstitch.scheduling.requests import GenerationRequest, Piece
 from ladderstitch.security.tokens import tenant_of
 
 Told = tuple[Piece, Account | None]

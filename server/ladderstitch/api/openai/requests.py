@@ -13,11 +13,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ladderstitch.api.deadlines import FIRST_TOKEN_KEY, METADATA_KEY, TOKEN_KEY, seconds_from_ms
-from ladderstitch.api.prompts import MAX_STOPS, fitting, tokenise
+from ladderstitch.api.validation import MAX_STOPS, fitting, tokenise
 from ladderstitch.errors import BadInput
 from ladderstitch.hosting.registry import HostedGenerator
-from ladderstitch.scheduling.generation_requests import GenerationRequest, Sampling, TokenBudget
-from ladderstitch.text.chat_template import Message, render_chat
+from ladderstitch.scheduling.requests import GenerationRequest, Sampling, TokenBudget
+from ladderstitch.text.tokenizer import Message, render_chat
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),

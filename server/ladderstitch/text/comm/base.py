@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from ladderstitch.errors import LadderstitchError
@@ -76,3 +78,42 @@ class SingleRank:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+LinkKind = Literal["shared_memory", "tcp", "nccl", "symmetric"]
+LinkChoice = Literal["auto", LinkKind]
+
+
+class SharedMemorySpec(BaseModel):
+    kind: Literal["shared_memory"] = "shared_memory"
+    path: Path
+    slot_bytes: int
+    latency_s: float = 0.0
+    bytes_per_s: float | None = None
+
+
+class TcpSpec(BaseModel):
+    kind: Literal["tcp"] = "tcp"
+    addresses: tuple[tuple[str, int], ...]
+    secret: str
+
+
+class NcclSpec(BaseModel):
+    kind: Literal["nccl"] = "nccl"
+    store: tuple[str, int]
+
+
+class SymmetricSpec(BaseModel):
+    kind: Literal["symmetric"] = "symmetric"
+    path: Path
+    store: tuple[str, int]
+
+
+class SingleSpec(BaseModel):
+    kind: Literal["single"] = "single"
+
+
+LinkSpec = Annotated[
+    SharedMemorySpec | TcpSpec | NcclSpec | SymmetricSpec | SingleSpec, Field(discriminator="kind")
+]
+"""How the ranks of one group, as it stands at present, reach each other."""

@@ -18,11 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ladderstitch.text.comm.base import Link, LinkBroken, SingleRank
-from ladderstitch.text.comm.specs import (
+from ladderstitch.text.comm.base import (
+    Link,
+    LinkBroken,
     LinkSpec,
     NcclSpec,
     SharedMemorySpec,
+    SingleRank,
     SingleSpec,
     SymmetricSpec,
     TcpSpec,
@@ -31,12 +33,11 @@ from ladderstitch.text.engine import wire
 from ladderstitch.text.engine.rank_config import Assignment, Joining, ModelJob
 from ladderstitch.text.engine.wire import Kind, Message
 from ladderstitch.text.model.attention_batch import Batch
-from ladderstitch.text.model.deltas import DeltaWeights, load_delta, touched_layers
 from ladderstitch.text.model.kv_cache import PagedCache
 from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import LayerPlan, plan_layers
-from ladderstitch.text.model.sharding import Shard
-from ladderstitch.text.model.weights import load_layer, load_rank
+from ladderstitch.text.model.weight_reader import DeltaWeights, load_delta, touched_layers
+from ladderstitch.text.model.weights import Shard, load_layer, load_rank
 from ladderstitch.text.step import Step
 
 log = logging.getLogger(__name__)

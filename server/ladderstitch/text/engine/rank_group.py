@@ -11,16 +11,23 @@ from typing import Any
 import numpy as np
 
 from ladderstitch.errors import EngineRestarting, InternalError
-from ladderstitch.text.engine.comm_setup import (
+from ladderstitch.text.engine.rank_config import (
     ArrangeLink,
+    Assignment,
     GroupOptions,
+    Joining,
+    ModelJob,
     Region,
     arrange_link,
     mendable,
 )
-from ladderstitch.text.engine.launcher import Launcher, launch_process
-from ladderstitch.text.engine.rank_config import Assignment, Joining, ModelJob
-from ladderstitch.text.engine.rank_handle import Member, RankFailed, RankLost
+from ladderstitch.text.engine.rank_handle import (
+    Launcher,
+    Member,
+    RankFailed,
+    RankLost,
+    launch_process,
+)
 from ladderstitch.text.engine.rank_pool import NoRank, Recruiter
 from ladderstitch.text.engine.wire import Kind, Message
 from ladderstitch.text.step import Logits, Outcome, Step, Tokens, Want, aligned

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from ladderstitch.errors import LadderstitchError
 from ladderstitch.text.engine import wire
-from ladderstitch.text.engine.launcher import Launched, Launcher
-from ladderstitch.text.engine.rank_handle import Member
+from ladderstitch.text.engine.rank_handle import Launched, Launcher, Member
 from ladderstitch.text.engine.wire import Kind
 
 log = logging.getLogger(__name__)

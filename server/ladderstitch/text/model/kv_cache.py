@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ladderstitch.text.model.attention_batch import Batch, Group, Span
 from ladderstitch.text.model.config import LlamaConfig
-from ladderstitch.text.model.sharding import Shard
+from ladderstitch.text.model.weights import Shard
 
 
 class PagedCache:

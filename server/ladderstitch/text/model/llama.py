@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,12 +12,10 @@ from torch import Tensor
 from ladderstitch.runtime.linear import serving_linear
 from ladderstitch.text.comm.base import Link
 from ladderstitch.text.model.attention_batch import Batch
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import LlamaConfig, RopeScaling
 from ladderstitch.text.model.kv_cache import PagedCache
 from ladderstitch.text.model.residual import LayerPlan, Stream
-from ladderstitch.text.model.rope import rotate, rotation_tables
-from ladderstitch.text.model.sharding import Shard
-from ladderstitch.text.model.weights import LayerWeights, RankWeights
+from ladderstitch.text.model.weights import LayerWeights, RankWeights, Shard
 
 
 class Attention:
@@ -131,3 +130,31 @@ def _add(stream: Stream, block: Attention | Mlp, x: Tensor, reduce: bool | None)
         stream.add_product(x, block.output, block.linear)
     else:
         stream.add_desynchronised(_partial(block, x), reduce=reduce)
+
+
+def rotation_tables(config: LlamaConfig, positions: int) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines [positions, head_dim], float32, for `rotate`."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    frequencies = config.rope_theta**-half
+    if config.rope_scaling is not None:
+        frequencies = _scaled(frequencies, config.rope_scaling)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
+    sines = angles.sin()
+    cosines = torch.cat((angles.cos(), angles.cos()), dim=-1)
+    return cosines.float(), torch.cat((-sines, sines), dim=-1).float()
+
+
+def rotate(x: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:
+    """[N, H, d] with tables [N, 1, d]: pairs (i, i + d/2) turned by their angles."""
+    return x * cosines + x.roll(x.shape[-1] // 2, -1) * signed_sines
+
+
+def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Slower rotations: all of them, or (Llama 3) those that do not turn within the old context."""
+    slow = frequencies / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return blend * frequencies + (1 - blend) * slow

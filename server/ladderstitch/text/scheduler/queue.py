@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from ladderstitch.text.scheduler.block_manager import BlockPool
-from ladderstitch.text.scheduler.path_selection import Load
+from ladderstitch.text.scheduler.planner import Load, Plan
 from ladderstitch.text.scheduler.sequence import TokenSequence
-from ladderstitch.text.scheduler.step_planner import Plan
 from ladderstitch.text.scheduler.step_times import StepTimes
 
 

@@ -24,20 +24,18 @@ from ladderstitch.errors import (
     RequestError,
 )
 from ladderstitch.scheduling.candidates import Menu
-from ladderstitch.scheduling.generation_requests import GenerationRequest, Piece
 from ladderstitch.scheduling.load_report import HORIZONS_S, Backlog
 from ladderstitch.scheduling.profiles import QualityTable
+from ladderstitch.scheduling.requests import GenerationRequest, Piece
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.text_metrics import Occupancy, StepReport
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.engine.rank_handle import RankLost
 from ladderstitch.text.scheduler.block_manager import BlockPool
-from ladderstitch.text.scheduler.path_selection import IDLE, choose_path, forecast
+from ladderstitch.text.scheduler.planner import IDLE, Plan, choose_path, forecast, plan_step
 from ladderstitch.text.scheduler.queue import Roster
 from ladderstitch.text.scheduler.sequence import TokenSequence
-from ladderstitch.text.scheduler.step_planner import Plan, plan_step
-from ladderstitch.text.scheduler.step_profiler import measure_steps
-from ladderstitch.text.scheduler.step_times import StepTimes, made_up_profile
+from ladderstitch.text.scheduler.step_times import StepTimes, made_up_profile, measure_steps
 from ladderstitch.text.step import Outcome, Step, Want
 from ladderstitch.text.tokenizer import TextTokenizer
 

@@ -8,19 +8,18 @@ from collections.abc import Collection
 import numpy as np
 
 from ladderstitch.errors import RequestError
-from ladderstitch.scheduling.generation_requests import (
+from ladderstitch.scheduling.profiles import Quality
+from ladderstitch.scheduling.requests import (
     Answer,
     FinishReason,
     GenerationRequest,
     Piece,
 )
-from ladderstitch.scheduling.profiles import Quality
 from ladderstitch.text.sampler import Sampler
 from ladderstitch.text.scheduler.block_manager import BlockPool
 from ladderstitch.text.scheduler.step_times import due
 from ladderstitch.text.step import Logits, Run, Want
-from ladderstitch.text.stop_strings import StoppableText
-from ladderstitch.text.tokenizer import TextStream, TextTokenizer
+from ladderstitch.text.tokenizer import StoppableText, TextStream, TextTokenizer
 
 
 class TokenSequence:

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 
 from ladderstitch.text.bundle import LanguageManifest, write_manifest
 from ladderstitch.text.tokenizer import TextTokenizer
+from ladderstitch.training.text.evaluate import tokenise, windows
 from ladderstitch.training.text.scratch import (
     Apprentice,
     ScratchRecipe,
     train_side_by_side,
     train_tokenizer,
 )
-from ladderstitch.training.text.token_windows import tokenise, windows
 
 
 @dataclass(frozen=True, slots=True)

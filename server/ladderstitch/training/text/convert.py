@@ -21,12 +21,16 @@ from ladderstitch.scheduling.profiles import Quality, QualityTable
 from ladderstitch.text.bundle import LanguageBundle, LanguageManifest, LanguagePath, write_manifest
 from ladderstitch.text.model.residual import Residual, plan_layers
 from ladderstitch.text.model.weights import expected_shapes
-from ladderstitch.training.text.distil import Distillation, distil, prepare
-from ladderstitch.training.text.evaluate import CONFIDENCE, measure_path
-from ladderstitch.training.text.low_rank import LowRank, adapt, delta_tensors
-from ladderstitch.training.text.recipe import LadderRecipe
-from ladderstitch.training.text.token_windows import tokenise, windows
-from ladderstitch.training.text.trainable_llama import TrainableLlama
+from ladderstitch.training.text.distil import (
+    Distillation,
+    LadderRecipe,
+    adapt,
+    delta_tensors,
+    distil,
+    prepare,
+)
+from ladderstitch.training.text.evaluate import CONFIDENCE, measure_path, tokenise, windows
+from ladderstitch.training.text.trainable_llama import LowRank, TrainableLlama
 
 METRIC = "next-token accuracy"
 STANDARD = "standard"

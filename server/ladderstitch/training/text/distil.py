@@ -15,14 +15,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ladderstitch.errors import ConfigError
 from ladderstitch.text.model.residual import LayerPlan, Residual, plan_layers
-from ladderstitch.training.text.low_rank import LowRank
-from ladderstitch.training.text.recipe import LadderRecipe
-from ladderstitch.training.text.trainable_llama import Flow, TrainableLlama
+from ladderstitch.training.text.trainable_llama import Flow, LowRank, TrainableLlama
 
 CHUNK = 256
 """Rows of logits that are in memory at a time: the vocabulary is wide."""
@@ -157,3 +158,54 @@ def _resume(work: Distillation, modules: nn.Module, optimizer: torch.optim.Optim
     modules.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["steps"])
+
+
+def adapt(
+    shapes: Mapping[str, Sequence[int]], layers: Sequence[int], rank: int, seed: int
+) -> dict[str, LowRank]:
+    """An adapter for every tensor of these layers, by the tensor's name."""
+    random = torch.Generator().manual_seed(seed)
+    prefixes = tuple(f"model.layers.{layer}." for layer in layers)
+    chosen = sorted(name for name in shapes if name.startswith(prefixes))
+    return {name: LowRank(shapes[name], rank, random) for name in chosen}
+
+
+def delta_tensors(adapters: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """As a bundle's delta file holds them, in half precision."""
+    tensors = {}
+    for name, adapter in adapters.items():
+        tensors[f"{name}.up"] = adapter.up.detach().half().contiguous()
+        if adapter.down is not None:
+            tensors[f"{name}.down"] = adapter.down.detach().half().contiguous()
+    return tensors
+
+
+class LadderRecipe(BaseModel):
+    """Which layers read late, and how they are retrained to say what the standard model says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="of the new path")
+    ladder_layers: int = Field(gt=0, description="the last so many layers become ladder layers")
+    rank: int = Field(32, gt=0, description="of what is added to each matrix of these layers")
+    tokens: int = Field(gt=0, description="of text that is trained on, in each epoch the same")
+    window: int = Field(256, gt=1, description="tokens that are read together")
+    batch_windows: int = Field(8, gt=0)
+    epochs: int = Field(1, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(10, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    seed: int = 0
+    held_out_tokens: int = Field(8192, gt=0, description="that qualities are measured on")
+    held_out_window: int = Field(512, gt=1)
+    untrained: tuple[int, ...] = Field(
+        (), description="ladder layer counts to measure without training, for comparison"
+    )
+
+    @classmethod
+    def load(cls, path: Path) -> LadderRecipe:
+        """Raises `ConfigError` that names the field."""
+        try:
+            return cls.model_validate(yaml.safe_load(path.read_text()))
+        except (OSError, yaml.YAMLError, ValidationError) as error:
+            raise ConfigError(f"{path}: {error}") from error

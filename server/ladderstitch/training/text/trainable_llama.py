@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.llama import rotate, rotation_tables
 from ladderstitch.text.model.residual import LayerPlan
-from ladderstitch.text.model.rope import rotate, rotation_tables
 from ladderstitch.text.model.weights import EMBEDDING, FINAL_NORM, HEAD
-from ladderstitch.training.text.low_rank import LowRank
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +123,29 @@ class TrainableLlama:
     def _gain(self, name: str, adapters: Mapping[str, LowRank]) -> Tensor:
         adapter = adapters.get(name)
         return self.tensors[name] if adapter is None else self.tensors[name] + adapter.offset()
+
+
+class LowRank(nn.Module):
+    """up [N, r] @ down [r, K] beside a matrix [N, K]; of a vector [N], `up` alone.
+
+    It begins as nothing: `up` is zero.
+    """
+
+    def __init__(self, shape: Sequence[int], rank: int, random: torch.Generator) -> None:
+        super().__init__()
+        self.down: nn.Parameter | None = None
+        if len(shape) == 1:
+            self.up = nn.Parameter(torch.zeros(shape[0]))
+            return
+        height, width = shape
+        self.up = nn.Parameter(torch.zeros(height, rank))
+        self.down = nn.Parameter(torch.randn(rank, width, generator=random) / width**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., K] through the addition: [.., N]."""
+        assert self.down is not None, "vectors have no product"
+        return F.linear(F.linear(x, self.down), self.up)
+
+    def offset(self) -> Tensor:
+        """The addition itself, in the tensor's shape."""
+        return self.up if self.down is None else self.up @ self.down

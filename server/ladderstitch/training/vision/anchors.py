@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ladderstitch.errors import ConfigError, DataError
-from ladderstitch.training.vision.idx_dataset import LabelledImages
+from ladderstitch.training.vision.dataset import LabelledImages
 from ladderstitch.training.vision.learngene import Maps, Watched, distillation_loss, save_maps
 from ladderstitch.training.vision.loop import Loss, Run, accuracy, fit
 from ladderstitch.training.vision.recipe import Pool, Recipe, Schedule
-from ladderstitch.vision.models.backbone import Trunk
 from ladderstitch.vision.models.snnet_staged import Hierarchical
+from ladderstitch.vision.models.stitched import Trunk
 from ladderstitch.vision.models.vit import Vit, VitConfig
 
 AnyAnchor = VitConfig | Hierarchical

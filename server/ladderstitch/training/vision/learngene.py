@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ladderstitch.training.vision.least_squares import stitched_pairs
 from ladderstitch.training.vision.recipe import Pool
+from ladderstitch.training.vision.stitching_layers import stitched_pairs
 from ladderstitch.vision.models.stitched import StitchedModel
 from ladderstitch.vision.models.vit import Block, Vit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ladderstitch.training.vision.anchors import load_anchor, parameter_groups
-from ladderstitch.training.vision.assemble import assemble_family
-from ladderstitch.training.vision.idx_dataset import LabelledImages, normalise
+from ladderstitch.training.vision.dataset import LabelledImages, normalise
 from ladderstitch.training.vision.learngene import start_from_maps
-from ladderstitch.training.vision.loop import Run, accuracy, fit
-from ladderstitch.training.vision.low_rank import add_low_rank, fold_low_rank
-from ladderstitch.training.vision.network_sampler import draw, sampling_groups
+from ladderstitch.training.vision.loop import Run, accuracy, draw, fit, sampling_groups
 from ladderstitch.training.vision.recipe import Recipe
+from ladderstitch.training.vision.stitching_layers import (
+    add_low_rank,
+    fold_low_rank,
+    initialise_stitching_layers,
+)
 from ladderstitch.vision.bundle import Manifest, Preprocessing, write_bundle
+from ladderstitch.vision.models.families import FamilyConfig
 from ladderstitch.vision.models.snnet_staged import StagedConfig
 from ladderstitch.vision.models.stitched import StitchedModel
 
@@ -125,3 +129,19 @@ def export_family(recipe: Recipe, model: StitchedModel, bundle: Path) -> None:
         licence=f"weights Apache-2.0; data {recipe.data.licence}",
     )
     write_bundle(bundle, manifest, model)
+
+
+def assemble_family(
+    config: FamilyConfig, anchors: Sequence[Mapping[str, Tensor]], images: Tensor
+) -> StitchedModel:
+    """The family in eval mode; `anchors` are state dicts, `images` [B, C, H, W] preprocessed.
+
+    Needs no labels: each stitching layer is fitted to the features of the anchors themselves.
+    """
+    model: StitchedModel = config.build()
+    for trunk, weights in zip(model.trunks(), anchors, strict=True):
+        trunk.load_state_dict(dict(weights))
+    model.eval().requires_grad_(False)
+    with torch.inference_mode():
+        initialise_stitching_layers(model, images)
+    return model

@@ -10,11 +10,10 @@ from statistics import median
 import numpy as np
 import torch
 
-from ladderstitch.runtime.environment import device_name, versions
+from ladderstitch.runtime.device import device_name, versions
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile
 from ladderstitch.vision.bundle import Bundle
-from ladderstitch.vision.engine.base import Engine
-from ladderstitch.vision.engine.ipc import WorkerConfig
+from ladderstitch.vision.engine.base import Engine, WorkerConfig
 
 MEASURED_TAIL = 1.3
 """p99 over median assumed where only a few warm-up runs were timed; corrected online."""

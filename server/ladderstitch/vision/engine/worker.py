@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from ladderstitch.runtime.device import DTYPES
-from ladderstitch.runtime.process_memory import settle_for_good
+from ladderstitch.runtime.process import settle_for_good
 from ladderstitch.vision.bundle import Bundle
-from ladderstitch.vision.engine.ipc import COMMAND, READY, REPLY, Buffers, WorkerConfig
+from ladderstitch.vision.engine.base import COMMAND, READY, REPLY, Buffers, WorkerConfig
 from ladderstitch.vision.models.executor import InferenceModel
 
 

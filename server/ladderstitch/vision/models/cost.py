@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import nn
 
-from ladderstitch.vision.models.backbone import Trunk
 from ladderstitch.vision.models.efficientnet import EfficientNetLite, InvertedResidual
 from ladderstitch.vision.models.levit import (
     ConvNorm,
@@ -26,7 +25,12 @@ from ladderstitch.vision.models.levit import (
 )
 from ladderstitch.vision.models.resnet import BasicBlock, Bottleneck, ResNet
 from ladderstitch.vision.models.route import Stitch
-from ladderstitch.vision.models.stitched import MapStitchingLayer, StitchedModel, StitchingLayer
+from ladderstitch.vision.models.stitched import (
+    MapStitchingLayer,
+    StitchedModel,
+    StitchingLayer,
+    Trunk,
+)
 from ladderstitch.vision.models.swin import PatchMerging, Swin, SwinBlock
 from ladderstitch.vision.models.vit import Block, ConvStem, PatchStem, Vit
 

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladderstitch.runtime.linear import serving_linear
-from ladderstitch.vision.models.backbone import Trunk
 from ladderstitch.vision.models.levit import LevitAttention, Residual
 from ladderstitch.vision.models.route import Stitch
-from ladderstitch.vision.models.stitched import StitchedModel, StitchingLayer
+from ladderstitch.vision.models.stitched import StitchedModel, StitchingLayer, Trunk
 from ladderstitch.vision.models.swin import SwinBlock, mix_windows
 from ladderstitch.vision.models.vit import Block, ConvStem, Vit
 

@@ -6,9 +6,8 @@ from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
-from ladderstitch.vision.models.snnet import SnNetConfig
+from ladderstitch.vision.models.snnet import SnNetConfig, SnNetV2Config
 from ladderstitch.vision.models.snnet_staged import StagedConfig
-from ladderstitch.vision.models.snnetv2 import SnNetV2Config
 
 
 def _family(value: object) -> str:

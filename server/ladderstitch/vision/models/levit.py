@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from ladderstitch.vision.models.backbone import Trunk
-from ladderstitch.vision.models.batch_norm import fold
+from ladderstitch.vision.models.stitched import Trunk, fold
 from ladderstitch.vision.models.vit import InputShape
 
 STEM_STRIDE = 16

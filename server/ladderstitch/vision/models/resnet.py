@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ladderstitch.vision.models.backbone import Trunk
-from ladderstitch.vision.models.batch_norm import fold
-from ladderstitch.vision.models.conv_config import MapAnchorConfig
+from ladderstitch.vision.models.stitched import MapAnchorConfig, Trunk, fold
 from ladderstitch.vision.models.vit import InputShape
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Literal, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from ladderstitch.vision.models.backbone import Trunk
-from ladderstitch.vision.models.batch_norm import FoldsBatchNorm
 from ladderstitch.vision.models.route import Stitch
 
 
@@ -105,3 +106,78 @@ def _resolve(
         if layer is not None:
             steps.append(modules[layer.removesuffix(".transform")])
     return trunks[stitch.front], tuple(steps), trunks[stitch.end], stitch.final_norm
+
+
+class Trunk(nn.Module, ABC):
+    """What every anchor is, whatever its blocks are.
+
+    A hierarchical network's downsamplings are steps too, so that a position in `steps` is all that
+    a route needs to say where it enters or leaves.
+    """
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] images -> what enters step 0."""
+
+    @abstractmethod
+    def steps(self) -> Sequence[nn.Module]:
+        """Blocks, and whatever stands between two stages, in order."""
+
+    @abstractmethod
+    def classify(self, x: Tensor, *, final_norm: bool) -> Tensor:
+        """What leaves the last step -> [B, num_classes] logits."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] images -> [B, num_classes] logits."""
+        x = self.embed(images)
+        for step in self.steps():
+            x = step(x)
+        return self.classify(x, final_norm=True)
+
+
+def rows(x: Tensor) -> Tensor:
+    """Tokens [B, T, D] or a map [B, D, H, W] as rows [B * T, D] or [B * H * W, D]."""
+    if x.dim() == 4:
+        return x.permute(0, 2, 3, 1).flatten(0, 2)
+    return x.flatten(0, 1)
+
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+@runtime_checkable
+class FoldsBatchNorm(Protocol):
+    """A module that normalises batches, and need not once it is trained."""
+
+    def fold_batch_norm(self) -> None:
+        """Fold the running statistics into the layers before; in place."""
+
+
+def fold(layer: Layer, norm: nn.Module) -> tuple[Layer, nn.Module]:
+    """One layer that does what both do in eval mode, and nothing after it."""
+    if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+        return cast(Layer, fuse_conv_bn_eval(layer, norm)), nn.Identity()
+    if isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
+        return cast(Layer, fuse_linear_bn_eval(layer, norm)), nn.Identity()
+    return layer, norm
+
+
+class MapAnchorConfig(BaseModel):
+    """Shape of an anchor whose steps are its blocks, on maps [B, D, H, W]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    depths: tuple[int, ...]
+
+    @property
+    def layout(self) -> Literal["map"]:
+        return "map"
+
+    @property
+    def total_steps(self) -> int:
+        return sum(self.depths)
+
+    def span(self, stage: int, block: int) -> tuple[int, int]:
+        """First and last step of a stage's block."""
+        step = sum(self.depths[:stage]) + block
+        return step, step

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from ladderstitch.vision.models.backbone import Trunk
+from ladderstitch.vision.models.stitched import Trunk
 from ladderstitch.vision.models.vit import InputShape, Mlp
 
 OUTSIDE = -100.0

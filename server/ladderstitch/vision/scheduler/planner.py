@@ -16,9 +16,9 @@ from ladderstitch.scheduling.profiles import LatencyProfile
 from ladderstitch.scheduling.requests import Request
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.vision.scheduler import admission
-from ladderstitch.vision.scheduler.arrivals import Arrivals
+from ladderstitch.vision.scheduler.policies import make_policy
 from ladderstitch.vision.scheduler.policies.base import Decision, Hold
-from ladderstitch.vision.scheduler.policies.factory import make_policy
+from ladderstitch.vision.scheduler.policies.demand import Arrivals
 from ladderstitch.vision.scheduler.policies.quality_hull import Prices
 from ladderstitch.vision.scheduler.queue import DeadlineQueue
 

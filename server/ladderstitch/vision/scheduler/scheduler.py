@@ -19,12 +19,10 @@ from ladderstitch.telemetry.metrics import ImageMetrics
 from ladderstitch.vision.engine.base import Engine
 from ladderstitch.vision.scheduler import admission
 from ladderstitch.vision.scheduler.batch_runner import Batches
-from ladderstitch.vision.scheduler.in_flight import Ledger
+from ladderstitch.vision.scheduler.in_flight import Ledger, Statistics
 from ladderstitch.vision.scheduler.planner import Planner
 from ladderstitch.vision.scheduler.policies.base import Decision, Hold
 from ladderstitch.vision.scheduler.recorder import RecordingPlanner
-from ladderstitch.vision.scheduler.statistics import Statistics
-from ladderstitch.vision.scheduler.timer import Sweeper
 
 SWEEP_S = 0.05
 """How late a passed limit may be noticed while a batch, or the engine's return, takes long."""
@@ -222,3 +220,28 @@ class Scheduler:
                 self._ledger.expire_computing(waiting)
         self._wake.set()
         return any(w.request.budget.limit != float("inf") for w in self._ledger.all())
+
+
+class Sweeper:
+    """Calls `sweep` every `interval_s` from `start` on, until it returns that nothing is left."""
+
+    def __init__(self, sweep: Callable[[], bool], interval_s: float) -> None:
+        self._sweep = sweep
+        self._interval_s = interval_s
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """May be called again while it runs."""
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._interval_s, self._turn)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _turn(self) -> None:
+        self._timer = None
+        if self._sweep():
+            self.start()

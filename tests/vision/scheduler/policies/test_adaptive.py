@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ladderstitch.scheduling.requests import Request
-from ladderstitch.vision.scheduler.arrivals import REMEMBERED, Arrivals, Forecast
 from ladderstitch.vision.scheduler.policies.adaptive import Adaptive
+from ladderstitch.vision.scheduler.policies.demand import REMEMBERED, Arrivals, Forecast
 from tests.support.image_scheduling import make_menu, make_prices, make_request, plain_view
 
 NOW = 50.0

@@ -13,10 +13,10 @@ from ladderstitch.scheduling.candidates import Menu
 from ladderstitch.scheduling.latency_model import LatencyView
 from ladderstitch.scheduling.requests import Request
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.vision.scheduler.arrivals import Forecast
+from ladderstitch.vision.scheduler.policies import make_policy
 from ladderstitch.vision.scheduler.policies.base import Decision, Policy
-from ladderstitch.vision.scheduler.policies.factory import make_policy
-from ladderstitch.vision.scheduler.policies.slackfit import slackfit_buckets
+from ladderstitch.vision.scheduler.policies.baselines import slackfit_buckets
+from ladderstitch.vision.scheduler.policies.demand import Forecast
 from ladderstitch.vision.scheduler.queue import DeadlineQueue
 from tests.support.image_scheduling import QUALITY, make_menu, make_prices, make_request, plain_view
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
-from ladderstitch.vision.scheduler.arrivals import Forecast
-from ladderstitch.vision.scheduler.policies.demand import GUARD, Demand
+from ladderstitch.vision.scheduler.policies.demand import GUARD, Demand, Forecast
 from ladderstitch.vision.scheduler.policies.quality_hull import TURNS_OUT, Hull, Prices
 from tests.support.image_scheduling import QUALITY, make_menu, make_prices, make_request, plain_view
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from ladderstitch.scheduling.candidates import Menu
 from ladderstitch.scheduling.latency_model import LatencyView
 from ladderstitch.scheduling.requests import Request
-from ladderstitch.vision.scheduler.arrivals import FAR_S, Forecast
 from ladderstitch.vision.scheduler.policies.base import Decision, run_late, slack, take
-from ladderstitch.vision.scheduler.policies.demand import Demand
+from ladderstitch.vision.scheduler.policies.demand import FAR_S, Demand, Forecast
 from ladderstitch.vision.scheduler.policies.quality_hull import Hull, Prices
 
 SPELL = 0.5

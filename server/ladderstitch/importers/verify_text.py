@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ladderstitch.importers.llama_layouts import from_gpt_fast, gpt_fast_config
-from ladderstitch.text.comm.base import Link
-from ladderstitch.text.comm.threads import run_ranks
+from ladderstitch.importers.gguf import from_gpt_fast, gpt_fast_config
+from ladderstitch.text.comm.base import Link, LinkBroken, Ticket, sum_in_rank_order
 from ladderstitch.text.model.attention_batch import Batch
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.kv_cache import PagedCache
 from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import Residual, plan_layers
-from ladderstitch.text.model.sharding import Shard
 from ladderstitch.text.model.weight_reader import MemoryWeights
-from ladderstitch.text.model.weights import load_rank
+from ladderstitch.text.model.weights import Shard, load_rank
 from ladderstitch.text.step import Want, aligned
 
 FAMILIES = ("hf-llama", "ladder-llama", "desync-gpt", "parallel-gpt")
@@ -101,3 +101,81 @@ def run_case(
         return torch.cat(parts, dim=1)
 
     return torch.cat(run_ranks(ranks, work), dim=-1)
+
+
+WAIT_S = 60.0
+
+Result = TypeVar("Result")
+
+
+class _Meeting:
+    """Where the threads leave their partial results, by number of the reduction."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self.parts: dict[int, dict[int, Tensor]] = {}
+        self.readers: dict[int, int] = {}
+        self.broken = False
+        self.changed = threading.Condition()
+
+    def leave(self, number: int, rank: int, partial: Tensor) -> None:
+        with self.changed:
+            self.parts.setdefault(number, {})[rank] = partial
+            self.changed.notify_all()
+
+    def collect(self, number: int) -> list[Tensor]:
+        with self.changed:
+            self.changed.wait_for(
+                lambda: self.broken or len(self.parts.get(number, {})) == self.ranks, WAIT_S
+            )
+            if self.broken or len(self.parts.get(number, {})) < self.ranks:
+                raise LinkBroken("another rank failed")
+            parts = self.parts[number]
+            self.readers[number] = self.readers.get(number, 0) + 1
+            if self.readers[number] == self.ranks:
+                del self.parts[number], self.readers[number]
+        return [parts[rank] for rank in range(self.ranks)]
+
+    def give_up(self) -> None:
+        with self.changed:
+            self.broken = True
+            self.changed.notify_all()
+
+
+class ThreadLink:
+    """One thread's end."""
+
+    def __init__(self, meeting: _Meeting, rank: int) -> None:
+        self.rank, self.ranks = rank, meeting.ranks
+        self._meeting = meeting
+        self._posted = 0
+
+    def post(self, partial: Tensor) -> Ticket:
+        self._posted += 1
+        self._meeting.leave(self._posted, self.rank, partial)
+        return self._posted
+
+    def wait(self, ticket: Ticket) -> Tensor:
+        return sum_in_rank_order(self._meeting.collect(ticket))
+
+    def close(self) -> None:
+        self._meeting.give_up()
+
+
+def run_ranks(ranks: int, work: Callable[[Link], Result]) -> list[Result]:
+    """The results of `work(link)` of every rank, in order; the first rank to fail raises."""
+    meeting = _Meeting(ranks)
+
+    def run(rank: int) -> Result:
+        try:
+            return work(ThreadLink(meeting, rank))
+        except BaseException:
+            meeting.give_up()
+            raise
+
+    with ThreadPoolExecutor(ranks) as pool:
+        futures = [pool.submit(run, rank) for rank in range(ranks)]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        raise next((e for e in errors if not isinstance(e, LinkBroken)), errors[0])
+    return [future.result() for future in futures]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,3 +62,37 @@ PLAIN = Access()
 
 def _bytes(path: Path | None) -> bytes | None:
     return None if path is None else path.read_bytes()
+
+
+RETRIED = (
+    "ladderstitch.v1.InferenceService",
+    "ladderstitch.v1.GenerationService",
+    "inference.GRPCInferenceService",
+)
+RETRY_POLICY = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [{"service": service} for service in RETRIED],
+                "retryPolicy": {
+                    "maxAttempts": 5,
+                    "initialBackoff": "0.1s",
+                    "backoffMultiplier": 4,
+                    "maxBackoff": "5s",
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
+"""A service config: a channel's option `grpc.service_config`."""
+
+BUFFER_BYTES = 64 << 20
+"""gRPC keeps a request for another try only up to this size, by default 256 KiB."""
+
+
+def retry_options(policy: str | None) -> list[tuple[str, str | int]]:
+    """Of a channel; None: every failure is the caller's at once."""
+    if policy is None:
+        return [("grpc.enable_retries", 0)]
+    return [("grpc.service_config", policy), ("grpc.per_rpc_retry_buffer_size", BUFFER_BYTES)]

@@ -1,16 +1,16 @@
-"""Start stitching layers from the anchors' own features, by least squares (SN-Net, section 3.2)."""
+"""Stitching layers before joint training: least squares on features, low-rank updates (SN-Netv2)."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from ladderstitch.errors import DataError
-from ladderstitch.vision.models.backbone import Trunk, rows
+from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.vision.models.route import Stitch
-from ladderstitch.vision.models.stitched import StitchedModel
+from ladderstitch.vision.models.stitched import StitchedModel, Trunk, rows
 
 
 def solve_affine(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,3 +68,47 @@ def initialise_stitching_layers(model: StitchedModel, images: Tensor) -> None:
         with torch.no_grad():
             affine.weight.copy_(weight.view_as(affine.weight))  # a 1x1 convolution has two more
             affine.bias.copy_(bias)
+
+
+class LowRankUpdate(nn.Module):
+    """W -> W + B A / r, for matrices and for 1x1 convolutions."""
+
+    def __init__(self, weight: Tensor, rank: int, seed: int) -> None:
+        super().__init__()
+        outputs, inputs = weight.shape[:2]
+        generator = torch.Generator().manual_seed(seed)
+        self.rank = rank
+        self.lora_A = nn.Parameter(torch.randn(rank, inputs, generator=generator) / inputs**0.5)
+        self.lora_B = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.lora_B @ self.lora_A / self.rank).view_as(weight)
+
+
+def add_low_rank(model: StitchedModel, rank: int) -> None:
+    """Let every stitching layer learn an update and its bias, and nothing else of itself; in place.
+
+    Raises `ConfigError` for a rank that is no saving.
+    """
+    for number, layer in enumerate(_affines(model)):
+        if rank >= min(layer.weight.shape[:2]):
+            raise ConfigError(
+                f"stitching.low_rank: expected less than {min(layer.weight.shape[:2])}, the "
+                f"smaller width of a stitching layer, got {rank}"
+            )
+        layer.weight.requires_grad_(False)
+        parametrize.register_parametrization(
+            layer, "weight", LowRankUpdate(layer.weight, rank, seed=number)
+        )
+
+
+def fold_low_rank(model: StitchedModel) -> None:
+    """Make the updates part of the matrices again; in place."""
+    for layer in _affines(model):
+        if parametrize.is_parametrized(layer, "weight"):
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+
+
+def _affines(model: StitchedModel) -> list[nn.Linear | nn.Conv2d]:
+    kinds = nn.Linear | nn.Conv2d
+    return [module for module in model.stitch_layers.modules() if isinstance(module, kinds)]

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
+
 from ladderstitch.api.deadlines import Deadline, seconds_from_us
 from ladderstitch.api.validation import checked_priority, checked_quality
 from ladderstitch.errors import BadInput
 from ladderstitch.oip import grpc_service_pb2 as pb
+from ladderstitch.scheduling.requests import Logits, Pixels
+from ladderstitch.vision.preprocessing import ImageReader
 
 
 @dataclass(slots=True)
@@ -79,3 +83,70 @@ def number(request: pb.ModelInferRequest, name: str) -> float:
         return float(getattr(parameter, kind))
     except ValueError:
         raise BadInput(name, f"expected a number, got {parameter.string_param[:80]!r}") from None
+
+
+INPUT = "images"
+
+
+async def read_images(request: pb.ModelInferRequest, reader: ImageReader, max_rows: int) -> Pixels:
+    """[N, C, H, W] of the one input; raises `BadInput` naming what is wrong with it."""
+    if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
+        names = [tensor.name[:80] for tensor in request.inputs]
+        raise BadInput("inputs", f"expected exactly one input named {INPUT!r}, got {names}")
+    tensor, raw = request.inputs[0], request.raw_input_contents
+    typed = tensor.HasField("contents")
+    if typed == bool(raw) or len(raw) > 1:
+        raise BadInput(INPUT, "expected either one raw content or typed contents")
+    if tensor.datatype == "BYTES":
+        files = list(tensor.contents.bytes_contents) if typed else split_bytes(INPUT, raw[0])
+        return await _pictures(tensor, files, reader, max_rows)
+    data = _typed_bytes(tensor) if typed else raw[0]
+    return reader.tensor(INPUT, tensor.datatype, tensor.shape, data)
+
+
+def _typed_bytes(tensor: pb.ModelInferRequest.InferInputTensor) -> bytes:
+    if tensor.datatype == "FP32":
+        return np.asarray(tensor.contents.fp32_contents, "<f4").tobytes()
+    if tensor.datatype == "UINT8":
+        values = np.asarray(tensor.contents.uint_contents, np.uint32)
+        if (values > 255).any():
+            raise BadInput(f"{INPUT}.contents", "expected UINT8 values of 0 to 255")
+        return values.astype(np.uint8).tobytes()
+    raise BadInput(f"{INPUT}.datatype", f"expected FP32, UINT8 or BYTES, got {tensor.datatype!r}")
+
+
+async def _pictures(
+    tensor: pb.ModelInferRequest.InferInputTensor,
+    files: list[bytes],
+    reader: ImageReader,
+    max_rows: int,
+) -> Pixels:
+    shape = list(tensor.shape)
+    if shape not in ([len(files)], [len(files), 1]):
+        raise BadInput(f"{INPUT}.shape", f"expected [{len(files)}], got {shape}")
+    if not 1 <= len(files) <= max_rows:
+        raise BadInput(INPUT, f"expected 1 to {max_rows} pictures, got {len(files)}")
+    return np.concatenate([await reader.encoded(INPUT, file) for file in files])
+
+
+def split_bytes(name: str, raw: bytes) -> list[bytes]:
+    """The elements of a raw BYTES tensor: each a little-endian length and that many bytes.
+
+    Raises `BadInput` if they do not add up.
+    """
+    files, position = [], 0
+    while position < len(raw):
+        length = int.from_bytes(raw[position : position + 4], "little")
+        position += 4
+        if position + length > len(raw):
+            raise BadInput(f"{name}.data", "the length of an element runs past the end")
+        files.append(raw[position : position + length])
+        position += length
+    return files
+
+
+def softmax(logits: Logits) -> Logits:
+    """[N, K] -> [N, K] probabilities."""
+    powers: Logits = np.exp(logits - np.maximum.reduce(logits, axis=1, keepdims=True))
+    powers /= np.add.reduce(powers, axis=1, keepdims=True)
+    return powers
