@@ -30,7 +30,7 @@ OVERVIEW: list[Entry] = [
     ("Budgets met", "percentunit", [("ladderstitch:attainment:ratio_rate1m@", "{{model}}")]),
     ("Answers and refusals", "reqps", [("ladderstitch:requests:rate1m@", "{{model}} {{code}}")]),
     (
-        "Quality spent: 0 best stitch, 1 fastest",
+        "Quality spent: 0 best variant, 1 fastest",
         "percentunit",
         [("ladderstitch:quality_spent:ratio1m@", "{{model}}")],
     ),
@@ -42,15 +42,19 @@ OVERVIEW: list[Entry] = [
             ("max by (model, end) (ladderstitch_frontier_quality@)", "{{model}} {{end}}"),
         ],
     ),
-    ("Arrival to answer, p99", "s", [("ladderstitch:total_seconds:p99_1m@", "{{model}}")]),
     (
-        "Stitches in use",
+        "Arrival to answer, p99",
+        "s",
+        [("ladderstitch:request_duration_seconds:p99_1m@", "{{model}}")],
+    ),
+    (
+        "Variants in use",
         "reqps",
         [
             (
-                "sum by (stitch) (rate(ladderstitch_requests_total"
+                "sum by (variant) (rate(ladderstitch_requests_total"
                 "{model=~'$model',code='OK'}[$__rate_interval])) > 0",
-                "{{stitch}}",
+                "{{variant}}",
             )
         ],
     ),

@@ -63,7 +63,7 @@ class Size:
 
 
 @dataclass
-class Fleet:
+class ReplicaPool:
     """The replicas that are registered, as a client sees them."""
 
     control: Any
@@ -144,7 +144,7 @@ def scaling(most: int, up_s: float, down_s: float) -> dict[str, Any]:
     }
 
 
-async def until(fleet: Fleet, replicas: int, nodes: int | None = None) -> None:
+async def until(fleet: ReplicaPool, replicas: int, nodes: int | None = None) -> None:
     """Wait for so many replicas, and nodes; raises `TimeoutError`."""
     async with asyncio.timeout(EVENT_S):
         while len(fleet.addresses) != replicas or nodes not in (None, fleet.sizes[-1].nodes):
@@ -162,7 +162,7 @@ def requests_at(rate: float, seconds: float, rng: np.random.Generator) -> list[A
     return out
 
 
-async def high_rate(fleet: Fleet) -> float:
+async def high_rate(fleet: ReplicaPool) -> float:
     """Requests a second that this machine can take: `HIGH` or, on a slow one, less."""
     took = []
     for _, _, message in requests_at(rate=HIGH, seconds=1.0, rng=np.random.default_rng(0))[:50]:
@@ -172,7 +172,7 @@ async def high_rate(fleet: Fleet) -> float:
     return min(HIGH, UTILISATION / float(np.median(took)))
 
 
-async def scale(fleet: Fleet, phases: Sequence[Phase]) -> dict[str, Any]:
+async def scale(fleet: ReplicaPool, phases: Sequence[Phase]) -> dict[str, Any]:
     """Load rises and falls; what was lost, and how many replicas there were meanwhile."""
     rng, requests, samples = np.random.default_rng(1), [], []
     fleet.sizes.clear()
@@ -202,7 +202,7 @@ async def scale(fleet: Fleet, phases: Sequence[Phase]) -> dict[str, Any]:
     }
 
 
-async def roll(fleet: Fleet, rate: float, seconds: float) -> dict[str, Any]:
+async def roll(fleet: ReplicaPool, rate: float, seconds: float) -> dict[str, Any]:
     """Both of two replicas are replaced by a new version under load."""
     requests = requests_at(rate, seconds, np.random.default_rng(2))
     before = set(fleet.addresses)
@@ -274,7 +274,7 @@ async def verify(short: bool) -> dict[str, Any]:
 
     most, up_s, down_s = (2, 1.0, 3.0) if short else (3, 2.0, 6.0)
     await asyncio.to_thread(deploy, scaling(most, up_s, down_s))
-    fleet = Fleet(live_control(SchedulerSettings()))
+    fleet = ReplicaPool(live_control(SchedulerSettings()))
     following = asyncio.create_task(fleet.follow())
     await until(fleet, 1)
     high = await high_rate(fleet)

@@ -32,10 +32,10 @@ def main() -> int:
         images = load_idx_folder(data, "t10k")
         measured = calibrate(Bundle.load(copy), images, said.data, 100, progress)
     worst = 0.0
-    for stitch, quality in said.stitches.items():
-        worst = max(worst, abs(measured.value(stitch) - quality.value))
+    for variant, quality in said.variants.items():
+        worst = max(worst, abs(measured.value(variant) - quality.value))
     sys.stdout.write(
-        f"{len(said.stitches)} stitches on {len(images)} images: "
+        f"{len(said.variants)} variants on {len(images)} images: "
         f"largest difference {worst:.4f}, allowed {TOLERANCE}\n"
     )
     return int(worst > TOLERANCE)

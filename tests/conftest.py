@@ -64,7 +64,7 @@ def make_tiny_bundle(path: Path) -> Bundle:
         licence="Apache-2.0",
     )
     write_bundle(path, manifest, config.build())
-    ids = [stitch.id for stitch in config.stitches()]
+    ids = [variant.id for variant in config.stitches()]
     write_table(
         path / "quality.json",
         QualityTable(
@@ -74,7 +74,7 @@ def make_tiny_bundle(path: Path) -> Bundle:
             confidence=0.95,
             date="2026-01-01",
             versions={},
-            stitches={i: Quality(value=0.5 + i / 100, low=0.4, high=0.9) for i in ids},
+            variants={i: Quality(value=0.5 + i / 100, low=0.4, high=0.9) for i in ids},
         ),
     )
     write_table(
@@ -85,7 +85,7 @@ def make_tiny_bundle(path: Path) -> Bundle:
             date="2026-01-01",
             versions={},
             batch_sizes=SIZES,
-            stitches={
+            variants={
                 i: Latency(
                     median_s=tuple((1 + i / 10) * 1e-3 * b**0.5 for b in SIZES),
                     p99_s=tuple((1 + i / 10) * 1.3e-3 * b**0.5 for b in SIZES),

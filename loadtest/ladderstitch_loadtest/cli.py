@@ -90,10 +90,10 @@ def smollm2(
     """
     from ladderstitch.bundles.registry import find_bundle
     from ladderstitch.importers.fetch import download
-    from ladderstitch.text.bundle import LanguageBundle
+    from ladderstitch.text.bundle import TextBundle
     from ladderstitch_loadtest.benchmarks import language_checks, language_speed
 
-    bundle = LanguageBundle.load(find_bundle("smollm2"))
+    bundle = TextBundle.load(find_bundle("smollm2"))
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as packages, progress_bar() as progress:
         file = download("smollm2", Path(packages))
@@ -157,13 +157,13 @@ def switching(
     seed: Seed = 1,
     folder: Out = None,
 ) -> None:
-    """What changing the stitch between two requests costs."""
+    """What changing the variant between two requests costs."""
     with a_server(address, ray) as (where, _), progress_bar() as progress:
         task = progress.add_task("switching", total=calls)
         found = asyncio.run(switch_cost.measure(where, calls, seed, lambda: progress.advance(task)))
-    table = Table("", "p50", "p99", title=f"excess over the median of {found.stitches} stitches")
+    table = Table("", "p50", "p99", title=f"excess over the median of {found.variants} variants")
     for name, p50, p99 in (
-        ("same stitch", found.same_p50_us, found.same_p99_us),
+        ("same variant", found.same_p50_us, found.same_p99_us),
         ("switched", found.switched_p50_us, found.switched_p99_us),
         ("cost of switching", found.p50_cost_us, found.p99_cost_us),
     ):
@@ -203,7 +203,7 @@ def real_sizes_(
     table = Table(
         "family",
         "parameters",
-        "stitches",
+        "variants",
         "tensors",
         "resident",
         "ratio",
@@ -310,7 +310,7 @@ def malformed(
 
 async def _malformed(
     served: Served, requests: int, seed: int, progress: Progress, *, text: bool
-) -> fuzz_runner.Outcome:
+) -> fuzz_runner.FuzzOutcome:
     task = progress.add_task("malformed", total=requests)
     pids = fuzz_runner.process_tree(served.pid)
     async with grpc.aio.insecure_channel(served.address) as channel:

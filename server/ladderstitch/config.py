@@ -1,4 +1,4 @@
-"""How a server is configured: a YAML file, command-line flags over it, checked once."""
+"""Configuration of a server: a YAML file, overridden by command-line options, checked once."""
 
 from __future__ import annotations
 
@@ -6,83 +6,144 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
+from pydantic.config import JsonDict
 
 from ladderstitch.bundles.registry import EMBEDDED
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.security.listen_config import AccessSettings
-from ladderstitch.text.comm.base import LinkChoice
+from ladderstitch.security.listen_config import LIMITS, MAX_IMAGE_PIXELS, ListenConfig
+from ladderstitch.text.comm.base import CommChoice
+
+TEXT: JsonDict = {"panel": "Language models"}
+OBSERVABILITY: JsonDict = {"panel": "Observability"}
 
 
-class ServerConfig(AccessSettings):
-    """Everything that is fixed while a replica runs, and the scheduling it starts with."""
+class ServerConfig(ListenConfig):
+    """Everything that is fixed while a replica runs, and the scheduling that it starts with."""
 
     bundle: Path = Field(EMBEDDED, description="model bundle directory")
-    device: str = Field("auto", description="auto, cpu or cuda[:N]")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    threads: int = Field(1, ge=1, description="torch threads of the worker process")
-    inline_limit_ms: float = Field(
-        1.0, ge=0, le=10, description="shorter batches of light models run in the replica's process"
+    http_port: int | None = Field(
+        None,
+        ge=0,
+        le=65_535,
+        description="HTTP port of OpenAI's API for language models; unset: none",
     )
-    max_batch_rows: int = Field(32, ge=1, le=4096)
+    device: str = Field("auto", description="auto, cpu or cuda[:N]")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="number format; auto: float32 on CPUs, bfloat16 on GPUs"
+    )
+    threads: int = Field(1, ge=1, description="torch threads of each process that computes")
     replicas: int = Field(
-        1, ge=1, le=64, description="copies of the model on this machine, behind gateways"
+        1,
+        ge=1,
+        le=64,
+        description="copies of the model on this machine, behind gateways; several need Ray",
     )
     gateways: int = Field(
-        2, ge=1, le=16, description="before several replicas; they share `port`, one may be lost"
-    )
-    ranks: int = Field(1, ge=1, le=64, description="processes that a language model is split over")
-    spare_ranks: int = Field(0, ge=0, le=8, description="warm processes that replace lost ranks")
-    link: LinkChoice = Field(
-        "auto",
-        description="between ranks; auto: shared memory on CPUs, NCCL on GPUs; symmetric: Triton's "
-        "kernels between the GPUs of one machine",
-    )
-    rank_address: str = Field(
-        "", description="HOST:PORT at which ranks of other machines connect; unset: none do"
-    )
-    rank_secret_file: Path | None = Field(
-        None, description="secret of ranks that are started by hand (`ladderstitch rank`)"
-    )
-    context_tokens: int = Field(2048, ge=2, description="prompt and answer of a language model")
-    cache_tokens: int = Field(
-        8192, ge=16, description="tokens of all answers of a language model that its cache holds"
-    )
-    max_sequences: int = Field(
-        32, ge=1, le=4096, description="answers of a language model that are computed on at a time"
-    )
-    chunk_tokens: int = Field(
-        256, ge=1, le=65_536, description="most tokens of one step of a language model"
-    )
-    emulated_link_ms: float = Field(
-        0.0, ge=0, le=1000, description="for experiments: delay every message between ranks"
-    )
-    log_format: Literal["text", "json"] = "text"
-    log_requests: bool = Field(False, description="a line a request: id, stitch, cost, status")
-    record: Path | None = Field(
-        None,
-        description="folder: all that is planned for a model of images goes to MODEL-PID.jsonl, "
-        "for `ladderstitch-loadtest replay`",
-    )
-    otlp_endpoint: str | None = Field(
-        None, description="http://HOST:4317: traces go there; needs the extra `telemetry`"
+        2, ge=1, le=16, description="gateways in front of several replicas; they share `port`"
     )
     drain_s: float = Field(20.0, ge=0, description="time for accepted requests on shutdown")
+    inline_batch_limit_ms: float = Field(
+        1.0,
+        ge=0,
+        le=10,
+        description="small models: batches shorter than this run in the replica's own process",
+        json_schema_extra=LIMITS,
+    )
+    max_batch_size: int = Field(
+        32, ge=1, le=4096, description="images in one batch", json_schema_extra=LIMITS
+    )
+    max_image_pixels: int = Field(
+        MAX_IMAGE_PIXELS,
+        ge=1,
+        description="pixels of an encoded picture, read from its header",
+        json_schema_extra=LIMITS,
+    )
+    max_prompt_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of a prompt; unset: whatever the context holds",
+        json_schema_extra=LIMITS,
+    )
+    tensor_parallel_size: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="ranks: processes that a language model is split over",
+        json_schema_extra=TEXT,
+    )
+    spare_ranks: int = Field(
+        0, ge=0, le=8, description="warm processes that replace lost ranks", json_schema_extra=TEXT
+    )
+    link: CommChoice = Field(
+        "auto",
+        description="communication between ranks; auto: shared memory on CPUs, NCCL on GPUs; "
+        "symmetric: Triton kernels between the GPUs of one machine",
+        json_schema_extra=TEXT,
+    )
+    rank_address: str = Field(
+        "",
+        description="HOST:PORT where ranks of other machines connect; unset: this machine only",
+        json_schema_extra=TEXT,
+    )
+    rank_secret_file: Path | None = Field(
+        None,
+        description="file with the secret of ranks started by `ladderstitch rank`",
+        json_schema_extra=TEXT,
+    )
+    max_model_len: int = Field(
+        2048, ge=2, description="tokens of a prompt and its answer together", json_schema_extra=TEXT
+    )
+    kv_cache_tokens: int = Field(
+        8192, ge=16, description="tokens that the KV cache holds", json_schema_extra=TEXT
+    )
+    max_sequences: int = Field(
+        32, ge=1, le=4096, description="sequences that run concurrently", json_schema_extra=TEXT
+    )
+    max_batched_tokens: int = Field(
+        256, ge=1, le=65_536, description="tokens in one step", json_schema_extra=TEXT
+    )
+    emulated_link_ms: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="experiments: delay of every message between ranks",
+        json_schema_extra=TEXT,
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="format of the log", json_schema_extra=OBSERVABILITY
+    )
+    log_requests: bool = Field(
+        False,
+        description="log one line per request: id, variant, cost, status",
+        json_schema_extra=OBSERVABILITY,
+    )
+    record: Path | None = Field(
+        None,
+        description="directory where the planner of an image model records its inputs and "
+        "decisions, as MODEL-PID.jsonl for `ladderstitch-loadtest replay`",
+        json_schema_extra=OBSERVABILITY,
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="http://HOST:4317, where traces go; needs the extra `telemetry`",
+        json_schema_extra=OBSERVABILITY,
+    )
     scheduling: SchedulerSettings = SchedulerSettings()
 
     @model_validator(mode="after")
-    def _ranks_by_hand_have_an_address(self) -> ServerConfig:
+    def _check_rank_secret(self) -> ServerConfig:
         if self.rank_secret_file is not None and not self.rank_address:
             raise ValueError("rank_address: expected HOST:PORT along with rank_secret_file")
         return self
 
     @model_validator(mode="after")
-    def _what_belongs_to_one_replica(self) -> ServerConfig:
-        """Ranks of other machines know one address; gateways forward gRPC alone."""
+    def _check_one_replica(self) -> ServerConfig:
+        """Ranks of other machines know one address; gateways forward gRPC only."""
         for field, value in (("rank_address", self.rank_address), ("http_port", self.http_port)):
             if value not in ("", None) and self.replicas > 1:
                 raise ValueError(f"{field}: expected replicas: 1 along with it")
         return self
 
     def listening(self) -> tuple[tuple[str, str], ...]:
-        """Fields of ports, each with the address that it is bound to."""
+        """Return the names of the port fields, each with the address that it is bound to."""
         return (*super().listening(), ("http_port", self.host))

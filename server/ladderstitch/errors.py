@@ -8,7 +8,7 @@ LadderstitchError
 └── RequestError                  ends one request; `service` translates it to a status
     ├── BadInput                  INVALID_ARGUMENT     BAD_INPUT
     ├── ModelNotFound             NOT_FOUND            MODEL_NOT_FOUND
-    ├── StitchNotFound            NOT_FOUND            STITCH_NOT_FOUND
+    ├── VariantNotFound            NOT_FOUND            VARIANT_NOT_FOUND
     ├── BudgetInfeasible          FAILED_PRECONDITION  BUDGET_INFEASIBLE
     ├── QualityUnavailable        FAILED_PRECONDITION  QUALITY_UNAVAILABLE
     ├── Overloaded                RESOURCE_EXHAUSTED   OVERLOADED
@@ -63,7 +63,7 @@ class RequestError(LadderstitchError):
         self.metadata = metadata
 
 
-class BadInput(RequestError):
+class InvalidArgument(RequestError):
     """The request is malformed: `field` is the path of the offending field."""
 
     code = "INVALID_ARGUMENT"
@@ -79,20 +79,20 @@ class ModelNotFound(RequestError):
     reason = "MODEL_NOT_FOUND"
 
 
-class StitchNotFound(RequestError):
+class VariantNotFound(RequestError):
     code = "NOT_FOUND"
-    reason = "STITCH_NOT_FOUND"
+    reason = "VARIANT_NOT_FOUND"
 
 
 class BudgetInfeasible(RequestError):
-    """The hard limit is below the fastest admissible stitch alone (`min_feasible_us`)."""
+    """The hard limit is below the fastest admissible variant alone (`min_feasible_us`)."""
 
     code = "FAILED_PRECONDITION"
     reason = "BUDGET_INFEASIBLE"
 
 
 class QualityUnavailable(RequestError):
-    """No stitch reaches the quality asked for (`max_quality`)."""
+    """No variant reaches the quality asked for (`max_quality`)."""
 
     code = "FAILED_PRECONDITION"
     reason = "QUALITY_UNAVAILABLE"
@@ -147,7 +147,7 @@ class Unauthenticated(RequestError):
     reason = "UNAUTHENTICATED"
 
 
-class NotAllowed(RequestError):
+class PermissionDenied(RequestError):
     """The token lacks the scope that the method needs."""
 
     code = "PERMISSION_DENIED"

@@ -17,14 +17,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import generate_latest
 
-from ladderstitch.api.listener import Transport
+from ladderstitch.api.listener import ListenerConfig
 from ladderstitch.api.server import Server
-from ladderstitch.client import Access, AsyncClient, RequestFailed
+from ladderstitch.client import AsyncClient, Credentials, RequestFailed
 from ladderstitch.client.channel import PLAIN
-from ladderstitch.errors import BadInput
-from ladderstitch.hosting.registry import Control, Host
+from ladderstitch.config import ServerConfig
+from ladderstitch.errors import InvalidArgument
+from ladderstitch.hosting.registry import AdminActions, ModelRegistry
 from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc
-from ladderstitch.security.listen_config import AccessSettings
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.vision.bundle import Bundle
 from ladderstitch.vision.preprocessing import ImageReader
@@ -61,16 +61,16 @@ async def drained(announce_s: float) -> bool:
     return True
 
 
-CONTROL = Control(refuse, drained, refuse_a_model, refuse_a_model)
+CONTROL = AdminActions(refuse, drained, refuse_a_model, refuse_a_model)
 """An administrator's only deed here."""
 
 
 @asynccontextmanager
 async def serving(metrics: Metrics | None = None, **fields: Any) -> AsyncIterator[Server]:
     """A server without models, which is up at once; with a configuration's part on access."""
-    settings = AccessSettings(**fields)
-    transport = Transport.of(settings, (metrics or Metrics()).denied)
-    server = Server(Host("r", ready=True), CONTROL, transport)
+    settings = ServerConfig(**fields)
+    transport = ListenerConfig.of(settings, (metrics or Metrics()).denied)
+    server = Server(ModelRegistry("r", ready=True), CONTROL, transport)
     await server.start(settings.host, 0)
     await server.set_serving(True)
     yield server
@@ -81,7 +81,7 @@ def encrypted(pair: Pair, **fields: Any) -> dict[str, Any]:
     return {"tls_certificate": pair.certificate, "tls_key": pair.key, **fields}
 
 
-async def outcome(port: int, access: Access = PLAIN) -> Code:
+async def outcome(port: int, access: Credentials = PLAIN) -> Code:
     """How a call ends that needs no model."""
     async with AsyncClient(f"127.0.0.1:{port}", access=access, retries=None) as client:
         try:
@@ -101,15 +101,15 @@ async def test_tls_lets_in_who_trusts_the_authority_and_nobody_else(
 ) -> None:
     stranger = Authority(tmp_path, "stranger")
     async with serving(**encrypted(authority.issue("server"))) as server:
-        assert await outcome(server.port, Access(ca=authority.path)) == Code.OK
-        assert await outcome(server.port, Access(ca=stranger.path)) == Code.UNAVAILABLE
+        assert await outcome(server.port, Credentials(ca=authority.path)) == Code.OK
+        assert await outcome(server.port, Credentials(ca=stranger.path)) == Code.UNAVAILABLE
         assert await outcome(server.port) == Code.UNAVAILABLE
 
 
 async def test_an_expired_certificate_is_trusted_by_nobody(authority: Authority) -> None:
     pair = authority.issue("server", expires=NOW - dt.timedelta(hours=1))
     async with serving(**encrypted(pair)) as server:
-        assert await outcome(server.port, Access(ca=authority.path)) == Code.UNAVAILABLE
+        assert await outcome(server.port, Credentials(ca=authority.path)) == Code.UNAVAILABLE
 
 
 async def test_mutual_tls_asks_for_a_valid_client_certificate(
@@ -123,9 +123,9 @@ async def test_mutual_tls_asks_for_a_valid_client_certificate(
         "expired": authority.issue("old", expires=NOW - dt.timedelta(hours=1)),
     }
     accesses = {
-        name: Access(ca=authority.path, certificate=pair.certificate, key=pair.key)
+        name: Credentials(ca=authority.path, certificate=pair.certificate, key=pair.key)
         for name, pair in pairs.items()
-    } | {"none": Access(ca=authority.path)}
+    } | {"none": Credentials(ca=authority.path)}
     async with serving(**fields) as server:
         ends = {name: await outcome(server.port, access) for name, access in accesses.items()}
     refused = dict.fromkeys(["unknown", "expired", "none"], Code.UNAVAILABLE)
@@ -135,7 +135,7 @@ async def test_mutual_tls_asks_for_a_valid_client_certificate(
 async def test_a_certificate_rotated_under_load_loses_no_request(authority: Authority) -> None:
     """Connections go on; new ones see the new certificate; a mismatched pair changes nothing."""
     pair = authority.issue("server")
-    access = Access(ca=authority.path)
+    access = Credentials(ca=authority.path)
     async with serving(**encrypted(pair)) as server:
         first = await asyncio.to_thread(served_certificate, server.port)
         rotated = asyncio.Event()
@@ -168,7 +168,7 @@ async def test_tokens_decide_who_may_ask_and_who_may_administer(
     async with serving(metrics, **fields) as server:
 
         async def administers(token: str | None) -> Code:
-            access = Access(ca=authority.path, token=token)
+            access = Credentials(ca=authority.path, token=token)
             async with AsyncClient(f"127.0.0.1:{server.port}", access=access) as client:
                 try:
                     await client.drain()
@@ -177,7 +177,7 @@ async def test_tokens_decide_who_may_ask_and_who_may_administer(
             return Code.OK
 
         asked = [
-            await outcome(server.port, Access(ca=authority.path, token=token))
+            await outcome(server.port, Credentials(ca=authority.path, token=token))
             for token in (None, "wrong-0123456789", USER, ADMIN)
         ]
         administered = [await administers(t) for t in (None, "wrong-0123456789", USER, ADMIN)]
@@ -220,7 +220,7 @@ async def test_a_malformed_authorization_is_no_authorization(
 async def test_a_tokens_limits_refuse_with_the_time_to_wait(token_file: Path) -> None:
     async with serving(token_file=token_file) as server:
         address = f"127.0.0.1:{server.port}"
-        async with AsyncClient(address, access=Access(token=SLOW)) as client:
+        async with AsyncClient(address, access=Credentials(token=SLOW)) as client:
             await client.list_models()
             with pytest.raises(RequestFailed) as refused:
                 await client.list_models()
@@ -232,7 +232,7 @@ async def test_a_tokens_limits_refuse_with_the_time_to_wait(token_file: Path) ->
         assert guard is not None
         narrow = guard.tokens.find(NARROW)
         assert narrow is not None
-        async with AsyncClient(address, access=Access(token=NARROW)) as client:
+        async with AsyncClient(address, access=Credentials(token=NARROW)) as client:
             with (
                 guard.limits.admitted(narrow),
                 guard.limits.admitted(narrow),
@@ -267,7 +267,7 @@ async def test_streaming_calls_pass_the_same_door(token_file: Path) -> None:
 async def test_admin_on_a_port_of_its_own_is_nowhere_else(token_file: Path) -> None:
     fields = {"admin_port": 0, "health_port": 0, "token_file": token_file}
     async with serving(**fields) as server:
-        operator = Access(token=ADMIN)
+        operator = Credentials(token=ADMIN)
         async with AsyncClient(f"127.0.0.1:{server.port}", access=operator) as client:
             await client.list_models()
             with pytest.raises(RequestFailed) as refused:
@@ -307,12 +307,12 @@ async def test_an_old_connection_is_given_up_and_made_anew() -> None:
 async def test_a_picture_over_the_limit_is_refused_by_its_header(tiny_bundle: Bundle) -> None:
     reader = ImageReader(tiny_bundle.manifest.preprocessing, max_pixels=400)
     assert (await reader.encoded("image", picture((20, 20)))).shape == (1, 1, 8, 8)
-    with pytest.raises(BadInput, match="at most 400 pixels, got 21 x 20"):
+    with pytest.raises(InvalidArgument, match="at most 400 pixels, got 21 x 20"):
         await reader.encoded("image", picture((21, 20)))
 
 
 def test_a_token_does_not_leave_the_machine_in_the_clear() -> None:
     with pytest.raises(ValueError, match="in the clear"):
-        Access(token=USER).credentials("example.org:8001")
-    assert Access(token=USER).credentials("127.0.0.1:8001") is None
-    assert USER not in repr(Access(token=USER))
+        Credentials(token=USER).credentials("example.org:8001")
+    assert Credentials(token=USER).credentials("127.0.0.1:8001") is None
+    assert USER not in repr(Credentials(token=USER))

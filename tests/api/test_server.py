@@ -10,14 +10,14 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ladderstitch.api.listener import Transport
+from ladderstitch.api.listener import ListenerConfig
 from ladderstitch.api.server import Server
 from ladderstitch.client import AsyncClient, RequestFailed
 from ladderstitch.config import ServerConfig
-from ladderstitch.hosting.registry import Control, Host
+from ladderstitch.hosting.registry import AdminActions, ModelRegistry
 from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc
 from ladderstitch.replica.replica import Replica
-from ladderstitch.scheduling.settings import LiveSettings
+from ladderstitch.scheduling.settings import ActiveSettings
 from tests.conftest import Bundle
 from tests.support.servers import pixels
 
@@ -25,7 +25,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-async def refuse(changes: dict[str, Any]) -> LiveSettings:
+async def refuse(changes: dict[str, Any]) -> ActiveSettings:
     raise AssertionError("no test here changes settings")
 
 
@@ -37,13 +37,13 @@ async def refuse_a_model(name: str) -> Any:
     raise AssertionError("no test here loads models")
 
 
-NO_CONTROL = Control(refuse, refuse_to_drain, refuse_a_model, refuse_a_model)
+NO_CONTROL = AdminActions(refuse, refuse_to_drain, refuse_a_model, refuse_a_model)
 
 
 @pytest.fixture
 async def loading() -> AsyncIterator[Server]:
     """A server that listens but has no model yet."""
-    server = Server(Host("r"), NO_CONTROL, Transport())
+    server = Server(ModelRegistry("r"), NO_CONTROL, ListenerConfig())
     await server.start("127.0.0.1", 0)
     yield server
     await server.stop(0)
@@ -79,8 +79,8 @@ async def test_watchers_are_told_of_every_change(loading: Server) -> None:
 async def test_an_unforeseen_error_is_internal_with_an_incident_and_no_trace(
     loading: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    loading.host.ready = True
-    loading.host.models = {"broken": None}  # type: ignore[dict-item] # makes the handler fail
+    loading.registry.ready = True
+    loading.registry.vision_models = {"broken": None}  # type: ignore[dict-item] # makes the handler fail
     async with AsyncClient(f"127.0.0.1:{loading.port}", retries=None) as client:
         with pytest.raises(RequestFailed) as failed:
             await client.predict(pixels(), model="broken")
@@ -92,7 +92,7 @@ async def test_an_unforeseen_error_is_internal_with_an_incident_and_no_trace(
 
 
 async def test_a_message_over_the_limit_is_refused(tiny_bundle: Bundle) -> None:
-    server = Server(Host("r"), NO_CONTROL, Transport(max_message_bytes=10_000))
+    server = Server(ModelRegistry("r"), NO_CONTROL, ListenerConfig(max_message_bytes=10_000))
     await server.start("127.0.0.1", 0)
     async with AsyncClient(f"127.0.0.1:{server.port}") as client:
         with pytest.raises(RequestFailed) as refused:
@@ -103,7 +103,7 @@ async def test_a_message_over_the_limit_is_refused(tiny_bundle: Bundle) -> None:
 
 async def test_a_stopping_replica_finishes_and_refuses(tiny_bundle: Bundle) -> None:
     """Everyone is answered or told UNAVAILABLE, by which clients know to go elsewhere."""
-    config = ServerConfig(bundle=tiny_bundle.path, port=0, metrics_port=0, max_batch_rows=8)
+    config = ServerConfig(bundle=tiny_bundle.path, port=0, metrics_port=0, max_batch_size=8)
     replica = Replica(config)
     await replica.start()
     async with AsyncClient(f"127.0.0.1:{replica.port}", retries=None) as client:

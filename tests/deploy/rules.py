@@ -75,7 +75,7 @@ def the_server_takes_its_settings(manifests: Manifests) -> Iterator[str]:
     if deployment(manifests)["name"] != "replica":
         yield f"no deployment is called {deployment(manifests)['name']}"
     try:
-        ServerConfig.load(None, **described["args"])
+        ServerConfig.load(None, described["args"])
         SchedulerSettings.model_validate(deployment(manifests)["user_config"])
         scaling = deployment(manifests)["autoscaling_config"]["policy"]
         ScalingGoals.model_validate(scaling["policy_kwargs"])
@@ -181,13 +181,13 @@ def every_container_is_bounded(manifests: Manifests) -> Iterator[str]:
 def ranks_and_gpus_fit_the_pod(manifests: Manifests) -> Iterator[str]:
     fields = application(manifests)["args"]
     gpus = int(container(worker(manifests))["resources"]["limits"].get("nvidia.com/gpu", 0))
-    ranks = fields.get("ranks", 1) + fields.get("spare_ranks", 0)
+    ranks = fields.get("tensor_parallel_size", 1) + fields.get("spare_ranks", 0)
     if gpus and gpus < ranks:
         yield f"{ranks} ranks, but {gpus} GPUs in a pod"
     if fields.get("device", "auto").startswith("cuda") and not gpus:
         yield "device is cuda, but the pod asks for no GPU"
     alone = deployment(manifests).get("max_replicas_per_node") == 1
-    if fields.get("ranks", 1) == 1 and not alone:
+    if fields.get("tensor_parallel_size", 1) == 1 and not alone:
         yield "two replicas in a pod would share one port: expected max_replicas_per_node: 1"
 
 

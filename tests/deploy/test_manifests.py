@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
-from ladderstitch.gateway.config import GatewaySettings
+from ladderstitch.gateway.config import GatewayConfig
 from tests.deploy.conftest import tool
 from tests.deploy.manifests import (
     Manifest,
@@ -85,7 +85,7 @@ def test_a_gateway_is_valid_drains_and_reaches_the_replicas(helm: str) -> None:
     ]
     pod = of_kind(added, "Deployment")["spec"]["template"]
     fields = yaml.safe_load(of_kind(added, "ConfigMap")["data"]["gateway.yaml"])
-    settings = GatewaySettings.model_validate(fields)
+    settings = GatewayConfig.model_validate(fields)
     assert container(pod)["command"][:2] == ["ladderstitch", "gateway"]
     declared = {port["name"]: port["containerPort"] for port in container(pod)["ports"]}
     assert declared == {
@@ -95,7 +95,7 @@ def test_a_gateway_is_valid_drains_and_reaches_the_replicas(helm: str) -> None:
     }
     assert container(pod)["readinessProbe"]["grpc"]["port"] == settings.health_port
     grace_s = pod["spec"]["terminationGracePeriodSeconds"]
-    assert grace_s > settings.announce_s + settings.drain_s
+    assert grace_s > settings.drain_announce_s + settings.drain_s
     replicas = of_kind(
         parse(run(helm, "template", "ladderstitch", str(DEPLOY / "chart"))), "Service"
     )
@@ -107,7 +107,7 @@ def test_a_gateway_is_valid_drains_and_reaches_the_replicas(helm: str) -> None:
     mutual = yaml.safe_load(
         of_kind(with_gateway(helm, "--set", "tls.mutual=true"), "ConfigMap")["data"]["gateway.yaml"]
     )
-    assert GatewaySettings.model_validate(mutual).replica_key is not None
+    assert GatewayConfig.model_validate(mutual).replica_key is not None
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -103,7 +103,7 @@ async def test_a_replica_is_told_what_was_lost_on_the_way(fleet: MakeFleet) -> N
 
 
 async def test_when_all_refuse_the_last_word_counts_once_time_is_up(fleet: MakeFleet) -> None:
-    async with fleet(2, patience_s=0.3) as running:
+    async with fleet(2, retry_timeout_s=0.3) as running:
         for replica in running.replicas:
             replica.refuse(INFER, UNAVAILABLE, "DRAINING: going")
         with pytest.raises(grpc.aio.AioRpcError, match="DRAINING: going"):
@@ -124,7 +124,7 @@ async def test_a_replica_that_breaks_loses_no_request(fleet: MakeFleet) -> None:
         second.state.waits[0].wait_us = 10**6
         first.answers[INFER] = hang
         await running.until(
-            lambda: running.gateway.fleet.links[second.address].view.backlog.waits_s[0] > 0
+            lambda: running.gateway.fleet.links[second.address].view.report.waits_s[0] > 0
         )
         asking = asyncio.ensure_future(running.infer(b"!"))
         await started.wait()
@@ -148,7 +148,7 @@ async def test_a_silent_replica_is_left_and_what_it_has_goes_to_another(
         second.state.waits[0].wait_us = 10**6
         first.answers[INFER] = hang
         await running.until(
-            lambda: running.gateway.fleet.links[second.address].view.backlog.waits_s[0] > 0
+            lambda: running.gateway.fleet.links[second.address].view.report.waits_s[0] > 0
         )
         asking = asyncio.ensure_future(running.infer(b"!"))
         await started.wait()
@@ -199,7 +199,7 @@ async def test_slack_decides(fleet: MakeFleet) -> None:
         busy = running.replicas[0]
         busy.state.waits[0].wait_us = 5 * 10**6
         links = running.gateway.fleet.links
-        await running.until(lambda: links[busy.address].view.backlog.waits_s[0] == 5)
+        await running.until(lambda: links[busy.address].view.report.waits_s[0] == 5)
         assert {await running.infer() for _ in range(8)} == {b"r1"}
 
 
@@ -215,7 +215,7 @@ async def test_requests_wait_for_a_replica_to_come(fleet: MakeFleet) -> None:
 
 
 async def test_nobody_there_is_said_plainly(fleet: MakeFleet) -> None:
-    async with fleet(0, patience_s=0.1) as running:
+    async with fleet(0, retry_timeout_s=0.1) as running:
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await running.infer()
     assert (refusal(failed).code, refusal(failed).reason) == (UNAVAILABLE, "NOT_READY")
@@ -230,7 +230,7 @@ async def test_more_than_memory_is_meant_for_is_refused(fleet: MakeFleet) -> Non
         return b"done"
 
     slow.answers[INFER] = wait
-    async with fleet([slow], held_mb=1) as running:
+    async with fleet([slow], max_buffered_mb=1) as running:
         half = bytes(600_000)
         first = asyncio.ensure_future(running.infer(half))
         await asyncio.wait([first], timeout=0.3)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ladderstitch.gateway.routing import GRAIN_S, View, choose
-from ladderstitch.scheduling.load_report import HORIZONS_S, Backlog
+from ladderstitch.gateway.routing import GRAIN_S, ReplicaLoad, choose
+from ladderstitch.scheduling.load_report import HORIZONS_S, LoadReport
 
 
 def view(
@@ -15,10 +15,10 @@ def view(
     request_s: float = 0.001,
     at: float = 0.0,
     batch_s: float = 0.0,
-) -> View:
+) -> ReplicaLoad:
     if isinstance(waits_s, float):
         waits_s = (waits_s,) * len(HORIZONS_S)
-    return View(Backlog(waits_s, request_s, batch_s), told_at=at)
+    return ReplicaLoad(LoadReport(waits_s, request_s, batch_s), reported_at=at)
 
 
 def test_the_shortest_wait_wins() -> None:
@@ -40,24 +40,24 @@ def test_time_works_off_what_was_told() -> None:
 
 def test_what_was_sent_since_counts_until_it_is_answered_or_told() -> None:
     first, second = view(0.0), view(0.0)
-    marks = [first.sent(1.0) for _ in range(3)]
+    marks = [first.on_sent(1.0) for _ in range(3)]
     assert choose([first, second], 1.0, now=0.0, turn=0) == 1
-    first.ended(marks[0])
-    assert (first.outstanding, first.unseen) == (2, [1.0, 1.0])
-    first.told(Backlog((0.0,) * 10, 0.001), now=0.0)  # it has seen the others
-    assert (first.outstanding, first.unseen) == (2, [])
+    first.on_ended(marks[0])
+    assert (first.outstanding, first.unreported) == (2, [1.0, 1.0])
+    first.on_report(LoadReport((0.0,) * 10, 0.001), now=0.0)  # it has seen the others
+    assert (first.outstanding, first.unreported) == (2, [])
     for mark in marks[1:]:
-        first.ended(mark)
-    assert (first.outstanding, first.unseen) == (0, [])
+        first.on_ended(mark)
+    assert (first.outstanding, first.unreported) == (0, [])
 
 
 def test_relaxed_requests_sent_since_may_run_but_are_not_ahead() -> None:
     """Some of ten relaxed ones may have been started; three urgent ones are all ahead."""
     relaxed, urgent = view(0.0, batch_s=0.002), view(0.0, batch_s=0.002)
     for _ in range(10):
-        relaxed.sent(1.0)
+        relaxed.on_sent(1.0)
     for _ in range(3):
-        urgent.sent(0.005)
+        urgent.on_sent(0.005)
     assert choose([relaxed, urgent], 0.01, now=0.0, turn=0) == 0
     assert choose([relaxed, urgent], 2.0, now=0.0, turn=0) == 1
 
@@ -66,7 +66,7 @@ def test_a_slow_machine_is_asked_when_the_quick_one_is_busier_than_that() -> Non
     slow, quick = view(0.0, request_s=0.02), view(0.0, request_s=0.005)
     assert choose([slow, quick], 1.0, now=0.0, turn=0) == 1
     for _ in range(4):
-        quick.sent(0.5)
+        quick.on_sent(0.5)
     assert choose([slow, quick], 1.0, now=0.0, turn=0) == 0
 
 
@@ -98,10 +98,10 @@ def test_nobody_else_would_leave_more_slack(
     told: list[tuple[tuple[float, ...], int]], budget_s: float, turn: int
 ) -> None:
     views = [view(waits_s) for waits_s, _ in told]
-    for each, (_, unseen) in zip(views, told, strict=True):
-        for _ in range(unseen):
-            each.sent(0.0)
+    for each, (_, unreported) in zip(views, told, strict=True):
+        for _ in range(unreported):
+            each.on_sent(0.0)
     chosen = choose(views, budget_s, now=0.0, turn=turn)
     place = next((i for i, due in enumerate(HORIZONS_S) if budget_s <= due), len(HORIZONS_S) - 1)
-    delays = [waits_s[place] + (1 + unseen) * 0.001 for waits_s, unseen in told]
+    delays = [waits_s[place] + (1 + unreported) * 0.001 for waits_s, unreported in told]
     assert delays[chosen] <= min(delays) + GRAIN_S

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from ladderstitch.cli import app
 from ladderstitch.vision.bundle import Bundle
-from ladderstitch.vision.models.executor import InferenceModel
+from ladderstitch.vision.models.executor import StitchExecutor
 from tests.conftest import GOLDEN
 
 runner = CliRunner()
@@ -63,7 +63,7 @@ def test_a_released_family_answers_as_recorded(tmp_path: Path, pickled: bool) ->
     assert result.exit_code == 0, result.output
     assert "43 networks" in " ".join(result.output.split())
     bundle = Bundle.load(tmp_path / "bundle")
-    model = InferenceModel(bundle.load_model())
+    model = StitchExecutor(bundle.load_model())
     with torch.inference_mode():
         for stitch in (0, 2, 7, 40):
             wanted = case[f"output.{stitch}"]
@@ -99,7 +99,7 @@ def test_plain_networks_are_stitched_on_photographs(tmp_path: Path, photographs:
     assert (bundle.manifest.name, bundle.manifest.labels[2]) == ("zoo", "cat")
     assert bundle.manifest.preprocessing.mean == (0.5, 0.5, 0.5)
     assert bundle.manifest.preprocessing.std == (0.5, 0.25, 0.5)
-    serving = InferenceModel(bundle.load_model())
+    serving = StitchExecutor(bundle.load_model())
     assert len(serving.plans) == 2 + 7
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():

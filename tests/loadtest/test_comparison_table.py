@@ -9,7 +9,7 @@ from ladderstitch_loadtest.simulation.policy_sweep import Comparison, Figure
 def comparison(
     quality: float, ahead: float, half: float, slackfit: float, oracle: float | None = None
 ) -> Comparison:
-    """Adaptive, one fixed stitch ahead of slackfit, and the oracle if its quality is given."""
+    """Adaptive, one fixed variant ahead of slackfit, and the oracle if its quality is given."""
     figures = [
         Figure("adaptive", 0.99, quality, {}, 0.0, 0.0),
         Figure("fixed 1", 1.0, quality - ahead / 100, {}, ahead, half),

@@ -11,7 +11,7 @@ import pytest
 
 from ladderstitch.errors import DataError, RequestError
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.telemetry.metrics import ImageMetrics, Metrics
+from ladderstitch.telemetry.metrics import Metrics, VisionMetrics
 from ladderstitch.vision.engine.base import EngineDied
 from ladderstitch.vision.scheduler.scheduler import Scheduler
 from ladderstitch_loadtest.simulation.replay import replay
@@ -30,7 +30,7 @@ async def record(path: Path) -> float:
     engine = ScriptedEngine(clock)
     batches = 0
 
-    def lose_the_third(images: object, stitch: int) -> None:
+    def lose_the_third(images: object, variant: int) -> None:
         nonlocal batches
         batches += 1
         if batches == 3:
@@ -43,7 +43,7 @@ async def record(path: Path) -> float:
             QUALITY,
             make_profile(),
             SchedulerSettings(overhead_s=0.0),
-            ImageMetrics(Metrics(), "m", QUALITY),
+            VisionMetrics(Metrics(), "m", QUALITY),
             clock,
             record=file,
         )
@@ -56,7 +56,7 @@ async def record(path: Path) -> float:
                 request = make_request(clock.now + budget_s, arrival=clock.now, limit=hard)
                 task = asyncio.create_task(scheduler.submit(request))
                 tasks.append(task)
-                budgets[task] = request.budget.target
+                budgets[task] = request.deadlines.soft
             if wave == 4:
                 await asyncio.sleep(0)
                 tasks[3].cancel()

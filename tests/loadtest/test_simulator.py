@@ -11,7 +11,11 @@ import pytest
 from ladderstitch.scheduling.load_report import PUSH_S
 from ladderstitch_loadtest.load.traces import BudgetClass, Trace, gamma
 from ladderstitch_loadtest.simulation.oracle import MOST_REQUESTS, oracle
-from ladderstitch_loadtest.simulation.policy_sweep import compare, runs_of, settings_of
+from ladderstitch_loadtest.simulation.policy_sweep import (
+    compare,
+    runs_of,
+    settings_of,
+)
 from ladderstitch_loadtest.simulation.profiles import Family, supernet
 from ladderstitch_loadtest.simulation.scenarios import Scenario, grid, short_grid
 from ladderstitch_loadtest.simulation.simulator import Machine, simulate
@@ -29,7 +33,7 @@ def trace_of(times: list[float], *budgets_s: float) -> Trace:
 def test_batches_take_their_profile() -> None:
     """Stitch 0 takes 1.05 + 0.36 n ms; who comes while it runs waits and shares a batch."""
     trace = trace_of([0.0, 0.0001, 0.0002, 0.01], 0.1)
-    got = simulate(FAMILY, trace, settings_of("fixed 0"), Machine(transit_s=0.0005))
+    got = simulate(FAMILY, trace, settings_of("fixed 0"), Machine(dispatch_overhead_s=0.0005))
     assert got.total_s == pytest.approx(
         [0.00141 + 0.0005]
         + [0.00141 + 0.0005 + 0.00177 + 0.0005 - at for at in (1e-4, 2e-4)]
@@ -48,8 +52,8 @@ def test_hard_budgets_are_dropped_and_soft_ones_answered_late() -> None:
     hard = simulate(FAMILY, trace, settings_of("fixed 0"), Machine())
     soft = simulate(FAMILY, trace, settings_of("fixed 0"), Machine(), hard=False)
     assert hard.met.tolist() == soft.met.tolist() == [True, False]
-    assert hard.stitch == [0, -1]
-    assert soft.stitch == [0, 0]
+    assert hard.variant == [0, -1]
+    assert soft.variant == [0, 0]
 
 
 def test_the_same_seed_gives_the_same_outcome() -> None:
@@ -60,7 +64,7 @@ def test_the_same_seed_gives_the_same_outcome() -> None:
         simulate(family, scenario.trace(family, 5), settings_of("adaptive"), machine, seed=seed)
         for seed in (1, 1, 2)
     ]
-    assert runs[0].stitch == runs[1].stitch
+    assert runs[0].variant == runs[1].variant
     assert np.array_equal(runs[0].total_s, runs[1].total_s, equal_nan=True)
     assert runs[0].total_s != runs[2].total_s
 
@@ -138,9 +142,9 @@ def test_the_oracle_is_the_best_of_all_plans(seed: int) -> None:
 
 
 def brute_force(trace: Trace) -> float:
-    """Every assignment of requests to up to four ordered batches (or to none), every stitch."""
+    """Every assignment of requests to up to four ordered batches (or to none), every variant."""
     arrivals, dues = trace.arrivals_s, trace.arrivals_s + trace.budgets_s
-    profile = FAMILY.profile.stitches
+    profile = FAMILY.profile.variants
 
     def run(batches: list[list[int]], free: float) -> float:
         if not batches:
@@ -149,9 +153,9 @@ def brute_force(trace: Trace) -> float:
         if not batch:
             return run(rest, free)
         start, value = max(free, max(arrivals[batch])), float("-inf")
-        for stitch in FAMILY.frontier:
-            end = start + profile[stitch].median_s[len(batch) - 1]
-            earned = FAMILY.quality[stitch] * sum(end <= dues[i] for i in batch)
+        for variant in FAMILY.frontier:
+            end = start + profile[variant].median_s[len(batch) - 1]
+            earned = FAMILY.quality[variant] * sum(end <= dues[i] for i in batch)
             value = max(value, earned + run(rest, end))
         return value
 
@@ -184,8 +188,8 @@ def test_every_scenario_has_its_load() -> None:
 
 def noisy(family: Family) -> Family:
     """With a 99th percentile 20 % above the median."""
-    stitches = {
-        stitch: latency.model_copy(update={"p99_s": tuple(1.2 * s for s in latency.median_s)})
-        for stitch, latency in family.profile.stitches.items()
+    variants = {
+        variant: latency.model_copy(update={"p99_s": tuple(1.2 * s for s in latency.median_s)})
+        for variant, latency in family.profile.variants.items()
     }
-    return replace(family, profile=family.profile.model_copy(update={"stitches": stitches}))
+    return replace(family, profile=family.profile.model_copy(update={"variants": variants}))

@@ -10,13 +10,13 @@ import pytest
 
 PROBE = """
 import json, types
-from ladderstitch.replica.autoscaling import Load, Offer
+from ladderstitch.replica.autoscaling import LoadSample, VariantCost
 from ladderstitch.ray_serve.autoscaler import SlackPolicy
 
-offers = (Offer(0.002, 0.8), Offer(0.005, 0.9))
+offers = (VariantCost(0.002, 0.8), VariantCost(0.005, 0.9))
 
 def context(current, target, demand):
-    stats = Load(demand / current, 0.5, 1.0, offers).stats()
+    stats = LoadSample(demand / current, 0.5, 1.0, offers).stats()
     metrics = {name: {f"r{i}": value for i in range(current)} for name, value in stats.items()}
     return types.SimpleNamespace(
         aggregated_metrics=metrics, current_num_replicas=current, target_num_replicas=target)

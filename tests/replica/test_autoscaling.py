@@ -12,44 +12,55 @@ from hypothesis import strategies as st
 
 from ladderstitch.client import AsyncClient, RequestFailed
 from ladderstitch.config import ServerConfig
-from ladderstitch.replica.autoscaling import Load, Offer, ScalingGoals, Verdict, decide, seconds_for
-from ladderstitch.replica.load_sampler import Pressure
+from ladderstitch.replica.autoscaling import (
+    LoadSample,
+    ScalingDecision,
+    ScalingGoals,
+    VariantCost,
+    decide,
+    seconds_for,
+)
+from ladderstitch.replica.load_sampler import LoadSampler
 from ladderstitch.replica.replica import Replica
 from ladderstitch.vision.bundle import Bundle
 from tests.support.servers import pixels
 
-OFFERS = (Offer(0.002, 0.80), Offer(0.005, 0.90), Offer(0.011, 0.94))
+OFFERS = (VariantCost(0.002, 0.80), VariantCost(0.005, 0.90), VariantCost(0.011, 0.94))
 GOALS = ScalingGoals(quality=0.90, attainment=0.97, busy=0.7, spare=0.25)
 GOAL_S = 0.005
 CAPACITY = GOALS.busy / GOAL_S
 """Requests a second that one replica answers at the quality goal: 140."""
 
 
-def load(demand: float, attainment: float = 1.0, busy: float = 0.5) -> Load:
-    return Load(demand, busy, attainment, OFFERS)
+def load(demand: float, attainment: float = 1.0, busy: float = 0.5) -> LoadSample:
+    return LoadSample(demand, busy, attainment, OFFERS)
 
 
 @pytest.mark.parametrize(
     ("demand", "replicas", "wanted"),
     [
-        (20.0, 1, Verdict(1, "steady")),  # the best stitch for all: 0.22 of the time
-        (100.0, 1, Verdict(1, "spending_quality")),  # 1.1 with the best one, 0.5 with the goal's
-        (150.0, 1, Verdict(2, "adding_replicas")),  # 1.07 of what the goal takes
-        (900.0, 1, Verdict(7, "adding_replicas")),  # all that are missing at once
-        (100.0, 4, Verdict(1, "removing_replicas")),
-        (115.0, 2, Verdict(2, "steady")),  # one could do it, but without room to spare
+        (20.0, 1, ScalingDecision(1, "steady")),  # the best variant for all: 0.22 of the time
+        (
+            100.0,
+            1,
+            ScalingDecision(1, "spending_quality"),
+        ),  # 1.1 with the best one, 0.5 with the goal's
+        (150.0, 1, ScalingDecision(2, "adding_replicas")),  # 1.07 of what the goal takes
+        (900.0, 1, ScalingDecision(7, "adding_replicas")),  # all that are missing at once
+        (100.0, 4, ScalingDecision(1, "removing_replicas")),
+        (115.0, 2, ScalingDecision(2, "steady")),  # one could do it, but without room to spare
     ],
 )
 def test_quality_is_spent_before_replicas_are_added(
-    demand: float, replicas: int, wanted: Verdict
+    demand: float, replicas: int, wanted: ScalingDecision
 ) -> None:
     assert decide([load(demand / replicas)] * replicas, replicas, GOALS) == wanted
 
 
 def test_lateness_adds_one_where_work_is_its_reason() -> None:
-    assert decide([load(30, attainment=0.9)], 1, GOALS) == Verdict(2, "adding_replicas")
+    assert decide([load(30, attainment=0.9)], 1, GOALS) == ScalingDecision(2, "adding_replicas")
     idle = load(5, attainment=0.5, busy=0.05)  # budgets that no replica could meet
-    assert decide([idle], 1, GOALS) == Verdict(1, "steady")
+    assert decide([idle], 1, GOALS) == ScalingDecision(1, "steady")
 
 
 def test_a_late_deployment_is_not_made_smaller() -> None:
@@ -58,8 +69,8 @@ def test_a_late_deployment_is_not_made_smaller() -> None:
 
 
 def test_nothing_known_changes_nothing() -> None:
-    assert decide([], 3, GOALS) == Verdict(3, "steady")
-    assert decide([Load(50.0, 0.2, 1.0, ())], 2, GOALS) == Verdict(2, "steady")
+    assert decide([], 3, GOALS) == ScalingDecision(3, "steady")
+    assert decide([LoadSample(50.0, 0.2, 1.0, ())], 2, GOALS) == ScalingDecision(2, "steady")
 
 
 @given(
@@ -88,7 +99,7 @@ def test_mixing_stitches_gives_the_quality_between_them(quality: float) -> None:
 
 def test_stats_travel_as_flat_numbers() -> None:
     before = load(12.5, 0.75, 0.25)
-    assert Load.of(before.stats()) == before
+    assert LoadSample.of(before.stats()) == before
     assert all(isinstance(value, float) for value in before.stats().values())
 
 
@@ -118,7 +129,7 @@ class Simulation:
             self._scale(second, float(np.mean(recent)))
 
     def _served(self, arrived: float) -> float:
-        """The mean quality that fits this second's work, as a good scheduler mixes stitches."""
+        """The mean quality that fits this second's work, as a good scheduler mixes variants."""
         allowed = self.replicas / max(arrived, 1e-9)
         return float(np.interp(allowed, [o.seconds for o in OFFERS], [o.quality for o in OFFERS]))
 
@@ -191,7 +202,7 @@ async def test_a_replicas_pressure_is_what_it_did(tiny_bundle: Bundle) -> None:
     now = [100.0]
     replica = Replica(ServerConfig(bundle=tiny_bundle.path, port=0, metrics_port=0))
     await replica.start()
-    pressure = Pressure(replica.host, replica.metrics, lambda: now[0])
+    pressure = LoadSampler(replica.registry, replica.metrics, lambda: now[0])
     async with AsyncClient(f"127.0.0.1:{replica.port}") as client:
         for n in range(6):
             await client.predict(pixels(2, n), budget_s=5.0)
@@ -205,11 +216,13 @@ async def test_a_replicas_pressure_is_what_it_did(tiny_bundle: Bundle) -> None:
     now[0] += 4.0
     idle = pressure.sample()
     await replica.stop()
-    menu = next(iter(replica.host.models.values())).scheduler.menu
+    candidates = next(iter(replica.registry.vision_models.values())).scheduler.candidates
     assert seen.demand_per_s == pytest.approx(2.0)
     assert seen.attainment == pytest.approx(6 / 8)
     assert 0 < seen.busy < 1
-    assert [offer.quality for offer in seen.offers] == [menu.quality[s] for s in menu.frontier]
+    assert [offer.quality for offer in seen.offers] == [
+        candidates.quality[s] for s in candidates.frontier
+    ]
     seconds = [offer.seconds for offer in seen.offers]
     assert seconds == sorted(seconds)
     assert (idle.demand_per_s, idle.busy, idle.attainment) == (0.0, 0.0, 1.0)

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from ladderstitch.gateway import gateway
-from ladderstitch.gateway.config import GatewaySettings
+from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.gateway import Gateway
 from ladderstitch.gateway.replica_connection import WATCH
 from ladderstitch.gateway.replica_pool import Discovery
@@ -107,7 +107,7 @@ class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no ty
         return answer
 
 
-class Fleet:
+class ReplicaPool:
     """Fake replicas, the gateway before them, and a channel to it."""
 
     def __init__(self, replicas: list[FakeReplica], gateway: Gateway, channel: Any) -> None:
@@ -132,7 +132,7 @@ MakeFleet = Callable[..., Any]
 
 @pytest.fixture
 def fleet(monkeypatch: pytest.MonkeyPatch) -> MakeFleet:
-    """`async with fleet(2, patience_s=1) as running`: so many replicas, the gateway's settings."""
+    """`async with fleet(2, retry_timeout_s=1) as running`: so many replicas, the gateway's settings."""
 
     monkeypatch.setattr(gateway, "LAME_DUCK_S", 0.0)
 
@@ -142,20 +142,20 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> MakeFleet:
         *,
         discovery: Discovery | None = None,
         **fields: Any,
-    ) -> AsyncIterator[Fleet]:
+    ) -> AsyncIterator[ReplicaPool]:
         if isinstance(replicas, int):
             replicas = [FakeReplica(f"r{n}") for n in range(replicas)]
         for replica in replicas:
             await replica.start()
-        settings = GatewaySettings.model_validate(
-            {"port": 0, "metrics_port": 0, "announce_s": 0.0, "drain_s": 5.0} | fields
+        settings = GatewayConfig.model_validate(
+            {"port": 0, "metrics_port": 0, "drain_announce_s": 0.0, "drain_s": 5.0} | fields
         )
         front = Gateway(settings, discovery or fixed(replicas))
         await front.start()
         serving = sum(replica.state.serving for replica in replicas)
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}") as channel:
-                running = Fleet(replicas, front, channel)
+                running = ReplicaPool(replicas, front, channel)
                 if discovery is None:
                     await running.until(lambda: len(front.fleet.serving) == serving)
                 yield running

@@ -10,16 +10,16 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ladderstitch.scheduling.profiles import Quality, QualityTable
-from ladderstitch.text.bundle import LanguageBundle, LanguageManifest, LanguagePath, write_manifest
+from ladderstitch.text.bundle import TextBundle, TextManifest, TextVariant, write_manifest
 from ladderstitch.text.comm.base import SingleRank
 from ladderstitch.text.model.attention_batch import Batch
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.kv_cache import PagedCache
 from ladderstitch.text.model.llama import Transformer
-from ladderstitch.text.model.residual import Residual, plan_layers
+from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.weight_reader import Weights
 from ladderstitch.text.model.weights import Shard, expected_shapes, load_rank
-from ladderstitch.text.step import Run, Step, Want
+from ladderstitch.text.step import LogitsMode, SequenceInput, Step
 
 TINY = LlamaConfig(
     vocab_size=257,
@@ -51,7 +51,7 @@ def made_up_quality(paths: int) -> QualityTable:
         confidence=0.95,
         date="2026-01-01",
         versions={},
-        stitches={
+        variants={
             n: Quality(value=0.6 - 0.1 * n, low=0.0, high=1.0, perplexity=10.0 + n)
             for n in range(paths)
         },
@@ -59,13 +59,13 @@ def made_up_quality(paths: int) -> QualityTable:
 
 
 def write_tiny(
-    path: Path, residual: Residual | None = None, paths: tuple[LanguagePath, ...] = ()
+    path: Path, residual: ResidualScheme | None = None, paths: tuple[TextVariant, ...] = ()
 ) -> Path:
     """One token a byte, and an end token; the paths have qualities 0.6, 0.5, ..."""
-    manifest = LanguageManifest(
+    manifest = TextManifest(
         name="tiny",
         config=TINY,
-        residual=residual or Residual(),
+        residual=residual or ResidualScheme(),
         paths=paths,
         end_tokens=(END,),
         origin="random weights",
@@ -90,12 +90,12 @@ def one_rank_logits(config: LlamaConfig, weights: Weights, tokens: list[int]) ->
     shard = Shard.of(config, 0, 1)
     model = Transformer(config, load_rank(weights, config, shard), shard)
     cache = PagedCache(config, shard, 1, len(tokens))
-    step = Step((Run(tokens, 0, [0], Want.ALL),))
-    plans = plan_layers(Residual(), config.layers, 1)
+    step = Step((SequenceInput(tokens, 0, [0], LogitsMode.ALL),))
+    plans = plan_layers(ResidualScheme(), config.layers, 1)
     return model.forward(Batch(step, len(tokens)), cache, plans, SingleRank())
 
 
-def greedy(bundle: LanguageBundle, prompt: str, count: int) -> list[int]:
+def greedy(bundle: TextBundle, prompt: str, count: int) -> list[int]:
     """Without a cache and without ranks: the whole sequence again for every token."""
     tokens = bundle.tokenizer().encode(prompt)
     begin = len(tokens)
@@ -108,6 +108,6 @@ def greedy(bundle: LanguageBundle, prompt: str, count: int) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def tiny_language_bundle(tmp_path_factory: pytest.TempPathFactory) -> LanguageBundle:
+def tiny_language_bundle(tmp_path_factory: pytest.TempPathFactory) -> TextBundle:
     """3 layers, 6 query and 3 KV heads, 257 tokens."""
-    return LanguageBundle.load(write_tiny(tmp_path_factory.mktemp("bundles") / "tiny"))
+    return TextBundle.load(write_tiny(tmp_path_factory.mktemp("bundles") / "tiny"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ladderstitch.client import Access, Client, infer_request
+from ladderstitch.client import Client, Credentials, infer_request
 from ladderstitch_loadtest.faults.cli import pids_of
 from ladderstitch_loadtest.faults.fault_injection import Killing, kill_under_load, until_all_serve
 from ladderstitch_loadtest.servers.process_supervisor import Process, stage
@@ -29,7 +29,7 @@ TOKENS = "tokens:\n  - {name: user, token: user-secret-0123456789}\n"
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     bundle = make_tiny_bundle(tmp_path_factory.mktemp("kills") / "tiny").path
-    patience = ("--patience", str(PATIENCE_S))
+    patience = ("--retry-timeout-s", str(PATIENCE_S))
     with stage(2, 2, "--bundle", str(bundle), gateway_flags=patience) as processes:
         yield processes
 
@@ -70,9 +70,9 @@ def test_existing_clients_go_through(running: Stage) -> None:
     assert "tiny version 1" in listed.stdout
     assert ladderstitch("health", "--address", address).stdout.strip() == "SERVING"
     changed = ladderstitch("schedule", "--pin", 3, "--address", address)
-    assert "pinned_stitch: 3" in changed.stdout
+    assert "pinned_variant: 3" in changed.stdout
     with Client(address) as client:
-        assert {client.predict(pixels(seed=n)).stitch for n in range(8)} == {3}
+        assert {client.predict(pixels(seed=n)).variant for n in range(8)} == {3}
 
 
 def test_on_ray_replicas_and_gateways_are_replaced(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_on_ray_replicas_and_gateways_are_replaced(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.yaml"
     tokens.write_text(TOKENS)
     flags = ("--replicas", "2", "--token-file", str(tokens))
-    access = Access(token="user-secret-0123456789")
+    access = Credentials(token="user-secret-0123456789")
     with (
         served_on_ray(bundle, tmp_path, *flags) as (server, _),
         Client(server.address, access=access) as client,

@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 
 from ladderstitch.v1 import inference_pb2, inference_pb2_grpc
-from ladderstitch_loadtest.faults.fuzz_runner import Outcome, process_tree, run
+from ladderstitch_loadtest.faults.fuzz_runner import FuzzOutcome, process_tree, run
 from ladderstitch_loadtest.faults.fuzz_text import TextCases
 from ladderstitch_loadtest.faults.fuzz_vision import ImageCases
 from tests.support.language_models import write_tiny
@@ -19,7 +19,7 @@ from tests.support.servers import RunningServer, start_server, stop_server
 
 async def outcome_of(
     server: RunningServer, cases: type[ImageCases | TextCases], requests: int
-) -> Outcome:
+) -> FuzzOutcome:
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         model = await stub.GetModel(inference_pb2.GetModelRequest())

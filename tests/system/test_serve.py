@@ -67,10 +67,10 @@ def test_models_and_schedule_from_the_command_line(alone: RunningServer) -> None
     listed = ladderstitch("models", "--address", alone.address)
     assert "tiny version 1" in listed.stdout
     changed = ladderstitch("schedule", "--pin", 3, "--address", alone.address)
-    assert "pinned_stitch: 3" in changed.stdout
+    assert "pinned_variant: 3" in changed.stdout
     wrong = ladderstitch("schedule", "--pin", 999, "--address", alone.address)
     assert wrong.returncode == 1
-    assert "pinned_stitch: expected a stitch" in wrong.stderr
+    assert "pinned_variant: expected a variant" in wrong.stderr
 
 
 def test_no_server_says_what_to_do(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_on_ray_it_answers_and_reports(on_ray: tuple[RunningServer, Path]) -> No
     assert answer.quality == 0.66
     with urllib.request.urlopen(server.metrics) as page:
         text = page.read().decode()
-    assert 'ladderstitch_requests_total{code="OK",model="tiny",stitch="16"}' in text
+    assert 'ladderstitch_requests_total{code="OK",model="tiny",variant="16"}' in text
 
 
 def test_on_ray_token_authentication_is_on(on_ray: tuple[RunningServer, Path]) -> None:
@@ -215,7 +215,7 @@ def test_on_ray_a_replaced_replica_reads_the_live_policy(
 ) -> None:
     server, _ = on_ray
     with Client(server.address) as client:
-        client.update_scheduling(pinned_stitch=7)
+        client.update_scheduling(pinned_variant=7)
     replica, _ = of_ray(server, "ServeReplica")
     os.kill(replica, signal.SIGKILL)
     eventually(lambda: not Path(f"/proc/{replica}").exists())
@@ -223,19 +223,19 @@ def test_on_ray_a_replaced_replica_reads_the_live_policy(
     def answers() -> bool:
         with Client(server.address) as client:
             try:
-                return client.predict(pixels(), timeout_s=1.0).stitch == 7
+                return client.predict(pixels(), timeout_s=1.0).variant == 7
             except RequestFailed:
                 return False
 
     eventually(answers, within_s=60.0)
     with Client(server.address) as client:
-        assert client.get_scheduling().pinned_stitch == 7
+        assert client.get_scheduling().pinned_variant == 7
 
 
 def test_on_ray_ranks_are_actors_and_a_killed_one_costs_no_token(tmp_path: Path) -> None:
     bundle = write_tiny(tmp_path / "tiny")
     with (
-        served_on_ray(bundle, tmp_path, "--ranks", "2") as (server, _),
+        served_on_ray(bundle, tmp_path, "--tensor-parallel-size", "2") as (server, _),
         Client(server.address) as client,
     ):
         wanted = [piece.token for piece in client.generate("a prompt", max_tokens=30)]

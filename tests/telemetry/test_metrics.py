@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ladderstitch.scheduling.requests import Budget, Completion, Request
-from ladderstitch.telemetry.metrics import ImageMetrics, Metrics
+from ladderstitch.scheduling.requests import Completion, Deadlines, Request
+from ladderstitch.telemetry.metrics import Metrics, VisionMetrics
 
 NO_LOGITS = np.zeros((1, 10), np.float32)
 
 
 def make_request(target: float = float("inf")) -> Request:
-    return Request("r", np.zeros((1, 1, 2, 2), np.float32), 10.0, Budget(target))
+    return Request("r", np.zeros((1, 1, 2, 2), np.float32), 10.0, Deadlines(target))
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float:
@@ -26,7 +26,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
 
 def test_a_request_from_queue_to_answer() -> None:
     metrics = Metrics()
-    model = ImageMetrics(metrics, "m", range(3))
+    model = VisionMetrics(metrics, "m", range(3))
     on_time, late, free = make_request(10.02), make_request(10.001), make_request()
     model.queued(3)
     model.dispatched([on_time, late, free], now=10.002, waiting=0)
@@ -34,15 +34,15 @@ def test_a_request_from_queue_to_answer() -> None:
     model.computed(2, batch=1, compute_s=0.001, error=1.0, slowdown=1.5, tail=1.2)
     for request in (on_time, late, free):
         model.completed(request, Completion(NO_LOGITS, 1, 0.9, 0.002, 0.004, 3), now=10.007)
-    assert value(metrics, "requests_total", stitch="1", code="OK") == 3
-    assert value(metrics, "budget_total", met="true") == 1
-    assert value(metrics, "budget_total", met="false") == 1
+    assert value(metrics, "requests_total", variant="1", code="OK") == 3
+    assert value(metrics, "slo_requests_total", met="true") == 1
+    assert value(metrics, "slo_requests_total", met="false") == 1
     assert value(metrics, "queue_requests") == 0
     assert value(metrics, "queue_seconds_sum") == pytest.approx(0.006)
     assert value(metrics, "compute_seconds_sum") == pytest.approx(0.005)
-    assert value(metrics, "total_seconds_sum") == pytest.approx(0.021)
-    assert value(metrics, "batch_rows_sum") == 4
-    assert value(metrics, "latency_plan_total", kept="false") == 1
+    assert value(metrics, "request_duration_seconds_sum") == pytest.approx(0.021)
+    assert value(metrics, "batch_size_sum") == 4
+    assert value(metrics, "latency_predictions_total", within_plan="false") == 1
     assert value(metrics, "served_quality_sum") == pytest.approx(2.7)
     assert value(metrics, "switches_total") == 1
     assert value(metrics, "latency_actual_over_predicted_ratio_sum") == pytest.approx(2.25)
@@ -52,7 +52,7 @@ def test_a_request_from_queue_to_answer() -> None:
     assert value(metrics, "dispatch_slack_seconds_bucket", le="+Inf") == 2
 
 
-KNOWN_LABELS = {"model", "stitch", "code", "met", "kept", "end", "reason", "le"}
+KNOWN_LABELS = {"model", "variant", "code", "met", "within_plan", "end", "reason", "le"}
 
 
 @pytest.mark.parametrize(
@@ -68,25 +68,25 @@ KNOWN_LABELS = {"model", "stitch", "code", "met", "kept", "end", "reason", "le"}
 )
 def test_a_refusal_misses_the_budget_unless_the_caller_is_at_fault(code: str, missed: int) -> None:
     metrics = Metrics()
-    model = ImageMetrics(metrics, "m", range(3))
+    model = VisionMetrics(metrics, "m", range(3))
     model.refused(code, make_request(11.0))
     model.refused(code, make_request())
     model.refused(code)
-    assert value(metrics, "requests_total", stitch="none", code=code) == 3
-    assert value(metrics, "budget_total", met="false") == missed
+    assert value(metrics, "requests_total", variant="none", code=code) == 3
+    assert value(metrics, "slo_requests_total", met="false") == missed
 
 
 def test_two_replicas_in_one_process_do_not_meet() -> None:
     first, second = Metrics(), Metrics()
-    ImageMetrics(first, "m", range(3)).restarts.inc()
-    ImageMetrics(second, "m", range(3))
+    VisionMetrics(first, "m", range(3)).restarts.inc()
+    VisionMetrics(second, "m", range(3))
     assert value(first, "engine_restarts_total") == 1
     assert value(second, "engine_restarts_total") == 0
 
 
 def test_the_page_is_what_prometheus_expects() -> None:
     metrics = Metrics()
-    model = ImageMetrics(metrics, "m", range(3))
+    model = VisionMetrics(metrics, "m", range(3))
     model.completed(make_request(), Completion(NO_LOGITS, 1, 0.9, 0.0, 0.0, 1), now=10.1)
     port, close = metrics.expose(0, "127.0.0.1")
     address = f"http://127.0.0.1:{port}/metrics"
@@ -98,7 +98,7 @@ def test_the_page_is_what_prometheus_expects() -> None:
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(address, timeout=5)
     names = {family.name for family in families}
-    for noun in ("queue", "compute", "total", "dispatch_slack"):
+    for noun in ("queue", "compute", "request_duration", "dispatch_slack"):
         assert f"ladderstitch_{noun}_seconds" in names
     for family in families:
         assert family.name.startswith("ladderstitch_")
@@ -108,7 +108,7 @@ def test_the_page_is_what_prometheus_expects() -> None:
     edges = sorted(
         float(sample.labels["le"])
         for family in families
-        if family.name == "ladderstitch_total_seconds"
+        if family.name == "ladderstitch_request_duration_seconds"
         for sample in family.samples
         if sample.name.endswith("_bucket")
     )

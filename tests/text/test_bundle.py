@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ladderstitch.errors import BundleError, ConfigError, DataError
 from ladderstitch.importers.gguf import import_gguf
 from ladderstitch.scheduling.requests import Sampling
-from ladderstitch.text.bundle import LanguageBundle
+from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.weight_reader import MemoryWeights, SafetensorsFolder
 from ladderstitch.text.model.weights import check_weights
@@ -23,7 +23,7 @@ from ladderstitch.text.tokenizer import TextStream
 from tests.support.language_models import TINY, one_rank_logits, random_tensors, write_tiny
 
 
-def test_characters_of_several_tokens_come_out_whole(tiny_language_bundle: LanguageBundle) -> None:
+def test_characters_of_several_tokens_come_out_whole(tiny_language_bundle: TextBundle) -> None:
     tokenizer = tiny_language_bundle.tokenizer()
     text = "naïve 東京 🚲!"
     stream = TextStream(tokenizer)
@@ -108,7 +108,7 @@ def test_a_gguf_file_becomes_the_same_model(tmp_path: Path) -> None:
     tensors = random_tensors(TINY)
     write_gguf(tmp_path / "tiny.gguf", tensors)
     import_gguf(tmp_path / "tiny.gguf", tmp_path / "b", name="t", origin="test", licence="none")
-    bundle = LanguageBundle.load(tmp_path / "b")
+    bundle = TextBundle.load(tmp_path / "b")
     assert bundle.manifest.config == TINY
     assert bundle.manifest.end_tokens == (0,)
     imported = load_file(bundle.path / "model.safetensors")
@@ -132,7 +132,7 @@ def test_shards_are_found_by_their_index(tmp_path: Path) -> None:
     for file in set(files.values()):
         save_file({n: t for n, t in tensors.items() if files[n] == file}, bundle / file)
     (bundle / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    weights = LanguageBundle.load(bundle).weights()
+    weights = TextBundle.load(bundle).weights()
     for name, tensor in tensors.items():
         assert torch.equal(weights.read(name), tensor)
     name = "model.layers.0.self_attn.o_proj.weight"

@@ -62,7 +62,7 @@ def test_a_manifest_that_does_not_fit_is_refused(
 def test_measurements_of_another_family_are_refused(tiny_bundle: Bundle) -> None:
     path = tiny_bundle.path / "quality.json"
     path.write_text(path.read_text().replace('"0":', '"99":'))
-    with pytest.raises(BundleError, match=r"unknown stitches \[99\]"):
+    with pytest.raises(BundleError, match=r"unknown variants \[99\]"):
         Bundle.load(tiny_bundle.path)
 
 

@@ -27,7 +27,7 @@ app.kubernetes.io/component: gateway
   "token_file" "/etc/ladderstitch/tokens/tokens.yaml"
   "replica_ca" "/etc/ladderstitch/tls/ca.crt" "replica_server_name" .Values.tls.serverName
   "replica_token_file" "/etc/ladderstitch/tokens/gateway-token"
-  "announce_s" .Values.drain.announceSeconds "drain_s" .Values.drain.finishSeconds }}
+  "drain_announce_s" .Values.drain.announceSeconds "drain_s" .Values.drain.finishSeconds }}
 {{- if .Values.tls.mutual }}
 {{- $_ := set $config "tls_client_ca" "/etc/ladderstitch/tls/ca.crt" }}
 {{- $_ := set $config "replica_certificate" "/etc/ladderstitch/tls/tls.crt" }}
@@ -44,7 +44,7 @@ app.kubernetes.io/component: gateway
   "tls_certificate" "/etc/ladderstitch/tls/tls.crt" "tls_key" "/etc/ladderstitch/tls/tls.key"
   "token_file" "/etc/ladderstitch/tokens/tokens.yaml"
   "drain_s" .Values.drain.finishSeconds
-  "ranks" .Values.ranks "spare_ranks" .Values.spareRanks }}
+  "tensor_parallel_size" .Values.tensorParallelSize "spare_ranks" .Values.spareRanks }}
 {{- if .Values.model.bundle }}{{ $_ := set $ours "bundle" .Values.model.bundle }}{{ end }}
 {{- if .Values.http.enabled }}{{ $_ := set $ours "http_port" 8081 }}{{ end }}
 {{- if .Values.tls.mutual }}{{ $_ := set $ours "tls_client_ca" "/etc/ladderstitch/tls/ca.crt" }}{{ end }}

@@ -29,7 +29,7 @@ CALLERS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class BurstRow:
     """One policy, medians over the rounds; quality is the mean of answers in a phase."""
 
     policy: str
@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(slots=True)
 class Burst:
-    """`capacity_rps` is what the server answers on its fastest stitch to 32 callers.
+    """`capacity_rps` is what the server answers on its fastest variant to 32 callers.
 
     `dispatch_p99_ms`: from a free engine to its next batch while requests wait, over the whole run;
     the upper edge of the histogram's bucket.
@@ -55,7 +55,7 @@ class Burst:
     budget_ms: float
     rounds: int
     dispatch_p99_ms: float
-    rows: list[Row] = field(default_factory=list)
+    rows: list[BurstRow] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -95,7 +95,7 @@ async def measure_burst(
     found = Burst(round(capacity), round(base, 1), 1e3 * budget_s, rounds, 1e3 * dispatch_s)
     for policy, rows in runs.items():
         middles = [round(median(column), 5) for column in zip(*rows, strict=True)]
-        found.rows.append(Row(policy, *middles))
+        found.rows.append(BurstRow(policy, *middles))
     return found
 
 

@@ -14,7 +14,7 @@ import typer
 
 from ladderstitch.bundles.registry import find_bundle
 from ladderstitch.cli.console import err, out
-from ladderstitch.text.bundle import LanguageBundle
+from ladderstitch.text.bundle import TextBundle
 from ladderstitch_loadtest.servers.results_io import write
 
 RATES = "0.5,1,1.5,2,3,4,6,8"
@@ -41,13 +41,13 @@ def generation(
     """
     from ladderstitch_loadtest.benchmarks import generation_load, generation_parts
 
-    bundle = LanguageBundle.load(find_bundle(model))
+    bundle = TextBundle.load(find_bundle(model))
     found: dict[str, Any] = {}
     parts: dict[str, Coroutine[Any, Any, dict[str, object]]] = {
         "prefix": generation_parts.prefix_reuse(bundle, dtype),
     }
     if family is not None:
-        several = LanguageBundle.load(find_bundle(family))
+        several = TextBundle.load(find_bundle(family))
         parts["paths"] = generation_parts.paths_by_budget(several, 1e-3, dtype)
     parts["batching"] = generation_load.compare_batching(
         bundle,

@@ -17,12 +17,12 @@ import numpy as np
 
 from ladderstitch.errors import RequestError
 from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget
-from ladderstitch.text.bundle import LanguageBundle
-from ladderstitch.text.engine.rank_config import ModelJob
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.engine.rank_config import RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
-from ladderstitch.text.scheduler.block_manager import BlockPool
-from ladderstitch.text.scheduler.queue import Roster
-from ladderstitch.text.scheduler.scheduler import Generator
+from ladderstitch.text.scheduler.block_manager import BlockManager
+from ladderstitch.text.scheduler.queue import SequenceQueue
+from ladderstitch.text.scheduler.scheduler import TextScheduler
 from ladderstitch.text.scheduler.step_times import StepTimes
 
 BUDGETS = (
@@ -39,7 +39,7 @@ GIVE_UP = 0.6
 """Attainment below which a variant is not tried at higher rates."""
 
 
-class StaticRoster(Roster):
+class StaticQueue(SequenceQueue):
     """Static batching, for comparison: nobody joins until all answers of a batch are complete."""
 
     def admit(self, times: StepTimes, now: float) -> None:
@@ -51,18 +51,18 @@ class StaticRoster(Roster):
 class Variant:
     name: str
     max_sequences: int
-    make_roster: Callable[[BlockPool, int], Roster] = Roster
+    make_roster: Callable[[BlockManager, int], SequenceQueue] = SequenceQueue
 
 
 VARIANTS = (
     Variant("one after another", 1),
-    Variant("static batches of 16", 16, StaticRoster),
+    Variant("static batches of 16", 16, StaticQueue),
     Variant("continuous, 16", 16),
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class BatchingRow:
     """One variant at one rate. A request whose answer missed a budget, or never came, is missed."""
 
     variant: str
@@ -107,7 +107,7 @@ class Ending:
     refused: bool = False
 
 
-async def _answer(generator: Generator, arrival: Arrival, start: float) -> Ending:
+async def _answer(generator: TextScheduler, arrival: Arrival, start: float) -> Ending:
     due = start + arrival.due_s
     await asyncio.sleep(max(0.0, due - time.monotonic()))
     request, end = replace(arrival.request, arrival=due), Ending()
@@ -128,8 +128,8 @@ async def _answer(generator: Generator, arrival: Arrival, start: float) -> Endin
 
 
 async def offer(
-    generator: Generator, variant: str, plan: Sequence[Arrival], rate: float, seconds: float
-) -> Row:
+    generator: TextScheduler, variant: str, plan: Sequence[Arrival], rate: float, seconds: float
+) -> BatchingRow:
     """Run a plan; answers that are not complete twice its length after its start are cut off."""
     start = time.monotonic() + 0.2
     tasks = [asyncio.create_task(_answer(generator, one, start)) for one in plan]
@@ -140,7 +140,7 @@ async def offer(
     await asyncio.gather(*late, return_exceptions=True)
     ends = [task.result() for task in tasks if not task.cancelled()]
     firsts = np.array([end.first_s for end in ends if end.tokens] or [float("nan")])
-    return Row(
+    return BatchingRow(
         variant=variant,
         offered_per_s=round(rate, 2),
         offered=len(plan),
@@ -153,32 +153,32 @@ async def offer(
 
 
 async def compare_batching(
-    bundle: LanguageBundle,
+    bundle: TextBundle,
     text: str,
     rates: Sequence[float],
     seconds: float,
     dtype: str,
-    advance: Callable[[Row], None],
+    advance: Callable[[BatchingRow], None],
 ) -> dict[str, object]:
     """Every variant at every rate until it falls below `GIVE_UP`."""
     prompts = bundle.tokenizer().encode(text[:400_000])
     group = RankGroup(
-        ModelJob.of(
+        RankConfig.of(
             bundle,
             dtype=dtype,
-            cache_tokens=min(512, bundle.manifest.config.max_positions),
-            pool_tokens=8192,
-            chunk_tokens=128,
+            max_model_len=min(512, bundle.manifest.config.max_positions),
+            kv_cache_tokens=8192,
+            max_batched_tokens=128,
         )
     )
-    rows: list[Row] = []
+    rows: list[BatchingRow] = []
     try:
         await group.start()
         trying = list(VARIANTS)
         for number, rate in enumerate(rates):
             plan = arrivals(prompts, rate, seconds, seed=number)
             for variant in tuple(trying):
-                generator = Generator(
+                generator = TextScheduler(
                     group,
                     bundle.tokenizer(),
                     (),
@@ -199,7 +199,7 @@ async def compare_batching(
     return {"dtype": dtype, "rows": [asdict(row) for row in rows]} | sustained(rows)
 
 
-def sustained(rows: Sequence[Row]) -> dict[str, object]:
+def sustained(rows: Sequence[BatchingRow]) -> dict[str, object]:
     """The highest rate that each variant answers with the attainment wanted, and its tokens/s."""
     best = {
         variant.name: max(
@@ -218,7 +218,7 @@ def sustained(rows: Sequence[Row]) -> dict[str, object]:
     return {"sustained": told, "continuous_over_one_after_another": _ahead(rows)}
 
 
-def _ahead(rows: Sequence[Row]) -> float | None:
+def _ahead(rows: Sequence[BatchingRow]) -> float | None:
     """Tokens/s of continuous batching over one answer after another at equal attainment.
 
     Each rate that the latter was offered is held against the most that the former makes with at

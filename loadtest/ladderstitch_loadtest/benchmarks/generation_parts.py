@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ladderstitch.scheduling.requests import GenerationRequest, Piece, TokenBudget
-from ladderstitch.text.bundle import LanguageBundle
-from ladderstitch.text.engine.rank_config import GroupOptions, ModelJob
+from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget, TokenChunk
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
-from ladderstitch.text.scheduler.scheduler import Generator
+from ladderstitch.text.scheduler.scheduler import TextScheduler
 
 PREFIX_TOKENS = 512
 PREFIX_ROUNDS = 5
@@ -22,10 +22,12 @@ OFFLINE_PROMPTS = 8
 OFFLINE_TOKENS = 16
 
 
-async def _collect(generator: Generator, request: GenerationRequest) -> tuple[list[Piece], float]:
+async def _collect(
+    generator: TextScheduler, request: GenerationRequest
+) -> tuple[list[TokenChunk], float]:
     """The pieces, and seconds to the first one."""
     first_s = 0.0
-    pieces: list[Piece] = []
+    pieces: list[TokenChunk] = []
     async with aclosing(generator.generate(request)) as coming:
         async for piece in coming:
             if not pieces:
@@ -39,18 +41,18 @@ def _random_prompt(rng: np.random.Generator, tokens: int, vocabulary: int) -> tu
 
 
 async def prefix_reuse(
-    bundle: LanguageBundle, dtype: str, prefix_tokens: int = PREFIX_TOKENS
+    bundle: TextBundle, dtype: str, prefix_tokens: int = PREFIX_TOKENS
 ) -> dict[str, object]:
     """Seconds to the first token of a new prefix, and of later prompts that share it and go on
     with 16 tokens of their own."""
     context = prefix_tokens + 32
     group = RankGroup(
-        ModelJob.of(
+        RankConfig.of(
             bundle,
             dtype=dtype,
-            cache_tokens=context,
-            pool_tokens=8 * context,
-            chunk_tokens=min(256, context),
+            max_model_len=context,
+            kv_cache_tokens=8 * context,
+            max_batched_tokens=min(256, context),
         )
     )
     rng, vocabulary = np.random.default_rng(0), bundle.manifest.config.vocab_size
@@ -59,7 +61,7 @@ async def prefix_reuse(
     reused: set[int] = set()
     try:
         await group.start()
-        generator = Generator(group, bundle.tokenizer())
+        generator = TextScheduler(group, bundle.tokenizer())
         await generator.measure()
         for _ in range(PREFIX_ROUNDS):
             prefix = _random_prompt(rng, prefix_tokens, vocabulary)
@@ -82,17 +84,20 @@ async def prefix_reuse(
     }
 
 
-async def paths_by_budget(
-    bundle: LanguageBundle, latency_s: float, dtype: str
-) -> dict[str, object]:
+async def paths_by_budget(bundle: TextBundle, latency_s: float, dtype: str) -> dict[str, object]:
     """Two ranks over an emulated slow link: which path tight and relaxed budgets get.
 
     The tight budget per token lies between what the two paths take alone.
     """
     names = [way.name for way in bundle.manifest.ways]
     group = RankGroup(
-        ModelJob.of(
-            bundle, ranks=2, dtype=dtype, cache_tokens=256, pool_tokens=2048, chunk_tokens=64
+        RankConfig.of(
+            bundle,
+            ranks=2,
+            dtype=dtype,
+            max_model_len=256,
+            kv_cache_tokens=2048,
+            max_batched_tokens=64,
         ),
         GroupOptions(latency_s=latency_s),
     )
@@ -100,7 +105,7 @@ async def paths_by_budget(
     answers: dict[str, list[dict[str, Any]]] = {"tight": [], "relaxed": []}
     try:
         await group.start()
-        generator = Generator(group, bundle.tokenizer(), (), bundle.quality, names, 8)
+        generator = TextScheduler(group, bundle.tokenizer(), (), bundle.quality, names, 8)
         await generator.measure()
         planned = [generator.times.expected(path, 1) for path in range(len(names))]
         tight = TokenBudget(per_token_s=(min(planned) + planned[0]) / 2)
@@ -146,9 +151,7 @@ def _told(rows: list[dict[str, Any]]) -> dict[str, object]:
     }
 
 
-async def beside_transformers(
-    bundle: LanguageBundle, reference: Any, dtype: str
-) -> dict[str, object]:
+async def beside_transformers(bundle: TextBundle, reference: Any, dtype: str) -> dict[str, object]:
     """A batch of prompts that are all there from the start: tokens/s of ours and of the continuous
     batching that `transformers` has, in turns; and on how many answers the two agree."""
     from transformers import GenerationConfig
@@ -159,11 +162,13 @@ async def beside_transformers(
         max_new_tokens=OFFLINE_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
     group = RankGroup(
-        ModelJob.of(bundle, dtype=dtype, cache_tokens=128, pool_tokens=2048, chunk_tokens=256)
+        RankConfig.of(
+            bundle, dtype=dtype, max_model_len=128, kv_cache_tokens=2048, max_batched_tokens=256
+        )
     )
     try:
         await group.start()
-        generator = Generator(group, bundle.tokenizer())
+        generator = TextScheduler(group, bundle.tokenizer())
         await generator.measure()
         ours_s, theirs_s, agree = [], [], 0
         for _ in range(2):

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from ladderstitch.text.bundle import LanguageBundle, LanguageManifest, write_manifest
-from ladderstitch.text.engine.rank_config import GroupOptions, ModelJob
+from ladderstitch.text.bundle import TextBundle, TextManifest, write_manifest
+from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.model.config import LlamaConfig
-from ladderstitch.text.model.residual import Residual
+from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.weights import expected_shapes
 
 PROMPTS = (
@@ -55,10 +55,10 @@ def reference_model(file: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model.eval()
 
 
-async def agreement(bundle: LanguageBundle, reference: Any) -> dict[str, object]:
+async def agreement(bundle: TextBundle, reference: Any) -> dict[str, object]:
     """Greedy tokens of both, prompt by prompt."""
     tokenizer, differing = bundle.tokenizer(), []
-    group = RankGroup(ModelJob.of(bundle, cache_tokens=256))
+    group = RankGroup(RankConfig.of(bundle, max_model_len=256))
     try:
         await group.start()
         for prompt in PROMPTS:
@@ -93,13 +93,17 @@ async def greedy(group: RankGroup, prompt: Sequence[int], count: int) -> list[in
     return tokens
 
 
-async def rank_counts(bundle: LanguageBundle) -> dict[str, object]:
+async def rank_counts(bundle: TextBundle) -> dict[str, object]:
     """Largest difference of the logits on 2 and 3 ranks to those on one, relative."""
-    paths = (Residual(), Residual(scheme="ladder"), Residual(scheme="ladder", ladder_layers=8))
+    paths = (
+        ResidualScheme(),
+        ResidualScheme(scheme="ladder"),
+        ResidualScheme(scheme="ladder", ladder_layers=8),
+    )
     tokens = np.array([bundle.tokenizer().encode(" ".join(PROMPTS))[:128]])
     logits = {}
     for ranks in (1, 2, 3):
-        group = RankGroup(ModelJob.of(bundle, ranks=ranks, paths=paths, cache_tokens=128))
+        group = RankGroup(RankConfig.of(bundle, ranks=ranks, paths=paths, max_model_len=128))
         try:
             await group.start()
             logits[ranks] = [
@@ -118,14 +122,15 @@ async def rank_counts(bundle: LanguageBundle) -> dict[str, object]:
 
 
 async def perplexities(
-    bundle: LanguageBundle, text: str, tokens: int = 2048, context: int = 512
+    bundle: TextBundle, text: str, tokens: int = 2048, context: int = 512
 ) -> dict[str, float]:
     """Of the first tokens of a text, in windows that do not overlap."""
     ids = bundle.tokenizer().encode(text)[:tokens]
     paths = tuple(
-        Residual(scheme="ladder", ladder_layers=last) if last else Residual() for last in LADDERS
+        ResidualScheme(scheme="ladder", ladder_layers=last) if last else ResidualScheme()
+        for last in LADDERS
     )
-    group = RankGroup(ModelJob.of(bundle, paths=paths, cache_tokens=context))
+    group = RankGroup(RankConfig.of(bundle, paths=paths, max_model_len=context))
     found = {}
     try:
         await group.start()
@@ -167,8 +172,8 @@ async def shards() -> dict[str, object]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         whole = _write_sharded(folder)
-        bundle = LanguageBundle.load(folder)
-        group = RankGroup(ModelJob.of(bundle, ranks=2), GroupOptions())
+        bundle = TextBundle.load(folder)
+        group = RankGroup(RankConfig.of(bundle, ranks=2), GroupOptions())
         try:
             await group.start()
             loaded = [group.loaded[rank] for rank in range(2)]
@@ -198,6 +203,6 @@ def _write_sharded(folder: Path) -> int:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     write_manifest(
         folder,
-        LanguageManifest(name="scaled", config=SCALED, origin="random", licence="none"),
+        TextManifest(name="scaled", config=SCALED, origin="random", licence="none"),
     )
     return total

@@ -14,17 +14,17 @@ import numpy as np
 import torch
 
 from ladderstitch.scheduling.requests import GenerationRequest
-from ladderstitch.text.bundle import LanguageBundle
-from ladderstitch.text.engine.rank_config import GroupOptions, ModelJob
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
-from ladderstitch.text.scheduler.scheduler import Generator
+from ladderstitch.text.scheduler.scheduler import TextScheduler
 
 PROMPT = "The history of the bicycle begins"
 STEPS = 16
 ROUNDS = 7
 
 
-async def decoding(bundle: LanguageBundle, references: dict[str, Any]) -> dict[str, object]:
+async def decoding(bundle: TextBundle, references: dict[str, Any]) -> dict[str, object]:
     """Tokens/s at batch 1, one thread, beside `transformers` in each dtype, interleaved.
 
     Ours includes the hop to the rank's process; both decode greedily with a cache.
@@ -32,7 +32,7 @@ async def decoding(bundle: LanguageBundle, references: dict[str, Any]) -> dict[s
     torch.set_num_threads(1)
     found: dict[str, object] = {"memory_bandwidth_gb_s": round(read_bandwidth() / 1e9, 1)}
     for dtype, theirs in references.items():
-        group = RankGroup(ModelJob.of(bundle, dtype=dtype, cache_tokens=1024))
+        group = RankGroup(RankConfig.of(bundle, dtype=dtype, max_model_len=1024))
         try:
             await group.start()
             found[dtype] = await _compare(bundle, group, theirs)
@@ -41,7 +41,7 @@ async def decoding(bundle: LanguageBundle, references: dict[str, Any]) -> dict[s
     return found
 
 
-async def _compare(bundle: LanguageBundle, group: RankGroup, theirs: Any) -> dict[str, object]:
+async def _compare(bundle: TextBundle, group: RankGroup, theirs: Any) -> dict[str, object]:
     prompt = bundle.tokenizer().encode(PROMPT)
     rates = [
         (await _our_rate(group, prompt), _their_rate(theirs, prompt)) for _ in range(ROUNDS + 1)
@@ -87,17 +87,17 @@ def read_bandwidth() -> float:
     return data.nbytes / min(seconds)
 
 
-async def rank_losses(bundle: LanguageBundle) -> dict[str, object]:
+async def rank_losses(bundle: TextBundle) -> dict[str, object]:
     """kill -9 of one of two ranks under streams, with and without a warm spare."""
     return {f"{spares} spares": await _lose_a_rank(bundle, spares) for spares in (1, 0)}
 
 
-async def _lose_a_rank(bundle: LanguageBundle, spares: int) -> dict[str, object]:
-    job = ModelJob.of(bundle, ranks=2, cache_tokens=512)
+async def _lose_a_rank(bundle: TextBundle, spares: int) -> dict[str, object]:
+    job = RankConfig.of(bundle, ranks=2, max_model_len=512)
     group = RankGroup(job, GroupOptions(spares=spares))
     try:
         await group.start()
-        generator = Generator(group, bundle.tokenizer(), ())
+        generator = TextScheduler(group, bundle.tokenizer(), ())
         tokens = tuple(bundle.tokenizer().encode(PROMPT))
         undisturbed = await _stream(generator, tokens, asyncio.Event())
         started = asyncio.Event()
@@ -118,7 +118,7 @@ async def _lose_a_rank(bundle: LanguageBundle, spares: int) -> dict[str, object]
 
 
 async def _stream(
-    generator: Generator, tokens: tuple[int, ...], started: asyncio.Event
+    generator: TextScheduler, tokens: tuple[int, ...], started: asyncio.Event
 ) -> tuple[list[int], float]:
     """The answer's tokens and the longest wait between two of them."""
     request = GenerationRequest(tokens, time.monotonic(), max_tokens=48)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ladderstitch.vision.models.executor import InferenceModel
+from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.snnet import SnNetConfig
 from ladderstitch.vision.models.vit import InputShape, VitConfig
 
@@ -52,7 +52,7 @@ def measure() -> Memory:
     }
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    serving = InferenceModel(model)
+    serving = StitchExecutor(model)
     plans = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     images = torch.randn(1, 3, 32, 32)

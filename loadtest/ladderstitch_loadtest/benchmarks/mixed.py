@@ -1,4 +1,4 @@
-"""Mixed budgets under Poisson load: what a policy makes of them, beside every fixed stitch."""
+"""Mixed budgets under Poisson load: what a policy makes of them, beside every fixed variant."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ ALONE_CALLS = 400
 
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """One stitch, one caller: what the server takes without any other load."""
+    """One variant, one caller: what the server takes without any other load."""
 
-    stitch: int
+    variant: int
     total_p99_s: float
     compute_median_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PolicyRow:
     """One policy over all rounds; attainment and quality are over offered requests."""
 
     policy: str
@@ -51,7 +51,7 @@ class Mixed:
     seconds_per_run: float
     rounds: int
     send_lag_p99_ms: float = 0.0
-    rows: list[Row] = field(default_factory=list)
+    rows: list[PolicyRow] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -66,25 +66,25 @@ async def measure(
     policies: tuple[str, ...],
     advance: Callable[[str], None],
 ) -> Mixed:
-    """All policies and all fixed frontier stitches take turns on the same arrivals.
+    """All policies and all fixed frontier variants take turns on the same arrivals.
 
     One third of the requests each: 2x the fastest anchor's served p99 plus one slowest service
     time; 2x the middle's; 3x the largest's. The rate is half of the largest anchor's capacity.
     """
     async with AsyncClient(address) as client:
         model = await client.get_model()
-        anchors = sorted((s for s in model.stitches if s.is_anchor), key=lambda s: s.latency_us)
+        anchors = sorted((s for s in model.variants if s.is_anchor), key=lambda s: s.latency_us)
         alone = [await _alone(client, model, anchor.id) for anchor in anchors]
         classes = budget_classes(alone[0], alone[len(alone) // 2], alone[-1])
         rate = 0.5 / alone[-1].compute_median_s
         mixed = Mixed(
             rate=round(rate, 1),
             budgets_ms={c.name: c.budget_us / 1e3 for c in classes},
-            alone_p99_ms={str(a.stitch): round(1e3 * a.total_p99_s, 3) for a in alone},
+            alone_p99_ms={str(a.variant): round(1e3 * a.total_p99_s, 3) for a in alone},
             seconds_per_run=seconds,
             rounds=rounds,
         )
-        names = [*policies, *(f"fixed {stitch}" for stitch in model.frontier)]
+        names = [*policies, *(f"fixed {variant}" for variant in model.frontier)]
         samples: dict[str, list[Sample]] = {name: [] for name in names}
         for turn in range(rounds):
             order = names[turn % len(names) :] + names[: turn % len(names)]
@@ -111,18 +111,18 @@ def budget_classes(fastest: Alone, middle: Alone, largest: Alone) -> list[Budget
 
 async def choose(client: AsyncClient, name: str) -> None:
     """Set the server's policy: `slackfit` and so on, or `fixed N`."""
-    policy, _, stitch = name.partition(" ")
+    policy, _, variant = name.partition(" ")
     fields: dict[str, object] = {"policy": f"POLICY_NAME_{policy.upper()}", "unpin": True}
-    if stitch:
-        fields["fixed_stitch"] = int(stitch)
+    if variant:
+        fields["fixed_variant"] = int(variant)
     await client.update_scheduling(**fields)
 
 
-async def _alone(client: AsyncClient, model: pb.GetModelResponse, stitch: int) -> Alone:
+async def _alone(client: AsyncClient, model: pb.GetModelResponse, variant: int) -> Alone:
     image = _image(model)
-    answers = [await client.predict(image, stitch=stitch) for _ in range(ALONE_CALLS)]
+    answers = [await client.predict(image, variant=variant) for _ in range(ALONE_CALLS)]
     return Alone(
-        stitch,
+        variant,
         float(np.quantile([a.total_s for a in answers], 0.99)),
         median(a.compute_s for a in answers),
     )
@@ -146,13 +146,13 @@ def _image(model: pb.GetModelResponse) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
 
 
-def _row(name: str, samples: list[Sample], classes: list[BudgetClass]) -> Row:
+def _row(name: str, samples: list[Sample], classes: list[BudgetClass]) -> PolicyRow:
     answered = [sample for sample in samples if sample.code == "OK"]
     latencies = [1e3 * sample.latency_s for sample in answered]
     by_class = {
         c.name: round(fmean(s.met for s in samples if s.budget_class == c.name), 4) for c in classes
     }
-    return Row(
+    return PolicyRow(
         policy=name,
         offered=len(samples),
         attainment=round(fmean(sample.met for sample in samples), 4),

@@ -45,7 +45,7 @@ class Overhead:
     latency: Latency
     throughput: list[Throughput]
     image: tuple[int, ...]
-    stitch: int
+    variant: int
     rounds: int
 
     def to_dict(self) -> dict[str, object]:
@@ -60,7 +60,7 @@ async def measure(
         grpc.aio.insecure_channel(address) as channel,
         grpc.aio.insecure_channel(echo_address) as echo_channel,
     ):
-        payload, image, stitch = await payload_of(channel)
+        payload, image, variant = await payload_of(channel)
         infer, echo = channel.unary_unary(INFER), echo_channel.unary_unary(METHOD)
         await latencies(echo, payload, 200)
         await latencies(infer, payload, 200)
@@ -80,7 +80,7 @@ async def measure(
                     )
                 )
     return Overhead(
-        _latency(one), [_throughput(n, rates) for n, rates in many.items()], image, stitch, rounds
+        _latency(one), [_throughput(n, rates) for n, rates in many.items()], image, variant, rounds
     )
 
 
@@ -118,12 +118,12 @@ def _shape(model: inference_pb2.GetModelResponse) -> tuple[int, int, int]:
 
 
 async def payload_of(channel: grpc.aio.Channel) -> tuple[bytes, tuple[int, ...], int]:
-    """One image as pixels, pinned to the fastest stitch of the server's only model."""
+    """One image as pixels, pinned to the fastest variant of the server's only model."""
     model = await _model(channel)
     shape = (1, *_shape(model))
     pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    stitch = model.frontier[0]
-    return infer_request(pixels, stitch=stitch).SerializeToString(), shape, stitch
+    variant = model.frontier[0]
+    return infer_request(pixels, variant=variant).SerializeToString(), shape, variant
 
 
 async def latencies(call: Call, payload: bytes, n: int) -> list[tuple[float, bytes]]:

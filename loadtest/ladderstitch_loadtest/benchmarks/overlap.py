@@ -14,22 +14,22 @@ from statistics import median
 
 import numpy as np
 
-from ladderstitch.text.comm.base import LinkSpec
+from ladderstitch.text.comm.base import CommSpec
 from ladderstitch.text.engine.rank_config import (
     Address,
-    ArrangeLink,
+    CommRegion,
+    CreateCommSpec,
     GroupOptions,
-    ModelJob,
-    Region,
-    arrange_link,
+    RankConfig,
+    create_comm_spec,
 )
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.model.config import LlamaConfig
-from ladderstitch.text.model.residual import Residual, Scheme
+from ladderstitch.text.model.residual import ResidualScheme, Scheme
 from ladderstitch_loadtest.benchmarks.delay_proxy import DelayProxy
 
 SCHEMES: tuple[Scheme, ...] = ("standard", "ladder", "parallel", "no_communication")
-Advance = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class OverlapPlan:
     """What to measure: decode steps after a prompt, on every link of the grid."""
 
     shape: Shape
@@ -70,22 +70,22 @@ class Plan:
     latencies_s: tuple[float, ...] = (0.0, 0.00025, 0.0005, 0.001, 0.0025)
     tcp: bool = False
 
-    def job(self) -> ModelJob:
-        return ModelJob.model_validate(
+    def job(self) -> RankConfig:
+        return RankConfig.model_validate(
             {
                 "config": self.shape.config(self.prompt + 1),
-                "paths": tuple(Residual(scheme=scheme) for scheme in SCHEMES),
+                "paths": tuple(ResidualScheme(scheme=scheme) for scheme in SCHEMES),
                 "ranks": self.ranks,
                 "dtype": self.dtype,
                 "sequences": self.batch,
-                "cache_tokens": self.prompt + 1,
-                "chunk_tokens": self.batch * self.prompt,
+                "max_model_len": self.prompt + 1,
+                "max_batched_tokens": self.batch * self.prompt,
             }
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class OverlapRow:
     """One link. Milliseconds are medians of a step over all rounds; ratios are medians of the
     rounds' own, since a disturbance meets all schemes of a round."""
 
@@ -103,7 +103,7 @@ class Row:
         return asdict(self)
 
 
-async def measure(plan: Plan, advance: Advance) -> list[Row]:
+async def measure(plan: OverlapPlan, advance: ProgressCallback) -> list[OverlapRow]:
     """One row a latency; raises `EngineRestarting` if the ranks do not come up."""
     group = RankGroup(plan.job(), GroupOptions(link="tcp" if plan.tcp else "shared_memory"))
     rows = []
@@ -113,7 +113,7 @@ async def measure(plan: Plan, advance: Advance) -> list[Row]:
         for number, latency_s in enumerate(plan.latencies_s):
             proxy = DelayProxy(latency_s) if plan.tcp and latency_s else None
             options = replace(group.options, latency_s=0.0 if plan.tcp else latency_s)
-            await group.change_link(options, _through(proxy) if proxy else arrange_link)
+            await group.change_link(options, _through(proxy) if proxy else create_comm_spec)
             done = number * plan.rounds * len(SCHEMES)
             rounds = await _rounds(group, plan, lambda n, done=done: advance(done + n, total))  # type: ignore[misc] # mypy cannot infer defaults
             rows.append(_row(plan, latency_s, proxy, rounds))
@@ -124,19 +124,19 @@ async def measure(plan: Plan, advance: Advance) -> list[Row]:
     return rows
 
 
-def _through(proxy: DelayProxy) -> ArrangeLink:
+def _through(proxy: DelayProxy) -> CreateCommSpec:
     """Make links whose connections go through the proxy."""
 
     def arrange(
-        job: ModelJob, options: GroupOptions, listening: Sequence[Address]
-    ) -> tuple[LinkSpec, Region | None]:
-        return arrange_link(job, options, proxy.route(listening))
+        job: RankConfig, options: GroupOptions, listening: Sequence[Address]
+    ) -> tuple[CommSpec, CommRegion | None]:
+        return create_comm_spec(job, options, proxy.route(listening))
 
     return arrange
 
 
 async def _rounds(
-    group: RankGroup, plan: Plan, advance: Callable[[int], None]
+    group: RankGroup, plan: OverlapPlan, advance: Callable[[int], None]
 ) -> list[dict[str, float]]:
     """Median step seconds by scheme, for each round; each begins with another scheme."""
     prompt = np.ones((plan.batch, plan.prompt), np.int64)
@@ -153,7 +153,7 @@ async def _rounds(
     return rounds
 
 
-async def _steps(group: RankGroup, plan: Plan, path: int) -> float:
+async def _steps(group: RankGroup, plan: OverlapPlan, path: int) -> float:
     token = np.ones((plan.batch, 1), np.int64)
     seconds = []
     for _ in range(plan.steps):
@@ -164,8 +164,11 @@ async def _steps(group: RankGroup, plan: Plan, path: int) -> float:
 
 
 def _row(
-    plan: Plan, latency_s: float, proxy: DelayProxy | None, rounds: Sequence[dict[str, float]]
-) -> Row:
+    plan: OverlapPlan,
+    latency_s: float,
+    proxy: DelayProxy | None,
+    rounds: Sequence[dict[str, float]],
+) -> OverlapRow:
     step = {scheme: median(r[scheme] for r in rounds) for scheme in SCHEMES}
     exposed = [r["standard"] - r["no_communication"] for r in rounds]
     hidden = [
@@ -173,7 +176,7 @@ def _row(
         for r, cost in zip(rounds, exposed, strict=True)
         if cost > 0.02 * r["standard"]  # below that the ratio is noise over noise
     ]
-    return Row(
+    return OverlapRow(
         link="tcp" if plan.tcp else "shared memory, emulated latency",
         latency_ms=1e3 * latency_s,
         transport_ms=round(1e3 * proxy.held_s, 3) if proxy else None,

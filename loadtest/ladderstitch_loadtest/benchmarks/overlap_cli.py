@@ -18,7 +18,13 @@ from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.cli.predict import parse_duration
 from ladderstitch.errors import ConfigError, RequestError
 from ladderstitch.runtime.device import device_name, versions
-from ladderstitch_loadtest.benchmarks.overlap import SCHEMES, Plan, Row, Shape, measure
+from ladderstitch_loadtest.benchmarks.overlap import (
+    SCHEMES,
+    OverlapPlan,
+    OverlapRow,
+    Shape,
+    measure,
+)
 
 
 def overlap(
@@ -48,7 +54,7 @@ def overlap(
     with user_errors():
         if link not in ("shared_memory", "tcp"):
             raise ConfigError(f"link: expected shared_memory or tcp, got {link!r}")
-        plan = Plan(
+        plan = OverlapPlan(
             Shape(width, ffn, layers, heads, heads),
             ranks=ranks,
             batch=batch,
@@ -70,7 +76,7 @@ def overlap(
         _save(to, link, plan, rows)
 
 
-def _table(plan: Plan, rows: list[Row]) -> Table:
+def _table(plan: OverlapPlan, rows: list[OverlapRow]) -> Table:
     table = Table(title=f"{rows[0].link}, {plan.ranks} ranks, batch {plan.batch}: tokens/s")
     for column in ("latency", *SCHEMES, "ladder", "parallel", "bound", "hidden"):
         table.add_column(column, justify="right")
@@ -89,7 +95,7 @@ def _table(plan: Plan, rows: list[Row]) -> Table:
     return table
 
 
-def _save(folder: Path, link: str, plan: Plan, rows: list[Row]) -> None:
+def _save(folder: Path, link: str, plan: OverlapPlan, rows: list[OverlapRow]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     document = {
         "device": device_name(torch.device("cpu")),
@@ -106,7 +112,7 @@ def _save(folder: Path, link: str, plan: Plan, rows: list[Row]) -> None:
     err.print(f"Wrote {path} and {path.with_suffix('.png')}")
 
 
-def _plot(path: Path, rows: list[Row]) -> None:
+def _plot(path: Path, rows: list[OverlapRow]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

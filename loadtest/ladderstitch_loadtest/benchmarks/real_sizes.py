@@ -26,7 +26,7 @@ from ladderstitch.importers.stitched_families import read_config
 from ladderstitch.scheduling.profiles import Quality, QualityTable
 from ladderstitch.vision.bundle import Bundle, write_table
 from ladderstitch.vision.models.cost import stitch_cost
-from ladderstitch.vision.models.executor import InferenceModel
+from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.stitched import StitchedModel
 from ladderstitch.vision.models.vit import Block, InputShape, Vit, VitConfig
 from ladderstitch_loadtest.servers.processes import ladderstitch_server
@@ -106,10 +106,10 @@ def serve(bundle: Path, model: StitchedModel) -> tuple[float, tuple[str, ...]]:
             confidence=0.95,
             date="",
             versions={},
-            stitches=made_up,
+            variants=made_up,
         ),
     )
-    (bundle.parent / "serve.yaml").write_text("max_batch_rows: 1\n")
+    (bundle.parent / "serve.yaml").write_text("max_batch_size: 1\n")
     started = time.perf_counter()
     flags = ("--no-ray", "--bundle", str(bundle), "--config", str(bundle.parent / "serve.yaml"))
     with ladderstitch_server(*flags) as served, Client(served.address) as client:
@@ -118,7 +118,7 @@ def serve(bundle: Path, model: StitchedModel) -> tuple[float, tuple[str, ...]]:
         answers = []
         for budget_s in BUDGETS_S:
             answer = client.predict(image, budget_s=budget_s)
-            answers.append(f"{budget_s} s: {answer.stitch_name} in {answer.total_s:.3f} s")
+            answers.append(f"{budget_s} s: {answer.variant_name} in {answer.total_s:.3f} s")
     return ready_s, tuple(answers)
 
 
@@ -140,7 +140,7 @@ def load(path: Path) -> None:
     nn.Linear(8, 8)(torch.randn(1, 8))  # the runtime itself
     before, started = resident_mib(), time.perf_counter()
     model = Bundle.load(path).load_model()
-    serving = InferenceModel(model)
+    serving = StitchExecutor(model)
     seconds = time.perf_counter() - started
     with torch.inference_mode():
         for anchor in range(len(model.trunks())):
@@ -178,7 +178,7 @@ def executor_overhead() -> dict[str, object]:
     family = read_config("snnet-deit", {**RELEASED["snnet-deit"]})
     model: StitchedModel = family.build().eval().requires_grad_(False)
     model.trunks()[1].load_state_dict(vit.state_dict())
-    serving = InferenceModel(model)
+    serving = StitchExecutor(model)
     images = torch.randn(1, 3, 224, 224)
     ratios = []
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""What it costs to change the stitch between two consecutive requests."""
+"""What it costs to change the variant between two consecutive requests."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ladderstitch.client import AsyncClient
 
 @dataclass(frozen=True, slots=True)
 class Switching:
-    """Excess compute time over the stitch's own median, microseconds, by whether the stitch was
+    """Excess compute time over the variant's own median, microseconds, by whether the variant was
     another one than the last."""
 
     calls: int
-    stitches: int
+    variants: int
     same_p50_us: float
     same_p99_us: float
     switched_p50_us: float
@@ -32,9 +32,9 @@ class Switching:
 
 
 async def measure(address: str, calls: int, seed: int, advance: Callable[[], None]) -> Switching:
-    """One caller; each call keeps the last stitch or takes another frontier stitch, by a coin.
+    """One caller; each call keeps the last variant or takes another frontier variant, by a coin.
 
-    Kept and switched calls of a stitch alternate at random, so the machine's noise meets both.
+    Kept and switched calls of a variant alternate at random, so the machine's noise meets both.
     """
     rng = random.Random(seed)
     seconds: dict[tuple[int, bool], list[float]] = defaultdict(list)
@@ -43,12 +43,12 @@ async def measure(address: str, calls: int, seed: int, advance: Callable[[], Non
         inputs = model.preprocessing
         image = np.zeros((1, inputs.channels, inputs.height, inputs.width), np.uint8)
         last = model.frontier[0]
-        await client.predict(image, stitch=last)
+        await client.predict(image, variant=last)
         for _ in range(calls):
-            stitch = last if rng.random() < 0.5 else rng.choice(list(model.frontier))
-            answer = await client.predict(image, stitch=stitch)
-            seconds[stitch, stitch != last].append(answer.compute_s)
-            last = stitch
+            variant = last if rng.random() < 0.5 else rng.choice(list(model.frontier))
+            answer = await client.predict(image, variant=variant)
+            seconds[variant, variant != last].append(answer.compute_s)
+            last = variant
             advance()
     own = {s: median(times) for (s, switched), times in seconds.items() if not switched}
     excess = {

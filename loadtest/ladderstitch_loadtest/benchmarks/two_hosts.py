@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ladderstitch.text.engine.rank_handle import Launched, launch_process
+from ladderstitch.text.engine.rank_handle import RankProcess, launch_process
 
 HERE, THERE = "10.213.7.1", "10.213.7.2"
 
@@ -45,6 +45,6 @@ class AlternatingLauncher:
         self._namespace = namespace
         self._turns = itertools.cycle((False, True))
 
-    async def __call__(self, address: str, secret: str) -> Launched:
+    async def __call__(self, address: str, secret: str) -> RankProcess:
         through = ("ip", "netns", "exec", self._namespace) if next(self._turns) else ()
         return await launch_process(address, secret, through=through)

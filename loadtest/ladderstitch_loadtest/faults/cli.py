@@ -33,7 +33,7 @@ def hop(
     with err.status("starting"), stage(replicas=1) as ((replica,), (gateway,)):
         until_all_serve([gateway.metrics], 1)
         found = asyncio.run(hops.measure(replica.address, gateway.address, rounds))
-    table = Table("", "direct", "gateway", "added", title="one caller, fastest stitch, one image")
+    table = Table("", "direct", "gateway", "added", title="one caller, fastest variant, one image")
     table.add_row(
         "p50", f"{found.direct_p50_ms} ms", f"{found.gateway_p50_ms} ms", f"{found.added_p50_ms} ms"
     )

@@ -15,7 +15,7 @@ from ladderstitch.client import RequestFailed
 
 BAD_INPUT = (grpc.StatusCode.INVALID_ARGUMENT, "BAD_INPUT")
 NO_MODEL = (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
-NO_STITCH = (grpc.StatusCode.NOT_FOUND, "STITCH_NOT_FOUND")
+NO_VARIANT = (grpc.StatusCode.NOT_FOUND, "VARIANT_NOT_FOUND")
 INFEASIBLE = (grpc.StatusCode.FAILED_PRECONDITION, "BUDGET_INFEASIBLE")
 NO_QUALITY = (grpc.StatusCode.FAILED_PRECONDITION, "QUALITY_UNAVAILABLE")
 Expected = tuple[grpc.StatusCode, str]
@@ -35,7 +35,7 @@ class Case:
         return got in (self.expected if isinstance(self.expected, frozenset) else (self.expected,))
 
 
-class Malformer(Protocol):
+class FuzzCases(Protocol):
     """Makes cases for one model, by seed, and sends them."""
 
     def case(self, index: int) -> Case: ...
@@ -48,7 +48,7 @@ class Malformer(Protocol):
 
 
 @dataclass(slots=True)
-class Outcome:
+class FuzzOutcome:
     """What came of a run; `wrong` holds a line for each answer that was not the right one."""
 
     kinds: Counter[str] = field(default_factory=Counter)
@@ -59,11 +59,11 @@ class Outcome:
 
 
 async def run(
-    malformer: Malformer, pids: list[int], requests: int, advance: Callable[[], None]
-) -> Outcome:
+    malformer: FuzzCases, pids: list[int], requests: int, advance: Callable[[], None]
+) -> FuzzOutcome:
     """Send so many malformed requests, 16 at a time, with a good one after every tenth."""
-    outcome = Outcome()
-    await _batch(malformer, range(400), Outcome(), lambda: None)  # warms caches
+    outcome = FuzzOutcome()
+    await _batch(malformer, range(400), FuzzOutcome(), lambda: None)  # warms caches
     outcome.memory_before_mb = memory_mb(pids)
     for start in range(0, requests, 16):
         indices = range(start, min(requests, start + 16))
@@ -74,7 +74,7 @@ async def run(
 
 
 async def _batch(
-    malformer: Malformer, indices: range, outcome: Outcome, advance: Callable[[], None]
+    malformer: FuzzCases, indices: range, outcome: FuzzOutcome, advance: Callable[[], None]
 ) -> None:
     async def one(index: int) -> None:
         case = malformer.case(index)

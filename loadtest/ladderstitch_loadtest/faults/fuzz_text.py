@@ -16,7 +16,7 @@ from ladderstitch_loadtest.faults.fuzz_runner import (
     INFEASIBLE,
     NO_MODEL,
     NO_QUALITY,
-    NO_STITCH,
+    NO_VARIANT,
     Case,
 )
 
@@ -34,14 +34,14 @@ LATE = frozenset(
 
 
 class TextCases:
-    """A `Malformer` of requests to one language model, by seed."""
+    """A `FuzzCases` of requests to one language model, by seed."""
 
     def __init__(
         self, model: inference_pb2.GetModelResponse, channel: grpc.aio.Channel, seed: int
     ) -> None:
         self._stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
         self.vocabulary = model.language.vocabulary_size
-        self.context = model.language.context_tokens
+        self.context = model.language.max_model_len
         self.paths = len(model.language.paths)
         self.rng = random.Random(seed)
         self.makers: list[Callable[[], Case]] = [
@@ -60,7 +60,7 @@ class TextCases:
             self.token_budget,
             self.metadata,
             self.quality,
-            self.stitch,
+            self.variant,
             self.name,
             self.long_id,
             self.tight_limit,
@@ -154,9 +154,9 @@ class TextCases:
         expected = NO_QUALITY if value == 1.0 else BAD_INPUT
         return Case("quality", self._request(min_quality=value), expected)
 
-    def stitch(self) -> Case:
+    def variant(self) -> Case:
         value = self.rng.choice([-1, self.paths, 2**31 - 1])
-        return Case("unknown path", self._request(stitch_id=value), NO_STITCH)
+        return Case("unknown path", self._request(variant_id=value), NO_VARIANT)
 
     def name(self) -> Case:
         wrong = self.rng.choice([{"model_name": "x" * 5000}, {"model_version": "latest"}])

@@ -20,19 +20,19 @@ from ladderstitch_loadtest.faults.fuzz_runner import (
     INFEASIBLE,
     NO_MODEL,
     NO_QUALITY,
-    NO_STITCH,
+    NO_VARIANT,
     Case,
 )
 
 
 class ImageCases:
-    """A `Malformer` of requests to one image model, by seed."""
+    """A `FuzzCases` of requests to one image model, by seed."""
 
     def __init__(self, model: pb.GetModelResponse, channel: grpc.aio.Channel, seed: int) -> None:
         self._stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
         inputs = model.preprocessing
         self.shape = (1, inputs.channels, inputs.height, inputs.width)
-        self.stitches = len(model.stitches)
+        self.variants = len(model.variants)
         self.rng = random.Random(seed)
         self.png = _png(self.shape, "PNG")
         self.jpeg = _png(self.shape, "JPEG")
@@ -50,7 +50,7 @@ class ImageCases:
             self.metadata_budget,
             self.tight_hard_budget,
             self.unknown_name,
-            self.unknown_stitch,
+            self.unknown_variant,
             self.quality,
             self.priority,
             self.long_id,
@@ -157,11 +157,11 @@ class ImageCases:
             request.model_version = self.rng.choice(["0", "2", "latest", "-1"])
         return Case("unknown model", request, NO_MODEL)
 
-    def unknown_stitch(self) -> Case:
-        stitch = self.rng.choice([-1, self.stitches, 2**31 - 1, -(2**31)])
+    def unknown_variant(self) -> Case:
+        variant = self.rng.choice([-1, self.variants, 2**31 - 1, -(2**31)])
         request = self.good()
-        request.stitch_id = stitch
-        return Case("unknown stitch", request, NO_STITCH)
+        request.variant_id = variant
+        return Case("unknown variant", request, NO_VARIANT)
 
     def quality(self) -> Case:
         value = self.rng.choice([-0.1, 1.1, float("nan"), float("inf"), 1.0])

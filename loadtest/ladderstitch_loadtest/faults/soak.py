@@ -44,7 +44,7 @@ ALLOWED = {
     "text": {"OK"},
     "left": {"left", "OK"},
     "cancelled": {"cancelled", "OK"},
-    "bad": {"BAD_INPUT", "MODEL_NOT_FOUND", "STITCH_NOT_FOUND", "QUALITY_UNAVAILABLE"},
+    "bad": {"BAD_INPUT", "MODEL_NOT_FOUND", "VARIANT_NOT_FOUND", "QUALITY_UNAVAILABLE"},
 }
 AROUND_RESTARTS = {"ENGINE_RESTARTING", "UNAVAILABLE"}
 """Allowed for a request that overlaps a disturbance: its worker was lost twice, or its replica died
@@ -177,7 +177,7 @@ class Soak:
             case 1:
                 await self.client.predict(pixels, model="nobody")
             case 2:
-                await self.client.predict(pixels, model=IMAGES, stitch=9999)
+                await self.client.predict(pixels, model=IMAGES, variant=9999)
             case 3:
                 await self.client.predict(pixels, model=IMAGES, min_quality=0.999)
             case 4:

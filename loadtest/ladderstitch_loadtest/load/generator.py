@@ -16,20 +16,20 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from ladderstitch_loadtest.load.outcome import Outcome
+from ladderstitch_loadtest.load.outcome import LoadOutcome
 from ladderstitch_loadtest.load.sending import Begin, connected, send_parts, when_due
-from ladderstitch_loadtest.load.targets import Answer, Target
+from ladderstitch_loadtest.load.targets import Target, TargetAnswer
 from ladderstitch_loadtest.load.traces import Trace
 
 LATE_SHARE = 0.1
 """Part of the shortest budget that the generator may be late by at its 99th percentile."""
 
-End = tuple[str, float, float, Answer | None]
+End = tuple[str, float, float, TargetAnswer | None]
 """Status, seconds from due to answer, seconds that it left late, what the server said."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LoadPlan:
     """One process's part: when each request is due, which message it sends; `cpu` to stay on."""
 
     address: str
@@ -69,7 +69,7 @@ class Measured:
     A server that does not say how long it took is judged by the caller's clock.
     """
 
-    outcome: Outcome
+    outcome: LoadOutcome
     codes: tuple[str, ...]
     client_s: NDArray[np.float64]
     lag_s: NDArray[np.float64]
@@ -101,7 +101,7 @@ def measure(
     for k in range(processes):
         due_s, picks = trace.arrivals_s[k::processes].tolist(), trace.picks[k::processes].tolist()
         cpu = None if cpus is None else cpus[k % len(cpus)]
-        plans.append(Plan(address, target, messages, due_s, picks, cpu))
+        plans.append(LoadPlan(address, target, messages, due_s, picks, cpu))
     ends: list[End | None] = [None] * len(trace)
     for k, mine in enumerate(send_parts(plans)):
         ends[k::processes] = mine
@@ -109,13 +109,13 @@ def measure(
 
 
 def _measured(trace: Trace, ends: list[End]) -> Measured:
-    outcome = Outcome.unanswered(trace)
+    outcome = LoadOutcome.unanswered(trace)
     for i, (_, client_s, _, answer) in enumerate(ends):
         if answer is None:
             continue
         outcome.total_s[i] = client_s if np.isnan(answer.total_s) else answer.total_s
         outcome.queue_s[i], outcome.compute_s[i] = answer.queue_s, answer.compute_s
-        outcome.stitch[i], outcome.quality[i] = answer.stitch, answer.quality
+        outcome.variant[i], outcome.quality[i] = answer.variant, answer.quality
         outcome.rows[i] = answer.rows
     columns = [np.array([end[k] for end in ends], np.float64) for k in (1, 2)]
     return Measured(outcome, tuple(end[0] for end in ends), columns[0], columns[1])

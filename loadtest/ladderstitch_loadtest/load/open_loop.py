@@ -35,7 +35,7 @@ class Sample:
     send_lag_s: float
     met: bool
     quality: float
-    stitch: int
+    variant: int
     batch_size: int
 
 
@@ -77,6 +77,6 @@ async def _send(
         lag,
         cost.budget_met,
         cost.quality,
-        cost.stitch_id,
+        cost.variant_id,
         cost.batch_size,
     )

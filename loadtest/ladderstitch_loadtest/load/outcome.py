@@ -13,19 +13,19 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 
 
 @dataclass(slots=True)
-class Outcome:
+class LoadOutcome:
     """Columns of length N, a request each; seconds, NaN where there is no answer."""
 
     trace: Trace
     total_s: list[float]
     queue_s: list[float]
     compute_s: list[float]
-    stitch: list[int]
+    variant: list[int]
     quality: list[float]
     rows: list[int]
 
     @classmethod
-    def unanswered(cls, trace: Trace) -> Outcome:
+    def unanswered(cls, trace: Trace) -> LoadOutcome:
         n, nan = len(trace), float("nan")
         return cls(trace, [nan] * n, [nan] * n, [nan] * n, [-1] * n, [0.0] * n, [0] * n)
 
@@ -35,7 +35,7 @@ class Outcome:
         now: float,
         started: float,
         compute_s: float,
-        stitch: int,
+        variant: int,
         quality: float,
         rows: int,
     ) -> None:
@@ -44,7 +44,7 @@ class Outcome:
         self.total_s[i] = now - arrival
         self.queue_s[i] = started - arrival
         self.compute_s[i] = compute_s
-        self.stitch[i] = stitch
+        self.variant[i] = variant
         self.quality[i] = quality
         self.rows[i] = rows
 
@@ -84,17 +84,17 @@ class Summary:
     effective_quality: float
     goodput_rps: float
     mean_batch: float
-    stitches: dict[int, int]
+    variants: dict[int, int]
     classes: list[ClassSummary]
 
     @classmethod
-    def of(cls, outcome: Outcome) -> Summary:
+    def of(cls, outcome: LoadOutcome) -> Summary:
         met, value = outcome.met, outcome.value
         arrivals, total = outcome.trace.arrivals_s, np.array(outcome.total_s)
         answered = ~np.isnan(total)
         rows = np.array(outcome.rows)[answered]
         span = float(arrivals[-1] - arrivals[0]) if len(arrivals) > 1 else 1.0
-        stitches, counts = np.unique(np.array(outcome.stitch)[answered], return_counts=True)
+        variants, counts = np.unique(np.array(outcome.variant)[answered], return_counts=True)
         return cls(
             offered=len(total),
             answered=int(answered.sum()),
@@ -103,7 +103,7 @@ class Summary:
             goodput_rps=float(met.sum() / span),
             # Rows weigh a batch by its size; one over the mean of 1/rows counts batches.
             mean_batch=float(1 / np.mean(1 / rows)) if len(rows) else 0.0,
-            stitches=dict(zip(stitches.tolist(), counts.tolist(), strict=True)),
+            variants=dict(zip(variants.tolist(), counts.tolist(), strict=True)),
             classes=[
                 _class_summary(outcome, k, met, value) for k in range(len(outcome.trace.classes))
             ],
@@ -114,7 +114,7 @@ class Summary:
 
 
 def _class_summary(
-    outcome: Outcome, k: int, met: NDArray[np.bool_], value: NDArray[np.float64]
+    outcome: LoadOutcome, k: int, met: NDArray[np.bool_], value: NDArray[np.float64]
 ) -> ClassSummary:
     budget_class, mine = outcome.trace.classes[k], outcome.trace.picks == k
     parts = {"total": outcome.total_s, "queue": outcome.queue_s, "compute": outcome.compute_s}

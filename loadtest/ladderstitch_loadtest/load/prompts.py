@@ -88,7 +88,7 @@ def draw_lengths(text: str, count: int, rng: np.random.Generator) -> Lengths:
     return rng.integers(low, high + 1, count)
 
 
-def fitted(prompt: Lengths, answer: Lengths, context_tokens: int) -> tuple[Lengths, Lengths]:
+def fitted(prompt: Lengths, answer: Lengths, max_model_len: int) -> tuple[Lengths, Lengths]:
     """Cut to what a model's context holds: the answer first to half of it, then the prompt."""
-    answer = np.minimum(answer, max(1, context_tokens // 2))
-    return np.minimum(prompt, context_tokens - answer), answer
+    answer = np.minimum(answer, max(1, max_model_len // 2))
+    return np.minimum(prompt, max_model_len - answer), answer

@@ -81,7 +81,7 @@ def stream(
         prompt, answer = _lengths(prompt_tokens, answer_tokens, arrivals, file, len(times), rng)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    prompt, answer = fitted(prompt, answer, asked.context_tokens)
+    prompt, answer = fitted(prompt, answer, asked.max_model_len)
     trace = StreamTrace.draw(arrivals, times, classes, prompt, answer, rng)
     with err.status(f"{len(trace)} streams over {times[-1]:.0f} s ..."):
         run = measure_streams(address, asked, trace, processes=processes, seed=seed)

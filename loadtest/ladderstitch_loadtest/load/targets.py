@@ -31,13 +31,13 @@ ITEM_BYTES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TargetAnswer:
     """What a server says of one answer, seconds; NaN and -1 where it says nothing."""
 
     total_s: float
     queue_s: float
     compute_s: float
-    stitch: int
+    variant: int
     quality: float
     rows: int
 
@@ -48,7 +48,7 @@ class Target(Protocol):
     @property
     def method(self) -> str: ...
     def message(self, budget_s: float) -> bytes: ...
-    def read(self, answer: bytes) -> Answer: ...
+    def read(self, answer: bytes) -> TargetAnswer: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +63,13 @@ class Native:
         image = np.random.default_rng(0).integers(0, 256, self.shape).astype(np.uint8)
         return infer_request(image, budget_s=budget_s, hard=self.hard).SerializeToString()
 
-    def read(self, answer: bytes) -> Answer:
+    def read(self, answer: bytes) -> TargetAnswer:
         cost = pb.InferResponse.FromString(answer).accounting
-        return Answer(
+        return TargetAnswer(
             cost.total_us / 1e6,
             cost.queue_us / 1e6,
             cost.compute_us / 1e6,
-            cost.stitch_id,
+            cost.variant_id,
             cost.quality,
             cost.batch_size,
         )
@@ -90,9 +90,9 @@ class PlainOip:
             request.raw_input_contents.append(bytes(int(np.prod(shape)) * ITEM_BYTES[kind]))
         return request.SerializeToString()
 
-    def read(self, answer: bytes) -> Answer:
+    def read(self, answer: bytes) -> TargetAnswer:
         oip.ModelInferResponse.FromString(answer)
-        return Answer(float("nan"), float("nan"), float("nan"), -1, 1.0, 1)
+        return TargetAnswer(float("nan"), float("nan"), float("nan"), -1, 1.0, 1)
 
 
 def find_target(address: str, kind: Kind, model: str, *, hard: bool) -> Target:

@@ -38,7 +38,7 @@ class TextTarget(Protocol):
     """How to ask for a stream, and what its pieces say: None for all but the last."""
 
     @property
-    def context_tokens(self) -> int: ...
+    def max_model_len(self) -> int: ...
     def ask(
         self, channel: grpc.aio.Channel, prompt: int, answer: int, wanted: TokenClass, seed: int
     ) -> AsyncIterator[Told | None]:
@@ -51,7 +51,7 @@ class NativeText:
 
     model: str
     vocabulary: int
-    context_tokens: int
+    max_model_len: int
 
     async def ask(
         self, channel: grpc.aio.Channel, prompt: int, answer: int, wanted: TokenClass, seed: int
@@ -88,7 +88,7 @@ class OipText:
     """`text_input` to `text_output` by ModelStreamInfer; a word is taken for a token."""
 
     model: str
-    context_tokens: int = UNKNOWN_CONTEXT
+    max_model_len: int = UNKNOWN_CONTEXT
 
     async def ask(
         self, channel: grpc.aio.Channel, prompt: int, answer: int, wanted: TokenClass, seed: int
@@ -130,4 +130,4 @@ def find_text_target(address: str, kind: Kind, model: str) -> TextTarget:
     if not described.HasField("language"):
         raise ValueError(f"model: expected one that generates text, {described.name!r} does not")
     language = described.language
-    return NativeText(model, language.vocabulary_size, language.context_tokens)
+    return NativeText(model, language.vocabulary_size, language.max_model_len)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from ladderstitch.text.bundle import LanguageManifest, write_manifest
+from ladderstitch.text.bundle import TextManifest, write_manifest
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.weights import expected_shapes
 
@@ -27,7 +27,7 @@ CONFIG = LlamaConfig(
 
 def write_tiny(path: Path) -> Path:
     """A bundle with a token for each byte; the path again."""
-    manifest = LanguageManifest(
+    manifest = TextManifest(
         name="tiny", config=CONFIG, origin="random weights", licence="Apache-2.0"
     )
     write_manifest(path, manifest)

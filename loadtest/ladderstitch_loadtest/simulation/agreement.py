@@ -113,7 +113,7 @@ async def compare_with_simulator(
         machine_family, machine = calibrate(family, before)
         slowdown = machine_family.profile.alone_s(0) / family.profile.alone_s(0)
         found = Agreement(
-            rate, rounds, seconds, round(slowdown, 3), round(1e3 * machine.transit_s, 3)
+            rate, rounds, seconds, round(slowdown, 3), round(1e3 * machine.dispatch_overhead_s, 3)
         )
         runs: dict[tuple[str, str], list[tuple[float, float, float, float, float]]] = {}
         for seed in range(rounds):
@@ -145,9 +145,9 @@ async def compare_with_simulator(
 def calibrate(family: Family, run: Measured) -> tuple[Family, Machine]:
     """A family and machine whose batches take as long as a real run's did."""
     outcome = run.outcome
-    answered = [i for i, stitch in enumerate(outcome.stitch) if stitch >= 0]
+    answered = [i for i, variant in enumerate(outcome.variant) if variant >= 0]
     ratios = [
-        _ratio(family, outcome.stitch[i], outcome.rows[i], outcome.compute_s[i]) for i in answered
+        _ratio(family, outcome.variant[i], outcome.rows[i], outcome.compute_s[i]) for i in answered
     ]
     transit = median(
         outcome.total_s[i] - outcome.queue_s[i] - outcome.compute_s[i] for i in answered
@@ -155,23 +155,27 @@ def calibrate(family: Family, run: Measured) -> tuple[Family, Machine]:
     return fitted(family, ratios, transit)
 
 
-def fitted(family: Family, ratios: Sequence[float], transit_s: float) -> tuple[Family, Machine]:
+def fitted(
+    family: Family, ratios: Sequence[float], dispatch_overhead_s: float
+) -> tuple[Family, Machine]:
     """A family that takes `ratios` of its profile, and a machine with so much besides."""
     middle, high = np.quantile(ratios, [0.5, 0.99]).tolist()
-    stitches = {
-        stitch: Latency(
+    variants = {
+        variant: Latency(
             median_s=tuple(s * middle for s in latency.median_s),
             p99_s=tuple(s * high for s in latency.median_s),
         )
-        for stitch, latency in family.profile.stitches.items()
+        for variant, latency in family.profile.variants.items()
     }
-    profile: LatencyProfile = family.profile.model_copy(update={"stitches": stitches})
-    return Family(family.name, family.quality, profile), Machine(transit_s=transit_s)
+    profile: LatencyProfile = family.profile.model_copy(update={"variants": variants})
+    return Family(family.name, family.quality, profile), Machine(
+        dispatch_overhead_s=dispatch_overhead_s
+    )
 
 
-def _ratio(family: Family, stitch: int, rows: int, seconds: float) -> float:
+def _ratio(family: Family, variant: int, rows: int, seconds: float) -> float:
     profile = family.profile
-    return seconds / float(np.interp(rows, profile.batch_sizes, profile.stitches[stitch].median_s))
+    return seconds / float(np.interp(rows, profile.batch_sizes, profile.variants[variant].median_s))
 
 
 def _simulated(

@@ -20,7 +20,7 @@ def standings(found: Sequence[Comparison]) -> str:
         f"{found[0].seeds} paired seeds; points that",
         "`adaptive` is ahead, with 95 % intervals. The best other is chosen after the fact, for "
         "each trace, from",
-        "slackfit, max_batch, max_quality, model_switching and every fixed stitch of the frontier.",
+        "slackfit, max_batch, max_quality, model_switching and every fixed variant of the frontier.",
         "Written by `ladderstitch-loadtest compare`.",
         "",
         *_summary(found),

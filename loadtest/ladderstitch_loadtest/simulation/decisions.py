@@ -8,7 +8,7 @@ from random import Random
 
 import numpy as np
 
-from ladderstitch.scheduling.requests import Budget, Request
+from ladderstitch.scheduling.requests import Deadlines, Request
 from ladderstitch.vision.scheduler.planner import Planner
 from ladderstitch_loadtest.simulation.policy_sweep import settings_of
 from ladderstitch_loadtest.simulation.profiles import Family
@@ -24,7 +24,7 @@ what else the machine does meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class DecisionRow:
     family: str
     policy: str
     queue: int
@@ -35,7 +35,7 @@ class Row:
         return asdict(self)
 
 
-def measure(family: Family, policy: str, decisions: int, seed: int) -> list[Row]:
+def measure(family: Family, policy: str, decisions: int, seed: int) -> list[DecisionRow]:
     """Mixed budgets, a forecast from a thousand requests before, deadlines spread at random."""
     rows = []
     for length in LENGTHS:
@@ -52,7 +52,9 @@ def measure(family: Family, policy: str, decisions: int, seed: int) -> list[Row]
         moments = [now + rng.uniform(-0.001, 0.002) for _ in range(decisions)]
         seconds = [min(_seconds(planner, at) for _ in range(REPEATS)) for at in moments]
         p50, p99 = np.quantile(seconds, [0.5, 0.99]).tolist()
-        rows.append(Row(family.name, policy, length, round(1e6 * p50, 1), round(1e6 * p99, 1)))
+        rows.append(
+            DecisionRow(family.name, policy, length, round(1e6 * p50, 1), round(1e6 * p99, 1))
+        )
     return rows
 
 
@@ -63,5 +65,5 @@ def _seconds(planner: Planner, at: float) -> float:
 
 
 def _request(arrival: float, budget_s: float) -> Request:
-    budget = Budget(arrival + budget_s, float("inf"), "made up", "none")
-    return Request("", ONE_IMAGE, arrival, budget)
+    deadlines = Deadlines(arrival + budget_s, float("inf"), "made up", "none")
+    return Request("", ONE_IMAGE, arrival, deadlines)

@@ -48,7 +48,7 @@ def oracle(family: Family, trace: Trace) -> Best:
 class _Program:
     def __init__(self, family: Family, arrivals: list[Column], budgets: list[float]) -> None:
         self.arrivals, self.budgets = arrivals, budgets
-        self.seconds = _batches(family)
+        self.seconds = _batch_runner(family)
         # (i, j) -> columns of (free at, value, requests in time)
         self.open: defaultdict[tuple[int, int], list[Column]] = defaultdict(list)
 
@@ -91,15 +91,15 @@ class _Program:
                     self.open[i + p, j + q].append(end[:, fits])
 
 
-def _batches(family: Family) -> list[list[tuple[float, float]]]:
-    """By batch size, (seconds, quality) of the stitches worth running, fastest first."""
+def _batch_runner(family: Family) -> list[list[tuple[float, float]]]:
+    """By batch size, (seconds, quality) of the variants worth running, fastest first."""
     profile = family.profile
     table: list[list[tuple[float, float]]] = [[]]
     for rows in range(1, profile.max_batch + 1):
         points: list[tuple[float, float]] = []
         options = [
             (
-                float(np.interp(rows, profile.batch_sizes, profile.stitches[s].median_s)),
+                float(np.interp(rows, profile.batch_sizes, profile.variants[s].median_s)),
                 family.quality[s],
             )
             for s in family.frontier

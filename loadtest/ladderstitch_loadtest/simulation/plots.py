@@ -41,7 +41,7 @@ def compared(found: Sequence[Comparison], file: Path) -> None:
         panel.set_xlabel("effective quality, %")
     for policy, colour in COLOURS.items():
         panels[0].plot([], [], "o", color=colour, label=policy)
-    panels[0].plot([], [], "|", color="grey", markersize=11, label="best fixed stitch")
+    panels[0].plot([], [], "|", color="grey", markersize=11, label="best fixed variant")
     panels[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=110)

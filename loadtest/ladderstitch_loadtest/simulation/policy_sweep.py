@@ -60,7 +60,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class SweepRun:
     """What one process does at a time; the result is (attainment, quality, by class)."""
 
     family: Family
@@ -82,8 +82,8 @@ class Run:
 
 def settings_of(policy: str) -> SchedulerSettings:
     """`slackfit` and so on, or `fixed N`; nothing is reserved for writing answers."""
-    name, _, stitch = policy.partition(" ")
-    fields = {"policy": name, "stitch": int(stitch) if stitch else None, "overhead_s": 0.0}
+    name, _, variant = policy.partition(" ")
+    fields = {"policy": name, "fixed_variant": int(variant) if variant else None, "overhead_s": 0.0}
     return SchedulerSettings.model_validate(fields | {"queue_limit_requests": 1_000_000})
 
 
@@ -97,9 +97,11 @@ def compare(
     with ProcessPoolExecutor(workers) as pool:
         waiting = []
         for family, scenario in pairs:
-            names = [*POLICIES, *(f"fixed {stitch}" for stitch in family.frontier)]
+            names = [*POLICIES, *(f"fixed {variant}" for variant in family.frontier)]
             names += [ORACLE] if scenario.short else []
-            runs = [Run(family, scenario, name, seed) for name in names for seed in range(seeds)]
+            runs = [
+                SweepRun(family, scenario, name, seed) for name in names for seed in range(seeds)
+            ]
             futures = [pool.submit(run) for run in runs]
             waiting.append((family, scenario, names, futures))
         for family, scenario, names, futures in waiting:

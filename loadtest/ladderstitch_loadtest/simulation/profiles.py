@@ -1,4 +1,4 @@
-"""Families to simulate: how good each stitch is and how long it takes."""
+"""Families to simulate: how good each variant is and how long it takes."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ class Family:
 
     @property
     def frontier(self) -> tuple[int, ...]:
-        alone = {stitch: self.profile.alone_s(stitch) for stitch in self.profile.stitches}
-        return tuple(point.stitch for point in frontier(self.quality, alone))
+        alone = {variant: self.profile.alone_s(variant) for variant in self.profile.variants}
+        return tuple(point.variant for point in frontier(self.quality, alone))
 
     @property
     def capacity_rps(self) -> float:
-        """Rows a second of one engine: full batches on the stitch that is fastest at them."""
+        """Rows a second of one engine: full batches on the variant that is fastest at them."""
         rows = self.profile.max_batch
-        return max(rows / self.profile.stitches[s].median_s[-1] for s in self.frontier)
+        return max(rows / self.profile.variants[s].median_s[-1] for s in self.frontier)
 
 
 def supernet() -> Family:
     """Six subnets like SuperServe's (NSDI'25): A + C * batch ms, without any spread."""
     sizes = tuple(range(1, SUPERNET_ROWS + 1))
-    stitches = {}
-    for stitch, (fixed, row) in enumerate(zip(SUPERNET_FIXED_MS, SUPERNET_ROW_MS, strict=True)):
+    variants = {}
+    for variant, (fixed, row) in enumerate(zip(SUPERNET_FIXED_MS, SUPERNET_ROW_MS, strict=True)):
         seconds = tuple((fixed + row * n) / 1e3 for n in sizes)
-        stitches[stitch] = Latency(median_s=seconds, p99_s=seconds)
+        variants[variant] = Latency(median_s=seconds, p99_s=seconds)
     profile = LatencyProfile(
         device="made up",
         threads=1,
         date="2025-04-28",
         versions={},
         batch_sizes=sizes,
-        stitches=stitches,
+        variants=variants,
     )
     return Family("supernet", dict(enumerate(SUPERNET_QUALITY)), profile)
 
@@ -56,5 +56,5 @@ def of_bundle(bundle: Bundle) -> Family:
     """A bundle's own measurements; raises `ValueError` if it has none."""
     if bundle.quality is None or bundle.latency is None:
         raise ValueError(f"{bundle.path}: expected quality.json and latency.json beside the model")
-    quality = {stitch: q.value for stitch, q in bundle.quality.stitches.items()}
+    quality = {variant: q.value for variant, q in bundle.quality.variants.items()}
     return Family(bundle.manifest.name, quality, bundle.latency)

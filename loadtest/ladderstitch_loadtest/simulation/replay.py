@@ -56,7 +56,7 @@ class Replay:
     @property
     def recorded(self) -> Figures:
         """How the server did."""
-        rows = sum(request.rows for request in self.offered)
+        rows = sum(request.num_images for request in self.offered)
         return Figures(self.met_rows / rows, self.value / rows)
 
     @property
@@ -69,9 +69,13 @@ class Replay:
         family, machine = fitted(self.family, self.ratios, median(self.transits_s))
         other = settings_of(policy)
         settings = self.settings.model_copy(
-            update={"policy": other.policy, "stitch": other.stitch, "pinned_stitch": None}
+            update={
+                "policy": other.policy,
+                "fixed_variant": other.fixed_variant,
+                "pinned_variant": None,
+            }
         )
-        hard = any(request.budget.limit < float("inf") for request in self.offered)
+        hard = any(request.deadlines.hard < float("inf") for request in self.offered)
         summary = simulate(family, _trace(self.offered), settings, machine, hard=hard).summary()
         return Figures(summary.attainment, summary.effective_quality)
 
@@ -106,7 +110,7 @@ def _events(lines: list[str]) -> Iterator[list[Any]]:
 
 class _Replayer:
     def __init__(self, made_of: dict[str, Any], configured: list[Any]) -> None:
-        quality = {int(stitch): value for stitch, value in made_of["quality"].items()}
+        quality = {int(variant): value for variant, value in made_of["quality"].items()}
         profile = LatencyProfile.model_validate(made_of["profile"])
         settings = SchedulerSettings.model_validate(configured[1])
         self.planner = Planner(quality, profile, settings)
@@ -140,10 +144,10 @@ class _Replayer:
 
     def _put_back(self, number: int, *told: Any) -> None:
         request = self.numbers[number] = _request(told)
-        self.planner.put_back(request)
+        self.planner.requeue(request)
 
     def _withdraw(self, number: int) -> None:
-        self.planner.withdraw(self.numbers.pop(number))
+        self.planner.remove(self.numbers.pop(number))
 
     def _expire(self, now: float, numbers: list[int]) -> None:
         expected = [self.numbers.pop(number) for number in numbers]
@@ -157,30 +161,30 @@ class _Replayer:
         choice = self.planner.decide(now)
         self._compare(now, f"hold {seconds}", str(choice))
 
-    def _decide(self, now: float, stitch: int, numbers: list[int]) -> None:
+    def _decide(self, now: float, variant: int, numbers: list[int]) -> None:
         self.found.decisions += 1
         self.batch = [self.numbers.pop(number) for number in numbers]
         choice = self.planner.decide(now)
         got = "a hold"
         if isinstance(choice, Decision):
             same = list(choice.requests) == self.batch
-            got = f"{len(choice.requests)}{'' if same else ' other'} requests on {choice.stitch}"
-        self._compare(now, f"{len(numbers)} requests on {stitch}", got)
+            got = f"{len(choice.requests)}{'' if same else ' other'} requests on {choice.variant}"
+        self._compare(now, f"{len(numbers)} requests on {variant}", got)
 
-    def _started(self, rows: int, stitch: int, now: float) -> None:
+    def _started(self, rows: int, variant: int, now: float) -> None:
         self.started_at = now
-        self.planner.started(rows, stitch, now)
+        self.planner.started(rows, variant, now)
 
-    def _finished(self, stitch: int, rows: int, compute_s: float, total_s: float) -> None:
+    def _finished(self, variant: int, rows: int, compute_s: float, total_s: float) -> None:
         found, view = self.found, self.planner.latency.view
-        found.ratios.append(compute_s / view.profiled[stitch][rows])
+        found.ratios.append(compute_s / view.profiled[variant][rows])
         found.transits_s.append(total_s - compute_s)
         for request in self.batch:
-            if self.started_at + total_s <= request.budget.target:
-                found.met_rows += request.rows
-                found.value += request.rows * found.family.quality[stitch]
+            if self.started_at + total_s <= request.deadlines.soft:
+                found.met_rows += request.num_images
+                found.value += request.num_images * found.family.quality[variant]
         self.batch = []
-        self.planner.finished(stitch, rows, compute_s, total_s)
+        self.planner.finished(variant, rows, compute_s, total_s)
 
     def _free(self) -> None:
         self.planner.free()
@@ -201,9 +205,9 @@ def _request(told: Any) -> Request:
 
 def _trace(requests: list[Request]) -> Trace:
     """One arrival an image."""
-    rows = [request.rows for request in requests]
+    rows = [request.num_images for request in requests]
     arrivals = np.repeat([request.arrival for request in requests], rows)
-    left = [min(request.budget.target - request.arrival, FAR_S) for request in requests]
+    left = [min(request.deadlines.soft - request.arrival, FAR_S) for request in requests]
     budgets, picks = np.unique(np.round(np.array(left) / ROUNDED_S), return_inverse=True)
     classes = [BudgetClass(f"{ROUNDED_S * b:.4f} s", ROUNDED_S * b) for b in budgets.tolist()]
     order = np.argsort(arrivals, kind="stable")

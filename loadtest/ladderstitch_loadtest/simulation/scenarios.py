@@ -14,7 +14,7 @@ from ladderstitch_loadtest.load.traces import BudgetClass, Times, Trace
 from ladderstitch_loadtest.simulation.profiles import Family
 
 SHARED_OVER_SLOWEST = 36 / 30.63
-"""A shared budget, in the slowest stitch's largest batches: SuperServe's ratio."""
+"""A shared budget, in the slowest variant's largest batches: SuperServe's ratio."""
 TIGHT_OVER_SHARED, RELAXED_OVER_SHARED = 8 / 36, 100 / 36
 TIGHT_SHARE = 0.3
 CV2 = (0.0, 1.0, 2.0, 4.0, 8.0)
@@ -27,7 +27,7 @@ Shape = Literal["gamma", "ramp", "step", "replay"]
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """How requests come; `load` is the mean rate over what the fastest stitch can serve.
+    """How requests come; `load` is the mean rate over what the fastest variant can serve.
 
     Ramps go from a quarter of the load to 7/4 of it and back; steps are at half of it and at
     twice and a half for a quarter of the time. `requests` overrides the length, `file` is replayed.
@@ -80,8 +80,8 @@ class Scenario:
 
 
 def budgets(family: Family, *, mixed: bool) -> list[BudgetClass]:
-    """In proportion to the slowest stitch's largest batch."""
-    slowest = max(latency.median_s[-1] for latency in family.profile.stitches.values())
+    """In proportion to the slowest variant's largest batch."""
+    slowest = max(latency.median_s[-1] for latency in family.profile.variants.values())
     shared = SHARED_OVER_SLOWEST * slowest
     if not mixed:
         return [BudgetClass("shared", shared)]

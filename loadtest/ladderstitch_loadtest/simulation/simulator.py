@@ -13,12 +13,12 @@ from random import Random
 import numpy as np
 
 from ladderstitch.errors import RequestError
-from ladderstitch.gateway.routing import Mark, View, choose
-from ladderstitch.scheduling.requests import Budget, Request
+from ladderstitch.gateway.routing import ReplicaLoad, RequestTicket, choose
+from ladderstitch.scheduling.requests import Deadlines, Request
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.vision.scheduler.planner import Planner
 from ladderstitch.vision.scheduler.policies.base import Decision
-from ladderstitch_loadtest.load.outcome import Outcome
+from ladderstitch_loadtest.load.outcome import LoadOutcome
 from ladderstitch_loadtest.load.traces import Trace
 from ladderstitch_loadtest.simulation.profiles import Family
 
@@ -33,13 +33,13 @@ class Machine:
 
     They tell whoever routes how busy they are every `push_s`; 0: it is always known.
 
-    `spread` scales the profile's own p99/median (0: every batch takes its median). `transit_s` is
+    `spread` scales the profile's own p99/median (0: every batch takes its median). `dispatch_overhead_s` is
     what a batch costs beyond compute. `slow` are (from, to, factor) spells of a noisy neighbour.
     """
 
     replicas: int = 1
     spread: float = 1.0
-    transit_s: float = 0.0
+    dispatch_overhead_s: float = 0.0
     push_s: float = 0.0
     slow: tuple[tuple[float, float, float], ...] = ()
 
@@ -47,17 +47,17 @@ class Machine:
         return max((f for start, end, f in self.slow if start <= now < end), default=1.0)
 
 
-class Replica:
+class SimulatedReplica:
     """One planner, and the batch that its engine runs."""
 
     def __init__(self, family: Family, settings: SchedulerSettings) -> None:
         self.planner = Planner(family.quality, family.profile, settings)
         self.running: tuple[Request, ...] = ()
-        self.stitch = -1
+        self.variant = -1
         self.started = 0.0
         self.compute_s = 0.0
-        self.view = View(told_at=-inf)
-        self.marks: dict[Request, Mark] = {}
+        self.view = ReplicaLoad(reported_at=-inf)
+        self.marks: dict[Request, RequestTicket] = {}
         self.turn = 0
         """Counts decisions, so that a wake-up that is no longer wanted can be told."""
 
@@ -70,16 +70,16 @@ class Simulation:
     ) -> None:
         self.family = family
         self.machine = machine
-        self.replicas = [Replica(family, settings) for _ in range(machine.replicas)]
+        self.replicas = [SimulatedReplica(family, settings) for _ in range(machine.replicas)]
         self._random = Random(seed)
         self._sigma = _sigmas(family, machine.spread)
         self._events: list[tuple[float, int, int, int]] = []
         self._sent = 0
         self._routed = 0
 
-    def run(self, trace: Trace, *, hard: bool = True) -> Outcome:
+    def run(self, trace: Trace, *, hard: bool = True) -> LoadOutcome:
         """Every request's end; `hard` budgets are limits too: what passes them is dropped."""
-        outcome = Outcome.unanswered(trace)
+        outcome = LoadOutcome.unanswered(trace)
         index: dict[Request, int] = {}
         for i, (at, budget) in enumerate(
             zip(trace.arrivals_s.tolist(), trace.budgets_s.tolist(), strict=True)
@@ -87,7 +87,7 @@ class Simulation:
             self._advance(at, outcome, index)
             due = at + budget
             limit = due if hard else float("inf")
-            request = Request("", ONE_IMAGE, at, Budget(due, limit, "trace", "trace"))
+            request = Request("", ONE_IMAGE, at, Deadlines(due, limit, "trace", "trace"))
             number = self._route(request, at)
             replica = self.replicas[number]
             idle = not replica.running
@@ -95,7 +95,7 @@ class Simulation:
                 replica.planner.admit(request, at, alone=idle and not replica.planner.queue)
             except RequestError:
                 continue
-            replica.marks[request] = replica.view.sent(due)
+            replica.marks[request] = replica.view.on_sent(due)
             index[request] = i
             replica.planner.add(request)
             if idle:
@@ -109,13 +109,13 @@ class Simulation:
         if len(self.replicas) == 1:
             return 0
         for replica in self.replicas:
-            if now - replica.view.told_at >= self.machine.push_s:
-                replica.view.told(replica.planner.backlog(now), now)
+            if now - replica.view.reported_at >= self.machine.push_s:
+                replica.view.on_report(replica.planner.load_report(now), now)
         self._routed += 1
         views = [replica.view for replica in self.replicas]
-        return choose(views, request.budget.target - now, now, self._routed)
+        return choose(views, request.deadlines.soft - now, now, self._routed)
 
-    def _advance(self, until: float, outcome: Outcome, index: dict[Request, int]) -> None:
+    def _advance(self, until: float, outcome: LoadOutcome, index: dict[Request, int]) -> None:
         """Everything that happens before `until`."""
         events = self._events
         while events and events[0][0] <= until:
@@ -128,17 +128,17 @@ class Simulation:
             self._dispatch(number, now)
 
     def _finish(
-        self, replica: Replica, now: float, outcome: Outcome, index: dict[Request, int]
+        self, replica: SimulatedReplica, now: float, outcome: LoadOutcome, index: dict[Request, int]
     ) -> None:
         batch, rows = replica.running, len(replica.running)
-        quality = self.family.quality[replica.stitch]
+        quality = self.family.quality[replica.variant]
         for request in batch:
-            replica.view.ended(replica.marks.pop(request))
+            replica.view.on_ended(replica.marks.pop(request))
             i = index.pop(request)
             outcome.answer(
-                i, now, replica.started, replica.compute_s, replica.stitch, quality, rows
+                i, now, replica.started, replica.compute_s, replica.variant, quality, rows
             )
-        replica.planner.finished(replica.stitch, rows, replica.compute_s, now - replica.started)
+        replica.planner.finished(replica.variant, rows, replica.compute_s, now - replica.started)
         replica.planner.free()
         replica.running = ()
 
@@ -146,7 +146,7 @@ class Simulation:
         replica = self.replicas[number]
         planner = replica.planner
         for request in planner.take_expired(now):
-            replica.view.ended(replica.marks.pop(request))
+            replica.view.on_ended(replica.marks.pop(request))
         replica.turn += 1
         if not planner.queue:
             return
@@ -154,14 +154,14 @@ class Simulation:
         if not isinstance(choice, Decision):
             self._at(now + choice.seconds, number, replica.turn)
             return
-        replica.running, replica.stitch, replica.started = choice.requests, choice.stitch, now
-        planner.started(len(choice.requests), choice.stitch, now)
-        replica.compute_s = self._compute_s(planner, choice.stitch, len(choice.requests), now)
-        self._at(now + replica.compute_s + self.machine.transit_s, number, replica.turn)
+        replica.running, replica.variant, replica.started = choice.requests, choice.variant, now
+        planner.started(len(choice.requests), choice.variant, now)
+        replica.compute_s = self._compute_s(planner, choice.variant, len(choice.requests), now)
+        self._at(now + replica.compute_s + self.machine.dispatch_overhead_s, number, replica.turn)
 
-    def _compute_s(self, planner: Planner, stitch: int, rows: int, now: float) -> float:
-        seconds = planner.latency.view.profiled[stitch][rows] * self.machine.factor(now)
-        sigma = self._sigma[stitch]
+    def _compute_s(self, planner: Planner, variant: int, rows: int, now: float) -> float:
+        seconds = planner.latency.view.profiled[variant][rows] * self.machine.factor(now)
+        sigma = self._sigma[variant]
         return seconds * exp(sigma * self._random.gauss(0.0, 1.0)) if sigma else seconds
 
     def _at(self, time: float, number: int, turn: int) -> None:
@@ -172,10 +172,10 @@ class Simulation:
 def _sigmas(family: Family, spread: float) -> dict[int, float]:
     """Of the log-normal spread that puts the 99th percentile where the profile has it."""
     return {
-        stitch: spread
+        variant: spread
         * float(np.median(np.log(np.array(latency.p99_s) / np.array(latency.median_s))))
         / P99_SIGMAS
-        for stitch, latency in family.profile.stitches.items()
+        for variant, latency in family.profile.variants.items()
     }
 
 
@@ -187,6 +187,6 @@ def simulate(
     *,
     seed: int = 0,
     hard: bool = True,
-) -> Outcome:
+) -> LoadOutcome:
     """One run of one policy."""
     return Simulation(family, settings, machine, seed).run(trace, hard=hard)

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from ladderstitch.api.status import Context, abort, behaviour_of, with_behaviour
-from ladderstitch.errors import NotAllowed, RequestError, Unauthenticated
+from ladderstitch.errors import PermissionDenied, RequestError, Unauthenticated
 from ladderstitch.security.tokens import Limits, Scope, Token, TokenFile
 
 BEARER = "bearer "
@@ -18,14 +18,14 @@ ADMIN_SERVICES = frozenset({"ladderstitch.v1.AdminService"})
 OPEN_SERVICES = frozenset({"grpc.health.v1.Health"})
 """Channels check health on their own behalf and send no token."""
 
-Denied = Callable[[str], None]
+OnDenied = Callable[[str], None]
 """Told the reason of every refusal."""
 
 
-class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no types
+class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no types
     """Authenticates, checks the scope, and holds the token's limits for the time of the call."""
 
-    def __init__(self, tokens: TokenFile, limits: Limits, denied: Denied) -> None:
+    def __init__(self, tokens: TokenFile, limits: Limits, denied: OnDenied) -> None:
         self.tokens = tokens
         self.limits = limits
         self.denied = denied
@@ -50,11 +50,11 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no t
     def admit(
         self, metadata: Iterable[tuple[str, str | bytes]], scope: Scope, what: str = "this"
     ) -> Token:
-        """By gRPC metadata or HTTP headers; raises `Unauthenticated`, `NotAllowed`."""
+        """By gRPC metadata or HTTP headers; raises `Unauthenticated`, `PermissionDenied`."""
         try:
             token = self._authenticated(metadata)
             if scope not in token.scopes:
-                raise NotAllowed(
+                raise PermissionDenied(
                     f"token {token.name!r} has the scopes {sorted(token.scopes)}; {what} needs "
                     f"{scope!r}"
                 )

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ladderstitch.api.status import Context
-from ladderstitch.errors import BadInput
-from ladderstitch.scheduling.requests import Budget
+from ladderstitch.errors import InvalidArgument
+from ladderstitch.scheduling.requests import Deadlines
 
 MAX_BUDGET_US = 3_600_000_000
 """An hour: whoever means more may as well name no budget."""
@@ -27,7 +27,7 @@ Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 
 
 @dataclass(frozen=True, slots=True)
-class Deadline:
+class LatencyBudget:
     """Seconds from arrival; `hard` ones are limits as well as targets."""
 
     seconds: float
@@ -38,7 +38,7 @@ class Deadline:
 def arrival_and_deadline(context: Context) -> tuple[float, float | None]:
     """When a call arrived (`time.monotonic`), and the seconds from then to its gRPC deadline.
 
-    A gateway's waiting for a replica counts. Raises `BadInput` if it is malformed.
+    A gateway's waiting for a replica counts. Raises `InvalidArgument` if it is malformed.
     """
     now, remaining_s = time.monotonic(), context.time_remaining()
     held_s = 0.0
@@ -48,7 +48,7 @@ def arrival_and_deadline(context: Context) -> tuple[float, float | None]:
     return now - held_s, None if remaining_s is None else remaining_s + held_s
 
 
-def resolve_budget(arrival: float, deadlines: Iterable[Deadline]) -> Budget:
+def resolve_deadlines(arrival: float, deadlines: Iterable[LatencyBudget]) -> Deadlines:
     """Target = the earliest of all, limit = the earliest of the hard ones."""
     target = limit = math.inf
     target_source = limit_source = "none"
@@ -57,47 +57,49 @@ def resolve_budget(arrival: float, deadlines: Iterable[Deadline]) -> Budget:
             target, target_source = deadline.seconds, deadline.source
         if deadline.hard and deadline.seconds < limit:
             limit, limit_source = deadline.seconds, deadline.source
-    return Budget(arrival + target, arrival + limit, target_source, limit_source)
+    return Deadlines(arrival + target, arrival + limit, target_source, limit_source)
 
 
 def call_deadlines(
     remaining_s: float | None, metadata: Metadata, default_us: int | None
-) -> list[Deadline]:
+) -> list[LatencyBudget]:
     """The deadlines that every call may carry: gRPC's own, metadata, the model's default."""
     deadlines = []
     if remaining_s is not None and remaining_s < MAX_BUDGET_US / 1e6:
-        deadlines.append(Deadline(remaining_s, "grpc_deadline", hard=True))
+        deadlines.append(LatencyBudget(remaining_s, "grpc_deadline", hard=True))
     for key, value in metadata:
         if key == METADATA_KEY:
-            deadlines.append(Deadline(seconds_from_ms(key, value), "metadata"))
+            deadlines.append(LatencyBudget(seconds_from_ms(key, value), "metadata"))
     if default_us is not None:
-        deadlines.append(Deadline(default_us / 1e6, "model_default"))
+        deadlines.append(LatencyBudget(default_us / 1e6, "model_default"))
     return deadlines
 
 
 def seconds_from_us(field: str, value: int) -> float:
-    """Seconds of a budget given in microseconds; raises `BadInput` outside 1 us .. 1 h."""
+    """Seconds of a budget given in microseconds; raises `InvalidArgument` outside 1 us .. 1 h."""
     if not 1 <= value <= MAX_BUDGET_US:
-        raise BadInput(field, f"expected 1 to {MAX_BUDGET_US} microseconds, got {value}")
+        raise InvalidArgument(field, f"expected 1 to {MAX_BUDGET_US} microseconds, got {value}")
     return value / 1e6
 
 
 def seconds_from_ms(key: str, value: str | bytes) -> float:
-    """Seconds of a budget given as metadata; raises `BadInput` that names its key."""
+    """Seconds of a budget given as metadata; raises `InvalidArgument` that names its key."""
     text = value.decode(errors="replace") if isinstance(value, bytes) else value
     try:
         number = float(text)
     except ValueError:
         number = math.nan
     if not 0.001 <= number <= MAX_BUDGET_US / 1e3:  # NaN fails too
-        raise BadInput(key, f"expected 0.001 to {MAX_BUDGET_US // 1000} milliseconds, got {text!r}")
+        raise InvalidArgument(
+            key, f"expected 0.001 to {MAX_BUDGET_US // 1000} milliseconds, got {text!r}"
+        )
     return number / 1e3
 
 
 def token_budgets(metadata: Metadata) -> tuple[float, float]:
     """Seconds wanted to the first token and for each further one; `inf` is no wish.
 
-    Raises `BadInput` that names the key.
+    Raises `InvalidArgument` that names the key.
     """
     wanted = {FIRST_TOKEN_KEY: math.inf, TOKEN_KEY: math.inf}
     for key, value in metadata:
@@ -109,5 +111,7 @@ def token_budgets(metadata: Metadata) -> tuple[float, float]:
 def _held(value: str | bytes) -> float:
     text = value.decode(errors="replace") if isinstance(value, bytes) else value
     if not text.isdecimal() or int(text) > MAX_BUDGET_US:
-        raise BadInput(HELD_KEY, f"expected 0 to {MAX_BUDGET_US} microseconds, got {text[:80]!r}")
+        raise InvalidArgument(
+            HELD_KEY, f"expected 0 to {MAX_BUDGET_US} microseconds, got {text[:80]!r}"
+        )
     return int(text) / 1e6

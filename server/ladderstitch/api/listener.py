@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import grpc
 
-from ladderstitch.api.auth import Guard
-from ladderstitch.api.request_log import Observer
-from ladderstitch.security.listen_config import ListenSettings
+from ladderstitch.api.auth import AuthInterceptor
+from ladderstitch.api.request_log import RequestLogInterceptor
+from ladderstitch.security.listen_config import ListenConfig
 from ladderstitch.security.tls import CertificateFiles, RotatingCertificates
 from ladderstitch.security.tokens import Limits, Token, TokenFile
-from ladderstitch.telemetry.logs import Sink
+from ladderstitch.telemetry.logs import RecordSink
 
 
 @dataclass(frozen=True, slots=True)
-class Transport:
+class ListenerConfig:
     """What the servers of one replica share; connections have no maximum age unless one is set.
 
     `admin` and `health` are addresses of servers of their own; unset: admin rpcs are on the main
@@ -30,21 +30,21 @@ class Transport:
     max_connection_grace_s: float = 30.0
     share_port: bool = False  # a rolling replacement needs both to listen for a while
     credentials: grpc.ServerCredentials | None = None
-    observer: Observer | None = None
-    guard: Guard | None = None
+    observer: RequestLogInterceptor | None = None
+    guard: AuthInterceptor | None = None
     admin: tuple[str, int] | None = None
     health: tuple[str, int] | None = None
 
     @classmethod
     def of(
         cls,
-        settings: ListenSettings,
+        settings: ListenConfig,
         denied: Callable[[str], None],
-        sinks: Sequence[Sink] = (),
+        sinks: Sequence[RecordSink] = (),
         *,
         share_port: bool = False,
         watch_token: str | None = None,
-    ) -> Transport:
+    ) -> ListenerConfig:
         """`watch_token` lets a gateway in that shares it, beside those of the token file.
 
         Raises `ConfigError` if certificate or token file cannot be used.
@@ -57,7 +57,7 @@ class Transport:
             credentials = RotatingCertificates(files).credentials()
         if settings.token_file is not None:
             ours = () if watch_token is None else (Token(name="gateway", token=watch_token),)
-            guard = Guard(TokenFile(settings.token_file, ours=ours), Limits(), denied)
+            guard = AuthInterceptor(TokenFile(settings.token_file, ours=ours), Limits(), denied)
         if settings.admin_port is not None:
             admin = (settings.admin_host, settings.admin_port)
         if settings.health_port is not None:
@@ -69,7 +69,7 @@ class Transport:
             max_connection_grace_s=settings.max_connection_grace_s,
             share_port=share_port,
             credentials=credentials,
-            observer=Observer(sinks) if sinks else None,
+            observer=RequestLogInterceptor(sinks) if sinks else None,
             guard=guard,
             admin=admin,
             health=health,

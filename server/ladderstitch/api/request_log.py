@@ -13,7 +13,7 @@ import grpc
 
 from ladderstitch.api.status import Context, behaviour_of, with_behaviour
 from ladderstitch.api.validation import MAX_ID_CHARACTERS
-from ladderstitch.telemetry.logs import Fact, RequestRecord, Sink
+from ladderstitch.telemetry.logs import Fact, RecordSink, RequestRecord
 
 WATCHED = frozenset({"Infer", "ModelInfer", "Generate"})
 OIP_PREFIX = "ladderstitch_"
@@ -21,10 +21,10 @@ REQUEST_ID = "x-request-id"
 """Answered as metadata: the caller's own id, or one that was made up for the log."""
 
 
-class Observer(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no types
+class RequestLogInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no types
     """Goes before the guard, so that denied calls are told of, too."""
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
+    def __init__(self, sinks: Sequence[RecordSink]) -> None:
         self.sinks = sinks
 
     async def intercept_service(

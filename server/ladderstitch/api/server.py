@@ -10,13 +10,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from ladderstitch.api.listener import Transport, bind
+from ladderstitch.api.listener import ListenerConfig, bind
 from ladderstitch.api.native.admin import AdminService
 from ladderstitch.api.native.generation import GenerationService
 from ladderstitch.api.native.inference import InferenceService
 from ladderstitch.api.native.load import ReplicaService
 from ladderstitch.api.oip.service import OipService
-from ladderstitch.hosting.registry import Control, Host
+from ladderstitch.hosting.registry import AdminActions, ModelRegistry
 from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc
 from ladderstitch.v1 import (
     admin_pb2,
@@ -42,8 +42,10 @@ SERVICES = tuple(service.full_name for service in (*INFERENCE, *ADMIN))
 class Server:
     """Listens from `start` on, but reports NOT_SERVING until `set_serving(True)`."""
 
-    def __init__(self, host: Host, control: Control, transport: Transport) -> None:
-        self.host = host
+    def __init__(
+        self, registry: ModelRegistry, control: AdminActions, transport: ListenerConfig
+    ) -> None:
+        self.registry = registry
         self.transport = transport
         self.health = HealthServicer()
         self.port = self.admin_port = self.health_port = 0
@@ -55,7 +57,7 @@ class Server:
         if transport.health:  # kubelets send no token and speak no TLS
             self._probes = grpc.aio.server(options=transport.options())
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminService(host, control), self._admin or self._main
+            AdminService(registry, control), self._admin or self._main
         )
         self._reflect(self._main, INFERENCE if self._admin else (*INFERENCE, *ADMIN))
         if self._admin is not None:
@@ -67,17 +69,17 @@ class Server:
     def _servers(self) -> list[grpc.aio.Server]:
         return [s for s in (self._main, self._admin, self._probes) if s is not None]
 
-    def _add_inference(self, server: grpc.aio.Server, repository: Control | None) -> None:
+    def _add_inference(self, server: grpc.aio.Server, repository: AdminActions | None) -> None:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceService(self.host), server
+            InferenceService(self.registry), server
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(self.host), server
+            GenerationService(self.registry), server
         )
         grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-            OipService(self.host, repository), server
+            OipService(self.registry, repository), server
         )
-        replica_pb2_grpc.add_ReplicaServiceServicer_to_server(ReplicaService(self.host), server)
+        replica_pb2_grpc.add_ReplicaServiceServicer_to_server(ReplicaService(self.registry), server)
 
     def _reflect(self, server: grpc.aio.Server, services: tuple[ServiceDescriptor, ...]) -> None:
         health = health_pb2.DESCRIPTOR.services_by_name["Health"]
@@ -101,12 +103,12 @@ class Server:
         """Tell health checks and watchers, overall, by service and by model."""
         states = health_pb2.HealthCheckResponse
         state = states.SERVING if serving else states.NOT_SERVING
-        for name in ("", *SERVICES, *self.host.everything):
+        for name in ("", *SERVICES, *self.registry.models_by_name):
             await self.health.set(name, state)
 
     async def forget(self, model: str) -> None:
         """A model is taken away: say so to those who watch its health."""
-        if model in self.host.everything:
+        if model in self.registry.models_by_name:
             await self.health.set(model, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:

@@ -14,7 +14,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from ladderstitch.client.errors import DETAILS_KEY
-from ladderstitch.errors import BadInput, InternalError, Overloaded, RequestError
+from ladderstitch.errors import InternalError, InvalidArgument, Overloaded, RequestError
 
 DOMAIN = "ladderstitch"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
@@ -63,7 +63,7 @@ def _details(error: RequestError) -> list[Message]:
     details: list[Message] = [
         ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     ]
-    if isinstance(error, BadInput):
+    if isinstance(error, InvalidArgument):
         violation = BadRequest.FieldViolation(field=error.field, description=str(error))
         details.append(BadRequest(field_violations=[violation]))
     if isinstance(error, Overloaded):

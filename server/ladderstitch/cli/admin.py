@@ -110,8 +110,8 @@ def doctor(
     from ladderstitch.replica.preflight import examine
 
     with user_errors():
-        bundle = find_bundle(model) if model is not None else None
-        findings = list(examine(ServerConfig.load(config, bundle=bundle)))
+        given = {"bundle": find_bundle(model)} if model is not None else {}
+        findings = list(examine(ServerConfig.load(config, given)))
     table = Table("", "state", "found", "what to do")
     for finding in findings:
         state = f"[{COLOURS[finding.state]}]{finding.state}[/]"

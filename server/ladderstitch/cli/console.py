@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ladderstitch.client import Access, Client
+from ladderstitch.client import Client, Credentials
 from ladderstitch.errors import ConfigError, UserError
 
 out = Console()
@@ -95,9 +95,9 @@ class Options:
     token_file: Path | None
     server_name: str | None
 
-    def access(self) -> Access:
+    def access(self) -> Credentials:
         token = self.token_file.read_text().strip() if self.token_file else None
-        return Access(self.ca, self.certificate, self.key, token, self.tls, self.server_name)
+        return Credentials(self.ca, self.certificate, self.key, token, self.tls, self.server_name)
 
 
 def connect(context: typer.Context, address: str, timeout_s: float = 30.0) -> Client:

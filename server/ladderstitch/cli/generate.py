@@ -14,13 +14,13 @@ import typer
 from ladderstitch.bundles.registry import find_bundle
 from ladderstitch.cli.console import connect, err, user_errors
 from ladderstitch.cli.predict import DEFAULT_ADDRESS, parse_duration, reported
-from ladderstitch.client import TextPiece
+from ladderstitch.client import TextChunk
 from ladderstitch.errors import RequestError
 from ladderstitch.scheduling.requests import GenerationRequest, Sampling
-from ladderstitch.text.bundle import LanguageBundle
-from ladderstitch.text.engine.rank_config import ModelJob
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.engine.rank_config import RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
-from ladderstitch.text.scheduler.scheduler import Generator
+from ladderstitch.text.scheduler.scheduler import TextScheduler
 
 
 def generate(
@@ -42,7 +42,7 @@ def generate(
     min_quality: Annotated[
         float | None, typer.Option(help="Refuse rather than answer below this quality, 0 to 1.")
     ] = None,
-    stitch: Annotated[int | None, typer.Option(help="Take this path whatever the budget.")] = None,
+    variant: Annotated[int | None, typer.Option(help="Take this path whatever the budget.")] = None,
     model: Annotated[
         str, typer.Option(help="Model's name; default: the server's only one, or smollm2.")
     ] = "",
@@ -62,7 +62,7 @@ def generate(
         sampling = Sampling(temperature, top_k, top_p, seed)
         stops = tuple(stop or ())
         if local:
-            bundle = LanguageBundle.load(find_bundle(model or "smollm2"))
+            bundle = TextBundle.load(find_bundle(model or "smollm2"))
             tokens = tuple(bundle.tokenizer().encode(prompt))
             arrival = time.monotonic()
             limit = arrival + budget_s if budget_s is not None else float("inf")
@@ -79,7 +79,7 @@ def generate(
                 first_token_budget_s=first_s,
                 token_budget_s=token_s,
                 min_quality=min_quality,
-                stitch=stitch,
+                variant=variant,
                 stop=stops,
                 **asdict(sampling),
             ):
@@ -90,12 +90,12 @@ def generate(
             _summarise(last, time.monotonic() - started, asked)
 
 
-async def _generate_here(bundle: LanguageBundle, request: GenerationRequest, ranks: int) -> None:
-    job = ModelJob.of(bundle, ranks=ranks, cache_tokens=len(request.tokens) + request.max_tokens)
+async def _generate_here(bundle: TextBundle, request: GenerationRequest, ranks: int) -> None:
+    job = RankConfig.of(bundle, ranks=ranks, max_model_len=len(request.tokens) + request.max_tokens)
     group = RankGroup(job)
     try:
         await group.start()
-        generator = Generator(group, bundle.tokenizer(), bundle.manifest.end_tokens)
+        generator = TextScheduler(group, bundle.tokenizer(), bundle.manifest.end_tokens)
         started, count = time.monotonic(), 0
         async with aclosing(generator.generate(request)) as pieces:
             async for piece in pieces:
@@ -110,7 +110,7 @@ async def _generate_here(bundle: LanguageBundle, request: GenerationRequest, ran
         await group.close()
 
 
-def _summarise(last: TextPiece, seconds: float, asked: Mapping[str, float | None]) -> None:
+def _summarise(last: TextChunk, seconds: float, asked: Mapping[str, float | None]) -> None:
     _say(last.index + 1, seconds)
     cost = last.accounting
     if cost is None:

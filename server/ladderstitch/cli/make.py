@@ -187,13 +187,13 @@ def convert_ladder(
     Example: `ladderstitch convert-ladder smollm2 --recipe examples/smollm2-ladder/ladder-8.yaml
     --text data/brown/train.txt --held-out brown=data/brown/heldout.txt --into smollm2-ladder`
     """
-    from ladderstitch.text.bundle import LanguageBundle
+    from ladderstitch.text.bundle import TextBundle
     from ladderstitch.training.text.convert import Conversion, convert, write_report
     from ladderstitch.training.text.distil import LadderRecipe
 
     with user_errors():
         conversion = Conversion(
-            source=LanguageBundle.load(find_bundle(source)),
+            source=TextBundle.load(find_bundle(source)),
             recipe=LadderRecipe.load(recipe),
             text=text,
             held_out=dict(_named(entry) for entry in held_out),

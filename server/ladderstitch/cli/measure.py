@@ -23,7 +23,7 @@ def calibrate(
     bundle: BundleFolder = EMBEDDED,
     split: Annotated[str, typer.Option(help="Which images of the folder.")] = "t10k",
     name: Annotated[str, typer.Option(help="How to call them.")] = "Fashion-MNIST test",
-    batch_rows: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 100,
 ) -> None:
     """Measure the quality of every stitch, with 95 % intervals, into quality.json. Resumable."""
     from ladderstitch.training.vision.calibrate import calibrate as run
@@ -31,7 +31,7 @@ def calibrate(
 
     with user_errors(), progress_bar() as progress:
         bundle = find_bundle(str(bundle))
-        run(Bundle.load(bundle), load_idx_folder(data, split), name, batch_rows, progress)
+        run(Bundle.load(bundle), load_idx_folder(data, split), name, batch_size, progress)
     err.print(f"Wrote {bundle / 'quality.json'}; next: ladderstitch profile {bundle}")
 
 

@@ -39,17 +39,19 @@ def predict(
     min_quality: Annotated[
         float | None, typer.Option(help="Refuse rather than answer below this quality, 0 to 1.")
     ] = None,
-    stitch: Annotated[int | None, typer.Option(help="Run this stitch whatever the budget.")] = None,
+    variant: Annotated[
+        int | None, typer.Option(help="Run this variant whatever the budget.")
+    ] = None,
     model: Annotated[str, typer.Option(help="Model name; default: the server's only one.")] = "",
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
-    """Classify pictures within a latency budget, each by the best stitch that the budget allows."""
+    """Classify pictures within a latency budget, each by the best variant that the budget allows."""
     table = Table()
     for column in (
         "image",
         "label",
         "p",
-        "stitch",
+        "variant",
         "quality",
         "queue",
         "compute",
@@ -71,7 +73,7 @@ def predict(
                     budget_s=budget_s,
                     hard=hard,
                     min_quality=min_quality,
-                    stitch=stitch,
+                    variant=variant,
                     model=model,
                 )
             except RequestFailed as error:
@@ -95,16 +97,16 @@ def models(context: typer.Context, address: Address = DEFAULT_ADDRESS) -> None:
                 out.print(_language_line(model), highlight=False)
                 continue
             table = Table(title=f"{model.name} version {model.version}: {model.quality_metric}")
-            for column in ("stitch", "name", "quality", "expected", "planned"):
+            for column in ("variant", "name", "quality", "expected", "planned"):
                 table.add_column(column)
-            described = {stitch.id: stitch for stitch in model.stitches}
-            for stitch in (described[i] for i in model.frontier):
+            described = {variant.id: variant for variant in model.variants}
+            for variant in (described[i] for i in model.frontier):
                 table.add_row(
-                    str(stitch.id),
-                    stitch.name,
-                    f"{stitch.quality:.4f}",
-                    f"{stitch.latency_us / 1e3:.2f} ms",
-                    f"{stitch.planned_latency_us / 1e3:.2f} ms",
+                    str(variant.id),
+                    variant.name,
+                    f"{variant.quality:.4f}",
+                    f"{variant.latency_us / 1e3:.2f} ms",
+                    f"{variant.planned_latency_us / 1e3:.2f} ms",
                 )
             out.print(table)
 
@@ -113,23 +115,23 @@ def _language_line(model: inference_pb2.GetModelResponse) -> str:
     what = model.language
     return (
         f"{model.name} version {model.version}: language model, {what.residual} residual, "
-        f"{what.layers} layers, {what.context_tokens} tokens of context, {what.ranks} ranks"
+        f"{what.layers} layers, {what.max_model_len} tokens of context, {what.tensor_parallel_size} ranks"
     )
 
 
 def schedule(
     context: typer.Context,
-    policy: Annotated[PolicyName | None, typer.Option(help="How stitches are chosen.")] = None,
-    fixed_stitch: Annotated[int | None, typer.Option(help="Stitch of the policy fixed.")] = None,
-    pin: Annotated[int | None, typer.Option(help="Stitch that overrides the policy.")] = None,
+    policy: Annotated[PolicyName | None, typer.Option(help="How variants are chosen.")] = None,
+    fixed_variant: Annotated[int | None, typer.Option(help="Variant of the policy fixed.")] = None,
+    pin: Annotated[int | None, typer.Option(help="Variant that overrides the policy.")] = None,
     unpin: Annotated[bool, typer.Option("--unpin", help="Take the pin away.")] = False,
     min_quality: Annotated[float | None, typer.Option(help="Floor for everyone, 0 to 1.")] = None,
     model: Annotated[str, typer.Option(help="Model name; default: the server's only one.")] = "",
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
-    """Show or change how a running server chooses stitches. Takes effect in milliseconds."""
+    """Show or change how a running server chooses variants. Takes effect in milliseconds."""
     with reported(address), connect(context, address) as client:
-        changes = (policy, fixed_stitch, pin, min_quality)
+        changes = (policy, fixed_variant, pin, min_quality)
         if not unpin and all(change is None for change in changes):
             out.print(client.get_scheduling(model))
             return
@@ -137,8 +139,8 @@ def schedule(
             client.update_scheduling(
                 model_name=model,
                 policy=f"POLICY_NAME_{policy.upper()}" if policy else None,
-                fixed_stitch=fixed_stitch,
-                pinned_stitch=pin,
+                fixed_variant=fixed_variant,
+                pinned_variant=pin,
                 unpin=unpin,
                 min_quality=min_quality,
             )
@@ -177,7 +179,7 @@ def _row(answer: Prediction) -> list[str]:
     return [
         f"[bold]{answer.label}[/]",
         f"{answer.probability:.2f}",
-        f"{answer.stitch} ({answer.stitch_name})",
+        f"{answer.variant} ({answer.variant_name})",
         f"{answer.quality:.4f}",
         *(f"{1e3 * seconds:.2f} ms" for seconds in times),
         budget,

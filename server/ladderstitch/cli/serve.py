@@ -8,17 +8,18 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ladderstitch.api.listener import Transport
+from ladderstitch.api.listener import ListenerConfig
 from ladderstitch.bundles.registry import EMBEDDED, find_bundle, is_language_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
+from ladderstitch.cli.options import with_config_options
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import ConfigError
 from ladderstitch.hosting.model_manager import make_runner
-from ladderstitch.hosting.registry import Host
+from ladderstitch.hosting.registry import ModelRegistry
 from ladderstitch.replica.replica import Replica
 from ladderstitch.runtime.process import free_port, port_is_free, settle_for_good
 from ladderstitch.telemetry.logs import configure as configure_logs
@@ -26,83 +27,25 @@ from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.text.engine.rank_handle import launch_process
 
 EXAMPLES = Path("examples/fashion-mnist/images")
-ACCESS = "Who may call"
 GATEWAY_PORTS = ("port", "metrics_port")
 
 
+@with_config_options(
+    ServerConfig, skip=("bundle",), panels={"scheduling": "Scheduling of image models"}
+)
 def serve(
+    given: dict[str, Any],
     config: Annotated[
-        Path | None, typer.Option(help="YAML file, e.g. examples/serve.yaml; flags override it.")
+        Path | None, typer.Option(help="YAML file, e.g. examples/serve.yaml; options override it.")
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
             "--model",
             "--bundle",
-            help="Name of a fetched model, or a bundle's folder "
-            "(default: fashion-mnist, which is embedded).",
+            help="Name of a fetched model, or a bundle's directory.",
+            show_default="fashion-mnist, which is embedded",
         ),
-    ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to bind (default: 127.0.0.1)")] = None,
-    port: Annotated[int | None, typer.Option(help="gRPC port, 0: any (default: 8001)")] = None,
-    metrics_port: Annotated[
-        int | None, typer.Option(help="Prometheus port, 0: any (default: 9464)")
-    ] = None,
-    http_port: Annotated[
-        int | None, typer.Option(help="OpenAI's API for language models, e.g. 8081; unset: none")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda[:N] (default: auto)")] = None,
-    replicas: Annotated[
-        int | None,
-        typer.Option(help="Copies of the model here, behind gateways; needs Ray (default: 1)"),
-    ] = None,
-    gateways: Annotated[
-        int | None,
-        typer.Option(help="Before several replicas; they share the port (default: 2)"),
-    ] = None,
-    ranks: Annotated[
-        int | None, typer.Option(help="Language models: processes to split over (default: 1)")
-    ] = None,
-    spare_ranks: Annotated[
-        int | None, typer.Option(help="Language models: warm stand-ins for lost ranks (default: 0)")
-    ] = None,
-    tls_certificate: Annotated[
-        Path | None, typer.Option(help="PEM chain; reread when it changes.", rich_help_panel=ACCESS)
-    ] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Its key.", rich_help_panel=ACCESS)] = None,
-    tls_client_ca: Annotated[
-        Path | None,
-        typer.Option(
-            help="Callers must show a certificate signed by it (mutual TLS).",
-            rich_help_panel=ACCESS,
-        ),
-    ] = None,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="Bearer tokens, scopes, limits; see examples/tokens.yaml.", rich_help_panel=ACCESS
-        ),
-    ] = None,
-    admin_port: Annotated[
-        int | None,
-        typer.Option(
-            help="Admin rpcs here, on loopback, and nowhere else.", rich_help_panel=ACCESS
-        ),
-    ] = None,
-    health_port: Annotated[
-        int | None, typer.Option(help="Plaintext health for probes.", rich_help_panel=ACCESS)
-    ] = None,
-    insecure_public: Annotated[
-        bool,
-        typer.Option(
-            "--insecure-public",
-            help="Bind beyond loopback without TLS and tokens: whoever can reach it may use it.",
-            rich_help_panel=ACCESS,
-        ),
-    ] = False,
-    record: Annotated[
-        Path | None,
-        typer.Option(help="Folder for all that is planned, to `ladderstitch-loadtest replay`."),
     ] = None,
     ray: Annotated[
         bool, typer.Option("--ray/--no-ray", help="Run under Ray Serve, or in this process alone.")
@@ -115,31 +58,15 @@ def serve(
     """
     started = time.monotonic()
     with user_errors():
-        parsed = ServerConfig.load(
-            config,
-            bundle=find_bundle(model) if model is not None else None,
-            host=host,
-            port=port,
-            metrics_port=metrics_port,
-            http_port=http_port,
-            device=device,
-            replicas=replicas,
-            gateways=gateways,
-            ranks=ranks,
-            spare_ranks=spare_ranks,
-            tls_certificate=tls_certificate,
-            tls_key=tls_key,
-            tls_client_ca=tls_client_ca,
-            token_file=token_file,
-            admin_port=admin_port,
-            health_port=health_port,
-            insecure_public=insecure_public or None,
-            record=record.absolute() if record is not None else None,
-        )
+        if model is not None:
+            given["bundle"] = find_bundle(model)
+        if "record" in given:  # Ray's workers have another working directory
+            given["record"] = given["record"].absolute()
+        parsed = ServerConfig.load(config, given)
         if parsed.replicas > 1 and not ray:
             raise ConfigError(
                 "replicas: several need Ray; without it, start each with its own --port and "
-                "`ladderstitch gateway --replica HOST:PORT ...` before them"
+                "`ladderstitch gateway --replica HOST:PORT ...` in front of them"
             )
         _check_before_start(parsed)
         if ray:
@@ -151,8 +78,8 @@ def serve(
 
 def _check_before_start(config: ServerConfig) -> None:
     """What would otherwise come up seconds later, out of another process."""
-    make_runner(config, Host("check"), Metrics(), launch_process)
-    Transport.of(config, lambda reason: None)
+    make_runner(config, ModelRegistry("check"), Metrics(), launch_process)
+    ListenerConfig.of(config, lambda reason: None)
     for field, address in config.listening():
         number = getattr(config, field)
         if number is not None and not port_is_free(address, number):
@@ -166,8 +93,8 @@ def _serve_on_ray(config: ServerConfig, started: float) -> None:
     from ladderstitch.ray_serve.local_cluster import local_ray
 
     stop = threading.Event()
-    status = err.status("starting Ray and Serve, then warming every stitch and batch size ...")
-    actors = config.replicas * (1 + config.ranks + config.spare_ranks)
+    status = err.status("starting Ray and Serve, then warming every variant and batch size ...")
+    actors = config.replicas * (1 + config.tensor_parallel_size + config.spare_ranks)
     if config.replicas > 1:  # all gateways take the same, those that are started anew, too
         ports = {name: getattr(config, name) or free_port(config.host) for name in GATEWAY_PORTS}
         config = config.model_copy(update=ports)

@@ -7,26 +7,26 @@ with Client("127.0.0.1:8001") as client:
 """
 
 from ladderstitch.client.async_client import AsyncClient
-from ladderstitch.client.channel import RETRY_POLICY, Access
+from ladderstitch.client.channel import RETRY_POLICY, Credentials
 from ladderstitch.client.client import Client
 from ladderstitch.client.errors import RequestFailed
 from ladderstitch.client.messages import (
     Image,
     Prediction,
-    TextPiece,
+    TextChunk,
     generate_request,
     infer_request,
 )
 
 __all__ = [
     "RETRY_POLICY",
-    "Access",
     "AsyncClient",
     "Client",
+    "Credentials",
     "Image",
     "Prediction",
     "RequestFailed",
-    "TextPiece",
+    "TextChunk",
     "generate_request",
     "infer_request",
 ]

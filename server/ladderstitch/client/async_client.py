@@ -9,12 +9,12 @@ from typing import Any, Self
 
 import grpc
 
-from ladderstitch.client.channel import PLAIN, RETRY_POLICY, Access, retry_options
+from ladderstitch.client.channel import PLAIN, RETRY_POLICY, Credentials, retry_options
 from ladderstitch.client.errors import RequestFailed
 from ladderstitch.client.messages import (
     Image,
     Prediction,
-    TextPiece,
+    TextChunk,
     check_budget_request,
     generate_request,
     infer_request,
@@ -35,12 +35,12 @@ class AsyncClient:
         self,
         address: str = "127.0.0.1:8001",
         timeout_s: float = 30.0,
-        access: Access = PLAIN,
+        access: Credentials = PLAIN,
         retries: str | None = RETRY_POLICY,
     ) -> None:
         """`retries` is a gRPC service config; None: what fails, fails at once.
 
-        Raises `ValueError` and `OSError` as `Access.credentials` does.
+        Raises `ValueError` and `OSError` as `Credentials.credentials` does.
         """
         self.timeout_s = timeout_s
         self._metadata = access.metadata
@@ -78,7 +78,7 @@ class AsyncClient:
 
     async def generate(
         self, prompt: str | Sequence[int], *, timeout_s: float | None = None, **wishes: Any
-    ) -> AsyncIterator[TextPiece]:
+    ) -> AsyncIterator[TextChunk]:
         """The answer's pieces as they come; `wishes` are those of `generate_request`."""
         request = generate_request(prompt, **wishes)
         call = self.generation.Generate(
@@ -86,7 +86,7 @@ class AsyncClient:
         )
         try:
             async for response in call:
-                yield TextPiece.of(response)
+                yield TextChunk.of(response)
         except grpc.RpcError as error:
             raise RequestFailed(error) from None
         finally:
@@ -114,7 +114,7 @@ class AsyncClient:
         return reply
 
     async def update_scheduling(self, **changes: Any) -> admin_pb2.Scheduling:
-        """Fields of `UpdateSchedulingRequest`, e.g. `pinned_stitch=3`."""
+        """Fields of `UpdateSchedulingRequest`, e.g. `pinned_variant=3`."""
         request = admin_pb2.UpdateSchedulingRequest(**changes)
         reply: admin_pb2.UpdateSchedulingResponse = await self._call(
             self.admin.UpdateScheduling, request

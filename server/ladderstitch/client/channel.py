@@ -12,7 +12,7 @@ from ladderstitch.security.listen_config import is_loopback
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
+class Credentials:
     """TLS and token of a client; all unset: plaintext, no token.
 
     `ca` is the PEM file of the authority that signed the server's certificate (unset with `tls`:
@@ -57,7 +57,7 @@ class Access:
         return grpc.ssl_channel_credentials(*map(_bytes, (self.ca, self.key, self.certificate)))
 
 
-PLAIN = Access()
+PLAIN = Credentials()
 
 
 def _bytes(path: Path | None) -> bytes | None:

@@ -10,12 +10,12 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ladderstitch.client.channel import PLAIN, RETRY_POLICY, Access, retry_options
+from ladderstitch.client.channel import PLAIN, RETRY_POLICY, Credentials, retry_options
 from ladderstitch.client.errors import RequestFailed
 from ladderstitch.client.messages import (
     Image,
     Prediction,
-    TextPiece,
+    TextChunk,
     check_budget_request,
     generate_request,
     infer_request,
@@ -36,12 +36,12 @@ class Client:
         self,
         address: str = "127.0.0.1:8001",
         timeout_s: float = 30.0,
-        access: Access = PLAIN,
+        access: Credentials = PLAIN,
         retries: str | None = RETRY_POLICY,
     ) -> None:
         """`retries` is a gRPC service config; None: what fails, fails at once.
 
-        Raises `ValueError` and `OSError` as `Access.credentials` does.
+        Raises `ValueError` and `OSError` as `Credentials.credentials` does.
         """
         self.timeout_s = timeout_s
         self._metadata = access.metadata
@@ -77,14 +77,14 @@ class Client:
 
     def generate(
         self, prompt: str | Sequence[int], *, timeout_s: float | None = None, **wishes: Any
-    ) -> Iterator[TextPiece]:
+    ) -> Iterator[TextChunk]:
         """The answer's pieces as they come; `wishes` are those of `generate_request`."""
         request = generate_request(prompt, **wishes)
         try:
             for response in self.generation.Generate(
                 request, timeout=timeout_s or self.timeout_s, metadata=self._metadata
             ):
-                yield TextPiece.of(response)
+                yield TextChunk.of(response)
         except grpc.RpcError as error:
             raise RequestFailed(error) from None
 
@@ -113,7 +113,7 @@ class Client:
         return scheduling
 
     def update_scheduling(self, **changes: Any) -> admin_pb2.Scheduling:
-        """Fields of `UpdateSchedulingRequest`, e.g. `pinned_stitch=3`."""
+        """Fields of `UpdateSchedulingRequest`, e.g. `pinned_variant=3`."""
         request = admin_pb2.UpdateSchedulingRequest(**changes)
         reply: admin_pb2.UpdateSchedulingResponse = self._call(self.admin.UpdateScheduling, request)
         return reply.scheduling

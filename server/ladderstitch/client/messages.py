@@ -20,8 +20,8 @@ class Prediction:
 
     label: str
     probability: float
-    stitch: int
-    stitch_name: str
+    variant: int
+    variant_name: str
     quality: float
     quality_metric: str
     queue_s: float
@@ -41,8 +41,8 @@ class Prediction:
         return cls(
             label=label,
             probability=probability,
-            stitch=cost.stitch_id,
-            stitch_name=cost.stitch_name,
+            variant=cost.variant_id,
+            variant_name=cost.variant_name,
             quality=cost.quality,
             quality_metric=cost.quality_metric,
             queue_s=cost.queue_us / 1e6,
@@ -63,7 +63,7 @@ def infer_request(
     budget_s: float | None = None,
     hard: bool = False,
     min_quality: float | None = None,
-    stitch: int | None = None,
+    variant: int | None = None,
     priority: int = 0,
 ) -> inference_pb2.InferRequest:
     """The message of a `predict` call; raises `TypeError` for an array of another type."""
@@ -71,7 +71,7 @@ def infer_request(
         model_name=model,
         hard_deadline=hard,
         min_quality=min_quality,
-        stitch_id=stitch,
+        variant_id=variant,
         priority=priority,
     )
     if budget_s is not None:
@@ -108,7 +108,7 @@ FINISH = {
 
 
 @dataclass(frozen=True, slots=True)
-class TextPiece:
+class TextChunk:
     """One token of an answer; `finish` and `accounting` are set in the last one.
 
     `logprob` and `alternatives` (token, logprob) are there if they were asked for.
@@ -123,7 +123,7 @@ class TextPiece:
     alternatives: tuple[tuple[int, float], ...] = ()
 
     @classmethod
-    def of(cls, response: generation_pb2.GenerateResponse) -> TextPiece:
+    def of(cls, response: generation_pb2.GenerateResponse) -> TextChunk:
         ended = response.finish_reason != generation_pb2.FINISH_REASON_UNSPECIFIED
         return cls(
             index=response.index,
@@ -151,13 +151,13 @@ def generate_request(
     first_token_budget_s: float | None = None,
     token_budget_s: float | None = None,
     min_quality: float | None = None,
-    stitch: int | None = None,
+    variant: int | None = None,
     logprobs: int | None = None,
 ) -> generation_pb2.GenerateRequest:
     """The message of a `generate` call; the prompt is text or tokens.
 
     `budget_s` is for the whole answer, `token_budget_s` for the mean time between tokens after the
-    first; `stitch` pins a path of the model.
+    first; `variant` pins a path of the model.
     """
     request = generation_pb2.GenerateRequest(
         model_name=model,
@@ -172,7 +172,7 @@ def generate_request(
         first_token_budget_us=_microseconds(first_token_budget_s),
         token_budget_us=_microseconds(token_budget_s),
         min_quality=min_quality,
-        stitch_id=stitch,
+        variant_id=variant,
         logprobs=logprobs,
     )
     if isinstance(prompt, str):

@@ -11,7 +11,7 @@ import grpc
 from ladderstitch.api.status import Context, abort, statuses
 from ladderstitch.api.validation import announce_seconds
 from ladderstitch.errors import NotReady
-from ladderstitch.gateway.replica_pool import Fleet
+from ladderstitch.gateway.replica_pool import ReplicaPool
 from ladderstitch.gateway.upstream_call import OURS
 from ladderstitch.v1 import admin_pb2 as pb
 
@@ -30,10 +30,10 @@ EVERYWHERE = frozenset(
 DRAIN = f"{ADMIN}Drain"
 
 
-class Administrator(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no types
+class GatewayAdmin(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no types
     """Changes go to every replica that serves; `Drain` is the gateway's own."""
 
-    def __init__(self, fleet: Fleet, drain: Callable[[float], Awaitable[bool]]) -> None:
+    def __init__(self, fleet: ReplicaPool, drain: Callable[[float], Awaitable[bool]]) -> None:
         self._fleet, self._drain = fleet, drain
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:

@@ -13,10 +13,16 @@ from google.protobuf.descriptor import MethodDescriptor
 
 from ladderstitch.api.status import Context, abort
 from ladderstitch.errors import Draining, Overloaded, RequestError
-from ladderstitch.gateway.config import GatewaySettings
+from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.metrics import GatewayMetrics
-from ladderstitch.gateway.replica_pool import Fleet
-from ladderstitch.gateway.upstream_call import Attempts, Failure, ask, ask_stream, converse
+from ladderstitch.gateway.replica_pool import ReplicaPool
+from ladderstitch.gateway.upstream_call import (
+    RequestAttempts,
+    UpstreamFailure,
+    ask,
+    ask_stream,
+    converse,
+)
 
 RETRY_AFTER_S = 0.5
 UNAVAILABLE, NOT_FOUND = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND
@@ -30,14 +36,14 @@ class Forwarder(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no t
     def __init__(
         self,
         methods: Iterable[MethodDescriptor],
-        fleet: Fleet,
+        fleet: ReplicaPool,
         metrics: GatewayMetrics,
-        settings: GatewaySettings,
+        settings: GatewayConfig,
     ) -> None:
         self.draining = False
         self._fleet, self._metrics = fleet, metrics
-        self._patience_s = settings.patience_s
-        self._held_limit_bytes = settings.held_mb << 20
+        self._patience_s = settings.retry_timeout_s
+        self._held_limit_bytes = settings.max_buffered_mb << 20
         self._held_bytes = 0
         self._under_way = 0
         self._idle = asyncio.Event()
@@ -77,9 +83,9 @@ class Forwarder(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no t
         return grpc.unary_stream_rpc_method_handler(forward)
 
     @asynccontextmanager
-    async def _attempts(self, path: str, context: Context) -> AsyncIterator[Attempts]:
+    async def _attempts(self, path: str, context: Context) -> AsyncIterator[RequestAttempts]:
         """The caller's time; what is raised within becomes the caller's status."""
-        attempts = Attempts(
+        attempts = RequestAttempts(
             self._fleet, context.time_remaining(), context.invocation_metadata(), self._patience_s
         )
         code = "CANCELLED"
@@ -93,7 +99,7 @@ class Forwarder(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no t
         except RequestError as error:
             code = error.code
             await abort(context, error)
-        except Failure as failure:
+        except UpstreamFailure as failure:
             code = failure.code.name
             await failure.tell(context)
         finally:
@@ -116,10 +122,10 @@ class Forwarder(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no t
 
 
 async def _persist(
-    attempts: Attempts, ask_one: Ask, path: str, request: bytes, context: Context
+    attempts: RequestAttempts, ask_one: Ask, path: str, request: bytes, context: Context
 ) -> bytes | None:
     """Ask one replica after another until one answers, or says what no other would say better."""
-    failure: Failure | None = None
+    failure: UpstreamFailure | None = None
     while True:
         try:
             link = await attempts.next()
@@ -129,7 +135,7 @@ async def _persist(
             raise
         try:
             reply = await ask_one(link, path, request, context, attempts)
-        except Failure as failed:
+        except UpstreamFailure as failed:
             if failed.sick:
                 link.failed()
             elsewhere = failed.code == NOT_FOUND and attempts.other_models(link)

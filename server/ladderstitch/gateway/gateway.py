@@ -13,12 +13,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection_pb2
 
-from ladderstitch.api.listener import Transport, bind
-from ladderstitch.gateway.admin import EVERYWHERE, Administrator
-from ladderstitch.gateway.config import GatewaySettings
+from ladderstitch.api.listener import ListenerConfig, bind
+from ladderstitch.gateway.admin import EVERYWHERE, GatewayAdmin
+from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.forwarder import Forwarder, path_of
 from ladderstitch.gateway.metrics import GatewayMetrics
-from ladderstitch.gateway.replica_pool import Discovery, Fleet
+from ladderstitch.gateway.replica_pool import Discovery, ReplicaPool
 from ladderstitch.oip import grpc_service_pb2
 from ladderstitch.v1 import generation_pb2, inference_pb2
 
@@ -42,7 +42,7 @@ class Gateway:
     """Made inside a running event loop; comes up with `start`, goes down with `stop`."""
 
     def __init__(
-        self, settings: GatewaySettings, discovery: Discovery, watch_token: str | None = None
+        self, settings: GatewayConfig, discovery: Discovery, watch_token: str | None = None
     ) -> None:
         """`watch_token` goes to replicas instead of the one of the settings.
 
@@ -52,12 +52,12 @@ class Gateway:
         self.port = self.metrics_port = 0
         self.leaving = False
         self._news = asyncio.Event()
-        access = settings.access
+        access = settings.credentials
         if watch_token is not None:
             access = replace(access, token=watch_token)
-        self.fleet = Fleet(access, settings.max_message_mb << 20, self._news.set)
+        self.fleet = ReplicaPool(access, settings.max_message_mb << 20, self._news.set)
         self.metrics = GatewayMetrics(lambda: self.fleet.links.values())
-        self._transport = Transport.of(
+        self._transport = ListenerConfig.of(
             settings, self.metrics.denied, share_port=settings.share_port
         )
         self._forwarder = Forwarder(METHODS, self.fleet, self.metrics, settings)
@@ -70,7 +70,7 @@ class Gateway:
 
     def _make_servers(self) -> list[tuple[grpc.aio.Server, tuple[str, int], bool]]:
         """Server, address and whether it is encrypted: for callers, administrators, probes."""
-        transport, administrator = self._transport, Administrator(self.fleet, self.drain)
+        transport, administrator = self._transport, GatewayAdmin(self.fleet, self.drain)
         main = transport.server()
         servers = [(main, (self.settings.host, self.settings.port), True)]
         admin = main
@@ -149,7 +149,7 @@ class Gateway:
         self.leaving = True
         await self._tell_health()
         if not self._forwarder.draining:
-            await asyncio.sleep(self.settings.announce_s)
+            await asyncio.sleep(self.settings.drain_announce_s)
         self._forwarder.draining = True
         await asyncio.sleep(LAME_DUCK_S)
         await asyncio.gather(*(server.stop(self.settings.drain_s) for server, *_ in self._servers))

@@ -9,12 +9,12 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
-from ladderstitch.gateway.replica_connection import Link
-from ladderstitch.gateway.upstream_call import Attempts
+from ladderstitch.gateway.replica_connection import ReplicaConnection
+from ladderstitch.gateway.upstream_call import RequestAttempts
 from ladderstitch.telemetry.metrics import SECONDS
 from ladderstitch.telemetry.metrics_server import expose
 
-Links = Callable[[], Iterable[Link]]
+Links = Callable[[], Iterable[ReplicaConnection]]
 
 
 class GatewayMetrics:
@@ -43,7 +43,7 @@ class GatewayMetrics:
         for state, count in (("serving", self._serving), ("not_serving", self._not_serving)):
             self.replicas.labels(state).set_function(count)
 
-    def ended(self, method: str, code: str, attempts: Attempts) -> None:
+    def ended(self, method: str, code: str, attempts: RequestAttempts) -> None:
         """A call ended; CANCELLED if the caller left."""
         self.requests.labels(method, code).inc()
         self.seconds.labels(method).observe(attempts.elapsed_s)
@@ -76,7 +76,7 @@ class GatewayMetrics:
         return float(sum(not link.serving for link in self._links()))
 
 
-def targets(links: Iterable[Link], gateways: Iterable[str]) -> list[dict[str, Any]]:
+def targets(links: Iterable[ReplicaConnection], gateways: Iterable[str]) -> list[dict[str, Any]]:
     """Metrics pages of replicas and other gateways, as Prometheus' HTTP discovery wants them."""
     replicas = [
         {

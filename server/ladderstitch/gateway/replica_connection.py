@@ -10,9 +10,9 @@ from typing import Any
 
 import grpc
 
-from ladderstitch.client.channel import Access
-from ladderstitch.gateway.routing import Mark, View
-from ladderstitch.scheduling.load_report import Backlog
+from ladderstitch.client.channel import Credentials
+from ladderstitch.gateway.routing import ReplicaLoad, RequestTicket
+from ladderstitch.scheduling.load_report import LoadReport
 from ladderstitch.v1 import replica_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -29,20 +29,20 @@ REST_S, MAX_REST_S = 1.0, 30.0
 CONNECTED_S = 10.0
 
 
-class Link:
+class ReplicaConnection:
     """Follows one replica from `start` until `close`; `changed` is called when its state does."""
 
     def __init__(
         self,
         address: str,
-        access: Access,
+        access: Credentials,
         changed: Callable[[], None],
         max_message_bytes: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Raises `ValueError` and `OSError` as `Access.credentials` does."""
+        """Raises `ValueError` and `OSError` as `Credentials.credentials` does."""
         self.address = address
-        self.view = View()
+        self.view = ReplicaLoad()
         self.state: pb.WatchLoadResponse | None = None  # None: out of reach
         self.retired = False
         self.idle = asyncio.Event()
@@ -81,15 +81,15 @@ class Link:
             found = self._stubs[kind, method] = getattr(self._channel, kind)(method)
         return found
 
-    def opened(self, call: Any, due: float) -> Mark:
+    def opened(self, call: Any, due: float) -> RequestTicket:
         """A call goes to the replica; it is cancelled should the replica fall silent."""
         self._calls.add(call)
         self.idle.clear()
-        return self.view.sent(due)
+        return self.view.on_sent(due)
 
-    def ended(self, call: Any, mark: Mark) -> None:
+    def ended(self, call: Any, mark: RequestTicket) -> None:
         self._calls.discard(call)
-        self.view.ended(mark)
+        self.view.on_ended(mark)
         if not self.view.outstanding:
             self.idle.set()
 
@@ -147,7 +147,7 @@ class Link:
 
     def _hear(self, state: pb.WatchLoadResponse) -> None:
         before, self.state, self._complaint = self.state, state, ""
-        self.view.told(backlog_of(state), self._clock())
+        self.view.on_report(load_report_of(state), self._clock())
         if before is None or before.serving != state.serving or before.models != state.models:
             how = "serves" if state.serving else "is there, but does not serve"
             log.info("replica %s at %s %s", state.replica, self.address, how)
@@ -162,9 +162,9 @@ class Link:
             self._changed()
 
 
-def backlog_of(state: pb.WatchLoadResponse) -> Backlog:
+def load_report_of(state: pb.WatchLoadResponse) -> LoadReport:
     """What a replica says of its load, as routing takes it."""
-    return Backlog(
+    return LoadReport(
         waits_s=tuple(wait.wait_us / 1e6 for wait in state.waits) or (0.0,),
         request_s=state.request_us / 1e6,
         batch_s=state.batch_us / 1e6,
@@ -172,7 +172,7 @@ def backlog_of(state: pb.WatchLoadResponse) -> Backlog:
     )
 
 
-def _channel(address: str, access: Access, max_message_bytes: int) -> grpc.aio.Channel:
+def _channel(address: str, access: Credentials, max_message_bytes: int) -> grpc.aio.Channel:
     options: list[tuple[str, int | str]] = [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),

@@ -11,23 +11,23 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any
 
-from ladderstitch.client.channel import Access
+from ladderstitch.client.channel import Credentials
 from ladderstitch.gateway.config import DNS
-from ladderstitch.gateway.replica_connection import Link
+from ladderstitch.gateway.replica_connection import ReplicaConnection
 from ladderstitch.gateway.routing import choose
 
 
-class Fleet:
+class ReplicaPool:
     """Made inside a running event loop; `changed` is called when a replica's state does."""
 
     def __init__(
         self,
-        access: Access,
+        access: Credentials,
         max_message_bytes: int,
         changed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.links: dict[str, Link] = {}
+        self.links: dict[str, ReplicaConnection] = {}
         self._access, self._max_message_bytes = access, max_message_bytes
         self._told, self._clock = changed, clock
         self._turn = itertools.count()
@@ -35,7 +35,7 @@ class Fleet:
         self._leaving: set[asyncio.Task[None]] = set()
 
     @property
-    def serving(self) -> list[Link]:
+    def serving(self) -> list[ReplicaConnection]:
         return [link for link in self.links.values() if link.serving]
 
     async def follow(self, discovery: Discovery) -> None:
@@ -46,10 +46,12 @@ class Fleet:
     def update(self, addresses: Collection[str]) -> None:
         """From now on these are the replicas; others finish what they have.
 
-        Raises `ValueError` and `OSError` as `Access.credentials` does.
+        Raises `ValueError` and `OSError` as `Credentials.credentials` does.
         """
         for address in addresses - self.links.keys():
-            link = Link(address, self._access, self._notify, self._max_message_bytes, self._clock)
+            link = ReplicaConnection(
+                address, self._access, self._notify, self._max_message_bytes, self._clock
+            )
             self.links[address] = link
             link.start()
         for address in self.links.keys() - set(addresses):
@@ -58,7 +60,9 @@ class Fleet:
             task.add_done_callback(self._leaving.discard)
         self._notify()
 
-    def choose(self, budget_s: float, without: Collection[Link]) -> Link | None:
+    def choose(
+        self, budget_s: float, without: Collection[ReplicaConnection]
+    ) -> ReplicaConnection | None:
         """The replica with the most slack; those that rest only if there is no other."""
         now = self._clock()
         well = [link for link in self.links.values() if link.serving and link not in without]
@@ -86,7 +90,7 @@ class Fleet:
         self._change = asyncio.Event()
         self._told()
 
-    async def _retire(self, link: Link) -> None:
+    async def _retire(self, link: ReplicaConnection) -> None:
         link.retired = True
         try:
             await link.idle.wait()

@@ -10,58 +10,58 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ladderstitch.scheduling.load_report import IDLE, Backlog
+from ladderstitch.scheduling.load_report import IDLE, LoadReport
 
 GRAIN_S = 2e-4
 """Delays that differ by less are equal: no estimate is better than that."""
 
 
-Mark = tuple[int, float]
+RequestTicket = tuple[int, float]
 """How often the replica had spoken when a request went there, and when the request is due."""
 
 
 @dataclass(slots=True)
-class View:
+class ReplicaLoad:
     """What is known of one replica; all times are seconds on the router's own clock."""
 
-    backlog: Backlog = IDLE
-    told_at: float = 0.0
-    tellings: int = 0
+    report: LoadReport = IDLE
+    reported_at: float = 0.0
+    reports: int = 0
     outstanding: int = 0  # sent there and not answered
-    unseen: list[float] = field(default_factory=list)
+    unreported: list[float] = field(default_factory=list)
     """When those of them are due that the backlog cannot contain yet, in order."""
 
-    def told(self, backlog: Backlog, now: float) -> None:
+    def on_report(self, report: LoadReport, now: float) -> None:
         """The replica speaks: it knows of all that was sent before."""
-        self.backlog, self.told_at = backlog, now
-        self.tellings += 1
-        self.unseen.clear()
+        self.report, self.reported_at = report, now
+        self.reports += 1
+        self.unreported.clear()
 
-    def sent(self, due: float) -> Mark:
+    def on_sent(self, due: float) -> RequestTicket:
         """A request goes there; the mark to give to `ended`."""
         self.outstanding += 1
-        insort(self.unseen, due)
-        return self.tellings, due
+        insort(self.unreported, due)
+        return self.reports, due
 
-    def ended(self, mark: Mark) -> None:
+    def on_ended(self, mark: RequestTicket) -> None:
         """A request has come back, one way or another."""
-        tellings, due = mark
+        reports, due = mark
         self.outstanding -= 1
-        if tellings == self.tellings:
-            del self.unseen[bisect_left(self.unseen, due)]
+        if reports == self.reports:
+            del self.unreported[bisect_left(self.unreported, due)]
 
     def delay_s(self, budget_s: float, now: float) -> float:
         """Seconds until an answer: what waits there, what was sent since, and its own work.
 
         What is due earlier goes first; whatever was sent since may be running already.
         """
-        waited_s = max(0.0, self.backlog.wait_s(budget_s) - (now - self.told_at))
-        ahead = bisect_right(self.unseen, now + budget_s)
-        started_s = self.backlog.batch_s if self.unseen else 0.0
-        return waited_s + started_s + (1 + ahead) * self.backlog.request_s
+        waited_s = max(0.0, self.report.wait_s(budget_s) - (now - self.reported_at))
+        ahead = bisect_right(self.unreported, now + budget_s)
+        started_s = self.report.batch_s if self.unreported else 0.0
+        return waited_s + started_s + (1 + ahead) * self.report.request_s
 
 
-def choose(views: Sequence[View], budget_s: float, now: float, turn: int) -> int:
+def choose(views: Sequence[ReplicaLoad], budget_s: float, now: float, turn: int) -> int:
     """Place of the replica whose slack, `budget_s` less its delay, is the largest.
 
     Among equals the one with the fewest requests under way, then each in its turn. Raises
@@ -74,5 +74,5 @@ def choose(views: Sequence[View], budget_s: float, now: float, turn: int) -> int
     return min(order, key=lambda place: _cost(views[place], budget_s, now))
 
 
-def _cost(view: View, budget_s: float, now: float) -> tuple[int, int]:
+def _cost(view: ReplicaLoad, budget_s: float, now: float) -> tuple[int, int]:
     return round(view.delay_s(budget_s, now) / GRAIN_S), view.outstanding

@@ -16,13 +16,13 @@ import grpc
 from ladderstitch.api.deadlines import HELD_KEY, METADATA_KEY
 from ladderstitch.api.status import Context
 from ladderstitch.errors import NotReady
-from ladderstitch.gateway.replica_connection import Link
-from ladderstitch.gateway.replica_pool import Fleet
+from ladderstitch.gateway.replica_connection import ReplicaConnection
+from ladderstitch.gateway.replica_pool import ReplicaPool
 
 SICKNESS = frozenset({"UNAVAILABLE", "INTERNAL", "UNKNOWN"})
 
 
-class Failure(Exception):
+class UpstreamFailure(Exception):
     """A replica's call ended with a status; `begun`: the caller has got something of it."""
 
     def __init__(
@@ -50,9 +50,13 @@ class Failure(Exception):
 
 
 async def ask(
-    link: Link, method: str, request: bytes, context: Context, attempts: Attempts
+    link: ReplicaConnection,
+    method: str,
+    request: bytes,
+    context: Context,
+    attempts: RequestAttempts,
 ) -> bytes:
-    """One message for one; raises `Failure`."""
+    """One message for one; raises `UpstreamFailure`."""
     call = link.stub("unary_unary", method)(
         request, timeout=attempts.timeout_s, metadata=attempts.metadata
     )
@@ -64,9 +68,13 @@ async def ask(
 
 
 async def ask_stream(
-    link: Link, method: str, request: bytes, context: Context, attempts: Attempts
+    link: ReplicaConnection,
+    method: str,
+    request: bytes,
+    context: Context,
+    attempts: RequestAttempts,
 ) -> None:
-    """Messages for one; raises `Failure`."""
+    """Messages for one; raises `UpstreamFailure`."""
     call = link.stub("unary_stream", method)(
         request, timeout=attempts.timeout_s, metadata=attempts.metadata
     )
@@ -75,9 +83,9 @@ async def ask_stream(
 
 
 async def converse(
-    link: Link, method: str, requests: Any, context: Context, attempts: Attempts
+    link: ReplicaConnection, method: str, requests: Any, context: Context, attempts: RequestAttempts
 ) -> None:
-    """Messages both ways; raises `Failure`, begun: what the caller sent is gone."""
+    """Messages both ways; raises `UpstreamFailure`, begun: what the caller sent is gone."""
     call = link.stub("stream_stream", method)(
         timeout=attempts.timeout_s, metadata=attempts.metadata
     )
@@ -103,15 +111,15 @@ class _Progress:
 
 @contextmanager
 def _under_way(
-    link: Link, call: Any, attempts: Attempts, *, begun: bool = False
+    link: ReplicaConnection, call: Any, attempts: RequestAttempts, *, begun: bool = False
 ) -> Iterator[_Progress]:
-    """While the call lasts; whatever ends it but the caller's own leaving becomes a `Failure`."""
+    """While the call lasts; whatever ends it but the caller's own leaving becomes a `UpstreamFailure`."""
     progress = _Progress(begun)
     mark = link.opened(call, attempts.due)
     try:
         yield progress
     except grpc.aio.AioRpcError as error:
-        raise Failure(
+        raise UpstreamFailure(
             error.code(),
             error.details() or "",
             progress.begun,
@@ -123,7 +131,7 @@ def _under_way(
         if task is not None and task.cancelling():  # the caller left
             raise
         unavailable = grpc.StatusCode.UNAVAILABLE
-        raise Failure(unavailable, "the replica was lost", progress.begun) from None
+        raise UpstreamFailure(unavailable, "the replica was lost", progress.begun) from None
     finally:
         _leave(call)
         link.ended(call, mark)
@@ -174,25 +182,25 @@ OURS = frozenset({"user-agent", HELD_KEY})
 _random = Random()
 
 
-class Attempts:
+class RequestAttempts:
     """From the arrival of a request until it is answered, or nobody is left to ask in time."""
 
     def __init__(
         self,
-        fleet: Fleet,
+        fleet: ReplicaPool,
         remaining_s: float | None,
         metadata: Iterable[tuple[str, str | bytes]],
-        patience_s: float,
+        retry_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`remaining_s` is what the caller's deadline leaves, None without one."""
         self._fleet, self._clock = fleet, clock
         self.arrival = clock()
         self.deadline = math.inf if remaining_s is None else self.arrival + remaining_s
-        self._give_up = min(self.deadline, self.arrival + patience_s)
+        self._give_up = min(self.deadline, self.arrival + retry_timeout_s)
         self._metadata: Metadata = tuple((k, v) for k, v in metadata if k not in OURS)
         self.due = min(self.arrival + _budget_s(self._metadata), self.deadline)
-        self._tried: list[Link] = []
+        self._tried: list[ReplicaConnection] = []
         self._pause_s = BACK_OFF_S
         self.count = 0
 
@@ -213,7 +221,7 @@ class Attempts:
             return self._metadata
         return (*self._metadata, (HELD_KEY, str(round(1e6 * held_s))))
 
-    async def next(self) -> Link:
+    async def next(self) -> ReplicaConnection:
         """The replica to ask now; waits for one to come. Raises `NotReady` when time is up."""
         while True:
             link = self._fleet.choose(self.due - self._clock(), self._tried)
@@ -231,7 +239,7 @@ class Attempts:
             await self._fleet.change(min(left_s, self._pause_s * _random.uniform(0.5, 1.5)))
             self._pause_s = min(2 * self._pause_s, MAX_BACK_OFF_S)
 
-    def other_models(self, than: Link) -> bool:
+    def other_models(self, than: ReplicaConnection) -> bool:
         """From now on only replicas with other models than this one's; whether there are any."""
         alike = [link for link in self._fleet.serving if link.models == than.models]
         self._tried += [link for link in alike if link not in self._tried]

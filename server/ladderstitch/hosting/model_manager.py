@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 from ladderstitch.bundles.registry import find_bundle, is_language_bundle
 from ladderstitch.config import ServerConfig
-from ladderstitch.errors import BadInput, Draining, ModelNotFound, UserError
-from ladderstitch.hosting.registry import Advance, Host, Hosted, Runner
-from ladderstitch.hosting.text_runner import LanguageRunner
-from ladderstitch.hosting.vision_runner import ImageRunner
-from ladderstitch.scheduling.settings import LiveSettings
+from ladderstitch.errors import Draining, InvalidArgument, ModelNotFound, UserError
+from ladderstitch.hosting.registry import LoadedModel, ModelRegistry, ProgressCallback, Runner
+from ladderstitch.hosting.text_runner import TextRunner
+from ladderstitch.hosting.vision_runner import VisionRunner
+from ladderstitch.scheduling.settings import ActiveSettings
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.text.engine.rank_handle import Launcher
 from ladderstitch.vision.engine.base import EngineDied
@@ -31,12 +31,14 @@ MakeRunner = Callable[[ServerConfig], Runner]
 """Raises `UserError` for a bundle that cannot be served."""
 
 
-class Repository:
+class ModelManager:
     """The runners by their models' names; one change at a time."""
 
-    def __init__(self, config: ServerConfig, host: Host, first: Runner, make: MakeRunner) -> None:
+    def __init__(
+        self, config: ServerConfig, registry: ModelRegistry, first: Runner, make: MakeRunner
+    ) -> None:
         """`first` is the model that the replica was configured with."""
-        self.config, self.host, self.make = config, host, make
+        self.config, self.registry, self.make = config, registry, make
         self.runners: dict[str, Runner] = {first.name: first}
         self._turn = asyncio.Lock()
 
@@ -48,18 +50,18 @@ class Repository:
     def alive(self) -> bool:
         return all(runner.alive for runner in self.runners.values())
 
-    async def start(self, advance: Advance) -> None:
+    async def start(self, advance: ProgressCallback) -> None:
         """Bring up the configured model; raises what its runner raises."""
         for runner in self.runners.values():
             await runner.start(advance)
 
-    async def load(self, bundle: str) -> Hosted:
+    async def load(self, bundle: str) -> LoadedModel:
         """Serve a bundle, in place of the model of its name if there is one.
 
-        Raises `BadInput` if there is no such bundle or it cannot be served, `Draining`.
+        Raises `InvalidArgument` if there is no such bundle or it cannot be served, `Draining`.
         """
         async with self._turn:
-            if self.host.draining:
+            if self.registry.draining:
                 raise Draining("the replica is draining; load models on another one")
             runner = await self._started(bundle)
             old = self.runners.get(runner.name)
@@ -68,7 +70,7 @@ class Repository:
             if old is not None:
                 await self._end(old)
             log.info("model %s loaded", runner.name)
-            return self.host.everything[runner.name]
+            return self.registry.models_by_name[runner.name]
 
     async def unload(self, name: str) -> None:
         """Take a model away when what it accepted has ended; raises `ModelNotFound`."""
@@ -76,7 +78,7 @@ class Repository:
             if name not in self.runners:
                 known = ", ".join(map(repr, self.runners)) or "none"
                 raise ModelNotFound(f"model_name: no model {name[:80]!r}; this server has {known}")
-            self.host.remove(name)
+            self.registry.remove(name)
             runner = self.runners.pop(name)
             runner.set_ready(False)
             await self._end(runner)
@@ -86,12 +88,12 @@ class Repository:
         for runner in self.runners.values():
             runner.set_ready(ready)
 
-    def apply(self, live: LiveSettings) -> None:
-        """Schedule by these, wherever they fit: a pin names a stitch of one model."""
+    def apply(self, live: ActiveSettings) -> None:
+        """Schedule by these, wherever they fit: a pin names a variant of one model."""
         for runner in self.runners.values():
             try:
                 runner.apply(live.settings)
-            except BadInput as error:
+            except InvalidArgument as error:
                 log.warning("model %s keeps its scheduling: %s", runner.name, error)
 
     async def drain(self) -> None:
@@ -103,7 +105,9 @@ class Repository:
 
     async def _started(self, bundle: str) -> Runner:
         if not NAME.fullmatch(bundle):
-            raise BadInput("bundle", f"expected the name of a fetched model, got {bundle[:80]!r}")
+            raise InvalidArgument(
+                "bundle", f"expected the name of a fetched model, got {bundle[:80]!r}"
+            )
         runner: Runner | None = None
         try:
             config = self.config.model_copy(update={"bundle": find_bundle(bundle)})
@@ -112,7 +116,7 @@ class Repository:
         except (UserError, EngineDied) as error:
             if runner is not None:
                 await runner.close()
-            raise BadInput("bundle", str(error)) from error
+            raise InvalidArgument("bundle", str(error)) from error
         return runner
 
     async def _end(self, runner: Runner) -> None:
@@ -122,8 +126,10 @@ class Repository:
         await runner.close()
 
 
-def make_runner(config: ServerConfig, host: Host, metrics: Metrics, launcher: Launcher) -> Runner:
+def make_runner(
+    config: ServerConfig, registry: ModelRegistry, metrics: Metrics, launcher: Launcher
+) -> Runner:
     """The runner for the bundle's family. Raises `BundleError` if it cannot be served."""
     if is_language_bundle(config.bundle):
-        return LanguageRunner(config, host, metrics, launcher)
-    return ImageRunner(config, host, metrics)
+        return TextRunner(config, registry, metrics, launcher)
+    return VisionRunner(config, registry, metrics)

@@ -6,11 +6,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ladderstitch.errors import BadInput, ModelNotFound, NotReady
-from ladderstitch.scheduling.settings import LiveSettings, SchedulerSettings
+from ladderstitch.errors import InvalidArgument, ModelNotFound, NotReady
+from ladderstitch.scheduling.settings import ActiveSettings, SchedulerSettings
 from ladderstitch.telemetry.text_metrics import TextMetrics
-from ladderstitch.text.bundle import LanguageBundle
-from ladderstitch.text.scheduler.scheduler import Generator
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.scheduler.scheduler import TextScheduler
 from ladderstitch.vision.bundle import Bundle
 from ladderstitch.vision.models.route import Stitch
 from ladderstitch.vision.preprocessing import ImageReader
@@ -18,13 +18,13 @@ from ladderstitch.vision.scheduler.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class HostedModel:
+class VisionModel:
     """One loaded bundle and the scheduler that answers for it."""
 
     bundle: Bundle
     scheduler: Scheduler
     reader: ImageReader
-    stitches: dict[int, Stitch]
+    variants: dict[int, Stitch]
 
     @property
     def name(self) -> str:
@@ -36,16 +36,16 @@ class HostedModel:
 
     @property
     def qualities(self) -> Mapping[int, float]:
-        """Of every stitch that it may answer by."""
+        """Of every variant that it may answer by."""
         return self.scheduler.quality
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class HostedGenerator:
+class TextModel:
     """One loaded language model and what generates with it."""
 
-    bundle: LanguageBundle
-    generator: Generator
+    bundle: TextBundle
+    scheduler: TextScheduler
     metrics: TextMetrics
     max_prompt_tokens: int
 
@@ -60,18 +60,18 @@ class HostedGenerator:
     @property
     def qualities(self) -> Mapping[int, float]:
         """Of every path that it may answer by."""
-        return self.generator.menu.quality
+        return self.scheduler.candidates.quality
 
 
-Hosted = HostedModel | HostedGenerator
+LoadedModel = VisionModel | TextModel
 
 
-UpdateSettings = Callable[[dict[str, Any]], Awaitable[LiveSettings]]
+UpdateSettings = Callable[[dict[str, Any]], Awaitable[ActiveSettings]]
 """Changed fields -> what is in force from then on, here and on every other replica."""
 
 
 @dataclass(frozen=True, slots=True)
-class Control:
+class AdminActions:
     """What an administrator may do to a replica.
 
     `drain` takes seconds of announcement and tells whether all accepted requests ended, `load`
@@ -80,22 +80,24 @@ class Control:
 
     update: UpdateSettings
     drain: Callable[[float], Awaitable[bool]]
-    load: Callable[[str], Awaitable[Hosted]]
+    load: Callable[[str], Awaitable[LoadedModel]]
     unload: Callable[[str], Awaitable[None]]
 
 
 @dataclass(slots=True)
-class Host:
+class ModelRegistry:
     """The models of one replica; the replica sets the late fields as it comes up and goes down."""
 
     replica: str
-    models: dict[str, HostedModel] = field(default_factory=dict)
-    generators: dict[str, HostedGenerator] = field(default_factory=dict)
+    vision_models: dict[str, VisionModel] = field(default_factory=dict)
+    text_models: dict[str, TextModel] = field(default_factory=dict)
     ready: bool = False
     leaving: bool = False  # announced, but requests are still accepted
     draining: bool = False
     metrics_port: int = 0
-    live: LiveSettings = field(default_factory=lambda: LiveSettings(0, SchedulerSettings()))
+    active_settings: ActiveSettings = field(
+        default_factory=lambda: ActiveSettings(0, SchedulerSettings())
+    )
 
     @property
     def serving(self) -> bool:
@@ -103,31 +105,31 @@ class Host:
         return self.ready and not self.leaving and not self.draining
 
     @property
-    def everything(self) -> dict[str, Hosted]:
+    def models_by_name(self) -> dict[str, LoadedModel]:
         """All models by name, in order of their names."""
-        everything: dict[str, Hosted] = {**self.models, **self.generators}
-        return dict(sorted(everything.items()))
+        models: dict[str, LoadedModel] = {**self.vision_models, **self.text_models}
+        return dict(sorted(models.items()))
 
-    def add(self, hosted: Hosted) -> None:
+    def add(self, hosted: LoadedModel) -> None:
         """Answer by it from now on, also in place of one of the same name."""
         self.remove(hosted.name)
-        if isinstance(hosted, HostedModel):
-            self.models[hosted.name] = hosted
+        if isinstance(hosted, VisionModel):
+            self.vision_models[hosted.name] = hosted
         else:
-            self.generators[hosted.name] = hosted
+            self.text_models[hosted.name] = hosted
 
     def remove(self, name: str) -> None:
-        self.models.pop(name, None)
-        self.generators.pop(name, None)
+        self.vision_models.pop(name, None)
+        self.text_models.pop(name, None)
 
-    def find(self, name: str, version: str = "") -> Hosted:
+    def find(self, name: str, version: str = "") -> LoadedModel:
         """No name stands for the only model, no version for the loaded one.
 
         Raises `NotReady` while loading, `ModelNotFound` for another name or version.
         """
         if not self.ready:
             raise NotReady("the replica is still loading its models")
-        everything = self.everything
+        everything = self.models_by_name
         if not name and len(everything) == 1:
             name = next(iter(everything))
         hosted = everything.get(name)
@@ -137,27 +139,27 @@ class Host:
             raise ModelNotFound(f"model_name: no model {wanted}; this server has {known}")
         return hosted
 
-    def model(self, name: str, version: str = "") -> HostedModel:
-        """An image classifier, as `find`; raises `BadInput` for a language model."""
+    def vision_model(self, name: str, version: str = "") -> VisionModel:
+        """An image classifier, as `find`; raises `InvalidArgument` for a language model."""
         hosted = self.find(name, version)
-        if not isinstance(hosted, HostedModel):
-            raise BadInput("model_name", f"{hosted.name!r} generates text: call Generate")
+        if not isinstance(hosted, VisionModel):
+            raise InvalidArgument("model_name", f"{hosted.name!r} generates text: call Generate")
         return hosted
 
-    def generator(self, name: str, version: str = "") -> HostedGenerator:
-        """A language model, as `find`; raises `BadInput` for another kind."""
+    def text_model(self, name: str, version: str = "") -> TextModel:
+        """A language model, as `find`; raises `InvalidArgument` for another kind."""
         hosted = self.find(name, version)
-        if not isinstance(hosted, HostedGenerator):
-            raise BadInput("model_name", f"{hosted.name!r} classifies images: call Infer")
+        if not isinstance(hosted, TextModel):
+            raise InvalidArgument("model_name", f"{hosted.name!r} classifies images: call Infer")
         return hosted
 
 
-Advance = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """(done, total) of the warm-up."""
 
 
 class Runner(Protocol):
-    """Runs one bundle and puts its model into the replica's `Host`."""
+    """Runs one bundle and puts its model into the replica's `ModelRegistry`."""
 
     @property
     def name(self) -> str:
@@ -171,7 +173,7 @@ class Runner(Protocol):
     def alive(self) -> bool:
         """Whether requests are being answered, or will be once what computes is back."""
 
-    async def start(self, advance: Advance) -> None:
+    async def start(self, advance: ProgressCallback) -> None:
         """Load and warm up."""
 
     def set_ready(self, ready: bool) -> None:

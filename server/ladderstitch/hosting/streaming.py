@@ -10,12 +10,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from ladderstitch.errors import RequestError
-from ladderstitch.hosting.registry import HostedGenerator
-from ladderstitch.scheduling.requests import GenerationRequest, Piece
+from ladderstitch.hosting.registry import TextModel
+from ladderstitch.scheduling.requests import GenerationRequest, TokenChunk
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class GenerationUsage:
     """What a complete answer cost, from its arrival on; a `met` is None without a budget."""
 
     prompt_tokens: int
@@ -42,16 +42,16 @@ class Account:
 
 
 async def answer(
-    model: HostedGenerator, request: GenerationRequest
-) -> AsyncGenerator[tuple[Piece, Account | None]]:
+    model: TextModel, request: GenerationRequest
+) -> AsyncGenerator[tuple[TokenChunk, GenerationUsage | None]]:
     """The pieces of an answer, the last one with its account; closing it ends the work.
 
-    Raises what `Generator.generate` raises; counts that, too.
+    Raises what `TextScheduler.generate` raises; counts that, too.
     """
     metrics, budgeted = model.metrics, _budgeted(request)
     first_at = last_at = 0.0
     try:
-        async with aclosing(model.generator.generate(request)) as pieces:
+        async with aclosing(model.scheduler.generate(request)) as pieces:
             async for piece in pieces:
                 now = time.monotonic()
                 if piece.index == 0:
@@ -78,11 +78,13 @@ async def answer(
         raise
 
 
-def _account(request: GenerationRequest, last: Piece, first_at: float, now: float) -> Account:
+def _account(
+    request: GenerationRequest, last: TokenChunk, first_at: float, now: float
+) -> GenerationUsage:
     budget, generated = request.budget, last.index + 1
     first_s, total_s = first_at - request.arrival, now - request.arrival
     mean_s = (now - first_at) / max(1, generated - 1)
-    return Account(
+    return GenerationUsage(
         prompt_tokens=len(request.tokens),
         generated_tokens=generated,
         queue_s=last.answer.queue_s,

@@ -4,36 +4,36 @@ from __future__ import annotations
 
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import EngineRestarting
-from ladderstitch.hosting.registry import Advance, Host, HostedGenerator
+from ladderstitch.hosting.registry import ModelRegistry, ProgressCallback, TextModel
 from ladderstitch.runtime.device import resolve_device, resolve_dtype
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.telemetry.text_metrics import TextMetrics
-from ladderstitch.text.bundle import LanguageBundle
-from ladderstitch.text.engine.rank_config import GroupOptions, ModelJob
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.engine.rank_handle import Launcher, RankLost
 from ladderstitch.text.model.weights import Shard
-from ladderstitch.text.scheduler.scheduler import Generator
+from ladderstitch.text.scheduler.scheduler import TextScheduler
 
 
-class LanguageRunner:
+class TextRunner:
     """A `Runner`."""
 
     def __init__(
-        self, config: ServerConfig, host: Host, metrics: Metrics, launcher: Launcher
+        self, config: ServerConfig, registry: ModelRegistry, metrics: Metrics, launcher: Launcher
     ) -> None:
         """Raises `BundleError` for a wrong bundle, `ConfigError` for ranks that do not fit it."""
-        self.config, self.host = config, host
-        self.bundle = LanguageBundle.load(config.bundle)
+        self.config, self.registry = config, registry
+        self.bundle = TextBundle.load(config.bundle)
         self.tokenizer = self.bundle.tokenizer()
-        for rank in range(config.ranks):
-            Shard.of(self.bundle.manifest.config, rank, config.ranks)
+        for rank in range(config.tensor_parallel_size):
+            Shard.of(self.bundle.manifest.config, rank, config.tensor_parallel_size)
         self.path_names = [path.name for path in self.bundle.manifest.ways]
         self.metrics = TextMetrics(metrics, self.bundle.manifest.name, range(len(self.path_names)))
         self._launcher = launcher
         self._group: RankGroup | None = None
-        self._generator: Generator | None = None
+        self._scheduler: TextScheduler | None = None
 
     @property
     def name(self) -> str:
@@ -47,20 +47,20 @@ class LanguageRunner:
     def alive(self) -> bool:
         return self._group is not None and not self._group.given_up
 
-    async def start(self, advance: Advance) -> None:
+    async def start(self, advance: ProgressCallback) -> None:
         """Bring up the ranks; raises `EngineRestarting` with the reason if they do not come."""
         config, manifest = self.config, self.bundle.manifest
         device = resolve_device(config.device)
-        context = min(config.context_tokens, manifest.config.max_positions)
-        job = ModelJob.of(
+        context = min(config.max_model_len, manifest.config.max_positions)
+        job = RankConfig.of(
             self.bundle,
-            ranks=config.ranks,
+            ranks=config.tensor_parallel_size,
             dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
             device=device,
             threads=config.threads,
-            cache_tokens=context,
-            pool_tokens=max(config.cache_tokens, min(context, config.chunk_tokens)),
-            chunk_tokens=min(context, config.chunk_tokens),
+            max_model_len=context,
+            kv_cache_tokens=max(config.kv_cache_tokens, min(context, config.max_batched_tokens)),
+            max_batched_tokens=min(context, config.max_batched_tokens),
         )
         by_hand = config.rank_secret_file
         options = GroupOptions(
@@ -73,7 +73,7 @@ class LanguageRunner:
         launcher = None if by_hand else self._launcher
         self._group = RankGroup(job, options, launcher, self.metrics.restarts.inc)
         await self._group.start()
-        self._generator = Generator(
+        self._scheduler = TextScheduler(
             self._group,
             self.tokenizer,
             manifest.end_tokens,
@@ -83,38 +83,40 @@ class LanguageRunner:
             observer=self.metrics,
         )
         try:
-            await self._generator.measure()
+            await self._scheduler.measure()
         except RankLost as error:
             raise EngineRestarting(f"a rank was lost while steps were measured: {error}") from error
         self.apply(config.scheduling)
-        self.host.add(
-            HostedGenerator(self.bundle, self._generator, self.metrics, self._max_prompt_tokens())
+        self.registry.add(
+            TextModel(self.bundle, self._scheduler, self.metrics, self._max_prompt_tokens())
         )
         advance(1, 1)
 
     def _max_prompt_tokens(self) -> int:
         """A prompt leaves room for at least one token of an answer."""
-        assert self._generator is not None, "set by `start`"
-        most = self._generator.max_tokens - 1
+        assert self._scheduler is not None, "set by `start`"
+        most = self._scheduler.max_tokens - 1
         return min(most, self.config.max_prompt_tokens or most)
 
     def set_ready(self, ready: bool) -> None:
         self.metrics.ready.set(int(ready))
 
     def apply(self, settings: SchedulerSettings) -> None:
-        if self._generator is None:
+        if self._scheduler is None:
             return
-        self._generator.apply(settings)
-        menu = self._generator.menu
-        fastest, best = menu.choices()[0], menu.choices()[-1]
-        self.metrics.offered(menu.quality[fastest], menu.quality[best], menu.floor)
+        self._scheduler.apply(settings)
+        candidates = self._scheduler.candidates
+        fastest, best = candidates.for_quality()[0], candidates.for_quality()[-1]
+        self.metrics.offered(
+            candidates.quality[fastest], candidates.quality[best], candidates.floor
+        )
 
     async def drain(self) -> None:
-        if self._generator is not None:
-            await self._generator.drain()
+        if self._scheduler is not None:
+            await self._scheduler.drain()
 
     async def close(self) -> None:
-        if self._generator is not None:
-            await self._generator.close()
+        if self._scheduler is not None:
+            await self._scheduler.close()
         if self._group is not None:
             await self._group.close()

@@ -6,12 +6,12 @@ import os
 from typing import TextIO
 
 from ladderstitch.config import ServerConfig
-from ladderstitch.errors import BadInput, BundleError, ConfigError
-from ladderstitch.hosting.registry import Advance, Host, HostedModel
+from ladderstitch.errors import BundleError, ConfigError, InvalidArgument
+from ladderstitch.hosting.registry import ModelRegistry, ProgressCallback, VisionModel
 from ladderstitch.runtime.device import resolve_device, resolve_dtype
 from ladderstitch.scheduling.profiles import QualityTable
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.telemetry.metrics import ImageMetrics, Metrics
+from ladderstitch.telemetry.metrics import Metrics, VisionMetrics
 from ladderstitch.vision.bundle import Bundle
 from ladderstitch.vision.engine.base import Engine, WorkerConfig
 from ladderstitch.vision.engine.process import InlineEngine, ProcessEngine
@@ -23,16 +23,16 @@ LIGHT_BYTES = 32 << 20
 """Bundles up to this size may be held twice, in the worker and in the replica's process."""
 
 
-class ImageRunner:
+class VisionRunner:
     """A `Runner`."""
 
-    def __init__(self, config: ServerConfig, host: Host, metrics: Metrics) -> None:
+    def __init__(self, config: ServerConfig, registry: ModelRegistry, metrics: Metrics) -> None:
         """Raises `BundleError` for a bundle that is wrong or not calibrated."""
-        self.config, self.host, self.metrics = config, host, metrics
+        self.config, self.registry, self.metrics = config, registry, metrics
         self.bundle = Bundle.load(config.bundle)
         self.quality = quality_table(self.bundle)
         self._engine: ProcessEngine | InlineEngine | None = None
-        self._model: HostedModel | None = None
+        self._model: VisionModel | None = None
         self._record: TextIO | None = None
 
     @property
@@ -47,8 +47,8 @@ class ImageRunner:
     def alive(self) -> bool:
         return self._model is not None and self._model.scheduler.running
 
-    async def start(self, advance: Advance) -> None:
-        """Load, then warm every stitch and batch size.
+    async def start(self, advance: ProgressCallback) -> None:
+        """Load, then warm every variant and batch size.
 
         Raises `EngineDied` if the worker cannot load the model, `ConfigError` for scheduling
         settings that do not fit it.
@@ -57,7 +57,7 @@ class ImageRunner:
         self._engine = self._make_engine(worker)
         await self._engine.start()
         self._model = await self._host(self._engine, worker, advance)
-        self.host.add(self._model)
+        self.registry.add(self._model)
 
     def set_ready(self, ready: bool) -> None:
         if self._model is not None:
@@ -93,8 +93,8 @@ class ImageRunner:
 
     def _make_engine(self, worker: WorkerConfig) -> ProcessEngine | InlineEngine:
         light = worker.device == "cpu" and self.bundle.weight_bytes <= LIGHT_BYTES
-        if light and self.config.inline_limit_ms > 0:
-            return InlineEngine(ProcessEngine(worker), self.config.inline_limit_ms / 1e3)
+        if light and self.config.inline_batch_limit_ms > 0:
+            return InlineEngine(ProcessEngine(worker), self.config.inline_batch_limit_ms / 1e3)
         return ProcessEngine(worker)
 
     def _worker_config(self) -> WorkerConfig:
@@ -105,44 +105,48 @@ class ImageRunner:
             device=device,
             dtype=str(resolve_dtype(self.config.dtype, device)).removeprefix("torch."),
             threads=self.config.threads,
-            max_rows=self.config.max_batch_rows,
+            max_batch_size=self.config.max_batch_size,
             image_shape=(inputs.channels, inputs.height, inputs.width),
             classes=len(manifest.labels),
         )
 
-    async def _host(self, engine: Engine, worker: WorkerConfig, advance: Advance) -> HostedModel:
-        stitches = {stitch.id: stitch for stitch in self.bundle.manifest.config.stitches()}
+    async def _host(
+        self, engine: Engine, worker: WorkerConfig, advance: ProgressCallback
+    ) -> VisionModel:
+        variants = {variant.id: variant for variant in self.bundle.manifest.config.stitches()}
         profile = await warm_up(engine, self.bundle, worker, advance)
         name = self.bundle.manifest.name
-        metrics = ImageMetrics(self.metrics, name, stitches)
-        quality = {stitch: score.value for stitch, score in self.quality.stitches.items()}
-        settings = self.host.live.settings
+        metrics = VisionMetrics(self.metrics, name, variants)
+        quality = {variant: score.value for variant, score in self.quality.variants.items()}
+        settings = self.registry.active_settings.settings
         self._record = self._open_record()
         scheduler = Scheduler(engine, quality, profile, settings, metrics, record=self._record)
         try:
             scheduler.configure(settings)
-        except BadInput as error:
+        except InvalidArgument as error:
             raise ConfigError(f"scheduling.{error}") from error
         metrics.running.set_function(lambda: scheduler.running_requests)
         _tell_offer(scheduler)
         reader = ImageReader(self.bundle.manifest.preprocessing, self.config.max_image_pixels)
-        return HostedModel(self.bundle, scheduler, reader, stitches)
+        return VisionModel(self.bundle, scheduler, reader, variants)
 
 
 def _tell_offer(scheduler: Scheduler) -> None:
-    menu = scheduler.menu
-    fastest, best = (menu.quality[stitch] for stitch in (menu.frontier[0], menu.best))
-    scheduler.metrics.offered(fastest, best, menu.floor)
+    candidates = scheduler.candidates
+    fastest, best = (
+        candidates.quality[variant] for variant in (candidates.frontier[0], candidates.best)
+    )
+    scheduler.metrics.offered(fastest, best, candidates.floor)
 
 
 def quality_table(bundle: Bundle) -> QualityTable:
-    """Raises `BundleError` if the bundle is not calibrated, or not for every stitch."""
+    """Raises `BundleError` if the bundle is not calibrated, or not for every variant."""
     if bundle.quality is None:
         raise BundleError(f"{bundle.path}: no quality.json; run `ladderstitch calibrate` first")
-    stitches = {s.id for s in bundle.manifest.config.stitches() if s.usable}
-    if missing := stitches - bundle.quality.stitches.keys():
+    variants = {s.id for s in bundle.manifest.config.stitches() if s.usable}
+    if missing := variants - bundle.quality.variants.keys():
         raise BundleError(
-            f"{bundle.path / 'quality.json'}: stitches {sorted(missing)} are not calibrated; "
+            f"{bundle.path / 'quality.json'}: variants {sorted(missing)} are not calibrated; "
             "run `ladderstitch calibrate` again"
         )
     return bundle.quality

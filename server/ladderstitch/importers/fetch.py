@@ -17,8 +17,8 @@ from pathlib import Path
 import yaml
 
 from ladderstitch.errors import DataError
-from ladderstitch.importers.gguf import Advance, import_gguf
-from ladderstitch.text.bundle import LanguageBundle, LanguageManifest, write_manifest
+from ladderstitch.importers.gguf import ProgressCallback, import_gguf
+from ladderstitch.text.bundle import TextBundle, TextManifest, write_manifest
 
 
 def fetch_fashion_mnist(into: Path) -> None:
@@ -178,7 +178,7 @@ MODELS["smollm2-ladder"] = replace(
 PATHS_FILE = "paths.yaml"
 
 
-def fetch_model(name: str, into: Path, advance: Advance) -> None:
+def fetch_model(name: str, into: Path, advance: ProgressCallback) -> None:
     """Download and import one of `MODELS`; raises `DataError` with the reason if it fails."""
     model = MODELS[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -204,8 +204,8 @@ def add_paths(bundle: Path, family: Path) -> None:
     for file in family.iterdir():
         if file.name != PATHS_FILE:
             shutil.copy2(file, bundle / file.name)
-    write_manifest(bundle, LanguageManifest.model_validate(raw))
-    LanguageBundle.load(bundle)
+    write_manifest(bundle, TextManifest.model_validate(raw))
+    TextBundle.load(bundle)
 
 
 def download(name: str, folder: Path) -> Path:

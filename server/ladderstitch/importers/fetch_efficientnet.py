@@ -26,7 +26,7 @@ from ladderstitch.training.vision.dataset import centred_views, find_photographs
 from ladderstitch.training.vision.stitch import assemble_family
 from ladderstitch.vision.bundle import Manifest, Preprocessing, write_bundle, write_table
 from ladderstitch.vision.models.efficientnet import EfficientNetLiteConfig
-from ladderstitch.vision.models.executor import InferenceModel
+from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.snnet_staged import StagedConfig
 from ladderstitch.vision.models.vit import InputShape
 
@@ -81,7 +81,7 @@ def fetch_efficientnet(into: Path, progress: Progress) -> dict[int, int]:
         write_bundle(into, _manifest(config, _labels(folder), len(photographs)), model)
         progress.update(task, description="measuring", advance=1)
         model.fold_batch_norm()
-        right = _measure(InferenceModel(model), folder, into)
+        right = _measure(StitchExecutor(model), folder, into)
         progress.advance(task)
     return right
 
@@ -131,7 +131,7 @@ def _manifest(config: StagedConfig, labels: tuple[str, ...], photographs: int) -
     )
 
 
-def _measure(model: InferenceModel, folder: Path, into: Path) -> dict[int, int]:
+def _measure(model: StitchExecutor, folder: Path, into: Path) -> dict[int, int]:
     """Agreement with the largest anchor into quality.json; right answers by stitch."""
     pictures = sorted((folder / "foolbox" / "data").glob("imagenet_*.jpg"))
     labels = torch.tensor([_label(path) for path in pictures])
@@ -157,7 +157,7 @@ def _measure(model: InferenceModel, folder: Path, into: Path) -> dict[int, int]:
         confidence=CONFIDENCE,
         date=datetime.now(UTC).date().isoformat(),
         versions=versions(),
-        stitches=scores,
+        variants=scores,
     )
     write_table(into / "quality.json", table)
     return right
@@ -170,5 +170,5 @@ def _label(path: Path) -> int:
     return int(found[1])
 
 
-def _answers(model: InferenceModel, images: Tensor, stitch: int) -> Tensor:
+def _answers(model: StitchExecutor, images: Tensor, stitch: int) -> Tensor:
     return torch.cat([model(part, stitch).argmax(1) for part in torch.split(images, 32)])

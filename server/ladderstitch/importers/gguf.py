@@ -13,11 +13,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from ladderstitch.errors import DataError
-from ladderstitch.text.bundle import LanguageManifest, write_manifest
+from ladderstitch.text.bundle import TextManifest, write_manifest
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.weight_reader import SINGLE
 
-Advance = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """(done, total) tensors."""
 
 CONTROL, USER_DEFINED = 3, 4
@@ -56,7 +56,7 @@ def import_gguf(
     name: str,
     origin: str,
     licence: str,
-    advance: Advance = lambda done, total: None,
+    advance: ProgressCallback = lambda done, total: None,
 ) -> None:
     """Write a bundle in float32. Raises `DataError` for a file of another architecture."""
     fields, reader = _open(file)
@@ -69,7 +69,7 @@ def import_gguf(
         tensors[ours] = _values(ours, tensor, config)
         advance(done + 1, len(reader.tensors))
     save_file(tensors, into / SINGLE)
-    manifest = LanguageManifest(
+    manifest = TextManifest(
         name=name,
         config=config,
         end_tokens=(int(fields["tokenizer.ggml.eos_token_id"]),),

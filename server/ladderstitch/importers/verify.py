@@ -26,7 +26,7 @@ from ladderstitch.training.vision.stitching_layers import (
     solve_affine,
     stitched_pairs,
 )
-from ladderstitch.vision.models.executor import InferenceModel
+from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.stitched import StitchedModel
 from ladderstitch.vision.models.vit import Vit
 
@@ -34,7 +34,7 @@ PLAIN = ("hf-vit", "hf-deit", "hf-swin")
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class CaseResult:
     """One case's outcome; errors are relative to the largest magnitude of the reference."""
 
     case: str
@@ -46,7 +46,7 @@ class Verdict:
     detail: str = ""
 
 
-def verify_case(path: Path) -> Verdict:
+def verify_case(path: Path) -> CaseResult:
     """Run one case; raises `DataError` if its files cannot be read."""
     sheet = _read_sheet(path)
     try:
@@ -80,7 +80,7 @@ def _verify_outputs(
     model: StitchedModel,
     images: Tensor,
     tensors: Mapping[str, Tensor],
-) -> Verdict:
+) -> CaseResult:
     """Every id that the case records, within the case's absolute and relative tolerance."""
     tolerance = sheet["tolerance"]
     expected = {
@@ -90,8 +90,8 @@ def _verify_outputs(
     }
     if expected.keys() != {stitch.id for stitch in model.stitches}:
         detail = f"ids differ: {len(expected)} recorded, {len(model.stitches)} enumerated"
-        return Verdict(case, sheet["family"], 0, "ids", float("inf"), False, detail)
-    serving = InferenceModel(model)
+        return CaseResult(case, sheet["family"], 0, "ids", float("inf"), False, detail)
+    serving = StitchExecutor(model)
     worst, wrong = 0.0, []
     with torch.inference_mode():
         for stitch, wanted in sorted(expected.items()):
@@ -101,7 +101,7 @@ def _verify_outputs(
             if not torch.allclose(got, wanted, atol=atol, rtol=rtol):
                 wrong.append(stitch)
     detail = f"outside tolerance: ids {wrong}" if wrong else ""
-    return Verdict(case, sheet["family"], len(expected), "ids", worst, not wrong, detail)
+    return CaseResult(case, sheet["family"], len(expected), "ids", worst, not wrong, detail)
 
 
 def _verify_plain(
@@ -109,7 +109,7 @@ def _verify_plain(
     sheet: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
-) -> Verdict:
+) -> CaseResult:
     """A network in Hugging Face's layout: its logits, and each head's where it has two."""
     trunk = plain_anchor(weights, sheet["config"]["hf_config"]).build()
     images, tolerance = tensors["input"], sheet["tolerance"]
@@ -129,10 +129,12 @@ def _verify_plain(
         if not torch.allclose(got[name], wanted, atol=tolerance["suggested_atol"], rtol=0):
             wrong.append(name)
     detail = f"outside tolerance: {wrong}" if wrong else ""
-    return Verdict(case, sheet["family"], len(recorded), "outputs", worst, not wrong, detail)
+    return CaseResult(case, sheet["family"], len(recorded), "outputs", worst, not wrong, detail)
 
 
-def _verify_solver(case: str, sheet: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Verdict:
+def _verify_solver(
+    case: str, sheet: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> CaseResult:
     """The least-squares solver on plain matrices."""
     allowed = sheet["tolerance"]["suggested_relative_for_solver_on_stored_features"]
     errors = {}
@@ -145,7 +147,7 @@ def _verify_solver(case: str, sheet: Mapping[str, Any], tensors: Mapping[str, Te
     wrong = [name for name, error in errors.items() if not error <= allowed]
     detail = f"outside tolerance: {wrong}" if wrong else ""
     worst = max(errors.values())
-    return Verdict(case, sheet["family"], len(errors), "solutions", worst, not wrong, detail)
+    return CaseResult(case, sheet["family"], len(errors), "solutions", worst, not wrong, detail)
 
 
 def _verify_language(
@@ -153,7 +155,7 @@ def _verify_language(
     sheet: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
-) -> Verdict:
+) -> CaseResult:
     """Every recorded output, in one pass and token by token, on every rank count it allows."""
     config, ours = verify_text.read_model(sheet, weights)
     tolerance, prefill = sheet["tolerance"], sheet["config"]["prefill_length"]
@@ -168,7 +170,7 @@ def _verify_language(
             if not torch.allclose(got, wanted, atol=atol, rtol=rtol):
                 wrong.append(f"{run.output} on {ranks} ranks")
     detail = f"outside tolerance: {wrong}" if wrong else ""
-    return Verdict(case, sheet["family"], checked, "outputs", worst, not wrong, detail)
+    return CaseResult(case, sheet["family"], checked, "outputs", worst, not wrong, detail)
 
 
 def _verify_least_squares(
@@ -177,7 +179,7 @@ def _verify_least_squares(
     model: StitchedModel,
     images: Tensor,
     weights: Mapping[str, Tensor],
-) -> Verdict:
+) -> CaseResult:
     """Solve every stitching layer anew from our own features and compare with the recorded one."""
     allowed = sheet["tolerance"]["suggested_relative_from_own_features"]
     for layer in stitched_pairs(model.stitches):
@@ -191,7 +193,7 @@ def _verify_least_squares(
     }
     wrong = [name for name, error in errors.items() if not error <= allowed]
     detail = f"outside tolerance: {wrong}" if wrong else ""
-    return Verdict(
+    return CaseResult(
         case,
         sheet["family"],
         len(errors),

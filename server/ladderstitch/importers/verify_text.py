@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from ladderstitch.importers.gguf import from_gpt_fast, gpt_fast_config
-from ladderstitch.text.comm.base import Link, LinkBroken, Ticket, sum_in_rank_order
+from ladderstitch.text.comm.base import Communicator, PeerLost, Work, sum_in_rank_order
 from ladderstitch.text.model.attention_batch import Batch
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.kv_cache import PagedCache
 from ladderstitch.text.model.llama import Transformer
-from ladderstitch.text.model.residual import Residual, plan_layers
+from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.weight_reader import MemoryWeights
 from ladderstitch.text.model.weights import Shard, load_rank
-from ladderstitch.text.step import Want, aligned
+from ladderstitch.text.step import LogitsMode, aligned
 
 FAMILIES = ("hf-llama", "ladder-llama", "desync-gpt", "parallel-gpt")
 RANK_COUNTS = (1, 2, 4)
@@ -29,38 +29,40 @@ BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class GoldenRun:
     """One recorded output: which scheme, on which rank counts, in one pass or token by token."""
 
     output: str
-    residual: Residual
+    residual: ResidualScheme
     rank_counts: tuple[int, ...]
     incremental: bool
 
 
-def recorded_runs(sheet: Mapping[str, Any]) -> Iterator[Run]:
+def recorded_runs(sheet: Mapping[str, Any]) -> Iterator[GoldenRun]:
     """Everything that a case's sheet records."""
     for entry in sheet["ids"]:
         residual, rank_counts = _scheme(entry, sheet["family"])
         if sheet["family"] == "hf-llama":
-            yield Run(entry["id"], residual, rank_counts, entry["id"] == "incremental")
+            yield GoldenRun(entry["id"], residual, rank_counts, entry["id"] == "incremental")
             continue
-        yield Run(entry["id"], residual, rank_counts, incremental=False)
-        yield Run(f"{entry['id']}.incremental", residual, rank_counts, incremental=True)
+        yield GoldenRun(entry["id"], residual, rank_counts, incremental=False)
+        yield GoldenRun(f"{entry['id']}.incremental", residual, rank_counts, incremental=True)
 
 
-def _scheme(entry: Mapping[str, Any], family: str) -> tuple[Residual, tuple[int, ...]]:
+def _scheme(entry: Mapping[str, Any], family: str) -> tuple[ResidualScheme, tuple[int, ...]]:
     if family == "ladder-llama":
-        return Residual(scheme="ladder", ladder_layers=tuple(entry["ladder_layers"])), RANK_COUNTS
+        return ResidualScheme(
+            scheme="ladder", ladder_layers=tuple(entry["ladder_layers"])
+        ), RANK_COUNTS
     match entry.get("kind"):
         case "desync":
             ranks, pattern = entry["tensor_parallel_size"], entry["reduce_after"]
-            return Residual(scheme="desync", reduce_after=pattern, ranks=ranks), (ranks,)
+            return ResidualScheme(scheme="desync", reduce_after=pattern, ranks=ranks), (ranks,)
         case "ladder":
-            return Residual(scheme="ladder"), RANK_COUNTS
+            return ResidualScheme(scheme="ladder"), RANK_COUNTS
         case "parallel":
-            return Residual(scheme="parallel"), RANK_COUNTS
-    return Residual(), RANK_COUNTS
+            return ResidualScheme(scheme="parallel"), RANK_COUNTS
+    return ResidualScheme(), RANK_COUNTS
 
 
 def read_model(
@@ -77,7 +79,7 @@ def run_case(
     config: LlamaConfig,
     weights: Mapping[str, Tensor],
     tokens: Tensor,
-    run: Run,
+    run: GoldenRun,
     ranks: int,
     prefill: int,
 ) -> Tensor:
@@ -85,7 +87,7 @@ def run_case(
     plans = plan_layers(run.residual, config.layers, ranks)
     shared_norm = plans[0].fused
 
-    def work(link: Link) -> Tensor:
+    def work(link: Communicator) -> Tensor:
         shard = Shard.of(config, link.rank, ranks)
         held = load_rank(MemoryWeights(weights), config, shard, shared_norm=shared_norm)
         model = Transformer(config, held, shard)
@@ -95,7 +97,7 @@ def run_case(
         starts = [0, *range(prefill, length)] if run.incremental else [0]
         parts = []
         for start, end in pairwise([*starts, length]):
-            step = aligned(tokens[:, start:end].numpy(), start, 0, blocks_each, Want.ALL)
+            step = aligned(tokens[:, start:end].numpy(), start, 0, blocks_each, LogitsMode.ALL)
             logits = model.forward(Batch(step, BLOCK_TOKENS), cache, plans, link)
             parts.append(logits.view(rows, end - start, -1))
         return torch.cat(parts, dim=1)
@@ -129,7 +131,7 @@ class _Meeting:
                 lambda: self.broken or len(self.parts.get(number, {})) == self.ranks, WAIT_S
             )
             if self.broken or len(self.parts.get(number, {})) < self.ranks:
-                raise LinkBroken("another rank failed")
+                raise PeerLost("another rank failed")
             parts = self.parts[number]
             self.readers[number] = self.readers.get(number, 0) + 1
             if self.readers[number] == self.ranks:
@@ -142,7 +144,7 @@ class _Meeting:
             self.changed.notify_all()
 
 
-class ThreadLink:
+class ThreadCommunicator:
     """One thread's end."""
 
     def __init__(self, meeting: _Meeting, rank: int) -> None:
@@ -150,25 +152,25 @@ class ThreadLink:
         self._meeting = meeting
         self._posted = 0
 
-    def post(self, partial: Tensor) -> Ticket:
+    def post(self, partial: Tensor) -> Work:
         self._posted += 1
         self._meeting.leave(self._posted, self.rank, partial)
         return self._posted
 
-    def wait(self, ticket: Ticket) -> Tensor:
+    def wait(self, ticket: Work) -> Tensor:
         return sum_in_rank_order(self._meeting.collect(ticket))
 
     def close(self) -> None:
         self._meeting.give_up()
 
 
-def run_ranks(ranks: int, work: Callable[[Link], Result]) -> list[Result]:
+def run_ranks(ranks: int, work: Callable[[Communicator], Result]) -> list[Result]:
     """The results of `work(link)` of every rank, in order; the first rank to fail raises."""
     meeting = _Meeting(ranks)
 
     def run(rank: int) -> Result:
         try:
-            return work(ThreadLink(meeting, rank))
+            return work(ThreadCommunicator(meeting, rank))
         except BaseException:
             meeting.give_up()
             raise
@@ -177,5 +179,5 @@ def run_ranks(ranks: int, work: Callable[[Link], Result]) -> list[Result]:
         futures = [pool.submit(run, rank) for rank in range(ranks)]
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
-        raise next((e for e in errors if not isinstance(e, LinkBroken)), errors[0])
+        raise next((e for e in errors if not isinstance(e, PeerLost)), errors[0])
     return [future.result() for future in futures]

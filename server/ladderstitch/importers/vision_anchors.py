@@ -23,7 +23,7 @@ from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.importers.checkpoints import read_weights
 from ladderstitch.importers.stitched_families import COMPUTED
 from ladderstitch.vision.models.resnet import ResNetConfig
-from ladderstitch.vision.models.stitched import Trunk
+from ladderstitch.vision.models.stitched import Backbone
 from ladderstitch.vision.models.swin import SwinConfig
 from ladderstitch.vision.models.vit import InputShape, VitConfig
 
@@ -79,7 +79,7 @@ class PlainAnchor:
     config: PlainConfig
     tensors: Tensors
 
-    def build(self) -> Trunk:
+    def build(self) -> Backbone:
         """The network, in eval mode; raises `BundleError` naming the tensors that do not fit."""
         trunk = self.config.build(self.inputs)
         check_tensors(

@@ -19,17 +19,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ladderstitch.bundles.registry import is_language_bundle
 from ladderstitch.config import ServerConfig
-from ladderstitch.gateway.config import GatewaySettings
+from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.ray_serve.control_actor import live_control
 from ladderstitch.ray_serve.gateway_deployment import gateways
-from ladderstitch.replica.load_sampler import Pressure
+from ladderstitch.replica.load_sampler import LoadSampler
 from ladderstitch.replica.replica import Replica
 from ladderstitch.runtime.device import resolve_device
 from ladderstitch.runtime.process import settle_for_good
-from ladderstitch.scheduling.settings import LiveSettings
+from ladderstitch.scheduling.settings import ActiveSettings
 from ladderstitch.telemetry.logs import configure as configure_logs
 from ladderstitch.text.engine.rank import run
-from ladderstitch.text.engine.rank_handle import Launched
+from ladderstitch.text.engine.rank_handle import RankProcess
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ APP = "ladderstitch"
 
 
 class ReplicaDeployment:
-    """What Serve runs: a `Replica` that follows `LiveControl`."""
+    """What Serve runs: a `Replica` that follows `ControlActor`."""
 
     async def __init__(  # type: ignore[misc] # Serve awaits asynchronous constructors
         self, fields: dict[str, Any]
@@ -55,10 +55,10 @@ class ReplicaDeployment:
         )
         await self.replica.start()
         settle_for_good()
-        self.pressure = Pressure(self.replica.host, self.replica.metrics)
+        self.pressure = LoadSampler(self.replica.registry, self.replica.metrics)
         self.replica.apply(await self.control.get.remote())
         self.address = f"{_reachable(self.config.host)}:{self.replica.port}"
-        await self.control.register.remote(self.replica.host.replica, self.address)
+        await self.control.register.remote(self.replica.registry.replica, self.address)
         self._following = asyncio.create_task(self._follow(), name="follow-live-settings")
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -81,11 +81,11 @@ class ReplicaDeployment:
     async def __del__(self) -> None:
         """Serve awaits this when it stops a replica: finish what was accepted."""
         self._following.cancel()
-        await self.control.unregister.remote(self.replica.host.replica)
+        await self.control.unregister.remote(self.replica.registry.replica)
         await self.replica.stop()
 
-    async def _update(self, changes: dict[str, Any]) -> LiveSettings:
-        live: LiveSettings = await self.control.update.remote(changes)
+    async def _update(self, changes: dict[str, Any]) -> ActiveSettings:
+        live: ActiveSettings = await self.control.update.remote(changes)
         self.replica.apply(live)
         return live
 
@@ -93,9 +93,9 @@ class ReplicaDeployment:
         """Apply what others change; survives a restart of the control actor."""
         while True:
             try:
-                host = self.replica.host
+                host = self.replica.registry
                 live = await self.control.newer_than.remote(
-                    host.live.revision, host.replica, self.address
+                    host.active_settings.revision, host.replica, self.address
                 )
                 self.replica.apply(live)
             except ray.exceptions.RayError as error:
@@ -109,7 +109,7 @@ def build(args: dict[str, Any]) -> Any:
     `args` are fields of `ServerConfig`; the deployment `replica` takes a `user_config` with fields
     of `SchedulerSettings`.
     """
-    return application(ServerConfig.load(None, **args))
+    return application(ServerConfig.load(None, args))
 
 
 def application(config: ServerConfig) -> Any:
@@ -121,11 +121,11 @@ def application(config: ServerConfig) -> Any:
     return in_front(_replicas(behind_gateways(config)))
 
 
-def gateway_settings(config: ServerConfig) -> GatewaySettings:
+def gateway_settings(config: ServerConfig) -> GatewayConfig:
     """Gateways listen where a single replica would."""
-    shared = GatewaySettings.model_fields.keys() & ServerConfig.model_fields.keys() - {"replicas"}
+    shared = GatewayConfig.model_fields.keys() & ServerConfig.model_fields.keys() - {"replicas"}
     fields = config.model_dump(include=shared)
-    return GatewaySettings.model_validate(fields | {"share_port": config.gateways > 1})
+    return GatewayConfig.model_validate(fields | {"share_port": config.gateways > 1})
 
 
 def behind_gateways(config: ServerConfig) -> ServerConfig:
@@ -153,7 +153,8 @@ def _replicas(config: ServerConfig) -> Any:
         options["num_gpus"] = 0  # its ranks compute, not the replica
         rank = RANK_RESOURCES | ({"GPU": 1} if gpus else {})
         placement = {
-            "placement_group_bundles": [{"CPU": 1}] + [rank] * (config.ranks + config.spare_ranks),
+            "placement_group_bundles": [{"CPU": 1}]
+            + [rank] * (config.tensor_parallel_size + config.spare_ranks),
             # ranks that share memory are on one machine; those with an address need not be
             "placement_group_strategy": "PACK" if config.rank_address else "STRICT_PACK",
         }
@@ -201,7 +202,7 @@ class _Actor:
         ray.kill(self.actor)
 
 
-async def launch_actor(address: str, secret: str) -> Launched:
+async def launch_actor(address: str, secret: str) -> RankProcess:
     """A `Launcher`: one more rank in the current placement group."""
     group: Any = get_current_placement_group()
     gpus = max((bundle.get("GPU", 0) for bundle in group.bundle_specs), default=0)

@@ -12,7 +12,13 @@ from typing import Any, get_args
 
 from ray.util.metrics import Gauge
 
-from ladderstitch.replica.autoscaling import Load, ScalingGoals, State, Verdict, decide
+from ladderstitch.replica.autoscaling import (
+    LoadSample,
+    ScalingDecision,
+    ScalingGoals,
+    State,
+    decide,
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +45,7 @@ class SlackPolicy:
             return replicas, {}  # those that are on their way still come
         return verdict.replicas, {}
 
-    def _tell(self, verdict: Verdict) -> None:
+    def _tell(self, verdict: ScalingDecision) -> None:
         if verdict.state != self._state:
             log.info("%s: %d replicas wanted", verdict.state, verdict.replicas)
             self._state = verdict.state
@@ -48,10 +54,10 @@ class SlackPolicy:
             self._states.set(int(state == verdict.state), {"state": state})
 
 
-def loads_of(metrics: Mapping[str, Mapping[Any, float]]) -> list[Load]:
+def loads_of(metrics: Mapping[str, Mapping[Any, float]]) -> list[LoadSample]:
     """Serve's metric -> replica -> value, turned round."""
     stats: dict[Any, dict[str, float]] = defaultdict(dict)
     for name, values in metrics.items():
         for replica, value in values.items():
             stats[replica][name] = value
-    return [Load.of(each) for each in stats.values()]
+    return [LoadSample.of(each) for each in stats.values()]

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from ladderstitch.scheduling.settings import LiveSettings, SchedulerSettings, merged
+from ladderstitch.scheduling.settings import ActiveSettings, SchedulerSettings
 
 NAMESPACE = "ladderstitch"
 LONG_POLL_S = 30.0
@@ -25,14 +25,14 @@ RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Registered:
+class Lease:
     """Where a replica answers or a gateway's metrics are, and when it was last heard of."""
 
     address: str
     heard_at: float
 
 
-class LiveControl:
+class ControlActor:
     """The scheduling in force, and who answers; for those born later, too.
 
     A named actor. The last writer wins, be it an administrator or a new `user_config`; a
@@ -40,23 +40,23 @@ class LiveControl:
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.live = LiveSettings(0, SchedulerSettings.model_validate(settings))
+        self.live = ActiveSettings(0, SchedulerSettings.model_validate(settings))
         self.seen_config: str | None = None
-        self.replicas: dict[str, Registered] = {}
-        self.pages: dict[str, Registered] = {}
+        self.replicas: dict[str, Lease] = {}
+        self.pages: dict[str, Lease] = {}
         self.watch_token = secrets.token_hex(32)
         self.changed = asyncio.Condition()
 
-    async def get(self) -> LiveSettings:
+    async def get(self) -> ActiveSettings:
         return self.live
 
-    async def update(self, changes: dict[str, Any]) -> LiveSettings:
+    async def update(self, changes: dict[str, Any]) -> ActiveSettings:
         """Change some fields for everyone; raises pydantic's `ValidationError` for a bad value."""
-        self.live = merged(self.live, changes)
+        self.live = self.live.with_changes(changes)
         await self._notify()
         return self.live
 
-    async def configured(self, user_config: dict[str, Any]) -> LiveSettings:
+    async def configured(self, user_config: dict[str, Any]) -> ActiveSettings:
         """Take a `user_config` over as a change, if it is a new one."""
         text = json.dumps(user_config, sort_keys=True)
         if text == self.seen_config:
@@ -64,7 +64,7 @@ class LiveControl:
         self.seen_config = text
         return await self.update(user_config)
 
-    async def newer_than(self, revision: int, replica: str, address: str) -> LiveSettings:
+    async def newer_than(self, revision: int, replica: str, address: str) -> ActiveSettings:
         """Wait for a later revision, or for the long poll to end; that a replica asks keeps it
         registered, also with an actor that was started anew."""
         await self.register(replica, address)
@@ -76,7 +76,7 @@ class LiveControl:
     async def register(self, replica: str, address: str) -> None:
         """Where a replica answers."""
         news = replica not in self.replicas
-        self.replicas[replica] = Registered(address, time.monotonic())
+        self.replicas[replica] = Lease(address, time.monotonic())
         if news:
             await self._notify()
 
@@ -102,7 +102,7 @@ class LiveControl:
     async def other_pages(self, gateway: str, page: str) -> frozenset[str]:
         """Where a gateway's metrics are, and where those of all others are."""
         now = time.monotonic()
-        self.pages[gateway] = Registered(page, now)
+        self.pages[gateway] = Lease(page, now)
         return frozenset(
             other.address
             for name, other in self.pages.items()
@@ -122,8 +122,8 @@ class LiveControl:
 
 
 def live_control(settings: SchedulerSettings) -> Any:
-    """The deployment's `LiveControl` actor, started if there is none."""
-    actor = ray.remote(LiveControl).options(
+    """The deployment's `ControlActor` actor, started if there is none."""
+    actor = ray.remote(ControlActor).options(
         name="live-control",
         namespace=NAMESPACE,
         get_if_exists=True,

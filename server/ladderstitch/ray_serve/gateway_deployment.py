@@ -11,7 +11,7 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from ladderstitch.gateway.config import GatewaySettings
+from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.gateway import Gateway
 from ladderstitch.ray_serve.control_actor import live_control, registered_replicas
 from ladderstitch.runtime.process import return_freed_memory, settle_for_good
@@ -29,7 +29,7 @@ class GatewayDeployment:
         self, fields: dict[str, Any], scheduling: dict[str, Any], replicas: Any
     ) -> None:
         """`replicas` is their deployment's handle: it makes them part of the application."""
-        settings = GatewaySettings.model_validate(fields)
+        settings = GatewayConfig.model_validate(fields)
         return_freed_memory()
         configure_logs(settings.log_format)
         control = live_control(SchedulerSettings.model_validate(scheduling))
@@ -69,7 +69,7 @@ class GatewayDeployment:
 
 
 def gateways(
-    settings: GatewaySettings, scheduling: SchedulerSettings, count: int
+    settings: GatewayConfig, scheduling: SchedulerSettings, count: int
 ) -> Callable[[Any], Any]:
     """Makes an application of the replicas' one, by placing so many gateways before it."""
     deployment: Any = serve.deployment(
@@ -79,7 +79,7 @@ def gateways(
         max_ongoing_requests=1000,
         health_check_period_s=1,
         health_check_timeout_s=5,
-        graceful_shutdown_timeout_s=settings.announce_s + settings.drain_s + 5,
+        graceful_shutdown_timeout_s=settings.drain_announce_s + settings.drain_s + 5,
         ray_actor_options={"num_cpus": 0},
     )
 

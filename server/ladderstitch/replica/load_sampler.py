@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields
 
 from prometheus_client.metrics import MetricWrapperBase
 
-from ladderstitch.hosting.registry import Host, HostedModel
-from ladderstitch.replica.autoscaling import Load, Offer
+from ladderstitch.hosting.registry import ModelRegistry, VisionModel
+from ladderstitch.replica.autoscaling import LoadSample, VariantCost
 from ladderstitch.telemetry.metrics import CALLERS_FAULT, Metrics
 
-BATCH_ROWS = 8
+BUSY_BATCH_SIZE = 8
 """A busy replica computes batches at least so large."""
 
 
@@ -24,7 +24,7 @@ class Totals:
     met: float
     missed: float
     batches: float
-    rows: float
+    images: float
     compute_s: float
     occupied_s: float
 
@@ -32,40 +32,40 @@ class Totals:
         return Totals(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
 
 
-class Pressure:
+class LoadSampler:
     """Nothing on the way of a request: it only reads counters, once a second or less."""
 
     def __init__(
-        self, host: Host, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+        self, registry: ModelRegistry, metrics: Metrics, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._host, self._metrics, self._clock = host, metrics, clock
+        self._registry, self._metrics, self._clock = registry, metrics, clock
         self._at, self._last = clock(), self._totals()
 
-    def sample(self) -> Load:
+    def sample(self) -> LoadSample:
         """The load since the last call."""
         now, totals = self._clock(), self._totals()
         seconds, grown = max(now - self._at, 1e-9), totals - self._last
         self._at, self._last = now, totals
         judged = grown.met + grown.missed
         # a language model computes for a request from its first token to its last
-        computing_s = grown.compute_s if self._host.models else grown.occupied_s
-        return Load(
+        computing_s = grown.compute_s if self._registry.vision_models else grown.occupied_s
+        return LoadSample(
             demand_per_s=grown.requests / seconds,
             busy=computing_s / seconds,
             attainment=grown.met / judged if judged else 1.0,
             offers=self._offers(grown, totals),
         )
 
-    def _offers(self, grown: Totals, totals: Totals) -> tuple[Offer, ...]:
-        models = list(self._host.models.values())
+    def _offers(self, grown: Totals, totals: Totals) -> tuple[VariantCost, ...]:
+        models = list(self._registry.vision_models.values())
         if models:
             seen = grown if grown.requests and grown.batches else totals
-            rows = seen.rows / seen.requests if seen.requests else 1.0
-            batch = seen.rows / seen.batches if seen.batches else 1.0
-            return _offers_of(models[0], max(rows, 1.0), max(BATCH_ROWS, round(batch)))
+            images = seen.images / seen.requests if seen.requests else 1.0
+            batch = seen.images / seen.batches if seen.batches else 1.0
+            return _offers_of(models[0], max(images, 1.0), max(BUSY_BATCH_SIZE, round(batch)))
         if not totals.requests:
             return ()
-        return (Offer(totals.occupied_s / totals.requests, 1.0),)
+        return (VariantCost(totals.occupied_s / totals.requests, 1.0),)
 
     def _totals(self) -> Totals:
         metrics = self._metrics
@@ -82,19 +82,20 @@ class Pressure:
             met=judged["true"],
             missed=judged["false"],
             batches=_sum(metrics.batch, "_count"),
-            rows=_sum(metrics.batch, "_sum"),
+            images=_sum(metrics.batch, "_sum"),
             compute_s=_sum(metrics.compute_seconds, "_sum"),
-            occupied_s=_sum(metrics.total_seconds, "_sum") - _sum(metrics.queue_seconds, "_sum"),
+            occupied_s=_sum(metrics.request_duration_seconds, "_sum")
+            - _sum(metrics.queue_seconds, "_sum"),
         )
 
 
-def _offers_of(model: HostedModel, rows: float, batch: int) -> tuple[Offer, ...]:
-    """The frontier's stitches: what a request of so many rows costs in a batch of such a size."""
-    view, menu = model.scheduler.latency.view, model.scheduler.menu
-    size = min(batch, view.max_rows)
+def _offers_of(model: VisionModel, images: float, batch: int) -> tuple[VariantCost, ...]:
+    """The frontier's variants: what a request of so many images costs in a batch of such a size."""
+    view, candidates = model.scheduler.latency.view, model.scheduler.candidates
+    size = min(batch, view.max_batch_size)
     return tuple(
-        Offer(rows * view.expected(stitch, size) / size, menu.quality[stitch])
-        for stitch in menu.frontier
+        VariantCost(images * view.expected(variant, size) / size, candidates.quality[variant])
+        for variant in candidates.frontier
     )
 
 

@@ -17,12 +17,12 @@ from typing import Literal
 import torch
 from packaging.requirements import Requirement
 
-from ladderstitch.api.listener import Transport
+from ladderstitch.api.listener import ListenerConfig
 from ladderstitch.bundles.registry import is_language_bundle
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import UserError
 from ladderstitch.hosting.model_manager import make_runner
-from ladderstitch.hosting.registry import Host
+from ladderstitch.hosting.registry import ModelRegistry
 from ladderstitch.runtime.device import device_name, resolve_device
 from ladderstitch.runtime.process import port_is_free
 from ladderstitch.telemetry.metrics import Metrics
@@ -41,7 +41,7 @@ RAY_PATH = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckResult:
     """One thing that was looked at; `advice` says what to do unless it is ok."""
 
     what: str
@@ -50,21 +50,21 @@ class Finding:
     advice: str = ""
 
 
-Check = Callable[[ServerConfig], Iterator[Finding]]
+Check = Callable[[ServerConfig], Iterator[CheckResult]]
 
 
-def examine(config: ServerConfig) -> Iterator[Finding]:
+def examine(config: ServerConfig) -> Iterator[CheckResult]:
     """All findings, in the order in which one would mend things."""
     for check in CHECKS:
         yield from check(config)
 
 
-def check_python(_: ServerConfig) -> Iterator[Finding]:
+def check_python(_: ServerConfig) -> Iterator[CheckResult]:
     good = sys.version_info >= (3, 11)
     yield _judged("python", good, platform.python_version(), "ladderstitch needs 3.11 or newer")
 
 
-def check_packages(_: ServerConfig) -> Iterator[Finding]:
+def check_packages(_: ServerConfig) -> Iterator[CheckResult]:
     """Installed, and of a version that this package asks for."""
     wrong = []
     for line in metadata.requires("ladderstitch") or []:
@@ -82,9 +82,9 @@ def check_packages(_: ServerConfig) -> Iterator[Finding]:
     yield _judged("packages", not wrong, found, "pip install -c constraints.txt ladderstitch")
 
 
-def check_processors(config: ServerConfig) -> Iterator[Finding]:
+def check_processors(config: ServerConfig) -> Iterator[CheckResult]:
     cores = len(os.sched_getaffinity(0))
-    needed = config.threads * config.ranks
+    needed = config.threads * config.tensor_parallel_size
     yield _judged(
         "processors",
         needed <= cores,
@@ -94,30 +94,30 @@ def check_processors(config: ServerConfig) -> Iterator[Finding]:
     )
 
 
-def check_gpu(config: ServerConfig) -> Iterator[Finding]:
+def check_gpu(config: ServerConfig) -> Iterator[CheckResult]:
     try:
         device = resolve_device(config.device)
     except UserError as error:
         advice = "install torch with CUDA (make install TORCH=cuda), or set device: cpu"
-        yield Finding("gpu", "failed", str(error), advice)
+        yield CheckResult("gpu", "failed", str(error), advice)
         return
     if device == "cpu" and shutil.which("nvidia-smi"):
-        yield Finding(
+        yield CheckResult(
             "gpu",
             "warning",
             "a driver is here, but torch cannot use it: running on the CPU",
             "install torch with CUDA: make install TORCH=cuda",
         )
     elif device == "cpu":
-        yield Finding("gpu", "ok", f"none; the CPU serves ({device_name(torch.device('cpu'))})")
+        yield CheckResult("gpu", "ok", f"none; the CPU serves ({device_name(torch.device('cpu'))})")
     else:
         index = torch.device(device).index or 0
         free, total = torch.cuda.mem_get_info(index)
         found = f"{torch.cuda.get_device_name(index)}, {free >> 20} of {total >> 20} MiB free"
-        yield Finding("gpu", "ok", found)
+        yield CheckResult("gpu", "ok", found)
 
 
-def check_memory(config: ServerConfig) -> Iterator[Finding]:
+def check_memory(config: ServerConfig) -> Iterator[CheckResult]:
     weights = sum(path.stat().st_size for path in config.bundle.glob("*.safetensors"))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     yield _judged(
@@ -137,7 +137,7 @@ def check_memory(config: ServerConfig) -> Iterator[Finding]:
     )
 
 
-def check_limits(_: ServerConfig) -> Iterator[Finding]:
+def check_limits(_: ServerConfig) -> Iterator[CheckResult]:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     yield _judged(
         "open files",
@@ -163,7 +163,7 @@ def check_limits(_: ServerConfig) -> Iterator[Finding]:
     )
 
 
-def check_ports(config: ServerConfig) -> Iterator[Finding]:
+def check_ports(config: ServerConfig) -> Iterator[CheckResult]:
     for field, address in config.listening():
         port = getattr(config, field)
         if port is not None:
@@ -173,13 +173,13 @@ def check_ports(config: ServerConfig) -> Iterator[Finding]:
             yield _judged(field, free, found, advice)
 
 
-def check_bundle(config: ServerConfig) -> Iterator[Finding]:
+def check_bundle(config: ServerConfig) -> Iterator[CheckResult]:
     try:
-        make_runner(config, Host("doctor"), Metrics(), launch_process)
+        make_runner(config, ModelRegistry("doctor"), Metrics(), launch_process)
     except UserError as error:
-        yield Finding("bundle", "failed", str(error), "name another with --model")
+        yield CheckResult("bundle", "failed", str(error), "name another with --model")
         return
-    yield Finding("bundle", "ok", str(config.bundle))
+    yield CheckResult("bundle", "ok", str(config.bundle))
     if is_language_bundle(config.bundle):
         return
     profile = Bundle.load(config.bundle).latency
@@ -197,23 +197,25 @@ def check_bundle(config: ServerConfig) -> Iterator[Finding]:
     )
 
 
-def check_access(config: ServerConfig) -> Iterator[Finding]:
+def check_access(config: ServerConfig) -> Iterator[CheckResult]:
     if config.tls_certificate is None and config.token_file is None:
         how = "open to all of the network" if config.insecure_public else "loopback only"
         state: State = "warning" if config.insecure_public else "ok"
         advice = "set tls_certificate, tls_key and token_file" if config.insecure_public else ""
-        yield Finding("access", state, how, advice)
+        yield CheckResult("access", state, how, advice)
         return
     try:
-        Transport.of(config, lambda reason: None)
+        ListenerConfig.of(config, lambda reason: None)
     except UserError as error:
-        yield Finding("access", "failed", str(error), "mend the file; see examples/tokens.yaml")
+        yield CheckResult("access", "failed", str(error), "mend the file; see examples/tokens.yaml")
         return
-    yield Finding("access", "ok", "certificate, key and tokens can be read")
+    yield CheckResult("access", "ok", "certificate, key and tokens can be read")
 
 
-def _judged(what: str, good: bool, found: str, advice: str, *, worst: State = "failed") -> Finding:
-    return Finding(what, "ok" if good else worst, found, "" if good else advice)
+def _judged(
+    what: str, good: bool, found: str, advice: str, *, worst: State = "failed"
+) -> CheckResult:
+    return CheckResult(what, "ok" if good else worst, found, "" if good else advice)
 
 
 CHECKS: tuple[Check, ...] = (

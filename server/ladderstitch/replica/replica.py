@@ -6,14 +6,20 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ladderstitch.api.listener import Transport
+from ladderstitch.api.listener import ListenerConfig
 from ladderstitch.api.server import Server
 from ladderstitch.config import ServerConfig
-from ladderstitch.hosting.model_manager import Repository, make_runner
-from ladderstitch.hosting.registry import Advance, Control, Host, Hosted, UpdateSettings
+from ladderstitch.hosting.model_manager import ModelManager, make_runner
+from ladderstitch.hosting.registry import (
+    AdminActions,
+    LoadedModel,
+    ModelRegistry,
+    ProgressCallback,
+    UpdateSettings,
+)
 from ladderstitch.runtime.process import return_freed_memory
-from ladderstitch.scheduling.settings import LiveSettings, merged
-from ladderstitch.telemetry.logs import Sink, log_request, trace_sink
+from ladderstitch.scheduling.settings import ActiveSettings
+from ladderstitch.telemetry.logs import RecordSink, log_request, trace_sink
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.text.engine.rank_handle import Launcher, launch_process
 
@@ -45,37 +51,37 @@ class Replica:
         """
         return_freed_memory()
         self.config = config
-        self.host = Host(name, live=LiveSettings(0, config.scheduling))
+        self.registry = ModelRegistry(name, active_settings=ActiveSettings(0, config.scheduling))
         self.metrics = Metrics()
         self.share_port = share_port
-        self.models = Repository(
+        self.models = ModelManager(
             config,
-            self.host,
-            make_runner(config, self.host, self.metrics, launcher),
+            self.registry,
+            make_runner(config, self.registry, self.metrics, launcher),
             # what Ray set aside for ranks belongs to the configured model
-            lambda later: make_runner(later, self.host, self.metrics, launch_process),
+            lambda later: make_runner(later, self.registry, self.metrics, launch_process),
         )
         self._close_traces: Callable[[], None] = lambda: None
-        transport = Transport.of(
+        transport = ListenerConfig.of(
             config,
             self.metrics.denied,
             self._sinks(name),
             share_port=share_port,
             watch_token=watch_token,
         )
-        control = Control(update or self._update_alone, self.drain, self._load, self._unload)
-        self.server = Server(self.host, control, transport)
+        control = AdminActions(update or self._update_alone, self.drain, self._load, self._unload)
+        self.server = Server(self.registry, control, transport)
         self.http: HttpServer | None = None
         if config.http_port is not None:
             from ladderstitch.api.openai.server import HttpServer  # a second to import
 
-            self.http = HttpServer(config, self.host, transport.guard)
+            self.http = HttpServer(config, self.registry, transport.guard)
         self.metrics_port = 0
         self._close_metrics: Callable[[], None] = lambda: None
 
-    def _sinks(self, name: str) -> list[Sink]:
+    def _sinks(self, name: str) -> list[RecordSink]:
         """Who is told of every request."""
-        sinks: list[Sink] = [log_request] if self.config.log_requests else []
+        sinks: list[RecordSink] = [log_request] if self.config.log_requests else []
         if self.config.otlp_endpoint is not None:
             sink, self._close_traces = trace_sink(self.config.otlp_endpoint, name)
             sinks.append(sink)
@@ -93,9 +99,9 @@ class Replica:
     @property
     def alive(self) -> bool:
         """False if what answers requests has ended although it should not have."""
-        return not self.host.ready or self.host.draining or self.models.alive
+        return not self.registry.ready or self.registry.draining or self.models.alive
 
-    async def start(self, advance: Advance = lambda done, total: None) -> None:
+    async def start(self, advance: ProgressCallback = lambda done, total: None) -> None:
         """Listen, load, warm up, then answer.
 
         Raises `OSError` if a port is taken, and what the runner raises if it cannot come up.
@@ -106,21 +112,21 @@ class Replica:
         self.metrics_port, self._close_metrics = self.metrics.expose(
             self.config.metrics_port, self.config.host, share_port=self.share_port
         )
-        self.host.metrics_port = self.metrics_port
+        self.registry.metrics_port = self.metrics_port
         await self.models.start(advance)
-        self.host.ready = True
+        self.registry.ready = True
         self.models.set_ready(True)
         await self.server.set_serving(True)
 
-    def apply(self, live: LiveSettings) -> None:
+    def apply(self, live: ActiveSettings) -> None:
         """Schedule by these settings from the next batch on, unless newer ones are in force."""
-        if live.revision >= self.host.live.revision:
+        if live.revision >= self.registry.active_settings.revision:
             self.models.apply(live)
-            self.host.live = live
+            self.registry.active_settings = live
 
-    async def _load(self, bundle: str) -> Hosted:
+    async def _load(self, bundle: str) -> LoadedModel:
         hosted = await self.models.load(bundle)
-        await self.server.set_serving(self.host.serving)
+        await self.server.set_serving(self.registry.serving)
         return hosted
 
     async def _unload(self, name: str) -> None:
@@ -129,11 +135,11 @@ class Replica:
 
     async def drain(self, announce_s: float = 0.0) -> bool:
         """Readiness first, then no new work, then finish; whether all accepted requests ended."""
-        self.host.leaving = True
+        self.registry.leaving = True
         self.models.set_ready(False)
         await self.server.set_serving(False)
         await asyncio.sleep(announce_s)
-        self.host.draining = True
+        self.registry.draining = True
         try:
             await asyncio.wait_for(self.models.drain(), self.config.drain_s)
         except TimeoutError:
@@ -142,7 +148,7 @@ class Replica:
 
     async def stop(self) -> None:
         """Drain, then exit."""
-        await self.drain(announce_s=0.0 if self.host.draining else LAME_DUCK_S)
+        await self.drain(announce_s=0.0 if self.registry.draining else LAME_DUCK_S)
         await asyncio.sleep(LAME_DUCK_S)
         await self.server.stop(grace_s=1.0)
         if self.http is not None:
@@ -151,8 +157,8 @@ class Replica:
         self._close_metrics()
         await asyncio.to_thread(self._close_traces)
 
-    async def _update_alone(self, changes: dict[str, Any]) -> LiveSettings:
+    async def _update_alone(self, changes: dict[str, Any]) -> ActiveSettings:
         """The say of a replica that has no deployment around it."""
-        live = merged(self.host.live, changes)
+        live = self.registry.active_settings.with_changes(changes)
         self.apply(live)
         return live

@@ -1,4 +1,4 @@
-"""Which stitches a request may be answered by."""
+"""Which variants a request may be answered by."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ladderstitch.scheduling.settings import SchedulerSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Menu:
-    """The frontier (fastest first, so quality rises along it), every stitch's quality, the rules.
+class CandidateFilter:
+    """The frontier (fastest first, so quality rises along it), every variant's quality, the rules.
 
-    A request's own `stitch` may be any of the family. The operator's pin holds for everyone whose
-    `min_quality` it satisfies; the operator's floor, and then the stitch of the policy `fixed`,
+    A request's own `variant` may be any of the family. The operator's pin holds for everyone whose
+    `min_quality` it satisfies; the operator's floor, and then the variant of the policy `fixed`,
     for everyone whom no pin holds.
     """
 
@@ -27,43 +27,43 @@ class Menu:
     floor: float = 0.0
 
     @classmethod
-    def of(
+    def from_settings(
         cls, quality: Mapping[int, float], profile: LatencyProfile, settings: SchedulerSettings
-    ) -> Menu:
-        alone = {stitch: profile.alone_s(stitch) for stitch in profile.stitches}
+    ) -> CandidateFilter:
+        alone = {variant: profile.alone_s(variant) for variant in profile.variants}
         points = frontier(quality, alone)
         return cls(
-            frontier=tuple(point.stitch for point in points),
+            frontier=tuple(point.variant for point in points),
             quality=quality,
-            pinned=settings.pinned_stitch,
-            fixed=settings.stitch if settings.policy == "fixed" else None,
+            pinned=settings.pinned_variant,
+            fixed=settings.fixed_variant if settings.policy == "fixed" else None,
             floor=settings.min_quality,
         )
 
     @property
     def best(self) -> int:
-        """The stitch of highest quality."""
+        """The variant of highest quality."""
         return self.frontier[-1]
 
-    def admits(self, request: Request, stitch: int) -> bool:
-        """Whether a request may be answered by a stitch."""
-        if request.stitch is not None:
-            return stitch == request.stitch
+    def admits(self, request: Request, variant: int) -> bool:
+        """Whether a request may be answered by a variant."""
+        if request.variant is not None:
+            return variant == request.variant
         if self.pinned is not None and self.quality[self.pinned] >= request.min_quality:
-            return stitch == self.pinned
-        return self.quality[stitch] >= max(self.floor, request.min_quality)
+            return variant == self.pinned
+        return self.quality[variant] >= max(self.floor, request.min_quality)
 
-    def candidates(self, request: Request) -> tuple[int, ...]:
-        """Stitches to choose from for a request, fastest first; never empty."""
-        if request.stitch is not None:
-            return (request.stitch,)
-        return self.choices(request.min_quality)
+    def for_request(self, request: Request) -> tuple[int, ...]:
+        """Variants to choose from for a request, fastest first; never empty."""
+        if request.variant is not None:
+            return (request.variant,)
+        return self.for_quality(request.min_quality)
 
-    def choices(self, min_quality: float = 0.0) -> tuple[int, ...]:
-        """Candidates of a request that names no stitch.
+    def for_quality(self, min_quality: float = 0.0) -> tuple[int, ...]:
+        """Candidates of a request that names no variant.
 
         Where nothing reaches the floors (they may have been raised while the request waited), the
-        best stitch is all there is.
+        best variant is all there is.
         """
         if self.pinned is not None and self.quality[self.pinned] >= min_quality:
             return (self.pinned,)

@@ -27,44 +27,44 @@ DOUBT_FLOOR = 0.5
 
 @dataclass(frozen=True, slots=True)
 class LatencyView:
-    """What a policy may know of latency at one instant; seconds for any rows in 1..max_rows.
+    """What a policy may know of latency at one instant; seconds for any batch_size in 1..max_batch_size.
 
-    `profiled[stitch][rows]` is the profile's median, rising with rows (index 0 is unused);
+    `profiled[variant][batch_size]` is the profile's median, rising with batch_size (index 0 is unused);
     `slowdown` is the machine's at present, `tail` what the wanted quantile costs on top.
     """
 
     profiled: Mapping[int, tuple[float, ...]]
-    max_rows: int
+    max_batch_size: int
     slowdown: float
     tail: float
     residuals: tuple[float, ...] = (1.0,)  # actual over expected seconds, recent, ascending
-    transit_s: float = 0.0  # what a batch takes beyond computing
+    dispatch_overhead_s: float = 0.0  # what a batch takes beyond computing
 
-    def expected(self, stitch: int, rows: int) -> float:
-        return self.profiled[stitch][rows] * self.slowdown
+    def expected(self, variant: int, batch_size: int) -> float:
+        return self.profiled[variant][batch_size] * self.slowdown
 
-    def seconds(self, stitch: int, rows: int) -> float:
+    def seconds(self, variant: int, batch_size: int) -> float:
         """Seconds to plan with: what the batch stays below with the probability asked for."""
-        return self.profiled[stitch][rows] * self.slowdown * self.tail
+        return self.profiled[variant][batch_size] * self.slowdown * self.tail
 
-    def profiled_slack(self, slack_s: float) -> float:
+    def to_profile_seconds(self, slack_s: float) -> float:
         """Slack in the profile's seconds, to compare with `profiled` directly."""
         return slack_s / (self.slowdown * self.tail)
 
-    def chance(self, stitch: int, rows: int, slack_s: float) -> float:
+    def chance(self, variant: int, batch_size: int, slack_s: float) -> float:
         """How likely a batch is over within the slack, by the recent residuals; 0 to 1."""
-        allowed = slack_s / (self.profiled[stitch][rows] * self.slowdown)
+        allowed = slack_s / (self.profiled[variant][batch_size] * self.slowdown)
         return bisect_right(self.residuals, allowed) / len(self.residuals)
 
-    def largest_fit(self, stitch: int, slack_s: float) -> int:
-        """Rows that fit into the slack on a stitch; 0 if not even one does."""
-        return bisect_right(self.profiled[stitch], self.profiled_slack(slack_s), lo=1) - 1
+    def largest_fit(self, variant: int, slack_s: float) -> int:
+        """Rows that fit into the slack on a variant; 0 if not even one does."""
+        return bisect_right(self.profiled[variant], self.to_profile_seconds(slack_s), lo=1) - 1
 
 
-class Transit:
+class DispatchOverhead:
     """Seconds between dispatch and answer that are not compute: changing processes, waking up.
 
-    They neither shrink with the stitch nor grow with the batch, so they are learned apart, as the
+    They neither shrink with the variant nor grow with the batch, so they are learned apart, as the
     95th percentile of recent batches.
     """
 
@@ -80,14 +80,14 @@ class Transit:
             self.seconds = sorted(self._recent)[int(0.95 * len(self._recent))]
 
 
-class Spread(TypedDict):
+class ResidualStats(TypedDict):
     """The fields of a view that the residuals determine."""
 
     residuals: tuple[float, ...]
     tail: float
 
 
-class LatencyTable:
+class LatencyModel:
     """A profile and its online correction; `view` is replaced, never changed, by `observe`.
 
     One multiplicative slow-down for the whole machine (co-tenants, clocks) as in ALERT (ATC'20),
@@ -100,30 +100,30 @@ class LatencyTable:
         self._ratios: deque[float] = deque(maxlen=RECENT)
         self._residuals: deque[float] = deque([profiled_tail(profile)], maxlen=RESIDUALS)
         self._learned = 0
-        self._transit = Transit()
+        self._dispatch_overhead = DispatchOverhead()
         self.view = LatencyView(
-            profiled={s: _dense(profile, s) for s in profile.stitches},
-            max_rows=profile.max_batch,
+            profiled={s: _dense(profile, s) for s in profile.variants},
+            max_batch_size=profile.max_batch,
             slowdown=1.0,
             tail=profiled_tail(profile),
             residuals=(profiled_tail(profile),),
         )
 
-    def observe(self, stitch: int, rows: int, actual_s: float) -> float:
+    def observe(self, variant: int, batch_size: int, actual_s: float) -> float:
         """Learn from one batch; returns actual over expected seconds."""
-        error = actual_s / self.view.expected(stitch, rows)
+        error = actual_s / self.view.expected(variant, batch_size)
         doubted = not self._ratios  # then `error` tells of the doubt, not of the machine
-        self._ratios.append(actual_s / self.view.profiled[stitch][rows])
+        self._ratios.append(actual_s / self.view.profiled[variant][batch_size])
         self._learn(slowdown=median(self._ratios), residual=1.0 if doubted else error)
         return error
 
-    def observe_transit(self, seconds: float) -> None:
+    def observe_dispatch_overhead(self, seconds: float) -> None:
         """Learn what one batch took beyond computing."""
-        self._transit.observe(seconds)
-        if self._transit.seconds != self.view.transit_s:
-            self.view = replace(self.view, transit_s=self._transit.seconds)
+        self._dispatch_overhead.observe(seconds)
+        if self._dispatch_overhead.seconds != self.view.dispatch_overhead_s:
+            self.view = replace(self.view, dispatch_overhead_s=self._dispatch_overhead.seconds)
 
-    def doubt(self) -> None:
+    def decay_after_idle_rejection(self) -> None:
         """A request was refused for its time although nothing else ran.
 
         Without work there is nothing to observe, so one slow spell could shut the door for ever.
@@ -148,7 +148,7 @@ class LatencyTable:
         else:
             self.view = replace(self.view, slowdown=slowdown, **self._spread())
 
-    def _spread(self) -> Spread:
+    def _spread(self) -> ResidualStats:
         """The residuals in order, and their quantile that `seconds` plans for."""
         ordered = tuple(sorted(self._residuals))
         rank = min(len(ordered) - 1, int(self.probability * len(ordered)))
@@ -159,20 +159,21 @@ def profiled_tail(profile: LatencyProfile) -> float:
     """The profile's typical ratio of p99 to median: the tail factor before any observation."""
     ratios = [
         p99 / middle
-        for latency in profile.stitches.values()
+        for latency in profile.variants.values()
         for p99, middle in zip(latency.p99_s, latency.median_s, strict=True)
     ]
     return min(max(1.0, median(ratios)), TAIL_LIMIT)
 
 
-def _dense(profile: LatencyProfile, stitch: int) -> tuple[float, ...]:
-    """Median seconds at every number of rows, interpolated linearly and kept rising."""
-    sizes, seconds = profile.batch_sizes, profile.stitches[stitch].median_s
+def _dense(profile: LatencyProfile, variant: int) -> tuple[float, ...]:
+    """Median seconds at every number of batch_size, interpolated linearly and kept rising."""
+    sizes, seconds = profile.batch_sizes, profile.variants[variant].median_s
     dense = [0.0, seconds[0]]
     for index in range(1, len(sizes)):
         low, high = sizes[index - 1], sizes[index]
         start, end = dense[-1], max(dense[-1], seconds[index])
         dense += [
-            start + (end - start) * (rows - low) / (high - low) for rows in range(low + 1, high + 1)
+            start + (end - start) * (batch_size - low) / (high - low)
+            for batch_size in range(low + 1, high + 1)
         ]
     return tuple(dense)

@@ -13,7 +13,7 @@ PUSH_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
-class Backlog:
+class LoadReport:
     """Seconds of work before a newcomer's own, for each horizon.
 
     And seconds that one request adds to it, and that a batch takes of late, whatever is in it.
@@ -29,10 +29,10 @@ class Backlog:
         place = bisect_left(self.horizons_s, budget_s)
         return self.waits_s[min(place, len(self.waits_s) - 1)]
 
-    def __add__(self, other: Backlog) -> Backlog:
+    def __add__(self, other: LoadReport) -> LoadReport:
         """Of a replica with both models: either's work is in the way of a request."""
         pairs = zip(self.waits_s, other.waits_s, strict=True)
-        return Backlog(
+        return LoadReport(
             tuple(a + b for a, b in pairs),
             max(self.request_s, other.request_s),
             max(self.batch_s, other.batch_s),
@@ -40,4 +40,4 @@ class Backlog:
         )
 
 
-IDLE = Backlog((0.0,) * len(HORIZONS_S))
+IDLE = LoadReport((0.0,) * len(HORIZONS_S))

@@ -1,4 +1,4 @@
-"""What was measured of a family: quality and latency per stitch, and the frontier of the two."""
+"""What was measured of a family: quality and latency per variant, and the frontier of the two."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Quality(BaseModel):
-    """Score of one stitch in [0, 1] with its confidence interval."""
+    """Score of one variant in [0, 1] with its confidence interval."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -21,7 +21,7 @@ class Quality(BaseModel):
 
 
 class QualityTable(BaseModel):
-    """`quality.json`: what quality means for this bundle, and every stitch's score."""
+    """`quality.json`: what quality means for this bundle, and every variant's score."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,14 +31,14 @@ class QualityTable(BaseModel):
     confidence: float = Field(gt=0, lt=1)
     date: str
     versions: dict[str, str]
-    stitches: dict[int, Quality] = Field(min_length=1)
+    variants: dict[int, Quality] = Field(min_length=1)
 
-    def value(self, stitch: int) -> float:
-        return self.stitches[stitch].value
+    def value(self, variant: int) -> float:
+        return self.variants[variant].value
 
 
 class Latency(BaseModel):
-    """Seconds of one stitch by batch size, in the profile's order of `batch_sizes`."""
+    """Seconds of one variant by batch size, in the profile's order of `batch_sizes`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,7 +47,7 @@ class Latency(BaseModel):
 
 
 class LatencyProfile(BaseModel):
-    """`latency.json`: seconds of compute per (stitch, batch size) on a stated device."""
+    """`latency.json`: seconds of compute per (variant, batch size) on a stated device."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -56,18 +56,18 @@ class LatencyProfile(BaseModel):
     date: str
     versions: dict[str, str]
     batch_sizes: tuple[int, ...] = Field(min_length=1)
-    stitches: dict[int, Latency] = Field(min_length=1)
+    variants: dict[int, Latency] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> LatencyProfile:
         if self.batch_sizes[0] != 1 or any(b <= a for a, b in pairwise(self.batch_sizes)):
             raise ValueError(f"batch_sizes: expected 1 < ... ascending, got {self.batch_sizes}")
-        for stitch, latency in self.stitches.items():
+        for variant, latency in self.variants.items():
             for field in ("median_s", "p99_s"):
                 seconds = getattr(latency, field)
                 if len(seconds) != len(self.batch_sizes) or min(seconds) <= 0:
                     raise ValueError(
-                        f"stitches.{stitch}.{field}: expected {len(self.batch_sizes)} positive "
+                        f"variants.{variant}.{field}: expected {len(self.batch_sizes)} positive "
                         f"seconds, got {seconds}"
                     )
         return self
@@ -76,26 +76,26 @@ class LatencyProfile(BaseModel):
     def max_batch(self) -> int:
         return self.batch_sizes[-1]
 
-    def alone_s(self, stitch: int) -> float:
+    def alone_s(self, variant: int) -> float:
         """Median seconds at batch size 1."""
-        return self.stitches[stitch].median_s[0]
+        return self.variants[variant].median_s[0]
 
 
 @dataclass(frozen=True, slots=True)
 class FrontierPoint:
-    stitch: int
+    variant: int
     quality: float
     latency_s: float
 
 
 def frontier(quality: Mapping[int, float], latency_s: Mapping[int, float]) -> list[FrontierPoint]:
-    """Stitches that no other beats in both quality and latency, fastest first.
+    """Variants that no other beats in both quality and latency, fastest first.
 
     Along the result both quality and latency rise strictly; of equals the lowest id stays.
     """
     points = sorted(
         (FrontierPoint(s, quality[s], latency_s[s]) for s in quality.keys() & latency_s.keys()),
-        key=lambda p: (p.latency_s, -p.quality, p.stitch),
+        key=lambda p: (p.latency_s, -p.quality, p.variant),
     )
     best: list[FrontierPoint] = []
     for point in points:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ladderstitch.errors import BadInput
+from ladderstitch.errors import InvalidArgument
 from ladderstitch.scheduling.profiles import Quality
 
 Pixels = NDArray[np.float32]
@@ -23,33 +23,33 @@ Logits = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
-    """When an answer is wanted and when it becomes useless, and who said so.
+class Deadlines:
+    """When an answer is due, and what the caller named to say so.
 
-    `target` is the earliest of all deadlines named: what policies plan for. `limit` is the earliest
-    of the hard ones: no work starts, or goes on, past it.
+    `soft` is the earliest of all deadlines: what policies plan for. `hard` is the earliest of the
+    hard ones: no work starts, or continues, past it. `inf` stands for "no such deadline".
     """
 
-    target: float = float("inf")
-    limit: float = float("inf")
-    target_source: str = "none"
-    limit_source: str = "none"
+    soft: float = float("inf")
+    hard: float = float("inf")
+    soft_source: str = "none"
+    hard_source: str = "none"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """One accepted call for `images.shape[0]` answers from one stitch."""
+    """One accepted call for `images.shape[0]` answers from one variant."""
 
     id: str
     images: Pixels
     arrival: float
-    budget: Budget
+    deadlines: Deadlines
     min_quality: float = 0.0
-    stitch: int | None = None
+    variant: int | None = None
     priority: int = 0
 
     @property
-    def rows(self) -> int:
+    def num_images(self) -> int:
         return int(self.images.shape[0])
 
 
@@ -58,11 +58,11 @@ class Completion:
     """The answer to one request, and what it cost; the answer's rows are the request's."""
 
     logits: Logits
-    stitch: int
+    variant: int
     quality: float
     queue_s: float
     compute_s: float
-    batch_rows: int
+    batch_size: int
 
 
 FinishReason = Literal["stop", "length"]
@@ -81,13 +81,13 @@ class Sampling:
     seed: int | None = None
 
     def check(self) -> None:
-        """Raises `BadInput` naming the field that is out of range."""
+        """Raises `InvalidArgument` naming the field that is out of range."""
         if not 0 <= self.temperature <= 100:  # NaN fails too
-            raise BadInput("temperature", f"expected 0 to 100, got {self.temperature}")
+            raise InvalidArgument("temperature", f"expected 0 to 100, got {self.temperature}")
         if self.top_k < 0:
-            raise BadInput("top_k", f"expected 0 or more, got {self.top_k}")
+            raise InvalidArgument("top_k", f"expected 0 or more, got {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise BadInput("top_p", f"expected above 0 and at most 1, got {self.top_p}")
+            raise InvalidArgument("top_p", f"expected above 0 and at most 1, got {self.top_p}")
 
 
 GREEDY = Sampling()
@@ -113,7 +113,7 @@ NO_BUDGET = TokenBudget()
 class GenerationRequest:
     """What is asked for; `arrival` and `limit` are on the clock of `time.monotonic`.
 
-    Past the `limit` no work is done. `stitch` pins a path of the model. Prefixes of prompts are
+    Past the `limit` no work is done. `variant` pins a path of the model. Prefixes of prompts are
     shared between requests of one `tenant` only. `logprobs` counts the alternatives to report for
     each token; None reports none at all.
     """
@@ -123,41 +123,43 @@ class GenerationRequest:
     max_tokens: int = 128
     sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
-    limit: float = math.inf
+    hard_deadline: float = math.inf
     budget: TokenBudget = NO_BUDGET
     min_quality: float = 0.0
-    stitch: int | None = None
+    variant: int | None = None
     logprobs: int | None = None
     tenant: str = ""
 
     def check(self, vocabulary: int, most_tokens: int) -> None:
-        """Raises `BadInput` naming the field that is wrong."""
+        """Raises `InvalidArgument` naming the field that is wrong."""
         self.sampling.check()
         if not self.tokens:
-            raise BadInput("prompt", "expected at least one token")
+            raise InvalidArgument("prompt", "expected at least one token")
         if wrong := [t for t in self.tokens if not 0 <= t < vocabulary]:
-            raise BadInput("prompt", f"expected tokens 0 to {vocabulary - 1}, got {wrong[:5]}")
+            raise InvalidArgument(
+                "prompt", f"expected tokens 0 to {vocabulary - 1}, got {wrong[:5]}"
+            )
         if self.max_tokens < 1:
-            raise BadInput("max_tokens", f"expected at least 1, got {self.max_tokens}")
+            raise InvalidArgument("max_tokens", f"expected at least 1, got {self.max_tokens}")
         if len(self.tokens) + self.max_tokens > most_tokens:
-            raise BadInput(
+            raise InvalidArgument(
                 "max_tokens",
                 f"expected at most {most_tokens} tokens of prompt and answer together, got "
                 f"{len(self.tokens)} + {self.max_tokens}",
             )
         if any(not text for text in self.stop):
-            raise BadInput("stop", "expected texts that are not empty")
+            raise InvalidArgument("stop", "expected texts that are not empty")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise BadInput("logprobs", f"expected 0 to {MAX_LOGPROBS}, got {self.logprobs}")
+            raise InvalidArgument("logprobs", f"expected 0 to {MAX_LOGPROBS}, got {self.logprobs}")
         for name in ("first_token_s", "per_token_s"):
             if not getattr(self.budget, name) > 0:  # NaN fails too
-                raise BadInput(name, f"expected above 0, got {getattr(self.budget, name)}")
+                raise InvalidArgument(name, f"expected above 0, got {getattr(self.budget, name)}")
         if math.isnan(self.budget.answer_s):  # what is left of a deadline may be nothing
-            raise BadInput("answer_s", "expected a number, got nan")
+            raise InvalidArgument("answer_s", "expected a number, got nan")
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class GenerationInfo:
     """How an answer was made; `queue_s` from the arrival to the start of the prefill."""
 
     path: int
@@ -169,7 +171,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TokenChunk:
     """One token of an answer, numbered from 0; the last one says why the answer ended.
 
     `text` may be empty, when a character is not whole or a stop text may have begun. Log
@@ -179,7 +181,7 @@ class Piece:
     index: int
     token: int
     text: str
-    answer: Answer
+    answer: GenerationInfo
     finish: FinishReason | None = None
     logprob: float | None = None
     alternatives: tuple[tuple[int, float], ...] = ()

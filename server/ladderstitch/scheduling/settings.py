@@ -12,43 +12,51 @@ POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 
 class SchedulerSettings(BaseModel):
-    """Checked when made; swapped between batches without losing a request."""
+    """How an operator wants requests scheduled; may change between batches while a server runs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    policy: PolicyName = "adaptive"
-    stitch: int | None = Field(None, ge=0, description="the stitch of the policy `fixed`")
-    pinned_stitch: int | None = Field(None, ge=0, description="overrides the policy")
-    min_quality: float = Field(0.0, ge=0, le=1, description="floor for every request")
-    slackfit_buckets: int = Field(64, ge=1, le=4096)
-    queue_limit_requests: int = Field(1024, ge=1)
-    queue_limit_s: float = Field(10.0, gt=0, description="estimated work that may wait")
+    policy: PolicyName = Field("adaptive", description="how variants and batches are chosen")
+    fixed_variant: int | None = Field(
+        None, ge=0, description="variant id that the policy `fixed` always uses"
+    )
+    pinned_variant: int | None = Field(
+        None, ge=0, description="variant id that overrides the policy; unset: none"
+    )
+    min_quality: float = Field(
+        0.0, ge=0, le=1, description="lowest quality that any request is answered with"
+    )
+    slackfit_buckets: int = Field(
+        64, ge=1, le=4096, description="latency buckets of the policy `slackfit`"
+    )
+    queue_limit_requests: int = Field(1024, ge=1, description="requests that may wait")
+    queue_limit_s: float = Field(10.0, gt=0, description="seconds of estimated work that may wait")
     attainment_probability: float = Field(
-        0.99, gt=0, lt=1, description='how sure "fits the budget" has to be'
+        0.99, gt=0, lt=1, description="probability that a batch planned to fit a budget does fit"
     )
     priority_window_s: float = Field(
-        0.1, ge=0, description="how much earlier a deadline the highest priority is worth"
+        0.1, ge=0, description="seconds that the highest priority moves a deadline forward"
     )
-    overhead_s: float = Field(
-        0.0005, ge=0, description="reserved for writing the answer; waking the engine is learned"
-    )
+    overhead_s: float = Field(0.0005, ge=0, description="seconds reserved for writing an answer")
 
     @model_validator(mode="after")
-    def _fixed_names_a_stitch(self) -> SchedulerSettings:
-        if self.policy == "fixed" and self.stitch is None:
-            raise ValueError("stitch: the policy `fixed` needs one")
+    def _check_fixed_variant(self) -> SchedulerSettings:
+        if self.policy == "fixed" and self.fixed_variant is None:
+            raise ValueError("fixed_variant: the policy `fixed` needs one")
         return self
 
 
 @dataclass(frozen=True, slots=True)
-class LiveSettings:
-    """The scheduling in force, and how many changes led to it."""
+class ActiveSettings:
+    """The settings that apply now, and the number of changes that led to them."""
 
     revision: int
     settings: SchedulerSettings
 
+    def with_changes(self, changes: dict[str, Any]) -> ActiveSettings:
+        """Return the settings after a change, one revision later.
 
-def merged(live: LiveSettings, changes: dict[str, Any]) -> LiveSettings:
-    """The settings after a change, checked anew, one revision later."""
-    fields = live.settings.model_dump() | changes
-    return LiveSettings(live.revision + 1, SchedulerSettings.model_validate(fields))
+        Raises pydantic's `ValidationError` for a bad value.
+        """
+        fields = self.settings.model_dump() | changes
+        return ActiveSettings(self.revision + 1, SchedulerSettings.model_validate(fields))

@@ -1,78 +1,121 @@
-"""The access part of a server's configuration, and what it refuses: a public bind without locks."""
+"""Where a server listens and who may call it; refuses a public address without TLS and tokens."""
 
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.config import JsonDict
 
 from ladderstitch.errors import ConfigError
 
+ACCESS: JsonDict = {"panel": "Access"}
+LIMITS: JsonDict = {"panel": "Limits"}
 MAX_IMAGE_PIXELS = 50_000_000
+"""Largest encoded picture that is decoded unless configured otherwise."""
 
 
-class ListenSettings(BaseModel):
-    """Where a server listens, who may call it and how much one call may carry."""
+class ListenConfig(BaseModel):
+    """Configuration that all servers share: addresses, access and limits per connection."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    host: str = Field("127.0.0.1", description="address to bind; loopback unless asked otherwise")
-    port: int = Field(8001, ge=0, le=65_535, description="gRPC; 0 takes a free one")
+    host: str = Field("127.0.0.1", description="address to bind")
+    port: int = Field(8001, ge=0, le=65_535, description="gRPC port; 0 picks a free one")
     metrics_port: int = Field(
-        9464, ge=0, le=65_535, description="HTTP port of /metrics; 0 takes a free one"
+        9464, ge=0, le=65_535, description="HTTP port of /metrics; 0 picks a free one"
     )
     admin_port: int | None = Field(
-        None, ge=0, le=65_535, description="admin rpcs here and nowhere else; unset: on `port`"
+        None,
+        ge=0,
+        le=65_535,
+        description="port of the admin rpcs; unset: they are served on `port`",
+        json_schema_extra=ACCESS,
     )
-    admin_host: str = Field("127.0.0.1", description="address of the admin port")
+    admin_host: str = Field(
+        "127.0.0.1", description="address of the admin port", json_schema_extra=ACCESS
+    )
     health_port: int | None = Field(
-        None, ge=0, le=65_535, description="plaintext grpc.health.v1 alone, for probes; unset: none"
+        None,
+        ge=0,
+        le=65_535,
+        description="port of a plaintext grpc.health.v1 service for probes; unset: none",
+        json_schema_extra=ACCESS,
     )
-    tls_certificate: Path | None = Field(None, description="PEM chain; reread when it changes")
-    tls_key: Path | None = Field(None, description="PEM key of the certificate")
+    tls_certificate: Path | None = Field(
+        None,
+        description="PEM file of the certificate chain; read again when it changes",
+        json_schema_extra=ACCESS,
+    )
+    tls_key: Path | None = Field(
+        None, description="PEM file of the certificate's key", json_schema_extra=ACCESS
+    )
     tls_client_ca: Path | None = Field(
-        None, description="PEM; callers must show a certificate signed by it"
+        None,
+        description="PEM file of an authority; callers must present a certificate signed by it",
+        json_schema_extra=ACCESS,
     )
-    token_file: Path | None = Field(None, description="bearer tokens, their scopes and limits")
+    token_file: Path | None = Field(
+        None,
+        description="YAML file of bearer tokens, their scopes and limits",
+        json_schema_extra=ACCESS,
+    )
     insecure_public: bool = Field(
-        False, description="bind beyond loopback although TLS or tokens are missing"
+        False,
+        description="allow an address beyond loopback without TLS or without tokens",
+        json_schema_extra=ACCESS,
     )
-    max_message_mb: int = Field(64, ge=1, le=1024, description="largest gRPC message, MiB")
-    max_streams: int = Field(1000, ge=1, le=100_000, description="calls at once on a connection")
+    max_message_mb: int = Field(
+        64, ge=1, le=1024, description="largest gRPC message, MiB", json_schema_extra=LIMITS
+    )
+    max_streams: int = Field(
+        1000,
+        ge=1,
+        le=100_000,
+        description="concurrent calls on one connection",
+        json_schema_extra=LIMITS,
+    )
     max_connection_age_s: float | None = Field(
-        None, gt=0, description="then clients connect anew, and find new replicas; unset: never"
+        None,
+        gt=0,
+        description="age at which clients must reconnect, and find new replicas; unset: never",
+        json_schema_extra=LIMITS,
     )
     max_connection_grace_s: float = Field(
-        300.0, gt=0, description="for what is in flight on a connection that is too old"
+        300.0,
+        gt=0,
+        description="time for calls in flight on a connection that reached its maximum age",
+        json_schema_extra=LIMITS,
     )
 
     @model_validator(mode="after")
-    def _certificate_and_key_come_together(self) -> ListenSettings:
+    def _check_certificate_and_key(self) -> ListenConfig:
         if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("tls_key: expected it along with tls_certificate")
+            raise ValueError("tls_key: expected tls_certificate and tls_key together")
         if self.tls_client_ca is not None and self.tls_certificate is None:
-            raise ValueError("tls_client_ca: expected tls_certificate and tls_key along with it")
+            raise ValueError("tls_client_ca: expected tls_certificate and tls_key, too")
         return self
 
     @model_validator(mode="after")
-    def _public_binds_are_locked(self) -> ListenSettings:
-        locked = self.tls_certificate is not None and self.token_file is not None
-        if locked or self.insecure_public:
+    def _check_public_address(self) -> ListenConfig:
+        secure = self.tls_certificate is not None and self.token_file is not None
+        if secure or self.insecure_public:
             return self
         admin = [] if self.admin_port is None else [("admin_host", self.admin_host)]
         for field, address in (("host", self.host), *admin):
             if not is_loopback(address):
                 raise ValueError(
-                    f"{field}: {address} can be reached from outside; expected tls_certificate, "
-                    "tls_key and token_file along with it, or insecure_public to do without"
+                    f"{field}: {address} is reachable from other machines; expected "
+                    "tls_certificate, tls_key and token_file, or insecure_public"
                 )
         return self
 
     def listening(self) -> tuple[tuple[str, str], ...]:
-        """Fields of ports, each with the address that it is bound to."""
+        """Return the names of the port fields, each with the address that it is bound to."""
         return (
             ("port", self.host),
             ("metrics_port", self.host),
@@ -81,36 +124,32 @@ class ListenSettings(BaseModel):
         )
 
     @classmethod
-    def load(cls, path: Path | None, **flags: Any) -> Self:
-        """The file's fields, overridden by the flags that are not None.
+    def load(cls, path: Path | None, given: Mapping[str, Any] | None = None) -> Self:
+        """Return the configuration of a YAML file, overridden by the fields in `given`.
 
-        Raises `ConfigError` that names the field, what was expected and what came.
+        Nested mappings are merged. Raises `ConfigError` that names the field, what was expected and
+        what came.
         """
         try:
-            fields = yaml.safe_load(path.read_text()) or {} if path else {}
+            fields: Any = yaml.safe_load(path.read_text()) or {} if path else {}
             if not isinstance(fields, dict):
                 raise ConfigError(f"{path}: expected a mapping of fields")
-            return cls.model_validate(fields | {k: v for k, v in flags.items() if v is not None})
+            return cls.model_validate(_merge(fields, given or {}))
         except (OSError, yaml.YAMLError, ValidationError) as error:
-            raise ConfigError(f"{path or 'flags'}: {error}") from error
+            raise ConfigError(f"{path or 'options'}: {error}") from error
 
 
-class AccessSettings(ListenSettings):
-    """Of a server that computes: its protocols, and how much it takes in, too."""
-
-    http_port: int | None = Field(
-        None, ge=0, le=65_535, description="OpenAI's API for language models; unset: none"
-    )
-    max_image_pixels: int = Field(
-        MAX_IMAGE_PIXELS, ge=1, description="of an encoded picture, read off its header"
-    )
-    max_prompt_tokens: int | None = Field(
-        None, ge=1, description="of a text prompt; unset: whatever the context holds"
-    )
+def _merge(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(fields)
+    for name, value in given.items():
+        old = merged.get(name)
+        nested = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[name] = _merge(old, value) if nested else value  # type: ignore[arg-type]
+    return merged
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine can reach it; names other than `localhost` count as public."""
+    """Return whether only this machine can reach an address; names but `localhost` are public."""
     try:
         return address == "localhost" or ipaddress.ip_address(address.strip("[]")).is_loopback
     except ValueError:

@@ -35,7 +35,7 @@ class RequestRecord:
     facts: Mapping[str, Fact]
 
 
-Sink = Callable[[RequestRecord], None]
+RecordSink = Callable[[RequestRecord], None]
 
 
 class JsonFormatter(logging.Formatter):
@@ -66,7 +66,7 @@ def configure(log_format: LogFormat) -> None:
 
 
 def log_request(record: RequestRecord) -> None:
-    """A sink of `Observer`."""
+    """A sink of `RequestLogInterceptor`."""
     milliseconds = (record.ended_ns - record.started_ns) / 1e6
     facts = {
         "request_id": record.request_id,
@@ -89,7 +89,7 @@ def log_request(record: RequestRecord) -> None:
     )
 
 
-def trace_sink(endpoint: str, replica: str) -> tuple[Sink, Callable[[], None]]:
+def trace_sink(endpoint: str, replica: str) -> tuple[RecordSink, Callable[[], None]]:
     """Where to put records, and a function that sends what is left and stops.
 
     Raises `ConfigError` without the extra `telemetry`.

@@ -66,7 +66,7 @@ QUALITY = (
 class Metrics:
     """One registry, so that several replicas in a process, and tests, do not meet.
 
-    Labels are bounded: `model` and `stitch` only take values that were registered, `code` is a gRPC
+    Labels are bounded: `model` and `variant` only take values that were registered, `code` is a gRPC
     status name.
     """
 
@@ -77,15 +77,15 @@ class Metrics:
         histogram = partial(Histogram, registry=self.registry, namespace="ladderstitch")
         model = ["model"]
         self.requests = counter(
-            "requests", "Requests ended, by stitch and status.", ["model", "stitch", "code"]
+            "requests", "Requests ended, by variant and status.", ["model", "variant", "code"]
         )
         self.budgets = counter(
-            "budget", "Requests with a target ended, by whether it was met.", ["model", "met"]
+            "slo_requests", "Requests with a target ended, by whether it was met.", ["model", "met"]
         )
         self.denials = counter(
             "denied_calls", "Calls refused by token, scope or a token's limits.", ["reason"]
         )
-        self.switches = counter("switches", "Batches on another stitch than the last.", model)
+        self.switches = counter("switches", "Batches on another variant than the last.", model)
         self.restarts = counter("engine_restarts", "Workers and ranks lost and replaced.", model)
         self.queue = gauge("queue_requests", "Requests that wait.", model)
         self.running = gauge("running_requests", "Requests that are being computed.", model)
@@ -94,7 +94,7 @@ class Metrics:
         )
         self.frontier = gauge(
             "frontier_quality",
-            "Quality of the fastest and of the best stitch, and the operator's floor.",
+            "Quality of the fastest and of the best variant, and the operator's floor.",
             ["model", "end"],
         )
         self.ready = gauge("model_ready", "1 when the model answers requests.", model)
@@ -109,25 +109,28 @@ class Metrics:
         self.compute_seconds = histogram(
             "compute_seconds", "Computing a batch.", model, buckets=SECONDS
         )
-        self.total_seconds = histogram(
-            "total_seconds", "Arrival to answer.", model, buckets=SECONDS
+        self.request_duration_seconds = histogram(
+            "request_duration_seconds", "Arrival to answer.", model, buckets=SECONDS
         )
-        self.batch = histogram("batch_rows", "Rows of a batch.", model, buckets=ROWS)
+        self.batch = histogram("batch_size", "Rows of a batch.", model, buckets=ROWS)
         self.quality = histogram(
-            "served_quality", "Calibrated quality of the stitch served.", model, buckets=QUALITY
+            "served_quality", "Calibrated quality of the variant served.", model, buckets=QUALITY
         )
         self.generated_tokens = counter("generated_tokens", "Tokens handed to callers.", model)
         self.reused_tokens = counter(
-            "reused_prompt_tokens", "Tokens of prompts that were in the cache already.", model
+            "prefix_cache_hit_tokens", "Tokens of prompts that were in the cache already.", model
         )
         self.preemptions = counter(
             "preemptions", "Answers that gave their cache to others and computed anew.", model
         )
-        self.first_token_seconds = histogram(
-            "first_token_seconds", "Arrival to the first token.", model, buckets=SECONDS
+        self.time_to_first_token_seconds = histogram(
+            "time_to_first_token_seconds", "Arrival to the first token.", model, buckets=SECONDS
         )
-        self.token_gap_seconds = histogram(
-            "token_gap_seconds", "Between two tokens of an answer.", model, buckets=SECONDS
+        self.inter_token_latency_seconds = histogram(
+            "inter_token_latency_seconds",
+            "Between two tokens of an answer.",
+            model,
+            buckets=SECONDS,
         )
         self.turnaround = histogram(
             "turnaround_seconds",
@@ -136,9 +139,9 @@ class Metrics:
             buckets=(2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1),
         )
         self.planned = counter(
-            "latency_plan",
+            "latency_predictions",
             "Batches, by whether they kept within the quantile planned with.",
-            ["model", "kept"],
+            ["model", "within_plan"],
         )
         self.error = histogram(
             "latency_actual_over_predicted_ratio",
@@ -165,7 +168,7 @@ class ModelMetrics:
     """What models of every kind count: one model's children of `Metrics`, looked up once, because
     `labels()` costs microseconds a call.
 
-    `variants` are the ids that answers may name as their stitch or path.
+    `variants` are the ids that answers may name as their variant or path.
     """
 
     def __init__(self, metrics: Metrics, model: str, variants: Iterable[int]) -> None:
@@ -184,7 +187,7 @@ class ModelMetrics:
         self._tail = metrics.tail.labels(model)
         self._queue_seconds = metrics.queue_seconds.labels(model)
         self._compute_seconds = metrics.compute_seconds.labels(model)
-        self._total_seconds = metrics.total_seconds.labels(model)
+        self._request_duration_seconds = metrics.request_duration_seconds.labels(model)
         self._batch = metrics.batch.labels(model)
         self._quality = metrics.quality.labels(model)
         self._error = metrics.error.labels(model)
@@ -226,11 +229,11 @@ class ModelMetrics:
         self._requests[key].inc()
 
 
-class ImageMetrics(ModelMetrics):
+class VisionMetrics(ModelMetrics):
     """What an image model counts besides."""
 
-    def __init__(self, metrics: Metrics, model: str, stitches: Iterable[int]) -> None:
-        super().__init__(metrics, model, stitches)
+    def __init__(self, metrics: Metrics, model: str, variants: Iterable[int]) -> None:
+        super().__init__(metrics, model, variants)
         self._slack = metrics.slack.labels(model)
         self.turnaround = metrics.turnaround.labels(model)
 
@@ -239,21 +242,21 @@ class ImageMetrics(ModelMetrics):
         self._queue.set(waiting)
         for request in requests:
             self._queue_seconds.observe(now - request.arrival)
-            if request.budget.target != float("inf"):
-                self._slack.observe(request.budget.target - now)
+            if request.deadlines.soft != float("inf"):
+                self._slack.observe(request.deadlines.soft - now)
 
     def completed(self, request: Request, completion: Completion, now: float) -> None:
         """A request was answered."""
-        self._ended(str(completion.stitch), "OK")
-        self._total_seconds.observe(now - request.arrival)
+        self._ended(str(completion.variant), "OK")
+        self._request_duration_seconds.observe(now - request.arrival)
         self._quality.observe(completion.quality)
-        if request.budget.target != float("inf"):
-            (self._met if now <= request.budget.target else self._missed).inc()
+        if request.deadlines.soft != float("inf"):
+            (self._met if now <= request.deadlines.soft else self._missed).inc()
 
     def refused(self, code: str, request: Request | None = None) -> None:
         """A request ended with a status instead of an answer; its budget counts as missed."""
         self._ended("none", code)
         if request is None or code in CALLERS_FAULT:
             return
-        if request.budget.target != float("inf"):
+        if request.deadlines.soft != float("inf"):
             self._missed.inc()

@@ -38,8 +38,8 @@ class TextMetrics(ModelMetrics):
         self._tokens = metrics.generated_tokens.labels(model)
         self._reused = metrics.reused_tokens.labels(model)
         self._preempted = metrics.preemptions.labels(model)
-        self._first = metrics.first_token_seconds.labels(model)
-        self._gap = metrics.token_gap_seconds.labels(model)
+        self._first = metrics.time_to_first_token_seconds.labels(model)
+        self._gap = metrics.inter_token_latency_seconds.labels(model)
         self._cache = metrics.cache.labels(model)
 
     def stepped(self, step: StepReport, load: Occupancy) -> None:
@@ -71,7 +71,7 @@ class TextMetrics(ModelMetrics):
     ) -> None:
         """The last token was made; `met` is None without a budget."""
         self._ended(str(path), "OK")
-        self._total_seconds.observe(total_s)
+        self._request_duration_seconds.observe(total_s)
         self._reused.inc(reused_tokens)
         if quality is not None:
             self._quality.observe(quality)

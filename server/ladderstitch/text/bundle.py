@@ -22,25 +22,25 @@ from ladderstitch.bundles.registry import LANGUAGE_FAMILY
 from ladderstitch.errors import BundleError
 from ladderstitch.scheduling.profiles import QualityTable
 from ladderstitch.text.model.config import LlamaConfig
-from ladderstitch.text.model.residual import Residual
+from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.weight_reader import SafetensorsFolder, check_delta, load_delta
 from ladderstitch.text.model.weights import check_weights, expected_shapes
 from ladderstitch.text.tokenizer import TextTokenizer
 
 
-class LanguagePath(BaseModel):
+class TextVariant(BaseModel):
     """One way through the weights that an answer may take: a member of an elastic family."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
-    residual: Residual
+    residual: ResidualScheme
     delta: str | None = Field(
         None, pattern=r"^[^/]+\.safetensors$", description="file of what its tensors differ by"
     )
 
 
-class LanguageManifest(BaseModel):
+class TextManifest(BaseModel):
     """`model.yaml` of a language model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,8 +50,8 @@ class LanguageManifest(BaseModel):
     version: str = Field("1", pattern=r"^[0-9]{1,9}$")
     family: Literal["llama"] = LANGUAGE_FAMILY
     config: LlamaConfig
-    residual: Residual = Residual()
-    paths: tuple[LanguagePath, ...] = Field(
+    residual: ResidualScheme = ResidualScheme()
+    paths: tuple[TextVariant, ...] = Field(
         (), description="ways to choose between; none: the only one is `residual`"
     )
     end_tokens: tuple[int, ...] = Field((), description="tokens that end an answer")
@@ -60,7 +60,7 @@ class LanguageManifest(BaseModel):
     licence: str
 
     @model_validator(mode="after")
-    def _can_be_served(self) -> LanguageManifest:
+    def _can_be_served(self) -> TextManifest:
         if any(path.residual.scheme == "no_communication" for path in self.ways):
             raise ValueError("residual: no_communication gives wrong answers; benchmarks only")
         if len({path.residual.scheme == "parallel" for path in self.ways}) > 1:
@@ -72,25 +72,25 @@ class LanguageManifest(BaseModel):
         return self
 
     @property
-    def ways(self) -> tuple[LanguagePath, ...]:
+    def ways(self) -> tuple[TextVariant, ...]:
         """The paths by id; at least one."""
-        return self.paths or (LanguagePath(name=self.residual.scheme, residual=self.residual),)
+        return self.paths or (TextVariant(name=self.residual.scheme, residual=self.residual),)
 
 
 @dataclass(frozen=True, slots=True)
-class LanguageBundle:
+class TextBundle:
     """A loaded `model.yaml`; weights are read by the ranks, each its own slice."""
 
     path: Path
-    manifest: LanguageManifest
+    manifest: TextManifest
     quality: QualityTable | None = None
 
     @classmethod
-    def load(cls, path: Path) -> LanguageBundle:
+    def load(cls, path: Path) -> TextBundle:
         """Raises `BundleError` naming the file, the field, what was expected and what came."""
         try:
             raw = yaml.safe_load((path / "model.yaml").read_text())
-            manifest = LanguageManifest.model_validate(raw)
+            manifest = TextManifest.model_validate(raw)
         except (OSError, yaml.YAMLError, ValidationError) as error:
             raise BundleError(f"{path / 'model.yaml'}: {error}") from error
         bundle = cls(path, manifest, _read_quality(path / "quality.json", manifest))
@@ -127,7 +127,7 @@ class LanguageBundle:
         return tokenizer
 
 
-def _read_quality(file: Path, manifest: LanguageManifest) -> QualityTable | None:
+def _read_quality(file: Path, manifest: TextManifest) -> QualityTable | None:
     """Several paths without their qualities could not be chosen between."""
     if not file.exists() and len(manifest.ways) == 1:
         return None
@@ -135,13 +135,13 @@ def _read_quality(file: Path, manifest: LanguageManifest) -> QualityTable | None
         table = QualityTable.model_validate_json(file.read_text())
     except (OSError, ValidationError) as error:
         raise BundleError(f"{file}: {error}") from error
-    expected, got = set(range(len(manifest.ways))), set(table.stitches)
+    expected, got = set(range(len(manifest.ways))), set(table.variants)
     if got != expected:
         raise BundleError(f"{file}: expected paths {sorted(expected)}, got {sorted(got)}")
     return table
 
 
-def write_manifest(path: Path, manifest: LanguageManifest) -> None:
+def write_manifest(path: Path, manifest: TextManifest) -> None:
     """Write `model.yaml`."""
     path.mkdir(parents=True, exist_ok=True)
     fields = manifest.model_dump(mode="json", exclude_none=True)

@@ -15,7 +15,7 @@ Tokens = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
 
-class Want(IntEnum):
+class LogitsMode(IntEnum):
     """What a sequence needs of the logits of its fresh tokens."""
 
     NONE = 0
@@ -25,20 +25,20 @@ class Want(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class SequenceInput:
     """Tokens of one sequence at positions `start`..; `blocks` of the cache hold all of it."""
 
     tokens: Sequence[int]
     start: int
     blocks: Sequence[int]
-    want: Want = Want.BEST
+    want: LogitsMode = LogitsMode.BEST
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One forward pass: every sequence on the same path."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[SequenceInput, ...]
     path: int = 0
 
     @property
@@ -64,7 +64,9 @@ class Step:
         sizes = [a + b for a, b in zip(counts, blocks, strict=True)]
         begins = [0, *accumulate(sizes)][:-1]
         runs = tuple(
-            Run(numbers[at : at + n], start, numbers[at + n : at + n + m], Want(want))
+            SequenceInput(
+                numbers[at : at + n], start, numbers[at + n : at + n + m], LogitsMode(want)
+            )
             for at, n, m, start, want in zip(
                 begins, counts, blocks, header["starts"], header["wants"], strict=True
             )
@@ -73,7 +75,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class StepOutput:
     """What came of a step, in the order of its runs.
 
     `best` holds a token for every run that wanted the likeliest, `logits` [R, V] the rows of those
@@ -85,12 +87,12 @@ class Outcome:
 
 
 def aligned(
-    tokens: Tokens, start: int, path: int, blocks_each: int, want: Want = Want.LAST
+    tokens: Tokens, start: int, path: int, blocks_each: int, want: LogitsMode = LogitsMode.LAST
 ) -> Step:
     """Sequences of one length, tokens [B, T], each in blocks of its own, side by side."""
     return Step(
         tuple(
-            Run(row.tolist(), start, range(i * blocks_each, (i + 1) * blocks_each), want)
+            SequenceInput(row.tolist(), start, range(i * blocks_each, (i + 1) * blocks_each), want)
             for i, row in enumerate(tokens)
         ),
         path,

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from ladderstitch.errors import BadInput, BundleError
+from ladderstitch.errors import BundleError, InvalidArgument
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -108,7 +108,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-class Message(TypedDict):
+class ChatTurn(TypedDict):
     role: str
     content: str
 
@@ -121,14 +121,14 @@ def _refuse(message: str) -> Never:
     raise TemplateRefused(message)
 
 
-def render_chat(template: str | None, messages: Sequence[Message]) -> str:
+def render_chat(template: str | None, messages: Sequence[ChatTurn]) -> str:
     """The prompt that the model's next turn follows.
 
-    Templates are Jinja in a sandbox, as they come with checkpoints. Raises `BadInput` for messages
+    Templates are Jinja in a sandbox, as they come with checkpoints. Raises `InvalidArgument` for messages
     that a template refuses, and for a model without one.
     """
     if template is None:
-        raise BadInput("messages", "this model has no chat template; use completions")
+        raise InvalidArgument("messages", "this model has no chat template; use completions")
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = _refuse
     try:
@@ -136,4 +136,6 @@ def render_chat(template: str | None, messages: Sequence[Message]) -> str:
             messages=list(messages), add_generation_prompt=True, bos_token="", eos_token=""
         )
     except (TemplateError, TypeError) as error:
-        raise BadInput("messages", f"the model's chat template refuses them: {error}") from error
+        raise InvalidArgument(
+            "messages", f"the model's chat template refuses them: {error}"
+        ) from error

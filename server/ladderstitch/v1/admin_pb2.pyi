@@ -27,35 +27,35 @@ class _PolicyNameEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PolicyName
     POLICY_NAME_UNSPECIFIED: _PolicyName.ValueType  # 0
     """Not set: leave the policy as it is."""
     POLICY_NAME_FIXED: _PolicyName.ValueType  # 1
-    """One stitch always."""
+    """One variant always."""
     POLICY_NAME_MAX_QUALITY: _PolicyName.ValueType  # 2
-    """The most accurate stitch that fits alone, then the largest batch."""
+    """The most accurate variant that fits alone, then the largest batch."""
     POLICY_NAME_MAX_BATCH: _PolicyName.ValueType  # 3
-    """The largest batch on the fastest stitch, then the most accurate stitch for it."""
+    """The largest batch on the fastest variant, then the most accurate variant for it."""
     POLICY_NAME_SLACKFIT: _PolicyName.ValueType  # 4
     """SuperServe's latency buckets."""
     POLICY_NAME_ADAPTIVE: _PolicyName.ValueType  # 5
     """What a batch earns in quality, weighed against what its time costs others."""
     POLICY_NAME_MODEL_SWITCHING: _PolicyName.ValueType  # 6
-    """The stitch by the rate of requests, the batch by the slack."""
+    """The variant by the rate of requests, the batch by the slack."""
 
 class PolicyName(_PolicyName, metaclass=_PolicyNameEnumTypeWrapper):
-    """How requests get their stitch and batch."""
+    """How requests get their variant and batch."""
 
 POLICY_NAME_UNSPECIFIED: PolicyName.ValueType  # 0
 """Not set: leave the policy as it is."""
 POLICY_NAME_FIXED: PolicyName.ValueType  # 1
-"""One stitch always."""
+"""One variant always."""
 POLICY_NAME_MAX_QUALITY: PolicyName.ValueType  # 2
-"""The most accurate stitch that fits alone, then the largest batch."""
+"""The most accurate variant that fits alone, then the largest batch."""
 POLICY_NAME_MAX_BATCH: PolicyName.ValueType  # 3
-"""The largest batch on the fastest stitch, then the most accurate stitch for it."""
+"""The largest batch on the fastest variant, then the most accurate variant for it."""
 POLICY_NAME_SLACKFIT: PolicyName.ValueType  # 4
 """SuperServe's latency buckets."""
 POLICY_NAME_ADAPTIVE: PolicyName.ValueType  # 5
 """What a batch earns in quality, weighed against what its time costs others."""
 POLICY_NAME_MODEL_SWITCHING: PolicyName.ValueType  # 6
-"""The stitch by the rate of requests, the batch by the slack."""
+"""The variant by the rate of requests, the batch by the slack."""
 Global___PolicyName: _TypeAlias = PolicyName  # noqa: Y015
 
 @_typing.final
@@ -65,17 +65,17 @@ class Scheduling(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     POLICY_FIELD_NUMBER: _builtins.int
-    FIXED_STITCH_FIELD_NUMBER: _builtins.int
-    PINNED_STITCH_FIELD_NUMBER: _builtins.int
+    FIXED_VARIANT_FIELD_NUMBER: _builtins.int
+    PINNED_VARIANT_FIELD_NUMBER: _builtins.int
     MIN_QUALITY_FIELD_NUMBER: _builtins.int
     SLACKFIT_BUCKETS_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     policy: Global___PolicyName.ValueType
     """The policy in force."""
-    fixed_stitch: _builtins.int
-    """Stitch of the policy FIXED; unset: another policy is in force."""
-    pinned_stitch: _builtins.int
-    """Stitch that overrides the policy; unset: none."""
+    fixed_variant: _builtins.int
+    """Variant of the policy FIXED; unset: another policy is in force."""
+    pinned_variant: _builtins.int
+    """Variant that overrides the policy; unset: none."""
     min_quality: _builtins.float
     """Quality floor for every request, 0 to 1."""
     slackfit_buckets: _builtins.int
@@ -86,24 +86,24 @@ class Scheduling(_message.Message):
         self,
         *,
         policy: Global___PolicyName.ValueType = ...,
-        fixed_stitch: _builtins.int | None = ...,
-        pinned_stitch: _builtins.int | None = ...,
+        fixed_variant: _builtins.int | None = ...,
+        pinned_variant: _builtins.int | None = ...,
         min_quality: _builtins.float = ...,
         slackfit_buckets: _builtins.int = ...,
         revision: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_fixed_stitch", b"_fixed_stitch", "_pinned_stitch", b"_pinned_stitch", "fixed_stitch", b"fixed_stitch", "pinned_stitch", b"pinned_stitch"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant", "_pinned_variant", b"_pinned_variant", "fixed_variant", b"fixed_variant", "pinned_variant", b"pinned_variant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fixed_stitch", b"_fixed_stitch", "_pinned_stitch", b"_pinned_stitch", "fixed_stitch", b"fixed_stitch", "min_quality", b"min_quality", "pinned_stitch", b"pinned_stitch", "policy", b"policy", "revision", b"revision", "slackfit_buckets", b"slackfit_buckets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant", "_pinned_variant", b"_pinned_variant", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "pinned_variant", b"pinned_variant", "policy", b"policy", "revision", b"revision", "slackfit_buckets", b"slackfit_buckets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__fixed_stitch: _TypeAlias = _typing.Literal["fixed_stitch"]  # noqa: Y015
-    _WhichOneofArgType__fixed_stitch: _TypeAlias = _typing.Literal["_fixed_stitch", b"_fixed_stitch"]  # noqa: Y015
-    _WhichOneofReturnType__pinned_stitch: _TypeAlias = _typing.Literal["pinned_stitch"]  # noqa: Y015
-    _WhichOneofArgType__pinned_stitch: _TypeAlias = _typing.Literal["_pinned_stitch", b"_pinned_stitch"]  # noqa: Y015
+    _WhichOneofReturnType__fixed_variant: _TypeAlias = _typing.Literal["fixed_variant"]  # noqa: Y015
+    _WhichOneofArgType__fixed_variant: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant"]  # noqa: Y015
+    _WhichOneofReturnType__pinned_variant: _TypeAlias = _typing.Literal["pinned_variant"]  # noqa: Y015
+    _WhichOneofArgType__pinned_variant: _TypeAlias = _typing.Literal["_pinned_variant", b"_pinned_variant"]  # noqa: Y015
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__fixed_stitch) -> _WhichOneofReturnType__fixed_stitch | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fixed_variant) -> _WhichOneofReturnType__fixed_variant | None: ...
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__pinned_stitch) -> _WhichOneofReturnType__pinned_stitch | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pinned_variant) -> _WhichOneofReturnType__pinned_variant | None: ...
 
 Global___Scheduling: _TypeAlias = Scheduling  # noqa: Y015
 
@@ -161,8 +161,8 @@ class UpdateSchedulingRequest(_message.Message):
 
     MODEL_NAME_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
-    FIXED_STITCH_FIELD_NUMBER: _builtins.int
-    PINNED_STITCH_FIELD_NUMBER: _builtins.int
+    FIXED_VARIANT_FIELD_NUMBER: _builtins.int
+    PINNED_VARIANT_FIELD_NUMBER: _builtins.int
     UNPIN_FIELD_NUMBER: _builtins.int
     MIN_QUALITY_FIELD_NUMBER: _builtins.int
     SLACKFIT_BUCKETS_FIELD_NUMBER: _builtins.int
@@ -170,10 +170,10 @@ class UpdateSchedulingRequest(_message.Message):
     """Name of the model; unset: the server's only model, if it has just one."""
     policy: Global___PolicyName.ValueType
     """Policy to use from now on; unset: as it is."""
-    fixed_stitch: _builtins.int
-    """Stitch of the policy FIXED; must be set along with that policy."""
-    pinned_stitch: _builtins.int
-    """Stitch that overrides the policy; unset: as it is."""
+    fixed_variant: _builtins.int
+    """Variant of the policy FIXED; must be set along with that policy."""
+    pinned_variant: _builtins.int
+    """Variant that overrides the policy; unset: as it is."""
     unpin: _builtins.bool
     """Takes the pin away."""
     min_quality: _builtins.float
@@ -185,30 +185,30 @@ class UpdateSchedulingRequest(_message.Message):
         *,
         model_name: _builtins.str = ...,
         policy: Global___PolicyName.ValueType = ...,
-        fixed_stitch: _builtins.int | None = ...,
-        pinned_stitch: _builtins.int | None = ...,
+        fixed_variant: _builtins.int | None = ...,
+        pinned_variant: _builtins.int | None = ...,
         unpin: _builtins.bool = ...,
         min_quality: _builtins.float | None = ...,
         slackfit_buckets: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_fixed_stitch", b"_fixed_stitch", "_min_quality", b"_min_quality", "_pinned_stitch", b"_pinned_stitch", "_slackfit_buckets", b"_slackfit_buckets", "fixed_stitch", b"fixed_stitch", "min_quality", b"min_quality", "pinned_stitch", b"pinned_stitch", "slackfit_buckets", b"slackfit_buckets"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant", "_min_quality", b"_min_quality", "_pinned_variant", b"_pinned_variant", "_slackfit_buckets", b"_slackfit_buckets", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "pinned_variant", b"pinned_variant", "slackfit_buckets", b"slackfit_buckets"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fixed_stitch", b"_fixed_stitch", "_min_quality", b"_min_quality", "_pinned_stitch", b"_pinned_stitch", "_slackfit_buckets", b"_slackfit_buckets", "fixed_stitch", b"fixed_stitch", "min_quality", b"min_quality", "model_name", b"model_name", "pinned_stitch", b"pinned_stitch", "policy", b"policy", "slackfit_buckets", b"slackfit_buckets", "unpin", b"unpin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant", "_min_quality", b"_min_quality", "_pinned_variant", b"_pinned_variant", "_slackfit_buckets", b"_slackfit_buckets", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "model_name", b"model_name", "pinned_variant", b"pinned_variant", "policy", b"policy", "slackfit_buckets", b"slackfit_buckets", "unpin", b"unpin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__fixed_stitch: _TypeAlias = _typing.Literal["fixed_stitch"]  # noqa: Y015
-    _WhichOneofArgType__fixed_stitch: _TypeAlias = _typing.Literal["_fixed_stitch", b"_fixed_stitch"]  # noqa: Y015
+    _WhichOneofReturnType__fixed_variant: _TypeAlias = _typing.Literal["fixed_variant"]  # noqa: Y015
+    _WhichOneofArgType__fixed_variant: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant"]  # noqa: Y015
     _WhichOneofReturnType__min_quality: _TypeAlias = _typing.Literal["min_quality"]  # noqa: Y015
     _WhichOneofArgType__min_quality: _TypeAlias = _typing.Literal["_min_quality", b"_min_quality"]  # noqa: Y015
-    _WhichOneofReturnType__pinned_stitch: _TypeAlias = _typing.Literal["pinned_stitch"]  # noqa: Y015
-    _WhichOneofArgType__pinned_stitch: _TypeAlias = _typing.Literal["_pinned_stitch", b"_pinned_stitch"]  # noqa: Y015
+    _WhichOneofReturnType__pinned_variant: _TypeAlias = _typing.Literal["pinned_variant"]  # noqa: Y015
+    _WhichOneofArgType__pinned_variant: _TypeAlias = _typing.Literal["_pinned_variant", b"_pinned_variant"]  # noqa: Y015
     _WhichOneofReturnType__slackfit_buckets: _TypeAlias = _typing.Literal["slackfit_buckets"]  # noqa: Y015
     _WhichOneofArgType__slackfit_buckets: _TypeAlias = _typing.Literal["_slackfit_buckets", b"_slackfit_buckets"]  # noqa: Y015
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__fixed_stitch) -> _WhichOneofReturnType__fixed_stitch | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fixed_variant) -> _WhichOneofReturnType__fixed_variant | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_quality) -> _WhichOneofReturnType__min_quality | None: ...
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__pinned_stitch) -> _WhichOneofReturnType__pinned_stitch | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pinned_variant) -> _WhichOneofReturnType__pinned_variant | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__slackfit_buckets) -> _WhichOneofReturnType__slackfit_buckets | None: ...
 

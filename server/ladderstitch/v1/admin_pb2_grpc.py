@@ -81,8 +81,8 @@ class AdminServiceServicer:
         """Changes the fields that are set, from the next batch on; no request is lost. Of two concurrent
         changes the later wins, also over the deployment's configuration.
 
-        INVALID_ARGUMENT BAD_INPUT with field violations: a value out of range, a stitch that the model
-        does not have, both `pinned_stitch` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model.
+        INVALID_ARGUMENT BAD_INPUT with field violations: a value out of range, a variant that the model
+        does not have, both `pinned_variant` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

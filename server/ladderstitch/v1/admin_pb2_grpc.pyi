@@ -44,8 +44,8 @@ class AdminServiceStub:
     """Changes the fields that are set, from the next batch on; no request is lost. Of two concurrent
     changes the later wins, also over the deployment's configuration.
 
-    INVALID_ARGUMENT BAD_INPUT with field violations: a value out of range, a stitch that the model
-    does not have, both `pinned_stitch` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model.
+    INVALID_ARGUMENT BAD_INPUT with field violations: a value out of range, a variant that the model
+    does not have, both `pinned_variant` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model.
     """
     Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]
     """Takes this replica out of service for good: health says NOT_SERVING at once, requests are still
@@ -85,8 +85,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Changes the fields that are set, from the next batch on; no request is lost. Of two concurrent
     changes the later wins, also over the deployment's configuration.
 
-    INVALID_ARGUMENT BAD_INPUT with field violations: a value out of range, a stitch that the model
-    does not have, both `pinned_stitch` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model.
+    INVALID_ARGUMENT BAD_INPUT with field violations: a value out of range, a variant that the model
+    does not have, both `pinned_variant` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model.
     """
     Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]  # type: ignore[assignment]
     """Takes this replica out of service for good: health says NOT_SERVING at once, requests are still
@@ -135,8 +135,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """Changes the fields that are set, from the next batch on; no request is lost. Of two concurrent
         changes the later wins, also over the deployment's configuration.
 
-        INVALID_ARGUMENT BAD_INPUT with field violations: a value out of range, a stitch that the model
-        does not have, both `pinned_stitch` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model.
+        INVALID_ARGUMENT BAD_INPUT with field violations: a value out of range, a variant that the model
+        does not have, both `pinned_variant` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model.
         """
 
     @_abc_1.abstractmethod

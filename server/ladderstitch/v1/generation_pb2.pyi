@@ -89,7 +89,7 @@ class GenerateRequest(_message.Message):
     FIRST_TOKEN_BUDGET_US_FIELD_NUMBER: _builtins.int
     TOKEN_BUDGET_US_FIELD_NUMBER: _builtins.int
     MIN_QUALITY_FIELD_NUMBER: _builtins.int
-    STITCH_ID_FIELD_NUMBER: _builtins.int
+    VARIANT_ID_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Name of the model; unset: the server's only model, if it has just one."""
@@ -125,7 +125,7 @@ class GenerateRequest(_message.Message):
     """
     min_quality: _builtins.float
     """Least quality, 0 to 1; better refused than answered below it; unset: 0."""
-    stitch_id: _builtins.int
+    variant_id: _builtins.int
     """Pins a path of the model; unset: the best one that the budgets allow."""
     logprobs: _builtins.int
     """Report each token's log probability and those of so many likeliest tokens, 0 to 20; unset: none."""
@@ -156,12 +156,12 @@ class GenerateRequest(_message.Message):
         first_token_budget_us: _builtins.int | None = ...,
         token_budget_us: _builtins.int | None = ...,
         min_quality: _builtins.float | None = ...,
-        stitch_id: _builtins.int | None = ...,
+        variant_id: _builtins.int | None = ...,
         logprobs: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_budget_us", b"_first_token_budget_us", "_latency_budget_us", b"_latency_budget_us", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_quality", b"_min_quality", "_seed", b"_seed", "_stitch_id", b"_stitch_id", "_token_budget_us", b"_token_budget_us", "_top_p", b"_top_p", "first_token_budget_us", b"first_token_budget_us", "latency_budget_us", b"latency_budget_us", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_quality", b"min_quality", "prompt", b"prompt", "seed", b"seed", "stitch_id", b"stitch_id", "text", b"text", "token_budget_us", b"token_budget_us", "tokens", b"tokens", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_budget_us", b"_first_token_budget_us", "_latency_budget_us", b"_latency_budget_us", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_quality", b"_min_quality", "_seed", b"_seed", "_token_budget_us", b"_token_budget_us", "_top_p", b"_top_p", "_variant_id", b"_variant_id", "first_token_budget_us", b"first_token_budget_us", "latency_budget_us", b"latency_budget_us", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_quality", b"min_quality", "prompt", b"prompt", "seed", b"seed", "text", b"text", "token_budget_us", b"token_budget_us", "tokens", b"tokens", "top_p", b"top_p", "variant_id", b"variant_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_budget_us", b"_first_token_budget_us", "_latency_budget_us", b"_latency_budget_us", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_quality", b"_min_quality", "_seed", b"_seed", "_stitch_id", b"_stitch_id", "_token_budget_us", b"_token_budget_us", "_top_p", b"_top_p", "first_token_budget_us", b"first_token_budget_us", "hard_deadline", b"hard_deadline", "latency_budget_us", b"latency_budget_us", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_quality", b"min_quality", "model_name", b"model_name", "model_version", b"model_version", "prompt", b"prompt", "request_id", b"request_id", "seed", b"seed", "stitch_id", b"stitch_id", "stop", b"stop", "temperature", b"temperature", "text", b"text", "token_budget_us", b"token_budget_us", "tokens", b"tokens", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_budget_us", b"_first_token_budget_us", "_latency_budget_us", b"_latency_budget_us", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_quality", b"_min_quality", "_seed", b"_seed", "_token_budget_us", b"_token_budget_us", "_top_p", b"_top_p", "_variant_id", b"_variant_id", "first_token_budget_us", b"first_token_budget_us", "hard_deadline", b"hard_deadline", "latency_budget_us", b"latency_budget_us", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_quality", b"min_quality", "model_name", b"model_name", "model_version", b"model_version", "prompt", b"prompt", "request_id", b"request_id", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "text", b"text", "token_budget_us", b"token_budget_us", "tokens", b"tokens", "top_k", b"top_k", "top_p", b"top_p", "variant_id", b"variant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_token_budget_us: _TypeAlias = _typing.Literal["first_token_budget_us"]  # noqa: Y015
     _WhichOneofArgType__first_token_budget_us: _TypeAlias = _typing.Literal["_first_token_budget_us", b"_first_token_budget_us"]  # noqa: Y015
@@ -175,12 +175,12 @@ class GenerateRequest(_message.Message):
     _WhichOneofArgType__min_quality: _TypeAlias = _typing.Literal["_min_quality", b"_min_quality"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
-    _WhichOneofReturnType__stitch_id: _TypeAlias = _typing.Literal["stitch_id"]  # noqa: Y015
-    _WhichOneofArgType__stitch_id: _TypeAlias = _typing.Literal["_stitch_id", b"_stitch_id"]  # noqa: Y015
     _WhichOneofReturnType__token_budget_us: _TypeAlias = _typing.Literal["token_budget_us"]  # noqa: Y015
     _WhichOneofArgType__token_budget_us: _TypeAlias = _typing.Literal["_token_budget_us", b"_token_budget_us"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    _WhichOneofReturnType__variant_id: _TypeAlias = _typing.Literal["variant_id"]  # noqa: Y015
+    _WhichOneofArgType__variant_id: _TypeAlias = _typing.Literal["_variant_id", b"_variant_id"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     @_typing.overload
@@ -196,11 +196,11 @@ class GenerateRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__stitch_id) -> _WhichOneofReturnType__stitch_id | None: ...
-    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__token_budget_us) -> _WhichOneofReturnType__token_budget_us | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__variant_id) -> _WhichOneofReturnType__variant_id | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
@@ -221,7 +221,7 @@ class GenerationAccounting(_message.Message):
     BUDGET_MET_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
-    STITCH_ID_FIELD_NUMBER: _builtins.int
+    VARIANT_ID_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
     QUALITY_METRIC_FIELD_NUMBER: _builtins.int
     PERPLEXITY_FIELD_NUMBER: _builtins.int
@@ -249,7 +249,7 @@ class GenerationAccounting(_message.Message):
     """Name of the path that answered, e.g. "standard" or "ladder-8"."""
     replica: _builtins.str
     """Name of the replica that answered."""
-    stitch_id: _builtins.int
+    variant_id: _builtins.int
     """Id of the path that answered."""
     quality: _builtins.float
     """Its calibrated quality; unset: it was never measured."""
@@ -281,7 +281,7 @@ class GenerationAccounting(_message.Message):
         budget_met: _builtins.bool | None = ...,
         path: _builtins.str = ...,
         replica: _builtins.str = ...,
-        stitch_id: _builtins.int = ...,
+        variant_id: _builtins.int = ...,
         quality: _builtins.float | None = ...,
         quality_metric: _builtins.str = ...,
         perplexity: _builtins.float | None = ...,
@@ -294,7 +294,7 @@ class GenerationAccounting(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met", "_budget_us", b"_budget_us", "_first_token_budget_met", b"_first_token_budget_met", "_first_token_budget_us", b"_first_token_budget_us", "_perplexity", b"_perplexity", "_quality", b"_quality", "_token_budget_met", b"_token_budget_met", "_token_budget_us", b"_token_budget_us", "budget_met", b"budget_met", "budget_us", b"budget_us", "first_token_budget_met", b"first_token_budget_met", "first_token_budget_us", b"first_token_budget_us", "perplexity", b"perplexity", "quality", b"quality", "token_budget_met", b"token_budget_met", "token_budget_us", b"token_budget_us"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met", "_budget_us", b"_budget_us", "_first_token_budget_met", b"_first_token_budget_met", "_first_token_budget_us", b"_first_token_budget_us", "_perplexity", b"_perplexity", "_quality", b"_quality", "_token_budget_met", b"_token_budget_met", "_token_budget_us", b"_token_budget_us", "budget_met", b"budget_met", "budget_us", b"budget_us", "first_token_budget_met", b"first_token_budget_met", "first_token_budget_us", b"first_token_budget_us", "first_token_us", b"first_token_us", "generated_tokens", b"generated_tokens", "mean_token_us", b"mean_token_us", "path", b"path", "perplexity", b"perplexity", "prompt_tokens", b"prompt_tokens", "quality", b"quality", "quality_metric", b"quality_metric", "queue_us", b"queue_us", "replica", b"replica", "reused_tokens", b"reused_tokens", "stitch_id", b"stitch_id", "token_budget_met", b"token_budget_met", "token_budget_us", b"token_budget_us", "total_us", b"total_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met", "_budget_us", b"_budget_us", "_first_token_budget_met", b"_first_token_budget_met", "_first_token_budget_us", b"_first_token_budget_us", "_perplexity", b"_perplexity", "_quality", b"_quality", "_token_budget_met", b"_token_budget_met", "_token_budget_us", b"_token_budget_us", "budget_met", b"budget_met", "budget_us", b"budget_us", "first_token_budget_met", b"first_token_budget_met", "first_token_budget_us", b"first_token_budget_us", "first_token_us", b"first_token_us", "generated_tokens", b"generated_tokens", "mean_token_us", b"mean_token_us", "path", b"path", "perplexity", b"perplexity", "prompt_tokens", b"prompt_tokens", "quality", b"quality", "quality_metric", b"quality_metric", "queue_us", b"queue_us", "replica", b"replica", "reused_tokens", b"reused_tokens", "token_budget_met", b"token_budget_met", "token_budget_us", b"token_budget_us", "total_us", b"total_us", "variant_id", b"variant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget_met: _TypeAlias = _typing.Literal["budget_met"]  # noqa: Y015
     _WhichOneofArgType__budget_met: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met"]  # noqa: Y015

@@ -54,7 +54,7 @@ class GenerationServiceServicer:
 
         INVALID_ARGUMENT BAD_INPUT with field violations: a malformed prompt or parameter, a prompt that
         does not fit the model's context, an image model.
-        NOT_FOUND MODEL_NOT_FOUND, STITCH_NOT_FOUND: no such model, version or path.
+        NOT_FOUND MODEL_NOT_FOUND, VARIANT_NOT_FOUND: no such model, version or path.
         FAILED_PRECONDITION BUDGET_INFEASIBLE (metadata min_feasible_us): a hard limit before the first
         token, even on an idle server; QUALITY_UNAVAILABLE (max_quality): no path is as good.
         RESOURCE_EXHAUSTED OVERLOADED: too many wait, or a hard limit would pass meanwhile; retry later.

@@ -41,7 +41,7 @@ class GenerationServiceStub:
 
     INVALID_ARGUMENT BAD_INPUT with field violations: a malformed prompt or parameter, a prompt that
     does not fit the model's context, an image model.
-    NOT_FOUND MODEL_NOT_FOUND, STITCH_NOT_FOUND: no such model, version or path.
+    NOT_FOUND MODEL_NOT_FOUND, VARIANT_NOT_FOUND: no such model, version or path.
     FAILED_PRECONDITION BUDGET_INFEASIBLE (metadata min_feasible_us): a hard limit before the first
     token, even on an idle server; QUALITY_UNAVAILABLE (max_quality): no path is as good.
     RESOURCE_EXHAUSTED OVERLOADED: too many wait, or a hard limit would pass meanwhile; retry later.
@@ -63,7 +63,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
 
     INVALID_ARGUMENT BAD_INPUT with field violations: a malformed prompt or parameter, a prompt that
     does not fit the model's context, an image model.
-    NOT_FOUND MODEL_NOT_FOUND, STITCH_NOT_FOUND: no such model, version or path.
+    NOT_FOUND MODEL_NOT_FOUND, VARIANT_NOT_FOUND: no such model, version or path.
     FAILED_PRECONDITION BUDGET_INFEASIBLE (metadata min_feasible_us): a hard limit before the first
     token, even on an idle server; QUALITY_UNAVAILABLE (max_quality): no path is as good.
     RESOURCE_EXHAUSTED OVERLOADED: too many wait, or a hard limit would pass meanwhile; retry later.
@@ -88,7 +88,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
 
         INVALID_ARGUMENT BAD_INPUT with field violations: a malformed prompt or parameter, a prompt that
         does not fit the model's context, an image model.
-        NOT_FOUND MODEL_NOT_FOUND, STITCH_NOT_FOUND: no such model, version or path.
+        NOT_FOUND MODEL_NOT_FOUND, VARIANT_NOT_FOUND: no such model, version or path.
         FAILED_PRECONDITION BUDGET_INFEASIBLE (metadata min_feasible_us): a hard limit before the first
         token, even on an idle server; QUALITY_UNAVAILABLE (max_quality): no path is as good.
         RESOURCE_EXHAUSTED OVERLOADED: too many wait, or a hard limit would pass meanwhile; retry later.

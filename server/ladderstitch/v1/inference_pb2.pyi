@@ -121,7 +121,7 @@ class InferRequest(_message.Message):
     LATENCY_BUDGET_US_FIELD_NUMBER: _builtins.int
     HARD_DEADLINE_FIELD_NUMBER: _builtins.int
     MIN_QUALITY_FIELD_NUMBER: _builtins.int
-    STITCH_ID_FIELD_NUMBER: _builtins.int
+    VARIANT_ID_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Name of the model; unset: the server's only model, if it has just one."""
@@ -141,7 +141,7 @@ class InferRequest(_message.Message):
     """
     min_quality: _builtins.float
     """Smallest quality to answer with, 0 to 1; unset: any. Refused rather than answered below it."""
-    stitch_id: _builtins.int
+    variant_id: _builtins.int
     """Stitch to run, whatever the budget; unset: the scheduler chooses."""
     priority: _builtins.int
     """1 highest to 255 lowest; unset or 0: normal (128). Ages: it is worth a fixed head start."""
@@ -160,19 +160,19 @@ class InferRequest(_message.Message):
         latency_budget_us: _builtins.int | None = ...,
         hard_deadline: _builtins.bool = ...,
         min_quality: _builtins.float | None = ...,
-        stitch_id: _builtins.int | None = ...,
+        variant_id: _builtins.int | None = ...,
         priority: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_budget_us", b"_latency_budget_us", "_min_quality", b"_min_quality", "_stitch_id", b"_stitch_id", "encoded_image", b"encoded_image", "input", b"input", "latency_budget_us", b"latency_budget_us", "min_quality", b"min_quality", "stitch_id", b"stitch_id", "tensor", b"tensor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_budget_us", b"_latency_budget_us", "_min_quality", b"_min_quality", "_variant_id", b"_variant_id", "encoded_image", b"encoded_image", "input", b"input", "latency_budget_us", b"latency_budget_us", "min_quality", b"min_quality", "tensor", b"tensor", "variant_id", b"variant_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_budget_us", b"_latency_budget_us", "_min_quality", b"_min_quality", "_stitch_id", b"_stitch_id", "encoded_image", b"encoded_image", "hard_deadline", b"hard_deadline", "input", b"input", "latency_budget_us", b"latency_budget_us", "min_quality", b"min_quality", "model_name", b"model_name", "model_version", b"model_version", "priority", b"priority", "request_id", b"request_id", "stitch_id", b"stitch_id", "tensor", b"tensor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_budget_us", b"_latency_budget_us", "_min_quality", b"_min_quality", "_variant_id", b"_variant_id", "encoded_image", b"encoded_image", "hard_deadline", b"hard_deadline", "input", b"input", "latency_budget_us", b"latency_budget_us", "min_quality", b"min_quality", "model_name", b"model_name", "model_version", b"model_version", "priority", b"priority", "request_id", b"request_id", "tensor", b"tensor", "variant_id", b"variant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__latency_budget_us: _TypeAlias = _typing.Literal["latency_budget_us"]  # noqa: Y015
     _WhichOneofArgType__latency_budget_us: _TypeAlias = _typing.Literal["_latency_budget_us", b"_latency_budget_us"]  # noqa: Y015
     _WhichOneofReturnType__min_quality: _TypeAlias = _typing.Literal["min_quality"]  # noqa: Y015
     _WhichOneofArgType__min_quality: _TypeAlias = _typing.Literal["_min_quality", b"_min_quality"]  # noqa: Y015
-    _WhichOneofReturnType__stitch_id: _TypeAlias = _typing.Literal["stitch_id"]  # noqa: Y015
-    _WhichOneofArgType__stitch_id: _TypeAlias = _typing.Literal["_stitch_id", b"_stitch_id"]  # noqa: Y015
+    _WhichOneofReturnType__variant_id: _TypeAlias = _typing.Literal["variant_id"]  # noqa: Y015
+    _WhichOneofArgType__variant_id: _TypeAlias = _typing.Literal["_variant_id", b"_variant_id"]  # noqa: Y015
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["tensor", "encoded_image"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     @_typing.overload
@@ -180,7 +180,7 @@ class InferRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_quality) -> _WhichOneofReturnType__min_quality | None: ...
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__stitch_id) -> _WhichOneofReturnType__stitch_id | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__variant_id) -> _WhichOneofReturnType__variant_id | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
@@ -252,8 +252,8 @@ class Accounting(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    STITCH_ID_FIELD_NUMBER: _builtins.int
-    STITCH_NAME_FIELD_NUMBER: _builtins.int
+    VARIANT_ID_FIELD_NUMBER: _builtins.int
+    VARIANT_NAME_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
     QUALITY_METRIC_FIELD_NUMBER: _builtins.int
     QUALITY_DATA_FIELD_NUMBER: _builtins.int
@@ -265,10 +265,10 @@ class Accounting(_message.Message):
     TOTAL_US_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
-    stitch_id: _builtins.int
-    """Id of the stitch that answered."""
-    stitch_name: _builtins.str
-    """Name of the stitch, e.g. "anchor-2" or "0[0..3]+1[4..5]"."""
+    variant_id: _builtins.int
+    """Id of the variant that answered."""
+    variant_name: _builtins.str
+    """Name of the variant, e.g. "anchor-2" or "0[0..3]+1[4..5]"."""
     quality: _builtins.float
     """Its calibrated quality, 0 to 1."""
     quality_metric: _builtins.str
@@ -294,8 +294,8 @@ class Accounting(_message.Message):
     def __init__(
         self,
         *,
-        stitch_id: _builtins.int = ...,
-        stitch_name: _builtins.str = ...,
+        variant_id: _builtins.int = ...,
+        variant_name: _builtins.str = ...,
         quality: _builtins.float = ...,
         quality_metric: _builtins.str = ...,
         quality_data: _builtins.str = ...,
@@ -310,7 +310,7 @@ class Accounting(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met", "_budget_us", b"_budget_us", "budget_met", b"budget_met", "budget_us", b"budget_us"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met", "_budget_us", b"_budget_us", "batch_size", b"batch_size", "budget_met", b"budget_met", "budget_source", b"budget_source", "budget_us", b"budget_us", "compute_us", b"compute_us", "quality", b"quality", "quality_data", b"quality_data", "quality_metric", b"quality_metric", "queue_us", b"queue_us", "replica", b"replica", "stitch_id", b"stitch_id", "stitch_name", b"stitch_name", "total_us", b"total_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met", "_budget_us", b"_budget_us", "batch_size", b"batch_size", "budget_met", b"budget_met", "budget_source", b"budget_source", "budget_us", b"budget_us", "compute_us", b"compute_us", "quality", b"quality", "quality_data", b"quality_data", "quality_metric", b"quality_metric", "queue_us", b"queue_us", "replica", b"replica", "total_us", b"total_us", "variant_id", b"variant_id", "variant_name", b"variant_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget_met: _TypeAlias = _typing.Literal["budget_met"]  # noqa: Y015
     _WhichOneofArgType__budget_met: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met"]  # noqa: Y015
@@ -391,7 +391,7 @@ class ModelSummary(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
-    STITCHES_FIELD_NUMBER: _builtins.int
+    VARIANTS_FIELD_NUMBER: _builtins.int
     GENERATES_TEXT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model."""
@@ -399,8 +399,8 @@ class ModelSummary(_message.Message):
     """Its version."""
     ready: _builtins.bool
     """Whether it answers requests at present."""
-    stitches: _builtins.int
-    """How many stitches it has."""
+    variants: _builtins.int
+    """How many variants it has."""
     generates_text: _builtins.bool
     """Whether it is a language model: for `GenerationService`, not `InferenceService`."""
     def __init__(
@@ -409,12 +409,12 @@ class ModelSummary(_message.Message):
         name: _builtins.str = ...,
         version: _builtins.str = ...,
         ready: _builtins.bool = ...,
-        stitches: _builtins.int = ...,
+        variants: _builtins.int = ...,
         generates_text: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generates_text", b"generates_text", "name", b"name", "ready", b"ready", "stitches", b"stitches", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generates_text", b"generates_text", "name", b"name", "ready", b"ready", "variants", b"variants", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -513,7 +513,7 @@ class Preprocessing(_message.Message):
 Global___Preprocessing: _TypeAlias = Preprocessing  # noqa: Y015
 
 @_typing.final
-class Stitch(_message.Message):
+class Variant(_message.Message):
     """One network of a family."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -544,7 +544,7 @@ class Stitch(_message.Message):
     planned_latency_us: _builtins.int
     """Microseconds that the scheduler plans for one image: with the tail of the latency."""
     on_frontier: _builtins.bool
-    """Whether no other stitch beats it in both quality and latency."""
+    """Whether no other variant beats it in both quality and latency."""
     def __init__(
         self,
         *,
@@ -564,7 +564,7 @@ class Stitch(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Stitch: _TypeAlias = Stitch  # noqa: Y015
+Global___Variant: _TypeAlias = Variant  # noqa: Y015
 
 @_typing.final
 class GetModelResponse(_message.Message):
@@ -577,7 +577,7 @@ class GetModelResponse(_message.Message):
     READY_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     PREPROCESSING_FIELD_NUMBER: _builtins.int
-    STITCHES_FIELD_NUMBER: _builtins.int
+    VARIANTS_FIELD_NUMBER: _builtins.int
     FRONTIER_FIELD_NUMBER: _builtins.int
     QUALITY_METRIC_FIELD_NUMBER: _builtins.int
     QUALITY_DATA_FIELD_NUMBER: _builtins.int
@@ -610,16 +610,16 @@ class GetModelResponse(_message.Message):
         """How pictures become its inputs."""
 
     @_builtins.property
-    def stitches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stitch]:
-        """All its stitches, by id."""
+    def variants(self) -> _containers.RepeatedCompositeFieldContainer[Global___Variant]:
+        """All its variants, by id."""
 
     @_builtins.property
     def frontier(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Ids of the stitches on the frontier, fastest first."""
+        """Ids of the variants on the frontier, fastest first."""
 
     @_builtins.property
-    def language(self) -> Global___LanguageModel:
-        """Set for language models, which have no labels, preprocessing or stitches."""
+    def language(self) -> Global___TextModel:
+        """Set for language models, which have no labels, preprocessing or variants."""
 
     def __init__(
         self,
@@ -629,36 +629,36 @@ class GetModelResponse(_message.Message):
         ready: _builtins.bool = ...,
         labels: _abc.Iterable[_builtins.str] | None = ...,
         preprocessing: Global___Preprocessing | None = ...,
-        stitches: _abc.Iterable[Global___Stitch] | None = ...,
+        variants: _abc.Iterable[Global___Variant] | None = ...,
         frontier: _abc.Iterable[_builtins.int] | None = ...,
         quality_metric: _builtins.str = ...,
         quality_data: _builtins.str = ...,
         max_batch_size: _builtins.int = ...,
         origin: _builtins.str = ...,
         licence: _builtins.str = ...,
-        language: Global___LanguageModel | None = ...,
+        language: Global___TextModel | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["language", b"language", "preprocessing", b"preprocessing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frontier", b"frontier", "labels", b"labels", "language", b"language", "licence", b"licence", "max_batch_size", b"max_batch_size", "name", b"name", "origin", b"origin", "preprocessing", b"preprocessing", "quality_data", b"quality_data", "quality_metric", b"quality_metric", "ready", b"ready", "stitches", b"stitches", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frontier", b"frontier", "labels", b"labels", "language", b"language", "licence", b"licence", "max_batch_size", b"max_batch_size", "name", b"name", "origin", b"origin", "preprocessing", b"preprocessing", "quality_data", b"quality_data", "quality_metric", b"quality_metric", "ready", b"ready", "variants", b"variants", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
 
 @_typing.final
-class LanguagePath(_message.Message):
+class TextVariant(_message.Message):
     """A way through a language model's weights."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    STITCH_ID_FIELD_NUMBER: _builtins.int
+    VARIANT_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     RESIDUAL_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
     PERPLEXITY_FIELD_NUMBER: _builtins.int
     PLANNED_TOKEN_US_FIELD_NUMBER: _builtins.int
-    stitch_id: _builtins.int
+    variant_id: _builtins.int
     """What requests and schedules name it by."""
     name: _builtins.str
     """Its name, e.g. "standard" or "ladder-8"."""
@@ -673,7 +673,7 @@ class LanguagePath(_message.Message):
     def __init__(
         self,
         *,
-        stitch_id: _builtins.int = ...,
+        variant_id: _builtins.int = ...,
         name: _builtins.str = ...,
         residual: _builtins.str = ...,
         quality: _builtins.float | None = ...,
@@ -682,7 +682,7 @@ class LanguagePath(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_perplexity", b"_perplexity", "_quality", b"_quality", "perplexity", b"perplexity", "quality", b"quality"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_perplexity", b"_perplexity", "_quality", b"_quality", "name", b"name", "perplexity", b"perplexity", "planned_token_us", b"planned_token_us", "quality", b"quality", "residual", b"residual", "stitch_id", b"stitch_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_perplexity", b"_perplexity", "_quality", b"_quality", "name", b"name", "perplexity", b"perplexity", "planned_token_us", b"planned_token_us", "quality", b"quality", "residual", b"residual", "variant_id", b"variant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__perplexity: _TypeAlias = _typing.Literal["perplexity"]  # noqa: Y015
     _WhichOneofArgType__perplexity: _TypeAlias = _typing.Literal["_perplexity", b"_perplexity"]  # noqa: Y015
@@ -693,23 +693,23 @@ class LanguagePath(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__quality) -> _WhichOneofReturnType__quality | None: ...
 
-Global___LanguagePath: _TypeAlias = LanguagePath  # noqa: Y015
+Global___TextVariant: _TypeAlias = TextVariant  # noqa: Y015
 
 @_typing.final
-class LanguageModel(_message.Message):
+class TextModel(_message.Message):
     """What is particular to a language model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     RESIDUAL_FIELD_NUMBER: _builtins.int
-    RANKS_FIELD_NUMBER: _builtins.int
+    TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _builtins.int
     PATHS_FIELD_NUMBER: _builtins.int
     QUALITY_METRIC_FIELD_NUMBER: _builtins.int
-    CACHE_TOKENS_FIELD_NUMBER: _builtins.int
-    context_tokens: _builtins.int
+    KV_CACHE_TOKENS_FIELD_NUMBER: _builtins.int
+    max_model_len: _builtins.int
     """Most tokens of a prompt and its answer together."""
     vocabulary_size: _builtins.int
     """Size of the vocabulary."""
@@ -717,35 +717,35 @@ class LanguageModel(_message.Message):
     """Number of transformer layers."""
     residual: _builtins.str
     """Residual scheme of the first path."""
-    ranks: _builtins.int
+    tensor_parallel_size: _builtins.int
     """Processes that it is split over."""
     quality_metric: _builtins.str
     """What their quality is, and on which data; empty if it was never measured."""
-    cache_tokens: _builtins.int
+    kv_cache_tokens: _builtins.int
     """Tokens that the cache holds, of all answers together."""
     @_builtins.property
-    def paths(self) -> _containers.RepeatedCompositeFieldContainer[Global___LanguagePath]:
+    def paths(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextVariant]:
         """The paths that an answer may take, by id."""
 
     def __init__(
         self,
         *,
-        context_tokens: _builtins.int = ...,
+        max_model_len: _builtins.int = ...,
         vocabulary_size: _builtins.int = ...,
         layers: _builtins.int = ...,
         residual: _builtins.str = ...,
-        ranks: _builtins.int = ...,
-        paths: _abc.Iterable[Global___LanguagePath] | None = ...,
+        tensor_parallel_size: _builtins.int = ...,
+        paths: _abc.Iterable[Global___TextVariant] | None = ...,
         quality_metric: _builtins.str = ...,
-        cache_tokens: _builtins.int = ...,
+        kv_cache_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_tokens", b"cache_tokens", "context_tokens", b"context_tokens", "layers", b"layers", "paths", b"paths", "quality_metric", b"quality_metric", "ranks", b"ranks", "residual", b"residual", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_cache_tokens", b"kv_cache_tokens", "layers", b"layers", "max_model_len", b"max_model_len", "paths", b"paths", "quality_metric", b"quality_metric", "residual", b"residual", "tensor_parallel_size", b"tensor_parallel_size", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___LanguageModel: _TypeAlias = LanguageModel  # noqa: Y015
+Global___TextModel: _TypeAlias = TextModel  # noqa: Y015
 
 @_typing.final
 class CheckBudgetRequest(_message.Message):
@@ -790,15 +790,15 @@ Global___CheckBudgetRequest: _TypeAlias = CheckBudgetRequest  # noqa: Y015
 
 @_typing.final
 class Offer(_message.Message):
-    """A stitch that could be had."""
+    """A variant that could be had."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    STITCH_ID_FIELD_NUMBER: _builtins.int
+    VARIANT_ID_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
     PLANNED_LATENCY_US_FIELD_NUMBER: _builtins.int
-    stitch_id: _builtins.int
-    """Id of the stitch."""
+    variant_id: _builtins.int
+    """Id of the variant."""
     quality: _builtins.float
     """Its calibrated quality."""
     planned_latency_us: _builtins.int
@@ -806,13 +806,13 @@ class Offer(_message.Message):
     def __init__(
         self,
         *,
-        stitch_id: _builtins.int = ...,
+        variant_id: _builtins.int = ...,
         quality: _builtins.float = ...,
         planned_latency_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["planned_latency_us", b"planned_latency_us", "quality", b"quality", "stitch_id", b"stitch_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["planned_latency_us", b"planned_latency_us", "quality", b"quality", "variant_id", b"variant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -837,11 +837,11 @@ class CheckBudgetResponse(_message.Message):
     """Estimated microseconds of work that waits at present."""
     @_builtins.property
     def now(self) -> Global___Offer:
-        """Best stitch within the budget behind the work that waits at present; unset: none."""
+        """Best variant within the budget behind the work that waits at present; unset: none."""
 
     @_builtins.property
     def idle(self) -> Global___Offer:
-        """Best stitch within the budget on an idle server; unset: none."""
+        """Best variant within the budget on an idle server; unset: none."""
 
     def __init__(
         self,

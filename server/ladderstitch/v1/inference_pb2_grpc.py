@@ -64,12 +64,12 @@ class InferenceServiceServicer:
     """
 
     def Infer(self, request, context):
-        """Answers one request with the best stitch that its budget allows.
+        """Answers one request with the best variant that its budget allows.
 
         INVALID_ARGUMENT BAD_INPUT with field violations: a malformed input or parameter.
-        NOT_FOUND MODEL_NOT_FOUND, STITCH_NOT_FOUND: no such model, version or stitch.
-        FAILED_PRECONDITION BUDGET_INFEASIBLE: a hard limit that no admissible stitch makes even alone;
-        QUALITY_UNAVAILABLE: a `min_quality` that no stitch reaches.
+        NOT_FOUND MODEL_NOT_FOUND, VARIANT_NOT_FOUND: no such model, version or variant.
+        FAILED_PRECONDITION BUDGET_INFEASIBLE: a hard limit that no admissible variant makes even alone;
+        QUALITY_UNAVAILABLE: a `min_quality` that no variant reaches.
         RESOURCE_EXHAUSTED OVERLOADED with RetryInfo: not now, under the present load.
         DEADLINE_EXCEEDED EXPIRED_IN_QUEUE, EXPIRED_IN_COMPUTE: accepted, then too late.
         UNAVAILABLE NOT_READY, DRAINING, ENGINE_RESTARTING: try another replica, or again.
@@ -87,7 +87,7 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """Describes one model with all its stitches and its frontier of quality and latency.
+        """Describes one model with all its variants and its frontier of quality and latency.
 
         NOT_FOUND MODEL_NOT_FOUND: no such model or version. UNAVAILABLE NOT_READY: still loading.
         """
@@ -100,7 +100,7 @@ class InferenceServiceServicer:
 
         INVALID_ARGUMENT BAD_INPUT: a negative budget, a quality outside [0, 1].
         NOT_FOUND MODEL_NOT_FOUND: no such model or version.
-        FAILED_PRECONDITION QUALITY_UNAVAILABLE: no stitch reaches `min_quality`.
+        FAILED_PRECONDITION QUALITY_UNAVAILABLE: no variant reaches `min_quality`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,12 +36,12 @@ class InferenceServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     Infer: _grpc.UnaryUnaryMultiCallable[_inference_pb2.InferRequest, _inference_pb2.InferResponse]
-    """Answers one request with the best stitch that its budget allows.
+    """Answers one request with the best variant that its budget allows.
 
     INVALID_ARGUMENT BAD_INPUT with field violations: a malformed input or parameter.
-    NOT_FOUND MODEL_NOT_FOUND, STITCH_NOT_FOUND: no such model, version or stitch.
-    FAILED_PRECONDITION BUDGET_INFEASIBLE: a hard limit that no admissible stitch makes even alone;
-    QUALITY_UNAVAILABLE: a `min_quality` that no stitch reaches.
+    NOT_FOUND MODEL_NOT_FOUND, VARIANT_NOT_FOUND: no such model, version or variant.
+    FAILED_PRECONDITION BUDGET_INFEASIBLE: a hard limit that no admissible variant makes even alone;
+    QUALITY_UNAVAILABLE: a `min_quality` that no variant reaches.
     RESOURCE_EXHAUSTED OVERLOADED with RetryInfo: not now, under the present load.
     DEADLINE_EXCEEDED EXPIRED_IN_QUEUE, EXPIRED_IN_COMPUTE: accepted, then too late.
     UNAVAILABLE NOT_READY, DRAINING, ENGINE_RESTARTING: try another replica, or again.
@@ -50,7 +50,7 @@ class InferenceServiceStub:
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     """Lists the models of this server; never fails."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]
-    """Describes one model with all its stitches and its frontier of quality and latency.
+    """Describes one model with all its variants and its frontier of quality and latency.
 
     NOT_FOUND MODEL_NOT_FOUND: no such model or version. UNAVAILABLE NOT_READY: still loading.
     """
@@ -59,7 +59,7 @@ class InferenceServiceStub:
 
     INVALID_ARGUMENT BAD_INPUT: a negative budget, a quality outside [0, 1].
     NOT_FOUND MODEL_NOT_FOUND: no such model or version.
-    FAILED_PRECONDITION QUALITY_UNAVAILABLE: no stitch reaches `min_quality`.
+    FAILED_PRECONDITION QUALITY_UNAVAILABLE: no variant reaches `min_quality`.
     """
 
 @_typing.type_check_only
@@ -70,12 +70,12 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Infer: _aio.UnaryUnaryMultiCallable[_inference_pb2.InferRequest, _inference_pb2.InferResponse]  # type: ignore[assignment]
-    """Answers one request with the best stitch that its budget allows.
+    """Answers one request with the best variant that its budget allows.
 
     INVALID_ARGUMENT BAD_INPUT with field violations: a malformed input or parameter.
-    NOT_FOUND MODEL_NOT_FOUND, STITCH_NOT_FOUND: no such model, version or stitch.
-    FAILED_PRECONDITION BUDGET_INFEASIBLE: a hard limit that no admissible stitch makes even alone;
-    QUALITY_UNAVAILABLE: a `min_quality` that no stitch reaches.
+    NOT_FOUND MODEL_NOT_FOUND, VARIANT_NOT_FOUND: no such model, version or variant.
+    FAILED_PRECONDITION BUDGET_INFEASIBLE: a hard limit that no admissible variant makes even alone;
+    QUALITY_UNAVAILABLE: a `min_quality` that no variant reaches.
     RESOURCE_EXHAUSTED OVERLOADED with RetryInfo: not now, under the present load.
     DEADLINE_EXCEEDED EXPIRED_IN_QUEUE, EXPIRED_IN_COMPUTE: accepted, then too late.
     UNAVAILABLE NOT_READY, DRAINING, ENGINE_RESTARTING: try another replica, or again.
@@ -84,7 +84,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the models of this server; never fails."""
     GetModel: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]  # type: ignore[assignment]
-    """Describes one model with all its stitches and its frontier of quality and latency.
+    """Describes one model with all its variants and its frontier of quality and latency.
 
     NOT_FOUND MODEL_NOT_FOUND: no such model or version. UNAVAILABLE NOT_READY: still loading.
     """
@@ -93,7 +93,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 
     INVALID_ARGUMENT BAD_INPUT: a negative budget, a quality outside [0, 1].
     NOT_FOUND MODEL_NOT_FOUND: no such model or version.
-    FAILED_PRECONDITION QUALITY_UNAVAILABLE: no stitch reaches `min_quality`.
+    FAILED_PRECONDITION QUALITY_UNAVAILABLE: no variant reaches `min_quality`.
     """
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -107,12 +107,12 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.InferRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.InferResponse, _abc.Awaitable[_inference_pb2.InferResponse]]:
-        """Answers one request with the best stitch that its budget allows.
+        """Answers one request with the best variant that its budget allows.
 
         INVALID_ARGUMENT BAD_INPUT with field violations: a malformed input or parameter.
-        NOT_FOUND MODEL_NOT_FOUND, STITCH_NOT_FOUND: no such model, version or stitch.
-        FAILED_PRECONDITION BUDGET_INFEASIBLE: a hard limit that no admissible stitch makes even alone;
-        QUALITY_UNAVAILABLE: a `min_quality` that no stitch reaches.
+        NOT_FOUND MODEL_NOT_FOUND, VARIANT_NOT_FOUND: no such model, version or variant.
+        FAILED_PRECONDITION BUDGET_INFEASIBLE: a hard limit that no admissible variant makes even alone;
+        QUALITY_UNAVAILABLE: a `min_quality` that no variant reaches.
         RESOURCE_EXHAUSTED OVERLOADED with RetryInfo: not now, under the present load.
         DEADLINE_EXCEEDED EXPIRED_IN_QUEUE, EXPIRED_IN_COMPUTE: accepted, then too late.
         UNAVAILABLE NOT_READY, DRAINING, ENGINE_RESTARTING: try another replica, or again.
@@ -133,7 +133,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.GetModelResponse, _abc.Awaitable[_inference_pb2.GetModelResponse]]:
-        """Describes one model with all its stitches and its frontier of quality and latency.
+        """Describes one model with all its variants and its frontier of quality and latency.
 
         NOT_FOUND MODEL_NOT_FOUND: no such model or version. UNAVAILABLE NOT_READY: still loading.
         """
@@ -148,7 +148,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
 
         INVALID_ARGUMENT BAD_INPUT: a negative budget, a quality outside [0, 1].
         NOT_FOUND MODEL_NOT_FOUND: no such model or version.
-        FAILED_PRECONDITION QUALITY_UNAVAILABLE: no stitch reaches `min_quality`.
+        FAILED_PRECONDITION QUALITY_UNAVAILABLE: no variant reaches `min_quality`.
         """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

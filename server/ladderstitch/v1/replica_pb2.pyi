@@ -84,7 +84,7 @@ class WatchLoadResponse(_message.Message):
     metrics_port: _builtins.int
     """Port of its metrics page."""
     request_us: _builtins.int
-    """Microseconds that one more request takes: on the fastest stitch, alone."""
+    """Microseconds that one more request takes: on the fastest variant, alone."""
     batch_us: _builtins.int
     """Microseconds that batches took of late."""
     @_builtins.property

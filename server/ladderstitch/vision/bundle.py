@@ -122,8 +122,8 @@ class Bundle:
         latency = _read_table(path / "latency.json", LatencyProfile)
         known = {stitch.id for stitch in manifest.config.stitches()}
         for name, table in (("quality", quality), ("latency", latency)):
-            if table is not None and (unknown := table.stitches.keys() - known):
-                raise BundleError(f"{path / name}.json: unknown stitches {sorted(unknown)}")
+            if table is not None and (unknown := table.variants.keys() - known):
+                raise BundleError(f"{path / name}.json: unknown variants {sorted(unknown)}")
         return cls(path, manifest, quality, latency)
 
     def load_model(self, dtype: torch.dtype = torch.float32) -> StitchedModel:
@@ -174,10 +174,10 @@ def write_bundle(path: Path, manifest: Manifest, model: StitchedModel) -> None:
 def write_table(path: Path, table: QualityTable | LatencyProfile) -> None:
     """Write `quality.json` or `latency.json` so that a diff shows one stitch a line."""
     fields = table.model_dump(mode="json")
-    stitches = fields.pop("stitches")
+    variants = fields.pop("variants")
     head = json.dumps(fields, indent=1)[:-2]
-    rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in stitches.items())
-    path.write_text(f'{head},\n "stitches": {{\n{rows}\n }}\n}}\n')
+    rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in variants.items())
+    path.write_text(f'{head},\n "variants": {{\n{rows}\n }}\n}}\n')
 
 
 def _read_table(path: Path, kind: type[Table]) -> Table | None:

@@ -43,18 +43,18 @@ def rows(bundle: Bundle, over: Over = "latency") -> list[FrontierRow]:
     with torch.device("meta"):
         model = config.build()
     costs = {s.id: stitch_cost(model, s, config.inputs.image_size) for s in model.stitches}
-    values = {stitch: quality.value(stitch) for stitch in quality.stitches}
-    alone = {stitch: latency.alone_s(stitch) for stitch in latency.stitches}
+    values = {stitch: quality.value(stitch) for stitch in quality.variants}
+    alone = {stitch: latency.alone_s(stitch) for stitch in latency.variants}
     price = alone if over == "latency" else {s: float(costs[s].macs) for s in alone}
-    best = {point.stitch for point in frontier(values, price)}
+    best = {point.variant for point in frontier(values, price)}
     listed = [
         FrontierRow(
             stitch=stitch.id,
             name=stitch.name,
             is_anchor=stitch.is_anchor,
-            quality=quality.stitches[stitch.id],
+            quality=quality.variants[stitch.id],
             median_s=alone[stitch.id],
-            p99_s=latency.stitches[stitch.id].p99_s[0],
+            p99_s=latency.variants[stitch.id].p99_s[0],
             macs=costs[stitch.id].macs,
             parameters=costs[stitch.id].parameters,
             on_frontier=stitch.id in best,

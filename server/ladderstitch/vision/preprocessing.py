@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ladderstitch.errors import BadInput
+from ladderstitch.errors import InvalidArgument
 from ladderstitch.scheduling.requests import Pixels
 from ladderstitch.security.listen_config import MAX_IMAGE_PIXELS
 from ladderstitch.vision.bundle import Preprocessing
@@ -47,17 +47,17 @@ class ImageReader:
     def tensor(self, field: str, datatype: str, shape: Sequence[int], data: bytes) -> Pixels:
         """[N, C, H, W] from raw little-endian bytes.
 
-        UINT8 are pixels 0 .. 255, FP32 are preprocessed already. Raises `BadInput` naming the part
+        UINT8 are pixels 0 .. 255, FP32 are preprocessed already. Raises `InvalidArgument` naming the part
         of `field` that is wrong.
         """
         if datatype not in ITEM_BYTES:
-            raise BadInput(f"{field}.datatype", f"expected UINT8 or FP32, got {datatype!r}")
+            raise InvalidArgument(f"{field}.datatype", f"expected UINT8 or FP32, got {datatype!r}")
         if len(shape) != 4 or tuple(shape[1:]) != self.shape or shape[0] < 1:
             expected = ("N >= 1", *self.shape)
-            raise BadInput(f"{field}.shape", f"expected {list(expected)}, got {list(shape)}")
+            raise InvalidArgument(f"{field}.shape", f"expected {list(expected)}, got {list(shape)}")
         wanted = math.prod(shape) * ITEM_BYTES[datatype]
         if len(data) != wanted:
-            raise BadInput(
+            raise InvalidArgument(
                 f"{field}.data",
                 f"expected {wanted} bytes for {datatype} {list(shape)}, got {len(data)}",
             )
@@ -67,28 +67,32 @@ class ImageReader:
 
     def checked(self, field: str, values: Pixels) -> Pixels:
         if not np.isfinite(values).all():
-            raise BadInput(f"{field}.data", "expected finite numbers, got NaN or infinity")
+            raise InvalidArgument(f"{field}.data", "expected finite numbers, got NaN or infinity")
         return values
 
     async def encoded(self, field: str, data: bytes) -> Pixels:
         """[1, C, H, W] from the bytes of a PNG or JPEG file.
 
-        Raises `BadInput` for any other, broken or too large file.
+        Raises `InvalidArgument` for any other, broken or too large file.
         """
         if not data:
-            raise BadInput(field, "expected the bytes of a PNG or JPEG file, got none")
+            raise InvalidArgument(field, "expected the bytes of a PNG or JPEG file, got none")
         try:
             with warnings.catch_warnings():
                 # Pillow's own limit is a global; ours is checked right below.
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-            raise BadInput(field, f"expected a PNG or JPEG file: {_first_line(error)}") from error
+            raise InvalidArgument(
+                field, f"expected a PNG or JPEG file: {_first_line(error)}"
+            ) from error
         except Image.DecompressionBombError as error:
-            raise BadInput(field, f"expected at most {self.max_pixels} pixels: {error}") from error
+            raise InvalidArgument(
+                field, f"expected at most {self.max_pixels} pixels: {error}"
+            ) from error
         pixels = image.width * image.height
         if pixels > self.max_pixels:
-            raise BadInput(
+            raise InvalidArgument(
                 field,
                 f"expected at most {self.max_pixels} pixels, got {image.width} x {image.height}",
             )
@@ -105,7 +109,7 @@ class ImageReader:
                 upright = upright.point(lambda value: value * (1 / 256))
             picture = upright.convert(self.mode)
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise BadInput(field, f"the picture is broken: {_first_line(error)}") from error
+            raise InvalidArgument(field, f"the picture is broken: {_first_line(error)}") from error
         box = None if self.crop is None else centred_square(picture.size, self.crop)
         if picture.size != (width, height) or box is not None:
             picture = picture.resize((width, height), self.resample, box)

@@ -23,28 +23,28 @@ def _put_back(client: Client) -> Iterator[None]:
 
 def test_policy_pin_and_floor_change_at_once(client: Client) -> None:
     start = client.get_scheduling().revision
-    client.update_scheduling(policy="POLICY_NAME_FIXED", fixed_stitch=4)
-    assert client.predict(pixels()).stitch == 4
-    client.update_scheduling(pinned_stitch=6)
-    assert client.predict(pixels()).stitch == 6
+    client.update_scheduling(policy="POLICY_NAME_FIXED", fixed_variant=4)
+    assert client.predict(pixels()).variant == 4
+    client.update_scheduling(pinned_variant=6)
+    assert client.predict(pixels()).variant == 6
     client.update_scheduling(unpin=True)
-    assert client.predict(pixels()).stitch == 4
+    assert client.predict(pixels()).variant == 4
     client.update_scheduling(policy="POLICY_NAME_MAX_BATCH", min_quality=0.655)
     assert client.predict(pixels(), budget_s=1e-6).quality == 0.66
     now = client.get_scheduling()
     assert (now.revision, now.min_quality) == (start + 4, 0.655)
-    assert not now.HasField("pinned_stitch")
-    assert not now.HasField("fixed_stitch")
+    assert not now.HasField("pinned_variant")
+    assert not now.HasField("fixed_variant")
 
 
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"pinned_stitch": 99}, "pinned_stitch"),
-        ({"pinned_stitch": 1, "unpin": True}, "unpin"),
-        ({"policy": "POLICY_NAME_FIXED"}, "fixed_stitch"),
-        ({"policy": "POLICY_NAME_FIXED", "fixed_stitch": -1}, "fixed_stitch"),
-        ({"fixed_stitch": 1}, "fixed_stitch"),
+        ({"pinned_variant": 99}, "pinned_variant"),
+        ({"pinned_variant": 1, "unpin": True}, "unpin"),
+        ({"policy": "POLICY_NAME_FIXED"}, "fixed_variant"),
+        ({"policy": "POLICY_NAME_FIXED", "fixed_variant": -1}, "fixed_variant"),
+        ({"fixed_variant": 1}, "fixed_variant"),
         ({"policy": 77}, "policy"),
         ({"min_quality": 0.99}, "min_quality"),
         ({"min_quality": float("nan")}, "min_quality"),
@@ -68,11 +68,11 @@ async def test_changes_under_load_lose_nothing(server: RunningServer) -> None:
     async with AsyncClient(server.address) as client:
 
         async def ask(n: int) -> int:
-            return (await client.predict(pixels(seed=n), budget_s=0.5)).stitch
+            return (await client.predict(pixels(seed=n), budget_s=0.5)).variant
 
         asking = [asyncio.create_task(ask(n)) for n in range(200)]
         for pinned in (1, 8, 2, 16):
-            await client.update_scheduling(pinned_stitch=pinned)
+            await client.update_scheduling(pinned_variant=pinned)
         assert len(await asyncio.gather(*asking)) == 200
 
 
@@ -117,11 +117,11 @@ def scrape(server: RunningServer) -> dict[tuple[str, frozenset[tuple[str, str]]]
 
 def test_metrics_count_what_happened(server: RunningServer, client: Client) -> None:
     before = scrape(server)
-    client.update_scheduling(pinned_stitch=3)
+    client.update_scheduling(pinned_variant=3)
     client.predict(pixels(), budget_s=9.0)
     client.predict(pixels(), budget_s=1e-6)
-    client.predict(pixels(2), stitch=5)
-    for wishes in ({"stitch": 99}, {"budget_s": -1.0}):
+    client.predict(pixels(2), variant=5)
+    for wishes in ({"variant": 99}, {"budget_s": -1.0}):
         with pytest.raises(RequestFailed):
             client.predict(pixels(), **wishes)
     after = scrape(server)
@@ -130,15 +130,20 @@ def test_metrics_count_what_happened(server: RunningServer, client: Client) -> N
         key = (f"ladderstitch_{name}", frozenset({"model": "tiny", **labels}.items()))
         return after[key] - before.get(key, 0.0)
 
-    assert grown("requests_total", stitch="3", code="OK") == 2
-    assert grown("requests_total", stitch="5", code="OK") == 1
-    assert grown("requests_total", stitch="none", code="NOT_FOUND") == 1
-    assert grown("requests_total", stitch="none", code="INVALID_ARGUMENT") == 1
-    assert grown("budget_total", met="true") == 2  # the third has the client's 30 s deadline
-    assert grown("budget_total", met="false") == 1
+    assert grown("requests_total", variant="3", code="OK") == 2
+    assert grown("requests_total", variant="5", code="OK") == 1
+    assert grown("requests_total", variant="none", code="NOT_FOUND") == 1
+    assert grown("requests_total", variant="none", code="INVALID_ARGUMENT") == 1
+    assert grown("slo_requests_total", met="true") == 2  # the third has the client's 30 s deadline
+    assert grown("slo_requests_total", met="false") == 1
     assert grown("switches_total") >= 1
-    assert grown("batch_rows_sum") == 4
-    for name in ("queue_seconds", "total_seconds", "served_quality", "dispatch_slack_seconds"):
+    assert grown("batch_size_sum") == 4
+    for name in (
+        "queue_seconds",
+        "request_duration_seconds",
+        "served_quality",
+        "dispatch_slack_seconds",
+    ):
         assert grown(f"{name}_count") == 3
     for name in ("compute_seconds", "latency_actual_over_predicted_ratio"):
         assert grown(f"{name}_count") == 3
@@ -150,7 +155,7 @@ def test_metrics_are_well_formed(server: RunningServer) -> None:
         assert name.startswith("ladderstitch_")
         assert dict(labels).keys() <= {
             "model",
-            "stitch",
+            "variant",
             "code",
             "met",
             "kept",

@@ -16,11 +16,11 @@ from pathlib import Path
 import grpc
 import pytest
 
-from ladderstitch.client import AsyncClient, Client, RequestFailed, TextPiece
+from ladderstitch.client import AsyncClient, Client, RequestFailed, TextChunk
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import grpc_service_pb2_grpc
-from ladderstitch.text.bundle import LanguageBundle, LanguagePath
-from ladderstitch.text.model.residual import Residual
+from ladderstitch.text.bundle import TextBundle, TextVariant
+from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.v1 import generation_pb2, generation_pb2_grpc
 from tests.support.language_models import greedy, write_tiny
 from tests.support.servers import RunningServer, start_server, stop_server
@@ -30,20 +30,18 @@ TEXT_INPUT = {"name": "text_input", "datatype": "BYTES", "shape": [1]}
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> LanguageBundle:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> TextBundle:
     paths = (
-        LanguagePath(name="standard", residual=Residual()),
-        LanguagePath(name="ladder", residual=Residual(scheme="ladder")),
+        TextVariant(name="standard", residual=ResidualScheme()),
+        TextVariant(name="ladder", residual=ResidualScheme(scheme="ladder")),
     )
-    return LanguageBundle.load(write_tiny(tmp_path_factory.mktemp("models") / "tiny", paths=paths))
+    return TextBundle.load(write_tiny(tmp_path_factory.mktemp("models") / "tiny", paths=paths))
 
 
 @pytest.fixture(scope="module")
-def server(
-    bundle: LanguageBundle, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningServer]:
+def server(bundle: TextBundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     log = tmp_path_factory.mktemp("log") / "server.log"
-    running = start_server(bundle.path, log, "--ranks", "2", "--spare-ranks", "1")
+    running = start_server(bundle.path, log, "--tensor-parallel-size", "2", "--spare-ranks", "1")
     yield running
     assert stop_server(running) == 0
 
@@ -65,7 +63,7 @@ def rank_pids(server: RunningServer) -> list[int]:
 
 
 def test_a_stream_is_the_greedy_answer_numbered_without_a_gap(
-    client: Client, bundle: LanguageBundle
+    client: Client, bundle: TextBundle
 ) -> None:
     pieces = list(client.generate(PROMPT, max_tokens=20))
     assert [piece.token for piece in pieces] == greedy(bundle, PROMPT, 20)
@@ -80,14 +78,14 @@ def test_a_stream_is_the_greedy_answer_numbered_without_a_gap(
     assert 0 < last.accounting.first_token_us <= last.accounting.total_us
 
 
-def test_tokens_are_a_prompt_too(client: Client, bundle: LanguageBundle) -> None:
+def test_tokens_are_a_prompt_too(client: Client, bundle: TextBundle) -> None:
     tokens = bundle.tokenizer().encode(PROMPT)
     by_tokens = [piece.token for piece in client.generate(tokens, max_tokens=5)]
     assert by_tokens == [piece.token for piece in client.generate(PROMPT, max_tokens=5)]
 
 
 def test_a_stop_text_ends_the_answer_before_it(client: Client) -> None:
-    def text(pieces: list[TextPiece]) -> str:
+    def text(pieces: list[TextChunk]) -> str:
         return "".join(piece.text for piece in pieces)
 
     whole = text(list(client.generate(PROMPT, max_tokens=24)))
@@ -151,12 +149,12 @@ def test_an_answer_says_what_it_was_made_by_and_which_budgets_it_kept(client: Cl
     )
     cost = pieces[-1].accounting
     assert cost is not None
-    assert (cost.path, cost.stitch_id, cost.perplexity) == ("standard", 0, 10.0)
+    assert (cost.path, cost.variant_id, cost.perplexity) == ("standard", 0, 10.0)
     assert cost.quality == pytest.approx(0.6)
     assert cost.quality_metric == "next-token accuracy on nothing"
     assert (cost.budget_met, cost.first_token_budget_met, cost.token_budget_met) == (1, 0, 1)
     assert cost.first_token_us + 5 * cost.mean_token_us == pytest.approx(cost.total_us, abs=10)
-    pinned = list(client.generate(PROMPT, max_tokens=2, stitch=1))[-1].accounting
+    pinned = list(client.generate(PROMPT, max_tokens=2, variant=1))[-1].accounting
     assert pinned is not None
     assert (pinned.path, pinned.perplexity) == ("ladder", 11.0)
     assert not pinned.HasField("token_budget_us")
@@ -180,7 +178,7 @@ def test_budgets_come_as_metadata_too(server: RunningServer) -> None:
 @pytest.mark.parametrize(
     ("wishes", "reason", "metadata"),
     [
-        ({"stitch": 2}, "STITCH_NOT_FOUND", {}),
+        ({"variant": 2}, "VARIANT_NOT_FOUND", {}),
         ({"min_quality": 0.7}, "QUALITY_UNAVAILABLE", {"max_quality": "0.600000"}),
         ({"budget_s": 1e-5, "hard": True}, "BUDGET_INFEASIBLE", {}),
     ],
@@ -206,11 +204,11 @@ def test_operators_pin_paths_as_they_pin_stitches(client: Client) -> None:
         assert cost is not None
         return cost.path
 
-    client.update_scheduling(pinned_stitch=1)
+    client.update_scheduling(pinned_variant=1)
     try:
         assert path() == "ladder"
-        with pytest.raises(RequestFailed, match="expected a stitch of 'tiny', got 2"):
-            client.update_scheduling(pinned_stitch=2)
+        with pytest.raises(RequestFailed, match="expected a variant of 'tiny', got 2"):
+            client.update_scheduling(pinned_variant=2)
     finally:
         client.update_scheduling(unpin=True)
     assert path() == "standard"
@@ -219,7 +217,7 @@ def test_operators_pin_paths_as_they_pin_stitches(client: Client) -> None:
     assert paths[1].planned_token_us > 0
 
 
-async def test_32_streams_share_the_model(server: RunningServer, bundle: LanguageBundle) -> None:
+async def test_32_streams_share_the_model(server: RunningServer, bundle: TextBundle) -> None:
     prompts = [PROMPT[: 1 + n % len(PROMPT)] for n in range(32)]
     wanted = {prompt: greedy(bundle, prompt, 6) for prompt in set(prompts)}
     async with AsyncClient(server.address) as client:
@@ -244,20 +242,24 @@ def test_the_other_service_says_where_text_is_made(client: Client) -> None:
     (summary,) = client.list_models().models
     assert summary.generates_text
     described = client.get_model("tiny").language
-    assert (described.layers, described.ranks, described.residual) == (3, 2, "standard")
+    assert (described.layers, described.tensor_parallel_size, described.residual) == (
+        3,
+        2,
+        "standard",
+    )
 
 
 def test_a_hard_limit_ends_a_stream(client: Client) -> None:
     """A slow machine may refuse it at once instead."""
     with pytest.raises(RequestFailed) as failure:
-        list(client.generate(PROMPT, max_tokens=100, stitch=0, budget_s=0.02, hard=True))
+        list(client.generate(PROMPT, max_tokens=100, variant=0, budget_s=0.02, hard=True))
     assert failure.value.reason in (
         "EXPIRED_IN_QUEUE",
         "EXPIRED_IN_COMPUTE",
         "BUDGET_INFEASIBLE",
         "OVERLOADED",
     )
-    soft = list(client.generate(PROMPT, max_tokens=40, stitch=0, budget_s=0.001))
+    soft = list(client.generate(PROMPT, max_tokens=40, variant=0, budget_s=0.001))
     accounting = soft[-1].accounting
     assert accounting is not None
     assert len(soft) == 40
@@ -270,15 +272,15 @@ def test_metrics_count_tokens_and_endings(client: Client, server: RunningServer)
             lines = page.read().decode().splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
-    answered = 'ladderstitch_requests_total{code="OK",model="tiny",stitch="0"}'
-    refused = 'ladderstitch_requests_total{code="INVALID_ARGUMENT",model="tiny",stitch="none"}'
+    answered = 'ladderstitch_requests_total{code="OK",model="tiny",variant="0"}'
+    refused = 'ladderstitch_requests_total{code="INVALID_ARGUMENT",model="tiny",variant="none"}'
     names = ("ladderstitch_generated_tokens_total", answered, refused)
     before = [value(name) for name in names]
     list(client.generate(PROMPT, max_tokens=7))
     with pytest.raises(RequestFailed):
         list(client.generate("", max_tokens=7))
     assert [value(name) - old for name, old in zip(names, before, strict=True)] == [7, 1, 1]
-    assert value("ladderstitch_token_gap_seconds_count") >= 6
+    assert value("ladderstitch_inter_token_latency_seconds_count") >= 6
     assert value("ladderstitch_model_ready") == 1
 
 
@@ -292,11 +294,11 @@ async def test_a_caller_who_leaves_makes_room_for_the_next(server: RunningServer
 
 
 async def test_streams_survive_the_death_of_each_rank(
-    server: RunningServer, bundle: LanguageBundle
+    server: RunningServer, bundle: TextBundle
 ) -> None:
     wanted = greedy(bundle, PROMPT, 40)
 
-    async def stream(client: AsyncClient, started: asyncio.Event) -> list[TextPiece]:
+    async def stream(client: AsyncClient, started: asyncio.Event) -> list[TextChunk]:
         pieces = []
         async for piece in client.generate(PROMPT, max_tokens=40, timeout_s=60):
             pieces.append(piece)
@@ -315,7 +317,7 @@ async def test_streams_survive_the_death_of_each_rank(
                 assert [piece.index for piece in pieces] == list(range(40))
 
 
-def test_drained_by_ctrl_c_without_losing_a_stream(bundle: LanguageBundle, tmp_path: Path) -> None:
+def test_drained_by_ctrl_c_without_losing_a_stream(bundle: TextBundle, tmp_path: Path) -> None:
     server = start_server(bundle.path, tmp_path / "log")
     with Client(server.address) as client:
         stream = client.generate(PROMPT, max_tokens=80)
@@ -328,10 +330,13 @@ def test_drained_by_ctrl_c_without_losing_a_stream(bundle: LanguageBundle, tmp_p
     assert not re.search("Traceback", server.log.read_text())
 
 
-def test_ranks_that_do_not_fit_the_model_are_refused_at_once(bundle: LanguageBundle) -> None:
+def test_ranks_that_do_not_fit_the_model_are_refused_at_once(bundle: TextBundle) -> None:
     command = [sys.executable, "-m", "ladderstitch", "serve", "--model", str(bundle.path)]
     done = subprocess.run(
-        [*command, "--ranks", "5", "--no-ray"], capture_output=True, text=True, check=False
+        [*command, "--tensor-parallel-size", "5", "--no-ray"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert "ranks: expected at most 3 (the KV heads) or a divisor of 6" in " ".join(
@@ -339,9 +344,7 @@ def test_ranks_that_do_not_fit_the_model_are_refused_at_once(bundle: LanguageBun
     )
 
 
-def test_tritonclient_streams_tokens_unmodified(
-    server: RunningServer, bundle: LanguageBundle
-) -> None:
+def test_tritonclient_streams_tokens_unmodified(server: RunningServer, bundle: TextBundle) -> None:
     probe = Path(__file__).with_name("tritonclient_text_probe.py")
     done = subprocess.run(
         [sys.executable, str(probe), server.address],
@@ -353,7 +356,7 @@ def test_tritonclient_streams_tokens_unmodified(
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["tokens"]["first"] == greedy(bundle, PROMPT, 6)
-    assert seen["finals"]["first"]["ladderstitch_stitch_name"] == "standard"
+    assert seen["finals"]["first"]["ladderstitch_variant_name"] == "standard"
     assert seen["finals"]["first"]["ladderstitch_finish_reason"] == "length"
     assert 1 <= len(seen["tokens"]["second"]) <= 3
     assert seen["finals"]["second"]["ladderstitch_budget_met"] is True
@@ -377,7 +380,11 @@ def test_tritonclient_streams_tokens_unmodified(
             {"max_tokens": 0},
             "max_tokens",
         ),
-        ({"name": "text_input", "datatype": "BYTES", "shape": [1]}, {"stitch_id": 7}, "stitch_id"),
+        (
+            {"name": "text_input", "datatype": "BYTES", "shape": [1]},
+            {"variant_id": 7},
+            "variant_id",
+        ),
     ],
 )
 def test_a_bad_request_ends_alone_and_the_stream_goes_on(
@@ -398,7 +405,7 @@ def test_a_bad_request_ends_alone_and_the_stream_goes_on(
         sent = [
             request(tensor, b"x", **parameters),
             request(TEXT_INPUT, b"\xff\xfe"),
-            request(TEXT_INPUT, b"a prompt", max_tokens=2, stitch_id=0),
+            request(TEXT_INPUT, b"a prompt", max_tokens=2, variant_id=0),
         ]
         answers = list(stub.ModelStreamInfer(iter(sent), timeout=30))
     errors = [answer.error_message for answer in answers if answer.error_message]

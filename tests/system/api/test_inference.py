@@ -24,21 +24,21 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make_tiny_bundle(tmp_path_factory.mktemp("same") / "tiny")
 
 
-def expected_logits(bundle: Bundle, images: np.ndarray, stitch: int) -> np.ndarray:
+def expected_logits(bundle: Bundle, images: np.ndarray, variant: int) -> np.ndarray:
     """By the module forward pass, which the golden vectors vouch for."""
     with torch.inference_mode():
         inputs = torch.from_numpy((images.astype(np.float32) / 255 - 0.5) / 0.25)
-        return bundle.load_model()(inputs, stitch).numpy()
+        return bundle.load_model()(inputs, variant).numpy()
 
 
-@pytest.mark.parametrize("stitch", [0, 2, 7, 16])
+@pytest.mark.parametrize("variant", [0, 2, 7, 16])
 def test_a_pinned_stitch_answers_with_its_logits(
-    client: Client, bundle: Bundle, stitch: int
+    client: Client, bundle: Bundle, variant: int
 ) -> None:
     images = pixels(3)
-    answer = client.predict(images, stitch=stitch)
-    assert answer.stitch == stitch
-    np.testing.assert_allclose(answer.logits, expected_logits(bundle, images, stitch), atol=1e-5)
+    answer = client.predict(images, variant=variant)
+    assert answer.variant == variant
+    np.testing.assert_allclose(answer.logits, expected_logits(bundle, images, variant), atol=1e-5)
     best = answer.logits.argmax(1)
     labels = bundle.manifest.labels
     assert [classes[0][0] for classes in answer.all] == [labels[i] for i in best]
@@ -50,7 +50,7 @@ def test_tensors_and_files_of_the_same_picture_agree(client: Client) -> None:
     file = picture((8, 8))
     as_pixels = np.asarray(Image.open(io.BytesIO(file)))[None, None]
     as_floats = ((as_pixels / 255 - 0.5) / 0.25).astype(np.float32)
-    answers = [client.predict(image, stitch=5).logits for image in (file, as_pixels, as_floats)]
+    answers = [client.predict(image, variant=5).logits for image in (file, as_pixels, as_floats)]
     np.testing.assert_allclose(answers[0], answers[1], atol=1e-6)
     np.testing.assert_allclose(answers[0], answers[2], atol=1e-5)
 
@@ -150,7 +150,7 @@ def test_quality_floors(client: Client) -> None:
 
 def test_models_describe_themselves(client: Client, bundle: Bundle) -> None:
     (summary,) = client.list_models().models
-    assert (summary.name, summary.version, summary.ready, summary.stitches) == (
+    assert (summary.name, summary.version, summary.ready, summary.variants) == (
         "tiny",
         "1",
         True,
@@ -158,12 +158,12 @@ def test_models_describe_themselves(client: Client, bundle: Bundle) -> None:
     )
     model = client.get_model("tiny")
     assert tuple(model.labels) == bundle.manifest.labels
-    assert [stitch.id for stitch in model.stitches] == list(range(17))
-    described = {stitch.id: stitch for stitch in model.stitches}
+    assert [variant.id for variant in model.variants] == list(range(17))
+    described = {variant.id: variant for variant in model.variants}
     along = [described[i] for i in model.frontier]
     assert [s.quality for s in along] == sorted(s.quality for s in along)
-    assert {s.id for s in model.stitches if s.on_frontier} == set(model.frontier)
-    assert all(s.planned_latency_us >= s.latency_us > 0 for s in model.stitches)
+    assert {s.id for s in model.variants if s.on_frontier} == set(model.frontier)
+    assert all(s.planned_latency_us >= s.latency_us > 0 for s in model.variants)
 
 
 def test_check_budget_offers_better_for_more(client: Client) -> None:
@@ -182,7 +182,7 @@ async def test_many_callers_at_once_get_their_own_answers(
 ) -> None:
     images = [pixels(1 + i % 3, seed=i) for i in range(60)]
     async with AsyncClient(server.address) as client:
-        answers = await asyncio.gather(*(client.predict(i, stitch=9) for i in images))
+        answers = await asyncio.gather(*(client.predict(i, variant=9) for i in images))
         model = await client.get_model()
         check = await client.check_budget(1.0)
     for image, answer in zip(images, answers, strict=True):

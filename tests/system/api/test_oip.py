@@ -64,7 +64,7 @@ def infer_request(datatype: str = "UINT8", raw: bytes | None = None) -> pb.Model
     request = pb.ModelInferRequest(model_name="tiny")
     request.inputs.add(name="images", datatype=datatype, shape=[1, 1, 8, 8])
     request.raw_input_contents.append(pixels().tobytes() if raw is None else raw)
-    request.parameters["stitch_id"].int64_param = 4
+    request.parameters["variant_id"].int64_param = 4
     return request
 
 
@@ -98,7 +98,7 @@ def test_files_as_bytes_raw_and_typed_agree(oip: Stub) -> None:
 
 def test_triton_parameters_are_ignored_and_text_numbers_understood(oip: Stub) -> None:
     request = infer_request()
-    del request.parameters["stitch_id"]
+    del request.parameters["variant_id"]
     request.parameters["triton_enable_empty_final_response"].bool_param = True
     request.parameters["min_quality"].string_param = "0.655"
     answer = oip.ModelInfer(request)

@@ -14,8 +14,8 @@ import openai
 import pytest
 import yaml
 
-from ladderstitch.text.bundle import LanguageBundle, LanguagePath
-from ladderstitch.text.model.residual import Residual
+from ladderstitch.text.bundle import TextBundle, TextVariant
+from ladderstitch.text.model.residual import ResidualScheme
 from tests.support.language_models import greedy, write_tiny
 from tests.support.servers import RunningServer, start_server, stop_server
 
@@ -38,8 +38,8 @@ tokens:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder = tmp_path_factory.mktemp("openai")
     paths = (
-        LanguagePath(name="standard", residual=Residual()),
-        LanguagePath(name="ladder", residual=Residual(scheme="ladder")),
+        TextVariant(name="standard", residual=ResidualScheme()),
+        TextVariant(name="ladder", residual=ResidualScheme(scheme="ladder")),
     )
     bundle = write_tiny(folder / "tiny", paths=paths)
     manifest = yaml.safe_load((bundle / "model.yaml").read_text())
@@ -73,7 +73,7 @@ def test_a_completion_is_the_greedy_answer(client: openai.OpenAI, server: Runnin
         model="tiny", prompt=PROMPT, max_tokens=12, temperature=0, logprobs=2
     )
     choice = answer.choices[0]
-    bundle = LanguageBundle.load(server.log.parent / "tiny")
+    bundle = TextBundle.load(server.log.parent / "tiny")
     assert choice.text == bundle.tokenizer().decode(greedy(bundle, PROMPT, 12))
     assert choice.finish_reason == "length"
     assert answer.usage is not None
@@ -166,11 +166,11 @@ def test_paths_and_quality_floors_are_ours_to_ask_for(client: openai.OpenAI) -> 
             model="tiny", prompt=PROMPT, max_tokens=3, temperature=0, extra_body=body
         )
 
-    assert extra(ask(stitch_id=1))["path"] == "ladder"
+    assert extra(ask(variant_id=1))["path"] == "ladder"
     with pytest.raises(openai.BadRequestError, match="min_quality"):
         ask(min_quality=0.7)
-    with pytest.raises(openai.NotFoundError, match="stitch_id"):
-        ask(stitch_id=2)
+    with pytest.raises(openai.NotFoundError, match="variant_id"):
+        ask(variant_id=2)
 
 
 def test_a_deadline_ends_a_stream_with_its_reason(client: openai.OpenAI) -> None:
@@ -184,7 +184,7 @@ def test_a_deadline_ends_a_stream_with_its_reason(client: openai.OpenAI) -> None
             temperature=0,
             stream=True,
             extra_headers={"x-deadline-ms": "10"},
-            extra_body={"stitch_id": 0},
+            extra_body={"variant_id": 0},
         )
         list(answer)
 
@@ -258,7 +258,7 @@ def test_tokens_and_scopes(server: RunningServer) -> None:
         boss.completions.create(model="tiny", prompt="x")
     with connect(server, "one-secret-16-letters") as one:
         stream = one.completions.create(
-            model="tiny", prompt=PROMPT, max_tokens=100, stream=True, extra_body={"stitch_id": 0}
+            model="tiny", prompt=PROMPT, max_tokens=100, stream=True, extra_body={"variant_id": 0}
         )
         next(iter(stream))
         with pytest.raises(openai.RateLimitError) as failure:
@@ -350,7 +350,7 @@ def test_a_caller_who_hangs_up_frees_the_model(server: RunningServer, stream: bo
 
     before = running()
     host, port = server.http.removeprefix("http://").removesuffix("/v1").split(":")
-    wishes = {"model": "tiny", "prompt": PROMPT, "max_tokens": 100, "stitch_id": 0}
+    wishes = {"model": "tiny", "prompt": PROMPT, "max_tokens": 100, "variant_id": 0}
     body = json.dumps(wishes | {"stream": stream})
     with socket.create_connection((host, int(port)), timeout=20) as raw:
         raw.sendall(

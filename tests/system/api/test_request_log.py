@@ -85,7 +85,7 @@ async def test_the_log_has_a_line_a_request(replica: Replica, lines: Any) -> Non
     first, second, third = lines()
     assert dict(await call.initial_metadata())["x-request-id"] == "mine-1"
     assert (first["request_id"], first["code"], first["method"]) == ("mine-1", "OK", "Infer")
-    assert first["stitch_id"] == response.accounting.stitch_id
+    assert first["variant_id"] == response.accounting.variant_id
     assert first["slack_us"] == first["budget_us"] - first["total_us"]
     assert first["budget_met"] is True
     assert second["code"] == "INVALID_ARGUMENT"
@@ -148,7 +148,7 @@ async def test_a_trace_has_budget_stitch_and_slack_and_the_callers_parent(
     assert good.trace_id.hex() == "0af7651916cd43dd8448eb211c80319c"
     assert good.parent_span_id.hex() == "b7ad6b7169203331"
     told = attributes(good)
-    assert told["stitch_id"] == response.accounting.stitch_id
+    assert told["variant_id"] == response.accounting.variant_id
     assert told["budget_us"] == 5_000_000
     assert told["slack_us"] == 5_000_000 - told["total_us"]
     assert good.end_time_unix_nano - good.start_time_unix_nano >= 1000 * told["compute_us"]

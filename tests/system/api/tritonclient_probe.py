@@ -30,8 +30,8 @@ def probe(address: str) -> dict[str, object]:
     floats = triton.InferInput("images", list(images.shape), "FP32")
     floats.set_data_from_numpy(((images / 255 - 0.5) / 0.25).astype(np.float32))
 
-    plain = client.infer("tiny", [tensor], request_id="abc", parameters={"stitch_id": 5})
-    same = client.infer("tiny", [floats], parameters={"stitch_id": 5})
+    plain = client.infer("tiny", [tensor], request_id="abc", parameters={"variant_id": 5})
+    same = client.infer("tiny", [floats], parameters={"variant_id": 5})
     seen["id"] = plain.get_response().id
     seen["agree"] = bool(np.allclose(plain.as_numpy("logits"), same.as_numpy("logits"), atol=1e-5))
     seen["logits"] = plain.as_numpy("logits").tolist()

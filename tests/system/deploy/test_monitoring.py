@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ladderstitch.client import Access, Client, RequestFailed
+from ladderstitch.client import Client, Credentials, RequestFailed
 from ladderstitch.gateway.metrics import GatewayMetrics
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch_loadtest.faults.fuzz_runner import process_tree
@@ -100,7 +100,7 @@ def image_server(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Iter
     folder = tmp_path_factory.mktemp("image")
     config = folder / "serve.yaml"
     config.write_text(
-        "inline_limit_ms: 0\nmax_batch_rows: 8\nscheduling: {queue_limit_requests: 8}\n"
+        "inline_batch_limit_ms: 0\nmax_batch_size: 8\nscheduling: {queue_limit_requests: 8}\n"
     )
     flags = ["--config", str(config), "--token-file", str(tokens)]
     server = start_server(make_tiny_bundle(folder / "tiny").path, folder / "log", *flags)
@@ -206,13 +206,13 @@ def under_load(images: RunningServer, text: RunningServer, gateway: Process) -> 
     over = threading.Event()
 
     def call(token: str, address: str = images.address, **wishes: Any) -> None:
-        with Client(address, access=Access(token=token)) as client:
+        with Client(address, access=Credentials(token=token)) as client:
             while not over.wait(0.01):
                 with contextlib.suppress(RequestFailed):
                     client.predict(pixels(), **wishes)
 
     def read(address: str) -> None:
-        with Client(address, access=Access(token=USER)) as client:
+        with Client(address, access=Credentials(token=USER)) as client:
             while not over.wait(0.05):
                 for _ in client.generate("a prompt", model="text", max_tokens=5, budget_s=5.0):
                     pass
@@ -241,7 +241,7 @@ def worker_of(server: RunningServer) -> int:
 
 
 def answers(server: RunningServer) -> bool:
-    with Client(server.address, access=Access(token=ADMIN)) as client:
+    with Client(server.address, access=Credentials(token=ADMIN)) as client:
         try:
             return bool(client.predict(pixels()).label)
         except RequestFailed:
@@ -273,7 +273,7 @@ def test_live_every_query_has_data_and_every_alert_is_delivered(
     text_server: RunningServer,
     gateway: Process,
 ) -> None:
-    admin = Access(token=ADMIN)
+    admin = Credentials(token=ADMIN)
     with under_load(image_server, text_server, gateway):
         ours = [query for query in queries() if not query.startswith("ray_")]
         assert len(ours) > 30
@@ -284,7 +284,7 @@ def test_live_every_query_has_data_and_every_alert_is_delivered(
         os.kill(worker_of(image_server), signal.SIGKILL)  # restarts are a panel, too
         eventually(empty)
         with Client(image_server.address, access=admin) as client:
-            client.update_scheduling(pinned_stitch=0)  # the fastest
+            client.update_scheduling(pinned_variant=0)  # the fastest
         stop_for(worker_of(image_server), 1.5)  # what queues meanwhile is late
 
         def stutters() -> set[str]:

@@ -110,7 +110,7 @@ LATE_STORE = (Nap("store", ranks=(1,), chance=0.5),)
 LATE_READ = (Nap("load", ranks=(1,), chance=0.5, seconds=0.02, kernel="wait_add_norm_kernel"),)
 LATE_SUM = (Nap("load", ranks=(1,), chance=0.5, seconds=0.02),)
 
-PUSH = "_push(partial, where, exists, slots, epoch, rank, max_rows * n, RANKS, SLOTS)\n"
+PUSH = "_push(partial, where, exists, slots, epoch, rank, max_batch_size * n, RANKS, SLOTS)\n"
 SIGNAL = "signal(arrivals, rank, RANKS, RANKS_PAD)\n"
 NEVER_WAITS = ("while ahead < 0:", "while ahead < -(2**30):")
 ADVANCED_SLOT = "return epoch & (SLOTS - 1)"

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import generate_latest
 from typer.testing import CliRunner
 
-from ladderstitch.telemetry.metrics import ImageMetrics, Metrics
+from ladderstitch.telemetry.metrics import Metrics, VisionMetrics
 from ladderstitch_loadtest.benchmarks import memory, mixed, overhead, switching
 from ladderstitch_loadtest.cli import app
 from ladderstitch_loadtest.load.open_loop import poisson
@@ -56,7 +56,7 @@ async def test_overhead_and_switching_run(server: RunningServer) -> None:
     assert cost.latency.total_ms > cost.latency.compute_ms > 0
     assert cost.throughput[0].infer_rps > 0
     switched = await switching.measure(server.address, 200, 1, lambda: None)
-    assert switched.stitches >= 1
+    assert switched.variants >= 1
     assert switched.same_p50_us == pytest.approx(0.0, abs=1000)
 
 
@@ -75,7 +75,7 @@ def test_a_histograms_quantile_is_its_buckets_edge() -> None:
     metrics = Metrics()
     for model, times in (("a", [0.00015] * 98 + [0.0004]), ("b", [0.05])):
         for seconds in times:
-            ImageMetrics(metrics, model, {0: 0.9}).turnaround.observe(seconds)
+            VisionMetrics(metrics, model, {0: 0.9}).turnaround.observe(seconds)
     page = generate_latest(metrics.registry).decode()
     name = "ladderstitch_turnaround_seconds"
     found = [histogram_quantile(page, name, share) for share in (0.5, 0.98, 0.99, 1.0)]

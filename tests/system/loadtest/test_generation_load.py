@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ladderstitch.text.bundle import LanguageBundle
+from ladderstitch.text.bundle import TextBundle
 from ladderstitch_loadtest.benchmarks.generation_load import (
     BUDGETS,
     PROMPT_TOKENS,
     VARIANTS,
-    Row,
+    BatchingRow,
     arrivals,
     compare_batching,
     plot,
@@ -21,8 +21,8 @@ from ladderstitch_loadtest.benchmarks.generation_parts import prefix_reuse
 from ladderstitch_loadtest.servers.tiny_language import write_tiny
 
 
-def row(variant: str, rate: float, attainment: float, tokens_per_s: float) -> Row:
-    return Row(variant, rate, 100, attainment, tokens_per_s, 0.1, 0.2, 0)
+def row(variant: str, rate: float, attainment: float, tokens_per_s: float) -> BatchingRow:
+    return BatchingRow(variant, rate, 100, attainment, tokens_per_s, 0.1, 0.2, 0)
 
 
 def test_arrivals_are_poisson_seeded_and_cut_from_the_text() -> None:
@@ -62,9 +62,9 @@ def test_rates_are_compared_at_equal_attainment() -> None:
 
 
 async def test_all_variants_answer_a_tiny_model(tmp_path: Path) -> None:
-    bundle = LanguageBundle.load(write_tiny(tmp_path / "tiny"))
+    bundle = TextBundle.load(write_tiny(tmp_path / "tiny"))
     text = "some words to cut prompts from " * 20
-    rows: list[Row] = []
+    rows: list[BatchingRow] = []
     found = await compare_batching(bundle, text, [3.0], 2.0, "float32", rows.append)
     assert [one.variant for one in rows] == [variant.name for variant in VARIANTS]
     assert len({one.offered for one in rows}) == 1
@@ -74,6 +74,6 @@ async def test_all_variants_answer_a_tiny_model(tmp_path: Path) -> None:
 
 
 async def test_a_shared_prefix_is_found(tmp_path: Path) -> None:
-    bundle = LanguageBundle.load(write_tiny(tmp_path / "tiny"))
+    bundle = TextBundle.load(write_tiny(tmp_path / "tiny"))
     found = await prefix_reuse(bundle, "float32", prefix_tokens=160)
     assert found["reused_tokens"] == [160]

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from ladderstitch_loadtest.cli import app
 from ladderstitch_loadtest.load.generator import Measured, measure
-from ladderstitch_loadtest.load.outcome import Outcome
+from ladderstitch_loadtest.load.outcome import LoadOutcome
 from ladderstitch_loadtest.load.targets import find_target
 from ladderstitch_loadtest.load.traces import BudgetClass, Trace, poisson
 from ladderstitch_loadtest.simulation.agreement import calibrate
@@ -82,7 +82,7 @@ def test_a_bad_budget_is_refused(text: str) -> None:
 
 def test_a_late_generator_says_so() -> None:
     trace = short_trace()
-    outcome, n = Outcome.unanswered(trace), len(trace)
+    outcome, n = LoadOutcome.unanswered(trace), len(trace)
     for lag_s, late in ((0.001, False), (0.1, True)):
         run = Measured(outcome, ("OK",) * n, np.full(n, 0.2), np.full(n, lag_s))
         assert run.late == late
@@ -91,13 +91,13 @@ def test_a_late_generator_says_so() -> None:
 def test_calibration_finds_the_machine() -> None:
     """A run whose batches took twice their profile and 1 ms beyond computing."""
     trace, family = short_trace(), supernet()
-    outcome = Outcome.unanswered(trace)
+    outcome = LoadOutcome.unanswered(trace)
     for i, at in enumerate(trace.arrivals_s.tolist()):
         rows = 1 + i % 4
-        compute_s = 2 * family.profile.stitches[1].median_s[rows - 1]
+        compute_s = 2 * family.profile.variants[1].median_s[rows - 1]
         outcome.answer(i, at + 0.002 + compute_s + 0.001, at + 0.002, compute_s, 1, 0.7669, rows)
     n = len(trace)
     run = Measured(outcome, ("OK",) * n, np.zeros(n), np.zeros(n))
     slower, machine = calibrate(family, run)
-    assert machine.transit_s == pytest.approx(0.001)
+    assert machine.dispatch_overhead_s == pytest.approx(0.001)
     assert slower.profile.alone_s(3) == pytest.approx(2 * family.profile.alone_s(3))

@@ -32,8 +32,8 @@ def deploy(bundle: str, ports: tuple[int, int], user_config: dict[str, object]) 
     _get_global_client().deploy_apps(schema)
 
 
-def until(port: int, stitch: int) -> str:
-    """The replica that answers, once it answers with this stitch."""
+def until(port: int, variant: int) -> str:
+    """The replica that answers, once it answers with this variant."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
@@ -42,28 +42,28 @@ def until(port: int, stitch: int) -> str:
         except grpc.RpcError:
             time.sleep(0.1)
             continue
-        if response.accounting.stitch_id == stitch:
+        if response.accounting.variant_id == variant:
             return response.accounting.replica
         time.sleep(0.02)
-    raise AssertionError(f"stitch {stitch} never answered")
+    raise AssertionError(f"variant {variant} never answered")
 
 
 def probe(bundle: str, port: int, metrics_port: int) -> dict[str, object]:
     seen: dict[str, object] = {}
     ports = (port, metrics_port)
     with local_ray():
-        deploy(bundle, ports, {"pinned_stitch": 4})
+        deploy(bundle, ports, {"pinned_variant": 4})
         first = until(port, 4)
-        deploy(bundle, ports, {"pinned_stitch": 9})
+        deploy(bundle, ports, {"pinned_variant": 9})
         seen["same_replica"] = until(port, 9) == first
         with Client(f"127.0.0.1:{port}") as client:
-            client.update_scheduling(pinned_stitch=2)
-            seen["after_admin"] = client.predict(pixels()).stitch
-        deploy(bundle, ports, {"pinned_stitch": 9})  # nothing new: the administrator wrote last
+            client.update_scheduling(pinned_variant=2)
+            seen["after_admin"] = client.predict(pixels()).variant
+        deploy(bundle, ports, {"pinned_variant": 9})  # nothing new: the administrator wrote last
         time.sleep(2.0)
         with Client(f"127.0.0.1:{port}") as client:
-            seen["after_repeat"] = client.predict(pixels()).stitch
-            deploy(bundle, ports, {"policy": "fixed", "stitch": 11, "pinned_stitch": None})
+            seen["after_repeat"] = client.predict(pixels()).variant
+            deploy(bundle, ports, {"policy": "fixed", "fixed_variant": 11, "pinned_variant": None})
             until(port, 11)
             seen["revision"] = client.get_scheduling().revision
     return seen

@@ -14,27 +14,31 @@ import pytest
 import torch
 
 from ladderstitch.errors import EngineRestarting
-from ladderstitch.text.bundle import LanguageBundle
-from ladderstitch.text.engine.rank_config import GroupOptions, ModelJob
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.engine.rank_handle import RankLost
 from ladderstitch.text.model.attention_batch import Batch
 from ladderstitch.text.model.kv_cache import PagedCache
-from ladderstitch.text.model.residual import Residual
+from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.weights import Shard
-from ladderstitch.text.step import Run, Step, Want
+from ladderstitch.text.step import LogitsMode, SequenceInput, Step
 from tests.support.language_models import TINY
 
 PROMPT = np.arange(1, 24, dtype=np.int64)[None]
-PATHS = (Residual(), Residual(scheme="ladder"), Residual(scheme="ladder", ladder_layers=1))
+PATHS = (
+    ResidualScheme(),
+    ResidualScheme(scheme="ladder"),
+    ResidualScheme(scheme="ladder", ladder_layers=1),
+)
 
 
 @asynccontextmanager
 async def running(
-    bundle: LanguageBundle, options: GroupOptions | None = None, **fields: object
+    bundle: TextBundle, options: GroupOptions | None = None, **fields: object
 ) -> AsyncIterator[RankGroup]:
     """A group that leaves no process and no shared memory behind."""
-    job = ModelJob.of(bundle, paths=PATHS, cache_tokens=64, chunk_tokens=32, **fields)
+    job = RankConfig.of(bundle, paths=PATHS, max_model_len=64, max_batched_tokens=32, **fields)
     group = RankGroup(job, options)
     try:
         await group.start()
@@ -72,7 +76,7 @@ async def all_logits(group: RankGroup) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def expected(tiny_language_bundle: LanguageBundle) -> np.ndarray:
+def expected(tiny_language_bundle: TextBundle) -> np.ndarray:
     """One rank's, which the golden vectors vouch for."""
 
     async def run() -> np.ndarray:
@@ -84,7 +88,7 @@ def expected(tiny_language_bundle: LanguageBundle) -> np.ndarray:
 
 @pytest.mark.parametrize(("ranks", "link"), [(2, "shared_memory"), (3, "tcp")])
 async def test_ranks_agree_with_one(
-    tiny_language_bundle: LanguageBundle, expected: np.ndarray, ranks: int, link: str
+    tiny_language_bundle: TextBundle, expected: np.ndarray, ranks: int, link: str
 ) -> None:
     async with running(tiny_language_bundle, GroupOptions(link=link), ranks=ranks) as group:
         got = await all_logits(group)
@@ -97,7 +101,7 @@ async def test_ranks_agree_with_one(
 
 @pytest.mark.parametrize(("link", "spares"), [("shared_memory", 1), ("tcp", 0)])
 async def test_a_killed_rank_is_replaced(
-    tiny_language_bundle: LanguageBundle, expected: np.ndarray, link: str, spares: int
+    tiny_language_bundle: TextBundle, expected: np.ndarray, link: str, spares: int
 ) -> None:
     options = GroupOptions(link=link, spares=spares)
     async with running(tiny_language_bundle, options, ranks=2) as group:
@@ -112,7 +116,7 @@ async def test_a_killed_rank_is_replaced(
 
 
 async def test_kernels_are_a_link_like_others(
-    tiny_language_bundle: LanguageBundle, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    tiny_language_bundle: TextBundle, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In Triton's interpreter, with a rank that dies on the way."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -131,8 +135,8 @@ async def test_kernels_are_a_link_like_others(
         assert survivor in group.pids
 
 
-async def test_kernels_without_a_gpu_are_refused(tiny_language_bundle: LanguageBundle) -> None:
-    job = ModelJob.of(tiny_language_bundle, ranks=2, cache_tokens=8)
+async def test_kernels_without_a_gpu_are_refused(tiny_language_bundle: TextBundle) -> None:
+    job = RankConfig.of(tiny_language_bundle, ranks=2, max_model_len=8)
     group = RankGroup(job, GroupOptions(link="symmetric"))
     try:
         with pytest.raises(EngineRestarting, match="link: symmetric needs GPUs"):
@@ -142,7 +146,7 @@ async def test_kernels_without_a_gpu_are_refused(tiny_language_bundle: LanguageB
 
 
 async def test_a_rank_killed_in_mid_step_releases_its_peer(
-    tiny_language_bundle: LanguageBundle,
+    tiny_language_bundle: TextBundle,
 ) -> None:
     slow = GroupOptions(link="shared_memory", latency_s=0.2)
     async with running(tiny_language_bundle, slow, ranks=2) as group:
@@ -157,7 +161,7 @@ async def test_a_rank_killed_in_mid_step_releases_its_peer(
 
 
 async def test_a_cancelled_caller_does_not_confuse_the_next(
-    tiny_language_bundle: LanguageBundle, expected: np.ndarray
+    tiny_language_bundle: TextBundle, expected: np.ndarray
 ) -> None:
     async with running(tiny_language_bundle, ranks=2) as group:
         for _ in range(5):
@@ -168,8 +172,8 @@ async def test_a_cancelled_caller_does_not_confuse_the_next(
     assert np.abs(got[0] - expected[0, 0]).max() <= 1e-5 * np.abs(expected).max()
 
 
-async def test_ranks_that_cannot_load_say_why(tiny_language_bundle: LanguageBundle) -> None:
-    job = ModelJob.of(tiny_language_bundle, cache_tokens=8).model_copy(
+async def test_ranks_that_cannot_load_say_why(tiny_language_bundle: TextBundle) -> None:
+    job = RankConfig.of(tiny_language_bundle, max_model_len=8).model_copy(
         update={"bundle": Path("/nowhere")}
     )
     group = RankGroup(job)
@@ -181,7 +185,7 @@ async def test_ranks_that_cannot_load_say_why(tiny_language_bundle: LanguageBund
 
 
 async def test_sequences_of_one_step_do_not_see_each_other(
-    tiny_language_bundle: LanguageBundle, expected: np.ndarray
+    tiny_language_bundle: TextBundle, expected: np.ndarray
 ) -> None:
     """Prefill, chunks and decoding mixed in one pass, in scattered blocks: each as if alone."""
     tokens = PROMPT[0].tolist()
@@ -191,17 +195,17 @@ async def test_sequences_of_one_step_do_not_see_each_other(
             await group.run(
                 Step(
                     (
-                        Run(tokens[:20], 0, scattered[:2], Want.NONE),
-                        Run(tokens[:3], 0, neighbours[:1], Want.NONE),
+                        SequenceInput(tokens[:20], 0, scattered[:2], LogitsMode.NONE),
+                        SequenceInput(tokens[:3], 0, neighbours[:1], LogitsMode.NONE),
                     )
                 )
             )
             outcome = await group.run(
                 Step(
                     (
-                        Run(tokens[20:21], 20, scattered[:2], Want.LAST),
-                        Run(tokens[3:19], 3, neighbours[:2], Want.ALL),
-                        Run(tokens[:12], 0, own[:1], Want.BEST),
+                        SequenceInput(tokens[20:21], 20, scattered[:2], LogitsMode.LAST),
+                        SequenceInput(tokens[3:19], 3, neighbours[:2], LogitsMode.ALL),
+                        SequenceInput(tokens[:12], 0, own[:1], LogitsMode.BEST),
                     )
                 )
             )
@@ -215,12 +219,16 @@ def test_a_kernel_that_follows_the_tables_attends_alike() -> None:
     rng = np.random.default_rng(0)
     caches = [PagedCache(TINY, shard, 12, 4) for _ in range(2)]
     caches[1].follows_tables = True
-    runs = (Run([1], 9, [3, 11, 0]), Run([1], 0, [5]), Run([1], 7, [8, 9]))
+    runs = (
+        SequenceInput([1], 9, [3, 11, 0]),
+        SequenceInput([1], 0, [5]),
+        SequenceInput([1], 7, [8, 9]),
+    )
     q = torch.tensor(rng.normal(size=(3, TINY.heads, TINY.head_dim)), dtype=torch.float32)
     got = []
     for cache in caches:
         for run in runs:  # what each has seen so far
-            earlier = Batch(Step((Run([1] * (run.start + 1), 0, run.blocks),)), 4)
+            earlier = Batch(Step((SequenceInput([1] * (run.start + 1), 0, run.blocks),)), 4)
             seen = np.random.default_rng(run.start).normal(
                 size=(2, run.start + 1, TINY.kv_heads, TINY.head_dim)
             )

@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from ladderstitch.errors import BadInput, Draining, ExpiredInCompute, RequestError
+from ladderstitch.errors import Draining, ExpiredInCompute, InvalidArgument, RequestError
 from ladderstitch.scheduling.requests import (
     GenerationRequest,
-    Piece,
     Sampling,
     TokenBudget,
+    TokenChunk,
 )
-from ladderstitch.text.bundle import LanguageBundle
-from ladderstitch.text.engine.rank_config import GroupOptions, ModelJob
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
-from ladderstitch.text.scheduler.block_manager import BlockPool
-from ladderstitch.text.scheduler.queue import Roster
-from ladderstitch.text.scheduler.scheduler import Generator, Observer, Unobserved
-from ladderstitch_loadtest.benchmarks.generation_load import StaticRoster
+from ladderstitch.text.scheduler.block_manager import BlockManager
+from ladderstitch.text.scheduler.queue import SequenceQueue
+from ladderstitch.text.scheduler.scheduler import NullObserver, StepObserver, TextScheduler
+from ladderstitch_loadtest.benchmarks.generation_load import StaticQueue
 from tests.support.language_models import TINY, one_rank_logits
 
 TIE = 1e-4
@@ -36,23 +36,28 @@ TIE = 1e-4
 
 @asynccontextmanager
 async def generating(
-    bundle: LanguageBundle,
+    bundle: TextBundle,
     *,
-    pool_tokens: int = 1024,
+    kv_cache_tokens: int = 1024,
     max_sequences: int = 32,
-    make_roster: Callable[[BlockPool, int], Roster] = Roster,
+    make_roster: Callable[[BlockManager, int], SequenceQueue] = SequenceQueue,
     options: GroupOptions | None = None,
-    observer: Observer | None = None,
+    observer: StepObserver | None = None,
     **fields: object,
-) -> AsyncIterator[Generator]:
-    job = ModelJob.of(
-        bundle, cache_tokens=128, pool_tokens=pool_tokens, block_tokens=4, chunk_tokens=48, **fields
+) -> AsyncIterator[TextScheduler]:
+    job = RankConfig.of(
+        bundle,
+        max_model_len=128,
+        kv_cache_tokens=kv_cache_tokens,
+        block_tokens=4,
+        max_batched_tokens=48,
+        **fields,
     )
     group = RankGroup(job, options)
     names = [path.name for path in bundle.manifest.ways]
     try:
         await group.start()
-        generator = Generator(
+        generator = TextScheduler(
             group,
             bundle.tokenizer(),
             (),
@@ -73,12 +78,12 @@ def asked(tokens: list[int], most: int = 8, **fields: object) -> GenerationReque
     return GenerationRequest(tuple(tokens), time.monotonic(), most, **fields)  # type: ignore[arg-type] # by name
 
 
-async def collect(generator: Generator, request: GenerationRequest) -> list[Piece]:
+async def collect(generator: TextScheduler, request: GenerationRequest) -> list[TokenChunk]:
     async with aclosing(generator.generate(request)) as pieces:
         return [piece async for piece in pieces]
 
 
-def assert_greedy(bundle: LanguageBundle, request: GenerationRequest, pieces: list[Piece]) -> None:
+def assert_greedy(bundle: TextBundle, request: GenerationRequest, pieces: list[TokenChunk]) -> None:
     """Every token is the likeliest after those before it, in one pass of one rank."""
     answer = [piece.token for piece in pieces]
     whole = [*request.tokens, *answer]
@@ -92,7 +97,7 @@ def assert_greedy(bundle: LanguageBundle, request: GenerationRequest, pieces: li
 
 
 @pytest.mark.parametrize("killed", [False, True])
-async def test_many_streams_with_callers_who_leave(bundle: LanguageBundle, killed: bool) -> None:
+async def test_many_streams_with_callers_who_leave(bundle: TextBundle, killed: bool) -> None:
     rng = random.Random(5)
     async with generating(bundle, ranks=2, options=GroupOptions(spares=1)) as generator:
         ended: list[str] = []
@@ -101,7 +106,7 @@ async def test_many_streams_with_callers_who_leave(bundle: LanguageBundle, kille
         async def stream(leaves_after: int | None) -> None:
             prompt = [rng.randrange(256) for _ in range(rng.choice((1, 7, 30, 60)))]
             request = asked(prompt, rng.choice((4, 20, 40)))
-            pieces: list[Piece] = []
+            pieces: list[TokenChunk] = []
             async with aclosing(generator.generate(request)) as coming:
                 async for piece in coming:
                     pieces.append(piece)
@@ -124,15 +129,15 @@ async def test_many_streams_with_callers_who_leave(bundle: LanguageBundle, kille
         assert generator.group.restarts == int(killed)
 
 
-async def test_a_short_cache_preempts_instead_of_refusing(bundle: LanguageBundle) -> None:
-    class Watch(Unobserved):
+async def test_a_short_cache_preempts_instead_of_refusing(bundle: TextBundle) -> None:
+    class Watch(NullObserver):
         times = 0
 
         def preempted(self, sequences: int) -> None:
             self.times += sequences
 
     watch = Watch()
-    async with generating(bundle, pool_tokens=132, observer=watch) as generator:
+    async with generating(bundle, kv_cache_tokens=132, observer=watch) as generator:
         requests = [asked([n, n + 1, n + 2] * 5, 60) for n in range(6)]
         answers = await asyncio.gather(*(collect(generator, request) for request in requests))
         for request, pieces in zip(requests, answers, strict=True):
@@ -141,7 +146,7 @@ async def test_a_short_cache_preempts_instead_of_refusing(bundle: LanguageBundle
         assert generator.pool.used == 0
 
 
-async def test_prompts_that_begin_alike_are_computed_once(two_paths: LanguageBundle) -> None:
+async def test_prompts_that_begin_alike_are_computed_once(two_paths: TextBundle) -> None:
     shared = list(range(50))
     async with generating(two_paths) as generator:
         first = await collect(generator, asked([*shared, 100]))
@@ -149,14 +154,14 @@ async def test_prompts_that_begin_alike_are_computed_once(two_paths: LanguageBun
         assert first[0].answer.reused_tokens == 0
         assert again[0].answer.reused_tokens == 48
         assert_greedy(two_paths, asked([*shared, 101]), again)
-        for changes in ({"tenant": "another"}, {"stitch": 1}):
+        for changes in ({"tenant": "another"}, {"variant": 1}):
             apart = await collect(generator, asked([*shared, 101], **changes))
             assert apart[0].answer.reused_tokens == 0
         whole = await collect(generator, asked([*shared, 101]))  # the answer's blocks serve, too
         assert whole[0].answer.reused_tokens == 48
 
 
-async def test_nothing_of_a_lost_cache_is_found_again(bundle: LanguageBundle) -> None:
+async def test_nothing_of_a_lost_cache_is_found_again(bundle: TextBundle) -> None:
     prompt = list(range(40))
     async with generating(bundle, ranks=2) as generator:
         before = await collect(generator, asked(prompt))
@@ -166,7 +171,7 @@ async def test_nothing_of_a_lost_cache_is_found_again(bundle: LanguageBundle) ->
         assert_greedy(bundle, asked(prompt), after)
 
 
-async def test_budgets_choose_the_path_and_the_answer_says_so(two_paths: LanguageBundle) -> None:
+async def test_budgets_choose_the_path_and_the_answer_says_so(two_paths: TextBundle) -> None:
     """Over a slow link: the ladder hides two of three layers' reductions."""
     slow = GroupOptions(latency_s=0.02)
     async with generating(two_paths, ranks=2, options=slow) as generator:
@@ -181,7 +186,7 @@ async def test_budgets_choose_the_path_and_the_answer_says_so(two_paths: Languag
         assert_greedy(two_paths, asked([1, 2, 3]), relaxed)
 
 
-async def test_log_probabilities_are_the_models_own(bundle: LanguageBundle) -> None:
+async def test_log_probabilities_are_the_models_own(bundle: TextBundle) -> None:
     prompt = [5, 6, 7, 8]
     request = asked(prompt, 5, logprobs=3, sampling=Sampling(temperature=2.0, seed=4))
     async with generating(bundle) as generator:
@@ -196,16 +201,16 @@ async def test_log_probabilities_are_the_models_own(bundle: LanguageBundle) -> N
         np.testing.assert_allclose(got[:, 1], top.values[row].numpy(), atol=1e-4)
 
 
-async def test_past_its_limit_an_answer_ends_and_holds_nothing(bundle: LanguageBundle) -> None:
+async def test_past_its_limit_an_answer_ends_and_holds_nothing(bundle: TextBundle) -> None:
     async with generating(bundle, ranks=2, options=GroupOptions(latency_s=0.02)) as generator:
-        request = asked([1, 2], 120, limit=time.monotonic() + 1.0)
+        request = asked([1, 2], 120, hard_deadline=time.monotonic() + 1.0)
         with pytest.raises(ExpiredInCompute):
             await collect(generator, request)
         assert generator.pool.used == 0
         assert len(await collect(generator, asked([1, 2], 3))) == 3
 
 
-async def test_draining_lets_answers_end_and_nobody_in(bundle: LanguageBundle) -> None:
+async def test_draining_lets_answers_end_and_nobody_in(bundle: TextBundle) -> None:
     async with generating(bundle) as generator:
         answer = asyncio.create_task(collect(generator, asked([1, 2], 30)))
         await asyncio.sleep(0)
@@ -217,7 +222,7 @@ async def test_draining_lets_answers_end_and_nobody_in(bundle: LanguageBundle) -
         assert answer.done() or len(await answer) == 30
 
 
-async def test_closing_ends_every_answer(bundle: LanguageBundle) -> None:
+async def test_closing_ends_every_answer(bundle: TextBundle) -> None:
     async with generating(bundle) as generator:
         answers = [asyncio.create_task(collect(generator, asked([n], 100))) for n in range(4)]
         await asyncio.sleep(0.05)
@@ -241,13 +246,13 @@ async def test_closing_ends_every_answer(bundle: LanguageBundle) -> None:
     ],
 )
 def test_wrong_requests_name_their_field(request_: GenerationRequest, field: str) -> None:
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InvalidArgument) as caught:
         request_.check(vocabulary=257, most_tokens=128)
     assert caught.value.field == field
 
 
-async def test_static_batches_let_nobody_join(bundle: LanguageBundle) -> None:
-    async with generating(bundle, make_roster=StaticRoster) as generator:
+async def test_static_batches_let_nobody_join(bundle: TextBundle) -> None:
+    async with generating(bundle, make_roster=StaticQueue) as generator:
         async with aclosing(generator.generate(asked([1], 60))) as long:
             await anext(long)
             short = asyncio.create_task(collect(generator, asked([2], 2)))

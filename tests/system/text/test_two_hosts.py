@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ladderstitch.text.bundle import LanguageBundle
-from ladderstitch.text.engine.rank_config import GroupOptions, ModelJob
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch_loadtest.benchmarks.two_hosts import HERE, AlternatingLauncher, second_host
 
@@ -21,9 +21,9 @@ async def logits(group: RankGroup) -> np.ndarray:
         await group.close()
 
 
-async def test_two_hosts_agree_with_one(tiny_language_bundle: LanguageBundle) -> None:
-    alone = await logits(RankGroup(ModelJob.of(tiny_language_bundle, cache_tokens=64)))
-    job = ModelJob.of(tiny_language_bundle, cache_tokens=64, ranks=2)
+async def test_two_hosts_agree_with_one(tiny_language_bundle: TextBundle) -> None:
+    alone = await logits(RankGroup(RankConfig.of(tiny_language_bundle, max_model_len=64)))
+    job = RankConfig.of(tiny_language_bundle, max_model_len=64, ranks=2)
     try:
         with second_host() as namespace:
             options = GroupOptions(link="tcp", listen=f"{HERE}:0")

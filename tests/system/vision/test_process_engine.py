@@ -25,7 +25,7 @@ def worker_config(bundle: Bundle, **changes: object) -> WorkerConfig:
         "device": "cpu",
         "dtype": "float32",
         "threads": 1,
-        "max_rows": 8,
+        "max_batch_size": 8,
         "image_shape": (1, 8, 8),
         "classes": 4,
     }
@@ -117,8 +117,8 @@ async def test_warming_runs_every_pair_and_keeps_the_shape_of_a_shipped_profile(
     assert seen[-1] == (2 * 17 * 4, 2 * 17 * 4)
     ratios = {
         round(got / was, 6)
-        for stitch, latency in profile.stitches.items()
-        for got, was in zip(latency.median_s, shipped.stitches[stitch].median_s[:4], strict=True)
+        for stitch, latency in profile.variants.items()
+        for got, was in zip(latency.median_s, shipped.variants[stitch].median_s[:4], strict=True)
     }
     assert profile.batch_sizes == (1, 2, 4, 8)
     assert len(ratios) == 1
@@ -133,7 +133,7 @@ async def test_warming_measures_where_no_profile_was_shipped(
         engine, Bundle.load(tiny_bundle.path), engine.config, lambda done, total: None
     )
     assert profile.batch_sizes == (1, 2, 4, 8)
-    assert profile.stitches.keys() == set(range(17))
+    assert profile.variants.keys() == set(range(17))
 
 
 def test_batch_sizes_end_at_the_largest() -> None:

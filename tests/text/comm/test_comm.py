@@ -12,30 +12,30 @@ import pytest
 import torch
 
 from ladderstitch.text.comm import shared_memory
-from ladderstitch.text.comm.base import Link, LinkBroken
-from ladderstitch.text.comm.shared_memory import LinkModel, SharedMemoryLink, SharedRegion
-from ladderstitch.text.comm.tcp import TcpLink
+from ladderstitch.text.comm.base import Communicator, PeerLost
+from ladderstitch.text.comm.shared_memory import LinkModel, SharedMemoryCommunicator, SharedRegion
+from ladderstitch.text.comm.tcp import TcpCommunicator
 
-MakeLinks = Callable[[int], list[Link]]
+MakeLinks = Callable[[int], list[Communicator]]
 SECRET = b"s" * 32
 
 
-def shared_links(ranks: int, model: LinkModel | None = None) -> list[Link]:
+def shared_links(ranks: int, model: LinkModel | None = None) -> list[Communicator]:
     region = SharedRegion(ranks, 4096)
-    links: list[Link] = [
-        SharedMemoryLink(region.path, rank, ranks, region.slot_bytes, model)
+    links: list[Communicator] = [
+        SharedMemoryCommunicator(region.path, rank, ranks, region.slot_bytes, model)
         for rank in range(ranks)
     ]
     region.forget()
     return links
 
 
-def tcp_links(ranks: int) -> list[Link]:
+def tcp_links(ranks: int) -> list[Communicator]:
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(ranks)]
     addresses = [listener.getsockname() for listener in listeners]
     links = together(
         [
-            lambda rank=rank: TcpLink(listeners[rank], rank, addresses, SECRET)  # type: ignore[misc]
+            lambda rank=rank: TcpCommunicator(listeners[rank], rank, addresses, SECRET)  # type: ignore[misc]
             for rank in range(ranks)
         ]
     )
@@ -50,7 +50,7 @@ def together(works: list[Callable[[], object]]) -> list:
     def run(index: int) -> None:
         try:
             results[index] = works[index]()
-        except LinkBroken as error:
+        except PeerLost as error:
             results[index] = error
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(len(works))]
@@ -67,7 +67,7 @@ def close(holders: list) -> None:
         holder.close()
 
 
-def ladder(link: Link, steps: int, seed: int) -> list[float]:
+def ladder(link: Communicator, steps: int, seed: int) -> list[float]:
     """Two reductions in flight, as a ladder keeps them, with pauses where races would show."""
     pauses, flying, sums = random.Random(seed), [], []
     for step in range(steps):
@@ -102,7 +102,7 @@ def test_with_two_slots_a_slow_reader_would_see_later_data(
     first, _ = (fast.post(torch.full((4,), 1.0)) for _ in range(2))
     assert float(fast.wait(first)[0]) == 11
     fast.post(torch.full((4,), 99.0))  # its third, while the slow one has read nothing yet
-    with pytest.raises(LinkBroken, match="slot of reduction 1 was used again before it was read"):
+    with pytest.raises(PeerLost, match="slot of reduction 1 was used again before it was read"):
         slow.wait(tickets[0])
 
 
@@ -110,8 +110,8 @@ def test_with_two_slots_a_slow_reader_would_see_later_data(
 def test_messages_beyond_the_socket_buffers_do_not_block_each_other(make: MakeLinks) -> None:
     if make is shared_links:
         region = SharedRegion(2, 8 << 20)
-        links: list[Link] = [
-            SharedMemoryLink(region.path, rank, 2, region.slot_bytes) for rank in range(2)
+        links: list[Communicator] = [
+            SharedMemoryCommunicator(region.path, rank, 2, region.slot_bytes) for rank in range(2)
         ]
         region.forget()
     else:
@@ -145,18 +145,18 @@ def test_an_emulated_link_is_not_faster_than_its_latency() -> None:
 
 def test_an_aborted_region_ends_every_wait() -> None:
     region = SharedRegion(2, 64)
-    link = SharedMemoryLink(region.path, 0, 2, region.slot_bytes)
+    link = SharedMemoryCommunicator(region.path, 0, 2, region.slot_bytes)
     region.forget()
     ticket = link.post(torch.ones(4))
     threading.Timer(0.05, region.abort).start()
-    assert isinstance(together([lambda: link.wait(ticket)])[0], LinkBroken)
+    assert isinstance(together([lambda: link.wait(ticket)])[0], PeerLost)
 
 
 def test_a_closed_tcp_peer_ends_every_wait() -> None:
     near, far = tcp_links(2)
     ticket = near.post(torch.ones(4))
     far.close()
-    assert isinstance(together([lambda: near.wait(ticket)])[0], LinkBroken)
+    assert isinstance(together([lambda: near.wait(ticket)])[0], PeerLost)
     near.close()
 
 
@@ -166,8 +166,8 @@ def test_strangers_do_not_become_ranks() -> None:
     with socket.create_connection(addresses[0]) as stranger:
         stranger.sendall(b"\1" + b"\0" * 7 + b"x" * 32)
         works: list[Callable[[], object]] = [
-            lambda: TcpLink(listeners[0], 0, addresses, SECRET),
-            lambda: TcpLink(listeners[1], 1, addresses, SECRET),
+            lambda: TcpCommunicator(listeners[0], 0, addresses, SECRET),
+            lambda: TcpCommunicator(listeners[1], 1, addresses, SECRET),
         ]
         links = together(works)
     totals = together([lambda link=link: link.wait(link.post(torch.ones(1))) for link in links])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.text.model.residual import Residual, Stream, plan_layers
+from ladderstitch.text.model.residual import ResidualScheme, ResidualStream, plan_layers
 
 
 class CountingLink:
@@ -33,7 +33,7 @@ class CountingLink:
 
 def test_a_ladder_read_waits_for_all_but_the_last_sub_block() -> None:
     link = CountingLink()
-    stream = Stream(torch.zeros(1), link)
+    stream = ResidualStream(torch.zeros(1), link)
     reads = []
     for value in (1.0, 10.0, 100.0, 1000.0):
         reads.append(stream.read(lag=1).item())
@@ -46,7 +46,7 @@ def test_a_ladder_read_waits_for_all_but_the_last_sub_block() -> None:
 
 def test_a_hybrid_stream_waits_once_for_each_reduction() -> None:
     link = CountingLink()
-    stream = Stream(torch.zeros(1), link)
+    stream = ResidualStream(torch.zeros(1), link)
     stream.add(torch.tensor([1.0]))
     assert stream.read(lag=0).item() == 2
     stream.add(torch.tensor([10.0]))
@@ -60,27 +60,36 @@ def test_a_hybrid_stream_waits_once_for_each_reduction() -> None:
 @pytest.mark.parametrize(
     ("residual", "message"),
     [
-        (Residual(scheme="ladder", ladder_layers=5), r"ladder_layers: expected layers 0 to 3, got"),
-        (Residual(scheme="ladder", ladder_layers=(1, 4)), r"expected layers 0 to 3, got \[4\]"),
-        (Residual(scheme="desync"), "reduce_after: expected a pair for each of 4 layers, got none"),
         (
-            Residual(scheme="desync", reduce_after=((True, False),) * 4, ranks=2),
+            ResidualScheme(scheme="ladder", ladder_layers=5),
+            r"ladder_layers: expected layers 0 to 3, got",
+        ),
+        (
+            ResidualScheme(scheme="ladder", ladder_layers=(1, 4)),
+            r"expected layers 0 to 3, got \[4\]",
+        ),
+        (
+            ResidualScheme(scheme="desync"),
+            "reduce_after: expected a pair for each of 4 layers, got none",
+        ),
+        (
+            ResidualScheme(scheme="desync", reduce_after=((True, False),) * 4, ranks=2),
             "reduce_after: expected the last MLP to reduce",
         ),
         (
-            Residual(scheme="desync", reduce_after=((True, True),) * 4, ranks=4),
+            ResidualScheme(scheme="desync", reduce_after=((True, True),) * 4, ranks=4),
             "ranks: a desync model is defined for one rank count, here 4; got 2",
         ),
     ],
 )
-def test_schemes_that_do_not_fit_are_refused(residual: Residual, message: str) -> None:
+def test_schemes_that_do_not_fit_are_refused(residual: ResidualScheme, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_layers(residual, 4, 2)
 
 
 def test_the_last_layers_or_a_list_read_late() -> None:
     def lags(which: int | tuple[int, ...] | None) -> list[int]:
-        residual = Residual(scheme="ladder", ladder_layers=which)
+        residual = ResidualScheme(scheme="ladder", ladder_layers=which)
         return [plan.lag for plan in plan_layers(residual, 4, 1)]
 
     assert [lags(None), lags(2), lags((0, 3)), lags(0)] == [

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ladderstitch.text.scheduler import block_manager
-from ladderstitch.text.scheduler.block_manager import BlockKey, BlockPool
+from ladderstitch.text.scheduler.block_manager import BlockKey, BlockManager
 
 BLOCKS, SIZE = 12, 2
 
@@ -17,7 +17,7 @@ class Pool(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(BLOCKS, SIZE)
+        self.pool = BlockManager(BLOCKS, SIZE)
         self.content: dict[int, tuple[int, ...]] = {}  # block -> all tokens up to its end
         self.held: list[list[int]] = []
 
@@ -67,7 +67,7 @@ TestPool = Pool.TestCase
 
 
 def test_a_prefix_is_found_by_its_own_scope_only() -> None:
-    pool = BlockPool(BLOCKS, SIZE)
+    pool = BlockManager(BLOCKS, SIZE)
     mine, others = pool.scope(("path 0", "me")), pool.scope(("path 0", "you"))
     taken = pool.take(2)
     assert taken is not None
@@ -82,7 +82,7 @@ def test_prefixes_whose_hashes_collide_are_not_taken_for_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(BlockKey, "__hash__", lambda self: 7)
-    pool = BlockPool(BLOCKS, SIZE)
+    pool = BlockManager(BLOCKS, SIZE)
     scope = pool.scope("everyone")
     taken = pool.take(3)
     assert taken is not None
@@ -94,7 +94,7 @@ def test_prefixes_whose_hashes_collide_are_not_taken_for_each_other(
 
 
 def test_the_longest_unused_is_forgotten_first() -> None:
-    pool = BlockPool(3, SIZE)
+    pool = BlockManager(3, SIZE)
     scope = pool.scope("everyone")
     for token in range(3):
         block = pool.take(1)
@@ -109,7 +109,7 @@ def test_the_longest_unused_is_forgotten_first() -> None:
 
 
 def test_neighbours_are_taken_where_they_are_free() -> None:
-    pool = BlockPool(8, SIZE)
+    pool = BlockManager(8, SIZE)
     assert pool.take(2) == [0, 1]
     first = pool.take(2, after=1)
     assert first == [2, 3]
@@ -118,7 +118,7 @@ def test_neighbours_are_taken_where_they_are_free() -> None:
 
 def test_scopes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_manager, "MOST_SCOPES", 2)
-    pool = BlockPool(BLOCKS, SIZE)
+    pool = BlockManager(BLOCKS, SIZE)
     held = pool.take(1)
     assert held is not None
     pool.remember(held[0], pool.scope("first"), [1, 2])

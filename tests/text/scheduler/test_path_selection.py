@@ -11,14 +11,20 @@ from ladderstitch.errors import (
     Overloaded,
     QualityUnavailable,
     RequestError,
-    StitchNotFound,
+    VariantNotFound,
 )
-from ladderstitch.scheduling.candidates import Menu
+from ladderstitch.scheduling.candidates import CandidateFilter
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile
 from ladderstitch.scheduling.requests import NO_BUDGET, GenerationRequest, TokenBudget
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.text.scheduler.planner import IDLE, LEAST_CHUNK, Load, choose_path, plan_step
-from ladderstitch.text.scheduler.sequence import TokenSequence
+from ladderstitch.text.scheduler.planner import (
+    IDLE,
+    LEAST_CHUNK,
+    SchedulerLoad,
+    choose_path,
+    plan_step,
+)
+from ladderstitch.text.scheduler.sequence import Sequence_
 from ladderstitch.text.scheduler.step_times import RELAXED_FIRST_S, StepTimes, due
 from ladderstitch.text.tokenizer import TextTokenizer
 from tests.support.language_models import write_tiny
@@ -38,11 +44,11 @@ PROFILE = LatencyProfile(
     date="",
     versions={},
     batch_sizes=(1, 100),
-    stitches={STANDARD: linear(0.049), LADDER: linear(0.019)},
+    variants={STANDARD: linear(0.049), LADDER: linear(0.019)},
 )
 TIMES = StepTimes(PROFILE, 0.0)
 QUALITY = {STANDARD: 0.6, LADDER: 0.5}
-MENU = Menu.of(QUALITY, PROFILE, SETTINGS)
+CANDIDATES = CandidateFilter.from_settings(QUALITY, PROFILE, SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +61,11 @@ def request(budget: TokenBudget = NO_BUDGET, tokens: int = 50, **fields: object)
     return GenerationRequest(tokens=(1,) * tokens, **(defaults | fields))  # type: ignore[arg-type] # by name
 
 
-def chosen(wanted: object, load: Load = IDLE, settings: SchedulerSettings = SETTINGS) -> int:
+def chosen(
+    wanted: object, load: SchedulerLoad = IDLE, settings: SchedulerSettings = SETTINGS
+) -> int:
     assert isinstance(wanted, GenerationRequest)
-    return choose_path(wanted, MENU, settings, TIMES, load, {}, now=100.0)
+    return choose_path(wanted, CANDIDATES, settings, TIMES, load, {}, now=100.0)
 
 
 @pytest.mark.parametrize(
@@ -80,23 +88,27 @@ def test_an_answer_takes_the_best_path_that_keeps_its_budget(
 
 
 def test_others_count() -> None:
-    busy = Load(sequences={STANDARD: 30}, unread={}, waiting=0)
+    busy = SchedulerLoad(sequences={STANDARD: 30}, unread={}, waiting=0)
     assert chosen(request(TokenBudget(per_token_s=0.06)), busy) == LADDER
     assert chosen(request(TokenBudget(per_token_s=0.12)), busy) == STANDARD
     alone = SchedulerSettings(policy="max_quality")
     assert chosen(request(TokenBudget(per_token_s=0.06)), busy, alone) == STANDARD
-    reading = Load(sequences={}, unread={STANDARD: 100}, waiting=1)
+    reading = SchedulerLoad(sequences={}, unread={STANDARD: 100}, waiting=1)
     assert chosen(request(TokenBudget(first_token_s=0.2)), reading) == LADDER
 
 
 @pytest.mark.parametrize(
     ("fields", "error", "metadata"),
     [
-        ({"stitch": 2}, StitchNotFound, {}),
+        ({"variant": 2}, VariantNotFound, {}),
         ({"min_quality": 0.61}, QualityUnavailable, {"max_quality": "0.600000"}),
-        ({"min_quality": 0.55, "stitch": LADDER}, QualityUnavailable, {}),
-        ({"limit": 100.068}, BudgetInfeasible, {"min_feasible_us": "69000"}),
-        ({"limit": 100.068, "min_quality": 0.6}, BudgetInfeasible, {"min_feasible_us": "99000"}),
+        ({"min_quality": 0.55, "variant": LADDER}, QualityUnavailable, {}),
+        ({"hard_deadline": 100.068}, BudgetInfeasible, {"min_feasible_us": "69000"}),
+        (
+            {"hard_deadline": 100.068, "min_quality": 0.6},
+            BudgetInfeasible,
+            {"min_feasible_us": "99000"},
+        ),
     ],
 )
 def test_what_no_path_can_do_is_refused(
@@ -108,17 +120,17 @@ def test_what_no_path_can_do_is_refused(
 
 
 def test_what_is_feasible_only_when_idle_is_overload() -> None:
-    reading = Load(sequences={}, unread={STANDARD: 100}, waiting=1)
+    reading = SchedulerLoad(sequences={}, unread={STANDARD: 100}, waiting=1)
     with pytest.raises(Overloaded, match="is expected in"):
-        chosen(request(limit=100.1), reading)
-    full = Load(sequences={}, unread={}, waiting=SETTINGS.queue_limit_requests)
+        chosen(request(hard_deadline=100.1), reading)
+    full = SchedulerLoad(sequences={}, unread={}, waiting=SETTINGS.queue_limit_requests)
     with pytest.raises(Overloaded, match="requests wait"):
         chosen(request(), full)
 
 
 def test_pins_and_floors() -> None:
     tight = TokenBudget(per_token_s=0.01)
-    assert chosen(request(tight, stitch=STANDARD)) == STANDARD
+    assert chosen(request(tight, variant=STANDARD)) == STANDARD
     assert chosen(request(tight, min_quality=0.6)) == STANDARD
 
 
@@ -135,9 +147,9 @@ def test_time_in_hand_is_kept_and_every_answer_is_paced() -> None:
 
 def sequence(
     tokenizer: TextTokenizer, wanted: object, path: int = STANDARD, *, decoding: bool = False
-) -> TokenSequence:
+) -> Sequence_:
     assert isinstance(wanted, GenerationRequest)
-    made = TokenSequence(wanted, path, "", None, tokenizer, ())
+    made = Sequence_(wanted, path, "", None, tokenizer, ())
     if decoding:
         made.computed = made.pending
         made.tokens.append(1)

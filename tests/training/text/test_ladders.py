@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from ladderstitch.cli.app import app
 from ladderstitch.errors import BundleError, ConfigError, DataError
 from ladderstitch.importers.fetch import add_paths, read_lazy_load
-from ladderstitch.text.bundle import LanguageBundle
-from ladderstitch.text.engine.rank_config import ModelJob
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.engine.rank_config import RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
-from ladderstitch.text.model.residual import Residual, plan_layers
+from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.weight_reader import DeltaWeights, MemoryWeights, check_delta
 from ladderstitch.text.model.weights import expected_shapes
 from ladderstitch.training.text.distil import LadderRecipe, adapt, delta_tensors, divergence
@@ -26,7 +26,7 @@ from ladderstitch.training.text.evaluate import windows
 from ladderstitch.training.text.trainable_llama import LowRank, TrainableLlama
 from tests.support.language_models import TINY, made_up_quality, random_tensors, write_tiny
 
-LADDER = Residual(scheme="ladder", ladder_layers=2)
+LADDER = ResidualScheme(scheme="ladder", ladder_layers=2)
 TOKENS = torch.arange(1, 25)[None]
 
 
@@ -45,19 +45,19 @@ def disturbed_adapters() -> dict[str, LowRank]:
 @pytest.mark.parametrize("ranks", [1, 2])
 async def test_ranks_serve_what_was_trained(tmp_path: Path, ranks: int) -> None:
     """Shared weights on the standard path, with the delta added on the ladder's."""
-    bundle = LanguageBundle.load(write_tiny(tmp_path / "tiny"))
+    bundle = TextBundle.load(write_tiny(tmp_path / "tiny"))
     adapters = disturbed_adapters()
     save_file(delta_tensors(adapters), tmp_path / "delta.safetensors")
     model = TrainableLlama(TINY, random_tensors(TINY))
     with torch.inference_mode():
-        standard = model.logits(TOKENS, plan_layers(Residual(), TINY.layers, 1))
+        standard = model.logits(TOKENS, plan_layers(ResidualScheme(), TINY.layers, 1))
         plans = plan_layers(LADDER, TINY.layers, 1)
         ladder = model.logits(TOKENS, plans, adapters)
-    job = ModelJob.of(
+    job = RankConfig.of(
         bundle,
         ranks=ranks,
-        cache_tokens=32,
-        paths=(Residual(), LADDER),
+        max_model_len=32,
+        paths=(ResidualScheme(), LADDER),
         deltas=(None, tmp_path / "delta.safetensors"),
     )
     group = RankGroup(job)
@@ -139,7 +139,7 @@ def test_retraining_brings_a_ladder_closer_to_its_standard_model(tmp_path: Path)
     assert len(rows) == 3 * 4096 // (8 * 32)
     first, last = rows[0]["divergence"], rows[-1]["divergence"]
     assert last < 0.8 * first
-    bundle = LanguageBundle.load(tmp_path / "out")
+    bundle = TextBundle.load(tmp_path / "out")
     assert [way.name for way in bundle.manifest.ways] == ["standard", "ladder-2"]
     assert bundle.quality is not None
     assert bundle.quality.metric == "next-token accuracy"
@@ -229,7 +229,7 @@ def test_a_family_is_added_to_a_bundle_or_refused(tmp_path: Path) -> None:
     (family / "quality.json").write_text(made_up_quality(2).model_dump_json())
     save_file(delta_tensors(disturbed_adapters()), family / "d.safetensors")
     add_paths(write_tiny(tmp_path / "tiny"), family)
-    bundle = LanguageBundle.load(tmp_path / "tiny")
+    bundle = TextBundle.load(tmp_path / "tiny")
     assert [way.name for way in bundle.manifest.ways] == ["standard", "ladder-2"]
     assert bundle.delta_files() == (None, bundle.path / "d.safetensors")
     (family / "quality.json").write_text(made_up_quality(1).model_dump_json())
@@ -237,4 +237,4 @@ def test_a_family_is_added_to_a_bundle_or_refused(tmp_path: Path) -> None:
         add_paths(write_tiny(tmp_path / "other"), family)
     (tmp_path / "tiny/d.safetensors").unlink()
     with pytest.raises(BundleError, match=r"d\.safetensors"):
-        LanguageBundle.load(tmp_path / "tiny")
+        TextBundle.load(tmp_path / "tiny")

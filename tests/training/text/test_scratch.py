@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ladderstitch.cli.app import app
-from ladderstitch.text.bundle import LanguageBundle
+from ladderstitch.text.bundle import TextBundle
 
 RECIPE = {
     "config": {
@@ -70,7 +70,7 @@ def test_both_schemes_learn_and_become_bundles(tmp_path: Path) -> None:
     found = json.loads((run / "pair.json").read_text())
     for name, loss in found["held_out_loss"].items():
         assert loss < 1.3  # a fair choice of two words is 0.69, of all tokens 5.7
-        bundle = LanguageBundle.load(run / name)
+        bundle = TextBundle.load(run / name)
         assert bundle.manifest.residual.scheme == name
     assert (run / "losses.png").stat().st_size > 1000
 
@@ -82,16 +82,16 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     from ladderstitch.training.text import scratch
 
     monkeypatch.setattr(scratch, "SAVE_STEPS", 50)
-    original, calls = scratch.Apprentice.learn, []
+    original, calls = scratch.SchemeRun.learn, []
 
-    def learn(self: scratch.Apprentice, *arguments: object) -> float:
+    def learn(self: scratch.SchemeRun, *arguments: object) -> float:
         calls.append(1)
         if len(calls) == 150:
             raise KeyboardInterrupt
         return original(self, *arguments)  # type: ignore[arg-type] # as they came
 
     with monkeypatch.context() as patched:
-        patched.setattr(scratch.Apprentice, "learn", learn)
+        patched.setattr(scratch.SchemeRun, "learn", learn)
         with pytest.raises(AssertionError):
             train(tmp_path, "stopped")
     stopped = train(tmp_path, "stopped")

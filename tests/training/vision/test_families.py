@@ -40,7 +40,7 @@ def accuracies(place: Path, bundle: Path) -> dict[int, float]:
     ladderstitch("calibrate", bundle, "--data", place, "--name", "toy test")
     quality = Bundle.load(bundle).quality
     assert quality is not None
-    return {stitch: score.value for stitch, score in quality.stitches.items()}
+    return {stitch: score.value for stitch, score in quality.variants.items()}
 
 
 def test_hierarchical_networks_are_trained_and_stitched(workplace: Path) -> None:

@@ -101,8 +101,8 @@ def test_the_commands_make_a_measured_family(workplace: Path) -> None:
     assert loaded.quality is not None
     assert loaded.latency is not None
     ids = {stitch.id for stitch in loaded.manifest.config.stitches()}
-    assert loaded.quality.stitches.keys() == loaded.latency.stitches.keys() == ids
-    for quality in loaded.quality.stitches.values():
+    assert loaded.quality.variants.keys() == loaded.latency.variants.keys() == ids
+    for quality in loaded.quality.variants.values():
         assert quality.low < quality.value <= quality.high
         assert quality.value > 0.9  # half of the images are bright on top: easy to learn
 
@@ -121,7 +121,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     wanted = load_file(make(workplace, "whole") / "weights.safetensors")
     save, name = loop._save, {"train": "anchor-1", "stitch": "family"}[stage]
 
-    def save_then_stop(run: loop.Run, epochs_done: int, *state: object) -> None:
+    def save_then_stop(run: loop.TrainingRun, epochs_done: int, *state: object) -> None:
         save(run, epochs_done, *state)  # type: ignore[arg-type] # passed through
         if run.name == name and epochs_done == 1:
             raise KeyboardInterrupt
@@ -139,14 +139,14 @@ def test_calibration_resumes(workplace: Path) -> None:
     ladderstitch("calibrate", bundle, "--data", workplace, "--name", "toy test")
     path = bundle / "quality.json"
     whole = json.loads(path.read_text())
-    marked = whole | {"stitches": dict(list(whole["stitches"].items())[:2])}
-    marked["stitches"]["0"] = {"value": 0.123, "low": 0.1, "high": 0.2}
+    marked = whole | {"variants": dict(list(whole["variants"].items())[:2])}
+    marked["variants"]["0"] = {"value": 0.123, "low": 0.1, "high": 0.2}
     path.write_text(json.dumps(marked))
     ladderstitch("calibrate", bundle, "--data", workplace, "--name", "toy test")
-    resumed = json.loads(path.read_text())["stitches"]
+    resumed = json.loads(path.read_text())["variants"]
     assert resumed["0"]["value"] == 0.123
     assert {k: v for k, v in resumed.items() if k != "0"} == {
-        k: v for k, v in whole["stitches"].items() if k != "0"
+        k: v for k, v in whole["variants"].items() if k != "0"
     }
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ladderstitch.vision.models.cost import stitch_cost
 from ladderstitch.vision.models.efficientnet import EfficientNetLiteConfig, SameConv
-from ladderstitch.vision.models.executor import InferenceModel
+from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.route import Segment
 from ladderstitch.vision.models.snnet_staged import StagedConfig
 from ladderstitch.vision.models.vit import InputShape
@@ -60,7 +60,7 @@ def test_folding_changes_nothing() -> None:
     with torch.inference_mode():
         before = [model(images, stitch.id) for stitch in model.stitches]
         model.fold_batch_norm()
-        serving = InferenceModel(model)
+        serving = StitchExecutor(model)
         for stitch, expected in zip(model.stitches, before, strict=True):
             difference = (serving(images, stitch.id) - expected).abs().max()
             assert difference < 1e-4 * expected.abs().max().clamp(min=1)

@@ -12,12 +12,12 @@ from torch import nn
 from ladderstitch.errors import BundleError, ConfigError
 from ladderstitch.importers.stitched_families import import_model, read_config
 from ladderstitch.vision.models.cost import stitch_cost
-from ladderstitch.vision.models.executor import InferenceModel
+from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.levit import LevitConfig
 from ladderstitch.vision.models.resnet import ResNetConfig
 from ladderstitch.vision.models.route import Segment, Stitch
 from ladderstitch.vision.models.snnet_staged import StagedConfig, layer_count, stage_stitches
-from ladderstitch.vision.models.stitched import StitchedModel, Trunk
+from ladderstitch.vision.models.stitched import Backbone, StitchedModel
 from ladderstitch.vision.models.swin import Swin
 from ladderstitch.vision.models.vit import Vit
 from tests.conftest import GOLDEN
@@ -169,7 +169,7 @@ def test_folded_normalisation_changes_nothing(name: str) -> None:
     with torch.inference_mode():
         before = [model(images, stitch.id) for stitch in model.stitches]
         model.fold_batch_norm()
-        serving = InferenceModel(model)
+        serving = StitchExecutor(model)
         for stitch, expected in zip(model.stitches, before, strict=True):
             scale = expected.abs().max().clamp(min=1.0)
             assert (serving(images, stitch.id) - expected).abs().max() / scale < 1e-4
@@ -229,5 +229,5 @@ def test_a_trunk_runs_whole() -> None:
     model = shaken(read_config("snnet-swin", SHEETS["snnet_swin"]["config"]))
     images = torch.randn(2, 3, 128, 128)
     trunk = model.trunks()[1]
-    assert isinstance(trunk, Trunk)
+    assert isinstance(trunk, Backbone)
     torch.testing.assert_close(trunk(images), model(images, 1))

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from ladderstitch.vision.models.executor import InferenceModel
+from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.vit import ConvStem, InputShape, Vit, VitConfig
 from tests.conftest import tiny_config
 
@@ -15,7 +15,7 @@ from tests.conftest import tiny_config
 def test_serving_form_equals_the_modules_on_every_stitch() -> None:
     torch.manual_seed(1)
     model = tiny_config().build().eval()
-    serving, images = InferenceModel(model), torch.randn(3, 1, 8, 8)
+    serving, images = StitchExecutor(model), torch.randn(3, 1, 8, 8)
     with torch.inference_mode():
         for stitch in model.stitches:
             torch.testing.assert_close(serving(images, stitch.id), model(images, stitch.id))
@@ -23,7 +23,7 @@ def test_serving_form_equals_the_modules_on_every_stitch() -> None:
 
 def test_batching_does_not_change_answers() -> None:
     torch.manual_seed(2)
-    model = InferenceModel(tiny_config().build().eval())
+    model = StitchExecutor(tiny_config().build().eval())
     images = torch.randn(5, 1, 8, 8)
     with torch.inference_mode():
         together = model(images, 4)
@@ -34,7 +34,7 @@ def test_batching_does_not_change_answers() -> None:
 def test_concurrent_stitches_do_not_disturb_each_other() -> None:
     torch.manual_seed(3)
     model = tiny_config().build().eval().requires_grad_(False)
-    serving, images = InferenceModel(model), torch.randn(2, 1, 8, 8)
+    serving, images = StitchExecutor(model), torch.randn(2, 1, 8, 8)
     ids = [stitch.id for stitch in model.stitches] * 20
     expected = {stitch: serving(images, stitch) for stitch in set(ids)}
     with ThreadPoolExecutor(4) as pool:
@@ -49,7 +49,7 @@ def test_stitches_share_every_weight() -> None:
     parts += sum(p.numel() for p in model.stitch_layers.parameters())
     assert parameters == parts
     before = {p.data_ptr() for p in model.parameters()}
-    InferenceModel(model.requires_grad_(False))
+    StitchExecutor(model.requires_grad_(False))
     assert {p.data_ptr() for p in model.parameters()} == before
 
 

@@ -45,10 +45,10 @@ def test_rows_and_removal() -> None:
     requests = [make_request(5.0, rows=2), make_request(5.0, rows=3), make_request(4.0)]
     for request in requests:
         queue.add(request)
-    assert (len(queue), queue.rows) == (3, 6)
+    assert (len(queue), queue.num_images) == (3, 6)
     queue.remove(requests[0])
     assert list(queue.view) == [requests[2], requests[1]]
-    assert queue.rows == 4
+    assert queue.num_images == 4
     with pytest.raises(ValueError, match="not in list"):
         queue.remove(requests[0])
 
@@ -66,8 +66,8 @@ def test_only_what_is_past_its_limit_expires() -> None:
 
 def test_rows_before_counts_what_is_due_earlier() -> None:
     queue = DeadlineQueue(0.0)
-    assert queue.rows_before(make_request(5.0)) == 0
+    assert queue.images_before(make_request(5.0)) == 0
     for target in (1.0, 2.0, 3.0, 4.0):
         queue.add(make_request(target, rows=2))
-    assert queue.rows_before(make_request(2.5)) == 4
-    assert queue.rows_before(make_request(9.0)) == 8
+    assert queue.images_before(make_request(2.5)) == 4
+    assert queue.images_before(make_request(9.0)) == 8

@@ -13,21 +13,21 @@ from typing import Any
 import pytest
 
 from ladderstitch.errors import (
-    BadInput,
     BudgetInfeasible,
     Draining,
     EngineRestarting,
     ExpiredInCompute,
     ExpiredInQueue,
     InternalError,
+    InvalidArgument,
     Overloaded,
     QualityUnavailable,
     RequestError,
-    StitchNotFound,
+    VariantNotFound,
 )
 from ladderstitch.scheduling.requests import Completion, Pixels
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.telemetry.metrics import ImageMetrics, Metrics
+from ladderstitch.telemetry.metrics import Metrics, VisionMetrics
 from ladderstitch.vision.engine.base import EngineDied, EngineResult
 from ladderstitch.vision.scheduler.policies.base import Decision
 from ladderstitch.vision.scheduler.scheduler import Scheduler
@@ -52,7 +52,7 @@ class Bench:
             QUALITY,
             make_profile(),
             SchedulerSettings.model_validate({"policy": "max_quality"} | settings),
-            ImageMetrics(self.metrics, "m", QUALITY),
+            VisionMetrics(self.metrics, "m", QUALITY),
             clock,
         )
 
@@ -85,7 +85,7 @@ async def test_each_gets_its_own_rows_of_the_batch(clock: FakeClock) -> None:
     bench.engine.gate.set()
     answers = await asyncio.gather(*tasks)
     assert [answer.logits[:, 1].tolist() for answer in answers] == [[0], [1], [2, 2], [3, 3, 3]]
-    assert [answer.batch_rows for answer in answers[1:]] == [6, 6, 6]
+    assert [answer.batch_size for answer in answers[1:]] == [6, 6, 6]
     assert {answer.quality for answer in answers} == {0.9}
     await bench.scheduler.close()
 
@@ -93,10 +93,10 @@ async def test_each_gets_its_own_rows_of_the_batch(clock: FakeClock) -> None:
 @pytest.mark.parametrize(
     ("wishes", "error", "metadata"),
     [
-        ({"rows": 9}, BadInput, {"field": "images"}),
-        ({"stitch": 77}, StitchNotFound, {"stitch_id": "77"}),
+        ({"rows": 9}, InvalidArgument, {"field": "images"}),
+        ({"variant": 77}, VariantNotFound, {"variant_id": "77"}),
         ({"min_quality": 0.95}, QualityUnavailable, {"max_quality": "0.900000"}),
-        ({"stitch": 0, "min_quality": 0.8}, QualityUnavailable, {"max_quality": "0.700000"}),
+        ({"variant": 0, "min_quality": 0.8}, QualityUnavailable, {"max_quality": "0.700000"}),
         ({"budget_s": 0.0004, "hard": True}, BudgetInfeasible, {"min_feasible_us": "1700"}),
         (
             {"budget_s": 0.005, "hard": True, "min_quality": 0.9},
@@ -116,15 +116,15 @@ async def test_what_cannot_be_is_refused_at_once(
         await bench.submit(0, **wishes)  # type: ignore[arg-type] # passed through
     assert refused.value.metadata == metadata
     assert bench.engine.calls == []
-    assert bench.count("requests_total", model="m", stitch="none", code=error.code) == 1
+    assert bench.count("requests_total", model="m", variant="none", code=error.code) == 1
     await bench.scheduler.close()
 
 
 async def test_a_soft_budget_that_nothing_makes_is_answered_late(clock: FakeClock) -> None:
     bench = Bench(clock)
     answer = await bench.submit(0, 0.0001)
-    assert answer.stitch == 0
-    assert bench.count("budget_total", model="m", met="false") == 1
+    assert answer.variant == 0
+    assert bench.count("slo_requests_total", model="m", met="false") == 1
     await bench.scheduler.close()
 
 
@@ -189,7 +189,7 @@ async def test_a_caller_that_leaves_frees_its_place(clock: FakeClock) -> None:
     assert (await queued).logits[0, 1] == 1
     await bench.scheduler.drain()
     assert sum(rows for _, rows in bench.engine.calls) <= 2
-    assert bench.count("requests_total", model="m", stitch="none", code="CANCELLED") == 2
+    assert bench.count("requests_total", model="m", variant="none", code="CANCELLED") == 2
     await bench.scheduler.close()
 
 
@@ -197,7 +197,7 @@ async def test_a_lost_engine_is_retried_once(clock: FakeClock) -> None:
     bench = Bench(clock)
     deaths = iter([True, False])
 
-    def die_once(images: Sequence[Pixels], stitch: int) -> None:
+    def die_once(images: Sequence[Pixels], variant: int) -> None:
         if next(deaths, False):
             raise EngineDied("killed")
 
@@ -205,7 +205,7 @@ async def test_a_lost_engine_is_retried_once(clock: FakeClock) -> None:
     assert (await bench.submit(7)).logits[0, 1] == 7
     assert len(bench.engine.calls) == 2
 
-    def die_always(images: Sequence[Pixels], stitch: int) -> None:
+    def die_always(images: Sequence[Pixels], variant: int) -> None:
         raise EngineDied("killed")
 
     bench.engine.script = die_always
@@ -295,7 +295,7 @@ async def test_a_lost_engine_before_a_bad_batch_does_not_cost_the_innocent(
     bench.engine.gate = asyncio.Event()
     troubles = iter([None, EngineDied("killed"), InternalError("bad batch")])
 
-    def trouble(images: Sequence[Pixels], stitch: int) -> None:
+    def trouble(images: Sequence[Pixels], variant: int) -> None:
         error = next(troubles, None)
         if error is not None:
             raise error
@@ -313,12 +313,12 @@ async def test_a_lost_engine_before_a_bad_batch_does_not_cost_the_innocent(
 
 
 async def test_the_fixed_stitch_decides_what_is_feasible(clock: FakeClock) -> None:
-    bench = Bench(clock, policy="fixed", stitch=2)
+    bench = Bench(clock, policy="fixed", fixed_variant=2)
     with pytest.raises(BudgetInfeasible) as refused:
         await bench.submit(0, 0.004, hard=True)
     assert refused.value.metadata == {"min_feasible_us": "10100"}
-    assert bench.scheduler.check_budget(0.004).idle_stitch is None
-    assert bench.scheduler.check_budget(0.02).idle_stitch == 2
+    assert bench.scheduler.check_budget(0.004).idle_variant is None
+    assert bench.scheduler.check_budget(0.02).idle_variant == 2
     await bench.scheduler.close()
 
 
@@ -350,8 +350,8 @@ async def test_a_caller_that_leaves_in_the_turn_of_its_answer_is_counted_once(
     bench.engine.result = leave
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert bench.count("requests_total", model="m", stitch="2", code="OK") == 1
-    assert bench.count("requests_total", model="m", stitch="none", code="CANCELLED") == 0
+    assert bench.count("requests_total", model="m", variant="2", code="OK") == 1
+    assert bench.count("requests_total", model="m", variant="none", code="CANCELLED") == 0
     await bench.scheduler.close()
 
 
@@ -361,7 +361,7 @@ async def test_one_bad_request_fails_alone(
     bench = Bench(clock)
     bench.engine.gate = asyncio.Event()
 
-    def poisoned(images: Sequence[Pixels], stitch: int) -> None:
+    def poisoned(images: Sequence[Pixels], variant: int) -> None:
         if any(request[0, 0, 0, 0] == 13 for request in images):
             raise InternalError("bad batch")
 
@@ -386,26 +386,27 @@ async def test_settings_change_between_batches_without_losing_a_request(clock: F
     await settle()
     tasks += [bench.submit(i) for i in range(1, 20)]
     await settle()
-    bench.scheduler.configure(SchedulerSettings(policy="fixed", stitch=0))
+    bench.scheduler.configure(SchedulerSettings(policy="fixed", fixed_variant=0))
     bench.engine.gate.set()
     answers = await asyncio.gather(*tasks)
-    assert Counter(answer.stitch for answer in answers) == {2: 1, 0: 19}
-    bench.scheduler.configure(SchedulerSettings(pinned_stitch=3))
-    assert (await bench.submit(0)).stitch == 3
+    assert Counter(answer.variant for answer in answers) == {2: 1, 0: 19}
+    bench.scheduler.configure(SchedulerSettings(pinned_variant=3))
+    assert (await bench.submit(0)).variant == 3
     bench.scheduler.configure(SchedulerSettings(min_quality=0.8))
-    assert (await bench.submit(0, 0.0001)).stitch == 1
+    assert (await bench.submit(0, 0.0001)).variant == 1
     await bench.scheduler.close()
 
 
 @pytest.mark.parametrize(
-    "fields", [{"pinned_stitch": 9}, {"policy": "fixed", "stitch": 9}, {"min_quality": 0.99}]
+    "fields",
+    [{"pinned_variant": 9}, {"policy": "fixed", "fixed_variant": 9}, {"min_quality": 0.99}],
 )
 async def test_settings_that_do_not_fit_the_model_are_refused(
     clock: FakeClock, fields: dict[str, object]
 ) -> None:
     bench = Bench(clock)
     before = bench.scheduler.settings
-    with pytest.raises(BadInput):
+    with pytest.raises(InvalidArgument):
         bench.scheduler.configure(SchedulerSettings.model_validate(fields))
     assert bench.scheduler.settings is before
     await bench.scheduler.close()
@@ -416,7 +417,7 @@ async def test_a_floor_raised_too_high_for_a_waiting_request_still_answers_it(
 ) -> None:
     bench = Bench(clock)
     bench.engine.gate = asyncio.Event()
-    tasks = [bench.submit(0), bench.submit(1, stitch=0)]
+    tasks = [bench.submit(0), bench.submit(1, variant=0)]
     await settle()
     bench.scheduler.configure(SchedulerSettings(policy="max_quality", min_quality=0.9))
     bench.engine.gate.set()
@@ -453,8 +454,8 @@ async def test_close_ends_what_is_left(clock: FakeClock) -> None:
 async def test_check_budget_counts_the_load(clock: FakeClock) -> None:
     bench = Bench(clock)
     idle = bench.scheduler.check_budget(0.0045, 0.0)
-    assert (idle.now_stitch, idle.idle_stitch, idle.wait_s) == (1, 1, 0.0)
-    assert bench.scheduler.check_budget(0.0045, 0.85).now_stitch is None
+    assert (idle.now_variant, idle.idle_variant, idle.wait_s) == (1, 1, 0.0)
+    assert bench.scheduler.check_budget(0.0045, 0.85).now_variant is None
     assert bench.scheduler.check_budget(None, 0.85).smallest_idle_s == pytest.approx(0.0101)
     with pytest.raises(QualityUnavailable):
         bench.scheduler.check_budget(1.0, 0.95)
@@ -462,8 +463,8 @@ async def test_check_budget_counts_the_load(clock: FakeClock) -> None:
     tasks = [bench.submit(i) for i in range(17)]
     await settle()
     busy = bench.scheduler.check_budget(0.0045, 0.0)
-    assert busy.now_stitch is None
-    assert busy.idle_stitch == 1
+    assert busy.now_variant is None
+    assert busy.idle_variant == 1
     assert busy.smallest_now_s > busy.smallest_idle_s
     bench.engine.gate.set()
     await asyncio.gather(*tasks)
@@ -477,7 +478,7 @@ async def test_every_request_ends_exactly_once(clock: FakeClock, name: str, seed
     rng = random.Random(seed)
     bench = Bench(clock, policy=name)
 
-    def trouble(images: Sequence[Pixels], stitch: int) -> None:
+    def trouble(images: Sequence[Pixels], variant: int) -> None:
         dice = rng.random()
         if dice < 0.05:
             raise EngineDied("killed")
@@ -493,7 +494,7 @@ async def test_every_request_ends_exactly_once(clock: FakeClock, name: str, seed
             rng.choice(tasks).cancel()
         if rng.random() < 0.05:
             pinned = rng.choice([None, 1, 4])
-            bench.scheduler.configure(SchedulerSettings(policy=name, pinned_stitch=pinned))  # type: ignore[arg-type] # parametrised
+            bench.scheduler.configure(SchedulerSettings(policy=name, pinned_variant=pinned))  # type: ignore[arg-type] # parametrised
         if rng.random() < 0.4:
             clock.now += rng.random() * 0.003
             await settle()
@@ -513,7 +514,7 @@ async def test_every_request_ends_exactly_once(clock: FakeClock, name: str, seed
         if sample.name == "ladderstitch_requests_total"
     )
     never_ran = sum(isinstance(end, asyncio.CancelledError) for end in ends) - bench.count(
-        "requests_total", model="m", stitch="none", code="CANCELLED"
+        "requests_total", model="m", variant="none", code="CANCELLED"
     )
     assert never_ran >= 0  # tasks cancelled before their first step, so never submitted
     assert ended == len(ends) - never_ran

@@ -6,11 +6,11 @@ import math
 from contextlib import aclosing
 
 from ladderstitch.api.deadlines import (
-    Deadline,
+    LatencyBudget,
     Metadata,
     arrival_and_deadline,
     call_deadlines,
-    resolve_budget,
+    resolve_deadlines,
     seconds_from_us,
     token_budgets,
 )
@@ -23,15 +23,15 @@ from ladderstitch.api.validation import (
     fitting,
     tokenise,
 )
-from ladderstitch.errors import BadInput, RequestError
-from ladderstitch.hosting.registry import Host, HostedGenerator
-from ladderstitch.hosting.streaming import Account, answer
+from ladderstitch.errors import InvalidArgument, RequestError
+from ladderstitch.hosting.registry import ModelRegistry, TextModel
+from ladderstitch.hosting.streaming import GenerationUsage, answer
 from ladderstitch.scheduling.profiles import QualityTable
 from ladderstitch.scheduling.requests import (
     GenerationRequest,
-    Piece,
     Sampling,
     TokenBudget,
+    TokenChunk,
 )
 from ladderstitch.security.tokens import tenant_of
 from ladderstitch.v1 import generation_pb2 as pb
@@ -41,15 +41,15 @@ FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
-    def __init__(self, host: Host) -> None:
-        self.host = host
+    def __init__(self, registry: ModelRegistry) -> None:
+        self.registry = registry
 
     @statuses
     async def Generate(  # type: ignore[override] # grpc.aio takes coroutines that write, too
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
         arrival, remaining_s = arrival_and_deadline(context)
-        model = self.host.generator(request.model_name, request.model_version)
+        model = self.registry.text_model(request.model_name, request.model_version)
         try:
             accepted = accept(request, model, arrival, remaining_s, context.invocation_metadata())
         except RequestError as error:
@@ -61,25 +61,27 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 if account is not None:
                     response.finish_reason = FINISH[piece.finish or "stop"]
                     response.accounting.CopyFrom(
-                        _accounting(model, accepted, piece, account, self.host.replica)
+                        _accounting(model, accepted, piece, account, self.registry.replica)
                     )
                 await context.write(response)
 
 
 def accept(
     request: pb.GenerateRequest,
-    model: HostedGenerator,
+    model: TextModel,
     arrival: float,
     remaining_s: float | None,
     metadata: Metadata,
 ) -> GenerationRequest:
-    """The request as the generator takes it; raises `BadInput` naming the field that is wrong."""
+    """The request as the generator takes it; raises `InvalidArgument` naming the field that is wrong."""
     checked_id("request_id", request.request_id)
     if len(request.stop) > MAX_STOPS:
-        raise BadInput("stop", f"expected at most {MAX_STOPS} texts, got {len(request.stop)}")
+        raise InvalidArgument(
+            "stop", f"expected at most {MAX_STOPS} texts, got {len(request.stop)}"
+        )
     wanted, limit = _budgets(request, arrival, remaining_s, metadata)
     tokens = _prompt(request, model)
-    left = model.generator.max_tokens - len(tokens)
+    left = model.scheduler.max_tokens - len(tokens)
     return GenerationRequest(
         tokens=tokens,
         arrival=arrival,
@@ -93,10 +95,10 @@ def accept(
             seed=request.seed if request.HasField("seed") else None,
         ),
         stop=tuple(request.stop),
-        limit=limit,
+        hard_deadline=limit,
         budget=wanted,
         min_quality=checked_quality(request.min_quality),
-        stitch=request.stitch_id if request.HasField("stitch_id") else None,
+        variant=request.variant_id if request.HasField("variant_id") else None,
         logprobs=request.logprobs if request.HasField("logprobs") else None,
         tenant=tenant_of(metadata),
     )
@@ -112,29 +114,29 @@ def _budgets(
     deadlines = call_deadlines(remaining_s, metadata, None)
     if request.HasField("latency_budget_us"):
         seconds = seconds_from_us("latency_budget_us", request.latency_budget_us)
-        deadlines.append(Deadline(seconds, "latency_budget_us", request.hard_deadline))
+        deadlines.append(LatencyBudget(seconds, "latency_budget_us", request.hard_deadline))
     elif request.hard_deadline:
-        raise BadInput("hard_deadline", "expected latency_budget_us to be set along with it")
-    resolved = resolve_budget(arrival, deadlines)
+        raise InvalidArgument("hard_deadline", "expected latency_budget_us to be set along with it")
+    resolved = resolve_deadlines(arrival, deadlines)
     first_s, token_s = token_budgets(metadata)
     if request.HasField("first_token_budget_us"):
         field = "first_token_budget_us"
         first_s = min(first_s, seconds_from_us(field, request.first_token_budget_us))
     if request.HasField("token_budget_us"):
         token_s = min(token_s, seconds_from_us("token_budget_us", request.token_budget_us))
-    return TokenBudget(first_s, token_s, resolved.target - arrival), resolved.limit
+    return TokenBudget(first_s, token_s, resolved.soft - arrival), resolved.hard
 
 
-def _prompt(request: pb.GenerateRequest, model: HostedGenerator) -> tuple[int, ...]:
+def _prompt(request: pb.GenerateRequest, model: TextModel) -> tuple[int, ...]:
     match request.WhichOneof("prompt"):
         case "text":
             return tokenise(request.text, model, "text")
         case "tokens":
             return fitting(tuple(request.tokens.ids), model)
-    raise BadInput("prompt", "expected text or tokens to be set")
+    raise InvalidArgument("prompt", "expected text or tokens to be set")
 
 
-def _response(request_id: str, piece: Piece) -> pb.GenerateResponse:
+def _response(request_id: str, piece: TokenChunk) -> pb.GenerateResponse:
     return pb.GenerateResponse(
         index=piece.index,
         token_id=piece.token,
@@ -149,10 +151,10 @@ def _response(request_id: str, piece: Piece) -> pb.GenerateResponse:
 
 
 def _accounting(
-    model: HostedGenerator,
+    model: TextModel,
     request: GenerationRequest,
-    last: Piece,
-    account: Account,
+    last: TokenChunk,
+    account: GenerationUsage,
     replica: str,
 ) -> pb.GenerationAccounting:
     wanted, quality = request.budget, last.answer.quality
@@ -170,7 +172,7 @@ def _accounting(
         token_budget_us=_microseconds(wanted.per_token_s),
         token_budget_met=account.token_met,
         path=last.answer.name,
-        stitch_id=last.answer.path,
+        variant_id=last.answer.path,
         quality=quality.value if quality else None,
         perplexity=quality.perplexity if quality else None,
         quality_metric=quality_metric(model.bundle.quality),
@@ -188,17 +190,17 @@ def quality_metric(table: QualityTable | None) -> str:
     return f"{table.metric} on {table.data}" if table else ""
 
 
-def describe_language_model(model: HostedGenerator, ready: bool) -> inference_pb2.GetModelResponse:
+def describe_language_model(model: TextModel, ready: bool) -> inference_pb2.GetModelResponse:
     """For `InferenceService.GetModel`, which describes models of every kind."""
-    manifest, generator = model.bundle.manifest, model.generator
+    manifest, generator = model.bundle.manifest, model.scheduler
     table = model.bundle.quality
     paths = [
-        inference_pb2.LanguagePath(
-            stitch_id=number,
+        inference_pb2.TextVariant(
+            variant_id=number,
             name=path.name,
             residual=path.residual.scheme,
-            quality=table.stitches[number].value if table else None,
-            perplexity=table.stitches[number].perplexity if table else None,
+            quality=table.variants[number].value if table else None,
+            perplexity=table.variants[number].perplexity if table else None,
             planned_token_us=round(1e6 * generator.times.expected(number, 1)),
         )
         for number, path in enumerate(manifest.ways)
@@ -209,14 +211,14 @@ def describe_language_model(model: HostedGenerator, ready: bool) -> inference_pb
         ready=ready,
         origin=manifest.origin,
         licence=manifest.licence,
-        language=inference_pb2.LanguageModel(
-            context_tokens=generator.max_tokens,
+        language=inference_pb2.TextModel(
+            max_model_len=generator.max_tokens,
             vocabulary_size=manifest.config.vocab_size,
             layers=manifest.config.layers,
             residual=manifest.ways[0].residual.scheme,
-            ranks=generator.group.job.ranks,
+            tensor_parallel_size=generator.group.job.ranks,
             paths=paths,
             quality_metric=quality_metric(table),
-            cache_tokens=generator.pool.blocks * generator.pool.block_tokens,
+            kv_cache_tokens=generator.pool.blocks * generator.pool.block_tokens,
         ),
     )

@@ -6,17 +6,17 @@ import math
 import time
 
 from ladderstitch.api.deadlines import (
-    Deadline,
+    LatencyBudget,
     arrival_and_deadline,
     call_deadlines,
-    resolve_budget,
+    resolve_deadlines,
     seconds_from_us,
 )
 from ladderstitch.api.native.generation import describe_language_model
 from ladderstitch.api.status import Context, statuses
 from ladderstitch.api.validation import checked_id, checked_priority, checked_quality
-from ladderstitch.errors import BadInput, RequestError
-from ladderstitch.hosting.registry import Host, HostedGenerator, HostedModel
+from ladderstitch.errors import InvalidArgument, RequestError
+from ladderstitch.hosting.registry import ModelRegistry, TextModel, VisionModel
 from ladderstitch.scheduling.profiles import Quality
 from ladderstitch.scheduling.requests import Completion, Logits, Pixels, Request
 from ladderstitch.v1 import inference_pb2 as pb
@@ -33,13 +33,13 @@ SOURCES = {
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
-    def __init__(self, host: Host) -> None:
-        self.host = host
+    def __init__(self, registry: ModelRegistry) -> None:
+        self.registry = registry
 
     @statuses
     async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:
         arrival, remaining_s = arrival_and_deadline(context)
-        model = self.host.model(request.model_name, request.model_version)
+        model = self.registry.vision_model(request.model_name, request.model_version)
         try:
             deadlines = call_deadlines(
                 remaining_s,
@@ -54,7 +54,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return self._answer(request.request_id, model, accepted, completion)
 
     def _answer(
-        self, request_id: str, model: HostedModel, request: Request, completion: Completion
+        self, request_id: str, model: VisionModel, request: Request, completion: Completion
     ) -> pb.InferResponse:
         table = model.bundle.quality
         assert table is not None, "a replica hosts only calibrated bundles"
@@ -64,22 +64,22 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             request_id=request_id,
             predictions=predictions(completion.logits, model.bundle.manifest.labels),
             accounting=pb.Accounting(
-                stitch_id=completion.stitch,
-                stitch_name=model.stitches[completion.stitch].name,
+                variant_id=completion.variant,
+                variant_name=model.variants[completion.variant].name,
                 quality=completion.quality,
                 quality_metric=table.metric,
                 quality_data=table.data,
                 queue_us=round(1e6 * completion.queue_s),
                 compute_us=round(1e6 * completion.compute_s),
-                batch_size=completion.batch_rows,
-                replica=self.host.replica,
+                batch_size=completion.batch_size,
+                replica=self.registry.replica,
             ),
         )
         accounting, now = response.accounting, time.monotonic()
-        if request.budget.target != math.inf:
-            accounting.budget_us = round(1e6 * (request.budget.target - request.arrival))
-            accounting.budget_source = SOURCES[request.budget.target_source]
-            accounting.budget_met = now <= request.budget.target
+        if request.deadlines.soft != math.inf:
+            accounting.budget_us = round(1e6 * (request.deadlines.soft - request.arrival))
+            accounting.budget_source = SOURCES[request.deadlines.soft_source]
+            accounting.budget_met = now <= request.deadlines.soft
         accounting.total_us = round(1e6 * (now - request.arrival))
         return response
 
@@ -92,19 +92,19 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 pb.ModelSummary(
                     name=model.name,
                     version=model.version,
-                    ready=self.host.serving,
-                    stitches=len(model.stitches) if isinstance(model, HostedModel) else 1,
-                    generates_text=isinstance(model, HostedGenerator),
+                    ready=self.registry.serving,
+                    variants=len(model.variants) if isinstance(model, VisionModel) else 1,
+                    generates_text=isinstance(model, TextModel),
                 )
-                for model in self.host.everything.values()
+                for model in self.registry.models_by_name.values()
             ]
         )
 
     @statuses
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
-        hosted = self.host.find(request.model_name, request.model_version)
-        ready = self.host.serving
-        if isinstance(hosted, HostedGenerator):
+        hosted = self.registry.find(request.model_name, request.model_version)
+        ready = self.registry.serving
+        if isinstance(hosted, TextModel):
             return describe_language_model(hosted, ready)
         return _describe_image_model(hosted, ready)
 
@@ -112,13 +112,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def CheckBudget(
         self, request: pb.CheckBudgetRequest, context: Context
     ) -> pb.CheckBudgetResponse:
-        model = self.host.model(request.model_name, request.model_version)
+        model = self.registry.vision_model(request.model_name, request.model_version)
         given = request.HasField("latency_budget_us")
         seconds = seconds_from_us("latency_budget_us", request.latency_budget_us) if given else None
         check = model.scheduler.check_budget(seconds, checked_quality(request.min_quality))
         return pb.CheckBudgetResponse(
-            now=_offer(model, check.now_stitch),
-            idle=_offer(model, check.idle_stitch),
+            now=_offer(model, check.now_variant),
+            idle=_offer(model, check.idle_variant),
             smallest_budget_now_us=math.ceil(1e6 * check.smallest_now_s),
             smallest_budget_idle_us=math.ceil(1e6 * check.smallest_idle_s),
             waiting_us=round(1e6 * check.wait_s),
@@ -127,28 +127,28 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
 async def _accept(
     request: pb.InferRequest,
-    model: HostedModel,
+    model: VisionModel,
     arrival: float,
-    deadlines: list[Deadline],
+    deadlines: list[LatencyBudget],
 ) -> Request:
-    """The request as the scheduler takes it; raises `BadInput` naming the field that is wrong."""
+    """The request as the scheduler takes it; raises `InvalidArgument` naming the field that is wrong."""
     if request.HasField("latency_budget_us"):
         seconds = seconds_from_us("latency_budget_us", request.latency_budget_us)
-        deadlines.append(Deadline(seconds, "latency_budget_us", request.hard_deadline))
+        deadlines.append(LatencyBudget(seconds, "latency_budget_us", request.hard_deadline))
     elif request.hard_deadline:
-        raise BadInput("hard_deadline", "expected latency_budget_us to be set along with it")
+        raise InvalidArgument("hard_deadline", "expected latency_budget_us to be set along with it")
     return Request(
         id=checked_id("request_id", request.request_id),
         images=await _images(request, model),
         arrival=arrival,
-        budget=resolve_budget(arrival, deadlines),
+        deadlines=resolve_deadlines(arrival, deadlines),
         min_quality=checked_quality(request.min_quality),
-        stitch=request.stitch_id if request.HasField("stitch_id") else None,
+        variant=request.variant_id if request.HasField("variant_id") else None,
         priority=checked_priority(request.priority),
     )
 
 
-async def _images(request: pb.InferRequest, model: HostedModel) -> Pixels:
+async def _images(request: pb.InferRequest, model: VisionModel) -> Pixels:
     match request.WhichOneof("input"):
         case "tensor":
             tensor = request.tensor
@@ -156,7 +156,7 @@ async def _images(request: pb.InferRequest, model: HostedModel) -> Pixels:
             return model.reader.tensor("tensor", datatype, tensor.shape, tensor.data)
         case "encoded_image":
             return await model.reader.encoded("encoded_image", request.encoded_image)
-    raise BadInput("input", "expected tensor or encoded_image to be set")
+    raise InvalidArgument("input", "expected tensor or encoded_image to be set")
 
 
 def predictions(logits: Logits, labels: tuple[str, ...]) -> list[pb.Prediction]:
@@ -182,7 +182,7 @@ def _top(row: list[float], order: list[int], labels: tuple[str, ...]) -> list[pb
     ]
 
 
-def _describe_image_model(model: HostedModel, ready: bool) -> pb.GetModelResponse:
+def _describe_image_model(model: VisionModel, ready: bool) -> pb.GetModelResponse:
     manifest, table = model.bundle.manifest, model.bundle.quality
     assert table is not None, "a replica hosts only calibrated bundles"
     inputs = manifest.preprocessing
@@ -198,36 +198,36 @@ def _describe_image_model(model: HostedModel, ready: bool) -> pb.GetModelRespons
             mean=inputs.mean,
             std=inputs.std,
         ),
-        stitches=[_stitch(model, s, quality) for s, quality in sorted(table.stitches.items())],
-        frontier=model.scheduler.menu.frontier,
+        variants=[_variant(model, s, quality) for s, quality in sorted(table.variants.items())],
+        frontier=model.scheduler.candidates.frontier,
         quality_metric=table.metric,
         quality_data=table.data,
-        max_batch_size=model.scheduler.latency.view.max_rows,
+        max_batch_size=model.scheduler.latency.view.max_batch_size,
         origin=manifest.origin,
         licence=manifest.licence,
     )
 
 
-def _stitch(model: HostedModel, stitch: int, quality: Quality) -> pb.Stitch:
-    view, described = model.scheduler.latency.view, model.stitches[stitch]
-    return pb.Stitch(
-        id=stitch,
+def _variant(model: VisionModel, variant: int, quality: Quality) -> pb.Variant:
+    view, described = model.scheduler.latency.view, model.variants[variant]
+    return pb.Variant(
+        id=variant,
         name=described.name,
         is_anchor=described.is_anchor,
         quality=quality.value,
         quality_low=quality.low,
         quality_high=quality.high,
-        latency_us=round(1e6 * view.expected(stitch, 1)),
-        planned_latency_us=round(1e6 * view.seconds(stitch, 1)),
-        on_frontier=stitch in model.scheduler.menu.frontier,
+        latency_us=round(1e6 * view.expected(variant, 1)),
+        planned_latency_us=round(1e6 * view.seconds(variant, 1)),
+        on_frontier=variant in model.scheduler.candidates.frontier,
     )
 
 
-def _offer(model: HostedModel, stitch: int | None) -> pb.Offer | None:
-    if stitch is None:
+def _offer(model: VisionModel, variant: int | None) -> pb.Offer | None:
+    if variant is None:
         return None
     return pb.Offer(
-        stitch_id=stitch,
-        quality=model.scheduler.quality[stitch],
-        planned_latency_us=round(1e6 * model.scheduler.latency.view.seconds(stitch, 1)),
+        variant_id=variant,
+        quality=model.scheduler.quality[variant],
+        planned_latency_us=round(1e6 * model.scheduler.latency.view.seconds(variant, 1)),
     )

@@ -9,8 +9,8 @@ import time
 
 import ladderstitch
 from ladderstitch.api.status import Context
-from ladderstitch.hosting.registry import Host, Hosted, HostedModel
-from ladderstitch.scheduling.load_report import HORIZONS_S, IDLE, PUSH_S, Backlog
+from ladderstitch.hosting.registry import ModelRegistry
+from ladderstitch.scheduling.load_report import HORIZONS_S, IDLE, PUSH_S
 from ladderstitch.v1 import replica_pb2 as pb
 from ladderstitch.v1 import replica_pb2_grpc
 
@@ -23,44 +23,40 @@ GRAIN_US = 100
 
 
 class ReplicaService(replica_pb2_grpc.ReplicaServiceServicer):
-    def __init__(self, host: Host) -> None:
-        self.host = host
+    def __init__(self, registry: ModelRegistry) -> None:
+        self.registry = registry
 
     async def WatchLoad(  # type: ignore[override] # grpc.aio takes coroutines that write, too
         self, request: pb.WatchLoadRequest, context: Context
     ) -> None:
         told, told_at = None, 0.0
         while True:
-            state, now = load_of(self.host), time.monotonic()
+            state, now = load_of(self.registry), time.monotonic()
             if state != told or now - told_at >= HEARTBEAT_S:
                 await context.write(state)
                 told, told_at = state, now
             await asyncio.sleep(PUSH_S if told_at == now else QUIET_S)
 
 
-def load_of(host: Host) -> pb.WatchLoadResponse:
+def load_of(registry: ModelRegistry) -> pb.WatchLoadResponse:
     """The replica's state at present."""
-    everything = host.everything
-    backlog = functools.reduce(operator.add, map(_backlog, everything.values()), IDLE)
+    everything = registry.models_by_name
+    reports = (model.scheduler.load_report() for model in everything.values())
+    report = functools.reduce(operator.add, reports, IDLE)
     return pb.WatchLoadResponse(
-        replica=host.replica,
+        replica=registry.replica,
         version=ladderstitch.__version__,
-        serving=host.serving,
+        serving=registry.serving,
         models=everything,
-        metrics_port=host.metrics_port,
+        metrics_port=registry.metrics_port,
         waits=[
             pb.Wait(due_us=round(1e6 * due_s), wait_us=_grained(wait_s))
-            for due_s, wait_s in zip(HORIZONS_S, backlog.waits_s, strict=True)
+            for due_s, wait_s in zip(HORIZONS_S, report.waits_s, strict=True)
         ],
-        request_us=_grained(backlog.request_s),
-        batch_us=_grained(backlog.batch_s),
+        request_us=_grained(report.request_s),
+        batch_us=_grained(report.batch_s),
     )
 
 
 def _grained(seconds: float) -> int:
     return GRAIN_US * round(1e6 * seconds / GRAIN_US)
-
-
-def _backlog(hosted: Hosted) -> Backlog:
-    source = hosted.scheduler if isinstance(hosted, HostedModel) else hosted.generator
-    return source.backlog()

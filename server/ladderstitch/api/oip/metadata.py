@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from ladderstitch.api.oip.inputs import INPUT
-from ladderstitch.hosting.registry import HostedModel
+from ladderstitch.hosting.registry import VisionModel
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import model_config_pb2
 from ladderstitch.vision.scheduler.in_flight import Total
@@ -13,7 +13,7 @@ from ladderstitch.vision.scheduler.in_flight import Total
 PLATFORM = "ladderstitch"
 
 
-def metadata(model: HostedModel) -> pb.ModelMetadataResponse:
+def metadata(model: VisionModel) -> pb.ModelMetadataResponse:
     tensor = pb.ModelMetadataResponse.TensorMetadata
     manifest = model.bundle.manifest
     return pb.ModelMetadataResponse(
@@ -29,19 +29,19 @@ def metadata(model: HostedModel) -> pb.ModelMetadataResponse:
             "outputs_on_demand": "probabilities, labels",
             "mean": json.dumps(manifest.preprocessing.mean),
             "std": json.dumps(manifest.preprocessing.std),
-            "stitches": str(len(model.stitches)),
+            "variants": str(len(model.variants)),
         },
     )
 
 
-def config(model: HostedModel) -> model_config_pb2.ModelConfig:
+def config(model: VisionModel) -> model_config_pb2.ModelConfig:
     kinds = model_config_pb2.DataType
     classes = len(model.bundle.manifest.labels)
     return model_config_pb2.ModelConfig(
         name=model.name,
         platform=PLATFORM,
         backend=PLATFORM,
-        max_batch_size=model.scheduler.latency.view.max_rows,
+        max_batch_size=model.scheduler.latency.view.max_batch_size,
         input=[
             model_config_pb2.ModelInput(
                 name=INPUT, data_type=kinds.TYPE_FP32, dims=model.reader.shape
@@ -54,7 +54,7 @@ def config(model: HostedModel) -> model_config_pb2.ModelConfig:
     )
 
 
-def statistics(model: HostedModel) -> pb.ModelStatistics:
+def statistics(model: VisionModel) -> pb.ModelStatistics:
     counts = model.scheduler.statistics
     return pb.ModelStatistics(
         name=model.name,

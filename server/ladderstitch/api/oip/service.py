@@ -14,14 +14,14 @@ from contextlib import aclosing
 import numpy as np
 
 import ladderstitch
-from ladderstitch.api.deadlines import arrival_and_deadline, call_deadlines, resolve_budget
+from ladderstitch.api.deadlines import arrival_and_deadline, call_deadlines, resolve_deadlines
 from ladderstitch.api.oip import metadata, text
-from ladderstitch.api.oip.inputs import Wishes, read_images, read_parameters, softmax
+from ladderstitch.api.oip.inputs import RequestOptions, read_images, read_parameters, softmax
 from ladderstitch.api.oip.text import answer_stream
 from ladderstitch.api.status import Context, statuses
 from ladderstitch.api.validation import checked_id
-from ladderstitch.errors import BadInput, NotAllowed, RequestError
-from ladderstitch.hosting.registry import Control, Host, HostedGenerator, HostedModel
+from ladderstitch.errors import InvalidArgument, PermissionDenied, RequestError
+from ladderstitch.hosting.registry import AdminActions, ModelRegistry, TextModel, VisionModel
 from ladderstitch.hosting.streaming import answer
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import grpc_service_pb2_grpc
@@ -31,14 +31,14 @@ OUTPUTS = ("logits", "probabilities", "labels")
 
 
 class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
-    def __init__(self, host: Host, repository: Control | None = None) -> None:
+    def __init__(self, registry: ModelRegistry, repository: AdminActions | None = None) -> None:
         """`repository` loads and unloads models; None where only the admin port may."""
-        self.host = host
+        self.registry = registry
         self.repository = repository
 
     @property
     def _serving(self) -> bool:
-        return self.host.serving
+        return self.registry.serving
 
     @statuses
     async def ServerLive(
@@ -56,7 +56,7 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelReady(
         self, request: pb.ModelReadyRequest, context: Context
     ) -> pb.ModelReadyResponse:
-        ready = self._serving and bool(self.host.find(request.name, request.version))
+        ready = self._serving and bool(self.registry.find(request.name, request.version))
         return pb.ModelReadyResponse(ready=ready)
 
     @statuses
@@ -73,8 +73,8 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: Context
     ) -> pb.ModelMetadataResponse:
-        model = self.host.find(request.name, request.version)
-        if isinstance(model, HostedGenerator):
+        model = self.registry.find(request.name, request.version)
+        if isinstance(model, TextModel):
             return text.metadata(model)
         return metadata.metadata(model)
 
@@ -82,8 +82,8 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelConfig(
         self, request: pb.ModelConfigRequest, context: Context
     ) -> pb.ModelConfigResponse:
-        model = self.host.find(request.name, request.version)
-        if isinstance(model, HostedGenerator):
+        model = self.registry.find(request.name, request.version)
+        if isinstance(model, TextModel):
             return pb.ModelConfigResponse(config=text.config(model))
         return pb.ModelConfigResponse(config=metadata.config(model))
 
@@ -91,8 +91,10 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelStatistics(
         self, request: pb.ModelStatisticsRequest, context: Context
     ) -> pb.ModelStatisticsResponse:
-        named = [self.host.model(request.name, request.version)] if request.name else None
-        models = named if named is not None else list(self.host.models.values())
+        named = (
+            [self.registry.vision_model(request.name, request.version)] if request.name else None
+        )
+        models = named if named is not None else list(self.registry.vision_models.values())
         return pb.ModelStatisticsResponse(model_stats=[metadata.statistics(m) for m in models])
 
     @statuses
@@ -100,7 +102,7 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: pb.RepositoryIndexRequest, context: Context
     ) -> pb.RepositoryIndexResponse:
         state = "READY" if self._serving else "UNAVAILABLE"
-        models = self.host.everything.values() if self._serving or not request.ready else ()
+        models = self.registry.models_by_name.values() if self._serving or not request.ready else ()
         return pb.RepositoryIndexResponse(
             models=[
                 pb.RepositoryIndexResponse.ModelIndex(name=m.name, version=m.version, state=state)
@@ -113,7 +115,9 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
         if request.parameters:
-            raise BadInput("parameters", f"expected none, got {sorted(request.parameters)[:3]}")
+            raise InvalidArgument(
+                "parameters", f"expected none, got {sorted(request.parameters)[:3]}"
+            )
         await self._control().load(request.model_name)
         return pb.RepositoryModelLoadResponse()
 
@@ -124,17 +128,17 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         await self._control().unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
-    def _control(self) -> Control:
+    def _control(self) -> AdminActions:
         if self.repository is None:
-            raise NotAllowed("models are loaded and unloaded at the admin port: AdminService")
+            raise PermissionDenied("models are loaded and unloaded at the admin port: AdminService")
         return self.repository
 
     async def ModelStreamInfer(
         self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
     ) -> AsyncGenerator[pb.ModelStreamInferResponse]:
         async def respond(request: pb.ModelInferRequest) -> AsyncGenerator[pb.ModelInferResponse]:
-            model = self.host.find(request.model_name, request.model_version)
-            if isinstance(model, HostedModel):
+            model = self.registry.find(request.model_name, request.model_version)
+            if isinstance(model, VisionModel):
                 yield await self._infer(request, context)
                 return
             try:
@@ -150,7 +154,7 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
                 raise
             async with aclosing(answer(model, accepted)) as pieces:
                 async for piece, account in pieces:
-                    yield text.response(request, model, piece, account, self.host.replica)
+                    yield text.response(request, model, piece, account, self.registry.replica)
 
         async with aclosing(answer_stream(request_iterator, respond)) as responses:
             async for response in responses:
@@ -166,10 +170,10 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
         arrival, remaining_s = arrival_and_deadline(context)
-        model = self.host.model(request.model_name, request.model_version)
+        model = self.registry.vision_model(request.model_name, request.model_version)
         try:
             wanted = _wanted_outputs(request)
-            wishes = Wishes(
+            wishes = RequestOptions(
                 call_deadlines(
                     remaining_s,
                     context.invocation_metadata(),
@@ -177,7 +181,9 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
                 )
             )
             read_parameters(request, wishes)
-            images = await read_images(request, model.reader, model.scheduler.latency.view.max_rows)
+            images = await read_images(
+                request, model.reader, model.scheduler.latency.view.max_batch_size
+            )
             accepted = _accept(request, wishes, images, arrival)
         except RequestError as error:
             model.scheduler.metrics.refused(error.code)
@@ -188,7 +194,7 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     def _answer(
         self,
         request: pb.ModelInferRequest,
-        model: HostedModel,
+        model: VisionModel,
         accepted: Request,
         completion: Completion,
         wanted: tuple[str, ...],
@@ -200,22 +206,22 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
             _add_output(response, name, completion, model.bundle.manifest.labels)
         now, parameters = time.monotonic(), response.parameters
         for key, value in (
-            ("stitch_id", completion.stitch),
+            ("variant_id", completion.variant),
             ("queue_us", round(1e6 * completion.queue_s)),
             ("compute_us", round(1e6 * completion.compute_s)),
             ("total_us", round(1e6 * (now - accepted.arrival))),
-            ("batch_size", completion.batch_rows),
+            ("batch_size", completion.batch_size),
         ):
             parameters[f"ladderstitch_{key}"].int64_param = value
-        name = model.stitches[completion.stitch].name
-        parameters["ladderstitch_stitch_name"].string_param = name
+        name = model.variants[completion.variant].name
+        parameters["ladderstitch_variant_name"].string_param = name
         parameters["ladderstitch_quality"].double_param = completion.quality
-        parameters["ladderstitch_replica"].string_param = self.host.replica
-        target = accepted.budget.target
+        parameters["ladderstitch_replica"].string_param = self.registry.replica
+        target = accepted.deadlines.soft
         if target != math.inf:
             budget_us = round(1e6 * (target - accepted.arrival))
             parameters["ladderstitch_budget_us"].int64_param = budget_us
-            parameters["ladderstitch_budget_source"].string_param = accepted.budget.target_source
+            parameters["ladderstitch_budget_source"].string_param = accepted.deadlines.soft_source
             parameters["ladderstitch_budget_met"].bool_param = now <= target
         return response
 
@@ -224,20 +230,20 @@ def _wanted_outputs(request: pb.ModelInferRequest) -> tuple[str, ...]:
     names = tuple(output.name for output in request.outputs) or ("logits",)
     for name in names:
         if name not in OUTPUTS:
-            raise BadInput("outputs", f"expected some of {list(OUTPUTS)}, got {name[:80]!r}")
+            raise InvalidArgument("outputs", f"expected some of {list(OUTPUTS)}, got {name[:80]!r}")
     return names
 
 
 def _accept(
-    request: pb.ModelInferRequest, wishes: Wishes, images: Pixels, arrival: float
+    request: pb.ModelInferRequest, wishes: RequestOptions, images: Pixels, arrival: float
 ) -> Request:
     return Request(
         id=checked_id("id", request.id),
         images=images,
         arrival=arrival,
-        budget=resolve_budget(arrival, wishes.deadlines),
+        deadlines=resolve_deadlines(arrival, wishes.deadlines),
         min_quality=wishes.min_quality,
-        stitch=wishes.stitch,
+        variant=wishes.variant,
         priority=wishes.priority,
     )
 

@@ -11,20 +11,26 @@ import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 
-from ladderstitch.api.deadlines import Metadata, call_deadlines, resolve_budget, token_budgets
-from ladderstitch.api.oip.inputs import Wishes, integer, number, read_parameters, split_bytes
+from ladderstitch.api.deadlines import Metadata, call_deadlines, resolve_deadlines, token_budgets
+from ladderstitch.api.oip.inputs import (
+    RequestOptions,
+    integer,
+    number,
+    read_parameters,
+    split_bytes,
+)
 from ladderstitch.api.oip.metadata import PLATFORM
 from ladderstitch.api.validation import DEFAULT_MAX_TOKENS, tokenise
-from ladderstitch.errors import BadInput, RequestError
-from ladderstitch.hosting.registry import HostedGenerator
-from ladderstitch.hosting.streaming import Account
+from ladderstitch.errors import InvalidArgument, RequestError
+from ladderstitch.hosting.registry import TextModel
+from ladderstitch.hosting.streaming import GenerationUsage
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import model_config_pb2
 from ladderstitch.scheduling.requests import (
     GenerationRequest,
-    Piece,
     Sampling,
     TokenBudget,
+    TokenChunk,
 )
 from ladderstitch.security.tokens import tenant_of
 
@@ -35,19 +41,19 @@ OWN = ("max_tokens", "temperature", "top_k", "top_p", "seed")
 
 def accept(
     request: pb.ModelInferRequest,
-    model: HostedGenerator,
+    model: TextModel,
     arrival: float,
     remaining_s: float | None,
     metadata: Metadata,
 ) -> GenerationRequest:
-    """Raises `BadInput` naming what is wrong."""
-    wishes = Wishes(call_deadlines(remaining_s, metadata, None))
+    """Raises `InvalidArgument` naming what is wrong."""
+    wishes = RequestOptions(call_deadlines(remaining_s, metadata, None))
     read_parameters(request, wishes, OWN)
-    resolved = resolve_budget(arrival, wishes.deadlines)
+    resolved = resolve_deadlines(arrival, wishes.deadlines)
     first_token_s, per_token_s = token_budgets(metadata)
     tokens = tokenise(_prompt(request), model, INPUT)
     given = request.parameters
-    left = model.generator.max_tokens - len(tokens)
+    left = model.scheduler.max_tokens - len(tokens)
     default = min(DEFAULT_MAX_TOKENS, left)
     return GenerationRequest(
         tokens=tokens,
@@ -59,10 +65,10 @@ def accept(
             top_p=number(request, "top_p") if "top_p" in given else 1.0,
             seed=integer(request, "seed") if "seed" in given else None,
         ),
-        limit=resolved.limit,
-        budget=TokenBudget(first_token_s, per_token_s, resolved.target - arrival),
+        hard_deadline=resolved.hard,
+        budget=TokenBudget(first_token_s, per_token_s, resolved.soft - arrival),
         min_quality=wishes.min_quality,
-        stitch=wishes.stitch,
+        variant=wishes.variant,
         tenant=tenant_of(metadata),
     )
 
@@ -70,28 +76,28 @@ def accept(
 def _prompt(request: pb.ModelInferRequest) -> str:
     if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
         names = [tensor.name[:80] for tensor in request.inputs]
-        raise BadInput("inputs", f"expected exactly one input named {INPUT!r}, got {names}")
+        raise InvalidArgument("inputs", f"expected exactly one input named {INPUT!r}, got {names}")
     tensor, raw = request.inputs[0], request.raw_input_contents
     if tensor.datatype != "BYTES" or math.prod(tensor.shape) != 1:
         got = f"{tensor.datatype[:20]} {list(tensor.shape)}"
-        raise BadInput(INPUT, f"expected BYTES of shape [1], got {got}")
+        raise InvalidArgument(INPUT, f"expected BYTES of shape [1], got {got}")
     typed = tensor.HasField("contents")
     if typed == bool(raw) or len(raw) > 1:
-        raise BadInput(INPUT, "expected either one raw content or typed contents")
+        raise InvalidArgument(INPUT, "expected either one raw content or typed contents")
     texts = list(tensor.contents.bytes_contents) if typed else split_bytes(INPUT, raw[0])
     if len(texts) != 1:
-        raise BadInput(INPUT, f"expected one text, got {len(texts)}")
+        raise InvalidArgument(INPUT, f"expected one text, got {len(texts)}")
     try:
         return texts[0].decode()
     except UnicodeDecodeError as error:
-        raise BadInput(INPUT, f"expected UTF-8: {error}") from None
+        raise InvalidArgument(INPUT, f"expected UTF-8: {error}") from None
 
 
 def response(
     request: pb.ModelInferRequest,
-    model: HostedGenerator,
-    piece: Piece,
-    account: Account | None,
+    model: TextModel,
+    piece: TokenChunk,
+    account: GenerationUsage | None,
     replica: str,
 ) -> pb.ModelInferResponse:
     made = pb.ModelInferResponse(model_name=model.name, model_version=model.version, id=request.id)
@@ -106,10 +112,12 @@ def response(
     return made
 
 
-def _add_account(made: pb.ModelInferResponse, last: Piece, account: Account, replica: str) -> None:
+def _add_account(
+    made: pb.ModelInferResponse, last: TokenChunk, account: GenerationUsage, replica: str
+) -> None:
     parameters = made.parameters
     for key, value in (
-        ("stitch_id", last.answer.path),
+        ("variant_id", last.answer.path),
         ("queue_us", round(1e6 * account.queue_s)),
         ("first_token_us", round(1e6 * account.first_token_s)),
         ("total_us", round(1e6 * account.total_s)),
@@ -117,7 +125,7 @@ def _add_account(made: pb.ModelInferResponse, last: Piece, account: Account, rep
         ("generated_tokens", account.generated_tokens),
     ):
         parameters[f"ladderstitch_{key}"].int64_param = value
-    parameters["ladderstitch_stitch_name"].string_param = last.answer.name
+    parameters["ladderstitch_variant_name"].string_param = last.answer.name
     parameters["ladderstitch_replica"].string_param = replica
     parameters["ladderstitch_finish_reason"].string_param = last.finish or ""
     if last.answer.quality is not None:
@@ -126,7 +134,7 @@ def _add_account(made: pb.ModelInferResponse, last: Piece, account: Account, rep
         parameters["ladderstitch_budget_met"].bool_param = account.met
 
 
-def metadata(model: HostedGenerator) -> pb.ModelMetadataResponse:
+def metadata(model: TextModel) -> pb.ModelMetadataResponse:
     tensor = pb.ModelMetadataResponse.TensorMetadata
     return pb.ModelMetadataResponse(
         name=model.name,
@@ -139,13 +147,13 @@ def metadata(model: HostedGenerator) -> pb.ModelMetadataResponse:
         ],
         properties={
             "parameters": ", ".join(OWN),
-            "context_tokens": str(model.generator.max_tokens),
-            "stitches": str(len(model.bundle.manifest.ways)),
+            "max_model_len": str(model.scheduler.max_tokens),
+            "variants": str(len(model.bundle.manifest.ways)),
         },
     )
 
 
-def config(model: HostedGenerator) -> model_config_pb2.ModelConfig:
+def config(model: TextModel) -> model_config_pb2.ModelConfig:
     kinds = model_config_pb2.DataType
     output = model_config_pb2.ModelOutput
     return model_config_pb2.ModelConfig(

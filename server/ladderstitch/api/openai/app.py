@@ -14,27 +14,35 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ladderstitch.api.auth import Guard
+from ladderstitch.api.auth import AuthInterceptor
 from ladderstitch.api.openai.requests import ChatRequest, CompletionRequest, accept
-from ladderstitch.api.openai.responses import DONE, KINDS, Body, Form, body_of, event, response_to
-from ladderstitch.errors import BadInput, InternalError, RequestError
-from ladderstitch.hosting.registry import Host, HostedGenerator
-from ladderstitch.hosting.streaming import Account, answer
-from ladderstitch.scheduling.requests import GenerationRequest, Piece
+from ladderstitch.api.openai.responses import (
+    DONE,
+    KINDS,
+    Body,
+    ResponseBuilder,
+    body_of,
+    event,
+    response_to,
+)
+from ladderstitch.errors import InternalError, InvalidArgument, RequestError
+from ladderstitch.hosting.registry import ModelRegistry, TextModel
+from ladderstitch.hosting.streaming import GenerationUsage, answer
+from ladderstitch.scheduling.requests import GenerationRequest, TokenChunk
 from ladderstitch.security.tokens import tenant_of
 
-Told = tuple[Piece, Account | None]
+Told = tuple[TokenChunk, GenerationUsage | None]
 T = TypeVar("T")
 
-GONE = Response(status_code=499)
+CLIENT_CLOSED_REQUEST = Response(status_code=499)
 """To a caller who hung up: nobody reads it."""
 
 
-def build(host: Host, guard: Guard | None, max_body_bytes: int) -> FastAPI:
+def build(registry: ModelRegistry, guard: AuthInterceptor | None, max_body_bytes: int) -> FastAPI:
     """The application; `guard` asks for tokens, None lets everyone in."""
     app = FastAPI(title="ladderstitch", openapi_url=None)
 
-    app.add_middleware(BoundedBodies, most_bytes=max_body_bytes)
+    app.add_middleware(MaxBodySizeMiddleware, most_bytes=max_body_bytes)
 
     @app.exception_handler(RequestError)
     async def refuse(_: Request, error: RequestError) -> JSONResponse:
@@ -44,7 +52,7 @@ def build(host: Host, guard: Guard | None, max_body_bytes: int) -> FastAPI:
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        return response_to(BadInput(where, first["msg"]))
+        return response_to(InvalidArgument(where, first["msg"]))
 
     @app.exception_handler(HTTPException)
     async def unroutable(_: Request, error: HTTPException) -> JSONResponse:
@@ -57,30 +65,33 @@ def build(host: Host, guard: Guard | None, max_body_bytes: int) -> FastAPI:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        return JSONResponse({"serving": host.serving}, 200 if host.serving else 503)
+        return JSONResponse({"serving": registry.serving}, 200 if registry.serving else 503)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Body:
         async with _enter(guard, request):
-            return {"object": "list", "data": [_described(m) for m in host.generators.values()]}
+            return {
+                "object": "list",
+                "data": [_described(m) for m in registry.text_models.values()],
+            }
 
     @app.get("/v1/models/{name}")
     async def model(name: str, request: Request) -> Body:
         async with _enter(guard, request):
-            return _described(host.generator(name))
+            return _described(registry.text_model(name))
 
     @app.post("/v1/completions")
     async def completions(wishes: CompletionRequest, request: Request) -> Response:
-        return await _respond(host, guard, wishes, request)
+        return await _respond(registry, guard, wishes, request)
 
     @app.post("/v1/chat/completions")
     async def chats(wishes: ChatRequest, request: Request) -> Response:
-        return await _respond(host, guard, wishes, request)
+        return await _respond(registry, guard, wishes, request)
 
     return app
 
 
-class BoundedBodies:
+class MaxBodySizeMiddleware:
     """ASGI middleware: a body that grows too large ends its request, whatever its headers say."""
 
     def __init__(self, app: ASGIApp, most_bytes: int) -> None:
@@ -100,8 +111,8 @@ class BoundedBodies:
         await self.app(scope, bounded, send)
 
 
-def _enter(guard: Guard | None, request: Request) -> AsyncExitStack:
-    """Raises `Unauthenticated`, `NotAllowed`, `RateLimited`; the stack holds the caller's place."""
+def _enter(guard: AuthInterceptor | None, request: Request) -> AsyncExitStack:
+    """Raises `Unauthenticated`, `PermissionDenied`, `RateLimited`; the stack holds the caller's place."""
     held = AsyncExitStack()
     if guard is not None:
         token = guard.admit(request.headers.items(), "inference")
@@ -110,23 +121,28 @@ def _enter(guard: Guard | None, request: Request) -> AsyncExitStack:
 
 
 async def _respond(
-    host: Host, guard: Guard | None, wishes: CompletionRequest | ChatRequest, request: Request
+    registry: ModelRegistry,
+    guard: AuthInterceptor | None,
+    wishes: CompletionRequest | ChatRequest,
+    request: Request,
 ) -> Response:
     arrival = time.monotonic()
     held = _enter(guard, request)
     try:
-        model = host.generator(wishes.model)
+        model = registry.text_model(wishes.model)
         tenant = tenant_of(request.headers.items())
         try:
             accepted = accept(wishes, model, request.headers, arrival, tenant)
         except RequestError as error:
             model.metrics.refused(error.code, had_budget=False)
             raise
-        form = Form(model, isinstance(wishes, ChatRequest), accepted.logprobs is not None)
+        form = ResponseBuilder(
+            model, isinstance(wishes, ChatRequest), accepted.logprobs is not None
+        )
         if not wishes.stream:
             async with held:
                 body = await _unless_gone(_collect(model, accepted, form), request)
-                return GONE if body is None else JSONResponse(body)
+                return CLIENT_CLOSED_REQUEST if body is None else JSONResponse(body)
         # What ends an answer before its first token is still a status of its own.
         pieces = answer(model, accepted)
         first = await _unless_gone(_first(pieces), request)
@@ -135,7 +151,7 @@ async def _respond(
         raise
     if first is None:
         await held.aclose()
-        return GONE
+        return CLIENT_CLOSED_REQUEST
     usage = wishes.stream_options is not None and wishes.stream_options.include_usage
     events = _events(first, pieces, form, held, usage=usage)
     return StreamingResponse(events, media_type="text/event-stream")
@@ -150,7 +166,12 @@ async def _first(pieces: AsyncGenerator[Told]) -> Told:
 
 
 async def _events(
-    first: Told, pieces: AsyncGenerator[Told], form: Form, held: AsyncExitStack, *, usage: bool
+    first: Told,
+    pieces: AsyncGenerator[Told],
+    form: ResponseBuilder,
+    held: AsyncExitStack,
+    *,
+    usage: bool,
 ) -> AsyncIterator[str]:
     """A stream's events; it ends with [DONE], or with the error that ended it."""
     async with held, aclosing(pieces):
@@ -184,8 +205,8 @@ async def _unless_gone(work: Coroutine[Any, Any, T], request: Request) -> T | No
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def _collect(model: HostedGenerator, accepted: GenerationRequest, form: Form) -> Body:
-    pieces: list[Piece] = []
+async def _collect(model: TextModel, accepted: GenerationRequest, form: ResponseBuilder) -> Body:
+    pieces: list[TokenChunk] = []
     async with aclosing(answer(model, accepted)) as coming:
         async for piece, account in coming:
             pieces.append(piece)
@@ -199,13 +220,13 @@ async def _hung_up(request: Request) -> None:
         pass
 
 
-def _described(model: HostedGenerator) -> Body:
+def _described(model: TextModel) -> Body:
     created = int((model.bundle.path / "model.yaml").stat().st_mtime)
     return {
         "id": model.name,
         "object": "model",
         "created": created,
         "owned_by": "ladderstitch",
-        "max_model_len": model.generator.max_tokens,
+        "max_model_len": model.scheduler.max_tokens,
         "paths": {str(n): way.name for n, way in enumerate(model.bundle.manifest.ways)},
     }

@@ -14,10 +14,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ladderstitch.api.deadlines import FIRST_TOKEN_KEY, METADATA_KEY, TOKEN_KEY, seconds_from_ms
 from ladderstitch.api.validation import MAX_STOPS, fitting, tokenise
-from ladderstitch.errors import BadInput
-from ladderstitch.hosting.registry import HostedGenerator
+from ladderstitch.errors import InvalidArgument
+from ladderstitch.hosting.registry import TextModel
 from ladderstitch.scheduling.requests import GenerationRequest, Sampling, TokenBudget
-from ladderstitch.text.tokenizer import Message, render_chat
+from ladderstitch.text.tokenizer import ChatTurn, render_chat
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
@@ -55,8 +55,8 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Wishes(BaseModel):
-    """What both kinds of requests share; `min_quality` and `stitch_id` are ours."""
+class SamplingFields(BaseModel):
+    """What both kinds of requests share; `min_quality` and `variant_id` are ours."""
 
     model_config = ConfigDict(extra="allow", strict=False)
 
@@ -70,23 +70,23 @@ class Wishes(BaseModel):
     seed: int | None = None
     stop: Text | list[Text] | None = None
     min_quality: float = Field(0.0, ge=0, le=1)
-    stitch_id: int | None = None
+    variant_id: int | None = None
 
     def check_extras(self) -> None:
-        """Raises `BadInput` for a field that asks for what is not built."""
+        """Raises `InvalidArgument` for a field that asks for what is not built."""
         for name, value in (self.model_extra or {}).items():
             if name in NEUTRAL and value not in NEUTRAL[name]:
-                raise BadInput(name, f"not supported here; leave it out, got {value!r:.60}")
+                raise InvalidArgument(name, f"not supported here; leave it out, got {value!r:.60}")
 
     def stops(self) -> tuple[str, ...]:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stops) > MAX_STOPS:
-            raise BadInput("stop", f"expected at most {MAX_STOPS} texts, got {len(stops)}")
+            raise InvalidArgument("stop", f"expected at most {MAX_STOPS} texts, got {len(stops)}")
         return stops
 
     def sampling(self) -> Sampling:
         if self.seed is not None and self.seed < 0:
-            raise BadInput("seed", f"expected 0 or more, got {self.seed}")
+            raise InvalidArgument("seed", f"expected 0 or more, got {self.seed}")
         return Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=self.top_k or 0,
@@ -95,16 +95,16 @@ class Wishes(BaseModel):
         )
 
 
-class CompletionRequest(Wishes):
+class CompletionRequest(SamplingFields):
     prompt: Text | list[int] | list[Text] | list[list[int]]
     logprobs: int | None = None
 
-    def tokens(self, model: HostedGenerator) -> tuple[int, ...]:
-        """Raises `BadInput` for several prompts in one request, and for one that is too long."""
+    def tokens(self, model: TextModel) -> tuple[int, ...]:
+        """Raises `InvalidArgument` for several prompts in one request, and for one that is too long."""
         prompt = self.prompt
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
             if len(prompt) > 1:
-                raise BadInput("prompt", f"expected one prompt a request, got {len(prompt)}")
+                raise InvalidArgument("prompt", f"expected one prompt a request, got {len(prompt)}")
             prompt = prompt[0]
         if isinstance(prompt, str):
             return tokenise(prompt, model, "prompt")
@@ -128,23 +128,25 @@ class ChatMessage(BaseModel):
     role: Text
     content: Text | list[TextPart] | None = None
 
-    def plain(self) -> Message:
-        """Raises `BadInput` for content that is no text."""
+    def plain(self) -> ChatTurn:
+        """Raises `InvalidArgument` for content that is no text."""
         if isinstance(self.content, list):
             if wrong := [part.type for part in self.content if part.type != "text"]:
-                raise BadInput("messages", f"expected content of type text, got {wrong[0]!r:.40}")
+                raise InvalidArgument(
+                    "messages", f"expected content of type text, got {wrong[0]!r:.40}"
+                )
             return {"role": self.role, "content": "".join(part.text for part in self.content)}
         return {"role": self.role, "content": self.content or ""}
 
 
-class ChatRequest(Wishes):
+class ChatRequest(SamplingFields):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
 
-    def tokens(self, model: HostedGenerator) -> tuple[int, ...]:
-        """By the model's chat template; raises `BadInput` if it has none or refuses."""
+    def tokens(self, model: TextModel) -> tuple[int, ...]:
+        """By the model's chat template; raises `InvalidArgument` if it has none or refuses."""
         text = render_chat(
             model.bundle.manifest.chat_template, [message.plain() for message in self.messages]
         )
@@ -153,7 +155,7 @@ class ChatRequest(Wishes):
     @property
     def alternatives(self) -> int | None:
         if self.top_logprobs and not self.logprobs:
-            raise BadInput("top_logprobs", "expected logprobs to be true along with it")
+            raise InvalidArgument("top_logprobs", "expected logprobs to be true along with it")
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def most_tokens(self, left: int) -> int:
@@ -165,12 +167,12 @@ class ChatRequest(Wishes):
 
 def accept(
     wishes: CompletionRequest | ChatRequest,
-    model: HostedGenerator,
+    model: TextModel,
     headers: Mapping[str, str],
     arrival: float,
     tenant: str,
 ) -> GenerationRequest:
-    """The request as the generator takes it; raises `BadInput` naming the field or header."""
+    """The request as the generator takes it; raises `InvalidArgument` naming the field or header."""
     wishes.check_extras()
     tokens = wishes.tokens(model)
     limit_s = _seconds(headers, LIMIT_KEY)
@@ -178,17 +180,17 @@ def accept(
     return GenerationRequest(
         tokens=tokens,
         arrival=arrival,
-        max_tokens=wishes.most_tokens(model.generator.max_tokens - len(tokens)),
+        max_tokens=wishes.most_tokens(model.scheduler.max_tokens - len(tokens)),
         sampling=wishes.sampling(),
         stop=wishes.stops(),
-        limit=arrival + limit_s,
+        hard_deadline=arrival + limit_s,
         budget=TokenBudget(
             _seconds(headers, FIRST_TOKEN_KEY),
             _seconds(headers, TOKEN_KEY),
             answer_s,
         ),
         min_quality=wishes.min_quality,
-        stitch=wishes.stitch_id,
+        variant=wishes.variant_id,
         logprobs=wishes.alternatives,
         tenant=tenant,
     )

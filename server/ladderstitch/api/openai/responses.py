@@ -13,10 +13,10 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from ladderstitch.api.native.generation import quality_metric
-from ladderstitch.errors import BadInput, Overloaded, RequestError, Unauthenticated
-from ladderstitch.hosting.registry import HostedGenerator
-from ladderstitch.hosting.streaming import Account
-from ladderstitch.scheduling.requests import Piece
+from ladderstitch.errors import InvalidArgument, Overloaded, RequestError, Unauthenticated
+from ladderstitch.hosting.registry import TextModel
+from ladderstitch.hosting.streaming import GenerationUsage
+from ladderstitch.scheduling.requests import TokenChunk
 
 Body = dict[str, Any]
 DONE = "data: [DONE]\n\n"
@@ -28,10 +28,10 @@ def event(body: Body) -> str:
 
 
 @dataclass(slots=True)
-class Form:
+class ResponseBuilder:
     """How one request's answer looks: `chat` messages or plain text, with logprobs or without."""
 
-    model: HostedGenerator
+    model: TextModel
     chat: bool
     logprobs: bool
     id: str = field(init=False)
@@ -42,7 +42,7 @@ class Form:
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
-    def chunk(self, piece: Piece) -> Body:
+    def chunk(self, piece: TokenChunk) -> Body:
         """One piece of a stream."""
         choice: Body = {"index": 0, "finish_reason": piece.finish}
         if self.chat:
@@ -53,11 +53,11 @@ class Form:
         choice["logprobs"] = self._likelihoods([piece]) if self.logprobs else None
         return self._frame([choice], streamed=True)
 
-    def last(self, account: Account, piece: Piece) -> Body:
+    def last(self, account: GenerationUsage, piece: TokenChunk) -> Body:
         """After the last chunk of a stream whose caller wants the usage."""
         return self._frame([], streamed=True) | self._cost(account, piece)
 
-    def whole(self, pieces: Sequence[Piece], account: Account) -> Body:
+    def whole(self, pieces: Sequence[TokenChunk], account: GenerationUsage) -> Body:
         """An answer in one."""
         text = "".join(piece.text for piece in pieces)
         choice: Body = {"index": 0, "finish_reason": pieces[-1].finish}
@@ -80,7 +80,7 @@ class Form:
             "choices": choices,
         }
 
-    def _cost(self, account: Account, last: Piece) -> Body:
+    def _cost(self, account: GenerationUsage, last: TokenChunk) -> Body:
         """OpenAI's usage, and our own account beside it."""
         answer, quality = last.answer, last.answer.quality
         return {
@@ -92,7 +92,7 @@ class Form:
             },
             "ladderstitch": {
                 "path": answer.name,
-                "stitch_id": answer.path,
+                "variant_id": answer.path,
                 "quality": quality.value if quality else None,
                 "quality_metric": quality_metric(self.model.bundle.quality),
                 "perplexity": quality.perplexity if quality else None,
@@ -104,7 +104,7 @@ class Form:
             },
         }
 
-    def _likelihoods(self, pieces: Sequence[Piece]) -> Body:
+    def _likelihoods(self, pieces: Sequence[TokenChunk]) -> Body:
         if self.chat:
             return {"content": [self._chat_token(piece) for piece in pieces], "refusal": None}
         offsets = []
@@ -121,7 +121,7 @@ class Form:
             "text_offset": offsets,
         }
 
-    def _chat_token(self, piece: Piece) -> Body:
+    def _chat_token(self, piece: TokenChunk) -> Body:
         return self._token(piece.token, piece.logprob) | {
             "top_logprobs": [self._token(*alternative) for alternative in piece.alternatives]
         }
@@ -131,7 +131,7 @@ class Form:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     def _text(self, token: int) -> str:
-        return self.model.generator.tokenizer.decode([token])
+        return self.model.scheduler.tokenizer.decode([token])
 
 
 def _ms(seconds: float) -> float:
@@ -169,7 +169,7 @@ def body_of(error: RequestError) -> dict[str, Any]:
         "error": {
             "message": str(error),
             "type": KINDS.get(status, "server_error"),
-            "param": error.field if isinstance(error, BadInput) else None,
+            "param": error.field if isinstance(error, InvalidArgument) else None,
             "code": error.reason,
         }
         | ({"metadata": error.metadata} if error.metadata else {})

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import uvicorn
 
-from ladderstitch.api.auth import Guard
+from ladderstitch.api.auth import AuthInterceptor
 from ladderstitch.api.openai.app import build
 from ladderstitch.config import ServerConfig
-from ladderstitch.hosting.registry import Host
+from ladderstitch.hosting.registry import ModelRegistry
 from ladderstitch.security.tls import CertificateFiles
 
 log = logging.getLogger(__name__)
@@ -33,12 +33,14 @@ class _Quiet(uvicorn.Server):
 class HttpServer:
     """Listens from `start` on."""
 
-    def __init__(self, config: ServerConfig, host: Host, guard: Guard | None) -> None:
+    def __init__(
+        self, config: ServerConfig, registry: ModelRegistry, guard: AuthInterceptor | None
+    ) -> None:
         self.port = 0
         self._config = config
         self._files = _certificates(config)
         settings = uvicorn.Config(
-            build(host, guard, config.max_message_mb << 20),
+            build(registry, guard, config.max_message_mb << 20),
             log_config=None,
             access_log=False,
             server_header=False,

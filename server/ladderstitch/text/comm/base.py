@@ -11,15 +11,15 @@ from torch import Tensor
 
 from ladderstitch.errors import LadderstitchError
 
-Ticket: TypeAlias = Any
+Work: TypeAlias = Any
 """A link's own mark of a reduction in flight; good for one `wait`."""
 
 
-class LinkBroken(LadderstitchError):
+class PeerLost(LadderstitchError):
     """A peer is gone, or the group was told to stop; nothing that was posted will arrive."""
 
 
-class Link(Protocol):
+class Communicator(Protocol):
     """Sums over the ranks of a group, in rank order, so that all ranks get the same bits.
 
     At most two reductions may be in flight, and they are waited for in the order of posting; all
@@ -29,28 +29,28 @@ class Link(Protocol):
     rank: int
     ranks: int
 
-    def post(self, partial: Tensor) -> Ticket:
+    def post(self, partial: Tensor) -> Work:
         """Start the sum of this tensor over the ranks; does not wait for them."""
 
-    def wait(self, ticket: Ticket) -> Tensor:
-        """The sum, in the partial's shape and dtype. Raises `LinkBroken`."""
+    def wait(self, ticket: Work) -> Tensor:
+        """The sum, in the partial's shape and dtype. Raises `PeerLost`."""
 
     def close(self) -> None:
-        """Free what the link holds; peers that wait for this rank get `LinkBroken`."""
+        """Free what the link holds; peers that wait for this rank get `PeerLost`."""
 
 
 @runtime_checkable
-class FusedLink(Link, Protocol):
+class FusedCommunicator(Communicator, Protocol):
     """A link whose kernels do a neighbour's work on the way: the product before a reduction, the
     residual add and norm after it."""
 
-    def post_product(self, x: Tensor, weight: Tensor) -> Ticket:
+    def post_product(self, x: Tensor, weight: Tensor) -> Work:
         """Start the sum of x @ weight.T over the ranks: [N, K_r] by [D, K_r]."""
 
     def wait_add_norm(
-        self, ticket: Ticket, residual: Tensor, gain: Tensor, eps: float
+        self, ticket: Work, residual: Tensor, gain: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """r = residual + the sum, and rms_norm(r) * gain; both [N, D]. Raises `LinkBroken`."""
+        """r = residual + the sum, and rms_norm(r) * gain; both [N, D]. Raises `PeerLost`."""
 
 
 def sum_in_rank_order(parts: Sequence[Tensor]) -> Tensor:
@@ -69,10 +69,10 @@ class SingleRank:
     def __init__(self, rank: int = 0, ranks: int = 1) -> None:
         self.rank, self.ranks = rank, ranks
 
-    def post(self, partial: Tensor) -> Ticket:
+    def post(self, partial: Tensor) -> Work:
         return partial
 
-    def wait(self, ticket: Ticket) -> Tensor:
+    def wait(self, ticket: Work) -> Tensor:
         reduced: Tensor = ticket
         return reduced
 
@@ -80,8 +80,8 @@ class SingleRank:
         """Nothing is held."""
 
 
-LinkKind = Literal["shared_memory", "tcp", "nccl", "symmetric"]
-LinkChoice = Literal["auto", LinkKind]
+CommKind = Literal["shared_memory", "tcp", "nccl", "symmetric"]
+CommChoice = Literal["auto", CommKind]
 
 
 class SharedMemorySpec(BaseModel):
@@ -113,7 +113,7 @@ class SingleSpec(BaseModel):
     kind: Literal["single"] = "single"
 
 
-LinkSpec = Annotated[
+CommSpec = Annotated[
     SharedMemorySpec | TcpSpec | NcclSpec | SymmetricSpec | SingleSpec, Field(discriminator="kind")
 ]
 """How the ranks of one group, as it stands at present, reach each other."""

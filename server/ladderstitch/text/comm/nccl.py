@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ladderstitch.text.comm.base import LinkBroken, Ticket
+from ladderstitch.text.comm.base import PeerLost, Work
 
 TIMEOUT = timedelta(seconds=60)
 
 
-class NcclLink:
+class NcclCommunicator:
     """One rank's end; `store` is the host and port at which rank 0 gathers the group.
 
     NCCL chooses the order of summation, the same on all ranks. A group that loses a rank cannot be
@@ -32,15 +32,15 @@ class NcclLink:
             timeout=TIMEOUT,
         )
 
-    def post(self, partial: Tensor) -> Ticket:
+    def post(self, partial: Tensor) -> Work:
         return dist.all_reduce(partial, async_op=True), partial
 
-    def wait(self, ticket: Ticket) -> Tensor:
+    def wait(self, ticket: Work) -> Tensor:
         work, partial = ticket
         try:
             work.wait()
         except RuntimeError as error:
-            raise LinkBroken(f"NCCL: {error}") from error
+            raise PeerLost(f"NCCL: {error}") from error
         reduced: Tensor = partial
         return reduced
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.text.comm.base import LinkBroken, Ticket, sum_in_rank_order
+from ladderstitch.text.comm.base import PeerLost, Work, sum_in_rank_order
 
 FOLDER = Path("/dev/shm")
 SLOTS = 4
@@ -63,7 +63,7 @@ class SharedRegion:
             os.close(descriptor)
 
     def abort(self) -> None:
-        """Make every `wait` on this memory raise `LinkBroken`, now and later."""
+        """Make every `wait` on this memory raise `PeerLost`, now and later."""
         self._flag[0] = 1
 
     def forget(self) -> None:
@@ -71,7 +71,7 @@ class SharedRegion:
         self.path.unlink(missing_ok=True)
 
 
-class SharedMemoryLink:
+class SharedMemoryCommunicator:
     """One rank's end of a `SharedRegion`."""
 
     def __init__(
@@ -95,7 +95,7 @@ class SharedMemoryLink:
         self._shape: tuple[torch.Size, torch.dtype] | None = None
         self._views: list[list[Tensor]] = []
 
-    def post(self, partial: Tensor) -> Ticket:
+    def post(self, partial: Tensor) -> Work:
         if (partial.shape, partial.dtype) != self._shape:
             self._reshape(partial)
         slot = self._posted % SLOTS
@@ -107,7 +107,7 @@ class SharedMemoryLink:
         self._words[line] = self._posted
         return self._posted, slot, views
 
-    def wait(self, ticket: Ticket) -> Tensor:
+    def wait(self, ticket: Work) -> Tensor:
         number, slot, views = ticket
         for peer in range(self.ranks):
             if peer != self.rank:
@@ -146,11 +146,11 @@ class SharedMemoryLink:
     def _check(self, spins: int, line: int, number: int) -> None:
         """Between polls of a long wait: has the group ended? Is this worth waiting for?"""
         if self._words[0]:
-            raise LinkBroken("the group was told to stop")
+            raise PeerLost("the group was told to stop")
         if self._words[line] > number:
-            raise LinkBroken(f"slot of reduction {number} was used again before it was read")
+            raise PeerLost(f"slot of reduction {number} was used again before it was read")
         if spins == SPINS + 1:
             self._patience = time.monotonic() + GIVE_UP_S
         elif time.monotonic() > self._patience:
-            raise LinkBroken(f"a peer has not answered for {GIVE_UP_S:.0f} s")
+            raise PeerLost(f"a peer has not answered for {GIVE_UP_S:.0f} s")
         os.sched_yield()

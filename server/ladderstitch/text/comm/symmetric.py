@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.text.comm.base import LinkBroken, Ticket
+from ladderstitch.text.comm.base import PeerLost, Work
 from ladderstitch_kernels import (
     AllReduce,
     Exchange,
@@ -50,7 +50,7 @@ class SymmetricRegion:
         self._flag = _map(flag)
 
     def abort(self) -> None:
-        """Make every `wait` of the group raise `LinkBroken`, now and later."""
+        """Make every `wait` of the group raise `PeerLost`, now and later."""
         self._flag[0] = 1
 
     def forget(self) -> None:
@@ -83,7 +83,7 @@ def reach_peers(
     return SharedMapping(path, rank, ranks)
 
 
-class SymmetricLink:
+class SymmetricCommunicator:
     """One rank's end of a `SymmetricRegion`, for partials [.., width] of up to `rows` rows."""
 
     def __init__(
@@ -103,21 +103,21 @@ class SymmetricLink:
         self._watcher = threading.Thread(target=self._watch, name="symmetric-link", daemon=True)
         self._watcher.start()
 
-    def post(self, partial: Tensor) -> Ticket:
+    def post(self, partial: Tensor) -> Work:
         flat = partial.reshape(-1, partial.shape[-1])
         if len(flat) <= self._exchange.rows:
             post(flat, self._exchange)
             return partial.shape, None
         return partial.shape, self._reduce(flat)
 
-    def post_product(self, x: Tensor, weight: Tensor) -> Ticket:
+    def post_product(self, x: Tensor, weight: Tensor) -> Work:
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) > self._exchange.rows:
             return self.post(F.linear(x, weight))
         gemv_post(flat, weight, self._exchange)
         return torch.Size((*x.shape[:-1], len(weight))), None
 
-    def wait(self, ticket: Ticket) -> Tensor:
+    def wait(self, ticket: Work) -> Tensor:
         shape, total = ticket
         if total is None:
             total = wait_sum(shape.numel() // shape[-1], self._exchange)
@@ -126,7 +126,7 @@ class SymmetricLink:
         return summed
 
     def wait_add_norm(
-        self, ticket: Ticket, residual: Tensor, gain: Tensor, eps: float
+        self, ticket: Work, residual: Tensor, gain: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         shape, total = ticket
         if total is not None:
@@ -162,4 +162,4 @@ class SymmetricLink:
     def _check(self) -> None:
         """On a GPU the wait is still to come; the group throws away what a broken pass computes."""
         if self._flag[0]:
-            raise LinkBroken("the group was told to stop")
+            raise PeerLost("the group was told to stop")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ladderstitch.text.comm.base import LinkBroken, Ticket, sum_in_rank_order
+from ladderstitch.text.comm.base import PeerLost, Work, sum_in_rank_order
 
 HEADER = struct.Struct("<qq")
 """Number of the reduction, bytes that follow."""
@@ -55,14 +55,14 @@ class _Peer:
                 self.outgoing[0] = self.outgoing[0][sent:]
 
     def receive(self) -> None:
-        """Take what has come; raises `LinkBroken` at the end of the connection."""
+        """Take what has come; raises `PeerLost` at the end of the connection."""
         while True:
             try:
                 got = self.socket.recv_into(self._into)
             except BlockingIOError:
                 return
             if not got:
-                raise LinkBroken("a peer has closed its connection")
+                raise PeerLost("a peer has closed its connection")
             self._into = self._into[got:]
             if not self._into:
                 self._complete()
@@ -77,7 +77,7 @@ class _Peer:
             self._number, self._into = None, memoryview(self._header)
 
 
-class TcpLink:
+class TcpCommunicator:
     """One rank's end of a full mesh."""
 
     def __init__(
@@ -90,7 +90,7 @@ class TcpLink:
         """Connect to the lower ranks and be connected to by the higher ones.
 
         `addresses` are all ranks' listening sockets, in order, this rank's own included. Raises
-        `LinkBroken` if that takes longer than `CONNECT_S`.
+        `PeerLost` if that takes longer than `CONNECT_S`.
         """
         self.rank, self.ranks = rank, len(addresses)
         self._posted = 0
@@ -104,9 +104,9 @@ class TcpLink:
             while len(self._peers) < self.ranks - 1:
                 self._accept(listener, secret)
         except OSError as error:
-            raise LinkBroken(f"cannot connect the ranks: {error}") from error
+            raise PeerLost(f"cannot connect the ranks: {error}") from error
 
-    def post(self, partial: Tensor) -> Ticket:
+    def post(self, partial: Tensor) -> Work:
         self._posted += 1
         payload = partial.contiguous()
         body = memoryview(payload.view(-1).view(torch.uint8).numpy().data)
@@ -116,10 +116,10 @@ class TcpLink:
                 peer.outgoing += (header, body)
                 peer.send()
         except OSError as error:
-            raise LinkBroken(f"a peer is gone: {error}") from error
+            raise PeerLost(f"a peer is gone: {error}") from error
         return self._posted, partial
 
-    def wait(self, ticket: Ticket) -> Tensor:
+    def wait(self, ticket: Work) -> Tensor:
         number, partial = ticket
         missing = {r for r, peer in self._peers.items() if number not in peer.arrived}
         patience = time.monotonic() + GIVE_UP_S
@@ -142,9 +142,9 @@ class TcpLink:
             for connection in readable:
                 sockets[connection].receive()
         except (OSError, ValueError) as error:  # ValueError: a socket closed under select
-            raise LinkBroken(f"a peer is gone: {error}") from error
+            raise PeerLost(f"a peer is gone: {error}") from error
         if time.monotonic() > patience:
-            raise LinkBroken(f"a peer has not answered for {GIVE_UP_S:.0f} s")
+            raise PeerLost(f"a peer has not answered for {GIVE_UP_S:.0f} s")
 
     def _part(self, rank: int, number: int, partial: Tensor) -> Tensor:
         if rank == self.rank:

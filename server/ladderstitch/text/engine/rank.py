@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from ladderstitch.text.comm.base import (
-    Link,
-    LinkBroken,
-    LinkSpec,
+    CommSpec,
+    Communicator,
     NcclSpec,
+    PeerLost,
     SharedMemorySpec,
     SingleRank,
     SingleSpec,
@@ -30,7 +30,7 @@ from ladderstitch.text.comm.base import (
     TcpSpec,
 )
 from ladderstitch.text.engine import wire
-from ladderstitch.text.engine.rank_config import Assignment, Joining, ModelJob
+from ladderstitch.text.engine.rank_config import Assignment, CommInit, RankConfig
 from ladderstitch.text.engine.wire import Kind, Message
 from ladderstitch.text.model.attention_batch import Batch
 from ladderstitch.text.model.kv_cache import PagedCache
@@ -58,8 +58,8 @@ class Rank:
         self.cache = PagedCache(
             job.config, self.shard, job.blocks, job.block_tokens, job.torch_dtype, job.device
         )
-        self.link: Link | None = None
-        self.paths: list[tuple[tuple[LayerPlan, ...], Link]] = []
+        self.link: Communicator | None = None
+        self.paths: list[tuple[tuple[LayerPlan, ...], Communicator]] = []
         self.loaded = {
             "weight_bytes": self.models[0].weights.bytes(),
             "cache_bytes": self.cache.bytes,
@@ -67,11 +67,11 @@ class Rank:
             "seconds": time.monotonic() - started,
         }
 
-    def join(self, spec: LinkSpec, listener: socket.socket) -> None:
+    def join(self, spec: CommSpec, listener: socket.socket) -> None:
         """Reach the peers by a new link, and let go of the old one."""
         if self.link is not None:
             self.link.close()
-        link = make_link(spec, self.job, self.shard, listener)
+        link = create_communicator(spec, self.job, self.shard, listener)
         silent = SingleRank(self.shard.rank, self.shard.ranks)
         self.link = link
         self.paths = [
@@ -98,7 +98,7 @@ class Rank:
         return Message(Kind.LOGITS, header, full.data.cast("B") if full.size else b"")
 
 
-def load_models(job: ModelJob, shard: Shard) -> list[Transformer]:
+def load_models(job: RankConfig, shard: Shard) -> list[Transformer]:
     """One rank's share of every path; paths share all tensors that no delta changes."""
     read = job.weights()
     share = load_rank(
@@ -132,33 +132,42 @@ def anonymous_bytes() -> int:
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
-def make_link(spec: LinkSpec, job: ModelJob, shard: Shard, listener: socket.socket) -> Link:
+def create_communicator(
+    spec: CommSpec, job: RankConfig, shard: Shard, listener: socket.socket
+) -> Communicator:
     """This rank's end of the link that a group asks for."""
     match spec:
         case SharedMemorySpec():
-            from ladderstitch.text.comm.shared_memory import LinkModel, SharedMemoryLink
+            from ladderstitch.text.comm.shared_memory import LinkModel, SharedMemoryCommunicator
 
             model = LinkModel(spec.latency_s, spec.bytes_per_s or float("inf"))
-            return SharedMemoryLink(spec.path, shard.rank, shard.ranks, spec.slot_bytes, model)
+            return SharedMemoryCommunicator(
+                spec.path, shard.rank, shard.ranks, spec.slot_bytes, model
+            )
         case TcpSpec():
-            from ladderstitch.text.comm.tcp import TcpLink
+            from ladderstitch.text.comm.tcp import TcpCommunicator
 
-            return TcpLink(listener, shard.rank, spec.addresses, spec.secret.encode())
+            return TcpCommunicator(listener, shard.rank, spec.addresses, spec.secret.encode())
         case NcclSpec():
-            from ladderstitch.text.comm.nccl import NcclLink
+            from ladderstitch.text.comm.nccl import NcclCommunicator
 
             if shard.rank == 0:
                 listener.close()  # NCCL's store listens there
-            return NcclLink(spec.store, shard.rank, shard.ranks)
+            return NcclCommunicator(spec.store, shard.rank, shard.ranks)
         case SymmetricSpec():
-            from ladderstitch.text.comm.symmetric import SymmetricLink, reach_peers
+            from ladderstitch.text.comm.symmetric import SymmetricCommunicator, reach_peers
 
             if shard.rank == 0:
                 listener.close()
             device = torch.device(job.device)
             memory = reach_peers(spec.path, spec.store, shard.rank, shard.ranks, device)
-            return SymmetricLink(
-                memory, spec.path, job.chunk_tokens, job.config.hidden_size, job.torch_dtype, device
+            return SymmetricCommunicator(
+                memory,
+                spec.path,
+                job.max_batched_tokens,
+                job.config.hidden_size,
+                job.torch_dtype,
+                device,
             )
         case SingleSpec():
             return SingleRank()
@@ -179,7 +188,7 @@ def serve(group: socket.socket, listener: socket.socket) -> None:
             elif rank is None:
                 reply = Message(Kind.FAILED, {"error": "this rank has no model yet"})
             elif message.kind == Kind.JOIN:
-                rank.join(Joining.model_validate(message.header).link, listener)
+                rank.join(CommInit.model_validate(message.header).link, listener)
                 reply = Message(Kind.JOINED)
             else:
                 reply = rank.forward(message)
@@ -187,7 +196,7 @@ def serve(group: socket.socket, listener: socket.socket) -> None:
             log.warning("rank failed: %s: %s", type(error).__name__, error)
             failure = {
                 "error": f"{type(error).__name__}: {error}"[:4096],
-                "peer_lost": isinstance(error, LinkBroken),
+                "peer_lost": isinstance(error, PeerLost),
             }
             reply = Message(Kind.FAILED, failure)
         try:

@@ -12,25 +12,25 @@ import numpy as np
 
 from ladderstitch.errors import EngineRestarting, InternalError
 from ladderstitch.text.engine.rank_config import (
-    ArrangeLink,
     Assignment,
+    CommInit,
+    CommRegion,
+    CreateCommSpec,
     GroupOptions,
-    Joining,
-    ModelJob,
-    Region,
-    arrange_link,
+    RankConfig,
+    create_comm_spec,
     mendable,
 )
 from ladderstitch.text.engine.rank_handle import (
     Launcher,
-    Member,
     RankFailed,
+    RankHandle,
     RankLost,
     launch_process,
 )
-from ladderstitch.text.engine.rank_pool import NoRank, Recruiter
+from ladderstitch.text.engine.rank_pool import RankPool, RankStartError
 from ladderstitch.text.engine.wire import Kind, Message
-from ladderstitch.text.step import Logits, Outcome, Step, Tokens, Want, aligned
+from ladderstitch.text.step import Logits, LogitsMode, Step, StepOutput, Tokens, aligned
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class RankGroup:
 
     def __init__(
         self,
-        job: ModelJob,
+        job: RankConfig,
         options: GroupOptions | None = None,
         launcher: Launcher | None = launch_process,
         on_restart: Callable[[], None] = lambda: None,
@@ -60,16 +60,16 @@ class RankGroup:
         self.restarts = 0
         self._on_restart = on_restart
         self.given_up = False
-        self._recruiter = Recruiter(
+        self._recruiter = RankPool(
             launcher, self._on_loss, self.options.listen, self.options.secret
         )
-        self._members: list[Member | None] = [None] * job.ranks
-        self._region: Region | None = None
+        self._members: list[RankHandle | None] = [None] * job.ranks
+        self._region: CommRegion | None = None
         self._whole = asyncio.Event()
         self._mending: asyncio.Task[None] | None = None
         self._closing = False
         self._turn = asyncio.Lock()
-        self._arrange: ArrangeLink = arrange_link
+        self._arrange: CreateCommSpec = create_comm_spec
 
     @property
     def whole(self) -> bool:
@@ -96,7 +96,7 @@ class RankGroup:
             await self._recruiter.launch()
         try:
             await self._assemble()
-        except (RankLost, RankFailed, NoRank) as error:
+        except (RankLost, RankFailed, RankStartError) as error:
             raise EngineRestarting(f"the ranks did not come up: {error}") from error
         self._whole.set()
 
@@ -114,13 +114,13 @@ class RankGroup:
 
         Sequence b has the b-th part of the cache. Raises as `run`.
         """
-        want = Want.LAST if last_only else Want.ALL
+        want = LogitsMode.LAST if last_only else LogitsMode.ALL
         outcome = await self.run(aligned(tokens, start, path, self.job.sequence_blocks, want))
         vocabulary = outcome.logits.shape[-1]
         shape = tokens.shape[:1] if last_only else tokens.shape
         return outcome.logits.reshape(*shape, vocabulary)
 
-    async def run(self, step: Step) -> Outcome:
+    async def run(self, step: Step) -> StepOutput:
         """One forward pass of all ranks.
 
         Raises `RankLost` if a rank died (the caches are gone), `InternalError` if the pass failed.
@@ -130,7 +130,7 @@ class RankGroup:
         running.add_done_callback(_retrieve)
         return await asyncio.shield(running)  # ranks finish what a cancelled caller began
 
-    async def _pass(self, message: Message) -> Outcome:
+    async def _pass(self, message: Message) -> StepOutput:
         async with self._turn:
             if not self._whole.is_set():
                 raise RankLost("the group is not whole")
@@ -138,10 +138,14 @@ class RankGroup:
         return _merge(_passed(replies))
 
     @staticmethod
-    async def _ask_all(members: list[Member], message: Message) -> list[Message | BaseException]:
+    async def _ask_all(
+        members: list[RankHandle], message: Message
+    ) -> list[Message | BaseException]:
         return await asyncio.gather(*(m.ask(message) for m in members), return_exceptions=True)
 
-    async def change_link(self, options: GroupOptions, arrange: ArrangeLink = arrange_link) -> None:
+    async def change_link(
+        self, options: GroupOptions, arrange: CreateCommSpec = create_comm_spec
+    ) -> None:
         """Reach each other in another way from now on; the caches are kept. Raises `RankLost`."""
         async with self._turn:
             self.options, self._arrange = options, arrange
@@ -161,7 +165,7 @@ class RankGroup:
         if self._region is not None:
             self._region.forget()
 
-    def _on_loss(self, member: Member) -> None:
+    def _on_loss(self, member: RankHandle) -> None:
         if self._closing:
             return
         if member in self._members:
@@ -182,7 +186,7 @@ class RankGroup:
             try:
                 await self._release_survivors()
                 await self._assemble()
-            except (RankLost, RankFailed, NoRank) as error:
+            except (RankLost, RankFailed, RankStartError) as error:
                 log.error("mending, attempt %d: %s", attempt + 1, error)
                 await asyncio.sleep(min(0.1 * 2**attempt, 2.0))
                 continue
@@ -224,14 +228,14 @@ class RankGroup:
     async def _join(self) -> None:
         members = self._present()
         spec, self._region = self._arrange(self.job, self.options, [m.listens for m in members])
-        joining = Message(Kind.JOIN, Joining(link=spec).model_dump(mode="json"))
+        joining = Message(Kind.JOIN, CommInit(link=spec).model_dump(mode="json"))
         try:
             _good(await self._ask_all(members, joining))
         finally:
             if self._region is not None:
                 self._region.forget()
 
-    def _present(self) -> list[Member]:
+    def _present(self) -> list[RankHandle]:
         present = [member for member in self._members if member is not None]
         if len(present) < self.job.ranks:
             raise RankLost("a rank died while the group was being made")
@@ -245,7 +249,7 @@ class RankGroup:
         return await member.ask(Message(Kind.ASSIGN, fields))
 
 
-def _retrieve(done: asyncio.Task[Outcome]) -> None:
+def _retrieve(done: asyncio.Task[StepOutput]) -> None:
     """Look at the outcome, so that asyncio does not report it when the caller is gone."""
     if not done.cancelled():
         done.exception()
@@ -272,9 +276,9 @@ def _passed(replies: list[Message | BaseException]) -> list[Message]:
     return _good(replies)
 
 
-def _merge(parts: list[Message]) -> Outcome:
+def _merge(parts: list[Message]) -> StepOutput:
     """Each rank has its rows of the vocabulary, in order of the ranks."""
     tokens = np.array([part.header["tokens"] for part in parts], np.int64)
     best = np.array([part.header["best"] for part in parts], np.float32).argmax(axis=0)
     logits = [np.frombuffer(part.body, np.float32).reshape(part.header["shape"]) for part in parts]
-    return Outcome(tokens[best, np.arange(tokens.shape[1])], np.concatenate(logits, axis=-1))
+    return StepOutput(tokens[best, np.arange(tokens.shape[1])], np.concatenate(logits, axis=-1))

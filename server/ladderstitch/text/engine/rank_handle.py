@@ -29,7 +29,7 @@ class RankFailed(LadderstitchError):
         self.peer_lost = peer_lost
 
 
-class Member:
+class RankHandle:
     """A connected rank. `on_loss` is called once, when its connection ends by itself.
 
     A question must not be cancelled: the answer would be taken for the next one's.
@@ -40,8 +40,8 @@ class Member:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         hello: dict[str, Any],
-        launched: Launched | None,
-        on_loss: Callable[[Member], None],
+        launched: RankProcess | None,
+        on_loss: Callable[[RankHandle], None],
     ) -> None:
         self.pid: int = hello["pid"]
         self.listens: tuple[str, int] = tuple(hello["listens"])
@@ -102,7 +102,7 @@ class Member:
             self._reply.set_exception(RankLost(f"rank process {self.pid} is gone"))
 
 
-class Launched(Protocol):
+class RankProcess(Protocol):
     """A rank that was started."""
 
     async def wait(self) -> object:
@@ -115,7 +115,7 @@ class Launched(Protocol):
 class Launcher(Protocol):
     """Starts one rank, which will connect to the group's address and say hello."""
 
-    async def __call__(self, address: str, secret: str) -> Launched: ...
+    async def __call__(self, address: str, secret: str) -> RankProcess: ...
 
 
 class _Process:
@@ -130,7 +130,7 @@ class _Process:
             self.process.kill()
 
 
-async def launch_process(address: str, secret: str, *, through: Sequence[str] = ()) -> Launched:
+async def launch_process(address: str, secret: str, *, through: Sequence[str] = ()) -> RankProcess:
     """A process of this machine; the secret is not on its command line. `through` is a command
     that runs it elsewhere, e.g. in another network namespace."""
     process = await asyncio.create_subprocess_exec(

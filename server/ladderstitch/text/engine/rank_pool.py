@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ladderstitch.errors import LadderstitchError
 from ladderstitch.text.engine import wire
-from ladderstitch.text.engine.rank_handle import Launched, Launcher, Member
+from ladderstitch.text.engine.rank_handle import Launcher, RankHandle, RankProcess
 from ladderstitch.text.engine.wire import Kind
 
 log = logging.getLogger(__name__)
@@ -24,11 +24,11 @@ HELLO_S = 60.0
 READ_LIMIT_BYTES = 16 << 20
 
 
-class NoRank(LadderstitchError):
+class RankStartError(LadderstitchError):
     """No rank came forward in time, or the one that was started ended at once."""
 
 
-class Recruiter:
+class RankPool:
     """Listens for ranks; those that know the secret wait here until a group takes them.
 
     A rank that was started here says the number of its launch, so that its process is known.
@@ -37,7 +37,7 @@ class Recruiter:
     def __init__(
         self,
         launcher: Launcher | None,
-        on_loss: Callable[[Member], None],
+        on_loss: Callable[[RankHandle], None],
         listen: str = "",
         secret: str = "",
     ) -> None:
@@ -48,8 +48,8 @@ class Recruiter:
         self._launcher, self._on_loss, self._listen = launcher, on_loss, listen
         self._folder: Path | None = None
         self._server: asyncio.Server | None = None
-        self._waiting: list[Member] = []
-        self._starting: dict[int, Launched] = {}
+        self._waiting: list[RankHandle] = []
+        self._starting: dict[int, RankProcess] = {}
         self._numbers = itertools.count(1)
         self._changed = asyncio.Event()
         self._watching: set[asyncio.Task[None]] = set()
@@ -87,8 +87,8 @@ class Recruiter:
         self._watching.add(watch)
         watch.add_done_callback(self._watching.discard)
 
-    async def take(self) -> Member:
-        """A rank, started if none stands by. Raises `NoRank`."""
+    async def take(self) -> RankHandle:
+        """A rank, started if none stands by. Raises `RankStartError`."""
         if not self.available:
             await self.launch()
         patience = time.monotonic() + HELLO_S
@@ -98,12 +98,12 @@ class Recruiter:
                 if not member.lost:
                     return member
             if self._launcher is not None and not self._starting:
-                raise NoRank("the rank that was started ended at once; its log says why")
+                raise RankStartError("the rank that was started ended at once; its log says why")
             self._changed.clear()
             try:
                 await asyncio.wait_for(self._changed.wait(), patience - time.monotonic())
             except TimeoutError:
-                raise NoRank(f"no rank came forward for {HELLO_S:.0f} s") from None
+                raise RankStartError(f"no rank came forward for {HELLO_S:.0f} s") from None
 
     async def close(self) -> None:
         if self._server is not None:
@@ -118,7 +118,7 @@ class Recruiter:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _watch(self, number: int, launched: Launched) -> None:
+    async def _watch(self, number: int, launched: RankProcess) -> None:
         """Notice a rank that ends before it comes forward."""
         await launched.wait()
         if self._starting.pop(number, None) is not None:
@@ -135,5 +135,5 @@ class Recruiter:
             writer.close()
             return
         launched = self._starting.pop(int(number), None) if number.isdigit() else None
-        self._waiting.append(Member(reader, writer, hello.header, launched, self._on_loss))
+        self._waiting.append(RankHandle(reader, writer, hello.header, launched, self._on_loss))
         self._changed.set()

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ladderstitch.text.step import Run, Step, Want
+from ladderstitch.text.step import LogitsMode, SequenceInput, Step
 
 PADDING = 1.5
 """Sequences are attended to together while that reads no more than this times their own blocks."""
@@ -88,15 +88,17 @@ class Batch:
             spans.append(Span(row, row + 1, self._pick(self._slots(run)), None))
         return tuple(spans), tuple(self._group(part) for part in self._alike(singles))
 
-    def _mask(self, run: Run) -> Tensor | None:
+    def _mask(self, run: SequenceInput) -> Tensor | None:
         if not run.start:
             return None
         shape = len(run.tokens), run.start + len(run.tokens)
         return torch.ones(shape, dtype=torch.bool, device=self.device).tril(run.start)
 
-    def _alike(self, singles: list[tuple[int, Run]]) -> list[list[tuple[int, Run]]]:
+    def _alike(
+        self, singles: list[tuple[int, SequenceInput]]
+    ) -> list[list[tuple[int, SequenceInput]]]:
         """Cut into groups of about one length, longest first."""
-        parts: list[list[tuple[int, Run]]] = []
+        parts: list[list[tuple[int, SequenceInput]]] = []
         own = widest = 0
         for row, run in sorted(singles, key=lambda single: -single[1].start):
             blocks = self._seen_blocks(run)
@@ -107,7 +109,7 @@ class Batch:
             own += blocks
         return parts
 
-    def _group(self, singles: Sequence[tuple[int, Run]]) -> Group:
+    def _group(self, singles: Sequence[tuple[int, SequenceInput]]) -> Group:
         widest = self._seen_blocks(singles[0][1])
         blocks = [[*run.blocks[:widest]] for _, run in singles]
         padded = [row + [0] * (widest - len(row)) for row in blocks]
@@ -120,10 +122,10 @@ class Batch:
             unseen=unseen[:, None, None],
         )
 
-    def _seen_blocks(self, run: Run) -> int:
+    def _seen_blocks(self, run: SequenceInput) -> int:
         return run.start // self._block_tokens + 1
 
-    def _slots(self, run: Run, start: int = 0) -> list[int]:
+    def _slots(self, run: SequenceInput, start: int = 0) -> list[int]:
         """Where the tokens of a sequence from one position on lie, the fresh ones included."""
         size, blocks = self._block_tokens, run.blocks
         end = run.start + len(run.tokens)
@@ -139,7 +141,7 @@ class Batch:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
 
-def _check_room(run: Run, block_tokens: int) -> None:
+def _check_room(run: SequenceInput, block_tokens: int) -> None:
     seen = run.start + len(run.tokens)
     if seen > len(run.blocks) * block_tokens:
         raise ValueError(
@@ -147,7 +149,7 @@ def _check_room(run: Run, block_tokens: int) -> None:
         )
 
 
-def _rows(runs: Sequence[Run]) -> tuple[list[int], list[int], list[int]]:
+def _rows(runs: Sequence[SequenceInput]) -> tuple[list[int], list[int], list[int]]:
     """Rows of the logits that want the best token, that are wanted whole; rows of the batch that
     have logits."""
     best: list[int] = []
@@ -156,9 +158,9 @@ def _rows(runs: Sequence[Run]) -> tuple[list[int], list[int], list[int]]:
     begin = 0
     for run in runs:
         end = begin + len(run.tokens)
-        if run.want != Want.NONE:
-            rows = range(begin, end) if run.want == Want.ALL else range(end - 1, end)
-            (best if run.want == Want.BEST else full).extend(
+        if run.want != LogitsMode.NONE:
+            rows = range(begin, end) if run.want == LogitsMode.ALL else range(end - 1, end)
+            (best if run.want == LogitsMode.BEST else full).extend(
                 range(len(wanted), len(wanted) + len(rows))
             )
             wanted.extend(rows)

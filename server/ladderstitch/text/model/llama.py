@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ladderstitch.runtime.linear import serving_linear
-from ladderstitch.text.comm.base import Link
+from ladderstitch.text.comm.base import Communicator
 from ladderstitch.text.model.attention_batch import Batch
 from ladderstitch.text.model.config import LlamaConfig, RopeScaling
 from ladderstitch.text.model.kv_cache import PagedCache
-from ladderstitch.text.model.residual import LayerPlan, Stream
+from ladderstitch.text.model.residual import LayerPlan, ResidualStream
 from ladderstitch.text.model.weights import LayerWeights, RankWeights, Shard
 
 
@@ -71,16 +71,16 @@ class Transformer:
 
     @torch.inference_mode()
     def forward(
-        self, batch: Batch, cache: PagedCache, plans: Sequence[LayerPlan], link: Link
+        self, batch: Batch, cache: PagedCache, plans: Sequence[LayerPlan], link: Communicator
     ) -> Tensor:
         """Logits [R, V_r] of this rank's vocabulary, for the R rows of the batch that want them.
 
-        The earlier tokens of the batch's sequences are in the cache. Raises `LinkBroken` if a peer
+        The earlier tokens of the batch's sequences are in the cache. Raises `PeerLost` if a peer
         is gone.
         """
         cosines, sines = self._rotation
         rotation = cosines[batch.positions], sines[batch.positions]
-        stream = Stream(self._embed(batch.tokens, link), link)
+        stream = ResidualStream(self._embed(batch.tokens, link), link)
         for layer, plan in enumerate(plans):
             self._run_layer(layer, plan, stream, batch, rotation, cache)
         x = stream.read()[batch.wanted]
@@ -90,7 +90,7 @@ class Transformer:
         self,
         layer: int,
         plan: LayerPlan,
-        stream: Stream,
+        stream: ResidualStream,
         batch: Batch,
         rotation: tuple[Tensor, Tensor],
         cache: PagedCache,
@@ -107,7 +107,7 @@ class Transformer:
         x = stream.read_normed(plan.lag, weights.ffn_norm, eps)
         _add(stream, mlp, mlp(x), plan.reduce and plan.reduce[1])
 
-    def _embed(self, tokens: Tensor, link: Link) -> Tensor:
+    def _embed(self, tokens: Tensor, link: Communicator) -> Tensor:
         """[N] -> [N, D]: each rank knows its rows of the vocabulary, the sum knows all."""
         rows = self.shard.vocabulary
         if self.shard.ranks == 1:
@@ -125,7 +125,7 @@ def _partial(block: Attention | Mlp, x: Tensor) -> Tensor:
     return block.linear(x, block.output)
 
 
-def _add(stream: Stream, block: Attention | Mlp, x: Tensor, reduce: bool | None) -> None:
+def _add(stream: ResidualStream, block: Attention | Mlp, x: Tensor, reduce: bool | None) -> None:
     if reduce is None:
         stream.add_product(x, block.output, block.linear)
     else:

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from ladderstitch.errors import ConfigError
 from ladderstitch.runtime.linear import Linear
-from ladderstitch.text.comm.base import FusedLink, Link, Ticket
+from ladderstitch.text.comm.base import Communicator, FusedCommunicator, Work
 
 Scheme = Literal["standard", "ladder", "parallel", "desync", "no_communication"]
 
 
-class Residual(BaseModel):
+class ResidualScheme(BaseModel):
     """A residual scheme as data, as it stands in a bundle."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,7 +56,7 @@ class LayerPlan:
     """Desync: whether attention and MLP end in a reduction of the streams."""
 
 
-def plan_layers(residual: Residual, layers: int, ranks: int) -> tuple[LayerPlan, ...]:
+def plan_layers(residual: ResidualScheme, layers: int, ranks: int) -> tuple[LayerPlan, ...]:
     """One plan a layer; raises `ConfigError` naming the field that does not fit the model."""
     match residual.scheme:
         case "standard" | "no_communication":
@@ -80,7 +80,7 @@ def ladder_layers(which: int | tuple[int, ...] | None, layers: int) -> frozenset
     return frozenset(chosen)
 
 
-def _desync_plans(residual: Residual, layers: int, ranks: int) -> tuple[LayerPlan, ...]:
+def _desync_plans(residual: ResidualScheme, layers: int, ranks: int) -> tuple[LayerPlan, ...]:
     pattern = residual.reduce_after
     if pattern is None or len(pattern) != layers:
         got = "none" if pattern is None else str(len(pattern))
@@ -95,18 +95,18 @@ def _desync_plans(residual: Residual, layers: int, ranks: int) -> tuple[LayerPla
     return tuple(LayerPlan(reduce=pair) for pair in pattern)
 
 
-class Stream:
+class ResidualStream:
     """The residual stream of one forward pass on one rank, and the reductions still in flight.
 
     Owns the tensor [N, D] that it starts from, of N tokens.
     """
 
-    def __init__(self, x: Tensor, link: Link) -> None:
+    def __init__(self, x: Tensor, link: Communicator) -> None:
         self._settled = x  # without the last sub-block
         self._full: Tensor | None = None  # with it, once a read has waited for it
-        self._flying: deque[Ticket] = deque()
+        self._flying: deque[Work] = deque()
         self._link = link
-        self._fused = link if isinstance(link, FusedLink) else None
+        self._fused = link if isinstance(link, FusedCommunicator) else None
 
     def read(self, lag: int = 0) -> Tensor:
         """The stream [N, D], all of it or (lag 1) without the last sub-block."""

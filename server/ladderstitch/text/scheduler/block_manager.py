@@ -32,7 +32,7 @@ class Prefix:
     last: int
 
 
-class BlockPool:
+class BlockManager:
     """Blocks 0..blocks-1 of `block_tokens` tokens, counted by their holders.
 
     A full block may be remembered by its key. When nobody holds it any more it is free, but keeps

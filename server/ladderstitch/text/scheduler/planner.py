@@ -14,12 +14,12 @@ from ladderstitch.errors import (
     BudgetInfeasible,
     Overloaded,
     QualityUnavailable,
-    StitchNotFound,
+    VariantNotFound,
 )
-from ladderstitch.scheduling.candidates import Menu
+from ladderstitch.scheduling.candidates import CandidateFilter
 from ladderstitch.scheduling.requests import GenerationRequest
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.text.scheduler.sequence import TokenSequence
+from ladderstitch.text.scheduler.sequence import Sequence_
 from ladderstitch.text.scheduler.step_times import StepTimes
 
 LEAST_CHUNK = 16
@@ -29,24 +29,24 @@ LATE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ScheduledChunk:
     """The next `count` tokens of a sequence."""
 
-    sequence: TokenSequence
+    sequence: Sequence_
     count: int
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StepPlan:
     path: int
-    parts: tuple[Part, ...]
+    parts: tuple[ScheduledChunk, ...]
 
     @property
     def tokens(self) -> int:
         return sum(part.count for part in self.parts)
 
 
-def plan_step(active: Collection[TokenSequence], times: StepTimes, now: float) -> Plan | None:
+def plan_step(active: Collection[Sequence_], times: StepTimes, now: float) -> StepPlan | None:
     """The next step of sequences that hold blocks; None if there are none."""
     if not active:
         return None
@@ -55,25 +55,25 @@ def plan_step(active: Collection[TokenSequence], times: StepTimes, now: float) -
     here = sorted((s for s in active if s.path == path), key=urgency.__getitem__)
     decoding = [s for s in here if s.pending == 1][: times.most_tokens]
     reading = [s for s in here if s.pending > 1]
-    parts = [Part(sequence, 1) for sequence in decoding]
+    parts = [ScheduledChunk(sequence, 1) for sequence in decoding]
     left = _affordable(path, decoding, times, now) if reading else 0
     for sequence in reading:
         count = min(sequence.pending, left)
         if count <= 0:
             break
-        parts.append(Part(sequence, count))
+        parts.append(ScheduledChunk(sequence, count))
         left -= count
-    return Plan(path, tuple(parts))
+    return StepPlan(path, tuple(parts))
 
 
-def _urgency(sequence: TokenSequence, times: StepTimes, now: float) -> float:
+def _urgency(sequence: Sequence_, times: StepTimes, now: float) -> float:
     token_s = times.expected(sequence.path, 1)
     due = sequence.due(token_s)
     late = now + times.prefill_s(sequence.path, sequence.pending) > due
     return due + LATE_S if late and sequence.first_at is None else due
 
 
-def _affordable(path: int, decoding: list[TokenSequence], times: StepTimes, now: float) -> int:
+def _affordable(path: int, decoding: list[Sequence_], times: StepTimes, now: float) -> int:
     """Tokens of prompts beside one of each decoding sequence."""
     room = times.most_tokens - len(decoding)
     if not decoding:
@@ -85,7 +85,7 @@ def _affordable(path: int, decoding: list[TokenSequence], times: StepTimes, now:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class SchedulerLoad:
     """What is on its way: decoding sequences by path, and tokens of prompts to be read."""
 
     sequences: dict[int, int]
@@ -93,7 +93,7 @@ class Load:
     waiting: int
 
     @classmethod
-    def of(cls, active: Collection[TokenSequence], waiting: Collection[TokenSequence]) -> Load:
+    def of(cls, active: Collection[Sequence_], waiting: Collection[Sequence_]) -> SchedulerLoad:
         sequences: dict[int, int] = {}
         unread: dict[int, int] = {}
         for sequence in (*active, *waiting):
@@ -103,11 +103,11 @@ class Load:
         return cls(sequences, unread, len(waiting))
 
 
-IDLE = Load({}, {}, 0)
+IDLE = SchedulerLoad({}, {}, 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
+class TokenTimeEstimate:
     """Seconds until the first token from now, and between the others."""
 
     first_s: float
@@ -117,71 +117,73 @@ class Forecast:
         return self.first_s + self.token_s * (tokens - 1)
 
 
-def forecast(path: int, fresh_tokens: int, load: Load, times: StepTimes) -> Forecast:
+def forecast(
+    path: int, fresh_tokens: int, load: SchedulerLoad, times: StepTimes
+) -> TokenTimeEstimate:
     """For a request of so many tokens to compute; steps of different paths take turns."""
     counts = dict(load.sequences)
     counts[path] = counts.get(path, 0) + 1
     token_s = sum(times.expected(other, n, n) for other, n in counts.items())
     ahead = sum(times.prefill_s(other, tokens) for other, tokens in load.unread.items())
-    return Forecast(ahead + times.prefill_s(path, fresh_tokens), token_s)
+    return TokenTimeEstimate(ahead + times.prefill_s(path, fresh_tokens), token_s)
 
 
 def choose_path(
     request: GenerationRequest,
-    menu: Menu,
+    candidates: CandidateFilter,
     settings: SchedulerSettings,
     times: StepTimes,
-    load: Load,
+    load: SchedulerLoad,
     reusable: dict[int, int],
     now: float,
 ) -> int:
     """The path of highest quality that is expected to keep the budget; else the fastest.
 
     The policy `max_quality` looks at the request alone, as if nobody else were there. `reusable`
-    counts the tokens of its prompt that are in the caches, by path. Raises `StitchNotFound`,
+    counts the tokens of its prompt that are in the caches, by path. Raises `VariantNotFound`,
     `QualityUnavailable`, `BudgetInfeasible` for a limit before its first token even when idle,
     `Overloaded` for one before it at present, or for a full queue.
     """
-    candidates = _candidates(request, menu)
+    variants = _variants(request, candidates)
     forecasts = {
         path: (
             forecast(path, len(request.tokens) - reusable.get(path, 0), IDLE, times),
             forecast(path, len(request.tokens) - reusable.get(path, 0), load, times),
         )
-        for path in candidates
+        for path in variants
     }
     _refuse_hopeless(request, settings, load, forecasts, now)
-    for path in reversed(candidates):
+    for path in reversed(variants):
         alone, shared = forecasts[path]
         if _keeps(request, alone if settings.policy == "max_quality" else shared, now):
             return path
-    return candidates[0]
+    return variants[0]
 
 
-def _candidates(request: GenerationRequest, menu: Menu) -> tuple[int, ...]:
+def _variants(request: GenerationRequest, candidates: CandidateFilter) -> tuple[int, ...]:
     """Paths to choose from, fastest first."""
-    pin = request.stitch
-    if pin is not None and pin not in menu.quality:
-        raise StitchNotFound(f"stitch_id: expected 0 to {len(menu.quality) - 1}, got {pin}")
-    highest = max(menu.quality.values()) if pin is None else menu.quality[pin]
+    pin = request.variant
+    if pin is not None and pin not in candidates.quality:
+        raise VariantNotFound(f"variant_id: expected 0 to {len(candidates.quality) - 1}, got {pin}")
+    highest = max(candidates.quality.values()) if pin is None else candidates.quality[pin]
     if request.min_quality > highest:
         raise QualityUnavailable(
             f"min_quality: expected at most {highest:.4f}, got {request.min_quality:.4f}",
             max_quality=f"{highest:.6f}",
         )
-    return (pin,) if pin is not None else menu.choices(request.min_quality)
+    return (pin,) if pin is not None else candidates.for_quality(request.min_quality)
 
 
 def _refuse_hopeless(
     request: GenerationRequest,
     settings: SchedulerSettings,
-    load: Load,
-    forecasts: dict[int, tuple[Forecast, Forecast]],
+    load: SchedulerLoad,
+    forecasts: dict[int, tuple[TokenTimeEstimate, TokenTimeEstimate]],
     now: float,
 ) -> None:
     alone_s = min(alone.first_s for alone, _ in forecasts.values())
     shared_s = min(shared.first_s for _, shared in forecasts.values())
-    left_s = request.limit - now
+    left_s = request.hard_deadline - now
     if left_s < alone_s:
         feasible_us = round(1e6 * (alone_s + now - request.arrival))
         raise BudgetInfeasible(
@@ -203,7 +205,7 @@ def _refuse_hopeless(
         )
 
 
-def _keeps(request: GenerationRequest, expected: Forecast, now: float) -> bool:
+def _keeps(request: GenerationRequest, expected: TokenTimeEstimate, now: float) -> bool:
     budget, spent = request.budget, now - request.arrival
     return (
         spent + expected.first_s <= budget.first_token_s

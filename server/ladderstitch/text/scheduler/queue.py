@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from ladderstitch.text.scheduler.block_manager import BlockPool
-from ladderstitch.text.scheduler.planner import Load, Plan
-from ladderstitch.text.scheduler.sequence import TokenSequence
+from ladderstitch.text.scheduler.block_manager import BlockManager
+from ladderstitch.text.scheduler.planner import SchedulerLoad, StepPlan
+from ladderstitch.text.scheduler.sequence import Sequence_
 from ladderstitch.text.scheduler.step_times import StepTimes
 
 
-class Roster:
+class SequenceQueue:
     """Active sequences hold blocks, waiting ones hold none; changed between steps only, but for
     callers who leave.
 
     At most `max_sequences` are active at a time.
     """
 
-    def __init__(self, pool: BlockPool, max_sequences: int) -> None:
+    def __init__(self, pool: BlockManager, max_sequences: int) -> None:
         self.pool = pool
-        self.active: list[TokenSequence] = []
-        self.waiting: list[TokenSequence] = []
+        self.active: list[Sequence_] = []
+        self.waiting: list[Sequence_] = []
         self._max_sequences = max_sequences
 
     @property
     def empty(self) -> bool:
         return not self.active and not self.waiting
 
-    def load(self) -> Load:
-        return Load.of(self.active, self.waiting)
+    def load(self) -> SchedulerLoad:
+        return SchedulerLoad.of(self.active, self.waiting)
 
     def reusable(self, path: int, tenant: str, tokens: tuple[int, ...]) -> int:
         """Tokens of a prompt whose keys and values are in the cache."""
         prefix = self.pool.find(self.pool.scope((path, tenant)), tokens)
         return len(prefix.blocks) * self.pool.block_tokens
 
-    def leave(self, sequence: TokenSequence) -> None:
+    def leave(self, sequence: Sequence_) -> None:
         """Free what it holds. A step that still writes there ends before the next one begins."""
         sequence.ended = True
         if sequence in self.active:
@@ -52,7 +52,7 @@ class Roster:
                 return
             self.active.append(self.waiting.pop(0))
 
-    def make_room(self, plan: Plan, times: StepTimes) -> tuple[Plan, int]:
+    def make_room(self, plan: StepPlan, times: StepTimes) -> tuple[StepPlan, int]:
         """A block for every sequence of a plan that needs one, taken if none is free from those
         with most time left; what remains of the plan, and how many had to give way."""
         kept, preempted = list(plan.parts), 0
@@ -62,7 +62,7 @@ class Roster:
                 self._retreat(victim)
                 preempted += 1
                 kept = [other for other in kept if other.sequence is not victim]
-        return Plan(plan.path, tuple(kept)), preempted
+        return StepPlan(plan.path, tuple(kept)), preempted
 
     def start_again(self) -> None:
         """The caches are lost: everyone waits, and nothing is remembered."""
@@ -71,7 +71,7 @@ class Roster:
             sequence.losses += 1
         self.pool.forget()
 
-    def _retreat(self, sequence: TokenSequence) -> None:
+    def _retreat(self, sequence: Sequence_) -> None:
         sequence.retreat(self.pool)
         self.active.remove(sequence)
         self.waiting.append(sequence)

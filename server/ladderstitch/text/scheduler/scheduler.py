@@ -15,28 +15,28 @@ from contextlib import aclosing
 from typing import Protocol
 
 from ladderstitch.errors import (
-    BadInput,
     Draining,
     EngineRestarting,
     ExpiredInCompute,
     ExpiredInQueue,
     InternalError,
+    InvalidArgument,
     RequestError,
 )
-from ladderstitch.scheduling.candidates import Menu
-from ladderstitch.scheduling.load_report import HORIZONS_S, Backlog
+from ladderstitch.scheduling.candidates import CandidateFilter
+from ladderstitch.scheduling.load_report import HORIZONS_S, LoadReport
 from ladderstitch.scheduling.profiles import QualityTable
-from ladderstitch.scheduling.requests import GenerationRequest, Piece
+from ladderstitch.scheduling.requests import GenerationRequest, TokenChunk
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.text_metrics import Occupancy, StepReport
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.engine.rank_handle import RankLost
-from ladderstitch.text.scheduler.block_manager import BlockPool
-from ladderstitch.text.scheduler.planner import IDLE, Plan, choose_path, forecast, plan_step
-from ladderstitch.text.scheduler.queue import Roster
-from ladderstitch.text.scheduler.sequence import TokenSequence
-from ladderstitch.text.scheduler.step_times import StepTimes, made_up_profile, measure_steps
-from ladderstitch.text.step import Outcome, Step, Want
+from ladderstitch.text.scheduler.block_manager import BlockManager
+from ladderstitch.text.scheduler.planner import IDLE, StepPlan, choose_path, forecast, plan_step
+from ladderstitch.text.scheduler.queue import SequenceQueue
+from ladderstitch.text.scheduler.sequence import Sequence_
+from ladderstitch.text.scheduler.step_times import StepTimes, measure_steps, placeholder_profile
+from ladderstitch.text.step import LogitsMode, Step, StepOutput
 from ladderstitch.text.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ SHORT_TOKENS = 32
 """Of a prompt, and of an answer, by which a load is told."""
 
 
-class Observer(Protocol):
+class StepObserver(Protocol):
     """Who counts what happens between the steps."""
 
     def stepped(self, step: StepReport, load: Occupancy) -> None:
@@ -57,7 +57,7 @@ class Observer(Protocol):
         """So many had to give their blocks to others."""
 
 
-class Unobserved:
+class NullObserver:
     """Nobody counts."""
 
     def stepped(self, step: StepReport, load: Occupancy) -> None:
@@ -67,7 +67,7 @@ class Unobserved:
         pass
 
 
-class Generator:
+class TextScheduler:
     """The answers of one group of ranks, of at most `max_sequences` at a time."""
 
     def __init__(
@@ -78,18 +78,18 @@ class Generator:
         quality: QualityTable | None = None,
         path_names: Sequence[str] = (),
         max_sequences: int = 32,
-        observer: Observer | None = None,
-        make_roster: Callable[[BlockPool, int], Roster] = Roster,
+        observer: StepObserver | None = None,
+        make_roster: Callable[[BlockManager, int], SequenceQueue] = SequenceQueue,
     ) -> None:
         job = group.job
         self.group, self.tokenizer = group, tokenizer
         self.end_tokens = frozenset(end_tokens)
         self.path_names = tuple(path_names) or tuple(path.scheme for path in job.paths)
-        self.pool = BlockPool(job.blocks, job.block_tokens)
+        self.pool = BlockManager(job.blocks, job.block_tokens)
         self._roster = make_roster(self.pool, max_sequences)
-        self.times = StepTimes(made_up_profile(len(job.paths), job.chunk_tokens), 0.0)
+        self.times = StepTimes(placeholder_profile(len(job.paths), job.max_batched_tokens), 0.0)
         self.draining = False
-        self._quality, self._observer = quality, observer or Unobserved()
+        self._quality, self._observer = quality, observer or NullObserver()
         self._changed = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -99,7 +99,7 @@ class Generator:
     @property
     def max_tokens(self) -> int:
         """Of a prompt and its answer together."""
-        return min(self.group.job.cache_tokens, self.pool.blocks * self.pool.block_tokens)
+        return min(self.group.job.max_model_len, self.pool.blocks * self.pool.block_tokens)
 
     @property
     def waiting(self) -> int:
@@ -115,36 +115,36 @@ class Generator:
         """Share of the cache's blocks that answers hold."""
         return self.pool.used / self.pool.blocks
 
-    def backlog(self) -> Backlog:
+    def load_report(self) -> LoadReport:
         """How much longer than alone a short answer would take, if it were asked for now."""
-        path, load = self.menu.choices()[0], self._roster.load()
+        path, load = self.candidates.for_quality()[0], self._roster.load()
         busy, alone = (
             forecast(path, SHORT_TOKENS, there, self.times).answer_s(SHORT_TOKENS)
             for there in (load, IDLE)
         )
         request_s = self.times.prefill_s(path, SHORT_TOKENS)
-        return Backlog((busy - alone,) * len(HORIZONS_S), request_s)
+        return LoadReport((busy - alone,) * len(HORIZONS_S), request_s)
 
     async def measure(self) -> None:
         """Learn what steps take; before the first request. Raises `RankLost`."""
-        self.times = await measure_steps(self.group, self.group.job.chunk_tokens)
+        self.times = await measure_steps(self.group, self.group.job.max_batched_tokens)
         self.apply(self.settings)
 
     def apply(self, settings: SchedulerSettings) -> None:
-        """Choose paths by these from now on; raises `BadInput` for a path that is not there."""
+        """Choose paths by these from now on; raises `InvalidArgument` for a path that is not there."""
         paths = range(len(self.group.job.paths))
-        for field in ("stitch", "pinned_stitch"):
+        for field in ("fixed_variant", "pinned_variant"):
             if getattr(settings, field) not in (None, *paths):
-                raise BadInput(field, f"expected 0 to {len(paths) - 1}")
+                raise InvalidArgument(field, f"expected 0 to {len(paths) - 1}")
         self.settings = settings
         self.times.table.set_probability(settings.attainment_probability)
         quality = {p: self._quality.value(p) if self._quality else 0.0 for p in paths}
-        self.menu = Menu.of(quality, self.times.table.profile, settings)
+        self.candidates = CandidateFilter.from_settings(quality, self.times.table.profile, settings)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Piece]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk]:
         """The answer's pieces as they are made; closing the iterator ends the work at once.
 
-        Raises `BadInput`, what `choose_path` raises, `Draining`, `ExpiredInQueue` or
+        Raises `InvalidArgument`, what `choose_path` raises, `Draining`, `ExpiredInQueue` or
         `ExpiredInCompute` past the limit, `EngineRestarting` if the ranks do not come back.
         """
         sequence = self._accept(request)
@@ -168,7 +168,7 @@ class Generator:
             await asyncio.gather(self._loop, return_exceptions=True)
         self._fail_all(Draining("the replica is shutting down"))
 
-    def _accept(self, request: GenerationRequest) -> TokenSequence:
+    def _accept(self, request: GenerationRequest) -> Sequence_:
         """Raises a `RequestError` for what cannot be answered, or not now."""
         if self.draining:
             raise Draining("the replica is shutting down")
@@ -179,15 +179,15 @@ class Generator:
         }
         path = choose_path(
             request,
-            self.menu,
+            self.candidates,
             self.settings,
             self.times,
             self._roster.load(),
             reusable,
             time.monotonic(),
         )
-        quality = self._quality.stitches[path] if self._quality else None
-        sequence = TokenSequence(
+        quality = self._quality.variants[path] if self._quality else None
+        sequence = Sequence_(
             request, path, self.path_names[path], quality, self.tokenizer, self.end_tokens
         )
         self._roster.waiting.append(sequence)
@@ -198,8 +198,8 @@ class Generator:
         return sequence
 
     @staticmethod
-    async def _pieces(sequence: TokenSequence) -> AsyncGenerator[Piece]:
-        limit = sequence.request.limit
+    async def _pieces(sequence: Sequence_) -> AsyncGenerator[TokenChunk]:
+        limit = sequence.request.hard_deadline
         while True:
             left = None if math.isinf(limit) else max(0.0, limit - time.monotonic())
             try:
@@ -215,7 +215,7 @@ class Generator:
             if piece.finish is not None:
                 return
 
-    def _leave(self, sequence: TokenSequence) -> None:
+    def _leave(self, sequence: Sequence_) -> None:
         self._roster.leave(sequence)
         self._changed.set()
         if self._roster.empty:
@@ -240,7 +240,7 @@ class Generator:
             except Exception as error:
                 self._fail_all(InternalError.logged("a step failed", error))
 
-    async def _step(self, wanted: Plan) -> None:
+    async def _step(self, wanted: StepPlan) -> None:
         plan, preempted = self._roster.make_room(wanted, self.times)
         if preempted:
             self._observer.preempted(preempted)
@@ -259,16 +259,16 @@ class Generator:
             Occupancy(self.waiting, self.running, self.cache_share),
         )
 
-    def _deliver(self, plan: Plan, step: Step, outcome: Outcome, now: float) -> None:
+    def _deliver(self, plan: StepPlan, step: Step, outcome: StepOutput, now: float) -> None:
         best, logits = iter(outcome.best.tolist()), iter(outcome.logits)
         for part, run in zip(plan.parts, step.runs, strict=True):
-            token = next(best) if run.want == Want.BEST else None
-            row = next(logits) if run.want == Want.LAST else None
+            token = next(best) if run.want == LogitsMode.BEST else None
+            row = next(logits) if run.want == LogitsMode.LAST else None
             sequence = part.sequence
             if sequence.ended:  # its caller left meanwhile
                 continue
             sequence.advance(part.count, self.pool)
-            if run.want != Want.NONE:
+            if run.want != LogitsMode.NONE:
                 sequence.accept(token, row, now)
             if sequence.ended:
                 self._leave(sequence)
@@ -284,7 +284,7 @@ class Generator:
         except EngineRestarting as given_up:
             self._fail_all(given_up)
 
-    def _fail(self, sequences: Sequence[TokenSequence], error: RequestError) -> None:
+    def _fail(self, sequences: Sequence[Sequence_], error: RequestError) -> None:
         for sequence in sequences:
             if not sequence.ended:
                 sequence.fail(error)

@@ -10,19 +10,19 @@ import numpy as np
 from ladderstitch.errors import RequestError
 from ladderstitch.scheduling.profiles import Quality
 from ladderstitch.scheduling.requests import (
-    Answer,
     FinishReason,
+    GenerationInfo,
     GenerationRequest,
-    Piece,
+    TokenChunk,
 )
 from ladderstitch.text.sampler import Sampler
-from ladderstitch.text.scheduler.block_manager import BlockPool
+from ladderstitch.text.scheduler.block_manager import BlockManager
 from ladderstitch.text.scheduler.step_times import due
-from ladderstitch.text.step import Logits, Run, Want
+from ladderstitch.text.step import Logits, LogitsMode, SequenceInput
 from ladderstitch.text.tokenizer import StoppableText, TextStream, TextTokenizer
 
 
-class TokenSequence:
+class Sequence_:
     """A request, its prompt and the tokens of its answer so far.
 
     The first `computed` of `tokens` are in the caches, in `blocks`. A sequence that lost its
@@ -52,7 +52,7 @@ class TokenSequence:
         self._reused = 0
         self._last_known = 0  # number of the last block that the pool remembers
         self._remembered = 0
-        self._pieces: asyncio.Queue[Piece | RequestError] = asyncio.Queue()
+        self._pieces: asyncio.Queue[TokenChunk | RequestError] = asyncio.Queue()
         self.ended = False
 
     @property
@@ -70,10 +70,10 @@ class TokenSequence:
         return self._started_at is not None
 
     @property
-    def want(self) -> Want:
+    def want(self) -> LogitsMode:
         """Of the logits after its last token."""
         greedy = self.request.sampling.temperature == 0 and self.request.logprobs is None
-        return Want.BEST if greedy else Want.LAST
+        return LogitsMode.BEST if greedy else LogitsMode.LAST
 
     def due(self, token_s: float) -> float:
         """When its next token is wanted; one takes `token_s` at least."""
@@ -82,7 +82,7 @@ class TokenSequence:
             request.budget, request.arrival, self.first_at, self.made, request.max_tokens, token_s
         )
 
-    def admit(self, pool: BlockPool, now: float) -> bool:
+    def admit(self, pool: BlockManager, now: float) -> bool:
         """Take blocks for all of its tokens, remembered ones where they fit; False without room."""
         scope = pool.scope((self.path, self.request.tenant))
         prefix = pool.find(scope, self.tokens)
@@ -99,7 +99,7 @@ class TokenSequence:
             self._started_at, self._reused = now, self.computed
         return True
 
-    def grow(self, pool: BlockPool) -> bool:
+    def grow(self, pool: BlockManager) -> bool:
         """Take a block for the next token if it needs one; False without room."""
         if len(self.blocks) >= pool.needed(len(self.tokens)):
             return True
@@ -107,18 +107,18 @@ class TokenSequence:
         self.blocks += taken or []
         return taken is not None
 
-    def retreat(self, pool: BlockPool) -> None:
+    def retreat(self, pool: BlockManager) -> None:
         """Give up the blocks; what is full of them may be found again."""
         pool.release(self.blocks)
         self.blocks, self.computed = [], 0
 
-    def run(self, count: int) -> Run:
+    def run(self, count: int) -> SequenceInput:
         """The next `count` of its tokens, as ranks compute them."""
         end = self.computed + count
-        want = self.want if end == len(self.tokens) else Want.NONE
-        return Run(self.tokens[self.computed : end], self.computed, self.blocks, want)
+        want = self.want if end == len(self.tokens) else LogitsMode.NONE
+        return SequenceInput(self.tokens[self.computed : end], self.computed, self.blocks, want)
 
-    def advance(self, count: int, pool: BlockPool) -> None:
+    def advance(self, count: int, pool: BlockManager) -> None:
         """So many tokens were computed; blocks that are full now may serve others."""
         self.computed += count
         size = pool.block_tokens
@@ -147,7 +147,7 @@ class TokenSequence:
             self.ended = True
         logprob, alternatives = self._likelihoods(token, logits)
         self._pieces.put_nowait(
-            Piece(index, token, text, self._answer(), finish, logprob, alternatives)
+            TokenChunk(index, token, text, self._answer(), finish, logprob, alternatives)
         )
 
     def fail(self, error: RequestError) -> None:
@@ -155,17 +155,17 @@ class TokenSequence:
         self.ended = True
         self._pieces.put_nowait(error)
 
-    async def next_piece(self) -> Piece:
+    async def next_piece(self) -> TokenChunk:
         """The caller's next piece, or the error that the answer ended with."""
         piece = await self._pieces.get()
         if isinstance(piece, RequestError):
             raise piece
         return piece
 
-    def _answer(self) -> Answer:
+    def _answer(self) -> GenerationInfo:
         assert self._started_at is not None, "set when it was admitted"
         queue_s = self._started_at - self.request.arrival
-        return Answer(self.path, self._name, self._quality, queue_s, self._reused)
+        return GenerationInfo(self.path, self._name, self._quality, queue_s, self._reused)
 
     def _draw(self, logits: Logits | None) -> int:
         assert logits is not None, "what `want` asked for"

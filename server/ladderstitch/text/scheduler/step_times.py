@@ -10,11 +10,11 @@ from statistics import median
 
 import torch
 
-from ladderstitch.scheduling.latency_model import LatencyTable
+from ladderstitch.scheduling.latency_model import LatencyModel
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile
 from ladderstitch.scheduling.requests import TokenBudget
 from ladderstitch.text.engine.rank_group import RankGroup
-from ladderstitch.text.step import Run, Step
+from ladderstitch.text.step import SequenceInput, Step
 
 RELAXED_FIRST_S = 10.0
 RELAXED_TOKEN_S = 0.25
@@ -51,17 +51,19 @@ class StepTimes:
     def __init__(
         self, profile: LatencyProfile, sequence_s: float, probability: float = 0.99
     ) -> None:
-        self.table = LatencyTable(profile, probability)
+        self.table = LatencyModel(profile, probability)
         self._sequence_s = sequence_s
 
     @property
     def most_tokens(self) -> int:
-        return self.table.view.max_rows
+        return self.table.view.max_batch_size
 
     def expected(self, path: int, tokens: int, sequences: int = 1) -> float:
         """Seconds of one step of so many tokens, at least one."""
         view = self.table.view
-        whole = view.expected(path, min(tokens, view.max_rows)) * max(1.0, tokens / view.max_rows)
+        whole = view.expected(path, min(tokens, view.max_batch_size)) * max(
+            1.0, tokens / view.max_batch_size
+        )
         return whole + max(0, sequences - 1) * self._sequence_s * view.slowdown
 
     def fits(self, path: int, slack_s: float, sequences: int) -> int:
@@ -82,7 +84,7 @@ class StepTimes:
         return self.table.observe(path, tokens, max(seconds - extra, 0.1 * seconds))
 
 
-def made_up_profile(paths: int, most_tokens: int) -> LatencyProfile:
+def placeholder_profile(paths: int, most_tokens: int) -> LatencyProfile:
     """Before anything was measured: every step alike, so that order decides and not the path."""
     sizes = (1, most_tokens) if most_tokens > 1 else (1,)
     same = Latency(median_s=(0.01,) * len(sizes), p99_s=(0.01,) * len(sizes))
@@ -92,7 +94,7 @@ def made_up_profile(paths: int, most_tokens: int) -> LatencyProfile:
         date="",
         versions={},
         batch_sizes=sizes,
-        stitches=dict.fromkeys(range(paths), same),
+        variants=dict.fromkeys(range(paths), same),
     )
 
 
@@ -109,10 +111,10 @@ async def measure_steps(group: RankGroup, most_tokens: int) -> StepTimes:
     """
     job = group.job
     sizes = (*(size for size in SIZES if size < most_tokens), most_tokens)
-    stitches = {}
+    variants = {}
     for path in range(len(job.paths)):
         samples = [await _seconds(group, path, size, 1) for size in sizes]
-        stitches[path] = Latency(
+        variants[path] = Latency(
             median_s=tuple(min(seconds) for seconds in samples),
             p99_s=tuple(max(seconds) for seconds in samples),
         )
@@ -127,7 +129,7 @@ async def measure_steps(group: RankGroup, most_tokens: int) -> StepTimes:
         date=datetime.now(UTC).date().isoformat(),
         versions={"torch": torch.__version__},
         batch_sizes=sizes,
-        stitches=stitches,
+        variants=variants,
     )
     return StepTimes(profile, sequence_s)
 
@@ -144,7 +146,7 @@ async def _seconds(group: RankGroup, path: int, tokens: int, sequences: int) -> 
     return seconds
 
 
-def _runs(group: RankGroup, tokens: int, sequences: int) -> Iterator[Run]:
+def _runs(group: RankGroup, tokens: int, sequences: int) -> Iterator[SequenceInput]:
     each = -(-tokens // group.job.block_tokens)
     for sequence in range(sequences):
-        yield Run([1] * tokens, 0, range(sequence * each, (sequence + 1) * each))
+        yield SequenceInput([1] * tokens, 0, range(sequence * each, (sequence + 1) * each))

@@ -13,11 +13,11 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import save_file
 
-from ladderstitch.text.bundle import LanguageManifest, write_manifest
+from ladderstitch.text.bundle import TextManifest, write_manifest
 from ladderstitch.text.tokenizer import TextTokenizer
 from ladderstitch.training.text.evaluate import tokenise, windows
 from ladderstitch.training.text.scratch import (
-    Apprentice,
+    SchemeRun,
     ScratchRecipe,
     train_side_by_side,
     train_tokenizer,
@@ -75,9 +75,9 @@ def compare(comparison: Comparison, progress: Progress) -> dict[str, object]:
     return found
 
 
-def _write_bundle(comparison: Comparison, name: str, apprentice: Apprentice) -> None:
+def _write_bundle(comparison: Comparison, name: str, apprentice: SchemeRun) -> None:
     recipe, into = comparison.recipe, comparison.folder / name
-    manifest = LanguageManifest(
+    manifest = TextManifest(
         name=name,
         config=recipe.config,
         residual=recipe.schemes[name],

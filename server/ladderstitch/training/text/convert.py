@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ladderstitch.errors import ConfigError
 from ladderstitch.scheduling.profiles import Quality, QualityTable
-from ladderstitch.text.bundle import LanguageBundle, LanguageManifest, LanguagePath, write_manifest
-from ladderstitch.text.model.residual import Residual, plan_layers
+from ladderstitch.text.bundle import TextBundle, TextManifest, TextVariant, write_manifest
+from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.weights import expected_shapes
 from ladderstitch.training.text.distil import (
     Distillation,
@@ -41,7 +41,7 @@ class Conversion:
     """From `source`, by a recipe, on a text; measured on held-out texts by name, of which the
     first is what the bundle's qualities come from."""
 
-    source: LanguageBundle
+    source: TextBundle
     recipe: LadderRecipe
     text: Path
     held_out: Mapping[str, Path]
@@ -127,7 +127,9 @@ def _measure(
     """By data set and path: standard, untrained ladders, the retrained one."""
     recipe, layers = conversion.recipe, conversion.source.manifest.config.layers
     untrained = sorted({*recipe.untrained, recipe.ladder_layers})
-    paths: dict[str, tuple[Residual, Mapping[str, LowRank] | None]] = {STANDARD: (Residual(), None)}
+    paths: dict[str, tuple[ResidualScheme, Mapping[str, LowRank] | None]] = {
+        STANDARD: (ResidualScheme(), None)
+    }
     paths |= {f"ladder-{n}, untrained": (_ladder(n), None) for n in untrained}
     paths[recipe.name] = (_ladder(recipe.ladder_layers), adapters)
     total = sum(len(windows) for windows in held_out.values()) * len(paths)
@@ -147,8 +149,8 @@ def _measure(
     }
 
 
-def _ladder(layers: int) -> Residual:
-    return Residual(scheme="ladder", ladder_layers=layers)
+def _ladder(layers: int) -> ResidualScheme:
+    return ResidualScheme(scheme="ladder", ladder_layers=layers)
 
 
 def _write(
@@ -164,9 +166,9 @@ def _write(
             shutil.copy2(file, into / file.name)
     delta = f"{recipe.name}.safetensors"
     save_file(delta_tensors(adapters), into / delta)
-    path = LanguagePath(name=recipe.name, residual=_ladder(recipe.ladder_layers), delta=delta)
+    path = TextVariant(name=recipe.name, residual=_ladder(recipe.ladder_layers), delta=delta)
     earlier = [way for way in source.manifest.ways if way.name != recipe.name]
-    known = source.quality.stitches if source.quality else {}
+    known = source.quality.variants if source.quality else {}
     by_name = {way.name: known[n] for n, way in enumerate(source.manifest.ways) if n in known}
     data = next(iter(measured))
     by_name |= measured[data]
@@ -178,11 +180,11 @@ def _write(
         confidence=CONFIDENCE,
         date=datetime.now(UTC).date().isoformat(),
         versions={"torch": torch.__version__},
-        stitches={number: by_name[way.name] for number, way in enumerate(paths)},
+        variants={number: by_name[way.name] for number, way in enumerate(paths)},
     )
     (into / "quality.json").write_text(table.model_dump_json(indent=1) + "\n")
     fields = source.manifest.model_dump() | {"paths": paths}
-    write_manifest(into, LanguageManifest.model_validate(fields))
+    write_manifest(into, TextManifest.model_validate(fields))
 
 
 def write_report(report: Mapping[str, object], path: Path) -> None:

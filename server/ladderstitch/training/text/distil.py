@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.text.model.residual import LayerPlan, Residual, plan_layers
-from ladderstitch.training.text.trainable_llama import Flow, LowRank, TrainableLlama
+from ladderstitch.text.model.residual import LayerPlan, ResidualScheme, plan_layers
+from ladderstitch.training.text.trainable_llama import LowRank, StreamState, TrainableLlama
 
 CHUNK = 256
 """Rows of logits that are in memory at a time: the vocabulary is wide."""
@@ -57,7 +57,7 @@ def prepare(work: Distillation, text: Tensor, progress: Progress) -> int:
     """Write a lesson for every batch of windows [W, T + 1] that lacks one; how many there are."""
     batches = torch.split(text[:, :-1], work.recipe.batch_windows)
     layers = work.model.config.layers
-    standard = plan_layers(Residual(), layers, 1)
+    standard = plan_layers(ResidualScheme(), layers, 1)
     task = progress.add_task("what the standard model says", total=len(batches))
     for number, tokens in enumerate(batches):
         if not work.lesson(number).exists():
@@ -103,7 +103,7 @@ def distil(work: Distillation, lessons: int, progress: Progress) -> None:
 
 def _step(work: Distillation, lesson: Mapping[str, Tensor]) -> float:
     """Gradients of the mean divergence KL(standard || ladder) over a lesson's tokens; its value."""
-    flow = Flow(lesson["settled"].float(), lesson["last"].float())
+    flow = StreamState(lesson["settled"].float(), lesson["last"].float())
     layers = range(work.first, work.model.config.layers)
     with torch.autocast("cpu", torch.bfloat16):
         says = work.model.finish(work.model.run(flow, layers, work.plans, work.adapters))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ladderstitch.errors import ConfigError
 from ladderstitch.text.model.config import LlamaConfig
-from ladderstitch.text.model.residual import LayerPlan, Residual, plan_layers
+from ladderstitch.text.model.residual import LayerPlan, ResidualScheme, plan_layers
 from ladderstitch.text.model.weights import expected_shapes
 from ladderstitch.training.text.trainable_llama import TrainableLlama
 
@@ -37,7 +37,7 @@ class ScratchRecipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: LlamaConfig
-    schemes: dict[str, Residual] = Field(min_length=1, description="by name")
+    schemes: dict[str, ResidualScheme] = Field(min_length=1, description="by name")
     tokens: int = Field(gt=0, description="that each model is trained on, repeated text included")
     window: int = Field(256, gt=1)
     batch_windows: int = Field(16, gt=0)
@@ -92,7 +92,7 @@ def first_weights(config: LlamaConfig, seed: int) -> dict[str, nn.Parameter]:
 
 
 @dataclass(slots=True)
-class Apprentice:
+class SchemeRun:
     """One model in training."""
 
     model: TrainableLlama
@@ -100,7 +100,7 @@ class Apprentice:
     optimizer: torch.optim.Optimizer
 
     @classmethod
-    def of(cls, recipe: ScratchRecipe, residual: Residual) -> Apprentice:
+    def of(cls, recipe: ScratchRecipe, residual: ResidualScheme) -> SchemeRun:
         tensors = first_weights(recipe.config, recipe.seed)
         matrices = [t for t in tensors.values() if t.dim() > 1]
         vectors = [t for t in tensors.values() if t.dim() == 1]
@@ -152,10 +152,10 @@ class Apprentice:
 
 def train_side_by_side(
     recipe: ScratchRecipe, text: Tensor, held_out: Tensor, folder: Path, progress: Progress
-) -> dict[str, Apprentice]:
+) -> dict[str, SchemeRun]:
     """Train every scheme on windows [W, T + 1]; `log.jsonl` gets the losses. Resumes."""
     folder.mkdir(parents=True, exist_ok=True)
-    apprentices = {name: Apprentice.of(recipe, r) for name, r in recipe.schemes.items()}
+    apprentices = {name: SchemeRun.of(recipe, r) for name, r in recipe.schemes.items()}
     checkpoint = folder / "checkpoint.pt"
     done = 0
     if checkpoint.exists():

@@ -19,7 +19,7 @@ from ladderstitch.text.model.weights import EMBEDDING, FINAL_NORM, HEAD
 
 
 @dataclass(frozen=True, slots=True)
-class Flow:
+class StreamState:
     """The residual stream between two layers: without its last sub-block's output, and that
     output; both [B, T, D]. What comes after a layer depends on nothing else."""
 
@@ -43,18 +43,18 @@ class TrainableLlama:
         cosines, sines = rotation_tables(config, config.max_positions)
         self._rotation = cosines[:, None], sines[:, None]
 
-    def embed(self, tokens: Tensor) -> Flow:
+    def embed(self, tokens: Tensor) -> StreamState:
         """[B, T] -> the stream before the first layer."""
         x = F.embedding(tokens, self.tensors[EMBEDDING]).float()
-        return Flow(x, torch.zeros_like(x))
+        return StreamState(x, torch.zeros_like(x))
 
     def run(
         self,
-        flow: Flow,
+        flow: StreamState,
         layers: Sequence[int],
         plans: Sequence[LayerPlan],
         adapters: Mapping[str, LowRank] | None = None,
-    ) -> Flow:
+    ) -> StreamState:
         """Through some layers in order; `plans` are those of all layers."""
         adapters = adapters or {}
         for layer in layers:
@@ -67,10 +67,10 @@ class TrainableLlama:
                 seen = flow.settled if plan.lag else whole
                 gain = self._gain(f"{prefix}{norm}.weight", adapters)
                 normed = F.rms_norm(seen, gain.shape, gain, self.config.norm_eps)
-                flow = Flow(whole, block(normed, prefix, adapters))
+                flow = StreamState(whole, block(normed, prefix, adapters))
         return flow
 
-    def finish(self, flow: Flow) -> Tensor:
+    def finish(self, flow: StreamState) -> Tensor:
         """The stream after the last layer, normed: [B, T, D], what `head` reads."""
         gain = self.tensors[FINAL_NORM]
         return F.rms_norm(flow.whole, gain.shape, gain, self.config.norm_eps)

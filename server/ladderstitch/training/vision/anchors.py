@@ -13,11 +13,16 @@ from torch import Tensor, nn
 
 from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.training.vision.dataset import LabelledImages
-from ladderstitch.training.vision.learngene import Maps, Watched, distillation_loss, save_maps
-from ladderstitch.training.vision.loop import Loss, Run, accuracy, fit
+from ladderstitch.training.vision.learngene import (
+    FeatureRecorder,
+    Maps,
+    distillation_loss,
+    save_maps,
+)
+from ladderstitch.training.vision.loop import Loss, TrainingRun, accuracy, fit
 from ladderstitch.training.vision.recipe import Pool, Recipe, Schedule
 from ladderstitch.vision.models.snnet_staged import Hierarchical
-from ladderstitch.vision.models.stitched import Trunk
+from ladderstitch.vision.models.stitched import Backbone
 from ladderstitch.vision.models.vit import Vit, VitConfig
 
 AnyAnchor = VitConfig | Hierarchical
@@ -27,7 +32,7 @@ def anchor_file(folder: Path, anchor: int) -> Path:
     return folder / f"anchor-{anchor}.safetensors"
 
 
-def load_anchor(recipe: Recipe, folder: Path, anchor: int) -> Trunk:
+def load_anchor(recipe: Recipe, folder: Path, anchor: int) -> Backbone:
     """A trained anchor; raises `DataError` if `ladderstitch train` has not finished it."""
     path = anchor_file(folder, anchor)
     if not path.exists():
@@ -82,7 +87,9 @@ class Trainer:
             assert isinstance(model, Vit)
             maps = Maps(model, teacher)
             smoothing = lesson.schedule.label_smoothing
-            loss = distillation_loss(Watched(model), Watched(teacher), maps, recipe.pool, smoothing)
+            loss = distillation_loss(
+                FeatureRecorder(model), FeatureRecorder(teacher), maps, recipe.pool, smoothing
+            )
             self._fit(model, nn.ModuleList((model, maps)), loss, lesson)
             save_maps(maps, self.folder, anchor)
         save_file(model.state_dict(), anchor_file(self.folder, anchor))
@@ -99,14 +106,14 @@ class Trainer:
         model.load_state_dict(load_file(file))
         return model.eval().requires_grad_(False)
 
-    def _fresh(self, config: AnyAnchor, lesson: Lesson) -> Trunk:
+    def _fresh(self, config: AnyAnchor, lesson: Lesson) -> Backbone:
         torch.manual_seed(self.recipe.seed + lesson.seed)
         model = config.build(self.recipe.family.inputs)
         if isinstance(model, Vit):
             init_vit(model)
         return model
 
-    def _fit_alone(self, model: Trunk, lesson: Lesson) -> None:
+    def _fit_alone(self, model: Backbone, lesson: Lesson) -> None:
         smoothing = lesson.schedule.label_smoothing
 
         def loss(batch: Tensor, labels: Tensor, _rng: torch.Generator) -> Tensor:
@@ -114,13 +121,13 @@ class Trainer:
 
         self._fit(model, model, loss, lesson)
 
-    def _fit(self, model: Trunk, trained: nn.Module, loss: Loss, lesson: Lesson) -> None:
+    def _fit(self, model: Backbone, trained: nn.Module, loss: Loss, lesson: Lesson) -> None:
         """Fit `trained`, of which `model` is the network, or all."""
         recipe, schedule = self.recipe, lesson.schedule
         train, validation = self.images.split(recipe.data.validation_images)
         bfloat16 = recipe.precision == "bfloat16"
         seed = recipe.seed + lesson.seed
-        run = Run(lesson.name, self.folder, seed, schedule, recipe.data, train, bfloat16)
+        run = TrainingRun(lesson.name, self.folder, seed, schedule, recipe.data, train, bfloat16)
         fit(
             trained,
             parameter_groups(trained, schedule.learning_rate),

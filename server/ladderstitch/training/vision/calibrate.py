@@ -14,19 +14,19 @@ from ladderstitch.runtime.device import device_name, versions
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile, Quality, QualityTable
 from ladderstitch.training.vision.dataset import LabelledImages, normalise
 from ladderstitch.vision.bundle import Bundle, write_table
-from ladderstitch.vision.models.executor import InferenceModel
+from ladderstitch.vision.models.executor import StitchExecutor
 
 CONFIDENCE = 0.95
 
 
 def calibrate(
-    bundle: Bundle, images: LabelledImages, data_name: str, batch_rows: int, progress: Progress
+    bundle: Bundle, images: LabelledImages, data_name: str, batch_size: int, progress: Progress
 ) -> QualityTable:
     """Top-1 accuracy with its Wilson interval per stitch, on the weights as they are served.
 
     Written to the bundle after each stitch; a run on the same data goes on where the last stopped.
     """
-    model = InferenceModel(bundle.load_model())
+    model = StitchExecutor(bundle.load_model())
     table = QualityTable.model_construct(
         metric="top-1 accuracy",
         data=data_name,
@@ -34,13 +34,13 @@ def calibrate(
         confidence=CONFIDENCE,
         date=datetime.now(UTC).date().isoformat(),
         versions=versions(),
-        stitches=_already_measured(bundle, data_name, len(images)),
+        variants=_already_measured(bundle, data_name, len(images)),
     )
-    todo = [stitch for stitch in model.usable if stitch not in table.stitches]
+    todo = [stitch for stitch in model.usable if stitch not in table.variants]
     for stitch in progress.track(todo, description="calibrate"):
-        right = count_right(model, stitch, images, bundle, batch_rows)
+        right = count_right(model, stitch, images, bundle, batch_size)
         interval = binomtest(right, len(images)).proportion_ci(CONFIDENCE, method="wilson")
-        table.stitches[stitch] = Quality(
+        table.variants[stitch] = Quality(
             value=right / len(images),
             low=round(float(interval.low), 5),
             high=round(float(interval.high), 5),
@@ -50,17 +50,17 @@ def calibrate(
 
 
 def count_right(
-    model: InferenceModel, stitch: int, images: LabelledImages, bundle: Bundle, batch_rows: int
+    model: StitchExecutor, stitch: int, images: LabelledImages, bundle: Bundle, batch_size: int
 ) -> int:
     """How many of the images the stitch classifies right."""
     preprocessing = bundle.manifest.preprocessing
     right = 0
     with torch.inference_mode():
-        for start in range(0, len(images), batch_rows):
-            pixels = images.pixels[start : start + batch_rows]
+        for start in range(0, len(images), batch_size):
+            pixels = images.pixels[start : start + batch_size]
             inputs = normalise(pixels, preprocessing.mean, preprocessing.std)
             answers = model(inputs, stitch).argmax(1)
-            right += int((answers == images.labels[start : start + batch_rows]).sum())
+            right += int((answers == images.labels[start : start + batch_size]).sum())
     return right
 
 
@@ -68,7 +68,7 @@ def _already_measured(bundle: Bundle, data_name: str, n: int) -> dict[int, Quali
     previous = bundle.quality
     if previous is None or (previous.data, previous.n) != (data_name, n):
         return {}
-    return dict(previous.stitches)
+    return dict(previous.variants)
 
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -91,7 +91,7 @@ def profile(
     that its predecessor left cold, which depends on who that was (0.1 ms for a small stitch).
     """
     torch.set_num_threads(threads)
-    model = InferenceModel(bundle.load_model(dtype).to(device))
+    model = StitchExecutor(bundle.load_model(dtype).to(device))
     inputs = bundle.manifest.config.inputs
     images = torch.randn(batch_sizes[-1], inputs.in_channels, inputs.image_size, inputs.image_size)
     pairs = [(stitch, batch) for batch in batch_sizes for stitch in model.usable]
@@ -110,7 +110,7 @@ def profile(
         date=datetime.now(UTC).date().isoformat(),
         versions=versions(),
         batch_sizes=batch_sizes,
-        stitches={
+        variants={
             stitch: Latency(
                 median_s=tuple(_quantile(seconds[stitch, batch], 0.5) for batch in batch_sizes),
                 p99_s=tuple(_quantile(seconds[stitch, batch], 0.99) for batch in batch_sizes),
@@ -121,7 +121,7 @@ def profile(
 
 
 def _run_once(
-    model: InferenceModel, images: torch.Tensor, stitch: int, device: torch.device
+    model: StitchExecutor, images: torch.Tensor, stitch: int, device: torch.device
 ) -> float:
     started = time.perf_counter()
     with torch.inference_mode():

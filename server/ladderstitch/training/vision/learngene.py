@@ -33,7 +33,7 @@ class Maps(nn.Module):
         self.attentions = nn.ModuleList(nn.Linear(*widths) for _ in range(depth))
 
 
-class Watched:
+class FeatureRecorder:
     """A transformer that remembers, for one pass at a time, what left its blocks and attentions."""
 
     def __init__(self, model: Vit) -> None:
@@ -57,7 +57,7 @@ class Watched:
 
 
 def distillation_loss(
-    student: Watched, teacher: Watched, maps: Maps, pool: Pool, smoothing: float
+    student: FeatureRecorder, teacher: FeatureRecorder, maps: Maps, pool: Pool, smoothing: float
 ) -> Callable[[Tensor, Tensor, torch.Generator], Tensor]:
     """(images, labels, random source) -> labels, soft answers, block and attention outputs."""
     ratio = len(teacher.model.blocks) // len(student.model.blocks)

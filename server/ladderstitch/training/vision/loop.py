@@ -24,7 +24,7 @@ Loss = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TrainingRun:
     """What one optimisation run needs besides its model: names, files and data."""
 
     name: str
@@ -49,7 +49,7 @@ def fit(
     groups: list[dict[str, object]],
     loss: Loss,
     validate: Callable[[], dict[str, float]],
-    run: Run,
+    run: TrainingRun,
     progress: Progress,
 ) -> None:
     """Train `model` in place for the schedule's epochs, resuming where a checkpoint stands.
@@ -91,7 +91,9 @@ def fit(
         _save(run, epoch + 1, model, optimizer, scheduler)
 
 
-def _batches(run: Run, epoch: int, steps: int) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
+def _batches(
+    run: TrainingRun, epoch: int, steps: int
+) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
     """Augmented images, labels and the epoch's random source, for each step of an epoch."""
     rng = torch.Generator().manual_seed(run.seed * 100_003 + epoch)
     order = torch.randperm(len(run.images), generator=rng)
@@ -131,7 +133,7 @@ def _warmup_cosine(schedule: Schedule, steps: int) -> Callable[[int], float]:
 
 
 def _save(
-    run: Run,
+    run: TrainingRun,
     epochs_done: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -154,7 +156,7 @@ def autocast(bfloat16: bool) -> torch.autocast:
 
 
 def _resume(
-    run: Run,
+    run: TrainingRun,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,

@@ -15,7 +15,7 @@ from torch import Tensor
 from ladderstitch.training.vision.anchors import load_anchor, parameter_groups
 from ladderstitch.training.vision.dataset import LabelledImages, normalise
 from ladderstitch.training.vision.learngene import start_from_maps
-from ladderstitch.training.vision.loop import Run, accuracy, draw, fit, sampling_groups
+from ladderstitch.training.vision.loop import TrainingRun, accuracy, draw, fit, sampling_groups
 from ladderstitch.training.vision.recipe import Recipe
 from ladderstitch.training.vision.stitching_layers import (
     add_low_rank,
@@ -93,7 +93,7 @@ def stitch_family(
 
     bfloat16 = recipe.precision == "bfloat16"
     seed = recipe.seed + len(usable)
-    run = Run("family", folder, seed, schedule, recipe.data, train, bfloat16)
+    run = TrainingRun("family", folder, seed, schedule, recipe.data, train, bfloat16)
     anchor_rate = schedule.learning_rate * schedule.anchor_learning_rate_factor
     groups = parameter_groups(model.anchors, anchor_rate)
     groups += parameter_groups(model.stitch_layers, schedule.learning_rate)

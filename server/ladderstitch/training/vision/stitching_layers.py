@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.vision.models.route import Stitch
-from ladderstitch.vision.models.stitched import StitchedModel, Trunk, rows
+from ladderstitch.vision.models.stitched import Backbone, StitchedModel, rows
 
 
 def solve_affine(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def solve_affine(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return solution[:-1].T.to(x.dtype), solution[-1].to(x.dtype)
 
 
-def anchor_features(anchor: Trunk, images: Tensor) -> list[Tensor]:
+def anchor_features(anchor: Backbone, images: Tensor) -> list[Tensor]:
     """Rows [N, D] (a row a token or pixel) that enter step 0, then those that leave each step."""
     with torch.inference_mode():
         x = anchor.embed(images)

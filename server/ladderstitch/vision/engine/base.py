@@ -21,7 +21,7 @@ class EngineDied(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EngineResult:
-    """Logits of all rows in order, and seconds of compute."""
+    """Logits of all batch_size in order, and seconds of compute."""
 
     logits: Logits
     compute_s: float
@@ -39,7 +39,7 @@ class Engine(Protocol):
 
 
 COMMAND = struct.Struct("<ii")
-"""rows in the input buffer, stitch id."""
+"""batch_size in the input buffer, stitch id."""
 
 REPLY = struct.Struct("<Bq")
 """0 = logits are in the output buffer, 1 = an error's text follows; compute ns."""
@@ -56,7 +56,7 @@ class WorkerConfig:
     device: str
     dtype: str
     threads: int
-    max_rows: int
+    max_batch_size: int
     image_shape: tuple[int, int, int]
     classes: int
 
@@ -72,7 +72,7 @@ class WorkerConfig:
 
 @dataclass(frozen=True, slots=True)
 class Buffers:
-    """Shared memory for one batch: `images` [max_rows, C, H, W] in, `logits` [max_rows, K] out."""
+    """Shared memory for one batch: `images` [max_batch_size, C, H, W] in, `logits` [max_batch_size, K] out."""
 
     images: Pixels
     logits: Logits
@@ -81,7 +81,7 @@ class Buffers:
     def create(cls, config: WorkerConfig) -> tuple[Buffers, int]:
         """New anonymous memory and the descriptor that the worker maps; the caller closes it."""
         descriptor = os.memfd_create("ladderstitch")
-        os.ftruncate(descriptor, _image_bytes(config) + config.max_rows * config.classes * 4)
+        os.ftruncate(descriptor, _image_bytes(config) + config.max_batch_size * config.classes * 4)
         return cls.map(config, descriptor), descriptor
 
     @classmethod
@@ -91,10 +91,10 @@ class Buffers:
         images = np.frombuffer(memory, np.float32, split // 4)
         logits = np.frombuffer(memory, np.float32, offset=split)
         return cls(
-            images.reshape(config.max_rows, *config.image_shape),
-            logits.reshape(config.max_rows, config.classes),
+            images.reshape(config.max_batch_size, *config.image_shape),
+            logits.reshape(config.max_batch_size, config.classes),
         )
 
 
 def _image_bytes(config: WorkerConfig) -> int:
-    return config.max_rows * int(np.prod(config.image_shape)) * 4
+    return config.max_batch_size * int(np.prod(config.image_shape)) * 4

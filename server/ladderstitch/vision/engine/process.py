@@ -66,19 +66,19 @@ class ProcessEngine:
         await self._started
 
     async def forward(self, images: Sequence[Pixels], stitch: int) -> EngineResult:
-        """Logits [sum of rows, classes] of one batch.
+        """Logits [sum of batch_size, classes] of one batch.
 
         Raises `EngineDied` if the worker dies meanwhile, `InternalError` if the batch failed in it.
         """
         await self._wait_ready()
-        rows = 0
+        batch_size = 0
         for request in images:
-            self.buffers.images[rows : rows + len(request)] = request
-            rows += len(request)
+            self.buffers.images[batch_size : batch_size + len(request)] = request
+            batch_size += len(request)
         self._reply = self._loop.create_future()
         try:
             assert self._socket is not None
-            self._socket.send(COMMAND.pack(rows, stitch))
+            self._socket.send(COMMAND.pack(batch_size, stitch))
         except OSError as error:
             raise EngineDied(f"the worker is gone: {error}") from error
         message = await self._reply
@@ -87,7 +87,7 @@ class ProcessEngine:
             raise InternalError(
                 f"the batch failed: {message[REPLY.size :].decode(errors='replace')}"
             )
-        logits = self.buffers.logits[:rows].copy()
+        logits = self.buffers.logits[:batch_size].copy()
         return EngineResult(logits, compute_ns / 1e9)
 
     def close(self) -> None:
@@ -180,11 +180,12 @@ class InlineEngine:
 
     def __init__(self, process: ProcessEngine, limit_s: float) -> None:
         config = process.config
-        shape = (config.max_rows, *config.image_shape)
+        shape = (config.max_batch_size, *config.image_shape)
         self.process, self.limit_s = process, limit_s
         self.inline_batches = 0
         self._buffers = Buffers(
-            np.zeros(shape, np.float32), np.zeros((config.max_rows, config.classes), np.float32)
+            np.zeros(shape, np.float32),
+            np.zeros((config.max_batch_size, config.classes), np.float32),
         )
         self._model = Worker(config, self._buffers)
         self._loop = asyncio.get_running_loop()
@@ -203,14 +204,14 @@ class InlineEngine:
 
     async def forward(self, images: Sequence[Pixels], stitch: int) -> EngineResult:
         """As `ProcessEngine.forward`; raises what the model raises if the batch ran inline."""
-        rows = sum(len(request) for request in images)
+        batch_size = sum(len(request) for request in images)
         quiet = self._loop.time() - self._free_since > IDLE_BEFORE_INLINE_S
         lone, self._lone = self._lone and len(images) == 1, len(images) == 1
-        if quiet and lone and self._took.get((stitch, rows), self.limit_s) < self.limit_s:
-            result = self._run_here(images, rows, stitch)
+        if quiet and lone and self._took.get((stitch, batch_size), self.limit_s) < self.limit_s:
+            result = self._run_here(images, batch_size, stitch)
         else:
             result = await self.process.forward(images, stitch)
-        self._took[stitch, rows] = result.compute_s
+        self._took[stitch, batch_size] = result.compute_s
         self._free_since = self._loop.time()
         return result
 
@@ -218,8 +219,8 @@ class InlineEngine:
         """End the worker; nothing may be in flight."""
         self.process.close()
 
-    def _run_here(self, images: Sequence[Pixels], rows: int, stitch: int) -> EngineResult:
+    def _run_here(self, images: Sequence[Pixels], batch_size: int, stitch: int) -> EngineResult:
         self.inline_batches += 1
-        np.concatenate(images, out=self._buffers.images[:rows])
-        compute_ns = self._model.run(rows, stitch)
-        return EngineResult(self._buffers.logits[:rows].copy(), compute_ns / 1e9)
+        np.concatenate(images, out=self._buffers.images[:batch_size])
+        compute_ns = self._model.run(batch_size, stitch)
+        return EngineResult(self._buffers.logits[:batch_size].copy(), compute_ns / 1e9)

@@ -19,10 +19,12 @@ MEASURED_TAIL = 1.3
 """p99 over median assumed where only a few warm-up runs were timed; corrected online."""
 
 
-def batch_sizes(max_rows: int) -> tuple[int, ...]:
+def batch_sizes(max_batch_size: int) -> tuple[int, ...]:
     """Powers of two up to the largest batch, which is always among them."""
-    sizes = [1 << power for power in range(max_rows.bit_length()) if 1 << power < max_rows]
-    return (*sizes, max_rows)
+    sizes = [
+        1 << power for power in range(max_batch_size.bit_length()) if 1 << power < max_batch_size
+    ]
+    return (*sizes, max_batch_size)
 
 
 STEADY_S = 0.02
@@ -38,10 +40,10 @@ async def warm_up(
     machine to it, which is steadier than a handful of runs per pair; without one the runs are all
     there is.
     """
-    sizes = batch_sizes(config.max_rows)
+    sizes = batch_sizes(config.max_batch_size)
     shipped = bundle.latency if covers(bundle.latency, sizes) else None
     rounds = 2 if shipped else 5
-    images = np.zeros((config.max_rows, *config.image_shape), np.float32)
+    images = np.zeros((config.max_batch_size, *config.image_shape), np.float32)
     stitches = [s.id for s in bundle.manifest.config.stitches() if s.usable]
     seconds: dict[tuple[int, int], list[float]] = defaultdict(list)
     done = 0
@@ -64,7 +66,7 @@ async def warm_up(
         date=datetime.now(UTC).date().isoformat(),
         versions=versions(),
         batch_sizes=sizes,
-        stitches={
+        variants={
             stitch: Latency(
                 median_s=tuple(measured[stitch, size] for size in sizes),
                 p99_s=tuple(MEASURED_TAIL * measured[stitch, size] for size in sizes),
@@ -84,18 +86,18 @@ def scaled_to(
     """The profile at these batch sizes, times the median of measured over profiled medians."""
     index = [profile.batch_sizes.index(size) for size in sizes]
     factor = median(
-        seconds / profile.stitches[stitch].median_s[profile.batch_sizes.index(size)]
+        seconds / profile.variants[stitch].median_s[profile.batch_sizes.index(size)]
         for (stitch, size), seconds in measured.items()
     )
     return profile.model_copy(
         update={
             "batch_sizes": sizes,
-            "stitches": {
+            "variants": {
                 stitch: Latency(
                     median_s=tuple(factor * latency.median_s[i] for i in index),
                     p99_s=tuple(factor * latency.p99_s[i] for i in index),
                 )
-                for stitch, latency in profile.stitches.items()
+                for stitch, latency in profile.variants.items()
             },
         }
     )

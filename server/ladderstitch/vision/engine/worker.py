@@ -18,7 +18,7 @@ from ladderstitch.runtime.device import DTYPES
 from ladderstitch.runtime.process import settle_for_good
 from ladderstitch.vision.bundle import Bundle
 from ladderstitch.vision.engine.base import COMMAND, READY, REPLY, Buffers, WorkerConfig
-from ladderstitch.vision.models.executor import InferenceModel
+from ladderstitch.vision.models.executor import StitchExecutor
 
 
 class Worker:
@@ -28,16 +28,16 @@ class Worker:
         torch.set_num_threads(config.threads)
         self.device = torch.device(config.device)
         model = Bundle.load(Path(config.bundle)).load_model(DTYPES[config.dtype])
-        self.model = InferenceModel(model.to(self.device))
+        self.model = StitchExecutor(model.to(self.device))
         self.images = torch.from_numpy(buffers.images)
         self.logits = torch.from_numpy(buffers.logits)
 
-    def run(self, rows: int, stitch: int) -> int:
-        """Answer the first `rows` images; nanoseconds of compute."""
+    def run(self, batch_size: int, stitch: int) -> int:
+        """Answer the first `batch_size` images; nanoseconds of compute."""
         started = time.perf_counter_ns()
         with torch.inference_mode():
-            logits = self.model(self.images[:rows].to(self.device, non_blocking=True), stitch)
-            self.logits[:rows].copy_(logits)  # waits for the device
+            logits = self.model(self.images[:batch_size].to(self.device, non_blocking=True), stitch)
+            self.logits[:batch_size].copy_(logits)  # waits for the device
         return time.perf_counter_ns() - started
 
 

@@ -21,15 +21,15 @@ from ladderstitch.vision.models.levit import (
     LevitAttention,
     LinearNorm,
     NormLinear,
-    Residual,
+    ResidualBlock,
 )
 from ladderstitch.vision.models.resnet import BasicBlock, Bottleneck, ResNet
 from ladderstitch.vision.models.route import Stitch
 from ladderstitch.vision.models.stitched import (
+    Backbone,
     MapStitchingLayer,
     StitchedModel,
     StitchingLayer,
-    Trunk,
 )
 from ladderstitch.vision.models.swin import PatchMerging, Swin, SwinBlock
 from ladderstitch.vision.models.vit import Block, ConvStem, PatchStem, Vit
@@ -64,7 +64,7 @@ def stitch_cost(model: StitchedModel, stitch: Stitch, image_size: int) -> Cost:
     return Cost(macs, parameters)
 
 
-def _embedding(trunk: Trunk, image_size: int) -> tuple[int, int]:
+def _embedding(trunk: Backbone, image_size: int) -> tuple[int, int]:
     """MACs, and the tokens (or the side of the map) that enter step 0."""
     match trunk:
         case Vit(patch_embed=PatchStem() as stem):
@@ -185,7 +185,7 @@ def _levit_attention(step: LevitAttention, tokens: int) -> tuple[int, int]:
     return macs + _linear_norm(step.kv, tokens) + _linear_norm(queries, fewer), fewer
 
 
-def _residual(step: Residual, tokens: int) -> tuple[int, int]:
+def _residual(step: ResidualBlock, tokens: int) -> tuple[int, int]:
     if isinstance(step.m, LevitAttention):
         return _levit_attention(step.m, tokens)
     layers = [layer for layer in step.m.modules() if isinstance(layer, LinearNorm)]
@@ -203,7 +203,7 @@ COUNTS: dict[type[nn.Module], Callable[[Any, int], tuple[int, int]]] = {
     BasicBlock: _residual_block,
     Bottleneck: _residual_block,
     InvertedResidual: _inverted_residual,
-    Residual: _residual,
+    ResidualBlock: _residual,
     LevitAttention: _levit_attention,
     StitchingLayer: lambda step, tokens: (_linear(step.transform, tokens), tokens),
     MapStitchingLayer: _map_stitch,
@@ -211,7 +211,7 @@ COUNTS: dict[type[nn.Module], Callable[[Any, int], tuple[int, int]]] = {
 }
 
 
-def _classifier(trunk: Trunk, size: int, *, final_norm: bool) -> int:
+def _classifier(trunk: Backbone, size: int, *, final_norm: bool) -> int:
     match trunk:
         case Vit():
             norm = LAYER_NORM * size * trunk.norm.normalized_shape[0] if final_norm else 0
@@ -231,7 +231,7 @@ def _classifier(trunk: Trunk, size: int, *, final_norm: bool) -> int:
     raise TypeError(f"no count for {type(trunk).__name__}")
 
 
-def _embedding_parameters(trunk: Trunk) -> int:
+def _embedding_parameters(trunk: Backbone) -> int:
     return (
         sum(p.numel() for p in trunk.parameters())
         - sum(p.numel() for step in trunk.steps() for p in step.parameters())
@@ -239,7 +239,7 @@ def _embedding_parameters(trunk: Trunk) -> int:
     )
 
 
-def _classifier_parameters(trunk: Trunk) -> int:
+def _classifier_parameters(trunk: Backbone) -> int:
     names = ("norm", "head", "fc", "head_dist", "_conv_head", "_bn1", "_fc")
     return sum(
         p.numel()

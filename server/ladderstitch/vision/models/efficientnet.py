@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ladderstitch.vision.models.stitched import MapAnchorConfig, Trunk, fold
+from ladderstitch.vision.models.stitched import Backbone, ConvConfig, fold
 from ladderstitch.vision.models.vit import InputShape
 
 KERNELS = (3, 3, 5, 3, 5, 5, 3)
@@ -24,7 +24,7 @@ EPS = 1e-3
 Seven = tuple[int, int, int, int, int, int, int]
 
 
-class EfficientNetLiteConfig(MapAnchorConfig):
+class EfficientNetLiteConfig(ConvConfig):
     """Shape of one anchor: seven stages."""
 
     kind: Literal["efficientnet-lite"] = "efficientnet-lite"
@@ -84,7 +84,7 @@ class InvertedResidual(nn.Module):
         self._project_conv, self._bn2 = fold(self._project_conv, self._bn2)
 
 
-class EfficientNetLite(Trunk):
+class EfficientNetLite(Backbone):
     """One anchor; its steps work on maps [B, D, H, W]."""
 
     def __init__(self, inputs: InputShape, config: EfficientNetLiteConfig) -> None:

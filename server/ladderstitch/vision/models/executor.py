@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladderstitch.runtime.linear import serving_linear
-from ladderstitch.vision.models.levit import LevitAttention, Residual
+from ladderstitch.vision.models.levit import LevitAttention, ResidualBlock
 from ladderstitch.vision.models.route import Stitch
-from ladderstitch.vision.models.stitched import StitchedModel, StitchingLayer, Trunk
+from ladderstitch.vision.models.stitched import Backbone, StitchedModel, StitchingLayer
 from ladderstitch.vision.models.swin import SwinBlock, mix_windows
 from ladderstitch.vision.models.vit import Block, ConvStem, Vit
 
@@ -27,7 +27,7 @@ Step = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StitchPlan:
     """Everything that one stitch runs, in order."""
 
     embed: Step
@@ -35,7 +35,7 @@ class Plan:
     classify: Step
 
 
-class InferenceModel:
+class StitchExecutor:
     """Call it as the model: [B, C, H, W] images, stitch id -> [B, num_classes] float32 logits."""
 
     def __init__(self, model: StitchedModel) -> None:
@@ -45,7 +45,7 @@ class InferenceModel:
         self.parameter_dtype = next(model.parameters()).dtype
         self.usable = [stitch.id for stitch in model.stitches if stitch.usable]
         self.plans = {
-            stitch.id: Plan(
+            stitch.id: StitchPlan(
                 embeds[stitch.front],
                 tuple(_steps(stitch, blocks, model)),
                 bind_classifier(trunks[stitch.end], final_norm=stitch.final_norm),
@@ -86,14 +86,14 @@ def bind_step(step: nn.Module) -> Step:
         return bind_swin_block(step)
     if isinstance(step, LevitAttention):
         return partial(step, bias=step.attention_bias())
-    if isinstance(step, Residual) and isinstance(step.m, LevitAttention):
+    if isinstance(step, ResidualBlock) and isinstance(step.m, LevitAttention):
         attend, bias = step.m, step.m.attention_bias()
         return lambda x: x + attend(x, bias)
     return step
 
 
-def bind_embedding(trunk: Trunk) -> Step:
-    """`Trunk.embed`; for a ViT with the first tokens' positions added once."""
+def bind_embedding(trunk: Backbone) -> Step:
+    """`Backbone.embed`; for a ViT with the first tokens' positions added once."""
     if not isinstance(trunk, Vit):
         return trunk.embed
     vit = trunk
@@ -176,8 +176,8 @@ def _scaled(linear: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
     return gamma[:, None] * linear.weight, gamma * linear.bias
 
 
-def bind_classifier(trunk: Trunk, *, final_norm: bool) -> Step:
-    """`Trunk.classify`: [B, num_classes]."""
+def bind_classifier(trunk: Backbone, *, final_norm: bool) -> Step:
+    """`Backbone.classify`: [B, num_classes]."""
     if not isinstance(trunk, Vit) or hasattr(trunk, "head_dist"):
         return partial(trunk.classify, final_norm=final_norm)
     vit = trunk

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from ladderstitch.vision.models.stitched import Trunk, fold
+from ladderstitch.vision.models.stitched import Backbone, fold
 from ladderstitch.vision.models.vit import InputShape
 
 STEM_STRIDE = 16
@@ -109,7 +109,7 @@ class LinearNorm(nn.Module):
         self.c, self.bn = fold(self.c, self.bn)
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """x + m(x)."""
 
     def __init__(self, m: nn.Module) -> None:
@@ -188,8 +188,8 @@ def _offsets(resolution: int, stride: int) -> tuple[Tensor, int]:
     return torch.tensor(index), len(numbers)
 
 
-def _mlp(width: int, ratio: int, eps: float) -> Residual:
-    return Residual(
+def _mlp(width: int, ratio: int, eps: float) -> ResidualBlock:
+    return ResidualBlock(
         nn.Sequential(
             LinearNorm(width, ratio * width, eps),
             nn.Hardswish(),
@@ -210,7 +210,7 @@ class NormLinear(nn.Module):
         return self.l(self.bn(x))
 
 
-class Levit(Trunk):
+class Levit(Backbone):
     """One LeViT anchor."""
 
     def __init__(self, inputs: InputShape, config: LevitConfig) -> None:
@@ -233,7 +233,7 @@ class Levit(Trunk):
             )
             for _ in range(config.depths[stage]):
                 attention = LevitAttention((width, width), own, resolution, eps, fused=True)
-                blocks.extend((Residual(attention), _mlp(width, own.mlp_ratio, eps)))
+                blocks.extend((ResidualBlock(attention), _mlp(width, own.mlp_ratio, eps)))
             if stage + 1 < len(widths):
                 op, after = config.subsamples[stage], widths[stage + 1]
                 blocks.append(LevitAttention((width, after), op, resolution, eps, fused=False))

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ladderstitch.vision.models.stitched import MapAnchorConfig, Trunk, fold
+from ladderstitch.vision.models.stitched import Backbone, ConvConfig, fold
 from ladderstitch.vision.models.vit import InputShape
 
 
-class ResNetConfig(MapAnchorConfig):
+class ResNetConfig(ConvConfig):
     """Shape of one ResNet anchor; widths double from stage to stage."""
 
     kind: Literal["resnet"] = "resnet"
@@ -96,7 +96,7 @@ def _fold_shortcut(shortcut: nn.Sequential | None) -> None:
         shortcut[0], shortcut[1] = fold(shortcut[0], shortcut[1])
 
 
-class ResNet(Trunk):
+class ResNet(Backbone):
     """One ResNet anchor; its steps work on maps [B, D, H, W]."""
 
     def __init__(self, inputs: InputShape, config: ResNetConfig) -> None:

@@ -53,7 +53,10 @@ class StitchedModel(nn.Module):
     """
 
     def __init__(
-        self, anchors: Sequence[Trunk], stitch_layers: Sequence[Layers], stitches: Sequence[Stitch]
+        self,
+        anchors: Sequence[Backbone],
+        stitch_layers: Sequence[Layers],
+        stitches: Sequence[Stitch],
     ) -> None:
         super().__init__()
         self.anchors = nn.ModuleList(anchors)
@@ -62,9 +65,9 @@ class StitchedModel(nn.Module):
         modules = dict(self.named_modules())
         self._steps = {s.id: _resolve(s, self.trunks(), modules) for s in self.stitches}
 
-    def trunks(self) -> list[Trunk]:
+    def trunks(self) -> list[Backbone]:
         """The anchors, smallest first."""
-        return [anchor for anchor in self.anchors if isinstance(anchor, Trunk)]
+        return [anchor for anchor in self.anchors if isinstance(anchor, Backbone)]
 
     def affine(self, layer: str) -> nn.Linear | nn.Conv2d:
         """The affine map of a stitching layer, by its state-dict key."""
@@ -97,8 +100,8 @@ def _nest(layers: Layers) -> nn.Module:
 
 
 def _resolve(
-    stitch: Stitch, trunks: Sequence[Trunk], modules: dict[str, nn.Module]
-) -> tuple[Trunk, tuple[nn.Module, ...], Trunk, bool]:
+    stitch: Stitch, trunks: Sequence[Backbone], modules: dict[str, nn.Module]
+) -> tuple[Backbone, tuple[nn.Module, ...], Backbone, bool]:
     """The modules that a stitch runs, looked up once so that switching costs one dict access."""
     steps: list[nn.Module] = []
     for segment, layer in zip(stitch.segments, (*stitch.layers, None), strict=True):
@@ -108,7 +111,7 @@ def _resolve(
     return trunks[stitch.front], tuple(steps), trunks[stitch.end], stitch.final_norm
 
 
-class Trunk(nn.Module, ABC):
+class Backbone(nn.Module, ABC):
     """What every anchor is, whatever its blocks are.
 
     A hierarchical network's downsamplings are steps too, so that a position in `steps` is all that
@@ -162,7 +165,7 @@ def fold(layer: Layer, norm: nn.Module) -> tuple[Layer, nn.Module]:
     return layer, norm
 
 
-class MapAnchorConfig(BaseModel):
+class ConvConfig(BaseModel):
     """Shape of an anchor whose steps are its blocks, on maps [B, D, H, W]."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from ladderstitch.vision.models.stitched import Trunk
+from ladderstitch.vision.models.stitched import Backbone
 from ladderstitch.vision.models.vit import InputShape, Mlp
 
 OUTSIDE = -100.0
@@ -204,7 +204,7 @@ class Stage(nn.Module):
             self.downsample = PatchMerging(config.widths[stage], resolution, config.layer_norm_eps)
 
 
-class Swin(Trunk):
+class Swin(Backbone):
     """One Swin anchor."""
 
     def __init__(self, inputs: InputShape, config: SwinConfig) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from ladderstitch.vision.models.stitched import Trunk, fold
+from ladderstitch.vision.models.stitched import Backbone, fold
 
 
 class InputShape(BaseModel):
@@ -176,7 +176,7 @@ class Block(nn.Module):
         return x + (self.gamma_2 * mixed if self.layer_scale else mixed)
 
 
-class Vit(Trunk):
+class Vit(Backbone):
     """One ViT anchor."""
 
     def __init__(self, inputs: InputShape, config: VitConfig) -> None:

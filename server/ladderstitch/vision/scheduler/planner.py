@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ladderstitch.errors import BudgetInfeasible, Overloaded, RequestError
-from ladderstitch.scheduling.candidates import Menu
-from ladderstitch.scheduling.latency_model import LatencyTable
-from ladderstitch.scheduling.load_report import HORIZONS_S, Backlog
+from ladderstitch.scheduling.candidates import CandidateFilter
+from ladderstitch.scheduling.latency_model import LatencyModel
+from ladderstitch.scheduling.load_report import HORIZONS_S, LoadReport
 from ladderstitch.scheduling.profiles import LatencyProfile
 from ladderstitch.scheduling.requests import Request
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.vision.scheduler import admission
 from ladderstitch.vision.scheduler.policies import make_policy
-from ladderstitch.vision.scheduler.policies.base import Decision, Hold
+from ladderstitch.vision.scheduler.policies.base import Decision, Defer
 from ladderstitch.vision.scheduler.policies.demand import Arrivals
-from ladderstitch.vision.scheduler.policies.quality_hull import Prices
+from ladderstitch.vision.scheduler.policies.quality_hull import QualityHulls
 from ladderstitch.vision.scheduler.queue import DeadlineQueue
 
 FORECASTING = frozenset({"adaptive", "model_switching"})
@@ -32,14 +32,14 @@ LEARNING = 0.1
 class Planner:
     """All times are seconds on the clock of the requests; `busy_until` is 0 while nothing runs.
 
-    Raises `BadInput` if the settings do not fit the model.
+    Raises `InvalidArgument` if the settings do not fit the model.
     """
 
     def __init__(
         self, quality: Mapping[int, float], profile: LatencyProfile, settings: SchedulerSettings
     ) -> None:
         self.quality = quality
-        self.latency = LatencyTable(profile, settings.attainment_probability)
+        self.latency = LatencyModel(profile, settings.attainment_probability)
         self.queue = DeadlineQueue(settings.priority_window_s)
         self.busy_until = 0.0
         self.batch_s = 0.0
@@ -50,7 +50,7 @@ class Planner:
     def configure(self, settings: SchedulerSettings) -> None:
         """Use other settings from the next batch on; requests that wait keep waiting.
 
-        Raises `BadInput` if they name a stitch or a floor that this model does not have.
+        Raises `InvalidArgument` if they name a variant or a floor that this model does not have.
         """
         admission.check_settings(settings, self.quality)
         if settings.priority_window_s != self.queue.priority_window_s:
@@ -60,31 +60,37 @@ class Planner:
                 self.queue.add(request)
         self.latency.set_probability(settings.attainment_probability)
         self.settings = settings
-        self.menu = Menu.of(self.quality, self.latency.profile, settings)
-        self._prices = Prices.of(self.menu.frontier, self.quality, self.latency.view.profiled)
+        self.candidates = CandidateFilter.from_settings(
+            self.quality, self.latency.profile, settings
+        )
+        self._hulls = QualityHulls.of(
+            self.candidates.frontier, self.quality, self.latency.view.profiled
+        )
         self._renew()
 
-    def load(self, now: float) -> admission.Load:
+    def load(self, now: float) -> admission.QueueLoad:
         """What admission knows of the present."""
         busy_s = max(0.0, self.busy_until - now)
-        return admission.Load(now, busy_s, len(self.queue), self.queue.rows)
+        return admission.QueueLoad(now, busy_s, len(self.queue), self.queue.num_images)
 
     def wait_s(self, request: Request, now: float) -> float:
         """Seconds of other work before this request would run, if it were added now."""
         busy_s = max(0.0, self.busy_until - now)
         if not self.queue:
             return busy_s
-        ahead = self.queue.rows_before(request)
-        return busy_s + admission.work_s(ahead, self.menu, self.latency.view)
+        ahead = self.queue.images_before(request)
+        return busy_s + admission.work_s(ahead, self.candidates, self.latency.view)
 
-    def backlog(self, now: float) -> Backlog:
+    def load_report(self, now: float) -> LoadReport:
         """What others have to wait for here, by how urgent they are."""
         busy_s = max(0.0, self.busy_until - now)
-        menu, view = self.menu, self.latency.view
-        rows = [self.queue.rows_due(now + due_s) for due_s in HORIZONS_S]
-        return Backlog(
-            waits_s=tuple(busy_s + admission.work_s(ahead, menu, view) for ahead in rows),
-            request_s=view.expected(menu.choices()[0], 1),
+        candidates, view = self.candidates, self.latency.view
+        batch_size = [self.queue.images_due(now + due_s) for due_s in HORIZONS_S]
+        return LoadReport(
+            waits_s=tuple(
+                busy_s + admission.work_s(ahead, candidates, view) for ahead in batch_size
+            ),
+            request_s=view.expected(candidates.for_quality()[0], 1),
             batch_s=self.batch_s,
         )
 
@@ -93,7 +99,7 @@ class Planner:
     ) -> admission.BudgetCheck:
         """What could be had within a budget, now and when idle."""
         return admission.check_budget(
-            budget_s, min_quality, self.menu, self.latency.view, self.load(now), self.settings
+            budget_s, min_quality, self.candidates, self.latency.view, self.load(now), self.settings
         )
 
     def admit(self, request: Request, now: float, *, alone: bool) -> None:
@@ -102,12 +108,12 @@ class Planner:
         `alone` says that nothing else waits or runs.
         """
         try:
-            ahead = self.queue.rows_before(request)
+            ahead = self.queue.images_before(request)
             load = self.load(now)
-            admission.admit(request, self.menu, self.latency.view, load, ahead, self.settings)
+            admission.admit(request, self.candidates, self.latency.view, load, ahead, self.settings)
         except RequestError as error:
             if alone and isinstance(error, BudgetInfeasible | Overloaded):
-                self.latency.doubt()
+                self.latency.decay_after_idle_rejection()
             raise
 
     def add(self, request: Request) -> None:
@@ -115,48 +121,48 @@ class Planner:
         self.queue.add(request)
         if self._arrivals.add(request) and self.settings.policy in FORECASTING:
             self.policy = make_policy(
-                self.settings, self.menu, self._arrivals.forecast, self._prices
+                self.settings, self.candidates, self._arrivals.forecast, self._hulls
             )
 
-    def put_back(self, request: Request) -> None:
+    def requeue(self, request: Request) -> None:
         """Queue a request again whose batch was lost."""
         self.queue.add(request)
 
-    def withdraw(self, request: Request) -> None:
+    def remove(self, request: Request) -> None:
         """Take a request off the queue; raises `ValueError` if it does not wait."""
         self.queue.remove(request)
 
     def take_expired(self, now: float) -> list[Request]:
         """Remove and return the requests that cannot end before their limit any more.
 
-        That is, not even alone on the fastest stitch and as fast as it lately was at best.
+        That is, not even alone on the fastest variant and as fast as it lately was at best.
         """
         view = self.latency.view
-        alone_s = view.expected(self.menu.frontier[0], 1) * view.residuals[0]
+        alone_s = view.expected(self.candidates.frontier[0], 1) * view.residuals[0]
         return self.queue.take_expired(now + alone_s)
 
-    def decide(self, now: float) -> Decision | Hold:
+    def decide(self, now: float) -> Decision | Defer:
         """The next batch, taken off the queue, which must not be empty; or how long to wait."""
         view = self.latency.view
-        choice = self.policy(self.queue.view, view, now + view.transit_s)
+        choice = self.policy(self.queue.view, view, now + view.dispatch_overhead_s)
         if isinstance(choice, Decision):
             for request in choice.requests:
                 self.queue.remove(request)
         return choice
 
-    def started(self, rows: int, stitch: int, now: float) -> None:
+    def started(self, batch_size: int, variant: int, now: float) -> None:
         """A batch went to the engine; `now` is when it was decided."""
-        self.busy_until = now + self.latency.view.expected(stitch, rows)
+        self.busy_until = now + self.latency.view.expected(variant, batch_size)
 
-    def finished(self, stitch: int, rows: int, compute_s: float, total_s: float) -> float:
+    def finished(self, variant: int, batch_size: int, compute_s: float, total_s: float) -> float:
         """Learn from a batch that came back whole; returns actual over expected seconds."""
-        self.latency.observe_transit(total_s - compute_s)
+        self.latency.observe_dispatch_overhead(total_s - compute_s)
         self.batch_s += LEARNING * (total_s - self.batch_s)
-        return self.latency.observe(stitch, rows, compute_s)
+        return self.latency.observe(variant, batch_size, compute_s)
 
     def _renew(self) -> None:
         forecast = self._arrivals.forecast
-        self.policy = make_policy(self.settings, self.menu, forecast, self._prices)
+        self.policy = make_policy(self.settings, self.candidates, forecast, self._hulls)
 
     def free(self) -> None:
         """The engine has nothing to do."""

@@ -25,11 +25,11 @@ class DeadlineQueue:
     def __init__(self, priority_window_s: float) -> None:
         self.priority_window_s = priority_window_s
         self._ordered: SortedKeyList = SortedKeyList(key=self.key)
-        self._by_limit: SortedKeyList = SortedKeyList(key=lambda request: request.budget.limit)
-        self.rows = 0
+        self._by_limit: SortedKeyList = SortedKeyList(key=lambda request: request.deadlines.hard)
+        self.num_images = 0
 
     def key(self, request: Request) -> float:
-        target = request.budget.target
+        target = request.deadlines.soft
         if target == float("inf"):
             target = request.arrival + NO_DEADLINE_HORIZON_S
         level = request.priority or NORMAL_PRIORITY
@@ -44,28 +44,28 @@ class DeadlineQueue:
         """The requests, most urgent first; live, not to be kept across a change."""
         return cast("Sequence[Request]", self._ordered)
 
-    def rows_before(self, request: Request) -> float:
+    def images_before(self, request: Request) -> float:
         """Estimated rows that would run before this request, if it were added now."""
-        return self.rows_due(self.key(request))
+        return self.images_due(self.key(request))
 
-    def rows_due(self, key: float) -> float:
+    def images_due(self, key: float) -> float:
         """Estimated rows of requests whose key is below this one."""
         if not self._ordered:
             return 0.0
         ahead: int = self._ordered.bisect_key_left(key)
-        return self.rows * ahead / len(self._ordered)
+        return self.num_images * ahead / len(self._ordered)
 
     def add(self, request: Request) -> None:
         self._ordered.add(request)
-        if request.budget.limit != float("inf"):
+        if request.deadlines.hard != float("inf"):
             self._by_limit.add(request)
-        self.rows += request.rows
+        self.num_images += request.num_images
 
     def remove(self, request: Request) -> None:
         """Raises `ValueError` if the request does not wait here."""
         self._ordered.remove(request)
         self._by_limit.discard(request)
-        self.rows -= request.rows
+        self.num_images -= request.num_images
 
     def take_expired(self, now: float) -> list[Request]:
         """Remove and return the requests whose limit has passed."""

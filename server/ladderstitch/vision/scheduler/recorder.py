@@ -13,10 +13,10 @@ from typing import Any, TextIO
 
 from ladderstitch.errors import RequestError
 from ladderstitch.scheduling.profiles import LatencyProfile
-from ladderstitch.scheduling.requests import Budget, Pixels, Request
+from ladderstitch.scheduling.requests import Deadlines, Pixels, Request
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.vision.scheduler.planner import Planner
-from ladderstitch.vision.scheduler.policies.base import Decision, Hold
+from ladderstitch.vision.scheduler.policies.base import Decision, Defer
 
 FORMAT = 1
 
@@ -57,12 +57,12 @@ class RecordingPlanner(Planner):
         super().add(request)
         self._write("add", self._number(request), *fields(request))
 
-    def put_back(self, request: Request) -> None:
-        super().put_back(request)
+    def requeue(self, request: Request) -> None:
+        super().requeue(request)
         self._write("put_back", self._number(request), *fields(request))
 
-    def withdraw(self, request: Request) -> None:
-        super().withdraw(request)
+    def remove(self, request: Request) -> None:
+        super().remove(request)
         self._write("withdraw", self._numbers.pop(request))
 
     def take_expired(self, now: float) -> list[Request]:
@@ -71,22 +71,22 @@ class RecordingPlanner(Planner):
             self._write("expire", now, [self._numbers.pop(request) for request in expired])
         return expired
 
-    def decide(self, now: float) -> Decision | Hold:
+    def decide(self, now: float) -> Decision | Defer:
         choice = super().decide(now)
-        if isinstance(choice, Hold):
+        if isinstance(choice, Defer):
             self._write("hold", now, choice.seconds)
         else:
             numbers = [self._numbers.pop(request) for request in choice.requests]
-            self._write("decide", now, choice.stitch, numbers)
+            self._write("decide", now, choice.variant, numbers)
         return choice
 
-    def started(self, rows: int, stitch: int, now: float) -> None:
-        super().started(rows, stitch, now)
-        self._write("started", rows, stitch, now)
+    def started(self, batch_size: int, variant: int, now: float) -> None:
+        super().started(batch_size, variant, now)
+        self._write("started", batch_size, variant, now)
 
-    def finished(self, stitch: int, rows: int, compute_s: float, total_s: float) -> float:
-        error = super().finished(stitch, rows, compute_s, total_s)
-        self._write("finished", stitch, rows, compute_s, total_s)
+    def finished(self, variant: int, batch_size: int, compute_s: float, total_s: float) -> float:
+        error = super().finished(variant, batch_size, compute_s, total_s)
+        self._write("finished", variant, batch_size, compute_s, total_s)
         return error
 
     def free(self) -> None:
@@ -105,20 +105,20 @@ class RecordingPlanner(Planner):
 
 def fields(request: Request) -> list[Any]:
     """What planning knows of a request; `request_of` makes one of it."""
-    budget = request.budget
+    deadlines = request.deadlines
     return [
         request.arrival,
-        budget.target,
-        budget.limit,
-        request.rows,
+        deadlines.soft,
+        deadlines.hard,
+        request.num_images,
         request.min_quality,
-        request.stitch,
+        request.variant,
         request.priority,
     ]
 
 
 def request_of(told: list[Any], images: Pixels) -> Request:
-    """`images` is of as many rows as were told, whatever it shows."""
-    arrival, target, limit, _, min_quality, stitch, priority = told
-    budget = Budget(target, limit, "record", "record")
-    return Request("", images, arrival, budget, min_quality, stitch, priority)
+    """`images` is of as many batch_size as were told, whatever it shows."""
+    arrival, target, limit, _, min_quality, variant, priority = told
+    deadlines = Deadlines(target, limit, "record", "record")
+    return Request("", images, arrival, deadlines, min_quality, variant, priority)

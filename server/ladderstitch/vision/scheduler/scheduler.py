@@ -9,19 +9,19 @@ from collections.abc import Callable, Mapping
 from typing import TextIO
 
 from ladderstitch.errors import Draining, InternalError, RequestError
-from ladderstitch.scheduling.candidates import Menu
-from ladderstitch.scheduling.latency_model import LatencyTable
-from ladderstitch.scheduling.load_report import Backlog
+from ladderstitch.scheduling.candidates import CandidateFilter
+from ladderstitch.scheduling.latency_model import LatencyModel
+from ladderstitch.scheduling.load_report import LoadReport
 from ladderstitch.scheduling.profiles import LatencyProfile
 from ladderstitch.scheduling.requests import Completion, Request
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.telemetry.metrics import ImageMetrics
+from ladderstitch.telemetry.metrics import VisionMetrics
 from ladderstitch.vision.engine.base import Engine
 from ladderstitch.vision.scheduler import admission
-from ladderstitch.vision.scheduler.batch_runner import Batches
-from ladderstitch.vision.scheduler.in_flight import Ledger, Statistics
+from ladderstitch.vision.scheduler.batch_runner import BatchRunner
+from ladderstitch.vision.scheduler.in_flight import InFlightRequests, Statistics
 from ladderstitch.vision.scheduler.planner import Planner
-from ladderstitch.vision.scheduler.policies.base import Decision, Hold
+from ladderstitch.vision.scheduler.policies.base import Decision, Defer
 from ladderstitch.vision.scheduler.recorder import RecordingPlanner
 
 SWEEP_S = 0.05
@@ -31,7 +31,7 @@ SWEEP_S = 0.05
 class Scheduler:
     """Owns the queue of one model and the dispatch loop that empties it onto the engine.
 
-    Made inside a running event loop; raises `BadInput` if the settings do not fit the model.
+    Made inside a running event loop; raises `InvalidArgument` if the settings do not fit the model.
     All that is planned goes to `record`, if there is one.
     """
 
@@ -41,7 +41,7 @@ class Scheduler:
         quality: Mapping[int, float],
         profile: LatencyProfile,
         settings: SchedulerSettings,
-        metrics: ImageMetrics,
+        metrics: VisionMetrics,
         clock: Callable[[], float] = time.monotonic,
         record: TextIO | None = None,
     ) -> None:
@@ -53,12 +53,12 @@ class Scheduler:
             if record is None
             else RecordingPlanner(quality, profile, settings, record)
         )
-        self._ledger = Ledger(metrics, clock)
-        self._batches = Batches(engine, self.planner, self._ledger, metrics, clock)
+        self._in_flight = InFlightRequests(metrics, clock)
+        self._batch_runner = BatchRunner(engine, self.planner, self._in_flight, metrics, clock)
         self._draining = False
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
-        self._sweeper = Sweeper(self._sweep, SWEEP_S)
+        self._timer = PeriodicTimer(self._expire_hard_deadlines, SWEEP_S)
         self._loop = asyncio.create_task(self._dispatch(), name="dispatch")
 
     def configure(self, settings: SchedulerSettings) -> None:
@@ -72,19 +72,19 @@ class Scheduler:
 
     @property
     def statistics(self) -> Statistics:
-        return self._ledger.statistics
+        return self._in_flight.statistics
 
     @property
     def quality(self) -> Mapping[int, float]:
         return self.planner.quality
 
     @property
-    def latency(self) -> LatencyTable:
+    def latency(self) -> LatencyModel:
         return self.planner.latency
 
     @property
-    def menu(self) -> Menu:
-        return self.planner.menu
+    def candidates(self) -> CandidateFilter:
+        return self.planner.candidates
 
     @property
     def settings(self) -> SchedulerSettings:
@@ -96,11 +96,11 @@ class Scheduler:
 
     @property
     def running_requests(self) -> int:
-        return len(self._batches.running)
+        return len(self._batch_runner.running)
 
-    def backlog(self) -> Backlog:
+    def load_report(self) -> LoadReport:
         """What others have to wait for at present."""
-        return self.planner.backlog(self.clock())
+        return self.planner.load_report(self.clock())
 
     def check_budget(
         self, budget_s: float | None, min_quality: float = 0.0
@@ -114,19 +114,19 @@ class Scheduler:
         Cancelling the caller frees the request's place at once.
         """
         self._admit(request)
-        waiting = self._ledger.open(request)
+        waiting = self._in_flight.add(request)
         self.planner.add(request)
         self.metrics.queued(self.queue_requests)
         self._idle.clear()
         self._wake.set()
-        if request.budget.limit != float("inf"):
-            self._sweeper.start()
+        if request.deadlines.hard != float("inf"):
+            self._timer.start()
         try:
             return await waiting.answer
         except asyncio.CancelledError:
-            if self._ledger.leave(waiting):
+            if self._in_flight.remove(waiting):
                 with contextlib.suppress(ValueError):  # it is being computed, not queued
-                    self.planner.withdraw(request)
+                    self.planner.remove(request)
                 self.metrics.queued(self.queue_requests)
                 self._wake.set()
             raise
@@ -142,23 +142,23 @@ class Scheduler:
         self._loop.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._loop
-        self._sweeper.stop()
-        for waiting in self._ledger.all():
-            self._ledger.fail(waiting, Draining("the replica is shutting down"))
+        self._timer.stop()
+        for waiting in self._in_flight.all():
+            self._in_flight.fail(waiting, Draining("the replica is shutting down"))
 
     def _admit(self, request: Request) -> None:
         try:
             if self._draining:
                 raise Draining("the replica is draining; try another one")
-            self.planner.admit(request, self.clock(), alone=not self._ledger)
+            self.planner.admit(request, self.clock(), alone=not self._in_flight)
         except RequestError as error:
             self.metrics.refused(error.code, request)
             raise
 
     async def _dispatch(self) -> None:
         while True:
-            if not self.planner.queue and not self._batches.alone:
-                if not self._ledger:
+            if not self.planner.queue and not self._batch_runner.alone:
+                if not self._in_flight:
                     self._idle.set()
                 self._wake.clear()
                 await self._wake.wait()
@@ -166,26 +166,26 @@ class Scheduler:
             self._expire(now)
             match self._decide(now):
                 case Decision() as decision:
-                    await self._batches.run(decision, now)
-                case Hold(seconds):
+                    await self._batch_runner.run(decision, now)
+                case Defer(seconds):
                     await self._hold(seconds)
 
     async def _hold(self, seconds: float) -> None:
         """Wait for that long, or until something changes."""
-        self._batches.idled = True
+        self._batch_runner.idled = True
         self._wake.clear()
         timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
         await self._wake.wait()
         timer.cancel()
 
-    def _decide(self, now: float) -> Decision | Hold | None:
+    def _decide(self, now: float) -> Decision | Defer | None:
         """The next batch, taken off the queue, or how long to wait for a better one."""
-        while self._batches.alone:  # survivors of a failed batch, one by one
-            waiting = self._batches.alone.popleft()
-            if now > waiting.request.budget.limit:
-                self._ledger.expire_computing(waiting)
-            elif waiting in self._ledger:
-                return Decision((waiting.request,), self.menu.candidates(waiting.request)[0])
+        while self._batch_runner.alone:  # survivors of a failed batch, one by one
+            waiting = self._batch_runner.alone.popleft()
+            if now > waiting.request.deadlines.hard:
+                self._in_flight.expire_computing(waiting)
+            elif waiting in self._in_flight:
+                return Decision((waiting.request,), self.candidates.for_request(waiting.request)[0])
         queue = self.planner.queue
         if not queue:
             return None
@@ -194,39 +194,41 @@ class Scheduler:
         except Exception as error:
             # Whatever is wrong with the policy, the head ends here and the others get their turn.
             head = queue.view[0]
-            self.planner.withdraw(head)
-            self._ledger.fail(self._ledger[head], InternalError.logged("the policy failed", error))
+            self.planner.remove(head)
+            self._in_flight.fail(
+                self._in_flight[head], InternalError.logged("the policy failed", error)
+            )
             return None
-        if isinstance(choice, Hold):
+        if isinstance(choice, Defer):
             return choice
-        wanted = tuple(r for r in choice.requests if self._ledger[r] in self._ledger)
-        return Decision(wanted, choice.stitch) if wanted else None
+        wanted = tuple(r for r in choice.requests if self._in_flight[r] in self._in_flight)
+        return Decision(wanted, choice.variant) if wanted else None
 
     def _expire(self, now: float) -> None:
         expired = self.planner.take_expired(now)
         if expired:
-            self._ledger.expire_queued(expired, now)
+            self._in_flight.expire_queued(expired, now)
             self.metrics.queued(self.queue_requests)
 
-    def _sweep(self) -> bool:
+    def _expire_hard_deadlines(self) -> bool:
         """End what is past its limit, even if the engine does not come back for long.
 
         Returns whether others have limits.
         """
         now = self.clock()
         self._expire(now)
-        for waiting in (*self._batches.running, *self._batches.alone):
-            if now > waiting.request.budget.limit:
-                self._ledger.expire_computing(waiting)
+        for waiting in (*self._batch_runner.running, *self._batch_runner.alone):
+            if now > waiting.request.deadlines.hard:
+                self._in_flight.expire_computing(waiting)
         self._wake.set()
-        return any(w.request.budget.limit != float("inf") for w in self._ledger.all())
+        return any(w.request.deadlines.hard != float("inf") for w in self._in_flight.all())
 
 
-class Sweeper:
+class PeriodicTimer:
     """Calls `sweep` every `interval_s` from `start` on, until it returns that nothing is left."""
 
     def __init__(self, sweep: Callable[[], bool], interval_s: float) -> None:
-        self._sweep = sweep
+        self._expire_hard_deadlines = sweep
         self._interval_s = interval_s
         self._timer: asyncio.TimerHandle | None = None
 
@@ -243,5 +245,5 @@ class Sweeper:
 
     def _turn(self) -> None:
         self._timer = None
-        if self._sweep():
+        if self._expire_hard_deadlines():
             self.start()

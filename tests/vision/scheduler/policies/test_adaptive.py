@@ -10,21 +10,21 @@ from hypothesis import strategies as st
 
 from ladderstitch.scheduling.requests import Request
 from ladderstitch.vision.scheduler.policies.adaptive import Adaptive
-from ladderstitch.vision.scheduler.policies.demand import REMEMBERED, Arrivals, Forecast
-from tests.support.image_scheduling import make_menu, make_prices, make_request, plain_view
+from ladderstitch.vision.scheduler.policies.demand import REMEMBERED, ArrivalForecast, Arrivals
+from tests.support.image_scheduling import make_candidates, make_hulls, make_request, plain_view
 
 NOW = 50.0
 
 
-NOTHING_KNOWN = Forecast()
+NOTHING_KNOWN = ArrivalForecast()
 
 
-def decide(requests: list[Request], forecast: Forecast = NOTHING_KNOWN) -> tuple[int, int]:
-    got = Adaptive(make_menu(), 0.0, forecast, make_prices())(requests, plain_view(), NOW)
-    return got.stitch, len(got.requests)
+def decide(requests: list[Request], forecast: ArrivalForecast = NOTHING_KNOWN) -> tuple[int, int]:
+    got = Adaptive(make_candidates(), 0.0, forecast, make_hulls())(requests, plain_view(), NOW)
+    return got.variant, len(got.requests)
 
 
-def forecast_of(budgets_s: list[float], rate: float) -> Forecast:
+def forecast_of(budgets_s: list[float], rate: float) -> ArrivalForecast:
     arrivals = Arrivals()
     for i in range(REMEMBERED):
         at = i / rate
@@ -33,8 +33,8 @@ def forecast_of(budgets_s: list[float], rate: float) -> Forecast:
 
 
 def test_alone_it_takes_the_best_that_fits() -> None:
-    for slack_ms, stitch in ((1.1, 0), (2.5, 3), (5.0, 1), (9.0, 2), (1000.0, 2)):
-        assert decide([make_request(NOW + slack_ms / 1e3)]) == (stitch, 1)
+    for slack_ms, variant in ((1.1, 0), (2.5, 3), (5.0, 1), (9.0, 2), (1000.0, 2)):
+        assert decide([make_request(NOW + slack_ms / 1e3)]) == (variant, 1)
 
 
 def test_it_leaves_time_for_tight_newcomers_if_there_are_many() -> None:
@@ -47,10 +47,10 @@ def test_it_leaves_time_for_tight_newcomers_if_there_are_many() -> None:
 
 
 def test_it_does_not_buy_quality_with_the_next_ones_lateness() -> None:
-    stitch, size = decide([make_request(NOW + 0.0083), make_request(NOW + 0.0086)])
-    assert (stitch, size) != (2, 1)  # 8 ms for the head alone would leave 0.6 ms
+    variant, size = decide([make_request(NOW + 0.0083), make_request(NOW + 0.0086)])
+    assert (variant, size) != (2, 1)  # 8 ms for the head alone would leave 0.6 ms
     view = plain_view()
-    seconds = view.seconds(stitch, size)
+    seconds = view.seconds(variant, size)
     assert size == 2 or seconds + view.seconds(0, 1) <= 0.0086
 
 
@@ -59,25 +59,29 @@ def test_batches_of_one_row_only() -> None:
     view = plain_view()
     single = type(view)({s: times[:2] for s, times in view.profiled.items()}, 1, 1.0, 1.0)
     waiting = [make_request(NOW + 0.0083), make_request(NOW + 0.0086)]
-    got = Adaptive(make_menu(), 0.0, NOTHING_KNOWN, make_prices())(waiting, single, NOW)
+    got = Adaptive(make_candidates(), 0.0, NOTHING_KNOWN, make_hulls())(waiting, single, NOW)
     assert len(got.requests) == 1
-    assert single.seconds(got.stitch, 1) + single.seconds(0, 1) <= 0.0086
+    assert single.seconds(got.variant, 1) + single.seconds(0, 1) <= 0.0086
 
 
 def test_near_misses_in_the_past_make_it_careful() -> None:
-    """The best stitch fits by the median, but one in three such batches took 30 % longer."""
+    """The best variant fits by the median, but one in three such batches took 30 % longer."""
     view = plain_view()
     careful = type(view)(view.profiled, 8, 1.0, tail=1.3, residuals=(1.0, 1.0, 1.3))
     request = [make_request(NOW + 0.0085)]
-    assert Adaptive(make_menu(), 0.0, NOTHING_KNOWN, make_prices())(request, view, NOW).stitch == 2
     assert (
-        Adaptive(make_menu(), 0.0, NOTHING_KNOWN, make_prices())(request, careful, NOW).stitch == 1
+        Adaptive(make_candidates(), 0.0, NOTHING_KNOWN, make_hulls())(request, view, NOW).variant
+        == 2
+    )
+    assert (
+        Adaptive(make_candidates(), 0.0, NOTHING_KNOWN, make_hulls())(request, careful, NOW).variant
+        == 1
     )
 
 
 def test_a_late_request_does_not_hold_up_those_that_can_be_in_time() -> None:
     late, tight = make_request(NOW - 0.001), make_request(NOW + 0.0015)
-    decision = Adaptive(make_menu(), 0.0, NOTHING_KNOWN, make_prices())(
+    decision = Adaptive(make_candidates(), 0.0, NOTHING_KNOWN, make_hulls())(
         [late, tight], plain_view(), NOW
     )
     assert decision.requests == (tight,)
@@ -88,22 +92,22 @@ def test_requests_without_deadlines_get_the_best_and_wait_for_those_with() -> No
     assert decide([make_request()], forecast) == (2, 1)
     assert decide([make_request()]) == (2, 1)
     tight = make_request(NOW + 0.0015)
-    got = Adaptive(make_menu(), 0.0, forecast, make_prices())(
+    got = Adaptive(make_candidates(), 0.0, forecast, make_hulls())(
         [tight, make_request()], plain_view(), NOW
     )
     assert got.requests[0] is tight
-    assert plain_view().seconds(got.stitch, len(got.requests)) <= 0.0015
+    assert plain_view().seconds(got.variant, len(got.requests)) <= 0.0015
 
 
 def test_nobody_starves() -> None:
     """A late request gets its turn although others that can be in time never cease to come."""
     late = make_request(NOW - 0.001)
-    policy, served, now = Adaptive(make_menu(), 0.0, NOTHING_KNOWN, make_prices()), 0.0, NOW
+    policy, served, now = Adaptive(make_candidates(), 0.0, NOTHING_KNOWN, make_hulls()), 0.0, NOW
     while not served and now < NOW + 60:
         others = [make_request(now + 0.004 + i / 1e4, arrival=now) for i in range(8)]
         decision = policy([late, *others], plain_view(), now)
         served = now if late in decision.requests else 0.0
-        now += plain_view().seconds(decision.stitch, len(decision.requests))
+        now += plain_view().seconds(decision.variant, len(decision.requests))
     assert 0 < served - NOW < 10
 
 
@@ -111,10 +115,10 @@ def test_under_overload_full_batches_of_others_beat_one_that_can_hardly_be_saved
     """The head takes 1 of its 1.2 ms alone; eight of the others take 3.8 ms together."""
     head = make_request(NOW + 0.0012)
     others = [make_request(NOW + 0.0041 + i / 1e6) for i in range(200)]
-    decision = Adaptive(make_menu(), 0.0, NOTHING_KNOWN, make_prices())(
+    decision = Adaptive(make_candidates(), 0.0, NOTHING_KNOWN, make_hulls())(
         [head, *others], plain_view(), NOW
     )
-    assert decision.stitch == 0
+    assert decision.variant == 0
     assert len(decision.requests) == 8
     assert head not in decision.requests
 
@@ -129,7 +133,7 @@ def test_the_forecast_is_its_definition(
 ) -> None:
     ordered = sorted(budgets_s)
     sums = [sum(ordered[:i]) for i in range(len(ordered) + 1)]
-    forecast = Forecast(100.0, tuple(ordered), tuple(sums))
+    forecast = ArrivalForecast(100.0, tuple(ordered), tuple(sums))
     spells = [max(0.0, busy_s + fastest_s - b) for b in ordered if b >= fastest_s]
     wanted = 100.0 * sum(spells) / len(ordered)
     assert forecast.late(busy_s, fastest_s) == pytest.approx(wanted, abs=1e-9)
@@ -150,5 +154,5 @@ def test_nobody_is_given_up_for_newcomers() -> None:
     forecast = forecast_of([0.004, 0.1], rate=10_000.0)
     head = make_request(NOW + 0.004)
     others = [make_request(NOW + 0.1 + i / 1e6) for i in range(60)]
-    policy = Adaptive(make_menu(), 0.0, forecast, make_prices())
+    policy = Adaptive(make_candidates(), 0.0, forecast, make_hulls())
     assert head in policy([head, *others], plain_view(), NOW).requests

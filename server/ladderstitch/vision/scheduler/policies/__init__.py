@@ -1,8 +1,8 @@
-"""Policies: which requests run next, together, on which stitch."""
+"""Policies: which requests run next, together, on which variant."""
 
 from __future__ import annotations
 
-from ladderstitch.scheduling.candidates import Menu
+from ladderstitch.scheduling.candidates import CandidateFilter
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.vision.scheduler.policies.adaptive import Adaptive
 from ladderstitch.vision.scheduler.policies.base import Policy
@@ -13,27 +13,30 @@ from ladderstitch.vision.scheduler.policies.baselines import (
     ModelSwitching,
     SlackFit,
 )
-from ladderstitch.vision.scheduler.policies.demand import Forecast
-from ladderstitch.vision.scheduler.policies.quality_hull import Prices
+from ladderstitch.vision.scheduler.policies.demand import ArrivalForecast
+from ladderstitch.vision.scheduler.policies.quality_hull import QualityHulls
 
 
 def make_policy(
-    settings: SchedulerSettings, menu: Menu, forecast: Forecast, prices: Prices
+    settings: SchedulerSettings,
+    candidates: CandidateFilter,
+    forecast: ArrivalForecast,
+    hulls: QualityHulls,
 ) -> Policy:
     """The policy that the settings name."""
     match settings.policy:
         case "fixed":
-            return Fixed(menu, settings.overhead_s)
+            return Fixed(candidates, settings.overhead_s)
         case "max_quality":
-            return MaxQuality(menu, settings.overhead_s)
+            return MaxQuality(candidates, settings.overhead_s)
         case "max_batch":
-            return MaxBatch(menu, settings.overhead_s)
+            return MaxBatch(candidates, settings.overhead_s)
         case "slackfit":
-            return SlackFit(menu, settings.slackfit_buckets, settings.overhead_s)
+            return SlackFit(candidates, settings.slackfit_buckets, settings.overhead_s)
         case "model_switching":
-            return ModelSwitching(menu, settings.overhead_s, forecast)
+            return ModelSwitching(candidates, settings.overhead_s, forecast)
         case "adaptive":
-            return Adaptive(menu, settings.overhead_s, forecast, prices)
+            return Adaptive(candidates, settings.overhead_s, forecast, hulls)
 
 
 __all__ = ["make_policy"]

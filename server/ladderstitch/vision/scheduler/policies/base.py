@@ -1,4 +1,4 @@
-"""Policies: which requests run next, together, on which stitch. Pure: no clock, no lock, no I/O."""
+"""Policies: which requests run next, together, on which variant. Pure: no clock, no lock, no I/O."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ladderstitch.scheduling.candidates import Menu
+from ladderstitch.scheduling.candidates import CandidateFilter
 from ladderstitch.scheduling.latency_model import LatencyView
 from ladderstitch.scheduling.requests import Request
 
 SCAN_FACTOR = 4
-"""A batch of n rows looks at no more than this times n requests, however long the queue is."""
+"""A batch of n batch_size looks at no more than this times n requests, however long the queue is."""
 NEAR = 32
 """Requests at the head of the queue among which the tightest deadline is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Run these requests (most urgent first) as one batch on one stitch."""
+    """Run these requests (most urgent first) as one batch on one variant."""
 
     requests: tuple[Request, ...]
-    stitch: int
+    variant: int
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
+class Defer:
     """Run nothing yet: ask again when a request arrives, at the latest after so long."""
 
     seconds: float
@@ -36,16 +36,18 @@ class Policy(Protocol):
 
     def __call__(
         self, queue: Sequence[Request], latency: LatencyView, now: float
-    ) -> Decision | Hold: ...
+    ) -> Decision | Defer: ...
 
 
-def take(queue: Sequence[Request], stitch: int, rows: int, menu: Menu) -> tuple[Request, ...]:
-    """The head and, in deadline order, what may share its stitch and fits into `rows`."""
+def fill_batch(
+    queue: Sequence[Request], variant: int, batch_size: int, candidates: CandidateFilter
+) -> tuple[Request, ...]:
+    """The head and, in deadline order, what may share its variant and fits into `batch_size`."""
     head = queue[0]
-    chosen, left = [head], rows - head.rows
-    for request in queue[1 : SCAN_FACTOR * rows] if left > 0 else ():
-        size = request.rows
-        if size <= left and menu.admits(request, stitch):
+    chosen, left = [head], batch_size - head.num_images
+    for request in queue[1 : SCAN_FACTOR * batch_size] if left > 0 else ():
+        size = request.num_images
+        if size <= left and candidates.admits(request, variant):
             chosen.append(request)
             left -= size
             if not left:
@@ -53,23 +55,33 @@ def take(queue: Sequence[Request], stitch: int, rows: int, menu: Menu) -> tuple[
     return tuple(chosen)
 
 
-def run_late(
-    queue: Sequence[Request], menu: Menu, latency: LatencyView, now: float, overhead_s: float
+def late_batch(
+    queue: Sequence[Request],
+    candidates: CandidateFilter,
+    latency: LatencyView,
+    now: float,
+    overhead_s: float,
 ) -> Decision:
-    """For a head that no stitch saves: the fastest it may have, shared with others as late.
+    """For a head that no variant saves: the fastest it may have, shared with others as late.
 
     Requests that can still be on time are left out, so that a hopeless one does not drag them down.
     """
     head = queue[0]
-    stitch = menu.candidates(head)[0]
-    hopeless = now + overhead_s + latency.seconds(stitch, 1)
+    variant = candidates.for_request(head)[0]
+    hopeless = now + overhead_s + latency.seconds(variant, 1)
     late = [head]
-    late += [r for r in queue[1 : SCAN_FACTOR * latency.max_rows] if r.budget.target < hopeless]
-    return Decision(take(late, stitch, latency.max_rows, menu), stitch)
+    late += [
+        r for r in queue[1 : SCAN_FACTOR * latency.max_batch_size] if r.deadlines.soft < hopeless
+    ]
+    return Decision(fill_batch(late, variant, latency.max_batch_size, candidates), variant)
 
 
 def slack(
-    queue: Sequence[Request], menu: Menu, latency: LatencyView, now: float, overhead_s: float
+    queue: Sequence[Request],
+    candidates: CandidateFilter,
+    latency: LatencyView,
+    now: float,
+    overhead_s: float,
 ) -> float:
     """Seconds of compute that make the earliest target around the head.
 
@@ -77,15 +89,18 @@ def slack(
     counts if it can be on time in one batch with the head.
     """
     head = queue[0]
-    fastest = menu.candidates(head)[0]
+    fastest = candidates.for_request(head)[0]
     start = now + overhead_s
-    possible = start + latency.seconds(fastest, head.rows)
-    earliest = head.budget.target
+    possible = start + latency.seconds(fastest, head.num_images)
+    earliest = head.deadlines.soft
     for request in queue[1:NEAR]:
-        target = request.budget.target
-        if not possible < target < earliest or not menu.admits(request, fastest):
+        target = request.deadlines.soft
+        if not possible < target < earliest or not candidates.admits(request, fastest):
             continue
-        rows = head.rows + request.rows
-        if rows <= latency.max_rows and start + latency.seconds(fastest, rows) <= target:
+        batch_size = head.num_images + request.num_images
+        if (
+            batch_size <= latency.max_batch_size
+            and start + latency.seconds(fastest, batch_size) <= target
+        ):
             earliest = target
     return earliest - start

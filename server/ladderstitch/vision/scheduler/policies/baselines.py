@@ -1,4 +1,4 @@
-"""Baseline policies: one fixed stitch, the best stitch first, the largest batch first."""
+"""Baseline policies: one fixed variant, the best variant first, the largest batch first."""
 
 from __future__ import annotations
 
@@ -6,96 +6,96 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ladderstitch.scheduling.candidates import Menu
+from ladderstitch.scheduling.candidates import CandidateFilter
 from ladderstitch.scheduling.latency_model import LatencyView
 from ladderstitch.scheduling.requests import Request
-from ladderstitch.vision.scheduler.policies.base import Decision, run_late, slack, take
-from ladderstitch.vision.scheduler.policies.demand import Forecast
+from ladderstitch.vision.scheduler.policies.base import Decision, fill_batch, late_batch, slack
+from ladderstitch.vision.scheduler.policies.demand import ArrivalForecast
 
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """Always the stitch that the menu fixes, with the largest batch that makes the targets."""
+    """Always the variant that the candidates fixes, with the largest batch that makes the targets."""
 
-    menu: Menu
+    candidates: CandidateFilter
     overhead_s: float
 
     def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision:
         head = queue[0]
-        stitch = self.menu.candidates(head)[0]
-        left = slack(queue, self.menu, latency, now, self.overhead_s)
-        rows = latency.largest_fit(stitch, left)
+        variant = self.candidates.for_request(head)[0]
+        left = slack(queue, self.candidates, latency, now, self.overhead_s)
+        batch_size = latency.largest_fit(variant, left)
         # A late head gains nothing from a small batch, and those behind it wait the less.
-        rows = rows if rows >= head.rows else latency.max_rows
-        return Decision(take(queue, stitch, rows, self.menu), stitch)
+        batch_size = batch_size if batch_size >= head.num_images else latency.max_batch_size
+        return Decision(fill_batch(queue, variant, batch_size, self.candidates), variant)
 
 
 @dataclass(frozen=True, slots=True)
 class MaxQuality:
-    """The most accurate stitch that fits for the head alone, then the largest batch on it."""
+    """The most accurate variant that fits for the head alone, then the largest batch on it."""
 
-    menu: Menu
+    candidates: CandidateFilter
     overhead_s: float
 
     def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision:
         head = queue[0]
-        left = slack(queue, self.menu, latency, now, self.overhead_s)
-        for stitch in reversed(self.menu.candidates(head)):
-            rows = latency.largest_fit(stitch, left)
-            if rows >= head.rows:
-                return Decision(take(queue, stitch, rows, self.menu), stitch)
-        return run_late(queue, self.menu, latency, now, self.overhead_s)
+        left = slack(queue, self.candidates, latency, now, self.overhead_s)
+        for variant in reversed(self.candidates.for_request(head)):
+            batch_size = latency.largest_fit(variant, left)
+            if batch_size >= head.num_images:
+                return Decision(fill_batch(queue, variant, batch_size, self.candidates), variant)
+        return late_batch(queue, self.candidates, latency, now, self.overhead_s)
 
 
 @dataclass(frozen=True, slots=True)
 class MaxBatch:
-    """The largest batch that fits on the fastest stitch, then the most accurate stitch for it."""
+    """The largest batch that fits on the fastest variant, then the most accurate variant for it."""
 
-    menu: Menu
+    candidates: CandidateFilter
     overhead_s: float
 
     def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision:
         head = queue[0]
-        left = slack(queue, self.menu, latency, now, self.overhead_s)
-        candidates = self.menu.candidates(head)
-        rows = latency.largest_fit(candidates[0], left)
-        if rows < head.rows:
-            return run_late(queue, self.menu, latency, now, self.overhead_s)
-        batch = take(queue, candidates[0], rows, self.menu)
-        size = sum(request.rows for request in batch)
-        for stitch in reversed(candidates):
-            fits = latency.seconds(stitch, size) <= left
-            if fits and all(self.menu.admits(request, stitch) for request in batch):
-                return Decision(batch, stitch)
+        left = slack(queue, self.candidates, latency, now, self.overhead_s)
+        candidates = self.candidates.for_request(head)
+        batch_size = latency.largest_fit(candidates[0], left)
+        if batch_size < head.num_images:
+            return late_batch(queue, self.candidates, latency, now, self.overhead_s)
+        batch = fill_batch(queue, candidates[0], batch_size, self.candidates)
+        size = sum(request.num_images for request in batch)
+        for variant in reversed(candidates):
+            fits = latency.seconds(variant, size) <= left
+            if fits and all(self.candidates.admits(request, variant) for request in batch):
+                return Decision(batch, variant)
         return Decision(batch, candidates[0])
 
 
 UTILISATION = 0.8
-"""Share of a stitch's capacity that it is trusted with."""
+"""Share of a variant's capacity that it is trusted with."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSwitching:
-    """The most accurate stitch whose full batches sustain the recent rate of requests."""
+    """The most accurate variant whose full batches sustain the recent rate of requests."""
 
-    menu: Menu
+    candidates: CandidateFilter
     overhead_s: float
-    forecast: Forecast
+    forecast: ArrivalForecast
 
     def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision:
         head = queue[0]
-        candidates = self.menu.candidates(head)
-        left_s = slack(queue, self.menu, latency, now, self.overhead_s)
-        full, stitch = latency.max_rows, candidates[0]
+        candidates = self.candidates.for_request(head)
+        left_s = slack(queue, self.candidates, latency, now, self.overhead_s)
+        full, variant = latency.max_batch_size, candidates[0]
         for slower in candidates:
             if self.forecast.rate * latency.seconds(slower, full) <= UTILISATION * full:
-                stitch = slower
-        rows = latency.largest_fit(stitch, left_s)
-        if rows < head.rows:
-            stitch, rows = candidates[0], latency.largest_fit(candidates[0], left_s)
-        if rows < head.rows:
-            return run_late(queue, self.menu, latency, now, self.overhead_s)
-        return Decision(take(queue, stitch, rows, self.menu), stitch)
+                variant = slower
+        batch_size = latency.largest_fit(variant, left_s)
+        if batch_size < head.num_images:
+            variant, batch_size = candidates[0], latency.largest_fit(candidates[0], left_s)
+        if batch_size < head.num_images:
+            return late_batch(queue, self.candidates, latency, now, self.overhead_s)
+        return Decision(fill_batch(queue, variant, batch_size, self.candidates), variant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,56 +103,61 @@ class Bucket:
     """One of SlackFit's control choices, at its bucket's upper edge in profiled seconds."""
 
     upper_s: float
-    rows: int
-    stitch: int
+    batch_size: int
+    variant: int
 
 
 def slackfit_buckets(candidates: Sequence[int], latency: LatencyView, count: int) -> list[Bucket]:
     """SuperServe's table (NSDI'25): ascending buckets, empty ones left out.
 
-    [l(fastest, 1), l(slowest, max_rows)] is cut into `count` equal parts; every (stitch, rows)
+    [l(fastest, 1), l(slowest, max_batch_size)] is cut into `count` equal parts; every (variant, batch_size)
     belongs to the part that holds its profiled latency; each part keeps its largest batch, of equal
     batches the one of the highest quality (`candidates` are in order of quality).
     """
     low = latency.profiled[candidates[0]][1]
-    high = max(latency.profiled[stitch][latency.max_rows] for stitch in candidates)
+    high = max(latency.profiled[variant][latency.max_batch_size] for variant in candidates)
     width = (high - low) / count
     kept: dict[int, Bucket] = {}
-    for stitch in candidates:
-        for rows in range(1, latency.max_rows + 1):
-            seconds = latency.profiled[stitch][rows]
+    for variant in candidates:
+        for batch_size in range(1, latency.max_batch_size + 1):
+            seconds = latency.profiled[variant][batch_size]
             index = min(count - 1, int((seconds - low) / width)) if width > 0 else 0
-            if index not in kept or rows >= kept[index].rows:
-                kept[index] = Bucket(low + (index + 1) * width, rows, stitch)
+            if index not in kept or batch_size >= kept[index].batch_size:
+                kept[index] = Bucket(low + (index + 1) * width, batch_size, variant)
     return [kept[index] for index in sorted(kept)]
 
 
 @dataclass(frozen=True, slots=True)
 class SlackFit:
-    """SuperServe's policy: the head's slack picks a latency bucket, the bucket a batch and stitch.
+    """SuperServe's policy: the head's slack picks a latency bucket, the bucket a batch and variant.
 
     The table is built once for each set of candidates; the online slow-down scales all latencies
     alike, so the slack is divided by it instead.
     """
 
-    menu: Menu
+    candidates: CandidateFilter
     buckets: int
     overhead_s: float
     _tables: dict[tuple[int, ...], tuple[list[float], list[Bucket]]] = field(default_factory=dict)
 
     def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision:
         head = queue[0]
-        candidates = self.menu.candidates(head)
-        left = slack(queue, self.menu, latency, now, self.overhead_s)
+        candidates = self.candidates.for_request(head)
+        left = slack(queue, self.candidates, latency, now, self.overhead_s)
         edges, table = self._table(candidates, latency)
-        for index in reversed(range(bisect_right(edges, latency.profiled_slack(left)))):
+        for index in reversed(range(bisect_right(edges, latency.to_profile_seconds(left)))):
             choice = table[index]
-            if choice.rows >= head.rows:
-                return Decision(take(queue, choice.stitch, choice.rows, self.menu), choice.stitch)
-        rows = latency.largest_fit(candidates[0], left)
-        if rows >= head.rows:  # between the fastest stitch and the first bucket's edge
-            return Decision(take(queue, candidates[0], rows, self.menu), candidates[0])
-        return run_late(queue, self.menu, latency, now, self.overhead_s)
+            if choice.batch_size >= head.num_images:
+                return Decision(
+                    fill_batch(queue, choice.variant, choice.batch_size, self.candidates),
+                    choice.variant,
+                )
+        batch_size = latency.largest_fit(candidates[0], left)
+        if batch_size >= head.num_images:  # between the fastest variant and the first bucket's edge
+            return Decision(
+                fill_batch(queue, candidates[0], batch_size, self.candidates), candidates[0]
+            )
+        return late_batch(queue, self.candidates, latency, now, self.overhead_s)
 
     def _table(
         self, candidates: tuple[int, ...], latency: LatencyView

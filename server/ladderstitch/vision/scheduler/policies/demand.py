@@ -1,4 +1,4 @@
-"""How many rows are due by when, those still to come included, and what they can earn."""
+"""How many batch_size are due by when, those still to come included, and what they can earn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ladderstitch.scheduling.requests import Request
-from ladderstitch.vision.scheduler.policies.quality_hull import Hull
+from ladderstitch.vision.scheduler.policies.quality_hull import QualityHull
 
 AHEAD = 2.0
 """How far ahead newcomers are expected, in typical budgets."""
@@ -23,7 +23,7 @@ LEAST_S = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """A demand bound function: by `points[k][0]` seconds from now, `points[k][1]` rows are due.
+    """A demand bound function: by `points[k][0]` seconds from now, `points[k][1]` batch_size are due.
 
     Of the function only the points that can bind, its lower hull. `each_s` is the least time
     a row that those who wait have, many of them together or all.
@@ -39,7 +39,7 @@ class Demand:
         queue: Sequence[Request],
         near: Sequence[Request],
         first: int,
-        forecast: Forecast,
+        forecast: ArrivalForecast,
         start: float,
     ) -> Demand:
         """Of newcomers and the queue from index `first` on, looked at wherever it is fourfold.
@@ -47,25 +47,27 @@ class Demand:
         `near` is the queue's beginning, as a list: looked up ten times as fast.
         """
         waiting = len(queue) - first
-        last_s = min(queue[-1].budget.target - start, FAR_S)
+        last_s = min(queue[-1].deadlines.soft - start, FAR_S)
         typical_s = forecast.typical_s or last_s
         impatient_s = max(LEAST_S, forecast.quantile_s(IMPATIENT) or typical_s)
-        dues, rows = [], 1
-        while rows < waiting:
-            last = first + rows - 1
+        dues, batch_size = [], 1
+        while batch_size < waiting:
+            last = first + batch_size - 1
             request = near[last] if last < len(near) else queue[last]
-            dues.append((min(request.budget.target - start, FAR_S), rows))
-            rows *= 4
+            dues.append((min(request.deadlines.soft - start, FAR_S), batch_size))
+            batch_size *= 4
         dues.append((last_s, waiting))
         guard_s = GUARD * impatient_s
-        each_s = min((due - guard_s) / rows for due, rows in dues[min(2, len(dues) - 1) :])
+        each_s = min(
+            (due - guard_s) / batch_size for due, batch_size in dues[min(2, len(dues) - 1) :]
+        )
         if last_s < AHEAD * typical_s:
             dues.append((AHEAD * typical_s, waiting))
-        points = [(due - guard_s, rows + forecast.late(due, 0.0)) for due, rows in dues]
+        points = [(due - guard_s, batch_size + forecast.late(due, 0.0)) for due, batch_size in dues]
         return cls(_lower_hull(points), impatient_s, each_s)
 
-    def earnings(self, hull: Hull, busy_s: float, done: int, scale: float) -> float:
-        """Quality that all rows but the first `done` can have after a busy spell.
+    def earnings(self, hull: QualityHull, busy_s: float, done: int, scale: float) -> float:
+        """Quality that all batch_size but the first `done` can have after a busy spell.
 
         Fluid service in order of deadlines: the greatest convex minorant of the points, each of its
         segments at the quality that its seconds a row allow. `scale` turns seconds into the hull's.
@@ -75,32 +77,32 @@ class Demand:
         while k < count:
             least, best = float("inf"), -1
             for i in range(k, count):
-                due, rows = points[i]
-                rows -= done
-                if rows > at_rows:
-                    slope = (due - busy_s - at_s) / (rows - at_rows)
+                due, batch_size = points[i]
+                batch_size -= done
+                if batch_size > at_rows:
+                    slope = (due - busy_s - at_s) / (batch_size - at_rows)
                     if slope < least:
                         least, best = slope, i
             if best < 0:
                 break
-            due, rows = points[best]
-            rows -= done
+            due, batch_size = points[best]
+            batch_size -= done
             if least > 0:
-                value += (rows - at_rows) * hull.quality(least * scale)
-            at_rows, at_s, k = rows, max(at_s, due - busy_s), best + 1
+                value += (batch_size - at_rows) * hull.quality(least * scale)
+            at_rows, at_s, k = batch_size, max(at_s, due - busy_s), best + 1
         return value
 
 
 def _lower_hull(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """Those of (seconds, rows), both rising, between which no other has less time for its rows."""
+    """Those of (seconds, batch_size), both rising, between which no other has less time for its batch_size."""
     hull: list[tuple[float, float]] = []
-    for due, rows in points:
+    for due, batch_size in points:
         while len(hull) > 1:
             (first_s, first), (middle_s, middle) = hull[-2:]
-            if (middle_s - first_s) * (rows - first) < (due - first_s) * (middle - first):
+            if (middle_s - first_s) * (batch_size - first) < (due - first_s) * (middle - first):
                 break
             hull.pop()
-        hull.append((due, rows))
+        hull.append((due, batch_size))
     return tuple(hull)
 
 
@@ -114,7 +116,7 @@ FAR_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
+class ArrivalForecast:
     """Requests per second, and recent budgets in ascending order with their running sums."""
 
     rate: float = 0.0
@@ -152,12 +154,12 @@ class Arrivals:
         self._times: deque[float] = deque(maxlen=REMEMBERED)
         self._budgets: deque[float] = deque(maxlen=REMEMBERED)
         self._since = 0
-        self.forecast = Forecast()
+        self.forecast = ArrivalForecast()
 
     def add(self, request: Request) -> bool:
         """Whether the forecast was renewed."""
         self._times.append(request.arrival)
-        self._budgets.append(min(request.budget.target - request.arrival, FAR_S))
+        self._budgets.append(min(request.deadlines.soft - request.arrival, FAR_S))
         self._since += 1
         if self._since < min(REFRESH_EVERY, max(2, len(self._times) // 4)):
             return False
@@ -165,5 +167,5 @@ class Arrivals:
         span = self._times[-1] - self._times[0]
         budgets = tuple(sorted(self._budgets))
         rate = (len(self._times) - 1) / span if span > 0 else 0.0
-        self.forecast = Forecast(rate, budgets, tuple(accumulate(budgets, initial=0.0)))
+        self.forecast = ArrivalForecast(rate, budgets, tuple(accumulate(budgets, initial=0.0)))
         return True

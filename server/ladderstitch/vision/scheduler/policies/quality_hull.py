@@ -1,7 +1,7 @@
 """What a row can earn, by how many seconds of the engine there are for it.
 
-The fluid limit of serving under load: with u seconds for every row, the best mix of stitches lies
-on the concave hull of (seconds a row, quality). Below the cheapest stitch's cost there is not
+The fluid limit of serving under load: with u seconds for every row, the best mix of variants lies
+on the concave hull of (seconds a row, quality). Below the cheapest variant's cost there is not
 enough for everyone, and quality falls to 0 in proportion.
 """
 
@@ -22,7 +22,7 @@ Point = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Hull:
+class QualityHull:
     """Piecewise linear: beyond `costs_s[i-1]` a row earns `bases[i] + slopes[i] * u`."""
 
     costs_s: tuple[float, ...]
@@ -34,15 +34,15 @@ class Hull:
         place = bisect_right(self.costs_s, seconds_per_row)
         return self.bases[place] + self.slopes[place] * seconds_per_row
 
-    def smoothed(self) -> Hull:
+    def smoothed(self) -> QualityHull:
         """The mean over how much time there may turn out to be; it is concave too."""
         breaks = sorted({cost / share for cost in self.costs_s for share, _ in TURNS_OUT})
-        return Hull.over(
+        return QualityHull.over(
             [(u, sum(w * self.quality(share * u) for share, w in TURNS_OUT)) for u in breaks]
         )
 
     @classmethod
-    def over(cls, upper: Sequence[Point]) -> Hull:
+    def over(cls, upper: Sequence[Point]) -> QualityHull:
         """Through the points of a concave hull, cheapest first."""
         slopes = [0.0, *(_slope(a, b) for a, b in pairwise(upper)), 0.0]
         slopes[0] = upper[0][1] / upper[0][0]
@@ -51,14 +51,14 @@ class Hull:
 
 
 @dataclass(frozen=True, slots=True)
-class Prices:
+class QualityHulls:
     """Hulls by the longest time that a batch may take, in the profile's seconds.
 
-    `efficient` are the stitches on any of them; the others are never worth their time.
+    `efficient` are the variants on any of them; the others are never worth their time.
     """
 
     longest_s: tuple[float, ...]
-    hulls: tuple[Hull, ...]
+    hulls: tuple[QualityHull, ...]
     efficient: frozenset[int]
 
     @classmethod
@@ -67,24 +67,24 @@ class Prices:
         frontier: Sequence[int],
         quality: Mapping[int, float],
         profiled: Mapping[int, tuple[float, ...]],
-    ) -> Prices:
+    ) -> QualityHulls:
         """`profiled` as in `LatencyView`."""
         low = profiled[frontier[0]][1]
-        ratio = max(profiled[stitch][-1] for stitch in frontier) / low
+        ratio = max(profiled[variant][-1] for variant in frontier) / low
         longest = tuple(low * ratio ** (i / (SPELLS - 1)) for i in range(SPELLS))
-        hulls: list[Hull] = []
+        hulls: list[QualityHull] = []
         efficient: set[int] = set()
         for spell_s in longest:
             points = {
-                (_cheapest(profiled[stitch], spell_s), quality[stitch]): stitch
-                for stitch in frontier
+                (_cheapest(profiled[variant], spell_s), quality[variant]): variant
+                for variant in frontier
             }
             upper = _upper_hull(sorted(points, key=lambda point: (point[0], -point[1])))
-            hulls.append(Hull.over(upper).smoothed())
+            hulls.append(QualityHull.over(upper).smoothed())
             efficient.update(points[point] for point in upper)
         return cls(longest, tuple(hulls), frozenset(efficient))
 
-    def hull(self, longest_s: float) -> Hull:
+    def hull(self, longest_s: float) -> QualityHull:
         """For batches that take no longer than this."""
         return self.hulls[max(0, bisect_right(self.longest_s, longest_s) - 1)]
 
@@ -92,7 +92,7 @@ class Prices:
 def _cheapest(seconds: Sequence[float], longest_s: float) -> float:
     """Least seconds a row, in batches that take no longer; a single row always may."""
     fits = max(1, bisect_right(seconds, longest_s, lo=1) - 1)
-    return min(seconds[rows] / rows for rows in range(1, fits + 1))
+    return min(seconds[batch_size] / batch_size for batch_size in range(1, fits + 1))
 
 
 def _upper_hull(points: Sequence[Point]) -> list[Point]:
