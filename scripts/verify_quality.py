@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from ladderstitch.bundles.registry import EMBEDDED
+from ladderstitch.bundles import EMBEDDED
 from ladderstitch.training.vision.calibrate import calibrate
 from ladderstitch.training.vision.dataset import load_idx_folder
 from ladderstitch.vision.bundle import Bundle

@@ -88,7 +88,7 @@ def smollm2(
 
     Needs `ladderstitch fetch smollm2`. About 5 minutes.
     """
-    from ladderstitch.bundles.registry import find_bundle
+    from ladderstitch.bundles import find_bundle
     from ladderstitch.importers.fetch import download
     from ladderstitch.text.bundle import TextBundle
     from ladderstitch_loadtest.benchmarks import language_checks, language_speed

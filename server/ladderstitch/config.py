@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 from pydantic.config import JsonDict
 
-from ladderstitch.bundles.registry import EMBEDDED
+from ladderstitch.bundles import EMBEDDED
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.security.listen_config import LIMITS, MAX_IMAGE_PIXELS, ListenConfig
 from ladderstitch.text.comm.base import CommChoice

@@ -29,7 +29,7 @@ def test_with_tls_and_tokens_any_address_will_do() -> None:
 
 def test_the_admin_port_is_no_way_around() -> None:
     with pytest.raises(ConfigError, match="admin_host"):
-        ServerConfig.load(None, dict(admin_port=0, admin_host="0.0.0.0"))
+        ServerConfig.load(None, {"admin_port": 0, "admin_host": "0.0.0.0"})
 
 
 @pytest.mark.parametrize(

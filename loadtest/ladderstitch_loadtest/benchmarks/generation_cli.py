@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ladderstitch.bundles.registry import find_bundle
+from ladderstitch.bundles import find_bundle
 from ladderstitch.cli.console import err, out
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch_loadtest.servers.results_io import write

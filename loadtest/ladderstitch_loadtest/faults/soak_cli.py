@@ -14,7 +14,7 @@ import typer
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ladderstitch.bundles.registry import HOME_VARIABLE
+from ladderstitch.bundles import HOME_VARIABLE
 from ladderstitch.cli.console import err, out, progress_bar
 from ladderstitch_loadtest.faults.fault_injection import until_all_serve
 from ladderstitch_loadtest.faults.soak import IMAGES, STUCK_S, TEXT, Soak

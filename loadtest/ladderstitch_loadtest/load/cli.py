@@ -13,7 +13,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from ladderstitch.bundles.registry import find_bundle
+from ladderstitch.bundles import find_bundle
 from ladderstitch.cli.console import err, out
 from ladderstitch.vision.bundle import Bundle
 from ladderstitch_loadtest.benchmarks import burst as bursts

@@ -10,7 +10,7 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from ladderstitch.bundles.registry import find_bundle
+from ladderstitch.bundles import find_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.vision.bundle import Bundle
 from ladderstitch_loadtest.servers.results_io import write

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ladderstitch.bundles.registry import find_bundle
+from ladderstitch.bundles import find_bundle
 from ladderstitch.cli.console import connect, err, out, user_errors
 from ladderstitch.cli.predict import DEFAULT_ADDRESS, Address, explain, parse_duration, reported
 from ladderstitch.client import RequestFailed

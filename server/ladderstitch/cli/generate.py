@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ladderstitch.bundles.registry import find_bundle
+from ladderstitch.bundles import find_bundle
 from ladderstitch.cli.console import connect, err, user_errors
 from ladderstitch.cli.predict import DEFAULT_ADDRESS, parse_duration, reported
 from ladderstitch.client import TextChunk

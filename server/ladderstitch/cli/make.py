@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ladderstitch.bundles.registry import find_bundle
+from ladderstitch.bundles import find_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.errors import ConfigError
 
@@ -31,7 +31,7 @@ def fetch(
     ] = None,
 ) -> None:
     """Download a data set that a recipe names, or a model to serve. Needs no root."""
-    from ladderstitch.bundles.registry import models_home
+    from ladderstitch.bundles import models_home
     from ladderstitch.importers import fetch_efficientnet as efficientnet
     from ladderstitch.importers.fetch import MODELS, fetch_data, fetch_model
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ladderstitch.bundles.registry import EMBEDDED, find_bundle
+from ladderstitch.bundles import EMBEDDED, find_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.vision.bundle import Bundle, write_table
 

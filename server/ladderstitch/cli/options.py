@@ -26,7 +26,7 @@ def with_config_options(
     paths = dict(_options(model, skip, panels or {}))
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values()]
+        own = list(inspect.signature(command, eval_str=True).parameters.values())
         kept = [p for p in own if p.name != "given"]
 
         def run(**arguments: Any) -> None:

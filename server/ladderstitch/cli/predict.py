@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import grpc
 import typer
 from rich.table import Table
 
@@ -16,7 +15,9 @@ from ladderstitch.cli.console import connect, err, out, user_errors
 from ladderstitch.client import Prediction, RequestFailed
 from ladderstitch.errors import ConfigError
 from ladderstitch.scheduling.settings import PolicyName
-from ladderstitch.v1 import inference_pb2
+
+if TYPE_CHECKING:
+    from ladderstitch.v1 import inference_pb2
 
 Address = Annotated[str, typer.Option(help="host:port of the server's gRPC endpoint.")]
 DEFAULT_ADDRESS = "127.0.0.1:8001"
@@ -79,7 +80,7 @@ def predict(
             except RequestFailed as error:
                 failed += 1
                 err.print(f"{path.name}: {explain(error, address)}", highlight=False)
-                if error.code == grpc.StatusCode.UNAVAILABLE:
+                if error.code.name == "UNAVAILABLE":
                     break
             else:
                 table.add_row(path.name, *_row(answer))
@@ -160,7 +161,7 @@ def reported(address: str) -> Iterator[None]:
 
 def explain(error: RequestFailed, address: str) -> str:
     """The failure and what to do next."""
-    if error.code == grpc.StatusCode.UNAVAILABLE and not error.reason:
+    if error.code.name == "UNAVAILABLE" and not error.reason:
         return f"[red]no server at {address}[/]; start one with `ladderstitch serve`"
     advice = ""
     if "min_feasible_us" in error.metadata:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ladderstitch.api.listener import ListenerConfig
-from ladderstitch.bundles.registry import EMBEDDED, find_bundle, is_language_bundle
+from ladderstitch.bundles import EMBEDDED, find_bundle, is_language_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.cli.options import with_config_options
 from ladderstitch.config import ServerConfig

@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Callable
 
-from ladderstitch.bundles.registry import find_bundle, is_language_bundle
+from ladderstitch.bundles import find_bundle, is_language_bundle
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import Draining, InvalidArgument, ModelNotFound, UserError
 from ladderstitch.hosting.registry import LoadedModel, ModelRegistry, ProgressCallback, Runner

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from ladderstitch.bundles.registry import check_tensors, shapes_of
+from ladderstitch.bundles import check_tensors, shapes_of
 from ladderstitch.errors import ConfigError
 from ladderstitch.vision.models.families import FamilyConfig
 from ladderstitch.vision.models.stitched import StitchedModel

@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ladderstitch.bundles.registry import check_tensors, shapes_of
+from ladderstitch.bundles import check_tensors, shapes_of
 from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.importers.checkpoints import read_weights
 from ladderstitch.importers.stitched_families import COMPUTED

@@ -17,7 +17,7 @@ from ray.serve.exceptions import RayServeException
 from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ladderstitch.bundles.registry import is_language_bundle
+from ladderstitch.bundles import is_language_bundle
 from ladderstitch.config import ServerConfig
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.ray_serve.control_actor import live_control

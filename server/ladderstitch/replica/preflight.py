@@ -18,7 +18,7 @@ import torch
 from packaging.requirements import Requirement
 
 from ladderstitch.api.listener import ListenerConfig
-from ladderstitch.bundles.registry import is_language_bundle
+from ladderstitch.bundles import is_language_bundle
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import UserError
 from ladderstitch.hosting.model_manager import make_runner

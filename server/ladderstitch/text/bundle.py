@@ -18,7 +18,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ladderstitch.bundles.registry import LANGUAGE_FAMILY
+from ladderstitch.bundles import LANGUAGE_FAMILY
 from ladderstitch.errors import BundleError
 from ladderstitch.scheduling.profiles import QualityTable
 from ladderstitch.text.model.config import LlamaConfig

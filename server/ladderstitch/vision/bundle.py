@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ladderstitch.bundles.registry import check_tensors, shapes_of
+from ladderstitch.bundles import check_tensors, shapes_of
 from ladderstitch.errors import BundleError
 from ladderstitch.scheduling.profiles import LatencyProfile, QualityTable
 from ladderstitch.vision.models.families import FamilyConfig

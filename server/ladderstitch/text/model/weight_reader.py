@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ladderstitch.bundles.registry import raise_for
+from ladderstitch.bundles import raise_for
 from ladderstitch.errors import BundleError
 
 SINGLE = "model.safetensors"

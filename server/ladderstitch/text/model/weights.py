@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ladderstitch.bundles.registry import check_tensors
+from ladderstitch.bundles import check_tensors
 from ladderstitch.errors import ConfigError
 from ladderstitch.runtime.linear import pack
 from ladderstitch.text.model.config import LlamaConfig
