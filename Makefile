@@ -1,16 +1,16 @@
-# Two targets are all the set-up: `make serve` and `make test`. Everything lands in .venv.
+# Two targets are enough to set everything up: `make serve` and `make test`. All files land in .venv.
 PYTHON ?= python3
 TORCH ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install serve test lint format types protos tools manifests \
-	verify-models verify-serving verify-scheduling verify-training verify-language verify-generation verify-kernels \
-	verify-operations verify-gateway soak clean
+.PHONY: help install serve test unit lint format types protos tools manifests figures \
+	verify-models verify-serving verify-scheduling verify-training verify-language \
+	verify-generation verify-kernels verify-operations verify-gateway soak clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 20
 
 install: $(VENV)/.installed ## create .venv with everything in it
 
@@ -24,13 +24,18 @@ serve: install ## the embedded model on 127.0.0.1:8001; Ctrl-C stops it and leav
 test: install tools lint types ## everything that CI runs, from nothing
 	$(BIN)/buf lint
 	$(BIN)/python scripts/protos.py --check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile tests
 
-lint: install ## formatting and lint
+unit: install ## tests within one process, in about a minute
+	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/system tests
+
+lint: install ## formatting, lint, boundaries between packages, English
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_prose.py
 
-format: install ## mend both
+format: install ## apply formatting and safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -43,11 +48,15 @@ protos: install ## regenerate the committed stubs
 tools: install ## helm, kubectl, promtool and others into .venv/tools; tests that lack one are skipped
 	@VENV=$(VENV) sh scripts/tools.sh
 
-manifests: tools ## render deploy/chart into deploy/kustomize, and the dashboard
+manifests: tools ## render deploy/chart into deploy/kustomize, the dashboard, examples/serve.yaml
 	$(BIN)/python scripts/manifests.py
 	$(BIN)/python scripts/dashboard.py
+	$(BIN)/python scripts/example_config.py
 
-verify-models: install ## every golden case, also those that LADDERSTITCH_GOLDEN names; memory of 71 stitches
+figures: install ## draw the figures of docs/concepts.md
+	$(BIN)/python scripts/concept_figures.py
+
+verify-models: install ## every golden case, those in LADDERSTITCH_GOLDEN too; memory of 71 stitches
 	$(BIN)/ladderstitch verify $(wildcard tests/golden/*.safetensors) $(wildcard $(LADDERSTITCH_GOLDEN)/*.safetensors)
 	$(BIN)/pytest -q tests/vision/models tests/importers
 	$(BIN)/pytest -q -s -m slow tests/importers/test_vision_anchors.py
@@ -60,18 +69,18 @@ verify-serving: install ## about 8 minutes: overhead, switching, mixed budgets, 
 	$(BIN)/ladderstitch-loadtest mixed --out loadtest/results
 	$(BIN)/ladderstitch-loadtest malformed --out loadtest/results
 
-verify-scheduling: install ## about 10 minutes a line on two idle cores: policies, oracle, simulator beside server, burst
+verify-scheduling: install ## about 10 minutes a line on two idle cores: policies, oracle, simulator against server, burst
 	$(BIN)/ladderstitch-loadtest compare --out loadtest/results
 	$(BIN)/ladderstitch-loadtest compare --family supernet --grid short --seeds 5 --out loadtest/results
 	$(BIN)/ladderstitch-loadtest decisions --out loadtest/results
 	$(BIN)/ladderstitch-loadtest agree --out loadtest/results
 	$(BIN)/ladderstitch-loadtest burst --out loadtest/results
 
-verify-training: install ## about 5 minutes: measure the embedded model's quality anew and compare
+verify-training: install ## about 5 minutes: measure the embedded model's quality again and compare
 	$(BIN)/ladderstitch fetch fashion-mnist --into data/fashion-mnist
 	$(BIN)/python scripts/verify_quality.py --data data/fashion-mnist
 
-verify-language: install ## about 8 minutes: SmolLM2 beside transformers; communication hidden on slow links
+verify-language: install ## about 8 minutes: SmolLM2 and transformers; communication hidden on slow links
 	$(BIN)/ladderstitch fetch smollm2
 	$(BIN)/ladderstitch fetch brown --into data/brown
 	$(BIN)/ladderstitch-loadtest smollm2 --text data/brown/heldout.txt --out loadtest/results
@@ -91,16 +100,16 @@ verify-kernels: install ## about 3 minutes: long ladders, machine code for three
 	$(BIN)/python -m ladderstitch_kernels.check
 	$(BIN)/python -m ladderstitch_kernels.bench --out kernels/results
 
-verify-operations: install ## about 5 minutes: replicas follow the load and are rolled under it, nothing lost
+verify-operations: install ## about 5 minutes: scaling and a rolling update under load
 	$(BIN)/python scripts/verify_operations.py
 	LADDERSTITCH_PANELS=loadtest/results/panels.png $(BIN)/pytest -q tests/system/deploy/test_monitoring.py
 
-verify-gateway: install ## about 4 minutes: what the gateway adds to a call; kill -9 of replicas and gateways
+verify-gateway: install ## about 4 minutes: latency added by the gateway; kill -9 of replicas and gateways
 	$(BIN)/ladderstitch-loadtest hop --out loadtest/results
 	$(BIN)/ladderstitch-loadtest kills --no-ray --out loadtest/results
 	$(BIN)/ladderstitch-loadtest kills --ray --out loadtest/results
 
-soak: install ## an hour of mixed load, cancels, bad input, restarted replicas: no leak, no stuck request
+soak: install ## one hour of mixed load with cancels, bad input and restarted replicas
 	$(BIN)/ladderstitch-loadtest soak --out loadtest/results
 
 clean:

@@ -1,4 +1,4 @@
-"""Write deploy/monitoring/dashboard.json from the metrics' definitions, or check that it fits."""
+"""Write deploy/monitoring/dashboard.json from the metrics' definitions, or compare it with them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +18,49 @@ from ladderstitch.telemetry.metrics import Metrics
 ROOT = Path(__file__).resolve().parent.parent
 PATH = ROOT / "deploy" / "monitoring" / "dashboard.json"
 GRAFANA_SCHEMA = 39
-"""Of Grafana 11."""
+"""Schema version of Grafana 11."""
 
-CHOSEN = "{model=~'$model'}"
+MODEL_FILTER = "{model=~'$model'}"
 
 Query = tuple[str, str]
-"""PromQL and legend; `$model` and `$__rate_interval` are Grafana's."""
-Entry = tuple[str, str, list[Query]]
-"""Title, unit, queries."""
+"""PromQL and legend; `@` becomes `MODEL_FILTER`, and Grafana fills in its variables."""
 
-OVERVIEW: list[Entry] = [
-    ("Budgets met", "percentunit", [("ladderstitch:attainment:ratio_rate1m@", "{{model}}")]),
-    ("Answers and refusals", "reqps", [("ladderstitch:requests:rate1m@", "{{model}} {{code}}")]),
-    (
-        "Quality spent: 0 best variant, 1 fastest",
+
+@dataclass(frozen=True)
+class Panel:
+    """A panel with one time series per query; `unit` is Grafana's name of a unit."""
+
+    title: str
+    unit: str
+    queries: list[Query]
+    description: str = ""
+
+
+OVERVIEW = [
+    Panel(
+        "SLO attainment", "percentunit", [("ladderstitch:attainment:ratio_rate1m@", "{{model}}")]
+    ),
+    Panel("Requests by status", "reqps", [("ladderstitch:requests:rate1m@", "{{model}} {{code}}")]),
+    Panel(
+        "Quality spent (0: best variant, 1: fastest)",
         "percentunit",
         [("ladderstitch:quality_spent:ratio1m@", "{{model}}")],
     ),
-    (
-        "Served quality, and what there is",
+    Panel(
+        "Served quality and the frontier",
         "percentunit",
         [
             ("ladderstitch:served_quality:mean1m@", "{{model}} served"),
             ("max by (model, end) (ladderstitch_frontier_quality@)", "{{model}} {{end}}"),
         ],
     ),
-    (
-        "Arrival to answer, p99",
+    Panel(
+        "p99 request duration",
         "s",
         [("ladderstitch:request_duration_seconds:p99_1m@", "{{model}}")],
     ),
-    (
-        "Variants in use",
+    Panel(
+        "Requests by variant",
         "reqps",
         [
             (
@@ -59,12 +71,12 @@ OVERVIEW: list[Entry] = [
         ],
     ),
 ]
-"""What to look at first; `@` stands for the choice of models."""
+"""Panels of the first row."""
 
-SCALING: list[Entry] = [
-    ("What the autoscaler does", "short", [("ray_ladderstitch_scaling", "{{state}}")]),
-    (
-        "Replicas: wanted, and ready",
+SCALING = [
+    Panel("Autoscaler state", "short", [("ray_ladderstitch_scaling", "{{state}}")]),
+    Panel(
+        "Replicas wanted and ready",
         "short",
         [
             ("ray_ladderstitch_wanted_replicas", "wanted"),
@@ -72,33 +84,51 @@ SCALING: list[Entry] = [
         ],
     ),
 ]
-"""The series called `ray_` are there only under Ray, with its autoscaler."""
+"""Panels of the autoscaler; series with the prefix `ray_` exist only if it runs."""
+
+WORDS = {
+    "kv": "KV",
+    "slo": "SLO",
+    "queue_seconds": "queue time",
+    "compute_seconds": "compute time",
+    "turnaround_seconds": "turnaround time",
+}
+"""Terms in titles for words in metrics' names; other names only lose `_seconds`."""
 
 
-def panels_of_metrics(metrics: Metrics | GatewayMetrics) -> Iterator[Entry]:
-    """One panel a metric, by its kind; a metric that is added gets one by itself."""
+def panels_of(metrics: Metrics | GatewayMetrics) -> Iterator[Panel]:
+    """Yield one panel per metric, with queries that suit its type."""
     for metric in metrics.registry.collect():
-        yield metric.documentation.rstrip("."), _unit(metric), _queries(metric, metrics)
+        queries = _queries(metric, metrics)
+        yield Panel(_title(metric), _unit(metric), queries, metric.documentation)
+
+
+def _title(metric: Metric) -> str:
+    """Return the metric's name in words, e.g. "p50 and p99 request duration"."""
+    name = metric.name.removeprefix("ladderstitch_").removeprefix("gateway_")
+    name = WORDS.get(name, name.removesuffix("_seconds"))
+    title = " ".join(WORDS.get(word, word) for word in name.split("_"))
+    return f"p50 and p99 {title}" if metric.type == "histogram" else title[0].upper() + title[1:]
 
 
 def _queries(metric: Metric, metrics: Metrics | GatewayMetrics) -> list[Query]:
-    name, by = metric.name, _labels(metric, metrics)
-    by.sort(key=lambda label: label != "model")
-    chosen = "@" if "model" in by else ""
-    group, legend = ", ".join(by), " ".join(f"{{{{{label}}}}}" for label in by)
+    name, labels = metric.name, _labels(metric, metrics)
+    labels.sort(key=lambda label: label != "model")
+    model = "@" if "model" in labels else ""
+    group, legend = ", ".join(labels), " ".join(f"{{{{{label}}}}}" for label in labels)
     rate = "[$__rate_interval]"
     if metric.type == "counter":
-        return [(f"sum by ({group}) (rate({name}_total{chosen}{rate}))", legend)]
+        return [(f"sum by ({group}) (rate({name}_total{model}{rate}))", legend)]
     if metric.type == "gauge":
-        return [(f"max by ({group}) ({name}{chosen})", legend)]
-    buckets = f"sum by (le, {group}) (rate({name}_bucket{chosen}{rate}))"
+        return [(f"max by ({group}) ({name}{model})", legend)]
+    buckets = f"sum by (le, {group}) (rate({name}_bucket{model}{rate}))"
     return [
         (f"histogram_quantile({q}, {buckets})", f"{legend} p{100 * q:.0f}") for q in (0.5, 0.99)
     ]
 
 
 def _labels(metric: Metric, metrics: Metrics | GatewayMetrics) -> list[str]:
-    """Names of the labels; a metric without children yet has no samples that tell them."""
+    """Return the label names of a metric, also of one that has no samples yet."""
     return next(
         list(wrapper._labelnames)
         for wrapper in vars(metrics).values()
@@ -115,22 +145,22 @@ def _unit(metric: Metric) -> str:
 
 
 def dashboard() -> dict[str, Any]:
+    """Return the dashboard in Grafana's JSON model."""
     rows = [
         ("Overview", OVERVIEW),
         ("Scaling", SCALING),
-        ("Gateways", list(panels_of_metrics(GatewayMetrics()))),
-        ("Every metric", list(panels_of_metrics(Metrics()))),
+        ("Gateways", list(panels_of(GatewayMetrics()))),
+        ("All metrics", list(panels_of(Metrics()))),
     ]
     panels: list[dict[str, Any]] = []
     top = 0
-    for title, entries in rows:
+    for title, row in rows:
         panels.append(_row(len(panels) + 1, title, top))
         top += 1
-        for place, entry in enumerate(entries):
-            panels.append(
-                _panel(len(panels) + 1, *entry, x=12 * (place % 2), y=top + 8 * (place // 2))
-            )
-        top += 8 * ((len(entries) + 1) // 2)
+        for i, panel in enumerate(row):
+            x, y = 12 * (i % 2), top + 8 * (i // 2)
+            panels.append(_panel(len(panels) + 1, panel, x, y))
+        top += 8 * ((len(row) + 1) // 2)
     return {
         "title": "ladderstitch",
         "uid": "ladderstitch",
@@ -138,16 +168,16 @@ def dashboard() -> dict[str, Any]:
         "editable": False,
         "refresh": "5s",
         "time": {"from": "now-15m", "to": "now"},
-        "templating": {"list": [_datasource(), _models()]},
+        "templating": {"list": [_datasource_variable(), _model_variable()]},
         "panels": panels,
     }
 
 
-def _datasource() -> dict[str, Any]:
+def _datasource_variable() -> dict[str, Any]:
     return {"name": "datasource", "type": "datasource", "query": "prometheus"}
 
 
-def _models() -> dict[str, Any]:
+def _model_variable() -> dict[str, Any]:
     query = "label_values(ladderstitch_model_ready, model)"
     return {
         "name": "model",
@@ -167,30 +197,30 @@ def _row(number: int, title: str, y: int) -> dict[str, Any]:
     return {"id": number, "type": "row", "title": title, "gridPos": place, "panels": []}
 
 
-def _panel(
-    number: int, title: str, unit: str, queries: list[Query], *, x: int, y: int
-) -> dict[str, Any]:
+def _panel(number: int, panel: Panel, x: int, y: int) -> dict[str, Any]:
     return {
         "id": number,
         "type": "timeseries",
-        "title": title,
+        "title": panel.title,
+        "description": panel.description,
         "datasource": {"type": "prometheus", "uid": "$datasource"},
         "gridPos": {"h": 8, "w": 12, "x": x, "y": y},
-        "fieldConfig": {"defaults": {"unit": unit}, "overrides": []},
+        "fieldConfig": {"defaults": {"unit": panel.unit}, "overrides": []},
         "targets": [
             {
                 "refId": chr(ord("A") + i),
-                "expr": expression.replace("@", CHOSEN),
+                "expr": expression.replace("@", MODEL_FILTER),
                 "legendFormat": legend,
             }
-            for i, (expression, legend) in enumerate(queries)
+            for i, (expression, legend) in enumerate(panel.queries)
         ],
     }
 
 
 def main() -> int:
+    """Write the dashboard; with `--check` return 1 if the file is stale."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    parser.add_argument("--check", action="store_true", help="compare only, write nothing")
     fresh = json.dumps(dashboard(), indent=1) + "\n"
     if not parser.parse_args().check:
         PATH.write_text(fresh)

@@ -1,4 +1,4 @@
-"""Ray's real autoscaler over nodes that are only processes here: as many as the load asks for."""
+"""A Ray cluster with Ray's own autoscaler, whose nodes are processes of this machine."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
-"""The name that the provider of fake nodes gives the head."""
+"""Node id of the head, which the provider of fake nodes fixes."""
 IDLE_MINUTES = 0.1
 OBJECT_STORE_BYTES = 80 << 20
 
 
-def configuration(most: int, gcs: str) -> dict[str, Any]:
-    """One kind of node, which holds one replica; the head holds none."""
-    nothing: dict[str, Any] = {}
+def autoscaler_config(max_nodes: int, gcs: str) -> dict[str, Any]:
+    """Return a configuration with one type of node that fits one replica; the head fits none."""
+    empty: dict[str, Any] = {}
     return {
         "cluster_name": "fake",
-        "max_workers": most,
+        "max_workers": max_nodes,
         "idle_timeout_minutes": IDLE_MINUTES,
         "provider": {
             "type": "external",
@@ -39,18 +39,18 @@ def configuration(most: int, gcs: str) -> dict[str, Any]:
             "launch_multiple": True,
         },
         "available_node_types": {
-            "ray.head.default": {"resources": {"CPU": 0}, "node_config": nothing, "max_workers": 0},
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": empty, "max_workers": 0},
             "replica": {
                 "resources": {"CPU": 1, "object_store_memory": OBJECT_STORE_BYTES},
-                "node_config": nothing,
+                "node_config": empty,
                 "min_workers": 0,
-                "max_workers": most,
+                "max_workers": max_nodes,
             },
         },
         "head_node_type": "ray.head.default",
-        "auth": nothing,
-        "docker": nothing,
-        "file_mounts": nothing,
+        "auth": empty,
+        "docker": empty,
+        "file_mounts": empty,
         "initialization_commands": [],
         "setup_commands": [],
         "head_setup_commands": [],
@@ -66,10 +66,10 @@ def configuration(most: int, gcs: str) -> dict[str, Any]:
 
 
 @contextmanager
-def fake_cluster(most: int) -> Iterator[None]:
-    """A head without room for replicas, an autoscaler, up to `most` nodes; with Serve on it.
+def fake_cluster(max_nodes: int) -> Iterator[None]:
+    """Start a head, an autoscaler of up to `max_nodes` nodes, and Serve for the `with` block.
 
-    Ends only the processes that it started, by their group.
+    Only processes of the head's own process group are stopped at the end.
     """
     folder = Path(tempfile.mkdtemp(prefix="ls-"))  # short: socket paths are limited to 107 bytes
     token = folder / "token"
@@ -77,7 +77,7 @@ def fake_cluster(most: int) -> Iterator[None]:
     token.write_text(secrets.token_hex(32))
     port = _free_port()
     address = f"127.0.0.1:{port}"
-    (folder / "nodes.json").write_text(json.dumps(configuration(most, address)))
+    (folder / "nodes.json").write_text(json.dumps(autoscaler_config(max_nodes, address)))
     os.environ |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
@@ -98,12 +98,12 @@ def fake_cluster(most: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        _end(head)
+        _stop_head(head)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def nodes() -> int:
-    """How many there are beside the head."""
+def node_count() -> int:
+    """Return the number of live nodes without the head."""
     import ray
 
     return sum(node["Alive"] for node in ray.nodes()) - 1
@@ -134,11 +134,11 @@ def _connect(ray: Any, address: str, head: subprocess.Popen[bytes]) -> None:
             return
         except (ConnectionError, RuntimeError) as error:
             if time.monotonic() > deadline or head.poll() is not None:
-                raise SystemExit(f"the head did not come up: {error}") from error
+                raise SystemExit(f"the head did not start: {error}") from error
             time.sleep(1.0)
 
 
-def _end(head: subprocess.Popen[bytes]) -> None:
+def _stop_head(head: subprocess.Popen[bytes]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(head.pid, number)
@@ -147,7 +147,7 @@ def _end(head: subprocess.Popen[bytes]) -> None:
 
 
 def _free_port() -> int:
-    """Below the ports that Ray gives its workers."""
+    """Return a free port below those that Ray assigns to workers."""
     for port in range(6380, 6480):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))

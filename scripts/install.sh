@@ -1,13 +1,13 @@
 #!/bin/sh
-# Create $VENV and install the project with its pinned dependencies; no root needed.
-#   TORCH=auto  CPU build where pip can find one and there is no NVIDIA driver, else the default build
-#   TORCH=cpu   the CPU build (set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to where it is kept)
-#   TORCH=cuda  the default build, with its CUDA libraries
+# Create $VENV and install the project with its pinned dependencies, without root.
+#   TORCH=auto  the CPU build if no NVIDIA driver is installed and pip finds one, else the default
+#   TORCH=cpu   the CPU build; PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL say where pip finds it
+#   TORCH=cuda  the default build with its CUDA libraries
 set -eu
 
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     echo "ladderstitch needs Python 3.11 or newer; '$PYTHON' is $("$PYTHON" --version 2>&1)." >&2
-    echo "Name another one: make install PYTHON=python3.11" >&2
+    echo "Use another one: make install PYTHON=python3.11" >&2
     exit 1
 fi
 
@@ -16,7 +16,7 @@ if [ ! -x "$VENV/bin/pip" ]; then
         "$PYTHON" -m virtualenv -q "$VENV" 2>/dev/null ||
         uv venv --seed -q -p "$PYTHON" "$VENV" 2>/dev/null || {
         rm -rf "$VENV"
-        echo "Could not create $VENV: this Python has no venv module. Any one of these mends it:" >&2
+        echo "Could not create $VENV: this Python has no venv module. Run one of these first:" >&2
         echo "  apt-get install python3-venv      (root)" >&2
         echo "  $PYTHON -m pip install --user --break-system-packages virtualenv      (no root)" >&2
         exit 1
@@ -29,9 +29,9 @@ if [ "$TORCH" = auto ]; then
 fi
 case "$TORCH" in
 cpu)
-    # "+cpu" is how PyTorch marks CPU builds; without one at hand the default build serves as well.
+    # PyTorch marks CPU builds with "+cpu". If pip finds none, the default build works, too.
     "$VENV/bin/pip" install -q "$pin+cpu" 2>/dev/null || {
-        echo "No CPU-only build of torch at hand: installing the default one (larger, works as well)." >&2
+        echo "pip finds no CPU-only build of torch: installing the default build (larger)." >&2
         "$VENV/bin/pip" install -q "$pin"
     }
     ;;
@@ -41,7 +41,7 @@ cuda) "$VENV/bin/pip" install -q "$pin" ;;
     exit 1
     ;;
 esac
-# CUDA builds of torch bring the triton that they were made with; the pin is for the others.
+# CUDA builds of torch install the triton that they need; the pin is for other builds.
 constraints=$VENV/constraints.txt
 if "$VENV/bin/pip" show -q triton 2>/dev/null; then
     grep -v '^triton==' constraints.txt >"$constraints"

@@ -1,4 +1,4 @@
-"""Render the chart into deploy/kustomize, or check that what lies there is what the chart says."""
+"""Render the chart into deploy/kustomize, or compare the files there with the chart."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ VARIANTS = tuple(sorted(path.stem for path in (DEPLOY / "values").glob("*.yaml")
 
 
 def helm() -> str:
-    """Path of the binary; raises `SystemExit` if there is none."""
-    beside = Path(sys.executable).parent.parent / "tools" / "helm"
-    found = str(beside) if beside.is_file() else shutil.which("helm")
+    """Return the path of helm; raises `SystemExit` if it is not installed."""
+    local = Path(sys.executable).parent.parent / "tools" / "helm"
+    found = str(local) if local.is_file() else shutil.which("helm")
     if found is None:
-        raise SystemExit("helm: not found; `make tools` fetches it")
+        raise SystemExit("helm: not found; `make tools` installs it")
     return found
 
 
 def render(variant: str, *arguments: str) -> str:
-    """The chart's manifests with deploy/values/VARIANT.yaml."""
+    """Return the chart's manifests with deploy/values/VARIANT.yaml."""
     command = [helm(), "template", "ladderstitch", str(DEPLOY / "chart")]
     command += ["-f", str(DEPLOY / "values" / f"{variant}.yaml"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -33,8 +33,9 @@ def render(variant: str, *arguments: str) -> str:
 
 
 def main() -> int:
+    """Write the manifests; with `--check` return 1 if a file is stale."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    parser.add_argument("--check", action="store_true", help="compare only, write nothing")
     check = parser.parse_args().check
     stale = False
     for variant in VARIANTS:

@@ -1,4 +1,4 @@
-"""Generate the committed stubs from protos/, or check that they are what protos/ says."""
+"""Generate the committed stubs from protos/, or compare them with protos/."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
 
 
 def generate(into: Path) -> list[Path]:
-    """Write the stubs of every proto below a folder; proto path = Python path."""
+    """Write the stubs of all protos into a directory and return them; proto path = Python path."""
     sources = sorted(PROTOS.rglob("*.proto"))
-    plugins = Path(sys.executable).parent  # protoc looks for mypy-protobuf's on the PATH
+    plugins = Path(sys.executable).parent  # protoc searches the PATH for mypy-protobuf
     os.environ["PATH"] = f"{plugins}{os.pathsep}{os.environ['PATH']}"
     arguments = ["protoc", f"-I{PROTOS}", f"-I{files('grpc_tools') / '_proto'}"]
     arguments += [f"--{kind}_out={into}" for kind in ("python", "grpc_python", "mypy")]
@@ -31,8 +31,9 @@ def generate(into: Path) -> list[Path]:
 
 
 def main() -> int:
+    """Write the stubs; with `--check` return 1 if a stub is stale."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    parser.add_argument("--check", action="store_true", help="compare only, write nothing")
     if not parser.parse_args().check:
         for stub in generate(STUBS):
             (stub.parent / "__init__.py").touch()

@@ -1,117 +1,58 @@
-"""Scale and roll a real deployment on Ray under open-loop load, and count what is lost.
+"""Scale and roll a real deployment on Ray under open-loop load, and count the lost requests.
 
-Replicas take free ports; the load balances over those that are registered and goes to another one
-on UNAVAILABLE, as gRPC clients do by their retry policy. Writes figures and a plot.
+Replicas listen on free ports. The load is balanced over the registered replicas, and a request that
+ends with UNAVAILABLE is retried on another one, like gRPC's retry policy does. Writes figures and a
+plot.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 import matplotlib as mpl
 import numpy as np
 
 mpl.use("Agg")
-from fake_nodes import fake_cluster, nodes
+from balancing_client import EVENT_TIMEOUT_S, BalancingClient, Size
+from fake_nodes import fake_cluster
 from matplotlib import pyplot as plt
 
 from ladderstitch.client import infer_request
-from ladderstitch_loadtest.load.open_loop import BudgetClass, Sample, open_loop, poisson
+from ladderstitch_loadtest.load.open_loop import RequestSample, open_loop, poisson
+from ladderstitch_loadtest.load.traces import BudgetClass
 
 APP = "ladderstitch"
-METHOD = "/ladderstitch.v1.InferenceService/Infer"
-BUDGET = BudgetClass("all", 100_000)
+BUDGET = BudgetClass("all", 0.1)
 HIGH = 150.0
-"""Requests a second, on a machine that is fast enough for them."""
+"""Requests per second at high load, on a machine that is fast enough."""
 LOW_SHARE = 0.1
-UTILISATION = 0.2
-"""Largest share of its time that one replica may be busy at `HIGH`."""
-EVENT_S = 600.0
-"""Longest wait for a replica or node, on the slowest machine."""
-GOALS = {"quality": 0.915, "busy": 0.03}
-"""A low share of busy time, so that two cores, load generator included, show all of it."""
-ATTEMPTS = 8
+"""Low load as a share of the high one."""
+MAX_UTILIZATION = 0.2
+"""Largest share of its time that one replica may compute at high load."""
+GOALS = {"quality": 0.915, "utilization": 0.03}
+"""The utilization is so low that two cores suffice for all replicas and the load generator."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Load of one rate for `seconds`, repeated until there are so many replicas and nodes."""
+    """Load of one rate for `seconds`, repeated until `wanted` replicas and nodes exist."""
 
     rate: float
     seconds: float
     wanted: int | None = None
 
 
-@dataclass(frozen=True)
-class Size:
-    """Of the deployment, at a time."""
-
-    at: float
-    replicas: int
-    nodes: int
-
-
-@dataclass
-class ReplicaPool:
-    """The replicas that are registered, as a client sees them."""
-
-    control: Any
-    addresses: list[str] = field(default_factory=list)
-    sizes: list[Size] = field(default_factory=list)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
-    retries: int = 0
-    turn: Any = field(default_factory=itertools.count)
-
-    async def refresh(self) -> None:
-        registered = await self.control.registered.remote()
-        self.addresses = sorted(registered.values())
-        now = await asyncio.to_thread(nodes)
-        self.sizes.append(Size(time.perf_counter(), len(self.addresses), now))
-        self.changed.set()
-
-    async def follow(self) -> None:
-        while True:
-            await self.refresh()
-            await asyncio.sleep(0.1)
-
-    async def call(self, message: bytes) -> bytes:
-        """The answer of one replica, or of another if that one goes."""
-        for attempt in range(ATTEMPTS):
-            try:
-                answer: bytes = await self._channel()(message, timeout=EVENT_S)
-                return answer
-            except grpc.aio.AioRpcError as error:
-                if error.code() != grpc.StatusCode.UNAVAILABLE or attempt == ATTEMPTS - 1:
-                    raise
-                self.retries += 1
-                await asyncio.sleep(0.02 * 2**attempt)
-        raise AssertionError("the last attempt raises")
-
-    def _channel(self) -> Any:
-        address = self.addresses[next(self.turn) % len(self.addresses)]
-        if address not in self.channels:
-            self.channels[address] = grpc.aio.insecure_channel(address)
-        return self.channels[address].unary_unary(METHOD)
-
-    async def close(self) -> None:
-        for channel in self.channels.values():
-            await channel.close()
-
-
 def deploy(replicas: dict[str, Any], **args: Any) -> None:
-    """What `serve deploy FILE` does."""
+    """Deploy like `serve deploy FILE`."""
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
@@ -126,12 +67,12 @@ def deploy(replicas: dict[str, Any], **args: Any) -> None:
     _get_global_client().deploy_apps(schema)
 
 
-def scaling(most: int, up_s: float, down_s: float) -> dict[str, Any]:
-    """As the chart writes it, at a quicker pace."""
+def scaling_options(max_replicas: int, up_s: float, down_s: float) -> dict[str, Any]:
+    """Return options like those of the chart, with shorter delays."""
     return {
         "autoscaling_config": {
             "min_replicas": 1,
-            "max_replicas": most,
+            "max_replicas": max_replicas,
             "upscale_delay_s": up_s,
             "downscale_delay_s": down_s,
             "metrics_interval_s": 0.5,
@@ -144,77 +85,71 @@ def scaling(most: int, up_s: float, down_s: float) -> dict[str, Any]:
     }
 
 
-async def until(fleet: ReplicaPool, replicas: int, nodes: int | None = None) -> None:
-    """Wait for so many replicas, and nodes; raises `TimeoutError`."""
-    async with asyncio.timeout(EVENT_S):
-        while len(fleet.addresses) != replicas or nodes not in (None, fleet.sizes[-1].nodes):
-            fleet.changed.clear()
-            await fleet.changed.wait()
-
-
-def requests_at(rate: float, seconds: float, rng: np.random.Generator) -> list[Any]:
-    """(time, class, message) of Poisson load."""
+def poisson_requests(rate: float, seconds: float, rng: np.random.Generator) -> list[Any]:
+    """Return (time, class, message) for each request of Poisson load."""
     out = []
     for at in poisson(rate, seconds, rng):
         pixels = rng.integers(0, 256, (1, 1, 28, 28), np.uint8)
-        message = infer_request(pixels, budget_s=BUDGET.budget_us / 1e6).SerializeToString()
+        message = infer_request(pixels, budget_s=BUDGET.budget_s).SerializeToString()
         out.append((at, BUDGET, message))
     return out
 
 
-async def high_rate(fleet: ReplicaPool) -> float:
-    """Requests a second that this machine can take: `HIGH` or, on a slow one, less."""
-    took = []
-    for _, _, message in requests_at(rate=HIGH, seconds=1.0, rng=np.random.default_rng(0))[:50]:
+async def measure_high_rate(client: BalancingClient) -> float:
+    """Return the requests per second for high load: `HIGH`, or less on a slow machine."""
+    latencies = []
+    requests = poisson_requests(rate=HIGH, seconds=1.0, rng=np.random.default_rng(0))
+    for _, _, message in requests[:50]:
         started = time.perf_counter()
-        await fleet.call(message)
-        took.append(time.perf_counter() - started)
-    return min(HIGH, UTILISATION / float(np.median(took)))
+        await client.call(message)
+        latencies.append(time.perf_counter() - started)
+    return min(HIGH, MAX_UTILIZATION / float(np.median(latencies)))
 
 
-async def scale(fleet: ReplicaPool, phases: Sequence[Phase]) -> dict[str, Any]:
-    """Load rises and falls; what was lost, and how many replicas there were meanwhile."""
+async def scale(client: BalancingClient, phases: Sequence[Phase]) -> dict[str, Any]:
+    """Apply the phases of load; return lost requests and the number of replicas over time."""
     rng, requests, samples = np.random.default_rng(1), [], []
-    fleet.sizes.clear()
+    client.sizes.clear()
     started = time.perf_counter()
     for phase in phases:
         while True:
             offset = time.perf_counter() - started
-            part = requests_at(phase.rate, phase.seconds, rng)
-            samples += await open_loop(fleet.call, part)
+            part = poisson_requests(phase.rate, phase.seconds, rng)
+            samples += await open_loop(client.call, part)
             requests += [(offset + at, *rest) for at, *rest in part]
-            size = fleet.sizes[-1]
+            size = client.sizes[-1]
             if phase.wanted is None or size.replicas == size.nodes == phase.wanted:
                 break
-            if time.perf_counter() - started > EVENT_S:
+            if time.perf_counter() - started > EVENT_TIMEOUT_S:
                 raise TimeoutError(f"expected {phase.wanted} replicas and nodes, got {size}")
     seconds = int(time.perf_counter() - started)
-    await until(fleet, 1)
-    await until(fleet, 1, nodes=1)
-    sizes = [Size(size.at - started, size.replicas, size.nodes) for size in fleet.sizes]
+    await client.wait_for_size(1)
+    await client.wait_for_size(1, nodes=1)
+    sizes = [Size(size.at - started, size.replicas, size.nodes) for size in client.sizes]
     return {
-        **summary(samples),
+        **summarise(samples),
         "most_replicas": max(size.replicas for size in sizes),
         "last_replicas": sizes[-1].replicas,
         "most_nodes": max(size.nodes for size in sizes),
         "last_nodes": sizes[-1].nodes,
-        "series": series(requests, samples, sizes, seconds),
+        "series": sample_per_second(requests, samples, sizes, seconds),
     }
 
 
-async def roll(fleet: ReplicaPool, rate: float, seconds: float) -> dict[str, Any]:
-    """Both of two replicas are replaced by a new version under load."""
-    requests = requests_at(rate, seconds, np.random.default_rng(2))
-    before = set(fleet.addresses)
-    loading = asyncio.create_task(open_loop(fleet.call, requests))
+async def roll(client: BalancingClient, rate: float, seconds: float) -> dict[str, Any]:
+    """Replace both of two replicas by a new version under load; return the summary."""
+    requests = poisson_requests(rate, seconds, np.random.default_rng(2))
+    before = set(client.addresses)
+    loading = asyncio.create_task(open_loop(client.call, requests))
     await asyncio.sleep(2.0)
     await asyncio.to_thread(deploy, {"num_replicas": 2}, drain_s=19)
     samples = await loading
-    await until(fleet, 2)
-    return {**summary(samples), "replaced": len(before - set(fleet.addresses))}
+    await client.wait_for_size(2)
+    return {**summarise(samples), "replaced": len(before - set(client.addresses))}
 
 
-def summary(samples: Sequence[Sample]) -> dict[str, Any]:
+def summarise(samples: Sequence[RequestSample]) -> dict[str, Any]:
+    """Return counts, attainment, mean quality and latencies of the samples."""
     answered = [sample for sample in samples if sample.code == "OK"]
     latencies = [sample.latency_s for sample in answered]
     return {
@@ -231,13 +166,13 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def series(
+def sample_per_second(
     requests: Sequence[Any],
-    samples: Sequence[Sample],
+    samples: Sequence[RequestSample],
     sizes: Sequence[Size],
     seconds: int,
 ) -> dict[str, list[float]]:
-    """A value a second."""
+    """Return one value per second for the plot."""
     out: dict[str, list[float]] = {
         name: [] for name in ("rate", "attainment", "quality", "replicas", "nodes")
     }
@@ -256,6 +191,7 @@ def series(
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
+    """Draw the series of the scaling run."""
     figure, axes = plt.subplots(5, 1, figsize=(8, 9), sharex=True)
     for axis, (name, values) in zip(axes, found["series"].items(), strict=True):
         axis.step(range(len(values)), values, where="post")
@@ -269,66 +205,68 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 
 async def verify(short: bool) -> dict[str, Any]:
-    from ladderstitch.ray_serve.control_actor import live_control
+    """Return the results of scaling and, unless `short`, of rolling."""
+    from ladderstitch.ray_serve.control_actor import control_actor
     from ladderstitch.scheduling.settings import SchedulerSettings
 
-    most, up_s, down_s = (2, 1.0, 3.0) if short else (3, 2.0, 6.0)
-    await asyncio.to_thread(deploy, scaling(most, up_s, down_s))
-    fleet = ReplicaPool(live_control(SchedulerSettings()))
-    following = asyncio.create_task(fleet.follow())
-    await until(fleet, 1)
-    high = await high_rate(fleet)
+    max_replicas, up_s, down_s = (2, 1.0, 3.0) if short else (3, 2.0, 6.0)
+    await asyncio.to_thread(deploy, scaling_options(max_replicas, up_s, down_s))
+    client = BalancingClient(control_actor(SchedulerSettings()))
+    following = asyncio.create_task(client.follow())
+    await client.wait_for_size(1)
+    high = await measure_high_rate(client)
     low = LOW_SHARE * high
     if short:
         phases = [Phase(low, 2.0), Phase(high, 4.0, wanted=2), Phase(low, 2.0, wanted=1)]
     else:
         phases = [Phase(low, 20.0), Phase(high, 60.0), Phase(low, 60.0)]
-    scaled = await scale(fleet, phases)
+    scaled = await scale(client, phases)
     rolled = {}
     if not short:
         await asyncio.to_thread(deploy, {"num_replicas": 2})
-        await until(fleet, 2)
-        rolled = await roll(fleet, high / 2, 30.0)
+        await client.wait_for_size(2)
+        rolled = await roll(client, high / 2, 30.0)
     following.cancel()
-    await fleet.close()
-    return {"scale": scaled, "roll": rolled, "retries": fleet.retries, "goals": GOALS}
+    await client.close()
+    return {"scale": scaled, "roll": rolled, "retries": client.retries, "goals": GOALS}
 
 
 def failures(found: dict[str, Any]) -> list[str]:
-    """What a deployment that scales and rolls well would not show."""
-    wrong = [
+    """Return a message for each expectation that the results do not meet."""
+    messages = [
         f"{name}: {part['lost']} requests lost, {part['codes']}"
         for name in ("scale", "roll")
         if (part := found[name]) and part["lost"]
     ]
     scaled = found["scale"]
-    wrong += [
+    messages += [
         f"{what} did not follow the load"
         for what in ("replicas", "nodes")
         if scaled[f"most_{what}"] < 2 or scaled[f"last_{what}"] != 1
     ]
     if found["roll"] and (found["roll"]["replaced"] < 2 or found["roll"]["requests"] < 500):
-        wrong.append("the roll replaced too little, or under too little load")
-    return wrong
+        messages.append("the roll replaced fewer than 2 replicas or ran fewer than 500 requests")
+    return messages
 
 
 def main() -> int:
+    """Return 1 if an expectation is not met."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--short", action="store_true", help="only scaling to two replicas; writes nothing"
+        "--short", action="store_true", help="only scale to two replicas; write nothing"
     )
     parser.add_argument("--out", type=Path, default=Path("loadtest/results"))
     arguments = parser.parse_args()
-    with fake_cluster(most=2 if arguments.short else 4):
+    with fake_cluster(max_nodes=2 if arguments.short else 4):
         found = asyncio.run(verify(arguments.short))
     if not arguments.short:
         (arguments.out / "operations.json").write_text(json.dumps(found, indent=1) + "\n")
         plot(found["scale"], arguments.out / "operations.png")
     shown = {name: value for name, value in found["scale"].items() if name != "series"}
     sys.stdout.write(json.dumps({**found, "scale": shown}, indent=1) + "\n")
-    for line in (wrong := failures(found)):
-        sys.stderr.write(f"failed: {line}\n")
-    return int(bool(wrong))
+    for message in (messages := failures(found)):
+        sys.stderr.write(f"failed: {message}\n")
+    return int(bool(messages))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fixtures that several areas share: golden cases, tiny bundles, one torch thread."""
+"""Fixtures that test packages share: golden cases, tiny bundles, one torch thread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile, Quality, QualityTable
-from ladderstitch.vision.bundle import Bundle, Manifest, Preprocessing, write_bundle, write_table
+from ladderstitch.vision.bundle import (
+    Preprocessing,
+    VisionBundle,
+    VisionManifest,
+    write_bundle,
+    write_table,
+)
 from ladderstitch.vision.models.snnet import SnNetConfig
 from ladderstitch.vision.models.vit import InputShape, VitConfig
 from tests.support.language_models import tiny_language_bundle
@@ -19,24 +25,30 @@ __all__ = ["tiny_language_bundle"]
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = (1, 2, 4, 8, 16, 32)
-"""All that a server runs by default, so that its profile keeps the made-up shape."""
+"""All batch sizes of a server's default profile, so that scaling keeps the fake latencies."""
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
+def _use_one_torch_thread() -> None:
     torch.set_num_threads(1)
 
 
 def golden_cases(family: str) -> list[Path]:
-    """Cases of a family in the clone, and in the fuller set that LADDERSTITCH_GOLDEN names."""
-    fuller = os.environ.get("LADDERSTITCH_GOLDEN")
-    folders = [GOLDEN, Path(fuller)] if fuller else [GOLDEN]
+    """Return the golden cases of a family.
+
+    They are those in the repository, and those in the folder that LADDERSTITCH_GOLDEN names.
+    """
+    extra = os.environ.get("LADDERSTITCH_GOLDEN")
+    folders = [GOLDEN, Path(extra)] if extra else [GOLDEN]
     found = {p.stem: p for folder in folders for p in sorted(folder.glob("*.safetensors"))}
-    sheets = {path: json.loads(path.with_suffix(".json").read_text()) for path in found.values()}
-    return [path for path, sheet in sheets.items() if sheet["family"] == family]
+    descriptions = {
+        path: json.loads(path.with_suffix(".json").read_text()) for path in found.values()
+    }
+    return [path for path, found in descriptions.items() if found["family"] == family]
 
 
 def tiny_config(depth: int = 3, anchors: int = 3) -> SnNetConfig:
+    """Return a family of small vision transformers on 8x8 grey images with 4 labels."""
     widths = [(8, 2), (12, 2), (16, 4)][:anchors]
     return SnNetConfig(
         inputs=InputShape(image_size=8, in_channels=1, num_classes=4),
@@ -47,15 +59,16 @@ def tiny_config(depth: int = 3, anchors: int = 3) -> SnNetConfig:
 
 
 @pytest.fixture
-def tiny_bundle(tmp_path: Path) -> Bundle:
-    """A random 3-anchor family on 8x8 grey images with 4 labels, with made-up measurements."""
+def tiny_bundle(tmp_path: Path) -> VisionBundle:
+    """Return a bundle with 3 random anchors on 8x8 grey images with 4 labels."""
     return make_tiny_bundle(tmp_path / "tiny")
 
 
-def make_tiny_bundle(path: Path) -> Bundle:
+def make_tiny_bundle(path: Path) -> VisionBundle:
+    """Write the bundle of `tiny_bundle`; its qualities and latencies are fake."""
     torch.manual_seed(0)
     config = tiny_config()
-    manifest = Manifest(
+    manifest = VisionManifest(
         name="tiny",
         config=config,
         labels=("ankle", "bag", "coat", "dress"),
@@ -69,7 +82,7 @@ def make_tiny_bundle(path: Path) -> Bundle:
         path / "quality.json",
         QualityTable(
             metric="top-1 accuracy",
-            data="made up",
+            data="fake",
             n=100,
             confidence=0.95,
             date="2026-01-01",
@@ -80,7 +93,7 @@ def make_tiny_bundle(path: Path) -> Bundle:
     write_table(
         path / "latency.json",
         LatencyProfile(
-            device="made up",
+            device="fake",
             threads=1,
             date="2026-01-01",
             versions={},
@@ -94,4 +107,4 @@ def make_tiny_bundle(path: Path) -> Bundle:
             },
         ),
     )
-    return Bundle.load(path)
+    return VisionBundle.load(path)

@@ -1,4 +1,4 @@
-"""The committed configuration shows every field with its default, and mistakes are named."""
+"""The example configuration shows every field with its default."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ladderstitch.config import ServerConfig
 EXAMPLE = Path(__file__).parent.parent / "examples" / "serve.yaml"
 
 
-def test_the_example_shows_every_field_with_its_default() -> None:
+def test_example_config_shows_every_field_with_its_default() -> None:
     assert ServerConfig.load(EXAMPLE) == ServerConfig()
     shown = yaml.safe_load(EXAMPLE.read_text())
     hidden = {"bundle"}  # a path of the installation

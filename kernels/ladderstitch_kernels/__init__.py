@@ -1,8 +1,9 @@
-"""Triton kernels of ladderstitch: ladder reductions, stitches, and what decoding needs around them.
+"""Triton kernels of ladderstitch: ladder reductions, stitches, and the other ops of decoding.
 
-Imports torch and triton only. Ops of one rank run their kernels on a GPU (and in the interpreter,
-TRITON_INTERPRET=1) and torch on a CPU; `reference` holds what each op means. Reductions between
-ranks need memory that all ranks see (`SharedMapping`, `StreamRanks`, `PeerMemory`).
+The package imports torch and triton only. Ops of a single rank run their kernels on a GPU and in
+the interpreter (TRITON_INTERPRET=1), and torch on a CPU. `reference` defines what each op computes.
+Reductions between ranks need memory that all ranks map: `SharedMapping`, `StreamRanks` or
+`PeerMemory`.
 """
 
 from ladderstitch_kernels.comm.all_reduce import AllReduce

@@ -1,10 +1,11 @@
-"""How fast the kernels are on this GPU, beside torch, torch.compile and what the memory allows.
+"""Speed of the kernels on this GPU, compared with torch, torch.compile and the copy bandwidth.
 
     python -m ladderstitch_kernels.bench --out kernels/results
 
-Medians of interleaved calls with a cold L2 cache; bytes that must move over the copy bandwidth that
-the same run measures; two ranks as streams for what overlaps. Writes DEVICE.json and DEVICE.md.
-Says why and exits 0 where there is no GPU.
+Times are medians of interleaved calls with a cold L2 cache. The bandwidth of a kernel, from the
+bytes that it must move, is given as a share of the copy bandwidth that the same run measures.
+Overlap is measured with two ranks as streams. Writes DEVICE.json and DEVICE.md. Without a GPU it
+prints the reason and exits with 0.
 """
 
 from __future__ import annotations
@@ -28,38 +29,38 @@ from ladderstitch_kernels.ops.add_rms_norm import add_rms_norm
 from ladderstitch_kernels.ops.decode_attention import paged_decode_attention
 from ladderstitch_kernels.ops.stitch_linear import stitch_linear
 from ladderstitch_kernels.ops.swiglu import swiglu
-from ladderstitch_kernels.overlap import hidden
+from ladderstitch_kernels.overlap import measure_hidden
 
 DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One kernel at one size."""
+    """The time of one kernel at one size, and of torch and torch.compile for the same op."""
 
     name: str
     us: float
     bytes: int
     bandwidth_share: float
-    """Of the copy bandwidth measured in the same run."""
+    """Achieved bandwidth as a share of the copy bandwidth measured in the same run."""
     torch_us: float | None = None
     compiled_us: float | None = None
 
 
 def random(*shape: int) -> Tensor:
-    """Normal values on the GPU."""
+    """Return normally distributed values on the GPU, in bfloat16."""
     return torch.randn(*shape, device="cuda").to(DTYPE)
 
 
 def copy_bytes_per_s() -> float:
-    """Bytes read and written per second by the driver's own copy of 1 GiB."""
+    """Return the bytes read and written per second by the driver's copy of 1 GiB."""
     source = torch.empty(2**30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     return 2 * 2**30 / (medians_us({"copy": lambda: target.copy_(source)})["copy"] * 1e-6)
 
 
 class Bench:
-    """Times a kernel beside torch's way of doing the same."""
+    """The cases of the benchmark; `bandwidth` is the copy bandwidth in bytes/s."""
 
     def __init__(self, bandwidth: float) -> None:
         self.bandwidth = bandwidth
@@ -73,6 +74,11 @@ class Bench:
         before: Callable[[], object] | None = None,
         after: Callable[[], object] | None = None,
     ) -> Timing:
+        """Time a kernel, and the torch function `eager` if given, both eager and compiled.
+
+        `moved_bytes` is what the kernel must read and write. `before` and `after` run around each
+        call of the kernel and are not timed.
+        """
         calls: dict[str, Callable[[], object]] = {"kernel": kernel}
         if eager is not None:
             calls |= {"torch": eager, "compiled": torch.compile(eager, dynamic=False)}
@@ -87,7 +93,7 @@ class Bench:
         )
 
     def streams(self) -> Iterator[Timing]:
-        """Kernels that only read and write: 8K x 8K."""
+        """Time the kernels that are bound by memory bandwidth, at 8192 x 8192."""
         m = n = 8192
         x, residual, gain = random(m, n), random(m, n), random(n)
         size = m * n * DTYPE.itemsize
@@ -119,7 +125,7 @@ class Bench:
         )
 
     def products(self) -> Iterator[Timing]:
-        """Row-parallel products of a 70B Llama's decoding over 8 ranks, pushed to one rank."""
+        """Time row-parallel products of decoding a 70B Llama on 8 ranks, pushed to one rank."""
         for k in (1024, 3584):
             weight, gain = random(8192, k), random(8192)
             for rows in (1, 8, 16):
@@ -135,7 +141,7 @@ class Bench:
                 )
 
     def attention(self) -> Iterator[Timing]:
-        """32 heads over 8 of keys and values, 8,192 tokens a sequence."""
+        """Time decode attention with 32 heads, 8 KV heads and 8,192 tokens per sequence."""
         length, heads, kv_heads, d, page = 8192, 32, 8, 128, 16
         for batch in (1, 8, 32):
             pages = torch.arange(batch * length // page, dtype=torch.int32, device="cuda")
@@ -156,7 +162,7 @@ class Bench:
             )
 
     def stitches(self) -> Iterator[Timing]:
-        """Stitching layers between widths of DeiT and of Llama, with an update of rank 16."""
+        """Time stitching layers between widths of DeiT and of Llama, with an update of rank 16."""
         for m, k, n in ((197 * 32, 384, 768), (16, 4096, 8192), (2048, 4096, 8192)):
             x, weight, bias, down, up = (
                 random(*shape) for shape in ((m, k), (n, k), (n,), (16, k), (n, 16))
@@ -174,7 +180,7 @@ class Bench:
 
 
 def results() -> dict[str, object]:
-    """Everything, with a line on stderr for each part."""
+    """Run all benchmarks and return the figures, with a line on stderr for each part."""
     bandwidth = copy_bytes_per_s()
     bench = Bench(bandwidth)
     timings = []
@@ -183,7 +189,9 @@ def results() -> dict[str, object]:
         timings += [asdict(timing) for timing in part()]
         torch.cuda.empty_cache()
     overlaps = {
-        f"{rows} rows, {'pinned host' if pinned else 'device'} slots": hidden(rows, pinned=pinned)
+        f"{rows} rows, {'pinned host' if pinned else 'device'} slots": measure_hidden(
+            rows, pinned=pinned
+        )
         for pinned in (True, False)
         for rows in (1, 8)
     }
@@ -196,7 +204,7 @@ def results() -> dict[str, object]:
 
 
 def markdown(found: Mapping[str, object]) -> str:
-    """A short table of the results."""
+    """Return the results as a page of two Markdown tables."""
     lines = [
         f"# {found['device']}, driver {found['driver']}, CUDA {found['cuda']}, "
         f"torch {found['torch']}, triton {found['triton']}",
@@ -220,7 +228,7 @@ def markdown(found: Mapping[str, object]) -> str:
         )
     lines += [
         "",
-        "| two ranks as streams | standard us | ladder us | silent us | ladder | hidden |",
+        "| two ranks as streams | standard us | ladder us | no comm. us | speed-up | hidden |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, row in overlaps.items():
@@ -232,7 +240,7 @@ def markdown(found: Mapping[str, object]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Time everything and write it down."""
+    """Run all benchmarks, print the table and write both files; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m ladderstitch_kernels.bench",
         description=__doc__,

@@ -1,12 +1,12 @@
-"""Everything that a GPU can prove of these kernels, in one run of a few minutes.
+"""Correctness of the kernels on a GPU, in one run of a few minutes.
 
     python -m ladderstitch_kernels.check
 
-runs every kernel at real sizes in float32, float16 and bfloat16 against its float32 reference, then
-two ranks as streams of the GPU: a ladder and a standard decoder, over device memory and over pinned
-host memory, in CUDA graphs, against the same decoder on one rank. It exits 1 if anything is off,
-and says why and exits 0 where there is no GPU. With TRITON_INTERPRET=1 it runs the first part at
-small sizes in the interpreter.
+The check compares every kernel at real sizes in float32, float16 and bfloat16 with its float32
+reference. It then runs two ranks as streams of the GPU: a ladder and a standard decoder, over
+device memory and over pinned host memory, in CUDA graphs, compared with the same decoder on one
+rank. It exits with 1 if a comparison fails. Without a GPU it prints the reason and exits with 0.
+With TRITON_INTERPRET=1 it runs the first part at small sizes in the interpreter.
 """
 
 from __future__ import annotations
@@ -33,33 +33,34 @@ from ladderstitch_kernels.ops.decode_attention import paged_decode_attention
 from ladderstitch_kernels.ops.rope_append import rope_append
 from ladderstitch_kernels.ops.stitch_linear import stitch_pending
 from ladderstitch_kernels.ops.swiglu import swiglu
-from ladderstitch_kernels.overlap import Pair
+from ladderstitch_kernels.overlap import StreamPair
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Of the largest difference over the largest element."""
+"""Limits for the largest difference over the largest element."""
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """One comparison."""
+class Comparison:
+    """One comparison of a kernel with its reference; `error` as of `largest_error`."""
 
     name: str
     dtype: torch.dtype
     error: float
 
     @property
-    def holds(self) -> bool:
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance of the dtype."""
         return self.error <= TOLERANCES[self.dtype]
 
     def __str__(self) -> str:
-        verdict = "ok" if self.holds else f"FAILED: more than {TOLERANCES[self.dtype]:.1e}"
+        status = "ok" if self.passed else f"FAILED: more than {TOLERANCES[self.dtype]:.1e}"
         kind = str(self.dtype).partition(".")[2]
-        return f"{self.name:44}{kind:10}{self.error:9.1e}  {verdict}"
+        return f"{self.name:44}{kind:10}{self.error:9.1e}  {status}"
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How big things are; powers of ten apart between a GPU and the interpreter."""
+    """Sizes of the inputs; those for a GPU are orders of magnitude larger than `SMALL`."""
 
     rows: int = 333
     width: int = 8192
@@ -73,8 +74,8 @@ class Sizes:
 SMALL = Sizes(rows=3, width=48, ffn=80, heads=4, kv_heads=2, head_dim=16, length=40)
 
 
-def worst(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest difference over the largest element; infinite for what is not a number."""
+def largest_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest difference over the largest element; infinite if a result is NaN."""
     errors = []
     for a, b in zip(got, expected, strict=True):
         difference = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-9)
@@ -82,8 +83,8 @@ def worst(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return max(errors)
 
 
-def single_rank(sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Finding]:
-    """Every kernel that one rank runs by itself."""
+def single_rank(sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Comparison]:
+    """Yield a comparison for every kernel of a single rank."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -91,29 +92,29 @@ def single_rank(sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Findi
 
     m, d, f = sizes.rows, sizes.width, sizes.ffn
     x, residual, gain = random(m, d), random(m, d), random(d)
-    yield Finding(
+    yield Comparison(
         "add_rms_norm",
         dtype,
-        worst(
+        largest_error(
             add_rms_norm(x, residual, gain, 1e-5), reference.add_rms_norm(x, residual, gain, 1e-5)
         ),
     )
     gate_up = random(m, 2 * f)
-    yield Finding("swiglu", dtype, worst([swiglu(gate_up)], [reference.swiglu(gate_up)]))
+    yield Comparison("swiglu", dtype, largest_error([swiglu(gate_up)], [reference.swiglu(gate_up)]))
     weight, bias, down, up = random(f, d), random(f), random(16, d), random(f, 16)
     for rows in (1, min(m, 40), m):
         arguments = (x[:rows], residual[:rows], weight / d**0.5, bias, down / d**0.5, up / 4)
-        yield Finding(
+        yield Comparison(
             f"stitch_pending, {rows} rows",
             dtype,
-            worst(stitch_pending(*arguments), reference.stitch_pending(*arguments)),
+            largest_error(stitch_pending(*arguments), reference.stitch_pending(*arguments)),
         )
     yield from _attention(sizes, dtype, device, random)
 
 
 def _attention(
     sizes: Sizes, dtype: torch.dtype, device: str, make: Callable[..., Tensor]
-) -> Iterator[Finding]:
+) -> Iterator[Comparison]:
     h, k, d, page = sizes.heads, sizes.kv_heads, sizes.head_dim, 16
     lengths = torch.tensor([sizes.length, 1, sizes.length // 3], device=device, dtype=torch.int32)
     pages = torch.arange(3 * -(-sizes.length // page), device=device, dtype=torch.int32).view(3, -1)
@@ -122,10 +123,10 @@ def _attention(
         make(pages.numel(), page, k, d),
         make(3, h, d),
     )
-    yield Finding(
+    yield Comparison(
         "paged_decode_attention",
         dtype,
-        worst(
+        largest_error(
             [paged_decode_attention(q, keys, values, pages, lengths)],
             [reference.paged_decode_attention(q, keys, values, pages, lengths)],
         ),
@@ -137,11 +138,11 @@ def _attention(
     arguments = (qkv, angles.cos(), angles.sin(), positions, slots)
     got = rope_append(*arguments, keys, values)
     expected = reference.rope_append(*arguments, *copies)
-    yield Finding("rope_append", dtype, worst([got, keys, values], [expected, *copies]))
+    yield Comparison("rope_append", dtype, largest_error([got, keys, values], [expected, *copies]))
 
 
-def split_phase(sizes: Sizes, dtype: torch.dtype, device: str, ranks: int) -> Iterator[Finding]:
-    """Ranks taking turns on one stream: posts first, then waits."""
+def split_phase(sizes: Sizes, dtype: torch.dtype, device: str, ranks: int) -> Iterator[Comparison]:
+    """Yield comparisons of split-phase reductions; ranks take turns on one stream, posts first."""
     generator = torch.Generator(device).manual_seed(1)
     memories = StreamRanks.group(ranks, device)
     d, k = sizes.width, sizes.ffn // ranks // 2 * 2
@@ -157,20 +158,20 @@ def split_phase(sizes: Sizes, dtype: torch.dtype, device: str, ranks: int) -> It
         partials = [(x[r].float() @ weights[r].float().T).to(dtype) for r in range(ranks)]
         total = (residual[:rows].float() + sum(part.float() for part in partials)).to(dtype)
         expected = (total, reference.rms_norm(total, gain, 1e-5))
-        errors = [worst(pair, expected) for pair in got]
-        yield Finding(f"gemv_post + wait_add_norm, {rows} rows", dtype, max(errors))
+        errors = [largest_error(pair, expected) for pair in got]
+        yield Comparison(f"gemv_post + wait_add_norm, {rows} rows", dtype, max(errors))
         for rank in range(ranks):
             post(partials[rank], exchanges[rank])
         sums = [wait_sum(rows, exchange) for exchange in exchanges]
         summed = sum(part.float() for part in partials)
         assert isinstance(summed, Tensor)
-        yield Finding(
-            f"post + wait_sum, {rows} rows", dtype, worst(sums, [summed.to(dtype)] * ranks)
+        yield Comparison(
+            f"post + wait_sum, {rows} rows", dtype, largest_error(sums, [summed.to(dtype)] * ranks)
         )
 
 
-def all_reduces(dtype: torch.dtype, ranks: int) -> Iterator[Finding]:
-    """Ranks as streams, all spinning at once."""
+def all_reduces(dtype: torch.dtype, ranks: int) -> Iterator[Comparison]:
+    """Yield comparisons of all-reduces between ranks that run concurrently as streams."""
     for elements in (1000, 2**16, 2**22):
         memories = StreamRanks.group(ranks, "cuda")
         parts = torch.randn(ranks, elements, device="cuda").to(dtype)
@@ -183,17 +184,17 @@ def all_reduces(dtype: torch.dtype, ranks: int) -> Iterator[Finding]:
         graph.replay()
         torch.cuda.synchronize()
         expected = [parts.float().sum(0).to(dtype)] * ranks
-        yield Finding(
-            f"all_reduce, {ranks} ranks, {elements} elements", dtype, worst(sums, expected)
+        yield Comparison(
+            f"all_reduce, {ranks} ranks, {elements} elements", dtype, largest_error(sums, expected)
         )
 
 
-def decoders(dtype: torch.dtype) -> Iterator[Finding]:
-    """Two ranks as streams, captured and replayed, against one rank that holds everything."""
+def decoders(dtype: torch.dtype) -> Iterator[Comparison]:
+    """Yield comparisons of decoders: two ranks as captured streams, and one unsharded rank."""
     shape = DecoderShape(layers=3, width=1024, heads=16, kv_heads=4, head_dim=64, ffn=2816)
     schemes: tuple[Scheme, ...] = ("standard", "ladder")
     for pinned, scheme in itertools.product((False, True), schemes):
-        pair = Pair(shape, dtype, 2, 64, pinned=pinned)
+        pair = StreamPair(shape, dtype, 2, 64, pinned=pinned)
         graph, outputs = captured(pair.steps(scheme))
         pair.rewind()
         whole = Decoder(shape, list(random_layers(shape, 0, dtype, "cuda")), 2, 64)
@@ -203,13 +204,13 @@ def decoders(dtype: torch.dtype) -> Iterator[Finding]:
             graph.replay()
             expected = whole.step(pair.x, own, scheme)
             torch.cuda.synchronize()
-            error = max(error, worst(outputs, [expected] * 2))
+            error = max(error, largest_error(outputs, [expected] * 2))
         place = "pinned host" if pinned else "device"
-        yield Finding(f"{scheme} decoder, 2 ranks, {place} slots", dtype, error)
+        yield Comparison(f"{scheme} decoder, 2 ranks, {place} slots", dtype, error)
 
 
-def findings() -> Iterator[Finding]:
-    """Everything, in order."""
+def comparisons() -> Iterator[Comparison]:
+    """Yield all comparisons; in the interpreter only those of the first part."""
     if interpreted():
         for dtype in (torch.float32, torch.float16):
             yield from single_rank(SMALL, dtype, "cpu")
@@ -225,7 +226,7 @@ def findings() -> Iterator[Finding]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, print a line for each comparison, and count what is off."""
+    """Print a line for each comparison; return 1 if one failed, else 0."""
     parser = argparse.ArgumentParser(
         prog="python -m ladderstitch_kernels.check",
         description=__doc__,
@@ -238,9 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     print(describe() if torch.cuda.is_available() else "in Triton's interpreter")  # noqa: T201
     failed = 0
-    for finding in findings():
-        failed += not finding.holds
-        print(finding, flush=True)  # noqa: T201
+    for comparison in comparisons():
+        failed += not comparison.passed
+        print(comparison, flush=True)  # noqa: T201
     return 1 if failed else 0
 
 

@@ -1,7 +1,7 @@
-"""A small decoder on these kernels alone: what the overlap is proven on, and timed on.
+"""A small decoder made of these kernels, on which the overlap is verified and timed.
 
-Its layers are Llama's (grouped-query attention, SwiGLU, RMSNorm); there is no embedding and no
-head, a step maps vectors to vectors. Sub-block k adds h_k to the stream x:
+Its layers are those of Llama: grouped-query attention, SwiGLU, RMSNorm. It has neither embedding
+nor output head; a step maps vectors to vectors. Sub-block k adds h_k to the stream x:
 
     standard   x_k = x_{k-1} + h_k(norm_k(x_{k-1}))
     ladder     x_k = x_{k-1} + h_k(norm_k(x_{k-2}))     Ladder Residual, arXiv 2501.06589
@@ -29,7 +29,7 @@ Scheme = Literal["standard", "ladder"]
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """The whole model, over all ranks."""
+    """Sizes of a model over all ranks, or of one rank's shard."""
 
     layers: int
     width: int
@@ -39,7 +39,10 @@ class DecoderShape:
     ffn: int
 
     def shard(self, ranks: int) -> DecoderShape:
-        """One rank's part; raises `ValueError` unless everything divides."""
+        """Return the sizes of one rank's shard.
+
+        Raises `ValueError` unless heads, KV heads and feed-forward width are multiples of `ranks`.
+        """
         for name in ("heads", "kv_heads", "ffn"):
             if getattr(self, name) % ranks:
                 raise ValueError(
@@ -57,7 +60,7 @@ class DecoderShape:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer of one rank."""
+    """The weights of one layer of one rank."""
 
     attention_norm: Tensor
     qkv: Tensor  # [(H_r + 2 K_r) d, D]
@@ -70,7 +73,7 @@ class LayerWeights:
 def random_layers(
     shape: DecoderShape, seed: int, dtype: torch.dtype, device: torch.device | str
 ) -> Iterator[LayerWeights]:
-    """Layers of a shape, scaled so that the stream neither grows nor fades."""
+    """Yield random layers, scaled so that the stream keeps its magnitude."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def weight(rows: int, columns: int) -> Tensor:
@@ -89,7 +92,7 @@ def random_layers(
 
 
 def shard_layer(layer: LayerWeights, shape: DecoderShape, rank: int, ranks: int) -> LayerWeights:
-    """One rank's heads and columns of a whole layer."""
+    """Return one rank's heads and feed-forward columns of a whole layer."""
     d = shape.head_dim
     q, k, v = layer.qkv.split((shape.heads * d, shape.kv_heads * d, shape.kv_heads * d))
     gate, up = layer.gate_up.chunk(2)
@@ -106,16 +109,17 @@ def shard_layer(layer: LayerWeights, shape: DecoderShape, rank: int, ranks: int)
 def rotation_tables(
     positions: int, head_dim: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [P, d/2], float32."""
+    """Return the cosines and sines of rotary embedding, each [P, d/2] float32."""
     frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
     return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
 class Decoder:
-    """One rank: `shape` and `layers` are its shard; room for `tokens` of each of `rows` sequences.
+    """One rank of the decoder; `shape` and `layers` are its shard.
 
-    What a step works on (position, cache) lives on the device, so that a step can be captured.
+    The cache holds `tokens` tokens of each of `rows` sequences. Position and cache are on the
+    device, so that a step can be captured in a CUDA graph.
     """
 
     def __init__(
@@ -134,26 +138,26 @@ class Decoder:
         self._first_slot = self.pages[:, 0] * PAGE_TOKENS
 
     def step(self, x: Tensor, exchange: Exchange, scheme: Scheme) -> Tensor:
-        """[M, D] -> the last stream [M, D]; the caches grow by one token.
+        """Decode one token of each sequence: map `x` [M, D] to the final stream [M, D].
 
-        The ladder collects a reduction one sub-block later than the standard residual: that is all
-        the difference.
+        The caches grow by one token. The only difference of the ladder is that it collects each
+        reduction one sub-block later than the standard residual.
         """
         lag = 1 if scheme == "ladder" else 0
-        flying = 0
+        in_flight = 0
         for layer in range(self.shape.layers):
             for attention in (True, False):
                 weights = self.layers[layer]
                 gain = weights.attention_norm if attention else weights.ffn_norm
-                if flying > lag:
+                if in_flight > lag:
                     x, normed = wait_add_norm(x, gain, EPS, exchange)
-                    flying -= 1
+                    in_flight -= 1
                 else:
                     normed = F.rms_norm(x, gain.shape, gain, EPS)
                 mixed = self._attend(layer, normed) if attention else self._gate(layer, normed)
                 gemv_post(mixed, weights.output if attention else weights.down, exchange)
-                flying += 1
-        for _ in range(flying):
+                in_flight += 1
+        for _ in range(in_flight):
             x = wait_add(x, exchange)
         self.position += 1
         return x

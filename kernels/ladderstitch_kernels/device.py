@@ -1,4 +1,4 @@
-"""The GPU that a check or a benchmark runs on: is there one, what is it, how long did it take."""
+"""The GPU that a check or a benchmark runs on: its presence, its description, and timing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def missing_gpu() -> str | None:
-    """Why nothing can run on a GPU here; None if it can."""
+    """Return the reason why nothing can run on a GPU here, or None if it can."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
@@ -22,7 +22,7 @@ def missing_gpu() -> str | None:
 
 
 def describe() -> dict[str, str]:
-    """Device, driver and versions, for a result file."""
+    """Return device, driver and versions, for a result file."""
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
         capture_output=True,
@@ -46,9 +46,11 @@ def medians_us(
     before: Mapping[str, Callable[[], object]] | None = None,
     after: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, float]:
-    """Median microseconds of each call by CUDA events, taken in turn, with a cold L2 cache.
+    """Return the median microseconds of each call, by CUDA events and with a cold L2 cache.
 
-    What a call needs `before` or `after` it, by its name, is run but not timed.
+    The calls take turns for `rounds` rounds. Before each call, `cold_bytes` are overwritten to
+    flush the cache. The functions in `before` and `after` run around the call of the same name and
+    are not timed.
     """
     before, after = before or {}, after or {}
     flush = torch.empty(cold_bytes, dtype=torch.int8, device="cuda")
@@ -65,15 +67,16 @@ def medians_us(
             end.synchronize()
             if name in after:
                 after[name]()
-            if round_ >= 3:  # the first compile and warm up
+            if round_ >= 3:  # the first rounds compile and warm up
                 times[name].append(start.elapsed_time(end) * 1000)
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def captured(calls: Sequence[Callable[[], Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """A CUDA graph in which each call runs on a stream of its own, all at once; and its outputs.
+    """Capture calls into a CUDA graph, each on its own stream, and return graph and outputs.
 
-    The calls run once before, so that everything is compiled.
+    All calls run concurrently in the graph. They run once before the capture, so that everything is
+    compiled.
     """
     streams = [torch.cuda.Stream() for _ in calls]
 

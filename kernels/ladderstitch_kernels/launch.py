@@ -1,4 +1,4 @@
-"""What launchers share: who runs a kernel, and argument checks that say what was expected."""
+"""Shared code of launchers: where a kernel runs, and argument checks with clear errors."""
 
 from __future__ import annotations
 
@@ -8,23 +8,29 @@ from torch import Tensor
 
 
 def interpreted() -> bool:
-    """Whether kernels run in the interpreter (TRITON_INTERPRET=1 when triton was imported)."""
+    """Return whether kernels run in the interpreter.
+
+    They do if TRITON_INTERPRET=1 was set when triton was imported.
+    """
     return bool(triton.knobs.runtime.interpret)
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Triton for what lies on a GPU, and for everything in the interpreter; else torch."""
+    """Return whether Triton runs an op on `x`: on a GPU, and for any device in the interpreter.
+
+    Otherwise torch runs it.
+    """
     return x.is_cuda or interpreted()
 
 
 def expect_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises `ValueError` unless `x` has this shape."""
+    """Raise `ValueError` unless `x` has this shape."""
     if tuple(x.shape) != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
 
 
 def expect_like(name: str, x: Tensor, other: Tensor) -> None:
-    """Raises `ValueError` unless `x` has the other's dtype and device and is contiguous."""
+    """Raise `ValueError` unless `x` has the dtype and device of `other` and is contiguous."""
     if x.dtype != other.dtype or x.device != other.device:
         raise ValueError(
             f"{name}: expected {other.dtype} on {other.device}, got {x.dtype} on {x.device}"
@@ -33,18 +39,24 @@ def expect_like(name: str, x: Tensor, other: Tensor) -> None:
 
 
 def expect_contiguous(name: str, x: Tensor) -> None:
-    """Raises `ValueError` unless `x` is contiguous."""
+    """Raise `ValueError` unless `x` is contiguous."""
     if not x.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {x.stride()}")
 
 
 def warps(block_bytes: int) -> int:
-    """Warps for a program that holds this much in registers: 64 bytes a thread and more."""
+    """Return the number of warps, 1 to 16, for a program that holds `block_bytes` in registers.
+
+    Each thread holds at least 64 bytes, unless the block is smaller than one warp's share.
+    """
     return max(1, min(16, triton.next_power_of_2(block_bytes) // (32 * 64)))
 
 
 def sms(device: torch.device) -> int:
-    """Streaming multiprocessors; in the interpreter, where programs run in turn, one."""
+    """Return the number of streaming multiprocessors of a GPU.
+
+    The result is 1 for other devices, because the interpreter runs programs one after another.
+    """
     if device.type != "cuda":
         return 1
     count: int = torch.cuda.get_device_properties(device).multi_processor_count

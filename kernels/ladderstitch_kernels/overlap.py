@@ -1,7 +1,7 @@
-"""Two ranks as streams of one GPU, a slow link between them: how much of it the ladder hides.
+"""The share of communication that the ladder hides, for two ranks as streams of one GPU.
 
-Timings are of one CUDA graph that holds a decoding step of both ranks. Hidden is
-(standard - ladder) / (standard - no communication); nothing is said about scaling.
+Timings are of one CUDA graph that holds a decoding step of both ranks. The hidden share is
+(standard - ladder) / (standard - no communication). It says nothing about scaling to more GPUs.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ladderstitch_kernels.device import captured, medians_us
 
 RANKS = 2
 SHAPE = DecoderShape(layers=8, width=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336)
-"""Eight layers of an 8B Llama."""
+"""Eight layers of a Llama of 8B parameters."""
 COLUMNS = 256
-"""Of a post's program: few programs, so that the spinning ranks leave room for each other."""
+"""Columns per program of a post, large so that the waiting programs of both ranks fit the GPU."""
 
 
-class Pair:
-    """Both ranks of a decoder, on a device, over slots on it or in pinned host memory."""
+class StreamPair:
+    """Both ranks of a decoder on one GPU, with slots in its memory or in pinned host memory."""
 
     def __init__(
         self, shape: DecoderShape, dtype: torch.dtype, rows: int, tokens: int, *, pinned: bool
@@ -51,27 +51,34 @@ class Pair:
         )
         self.x = torch.randn(rows, shape.width, device="cuda").to(dtype)
 
-    def steps(self, scheme: Scheme, *, talk: bool = True) -> list[Callable[[], Tensor]]:
-        """One step of each rank; silent ranks run the same kernels, each with itself."""
-        places = self.exchanges if talk else self.alone
+    def steps(self, scheme: Scheme, *, communicate: bool = True) -> list[Callable[[], Tensor]]:
+        """Return a function for each rank that runs one decoding step.
+
+        Without communication each rank runs the same kernels and exchanges with itself.
+        """
+        places = self.exchanges if communicate else self.alone
         return [
             partial(decoder.step, self.x, exchange, scheme)
             for decoder, exchange in zip(self.decoders, places, strict=True)
         ]
 
     def rewind(self) -> None:
-        """Back to the first token."""
+        """Set the position of both ranks to the first token."""
         for decoder in self.decoders:
             decoder.position.zero_()
 
 
-def hidden(rows: int, *, pinned: bool, rounds: int = 50) -> dict[str, float]:
-    """Microseconds a step of standard, ladder and no communication, and what the ladder hides."""
-    pair = Pair(SHAPE, torch.bfloat16, rows, tokens=16 * (rounds + 8), pinned=pinned)
+def measure_hidden(rows: int, *, pinned: bool, rounds: int = 50) -> dict[str, float]:
+    """Return microseconds per step of each scheme, and the share that the ladder hides.
+
+    Times are medians over `rounds` replays, for `rows` sequences. `exposed_*_us` is the time over
+    no communication, per reduction.
+    """
+    pair = StreamPair(SHAPE, torch.bfloat16, rows, tokens=16 * (rounds + 8), pinned=pinned)
     graphs = {
         "standard": captured(pair.steps("standard"))[0],
         "ladder": captured(pair.steps("ladder"))[0],
-        "no_communication": captured(pair.steps("standard", talk=False))[0],
+        "no_communication": captured(pair.steps("standard", communicate=False))[0],
     }
     pair.rewind()
     times = medians_us({name: graph.replay for name, graph in graphs.items()}, rounds)

@@ -1,7 +1,7 @@
-"""What each op means, in float32: same names, same arguments, no tricks.
+"""Reference implementations in float32: the same names and arguments as the ops.
 
 Every function computes in float32 (float64 for float64 input) and returns the dtype of its first
-argument. They serve CPU tensors and are what the kernels are tested against.
+argument. The ops use them for CPU tensors, and tests compare the kernels with them.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _wide(x: Tensor) -> Tensor:
+def _upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
-    wide = _wide(x)
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    wide = _upcast(x)
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return (wide * scale * _wide(weight)).to(x.dtype)
+    return (wide * scale * _upcast(weight)).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(r, rms_norm(r)) with r = residual + x, rounded to its dtype before the norm."""
-    total = (_wide(residual) + _wide(x)).to(x.dtype)
+    """Return (r, rms_norm(r)) with r = residual + x, rounded to its dtype before the norm."""
+    total = (_upcast(residual) + _upcast(x)).to(x.dtype)
     return total, rms_norm(total, weight, eps)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """[M, 2F] -> [M, F]: silu(gate) * up."""
-    gate, up = _wide(gate_up).chunk(2, dim=-1)
+    """Return silu(gate) * up, [M, F], for `gate_up` [M, 2F] with gate first."""
+    gate, up = _upcast(gate_up).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
@@ -43,11 +43,14 @@ def rope_append(
     key_cache: Tensor,
     value_cache: Tensor,
 ) -> Tensor:
-    """Turn the queries and keys of [M, H + 2K, d], keep keys and values; see `ops.rope_append`."""
+    """Rotate the queries and keys of `qkv` [M, H + 2K, d] and store keys and values in the caches.
+
+    Return the rotated queries [M, H, d]. See `ops.rope_append`.
+    """
     pages, page, kv_heads, width = key_cache.shape
     heads = qkv.shape[1] - 2 * kv_heads
-    cosine, sine = _wide(cosines)[positions, None], _wide(sines)[positions, None]  # [M, 1, d/2]
-    low, high = _wide(qkv[:, : heads + kv_heads]).chunk(2, dim=-1)
+    cosine, sine = _upcast(cosines)[positions, None], _upcast(sines)[positions, None]  # [M, 1, d/2]
+    low, high = _upcast(qkv[:, : heads + kv_heads]).chunk(2, dim=-1)
     turned = torch.cat((low * cosine - high * sine, high * cosine + low * sine), -1).to(qkv.dtype)
     kept = slots >= 0
     flat = pages * page, kv_heads, width
@@ -64,7 +67,10 @@ def paged_decode_attention(
     lengths: Tensor,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(q k^T * scale) v over each sequence's own pages; see `ops.paged_decode_attention`."""
+    """Return softmax(q k^T * scale) v over each sequence's own pages, [B, H, d].
+
+    See `ops.paged_decode_attention`.
+    """
     batch, heads, width = q.shape
     kv_heads = key_cache.shape[2]
     out = torch.zeros_like(q)
@@ -73,9 +79,9 @@ def paged_decode_attention(
         if length == 0:
             continue
         own = pages[row].clamp(min=0)
-        keys = _wide(key_cache[own].reshape(-1, kv_heads, width)[:length]).transpose(0, 1)
-        values = _wide(value_cache[own].reshape(-1, kv_heads, width)[:length]).transpose(0, 1)
-        grouped = _wide(q[row]).view(kv_heads, heads // kv_heads, width)
+        keys = _upcast(key_cache[own].reshape(-1, kv_heads, width)[:length]).transpose(0, 1)
+        values = _upcast(value_cache[own].reshape(-1, kv_heads, width)[:length]).transpose(0, 1)
+        grouped = _upcast(q[row]).view(kv_heads, heads // kv_heads, width)
         scores = grouped @ keys.mT * (width**-0.5 if scale is None else scale)  # [K, H/K, S]
         out[row] = (scores.softmax(-1) @ values).reshape(heads, width).to(q.dtype)
     return out
@@ -88,11 +94,11 @@ def stitch_linear(
     down: Tensor | None = None,
     up: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + b + (x A^T) B^T: a stitching layer [N, K] with an update of low rank A, B."""
-    y = _wide(x) @ _wide(weight).T
+    """Return x W^T + b + (x A^T) B^T: a stitching layer [N, K] with a low-rank update A, B."""
+    y = _upcast(x) @ _upcast(weight).T
     if down is not None and up is not None:
-        y = y + _wide(x) @ _wide(down).T @ _wide(up).T
-    return (y if bias is None else y + _wide(bias)).to(x.dtype)
+        y = y + _upcast(x) @ _upcast(down).T @ _upcast(up).T
+    return (y if bias is None else y + _upcast(bias)).to(x.dtype)
 
 
 def stitch_pending(
@@ -103,7 +109,7 @@ def stitch_pending(
     down: Tensor | None = None,
     up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(S x, S_w p): the stitched stream, and the map without bias of what is still to arrive."""
+    """Return (S x, S_w p): the stitched stream, and the pending sum mapped without the bias."""
     return (
         stitch_linear(x, weight, bias, down, up),
         stitch_linear(pending, weight, None, down, up),

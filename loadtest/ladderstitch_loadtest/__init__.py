@@ -1,1 +1,1 @@
-"""Open-loop load generation and measurement against a running ladderstitch server."""
+"""Load tests, policy simulation, benchmarks and fault injection for ladderstitch servers."""

@@ -1,4 +1,4 @@
-"""`python -m ladderstitch_loadtest`."""
+"""Entry point of `python -m ladderstitch_loadtest`."""
 
 from ladderstitch_loadtest.cli import app
 

@@ -1,7 +1,7 @@
 """Serve elastic models under latency budgets.
 
-One set of weights holds many networks (stitches); every request is answered by the best one that
-its latency budget allows.
+One set of weights holds many networks, the variants of a model. The server answers every request
+with the most accurate variant that meets the request's latency budget.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m ladderstitch`, the same as the `ladderstitch` command."""
+"""Entry point of `python -m ladderstitch`, which is the `ladderstitch` command."""
 
 from ladderstitch.cli import app
 

@@ -18,7 +18,7 @@ OBSERVABILITY: JsonDict = {"panel": "Observability"}
 
 
 class ServerConfig(ListenConfig):
-    """Everything that is fixed while a replica runs, and the scheduling that it starts with."""
+    """Configuration of a server: what is fixed while a replica runs, and its initial scheduling."""
 
     bundle: Path = Field(EMBEDDED, description="model bundle directory")
     http_port: int | None = Field(
@@ -27,52 +27,64 @@ class ServerConfig(ListenConfig):
         le=65_535,
         description="HTTP port of OpenAI's API for language models; unset: none",
     )
-    device: str = Field("auto", description="auto, cpu or cuda[:N]")
+    device: str = Field("auto", description="device: auto, cpu or cuda[:N]")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="number format; auto: float32 on CPUs, bfloat16 on GPUs"
     )
-    threads: int = Field(1, ge=1, description="torch threads of each process that computes")
+    threads: int = Field(
+        1, ge=1, description="number of torch threads in each process that computes"
+    )
     replicas: int = Field(
         1,
         ge=1,
         le=64,
-        description="copies of the model on this machine, behind gateways; several need Ray",
+        description="copies of the model on this machine, behind gateways; more than 1 needs Ray",
     )
     gateways: int = Field(
-        2, ge=1, le=16, description="gateways in front of several replicas; they share `port`"
+        2, ge=1, le=16, description="gateways in front of more than one replica; they share `port`"
     )
-    drain_s: float = Field(20.0, ge=0, description="time for accepted requests on shutdown")
+    drain_s: float = Field(
+        20.0, ge=0, description="seconds for accepted requests to end on shutdown"
+    )
     inline_batch_limit_ms: float = Field(
         1.0,
         ge=0,
         le=10,
-        description="small models: batches shorter than this run in the replica's own process",
+        description="batches that take at most this long run in the process of the replica",
         json_schema_extra=LIMITS,
     )
     max_batch_size: int = Field(
-        32, ge=1, le=4096, description="images in one batch", json_schema_extra=LIMITS
+        32,
+        ge=1,
+        le=4096,
+        description="maximum number of images in one batch",
+        json_schema_extra=LIMITS,
     )
     max_image_pixels: int = Field(
         MAX_IMAGE_PIXELS,
         ge=1,
-        description="pixels of an encoded picture, read from its header",
+        description="maximum number of pixels of an encoded image, read from its header",
         json_schema_extra=LIMITS,
     )
     max_prompt_tokens: int | None = Field(
         None,
         ge=1,
-        description="tokens of a prompt; unset: whatever the context holds",
+        description="maximum number of tokens of a prompt; unset: that of the context",
         json_schema_extra=LIMITS,
     )
     tensor_parallel_size: int = Field(
         1,
         ge=1,
         le=64,
-        description="ranks: processes that a language model is split over",
+        description="ranks: number of processes that a language model is split over",
         json_schema_extra=TEXT,
     )
     spare_ranks: int = Field(
-        0, ge=0, le=8, description="warm processes that replace lost ranks", json_schema_extra=TEXT
+        0,
+        ge=0,
+        le=8,
+        description="number of warm processes that replace lost ranks",
+        json_schema_extra=TEXT,
     )
     link: CommChoice = Field(
         "auto",
@@ -82,31 +94,42 @@ class ServerConfig(ListenConfig):
     )
     rank_address: str = Field(
         "",
-        description="HOST:PORT where ranks of other machines connect; unset: this machine only",
+        description="HOST:PORT that ranks on other machines connect to; unset: this machine only",
         json_schema_extra=TEXT,
     )
     rank_secret_file: Path | None = Field(
         None,
-        description="file with the secret of ranks started by `ladderstitch rank`",
+        description="file with the secret that ranks started by `ladderstitch rank` must know",
         json_schema_extra=TEXT,
     )
     max_model_len: int = Field(
-        2048, ge=2, description="tokens of a prompt and its answer together", json_schema_extra=TEXT
+        2048,
+        ge=2,
+        description="maximum number of tokens of a prompt and its answer together",
+        json_schema_extra=TEXT,
     )
     kv_cache_tokens: int = Field(
         8192, ge=16, description="tokens that the KV cache holds", json_schema_extra=TEXT
     )
     max_sequences: int = Field(
-        32, ge=1, le=4096, description="sequences that run concurrently", json_schema_extra=TEXT
+        32,
+        ge=1,
+        le=4096,
+        description="maximum number of sequences that run concurrently",
+        json_schema_extra=TEXT,
     )
     max_batched_tokens: int = Field(
-        256, ge=1, le=65_536, description="tokens in one step", json_schema_extra=TEXT
+        256,
+        ge=1,
+        le=65_536,
+        description="maximum number of tokens in one step",
+        json_schema_extra=TEXT,
     )
     emulated_link_ms: float = Field(
         0.0,
         ge=0,
         le=1000,
-        description="experiments: delay of every message between ranks",
+        description="delay of every message between ranks, for experiments",
         json_schema_extra=TEXT,
     )
     log_format: Literal["text", "json"] = Field(
@@ -125,7 +148,8 @@ class ServerConfig(ListenConfig):
     )
     otlp_endpoint: str | None = Field(
         None,
-        description="http://HOST:4317, where traces go; needs the extra `telemetry`",
+        description="endpoint that receives traces, e.g. http://HOST:4317; needs the extra "
+        "`telemetry`",
         json_schema_extra=OBSERVABILITY,
     )
     scheduling: SchedulerSettings = SchedulerSettings()
@@ -133,17 +157,22 @@ class ServerConfig(ListenConfig):
     @model_validator(mode="after")
     def _check_rank_secret(self) -> ServerConfig:
         if self.rank_secret_file is not None and not self.rank_address:
-            raise ValueError("rank_address: expected HOST:PORT along with rank_secret_file")
+            raise ValueError(
+                "rank_address: expected HOST:PORT along with rank_secret_file, got none"
+            )
         return self
 
     @model_validator(mode="after")
     def _check_one_replica(self) -> ServerConfig:
-        """Ranks of other machines know one address; gateways forward gRPC only."""
+        """Raise `ValueError` for fields that one replica supports only.
+
+        Ranks on other machines know one address, and gateways do not forward HTTP.
+        """
         for field, value in (("rank_address", self.rank_address), ("http_port", self.http_port)):
             if value not in ("", None) and self.replicas > 1:
-                raise ValueError(f"{field}: expected replicas: 1 along with it")
+                raise ValueError(f"{field}: expected replicas 1 along with it, got {self.replicas}")
         return self
 
-    def listening(self) -> tuple[tuple[str, str], ...]:
+    def port_fields(self) -> tuple[tuple[str, str], ...]:
         """Return the names of the port fields, each with the address that it is bound to."""
-        return (*super().listening(), ("http_port", self.host))
+        return (*super().port_fields(), ("http_port", self.host))

@@ -1,14 +1,14 @@
-"""Everything that can go wrong, as one tree; each class bears its gRPC status and reason.
+"""The errors that this package raises, as one tree; each class has a gRPC status and a reason.
 
 LadderstitchError
-├── UserError                     wrong files or flags: the command line prints it and exits 2
+├── UserError                     wrong files or options: the command line prints it, exits with 2
 │   ├── ConfigError
 │   ├── DataError
 │   └── BundleError
-└── RequestError                  ends one request; `service` translates it to a status
-    ├── BadInput                  INVALID_ARGUMENT     BAD_INPUT
+└── RequestError                  ends one request; `api.status` translates it to a status
+    ├── InvalidArgument           INVALID_ARGUMENT     INVALID_ARGUMENT
     ├── ModelNotFound             NOT_FOUND            MODEL_NOT_FOUND
-    ├── VariantNotFound            NOT_FOUND            VARIANT_NOT_FOUND
+    ├── VariantNotFound           NOT_FOUND            VARIANT_NOT_FOUND
     ├── BudgetInfeasible          FAILED_PRECONDITION  BUDGET_INFEASIBLE
     ├── QualityUnavailable        FAILED_PRECONDITION  QUALITY_UNAVAILABLE
     ├── Overloaded                RESOURCE_EXHAUSTED   OVERLOADED
@@ -19,7 +19,7 @@ LadderstitchError
     ├── Draining                  UNAVAILABLE          DRAINING
     ├── EngineRestarting          UNAVAILABLE          ENGINE_RESTARTING
     ├── Unauthenticated           UNAUTHENTICATED      UNAUTHENTICATED
-    ├── NotAllowed                PERMISSION_DENIED    NOT_ALLOWED
+    ├── PermissionDenied          PERMISSION_DENIED    PERMISSION_DENIED
     └── InternalError             INTERNAL             INTERNAL
 """
 
@@ -33,27 +33,31 @@ log = logging.getLogger(__name__)
 
 
 class LadderstitchError(Exception):
-    """Base of all errors that this package raises on purpose."""
+    """The base class of all errors that this package raises deliberately."""
 
 
 class UserError(LadderstitchError):
-    """Something that the person at the command line can mend."""
+    """An error that the user of the command line can fix."""
 
 
 class ConfigError(UserError):
-    """A configuration file or flag is wrong."""
+    """A configuration file or an option is wrong."""
 
 
 class DataError(UserError):
-    """A data file is missing or not what it should be."""
+    """A data file is missing or malformed."""
 
 
 class BundleError(UserError):
-    """A model bundle is incomplete, inconsistent or of another version."""
+    """A model bundle is incomplete, inconsistent or of an unsupported version."""
 
 
 class RequestError(LadderstitchError):
-    """Ends one request with a status; `metadata` travels in `google.rpc.ErrorInfo`."""
+    """An error that ends one request with a status.
+
+    `code` is the name of the gRPC status, `reason` a machine-readable constant, and `metadata` is
+    sent to the caller in `google.rpc.ErrorInfo`.
+    """
 
     code: ClassVar[str] = "INTERNAL"
     reason: ClassVar[str] = "INTERNAL"
@@ -64,10 +68,10 @@ class RequestError(LadderstitchError):
 
 
 class InvalidArgument(RequestError):
-    """The request is malformed: `field` is the path of the offending field."""
+    """The request is malformed; `field` is the path of the offending field."""
 
     code = "INVALID_ARGUMENT"
-    reason = "BAD_INPUT"
+    reason = "INVALID_ARGUMENT"
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}", field=field)
@@ -75,31 +79,41 @@ class InvalidArgument(RequestError):
 
 
 class ModelNotFound(RequestError):
+    """The server has no model of that name and version."""
+
     code = "NOT_FOUND"
     reason = "MODEL_NOT_FOUND"
 
 
 class VariantNotFound(RequestError):
+    """The model has no variant of that id."""
+
     code = "NOT_FOUND"
     reason = "VARIANT_NOT_FOUND"
 
 
 class BudgetInfeasible(RequestError):
-    """The hard limit is below the fastest admissible variant alone (`min_feasible_us`)."""
+    """The hard deadline is earlier than the fastest admissible variant can answer alone.
+
+    The metadata holds `min_feasible_us`, the smallest feasible budget in microseconds.
+    """
 
     code = "FAILED_PRECONDITION"
     reason = "BUDGET_INFEASIBLE"
 
 
 class QualityUnavailable(RequestError):
-    """No variant reaches the quality asked for (`max_quality`)."""
+    """No variant reaches the requested quality; the metadata holds `max_quality`."""
 
     code = "FAILED_PRECONDITION"
     reason = "QUALITY_UNAVAILABLE"
 
 
 class Overloaded(RequestError):
-    """Feasible when idle, not now; worth another try after `retry_after_s`."""
+    """The request is feasible on an idle server but not under the current load.
+
+    Callers should retry after `retry_after_s` seconds.
+    """
 
     code = "RESOURCE_EXHAUSTED"
     reason = "OVERLOADED"
@@ -110,58 +124,68 @@ class Overloaded(RequestError):
 
 
 class RateLimited(Overloaded):
-    """The caller's token has reached its own limit, whatever the load."""
+    """The caller's token has reached its own limit, whatever the load of the server."""
 
     reason = "RATE_LIMITED"
 
 
 class ExpiredInQueue(RequestError):
+    """The hard deadline passed while the request waited."""
+
     code = "DEADLINE_EXCEEDED"
     reason = "EXPIRED_IN_QUEUE"
 
 
 class ExpiredInCompute(RequestError):
+    """The hard deadline passed while the answer was computed."""
+
     code = "DEADLINE_EXCEEDED"
     reason = "EXPIRED_IN_COMPUTE"
 
 
 class NotReady(RequestError):
+    """The replica is still loading its models, or no replica serves."""
+
     code = "UNAVAILABLE"
     reason = "NOT_READY"
 
 
 class Draining(RequestError):
+    """The replica is going out of service and accepts no new requests."""
+
     code = "UNAVAILABLE"
     reason = "DRAINING"
 
 
 class EngineRestarting(RequestError):
+    """The process that computes has died and is being restarted."""
+
     code = "UNAVAILABLE"
     reason = "ENGINE_RESTARTING"
 
 
 class Unauthenticated(RequestError):
-    """No token, or one that the server does not know."""
+    """The call has no token, or one that the server does not know."""
 
     code = "UNAUTHENTICATED"
     reason = "UNAUTHENTICATED"
 
 
 class PermissionDenied(RequestError):
-    """The token lacks the scope that the method needs."""
+    """The token lacks the scope that the method requires."""
 
     code = "PERMISSION_DENIED"
-    reason = "NOT_ALLOWED"
+    reason = "PERMISSION_DENIED"
 
 
 class InternalError(RequestError):
-    """A fault of the server; `error_id` in the metadata finds the traceback in the log."""
+    """A fault of the server; `error_id` in the metadata identifies the traceback in the log."""
 
     @classmethod
     def logged(cls, what: str, error: BaseException) -> InternalError:
-        """Log `error` with its traceback under a new error id, and return the error that bears it.
+        """Log `error` with its traceback under a new error id; return an error that has the id.
 
-        `what` says for the log what was going on; callers see only the id.
+        `what` names the operation in the log; callers see only the id.
         """
         error_id = uuid.uuid4().hex[:12]
         log.error("error_id=%s %s", error_id, what, exc_info=error)

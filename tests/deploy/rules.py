@@ -1,4 +1,4 @@
-"""What schemas cannot say of a deployment that works: each rule lists what is wrong with it."""
+"""Rules for working deployments that no schema expresses; each rule yields the violations."""
 
 from __future__ import annotations
 
@@ -34,18 +34,19 @@ RULES: list[Rule] = []
 
 
 def rule(check: Rule) -> Rule:
+    """Register a rule."""
     RULES.append(check)
     return check
 
 
 def broken(manifests: Manifests) -> dict[str, list[str]]:
-    """Complaints by the name of the rule, for rules that have any."""
-    complaints = {check.__name__: list(check(manifests)) for check in RULES}
-    return {name: found for name, found in complaints.items() if found}
+    """Return the violations by the name of the rule; rules without any are left out."""
+    violations = {check.__name__: list(check(manifests)) for check in RULES}
+    return {name: found for name, found in violations.items() if found}
 
 
 def defines(path: str) -> bool:
-    """Whether a `module:function` exists, without importing it: Ray takes seconds."""
+    """Return whether `module:function` exists, without the import, which takes seconds for Ray."""
     module, _, name = path.partition(":")
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
@@ -58,7 +59,7 @@ def defines(path: str) -> bool:
 
 @rule
 def serve_ports_are_named_for_kuberay(manifests: Manifests) -> Iterator[str]:
-    """KubeRay silently drops ports of Serve that are called otherwise."""
+    """KubeRay silently drops ports of Serve with other names."""
     number = application(manifests)["args"]["port"]
     names = [name for name, port in ports(worker(manifests)).items() if port == number]
     if names != ["serve-grpc"]:
@@ -66,14 +67,14 @@ def serve_ports_are_named_for_kuberay(manifests: Manifests) -> Iterator[str]:
 
 
 @rule
-def the_server_takes_its_settings(manifests: Manifests) -> Iterator[str]:
+def server_accepts_its_config(manifests: Manifests) -> Iterator[str]:
     described = application(manifests)
     policy = deployment(manifests)["autoscaling_config"]["policy"]["policy_function"]
     for path in (described["import_path"], policy):
         if not defines(path):
             yield f"{path} does not exist"
     if deployment(manifests)["name"] != "replica":
-        yield f"no deployment is called {deployment(manifests)['name']}"
+        yield f"expected a deployment called replica, got {deployment(manifests)['name']}"
     try:
         ServerConfig.load(None, described["args"])
         SchedulerSettings.model_validate(deployment(manifests)["user_config"])
@@ -89,10 +90,10 @@ def pods_drain_before_they_stop(manifests: Manifests) -> Iterator[str]:
     hook = container(worker(manifests)).get("lifecycle", {}).get("preStop", {})
     command = hook.get("exec", {}).get("command", [])
     if command[:2] != ["ladderstitch", "drain"]:
-        yield f"preStop runs {command}, expected ladderstitch drain"
+        yield f"preStop: expected ladderstitch drain, got {command}"
     admin = application(manifests)["args"].get("admin_port")
     if f"--address=127.0.0.1:{admin}" not in command:
-        yield f"preStop drains elsewhere than at the admin port {admin}"
+        yield f"preStop: expected the drain at the admin port {admin}, got {command}"
 
 
 @rule
@@ -110,15 +111,15 @@ def grace_is_longer_than_the_drain(manifests: Manifests) -> Iterator[str]:
         yield f"terminationGracePeriodSeconds {grace} <= {needed} of preStop and Serve"
     drain_s = application(manifests)["args"].get("drain_s", 20)
     if deployment(manifests)["graceful_shutdown_timeout_s"] <= drain_s:
-        yield "graceful_shutdown_timeout_s is not above drain_s: Serve would cut the drain short"
+        yield "graceful_shutdown_timeout_s: expected more than drain_s, or Serve ends the drain"
 
 
 @rule
-def readiness_is_the_replicas_own(manifests: Manifests) -> Iterator[str]:
+def readiness_probe_asks_the_replica(manifests: Manifests) -> Iterator[str]:
     probe = container(worker(manifests)).get("readinessProbe", {}).get("grpc", {})
     number = application(manifests)["args"].get("health_port")
     if probe.get("port") != number or number not in ports(worker(manifests)).values():
-        yield f"readinessProbe asks {probe}, the health port is {number} and must be declared"
+        yield f"readinessProbe: expected the declared health port {number}, got {probe}"
 
 
 @rule
@@ -132,24 +133,24 @@ def disruptions_are_limited(manifests: Manifests) -> Iterator[str]:
 
 
 @rule
-def the_service_is_headless_and_finds_replicas(manifests: Manifests) -> Iterator[str]:
+def service_is_headless_and_selects_replicas(manifests: Manifests) -> Iterator[str]:
     spec = services(manifests)["serve-grpc"]
     if spec.get("clusterIP") != "None":
-        yield "a ClusterIP balances by connection, and gRPC's last: expected clusterIP: None"
+        yield "clusterIP: expected None, because a ClusterIP balances connections, not requests"
     if not spec["selector"].items() <= worker(manifests)["metadata"]["labels"].items():
         yield "the Service selects no replica"
 
 
 @rule
-def services_lead_to_what_the_server_listens_on(manifests: Manifests) -> Iterator[str]:
+def services_target_ports_of_the_server(manifests: Manifests) -> Iterator[str]:
     declared, fields = ports(worker(manifests)), application(manifests)["args"]
     for field, name in (("port", "serve-grpc"), ("http_port", "serve-openai")):
         if (number := fields.get(field)) != declared.get(name):
             yield f"{field} is {number}, the pod's port {name} {declared.get(name)}"
         if number is not None and name not in services(manifests):
-            yield f"no Service leads to {name}"
+            yield f"no Service targets {name}"
     for name in services(manifests).keys() - declared.keys():
-        yield f"targetPort {name} is no port of a replica"
+        yield f"targetPort {name} is not a port of a replica"
 
 
 @rule
@@ -169,7 +170,7 @@ def metrics_are_declared_and_scraped(manifests: Manifests) -> Iterator[str]:
 
 
 @rule
-def every_container_is_bounded(manifests: Manifests) -> Iterator[str]:
+def containers_have_requests_and_limits(manifests: Manifests) -> Iterator[str]:
     for pod in pods(manifests):
         bounds = container(pod).get("resources", {})
         for kind in ("requests", "limits"):
@@ -188,18 +189,18 @@ def ranks_and_gpus_fit_the_pod(manifests: Manifests) -> Iterator[str]:
         yield "device is cuda, but the pod asks for no GPU"
     alone = deployment(manifests).get("max_replicas_per_node") == 1
     if fields.get("tensor_parallel_size", 1) == 1 and not alone:
-        yield "two replicas in a pod would share one port: expected max_replicas_per_node: 1"
+        yield "max_replicas_per_node: expected 1, because two replicas in a pod would share a port"
 
 
 @rule
-def there_are_nodes_for_all_replicas(manifests: Manifests) -> Iterator[str]:
+def worker_group_fits_all_replicas(manifests: Manifests) -> Iterator[str]:
     scaling, group = deployment(manifests)["autoscaling_config"], worker_group(manifests)
     if not cluster(manifests).get("enableInTreeAutoscaling"):
-        yield "enableInTreeAutoscaling is off: no pod would follow a replica"
+        yield "enableInTreeAutoscaling: expected true, or no pod is added for a replica"
     if group["maxReplicas"] < scaling["max_replicas"]:
         yield f"{scaling['max_replicas']} replicas on {group['maxReplicas']} pods"
     if group["minReplicas"] < scaling["min_replicas"]:
-        yield "fewer pods than replicas at the least load"
+        yield "minReplicas: expected at least the minimum number of replicas"
 
 
 @rule
@@ -217,21 +218,21 @@ def callers_are_authenticated(manifests: Manifests) -> Iterator[str]:
 
 
 @rule
-def pods_have_no_privileges(manifests: Manifests) -> Iterator[str]:
+def pods_are_unprivileged(manifests: Manifests) -> Iterator[str]:
     for pod in pods(manifests):
         mine, spec = container(pod).get("securityContext", {}), pod["spec"]
         if not spec.get("securityContext", {}).get("runAsNonRoot"):
             yield f"{container(pod)['name']}: runAsNonRoot is not set"
         if mine.get("allowPrivilegeEscalation") is not False:
-            yield f"{container(pod)['name']}: allowPrivilegeEscalation"
+            yield f"{container(pod)['name']}: allowPrivilegeEscalation is not false"
         if mine.get("capabilities", {}).get("drop") != ["ALL"]:
             yield f"{container(pod)['name']}: capabilities are not dropped"
         if not mine.get("readOnlyRootFilesystem"):
-            yield f"{container(pod)['name']}: the root file system can be written"
+            yield f"{container(pod)['name']}: the root file system is writable"
 
 
 @rule
-def the_network_is_closed(manifests: Manifests) -> Iterator[str]:
+def network_policy_closes_other_ports(manifests: Manifests) -> Iterator[str]:
     """Ray's control plane listens on all interfaces."""
     if not has_kind(manifests, "NetworkPolicy"):
         yield "no NetworkPolicy"
@@ -249,8 +250,8 @@ def the_network_is_closed(manifests: Manifests) -> Iterator[str]:
 
 
 @rule
-def shared_memory_has_room(manifests: Manifests) -> Iterator[str]:
-    """Kubernetes gives 64 MiB otherwise: too little for Ray and for ranks."""
+def shared_memory_is_mounted(manifests: Manifests) -> Iterator[str]:
+    """The default of Kubernetes is 64 MiB, too little for Ray and for ranks."""
     for pod in pods(manifests):
         memory = {
             volume["name"]
@@ -263,4 +264,4 @@ def shared_memory_has_room(manifests: Manifests) -> Iterator[str]:
             if mount["mountPath"] == "/dev/shm"
         }
         if not mounted & memory:
-            yield f"{container(pod)['name']}: /dev/shm is not in memory of its own"
+            yield f"{container(pod)['name']}: /dev/shm is not a volume in memory"

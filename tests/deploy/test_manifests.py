@@ -1,4 +1,4 @@
-"""What the chart renders and kustomize builds: valid by schema, and by rules of our own."""
+"""The rendered chart and the kustomize overlays: schemas, and the rules of `rules.py`."""
 
 from __future__ import annotations
 
@@ -36,42 +36,44 @@ DEPLOY = ROOT / "deploy"
 VARIANTS = sorted(path.stem for path in (DEPLOY / "values").glob("*.yaml"))
 RAY_SERVICE = json.loads((Path(__file__).parent / "schemas/rayservice-v1.schema.json").read_text())
 OPERATORS = {"PodMonitor", "PrometheusRule"}
-"""Of the Prometheus Operator, whose schemas are not here: rules and promtool look at them."""
+"""Kinds of the Prometheus Operator, checked by rules and promtool instead of schemas."""
 
 
 def committed(variant: str) -> Manifests:
+    """Return the committed manifests of a variant."""
     return parse((DEPLOY / "kustomize" / variant / "ladderstitch.yaml").read_text())
 
 
 def run(*command: str) -> str:
+    """Return the output of a command that must succeed."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_helm_lints_and_kustomize_holds_what_it_renders(helm: str, variant: str) -> None:
+def test_chart_lints_and_kustomize_matches_it(helm: str, variant: str) -> None:
     values = str(DEPLOY / "values" / f"{variant}.yaml")
     run(helm, "lint", "--strict", str(DEPLOY / "chart"), "-f", values)
     run(sys.executable, "scripts/manifests.py", "--check")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_kustomize_builds_an_overlay(kubectl: str, variant: str) -> None:
+def test_kustomize_builds_each_overlay(kubectl: str, variant: str) -> None:
     built = parse(run(kubectl, "kustomize", str(DEPLOY / "kustomize" / variant)))
     assert sorted(m["kind"] for m in built) == sorted(m["kind"] for m in committed(variant))
 
 
 def with_gateway(helm: str, *flags: str) -> Manifests:
-    """What enabling the gateway adds."""
+    """Return the manifests that exist only with the gateway enabled."""
     command = (helm, "template", "ladderstitch", str(DEPLOY / "chart"), *flags)
-    bare, whole = (
+    without, complete = (
         parse(run(*command, "--set", f"gateway.enabled={on}")) for on in ("false", "true")
     )
-    return [manifest for manifest in whole if manifest not in bare]
+    return [manifest for manifest in complete if manifest not in without]
 
 
-def test_a_gateway_is_valid_drains_and_reaches_the_replicas(helm: str) -> None:
+def test_gateway_manifests_are_valid_and_reach_replicas(helm: str) -> None:
     import kubernetes_validate
 
     added = with_gateway(helm)
@@ -85,21 +87,21 @@ def test_a_gateway_is_valid_drains_and_reaches_the_replicas(helm: str) -> None:
     ]
     pod = of_kind(added, "Deployment")["spec"]["template"]
     fields = yaml.safe_load(of_kind(added, "ConfigMap")["data"]["gateway.yaml"])
-    settings = GatewayConfig.model_validate(fields)
+    config = GatewayConfig.model_validate(fields)
     assert container(pod)["command"][:2] == ["ladderstitch", "gateway"]
     declared = {port["name"]: port["containerPort"] for port in container(pod)["ports"]}
     assert declared == {
-        "grpc": settings.port,
-        "health": settings.health_port,
-        "ls-metrics": settings.metrics_port,
+        "grpc": config.port,
+        "health": config.health_port,
+        "ls-metrics": config.metrics_port,
     }
-    assert container(pod)["readinessProbe"]["grpc"]["port"] == settings.health_port
+    assert container(pod)["readinessProbe"]["grpc"]["port"] == config.health_port
     grace_s = pod["spec"]["terminationGracePeriodSeconds"]
-    assert grace_s > settings.drain_announce_s + settings.drain_s
+    assert grace_s > config.drain_announce_s + config.drain_s
     replicas = of_kind(
         parse(run(helm, "template", "ladderstitch", str(DEPLOY / "chart"))), "Service"
     )
-    assert settings.replicas == (f"dns:{replicas['metadata']['name']}:8001",)
+    assert config.replicas == (f"dns:{replicas['metadata']['name']}:8001",)
     for kind in ("Service", "PodDisruptionBudget"):
         spec = of_kind(added, kind)["spec"]
         wanted = spec["selector"].get("matchLabels", spec["selector"])
@@ -111,7 +113,7 @@ def test_a_gateway_is_valid_drains_and_reaches_the_replicas(helm: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_manifests_are_valid_by_schema(variant: str) -> None:
+def test_manifests_match_their_schemas(variant: str) -> None:
     import kubernetes_validate
 
     for manifest in committed(variant):
@@ -119,7 +121,7 @@ def test_manifests_are_valid_by_schema(variant: str) -> None:
         if kind == "RayService":
             jsonschema.validate(manifest, RAY_SERVICE)
             for pod in (cluster([manifest])["headGroupSpec"]["template"], worker([manifest])):
-                # KubeRay's schema leaves some of a pod's parts open
+                # KubeRay's schema does not describe all parts of a pod
                 whole = {"apiVersion": "v1", "kind": "Pod", "metadata": pod["metadata"]}
                 kubernetes_validate.validate(whole | {"spec": pod["spec"]}, "1.33", strict=True)
         elif kind not in OPERATORS:
@@ -127,18 +129,18 @@ def test_manifests_are_valid_by_schema(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_manifests_keep_our_rules(variant: str) -> None:
+def test_manifests_break_no_rule(variant: str) -> None:
     assert broken(committed(variant)) == {}
 
 
-def test_a_misspelt_value_is_refused(helm: str) -> None:
+def test_chart_with_misspelt_value_fails(helm: str) -> None:
     command = [helm, "template", "x", str(DEPLOY / "chart"), "--set", "replicas.maximum=3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode != 0
     assert "maximum" in done.stderr
 
 
-def test_values_reach_the_server(helm: str) -> None:
+def test_chart_values_reach_the_server(helm: str) -> None:
     sets = "server.threads=3,tls.mutual=true,scheduling.min_quality=0.9,monitoring.rules=false"
     text = run(helm, "template", "x", str(DEPLOY / "chart"), "--set-json", sets)
     manifests = parse(text)
@@ -150,24 +152,27 @@ def test_values_reach_the_server(helm: str) -> None:
     assert broken(manifests) == {}
 
 
-def test_what_the_templates_rely_on_cannot_be_overridden(helm: str) -> None:
+def test_chart_keeps_fields_that_templates_rely_on(helm: str) -> None:
     text = run(helm, "template", "x", str(DEPLOY / "chart"), "--set", "server.port=1234")
     assert application(parse(text))["args"]["port"] == 8001
 
 
-def serve_config(manifests: Manifests, change: Callable[[Manifest], object]) -> None:
-    """Change the only application of `serveConfigV2`."""
+def change_application(manifests: Manifests, change: Callable[[Manifest], object]) -> None:
+    """Change the only application of `serveConfigV2` in place."""
     spec = of_kind(manifests, "RayService")["spec"]
-    config = yaml.safe_load(spec["serveConfigV2"])
-    change(config["applications"][0])
-    spec["serveConfigV2"] = yaml.safe_dump(config)
+    serve_config = yaml.safe_load(spec["serveConfigV2"])
+    change(serve_config["applications"][0])
+    spec["serveConfigV2"] = yaml.safe_dump(serve_config)
 
 
 def rename_port(manifests: Manifests) -> None:
+    """Rename the port of gRPC."""
     container(worker(manifests))["ports"][1]["name"] = "grpc"
 
 
 def without_kind(kind: str) -> Callable[[Manifests], None]:
+    """Return a function that removes the manifest of a kind."""
+
     def remove(manifests: Manifests) -> None:
         manifests.remove(of_kind(manifests, kind))
 
@@ -175,54 +180,55 @@ def without_kind(kind: str) -> Callable[[Manifests], None]:
 
 
 def without_shared_memory(manifests: Manifests) -> None:
+    """Remove the mount of /dev/shm."""
     mounts = container(worker(manifests))["volumeMounts"]
     mounts[:] = [mount for mount in mounts if mount["name"] != "shm"]
 
 
 BREAKING: dict[str, Callable[[Manifests], object]] = {
     "serve_ports_are_named_for_kuberay": rename_port,
-    "the_server_takes_its_settings": lambda m: serve_config(
+    "server_accepts_its_config": lambda m: change_application(
         m, lambda app: app["args"].update(rank=1)
     ),
     "pods_drain_before_they_stop": lambda m: container(worker(m)).pop("lifecycle"),
     "grace_is_longer_than_the_drain": lambda m: worker(m)["spec"].update(
         terminationGracePeriodSeconds=30
     ),
-    "readiness_is_the_replicas_own": lambda m: container(worker(m)).pop("readinessProbe"),
+    "readiness_probe_asks_the_replica": lambda m: container(worker(m)).pop("readinessProbe"),
     "disruptions_are_limited": without_kind("PodDisruptionBudget"),
-    "the_service_is_headless_and_finds_replicas": lambda m: of_kind(m, "Service")["spec"].pop(
+    "service_is_headless_and_selects_replicas": lambda m: of_kind(m, "Service")["spec"].pop(
         "clusterIP"
     ),
-    "services_lead_to_what_the_server_listens_on": lambda m: serve_config(
+    "services_target_ports_of_the_server": lambda m: change_application(
         m, lambda app: app["args"].update(http_port=8081)
     ),
     "metrics_are_declared_and_scraped": lambda m: container(worker(m))["ports"].pop(),
-    "every_container_is_bounded": lambda m: container(head(m))["resources"].pop("limits"),
-    "ranks_and_gpus_fit_the_pod": lambda m: serve_config(
+    "containers_have_requests_and_limits": lambda m: container(head(m))["resources"].pop("limits"),
+    "ranks_and_gpus_fit_the_pod": lambda m: change_application(
         m, lambda app: app["deployments"][0].pop("max_replicas_per_node")
     ),
-    "there_are_nodes_for_all_replicas": lambda m: worker_group(m).update(maxReplicas=1),
-    "callers_are_authenticated": lambda m: serve_config(
+    "worker_group_fits_all_replicas": lambda m: worker_group(m).update(maxReplicas=1),
+    "callers_are_authenticated": lambda m: change_application(
         m, lambda app: app["args"].update(insecure_public=True)
     ),
-    "pods_have_no_privileges": lambda m: container(worker(m)).pop("securityContext"),
-    "the_network_is_closed": without_kind("NetworkPolicy"),
-    "shared_memory_has_room": without_shared_memory,
+    "pods_are_unprivileged": lambda m: container(worker(m)).pop("securityContext"),
+    "network_policy_closes_other_ports": without_kind("NetworkPolicy"),
+    "shared_memory_is_mounted": without_shared_memory,
 }
 
 
-def test_every_rule_has_a_manifest_that_breaks_it() -> None:
+def test_every_rule_has_a_breaking_change() -> None:
     assert BREAKING.keys() == {rule.__name__ for rule in RULES}
 
 
 @pytest.mark.parametrize("name", BREAKING)
-def test_a_rule_notices_what_breaks_it(name: str) -> None:
+def test_rule_reports_its_breaking_change(name: str) -> None:
     manifests = copy.deepcopy(committed("cpu"))
     BREAKING[name](manifests)
     assert name in broken(manifests)
 
 
-def test_the_image_has_what_kuberay_runs_in_it() -> None:
+def test_image_installs_the_commands_of_kuberay() -> None:
     text = (DEPLOY / "image/Dockerfile").read_text()
     installed = re.search(r"apt-get install -y --no-install-recommends (.*) \\", text)
     assert installed is not None
@@ -231,11 +237,11 @@ def test_the_image_has_what_kuberay_runs_in_it() -> None:
     assert "HEALTHCHECK" in text
 
 
-def test_the_image_is_linted() -> None:
+def test_image_passes_hadolint() -> None:
     run(tool("hadolint"), str(DEPLOY / "image/Dockerfile"))
 
 
-def test_the_example_of_a_token_file_loads() -> None:
+def test_example_token_file_loads() -> None:
     from ladderstitch.security.tokens import load_tokens
 
     names = {token.name for token in load_tokens(ROOT / "examples/tokens.yaml").values()}

@@ -1,4 +1,4 @@
-"""Files from elsewhere: weights are read, nothing in the file is run."""
+"""Tests of reading foreign checkpoints: weights are read, no code of the file is run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ WEIGHTS = {"a.weight": torch.arange(4.0), "b": torch.tensor(3)}
 
 
 def configuration(module: str) -> object:
-    """An object of a class that nobody here has: a dictionary with attributes."""
+    """Return an object of a class that is not installed: a dictionary with attributes."""
     node = type("CfgNode", (dict,), {"__module__": module})
     for name in (module.partition(".")[0], module):
         sys.modules[name] = types.ModuleType(name)
-    sys.modules[module].CfgNode = node  # type: ignore[attr-defined]  # made up
+    sys.modules[module].CfgNode = node  # type: ignore[attr-defined]  # created for the test
     made = node(LEARNING_RATE=0.1, NESTED=node(DEPTH=3))
     made.__dict__["_immutable"] = True
     return made
@@ -46,7 +46,7 @@ def configuration(module: str) -> object:
     ],
     ids=["plain", "state_dict", "namespace", "yacs"],
 )
-def test_weights_come_out_whatever_lies_beside_them(
+def test_read_weights_ignores_other_objects_in_the_file(
     tmp_path: Path, wrapped: Callable[[], object], zipped: bool
 ) -> None:
     try:
@@ -61,7 +61,7 @@ def test_weights_come_out_whatever_lies_beside_them(
 
 
 class Trap:
-    """Pickles as a call."""
+    """An object whose pickle calls a function when it is loaded."""
 
     def __init__(self, function: Callable[..., object], *arguments: object) -> None:
         self.call = function, arguments
@@ -72,7 +72,7 @@ class Trap:
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("function", [os.mkdir, eval, exec, __import__, Path.mkdir])
-def test_a_file_that_would_run_code_is_refused_and_runs_nothing(
+def test_checkpoint_that_would_run_code_raises_and_runs_none(
     tmp_path: Path, function: Callable[..., object], zipped: bool
 ) -> None:
     target = tmp_path / "ran"
@@ -80,13 +80,13 @@ def test_a_file_that_would_run_code_is_refused_and_runs_nothing(
     trap = Trap(function, str(target) if function in (os.mkdir, Path.mkdir) else code)
     payload = {"model": WEIGHTS, "extra": trap}
     torch.save(payload, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(DataError, match="refused, since loading it would call"):
+    with pytest.raises(DataError, match="rejected, since loading it would call"):
         read_weights(tmp_path / "x.pth")
     assert not target.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02}q\x00.", b"PK\x03\x04"])
-def test_what_is_no_checkpoint_is_said_so(tmp_path: Path, content: bytes) -> None:
+def test_read_weights_of_another_format_raises(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(DataError, match=r"x.pth: (not a readable checkpoint|expected tensors)"):
         read_weights(tmp_path / "x.pth")

@@ -1,4 +1,4 @@
-"""`ladderstitch import`: others' checkpoints become bundles that load and answer."""
+"""Tests of `ladderstitch import`: foreign checkpoints become bundles that load and answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from ladderstitch.cli import app
-from ladderstitch.vision.bundle import Bundle
+from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.models.executor import StitchExecutor
 from tests.conftest import GOLDEN
 
@@ -51,7 +51,7 @@ def photographs(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("pickled", [True, False])
-def test_a_released_family_answers_as_recorded(tmp_path: Path, pickled: bool) -> None:
+def test_import_of_a_released_family_gives_recorded_outputs(tmp_path: Path, pickled: bool) -> None:
     case = load_file(GOLDEN / "snnet_deit_k3s2.safetensors")
     sheet = json.loads((GOLDEN / "snnet_deit_k3s2.json").read_text())
     weights = {k.removeprefix("weights."): v for k, v in case.items() if k.startswith("weights.")}
@@ -62,16 +62,18 @@ def test_a_released_family_answers_as_recorded(tmp_path: Path, pickled: bool) ->
     result = runner.invoke(app, [*arguments, "--config", str(tmp_path / "sizes.json")])
     assert result.exit_code == 0, result.output
     assert "43 networks" in " ".join(result.output.split())
-    bundle = Bundle.load(tmp_path / "bundle")
+    bundle = VisionBundle.load(tmp_path / "bundle")
     model = StitchExecutor(bundle.load_model())
     with torch.inference_mode():
         for stitch in (0, 2, 7, 40):
             wanted = case[f"output.{stitch}"]
             difference = (model(case["input"], stitch) - wanted).abs().max()
-            assert difference < 0.02 * wanted.abs().max()  # weights are in half precision
+            assert (
+                difference < 0.02 * wanted.abs().max()
+            )  # the bundle's weights are in half precision
 
 
-def test_plain_networks_are_stitched_on_photographs(tmp_path: Path, photographs: Path) -> None:
+def test_import_of_anchors_stitches_them_on_photographs(tmp_path: Path, photographs: Path) -> None:
     models = [hf_vit(tmp_path / "small", 16), hf_vit(tmp_path / "large", 24)]
     files = [str(tmp_path / size / "model.safetensors") for size in ("small", "large")]
     (tmp_path / "labels.txt").write_text("ant\nbee\ncat\ndog\neel\n")
@@ -95,7 +97,7 @@ def test_plain_networks_are_stitched_on_photographs(tmp_path: Path, photographs:
         ],
     )
     assert result.exit_code == 0, result.output
-    bundle = Bundle.load(tmp_path / "bundle")
+    bundle = VisionBundle.load(tmp_path / "bundle")
     assert (bundle.manifest.name, bundle.manifest.labels[2]) == ("zoo", "cat")
     assert bundle.manifest.preprocessing.mean == (0.5, 0.5, 0.5)
     assert bundle.manifest.preprocessing.std == (0.5, 0.25, 0.5)
@@ -109,36 +111,42 @@ def test_plain_networks_are_stitched_on_photographs(tmp_path: Path, photographs:
         assert serving(images, 8).isfinite().all()
 
 
-def test_unequal_depths_are_stitched_both_ways(tmp_path: Path, photographs: Path) -> None:
+def test_import_of_anchors_of_unequal_depth_is_snnetv2(tmp_path: Path, photographs: Path) -> None:
     hf_vit(tmp_path / "small", 16, depth=2)
     hf_vit(tmp_path / "large", 24, depth=4)
     files = [str(tmp_path / size / "model.safetensors") for size in ("small", "large")]
     arguments = ["import", *files, "--into", str(tmp_path / "b"), "--images", str(photographs)]
     assert runner.invoke(app, arguments).exit_code == 0
-    assert Bundle.load(tmp_path / "b").manifest.family == "snnetv2"
+    assert VisionBundle.load(tmp_path / "b").manifest.family == "snnetv2"
 
 
-def test_what_cannot_be_imported_says_why(tmp_path: Path) -> None:
+def test_import_that_fails_reports_the_reason(tmp_path: Path) -> None:
     hf_vit(tmp_path / "small", 16)
     hf_vit(tmp_path / "large", 24)
     files = [str(tmp_path / size / "model.safetensors") for size in ("small", "large")]
     into = ["--into", str(tmp_path / "bundle")]
 
-    def said(*arguments: str) -> str:
+    def error_of(*arguments: str) -> str:
         result = runner.invoke(app, ["import", *arguments, *into])
         assert result.exit_code == 2
         return " ".join(result.output.split())
 
-    assert "images: expected a folder of photographs" in said(*files)
-    assert "expected one of a snnet-deit, got 2" in said(*files, "--family", "snnet-deit")
-    assert "expected one of ['learngene-pool'" in said(
+    assert "images: expected a folder of photographs" in error_of(*files)
+    assert "checkpoints: expected one file for snnet-deit, got 2" in error_of(
+        *files, "--family", "snnet-deit"
+    )
+    assert "expected one of ['learngene-pool'" in error_of(
         files[0], "--family", "nonsense", "--config", str(tmp_path / "small" / "config.json")
     )
-    assert "snnet-levit has no usual sizes" in said(files[0], "--family", "snnet-levit")
-    assert "wrong tensors: missing anchors.0.blocks.0" in said(files[0], "--family", "snnet-deit")
-    assert "No such file" in said(files[0], "--labels", str(tmp_path / "none.txt"))
-    assert "mean: expected numbers such as 0.5,0.5,0.5, got grey" in said(
+    assert "snnet-levit has no published configuration" in error_of(
+        files[0], "--family", "snnet-levit"
+    )
+    assert "wrong tensors: missing anchors.0.blocks.0" in error_of(
+        files[0], "--family", "snnet-deit"
+    )
+    assert "No such file" in error_of(files[0], "--labels", str(tmp_path / "none.txt"))
+    assert "mean: expected numbers such as 0.5,0.5,0.5, got grey" in error_of(
         files[0], "--mean", "grey"
     )
-    assert "mean: expected 3 values" in said(files[0], "--mean", "0.5")
+    assert "mean: expected 3 values" in error_of(files[0], "--mean", "0.5")
     assert not (tmp_path / "bundle").exists()

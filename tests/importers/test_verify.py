@@ -1,4 +1,4 @@
-"""`ladderstitch verify`: golden cases pass, and anything wrong with one is found and named."""
+"""Tests of `ladderstitch verify`: golden cases pass, planted mistakes are found and named."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.conftest import GOLDEN, golden_cases
 runner = CliRunner()
 
 
-def planted(tmp_path: Path, *, tensor: str | None = None, **config: object) -> Path:
-    """A copy of a golden case with one tensor nudged or configuration fields replaced."""
+def plant_mistake(tmp_path: Path, *, tensor: str | None = None, **config: object) -> Path:
+    """Write a copy of a golden case with one tensor or some configuration fields changed."""
     tensors = load_file(GOLDEN / "snnet_deit_k3s2.safetensors")
     if tensor:
         tensors[tensor] = tensors[tensor] * 1.01
@@ -30,7 +30,7 @@ def planted(tmp_path: Path, *, tensor: str | None = None, **config: object) -> P
     return path
 
 
-def test_every_golden_case_of_stitched_families_passes(
+def test_verify_passes_every_golden_case_of_stitched_families(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     cases = [case for family in LAYOUTS for case in golden_cases(family)]
@@ -44,8 +44,8 @@ def test_every_golden_case_of_stitched_families_passes(
     assert "pass snnetv2_12_24: snnetv2, 135 ids, largest relative error" in result.output
 
 
-def test_one_wrong_weight_fails_and_exits_1(tmp_path: Path) -> None:
-    path = planted(tmp_path, tensor="weights.stitch_layers.0.1.transform.bias")
+def test_verify_with_one_wrong_weight_exits_1(tmp_path: Path) -> None:
+    path = plant_mistake(tmp_path, tensor="weights.stitch_layers.0.1.transform.bias")
     result = runner.invoke(app, ["verify", str(GOLDEN / "lsq_swin.safetensors"), str(path)])
     assert result.exit_code == 1
     assert "pass lsq_swin" in result.output
@@ -58,17 +58,19 @@ def test_one_wrong_weight_fails_and_exits_1(tmp_path: Path) -> None:
     [{"final_norm_on_stitches": True}, {"final_norm_on_anchors": False}, {"layer_norm_eps": 1e-5}],
     ids=lambda m: next(iter(m)),
 )
-def test_typical_mistakes_are_seen(tmp_path: Path, mistake: dict[str, object]) -> None:
-    assert runner.invoke(app, ["verify", str(planted(tmp_path, **mistake))]).exit_code == 1
+def test_verify_detects_typical_configuration_mistakes(
+    tmp_path: Path, mistake: dict[str, object]
+) -> None:
+    assert runner.invoke(app, ["verify", str(plant_mistake(tmp_path, **mistake))]).exit_code == 1
 
 
-def test_a_wrong_enumeration_is_seen(tmp_path: Path) -> None:
-    result = runner.invoke(app, ["verify", str(planted(tmp_path, nearest_stitching=False))])
+def test_verify_detects_a_wrong_enumeration(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["verify", str(plant_mistake(tmp_path, nearest_stitching=False))])
     assert result.exit_code == 2
     assert "missing stitch_layers.2.0.transform.bias" in result.output.replace("\n", "")
 
 
-def test_least_squares_with_a_wrong_anchor_fails(tmp_path: Path) -> None:
+def test_verify_of_least_squares_with_a_wrong_anchor_exits_1(tmp_path: Path) -> None:
     tensors = load_file(GOLDEN / "lsq_swin.safetensors")
     tensors["weights.anchors.0.layers.2.blocks.0.mlp.fc1.weight"] *= -1
     save_file(tensors, tmp_path / "lsq.safetensors")
@@ -77,7 +79,7 @@ def test_least_squares_with_a_wrong_anchor_fails(tmp_path: Path) -> None:
     assert result.exit_code == 1
 
 
-def test_files_that_are_no_case_are_named(tmp_path: Path) -> None:
+def test_verify_names_files_that_are_not_a_case(tmp_path: Path) -> None:
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"\xff" * 20)
     broken.with_suffix(".json").write_text('{"family": "snnet-deit"}')
@@ -87,7 +89,7 @@ def test_files_that_are_no_case_are_named(tmp_path: Path) -> None:
         assert path.stem in result.output.replace("\n", "")
 
 
-def test_an_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
+def test_verify_of_an_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"input": torch.zeros(1)}, path)
     path.with_suffix(".json").write_text('{"family": "mystery", "config": {}}')

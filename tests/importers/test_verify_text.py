@@ -1,4 +1,4 @@
-"""Language models against recorded outputs of the original implementations, on 1 to 4 ranks."""
+"""Tests of language models against recorded outputs of the originals, on 1, 2 and 4 ranks."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ runner = CliRunner()
 CASES = [case for family in FAMILIES for case in golden_cases(family)]
 
 
-def planted(tmp_path: Path, case: str, change: dict[str, object]) -> Path:
-    """A copy of a golden case whose sheet says something else at one place."""
-    sheet = json.loads((GOLDEN / f"{case}.json").read_text())
-    sheet["config"]["hf_config"] |= change
+def plant_mistake(tmp_path: Path, case: str, change: dict[str, object]) -> Path:
+    """Write a copy of a golden case with one field of its configuration changed."""
+    metadata = json.loads((GOLDEN / f"{case}.json").read_text())
+    metadata["config"]["hf_config"] |= change
     path = tmp_path / f"{case}.safetensors"
     save_file(load_file(GOLDEN / f"{case}.safetensors"), path)
-    path.with_suffix(".json").write_text(json.dumps(sheet))
+    path.with_suffix(".json").write_text(json.dumps(metadata))
     return path
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
-def test_every_recorded_output_on_every_rank_count(case: Path) -> None:
+def test_verify_passes_every_output_on_every_rank_count(case: Path) -> None:
     result = runner.invoke(app, ["verify", str(case)])
     assert result.exit_code == 0, result.output
     assert f"pass {case.stem}" in result.output
 
 
-def test_the_clone_holds_every_scheme() -> None:
+def test_golden_folder_has_the_expected_text_cases() -> None:
     assert {"desync_gpt", "hf_llama_tied_rope"} <= {case.stem for case in CASES}
 
 
@@ -48,8 +48,10 @@ def test_the_clone_holds_every_scheme() -> None:
     ],
     ids=["base", "scaling", "epsilon", "kind"],
 )
-def test_typical_mistakes_are_seen(tmp_path: Path, change: dict[str, object]) -> None:
-    path = planted(tmp_path, "hf_llama_tied_rope", change)
+def test_verify_detects_typical_configuration_mistakes(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    path = plant_mistake(tmp_path, "hf_llama_tied_rope", change)
     result = runner.invoke(app, ["verify", str(path)])
     assert result.exit_code == 1
     assert "FAIL hf_llama_tied_rope" in result.output

@@ -1,4 +1,4 @@
-"""Pretrained networks in others' layouts give the logits of the others' implementations."""
+"""Tests of anchors in Hugging Face's and timm's layout against the original implementations."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ladderstitch.errors import BundleError, DataError
-from ladderstitch.importers.vision_anchors import load_anchor, plain_anchor
+from ladderstitch.importers.vision_anchors import anchor_from_tensors, load_anchor
 
 
-def shaken(model: nn.Module, std: float = 0.1) -> nn.Module:
-    """Random everywhere, also where an initialisation is neutral."""
+def randomise(model: nn.Module, std: float = 0.1) -> nn.Module:
+    """Set all parameters to random values, also those that are initialised to 0 or 1."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, 1.0 if "norm" in name and name.endswith("weight") else 0.0, std)
@@ -74,12 +74,14 @@ def resnet(kind: str) -> nn.Module:
     ("name", "image"),
     [("vit", 32), ("deit", 32), ("distilled", 32), ("swin", 64), ("basic", 64), ("bottleneck", 64)],
 )
-def test_hugging_face_layouts(tmp_path: Path, name: str, image: int) -> None:
+def test_anchor_in_hugging_face_layout_gives_its_logits(
+    tmp_path: Path, name: str, image: int
+) -> None:
     if name in ("basic", "bottleneck"):
         model = resnet(name)
     else:
         model = swin() if name == "swin" else vit(name)
-    shaken(model).save_pretrained(tmp_path)
+    randomise(model).save_pretrained(tmp_path)
     anchor = load_anchor(tmp_path / "model.safetensors")
     images = torch.randn(2, 3, image, image)
     with torch.inference_mode():
@@ -88,7 +90,7 @@ def test_hugging_face_layouts(tmp_path: Path, name: str, image: int) -> None:
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-REAL = {
+REAL_SIZES = {
     "DeiT-S": lambda: hf.ViTForImageClassification(
         hf.ViTConfig(
             hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000
@@ -104,9 +106,9 @@ REAL = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REAL)
-def test_hugging_face_layouts_at_real_sizes(tmp_path: Path, name: str) -> None:
-    model = shaken(REAL[name](), std=0.03)
+@pytest.mark.parametrize("name", REAL_SIZES)
+def test_anchor_of_real_size_gives_its_logits(tmp_path: Path, name: str) -> None:
+    model = randomise(REAL_SIZES[name](), std=0.03)
     model.save_pretrained(tmp_path)
     images = torch.randn(2, 3, 224, 224)
     with torch.inference_mode():
@@ -117,9 +119,9 @@ def test_hugging_face_layouts_at_real_sizes(tmp_path: Path, name: str) -> None:
     assert error <= 1e-4
 
 
-def test_timm_layouts_need_no_configuration(tmp_path: Path) -> None:
-    """timm's names are ours, but for the newer Swin's."""
-    shaken(swin()).save_pretrained(tmp_path)
+def test_anchor_in_timm_layout_needs_no_configuration(tmp_path: Path) -> None:
+    """timm's names are ours, except for those of the newer Swin."""
+    randomise(swin()).save_pretrained(tmp_path)
     anchor = load_anchor(tmp_path / "model.safetensors")
     moved = dict(anchor.tensors)
     for stage in (1, 0):
@@ -135,8 +137,8 @@ def test_timm_layouts_need_no_configuration(tmp_path: Path) -> None:
     torch.testing.assert_close(again.build()(images), anchor.build()(images))
 
 
-def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
-    shaken(vit("vit")).save_pretrained(tmp_path)
+def test_anchor_that_does_not_fit_raises_with_the_names(tmp_path: Path) -> None:
+    randomise(vit("vit")).save_pretrained(tmp_path)
     anchor = load_anchor(tmp_path / "model.safetensors")
     tensors = dict(anchor.tensors)
     tensors["blocks.1.norm1.weight"] = torch.zeros(3)
@@ -144,14 +146,14 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         BundleError, match=r"blocks.1.norm1.weight: expected \(48,\), got \(3,\)"
     ) as e:
-        plain_anchor(tensors, {"num_attention_heads": 3}).build()
+        anchor_from_tensors(tensors, {"num_attention_heads": 3}).build()
     assert "missing blocks.2.mlp.fc2.bias" in str(e.value)
     assert "unknown extra" in str(e.value)
     with pytest.raises(DataError, match="expected a ViT or DeiT"):
-        plain_anchor({"weird": torch.zeros(1)}, {})
+        anchor_from_tensors({"weird": torch.zeros(1)}, {})
     del tensors["patch_embed.proj.weight"]
     with pytest.raises(DataError, match=r"expected the tensor 'patch_embed.proj.weight' of a vit"):
-        plain_anchor(tensors, {})
+        anchor_from_tensors(tensors, {})
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 7}))
     with pytest.raises(Exception, match="num_heads: expected a divisor of embed_dim 48, got 7"):
         load_anchor(tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter here, which is chosen when triton is imported."""
+"""Runs the kernels in Triton's interpreter, which is chosen when triton is imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VARIABLE = "TRITON_INTERPRET"
 
 _before = os.environ.get(VARIABLE)
 os.environ[VARIABLE] = "1"
-import ladderstitch_kernels  # noqa: E402, F401  (its functions become interpreted ones here)
+import ladderstitch_kernels  # noqa: E402, F401  (its kernels become interpreted on this import)
 
 if _before is None:
     del os.environ[VARIABLE]
@@ -27,13 +27,13 @@ def _interpreter() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel does not write is NaN, not what a freed tensor left there."""
+    """Fill new tensors with NaN, so that elements which a kernel does not write are detected."""
 
-    def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def filled(*args: object, **kwargs: object) -> torch.Tensor:
+    def fill_with_nan(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def make_filled(*args: object, **kwargs: object) -> torch.Tensor:
             return make(*args, **kwargs).fill_(float("nan"))
 
-        return filled
+        return make_filled
 
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch, "empty", fill_with_nan(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", fill_with_nan(torch.empty_like))

@@ -1,4 +1,4 @@
-"""Kernels of one rank against their references, at odd shapes, in the interpreter."""
+"""Ops of a single rank, compared with their references at odd shapes in the interpreter."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def random() -> Callable[..., Tensor]:
 
 @dtypes
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 37), (2, 576), (1, 4097)])
-def test_add_rms_norm(m: int, n: int, dtype: torch.dtype, random: Callable[..., Tensor]) -> None:
+def test_add_rms_norm_matches_reference(
+    m: int, n: int, dtype: torch.dtype, random: Callable[..., Tensor]
+) -> None:
     x, residual, weight = random(m, n, dtype=dtype), random(m, n, dtype=dtype), random(n)
     expected = reference.add_rms_norm(x, residual, weight.to(dtype), 1e-5)
     got = add_rms_norm(x, residual, weight.to(dtype), 1e-5)
@@ -46,7 +48,9 @@ def test_add_rms_norm(m: int, n: int, dtype: torch.dtype, random: Callable[..., 
 
 @dtypes
 @pytest.mark.parametrize(("m", "f"), [(1, 1), (3, 37), (2, 1536), (0, 8)])
-def test_swiglu(m: int, f: int, dtype: torch.dtype, random: Callable[..., Tensor]) -> None:
+def test_swiglu_matches_reference(
+    m: int, f: int, dtype: torch.dtype, random: Callable[..., Tensor]
+) -> None:
     gate_up = random(m, 2 * f, dtype=dtype) * 4
     assert_close(swiglu(gate_up), reference.swiglu(gate_up))
 
@@ -55,7 +59,7 @@ def test_swiglu(m: int, f: int, dtype: torch.dtype, random: Callable[..., Tensor
 @pytest.mark.parametrize(
     ("tokens", "heads", "kv_heads", "width"), [(1, 1, 1, 2), (5, 3, 1, 10), (3, 9, 3, 64)]
 )
-def test_rope_append(
+def test_rope_append_matches_reference(
     tokens: int,
     heads: int,
     kv_heads: int,
@@ -87,7 +91,7 @@ def test_rope_append(
         (9, 3, 64, 16, [130, 33]),
     ],
 )
-def test_paged_decode_attention(
+def test_paged_decode_attention_matches_reference(
     heads: int,
     kv_heads: int,
     width: int,
@@ -98,22 +102,22 @@ def test_paged_decode_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("ladderstitch_kernels.ops.decode_attention.sms", lambda device: 8)
-    most = -(-max(lengths) // page)
+    max_pages = -(-max(lengths) // page)
     q = random(len(lengths), heads, width, dtype=dtype)
-    caches = random(2, most * len(lengths) + 2, page, kv_heads, width, dtype=dtype)
+    caches = random(2, max_pages * len(lengths) + 2, page, kv_heads, width, dtype=dtype)
     caches[:, -1] = float("nan")  # a page that no sequence owns
-    order = torch.randperm(most * len(lengths), generator=torch.Generator().manual_seed(2))
-    pages = order.view(len(lengths), most).int()
-    used = torch.arange(most) < -(-torch.tensor(lengths)[:, None] // page)
+    order = torch.randperm(max_pages * len(lengths), generator=torch.Generator().manual_seed(2))
+    pages = order.view(len(lengths), max_pages).int()
+    used = torch.arange(max_pages) < -(-torch.tensor(lengths)[:, None] // page)
     expected = reference.paged_decode_attention(q, *caches, pages, torch.tensor(lengths))
-    strangers = torch.where(used, pages, caches.shape[1] - 1)
+    unowned = torch.where(used, pages, caches.shape[1] - 1)
     got = paged_decode_attention(
-        q, *caches, strangers.int(), torch.tensor(lengths, dtype=torch.int32)
+        q, *caches, unowned.int(), torch.tensor(lengths, dtype=torch.int32)
     )
     assert_close(got, expected)
 
 
-def test_a_sequence_is_split_to_fill_the_processors() -> None:
+def test_split_sequence_fills_the_processors() -> None:
     assert split_sequence(128 * 1024, 256, 132) == (1, 128 * 1024)
     assert split_sequence(10, 1, 132) == (1, 64)
     for tokens, rows in [(1000, 3), (4160, 7), (100_000, 1), (131_072, 8)]:
@@ -125,7 +129,7 @@ def test_a_sequence_is_split_to_fill_the_processors() -> None:
 @dtypes
 @pytest.mark.parametrize("rank", [0, 1, 5], ids=lambda rank: f"rank{rank}")
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (5, 37, 19), (70, 64, 130)])
-def test_stitch_linear(
+def test_stitch_linear_and_stitch_pending_match_reference(
     m: int, k: int, n: int, rank: int, dtype: torch.dtype, random: Callable[..., Tensor]
 ) -> None:
     x, pending, weight = (random(*shape, dtype=dtype) for shape in ((m, k), (m, k), (n, k)))
@@ -133,12 +137,12 @@ def test_stitch_linear(
     low = (random(rank, k, dtype=dtype), random(n, rank, dtype=dtype)) if rank else (None, None)
     assert_close(stitch_linear(x, weight), reference.stitch_linear(x, weight))
     expected = reference.stitch_pending(x, pending, weight, bias, *low)
-    for got, wanted in zip(stitch_pending(x, pending, weight, bias, *low), expected, strict=True):
-        assert_close(got, wanted)
+    for got, part in zip(stitch_pending(x, pending, weight, bias, *low), expected, strict=True):
+        assert_close(got, part)
     assert_close(stitch_linear(x, weight, bias, *low), expected[0])
 
 
-def test_references_agree_with_torch(random: Callable[..., Tensor]) -> None:
+def test_reference_norm_swiglu_and_stitch_match_torch(random: Callable[..., Tensor]) -> None:
     x, residual, weight = random(3, 37), random(3, 37), random(37)
     total, normed = reference.add_rms_norm(x, residual, weight, 1e-5)
     torch.testing.assert_close(total, x + residual)
@@ -152,7 +156,7 @@ def test_references_agree_with_torch(random: Callable[..., Tensor]) -> None:
     )
 
 
-def test_reference_attention_agrees_with_torch(random: Callable[..., Tensor]) -> None:
+def test_reference_attention_matches_torch(random: Callable[..., Tensor]) -> None:
     q, keys, values = random(1, 6, 8), random(1, 7, 2, 8), random(1, 7, 2, 8)
     got = reference.paged_decode_attention(
         q, keys.view(7, 1, 2, 8), values.view(7, 1, 2, 8), torch.arange(7)[None], torch.tensor([7])
@@ -163,7 +167,7 @@ def test_reference_attention_agrees_with_torch(random: Callable[..., Tensor]) ->
     torch.testing.assert_close(got, expected[:, :, 0])
 
 
-def test_reference_rotation_agrees_with_complex_numbers(random: Callable[..., Tensor]) -> None:
+def test_reference_rotation_matches_complex_numbers(random: Callable[..., Tensor]) -> None:
     qkv, angles = random(4, 3, 6), random(9, 3)
     positions, slots = torch.tensor([8, 0, 3, 3]), torch.tensor([0, 1, 2, 3])
     keys, values = torch.zeros(4, 1, 1, 6), torch.zeros(4, 1, 1, 6)
@@ -201,8 +205,6 @@ def test_reference_rotation_agrees_with_complex_numbers(random: Callable[..., Te
         ),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(
-    call: Callable[[Tensor], object], message: str
-) -> None:
+def test_ops_with_bad_argument_name_it(call: Callable[[Tensor], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.ones(2, 4))

@@ -1,4 +1,4 @@
-"""How far a kernel may be from its float32 reference, relative to the largest element."""
+"""Tolerances of kernels to their float32 references, relative to the largest element."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 TOLERANCES = {
     torch.float32: 1e-5,
     torch.float16: 2e-3,
-    torch.bfloat16: 1.6e-2,  # the interpreter truncates what it stores as bfloat16
+    torch.bfloat16: 1.6e-2,  # the interpreter truncates instead of rounding to bfloat16
 }
 DTYPES = tuple(TOLERANCES)
 
 
 def error(got: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest element; infinite if anything is not a number."""
+    """Return the largest difference over the largest element; infinite if an element is NaN."""
     if got.shape != expected.shape or got.dtype != expected.dtype or not got.isfinite().all():
         return float("inf")
     if not expected.numel():
@@ -24,6 +24,7 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
+    """Assert that the error is within the tolerance of the dtype."""
     assert error(got, expected) <= TOLERANCES[expected.dtype], (
         f"{error(got, expected):.2e} > {TOLERANCES[expected.dtype]:.0e} ({expected.dtype})"
     )

@@ -1,4 +1,4 @@
-"""A scheduler's record: planned again alike, told apart when something else was decided."""
+"""Tests of the replay of a scheduler's record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 
 from ladderstitch.errors import DataError, RequestError
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.telemetry.metrics import Metrics, VisionMetrics
+from ladderstitch.telemetry.metrics import Metrics
+from ladderstitch.telemetry.model_metrics import VisionMetrics
 from ladderstitch.vision.engine.base import EngineDied
 from ladderstitch.vision.scheduler.scheduler import Scheduler
 from ladderstitch_loadtest.simulation.replay import replay
@@ -25,18 +26,18 @@ from tests.support.image_scheduling import (
 
 
 async def record(path: Path) -> float:
-    """Forty requests, some refused, some given up, one batch lost; returns the value earned."""
+    """Record forty requests, some rejected or cancelled, one batch lost; return their quality."""
     clock = FakeClock()
     engine = ScriptedEngine(clock)
     batches = 0
 
-    def lose_the_third(images: object, variant: int) -> None:
+    def die_on_the_third(images: object, variant: int) -> None:
         nonlocal batches
         batches += 1
         if batches == 3:
-            raise EngineDied("lost")
+            raise EngineDied("killed")
 
-    engine.script = lose_the_third
+    engine.script = die_on_the_third
     with path.open("w") as file:
         scheduler = Scheduler(
             engine,
@@ -53,7 +54,7 @@ async def record(path: Path) -> float:
             for k in range(5):
                 budget_s = (0.0005, 0.004, 0.02, 0.1, math.inf)[k]
                 hard = clock.now + budget_s if k % 2 == 0 else math.inf
-                request = make_request(clock.now + budget_s, arrival=clock.now, limit=hard)
+                request = make_request(clock.now + budget_s, arrival=clock.now, hard=hard)
                 task = asyncio.create_task(scheduler.submit(request))
                 tasks.append(task)
                 budgets[task] = request.deadlines.soft
@@ -67,20 +68,20 @@ async def record(path: Path) -> float:
     return sum(getattr(end, "quality", 0.0) for end in ends)
 
 
-async def test_all_is_decided_again(tmp_path: Path) -> None:
+async def test_replay_repeats_every_decision(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    most = await record(path)
+    earned = await record(path)
     found = replay(path)
     assert found.exact, found.differences
     assert (found.admissions, len(found.offered)) == (40, 40)
     assert found.decisions > 8
-    best = max(QUALITY.values())  # who gave up while it was computed may count
-    assert 0 < found.recorded.effective_quality * 40 <= most + best
-    assert 0.5 < found.simulated("slackfit").attainment < 1.0
-    assert found.simulated("fixed 0") != found.simulated("fixed 2")
+    best = max(QUALITY.values())  # a request cancelled during compute may count
+    assert 0 < found.recorded.effective_quality * 40 <= earned + best
+    assert 0.5 < found.simulate("slackfit").attainment < 1.0
+    assert found.simulate("fixed 0") != found.simulate("fixed 2")
 
 
-async def test_what_was_decided_otherwise_is_named(tmp_path: Path) -> None:
+async def test_replay_names_a_decision_that_differs(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     await record(path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -95,7 +96,7 @@ async def test_what_was_decided_otherwise_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"), [("", "expected a record"), ('{"format": 2}\n[]', "expected format 1")]
 )
-def test_what_is_no_record_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_replay_of_another_file_is_rejected(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text(text)
     with pytest.raises(DataError, match=message):

@@ -1,4 +1,4 @@
-"""The simulator: arithmetic by hand, determinism, routing, what a neighbour does, the oracle."""
+"""Tests of the simulator, the policy sweep, the scenarios and the oracle."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 
 from ladderstitch.scheduling.load_report import PUSH_S
 from ladderstitch_loadtest.load.traces import BudgetClass, Trace, gamma
-from ladderstitch_loadtest.simulation.oracle import MOST_REQUESTS, oracle
+from ladderstitch_loadtest.simulation.oracle import MAX_REQUESTS, oracle
 from ladderstitch_loadtest.simulation.policy_sweep import (
-    compare,
-    runs_of,
-    settings_of,
+    count_runs,
+    policy_settings,
+    sweep_policies,
 )
 from ladderstitch_loadtest.simulation.profiles import Family, supernet
 from ladderstitch_loadtest.simulation.scenarios import Scenario, grid, short_grid
@@ -24,22 +24,22 @@ FAMILY = supernet()
 
 
 def trace_of(times: list[float], *budgets_s: float) -> Trace:
-    """Budgets in turn."""
+    """Return a trace of these arrivals, which get the budgets in turn."""
     classes = tuple(BudgetClass(str(b), b) for b in budgets_s)
     picks = np.arange(len(times)) % len(classes)
-    return Trace("by hand", np.array(times), picks, classes)
+    return Trace("test", np.array(times), picks, classes)
 
 
-def test_batches_take_their_profile() -> None:
-    """Stitch 0 takes 1.05 + 0.36 n ms; who comes while it runs waits and shares a batch."""
+def test_simulate_batches_take_their_profiled_seconds() -> None:
+    """Variant 0 takes 1.05 + 0.36 n ms; arrivals during a batch share the next one."""
     trace = trace_of([0.0, 0.0001, 0.0002, 0.01], 0.1)
-    got = simulate(FAMILY, trace, settings_of("fixed 0"), Machine(dispatch_overhead_s=0.0005))
+    got = simulate(FAMILY, trace, policy_settings("fixed 0"), Machine(dispatch_overhead_s=0.0005))
     assert got.total_s == pytest.approx(
         [0.00141 + 0.0005]
         + [0.00141 + 0.0005 + 0.00177 + 0.0005 - at for at in (1e-4, 2e-4)]
         + [0.00141 + 0.0005]
     )
-    assert got.rows == [1, 2, 2, 1]
+    assert got.batch_size == [1, 2, 2, 1]
     assert got.queue_s[1] == pytest.approx(0.00191 - 0.0001)
     summary = got.summary()
     assert summary.attainment == 1.0
@@ -47,21 +47,21 @@ def test_batches_take_their_profile() -> None:
     assert summary.mean_batch == pytest.approx(4 / 3)
 
 
-def test_hard_budgets_are_dropped_and_soft_ones_answered_late() -> None:
+def test_simulate_drops_hard_and_answers_soft_late() -> None:
     trace = trace_of([0.0, 0.0001], 0.0015)
-    hard = simulate(FAMILY, trace, settings_of("fixed 0"), Machine())
-    soft = simulate(FAMILY, trace, settings_of("fixed 0"), Machine(), hard=False)
+    hard = simulate(FAMILY, trace, policy_settings("fixed 0"), Machine())
+    soft = simulate(FAMILY, trace, policy_settings("fixed 0"), Machine(), hard=False)
     assert hard.met.tolist() == soft.met.tolist() == [True, False]
     assert hard.variant == [0, -1]
     assert soft.variant == [0, 0]
 
 
-def test_the_same_seed_gives_the_same_outcome() -> None:
+def test_simulate_with_the_same_seed_is_deterministic() -> None:
     scenario = Scenario("gamma", 0.6, 4.0, mixed=True, replicas=3)
     machine = Machine(replicas=3, spread=1.0)
     family = noisy(FAMILY)
     runs = [
-        simulate(family, scenario.trace(family, 5), settings_of("adaptive"), machine, seed=seed)
+        simulate(family, scenario.trace(family, 5), policy_settings("adaptive"), machine, seed=seed)
         for seed in (1, 1, 2)
     ]
     assert runs[0].variant == runs[1].variant
@@ -69,21 +69,21 @@ def test_the_same_seed_gives_the_same_outcome() -> None:
     assert runs[0].total_s != runs[2].total_s
 
 
-def test_requests_go_to_the_replica_with_the_most_slack_for_them() -> None:
+def test_simulate_routes_to_the_replica_with_most_slack() -> None:
     trace = trace_of([0.0, 0.0001, 0.0002], 0.1)
-    got = simulate(FAMILY, trace, settings_of("fixed 0"), Machine(replicas=3))
-    assert got.rows == [1, 1, 1]
+    got = simulate(FAMILY, trace, policy_settings("fixed 0"), Machine(replicas=3))
+    assert got.batch_size == [1, 1, 1]
     assert max(got.queue_s) == 0.0
 
 
-def test_routing_by_what_replicas_told_lately_costs_little() -> None:
+def test_simulate_with_delayed_reports_costs_little() -> None:
     scenario = Scenario("gamma", 0.5, 8.0, mixed=True, replicas=2)
-    known, told = (
+    known, delayed = (
         [
             simulate(
                 FAMILY,
                 scenario.trace(FAMILY, seed),
-                settings_of("adaptive"),
+                policy_settings("adaptive"),
                 Machine(replicas=2, push_s=push_s),
             ).summary()
             for seed in range(4)
@@ -91,17 +91,17 @@ def test_routing_by_what_replicas_told_lately_costs_little() -> None:
         for push_s in (0.0, PUSH_S)
     )
     for figure in ("attainment", "effective_quality"):
-        best, got = (np.mean([getattr(run, figure) for run in runs]) for runs in (known, told))
+        best, got = (np.mean([getattr(run, figure) for run in runs]) for runs in (known, delayed))
         assert got > best - 0.005
 
 
-def test_a_noisy_neighbour_is_over_within_a_second() -> None:
-    """Everything takes three times as long from 1 s to 2 s; attainment is back before 3 s."""
+def test_simulate_recovers_from_a_noisy_neighbour() -> None:
+    """Batches take three times as long from 1 s to 2 s; attainment is restored before 3 s."""
     rng = np.random.default_rng(1)
     budgets = [BudgetClass("shared", 0.036)]
-    trace = Trace.draw("hog", gamma(250.0, 1.0, 4.0, rng), budgets, rng)
+    trace = Trace.draw("neighbour", gamma(250.0, 1.0, 4.0, rng), budgets, rng)
     machine = Machine(slow=((1.0, 2.0, 3.0),))
-    got = simulate(noisy(FAMILY), trace, settings_of("adaptive"), machine)
+    got = simulate(noisy(FAMILY), trace, policy_settings("adaptive"), machine)
     at = trace.arrivals_s
     assert got.met[at < 1].mean() > 0.99
     assert got.met[(at > 1.3) & (at < 2)].mean() > 0.97
@@ -116,24 +116,24 @@ def test_adaptive_beats_slackfit_on_mixed_budgets(cv2: float) -> None:
     scenario = Scenario("gamma", 0.5, cv2, mixed=True, replicas=2)
     trace, machine = scenario.trace(FAMILY, 0), Machine(replicas=2)
     ours, theirs = (
-        simulate(FAMILY, trace, settings_of(policy), machine).summary()
+        simulate(FAMILY, trace, policy_settings(policy), machine).summary()
         for policy in ("adaptive", "slackfit")
     )
     assert ours.attainment > 0.99
     assert ours.effective_quality > theirs.effective_quality + 0.015
 
 
-def test_overload_still_serves_what_capacity_allows() -> None:
+def test_adaptive_under_overload_uses_the_capacity() -> None:
     scenario = Scenario("gamma", 1.5, 1.0)
     summary = simulate(
-        FAMILY, scenario.trace(FAMILY, 0), settings_of("adaptive"), Machine()
+        FAMILY, scenario.trace(FAMILY, 0), policy_settings("adaptive"), Machine()
     ).summary()
     assert summary.attainment > 0.9 / 1.5
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_oracle_is_the_best_of_all_plans(seed: int) -> None:
-    """Against every way to cut so few requests into batches, in any order."""
+def test_oracle_is_the_best_of_all_plans(seed: int) -> None:
+    """The reference tries every split of four requests into batches, in any order."""
     rng = np.random.default_rng(seed)
     times = np.sort(rng.random(4) * 0.004)
     trace = trace_of(times.tolist(), 0.003, 0.009)
@@ -142,7 +142,7 @@ def test_the_oracle_is_the_best_of_all_plans(seed: int) -> None:
 
 
 def brute_force(trace: Trace) -> float:
-    """Every assignment of requests to up to four ordered batches (or to none), every variant."""
+    """Return the best value over every assignment to at most four ordered batches or to none."""
     arrivals, dues = trace.arrivals_s, trace.arrivals_s + trace.budgets_s
     profile = FAMILY.profile.variants
 
@@ -166,14 +166,16 @@ def brute_force(trace: Trace) -> float:
     )
 
 
-def test_no_policy_beats_the_oracle_and_long_traces_are_refused() -> None:
+def test_oracle_is_never_beaten_and_rejects_long_traces() -> None:
     scenario = replace(next(short_grid()), requests=30)
-    (comparison,) = compare([(FAMILY, scenario)], seeds=2, workers=1, advance=lambda runs: None)
-    best = comparison.figure("oracle")
+    (comparison,) = sweep_policies(
+        [(FAMILY, scenario)], seeds=2, workers=1, advance=lambda runs: None
+    )
+    best = comparison.figures_of("oracle")
     assert comparison.figures[0] == best
-    assert runs_of(FAMILY, scenario, 2) == 2 * len(comparison.figures)
-    assert comparison.figure("adaptive").behind == 0.0
-    long = trace_of([i / 1e3 for i in range(MOST_REQUESTS + 1)], 0.1)
+    assert count_runs(FAMILY, scenario, 2) == 2 * len(comparison.figures)
+    assert comparison.figures_of("adaptive").behind == 0.0
+    long = trace_of([i / 1e3 for i in range(MAX_REQUESTS + 1)], 0.1)
     with pytest.raises(ValueError, match="got 1 and 151"):
         oracle(FAMILY, long)
 
@@ -187,7 +189,7 @@ def test_every_scenario_has_its_load() -> None:
 
 
 def noisy(family: Family) -> Family:
-    """With a 99th percentile 20 % above the median."""
+    """Return the family with a 99th percentile 20 % above the median."""
     variants = {
         variant: latency.model_copy(update={"p99_s": tuple(1.2 * s for s in latency.median_s)})
         for variant, latency in family.profile.variants.items()

@@ -1,4 +1,4 @@
-"""Arrival processes: rates, variation, seeds, files."""
+"""Tests of arrival processes: rates, variation, seeds, files."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def test_gamma_gaps_have_their_mean_and_variation(cv2: float) -> None:
     assert np.array_equal(times, gamma(200.0, cv2, 200.0, np.random.default_rng(1)))
 
 
-def test_short_bursty_traces_have_the_mean_rate() -> None:
+def test_gamma_short_bursty_traces_have_the_mean_rate() -> None:
     counts = [len(gamma(100.0, 8.0, 0.5, np.random.default_rng(seed))) for seed in range(600)]
     assert np.mean(counts) == pytest.approx(50, rel=0.1)
 
 
-def test_a_ramp_and_a_step_follow_their_rates() -> None:
+def test_ramp_and_step_follow_their_rates() -> None:
     rng = np.random.default_rng(2)
     up = ramp(100.0, 900.0, 40.0, rng)
     assert len(up) == pytest.approx(500 * 40, rel=0.03)
@@ -46,7 +46,7 @@ def test_a_ramp_and_a_step_follow_their_rates() -> None:
     assert burst[-1] <= 8.0
 
 
-def test_files_of_arrivals(tmp_path: Path) -> None:
+def test_read_arrivals_parses_both_formats_or_names_the_line(tmp_path: Path) -> None:
     azure, plain = tmp_path / "azure.csv", tmp_path / "plain.csv"
     azure.write_text(
         "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -63,7 +63,7 @@ def test_files_of_arrivals(tmp_path: Path) -> None:
         read_arrivals(plain)
 
 
-def test_a_replay_keeps_the_pattern_at_another_rate() -> None:
+def test_replay_keeps_the_pattern_at_another_rate() -> None:
     recorded = np.cumsum(np.random.default_rng(3).gamma(0.5, 2.0, 5000))
     played = replay(recorded, rate=500.0, seconds=4.0)
     assert len(played) == pytest.approx(2000, rel=0.01)
@@ -71,7 +71,7 @@ def test_a_replay_keeps_the_pattern_at_another_rate() -> None:
     assert stretch.max() == pytest.approx(stretch.min())
 
 
-def test_budgets_are_drawn_by_share() -> None:
+def test_draw_gives_budgets_by_share() -> None:
     rng = np.random.default_rng(4)
     classes = [BudgetClass("tight", 0.008, 30), BudgetClass("relaxed", 0.1, 70)]
     trace = Trace.draw("t", gamma(100.0, 1.0, 100.0, rng), classes, rng)

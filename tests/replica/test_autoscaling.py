@@ -1,4 +1,4 @@
-"""The scaling decision: on its own, and over minutes of simulated demand in bursts."""
+"""The scaling decision alone and over minutes of simulated bursts, and the load sampler."""
 
 from __future__ import annotations
 
@@ -18,57 +18,57 @@ from ladderstitch.replica.autoscaling import (
     ScalingGoals,
     VariantCost,
     decide,
-    seconds_for,
+    seconds_at_quality,
 )
 from ladderstitch.replica.load_sampler import LoadSampler
 from ladderstitch.replica.replica import Replica
-from ladderstitch.vision.bundle import Bundle
+from ladderstitch.vision.bundle import VisionBundle
 from tests.support.servers import pixels
 
-OFFERS = (VariantCost(0.002, 0.80), VariantCost(0.005, 0.90), VariantCost(0.011, 0.94))
-GOALS = ScalingGoals(quality=0.90, attainment=0.97, busy=0.7, spare=0.25)
+VARIANTS = (VariantCost(0.002, 0.80), VariantCost(0.005, 0.90), VariantCost(0.011, 0.94))
+GOALS = ScalingGoals(quality=0.90, attainment=0.97, utilization=0.7, headroom=0.25)
 GOAL_S = 0.005
-CAPACITY = GOALS.busy / GOAL_S
-"""Requests a second that one replica answers at the quality goal: 140."""
+CAPACITY = GOALS.utilization / GOAL_S
+"""Requests per second that one replica answers at the quality goal: 140."""
 
 
-def load(demand: float, attainment: float = 1.0, busy: float = 0.5) -> LoadSample:
-    return LoadSample(demand, busy, attainment, OFFERS)
+def make_load(demand: float, attainment: float = 1.0, utilization: float = 0.5) -> LoadSample:
+    """Return a sample with `demand` requests per second."""
+    return LoadSample(demand, utilization, attainment, VARIANTS)
 
 
 @pytest.mark.parametrize(
     ("demand", "replicas", "wanted"),
     [
-        (20.0, 1, ScalingDecision(1, "steady")),  # the best variant for all: 0.22 of the time
-        (
-            100.0,
-            1,
-            ScalingDecision(1, "spending_quality"),
-        ),  # 1.1 with the best one, 0.5 with the goal's
-        (150.0, 1, ScalingDecision(2, "adding_replicas")),  # 1.07 of what the goal takes
-        (900.0, 1, ScalingDecision(7, "adding_replicas")),  # all that are missing at once
+        (20.0, 1, ScalingDecision(1, "steady")),  # the best variant for all takes 0.22 of the time
+        # the best variant would take 1.1 of the time, the goal's mix takes 0.5
+        (100.0, 1, ScalingDecision(1, "spending_quality")),
+        (150.0, 1, ScalingDecision(2, "adding_replicas")),  # 1.07 of the capacity at the goal
+        (900.0, 1, ScalingDecision(7, "adding_replicas")),  # several replicas in one step
         (100.0, 4, ScalingDecision(1, "removing_replicas")),
-        (115.0, 2, ScalingDecision(2, "steady")),  # one could do it, but without room to spare
+        (115.0, 2, ScalingDecision(2, "steady")),  # one would suffice, but without headroom
     ],
 )
-def test_quality_is_spent_before_replicas_are_added(
+def test_decide_spends_quality_before_adding_replicas(
     demand: float, replicas: int, wanted: ScalingDecision
 ) -> None:
-    assert decide([load(demand / replicas)] * replicas, replicas, GOALS) == wanted
+    assert decide([make_load(demand / replicas)] * replicas, replicas, GOALS) == wanted
 
 
-def test_lateness_adds_one_where_work_is_its_reason() -> None:
-    assert decide([load(30, attainment=0.9)], 1, GOALS) == ScalingDecision(2, "adding_replicas")
-    idle = load(5, attainment=0.5, busy=0.05)  # budgets that no replica could meet
+def test_decide_late_and_busy_adds_one_replica() -> None:
+    assert decide([make_load(30, attainment=0.9)], 1, GOALS) == ScalingDecision(
+        2, "adding_replicas"
+    )
+    idle = make_load(5, attainment=0.5, utilization=0.05)  # budgets that no replica can meet
     assert decide([idle], 1, GOALS) == ScalingDecision(1, "steady")
 
 
-def test_a_late_deployment_is_not_made_smaller() -> None:
-    loads = [load(10, attainment=0.9, busy=0.3)] * 3
+def test_decide_late_deployment_is_not_reduced() -> None:
+    loads = [make_load(10, attainment=0.9, utilization=0.3)] * 3
     assert decide(loads, 3, GOALS).replicas >= 3
 
 
-def test_nothing_known_changes_nothing() -> None:
+def test_decide_without_load_changes_nothing() -> None:
     assert decide([], 3, GOALS) == ScalingDecision(3, "steady")
     assert decide([LoadSample(50.0, 0.2, 1.0, ())], 2, GOALS) == ScalingDecision(2, "steady")
 
@@ -80,32 +80,33 @@ def test_nothing_known_changes_nothing() -> None:
     st.floats(0, 1),
     st.none() | st.floats(0, 1),
 )
-def test_the_goal_is_kept_at_whatever_size_is_chosen(
-    demand: float, replicas: int, attainment: float, busy: float, quality: float | None
+def test_decide_keeps_the_goal_at_the_chosen_size(
+    demand: float, replicas: int, attainment: float, utilization: float, quality: float | None
 ) -> None:
     goals = GOALS.model_copy(update={"quality": quality})
-    verdict = decide([load(demand / replicas, attainment, busy)] * replicas, replicas, goals)
-    assert verdict.replicas >= 1
+    loads = [make_load(demand / replicas, attainment, utilization)] * replicas
+    decision = decide(loads, replicas, goals)
+    assert decision.replicas >= 1
     wanted = 0.87 if quality is None else min(max(quality, 0.80), 0.94)
-    per_replica = demand * seconds_for(wanted, OFFERS) / verdict.replicas
-    assert per_replica <= goals.busy * (1 + 1e-9)
+    per_replica = demand * seconds_at_quality(wanted, VARIANTS) / decision.replicas
+    assert per_replica <= goals.utilization * (1 + 1e-9)
 
 
 @given(st.floats(0.80, 0.94))
-def test_mixing_stitches_gives_the_quality_between_them(quality: float) -> None:
-    points = np.interp(quality, [o.quality for o in OFFERS], [o.seconds for o in OFFERS])
-    assert seconds_for(quality, OFFERS) == pytest.approx(points)
+def test_seconds_at_quality_interpolates_variants(quality: float) -> None:
+    points = np.interp(quality, [v.quality for v in VARIANTS], [v.seconds for v in VARIANTS])
+    assert seconds_at_quality(quality, VARIANTS) == pytest.approx(points)
 
 
-def test_stats_travel_as_flat_numbers() -> None:
-    before = load(12.5, 0.75, 0.25)
-    assert LoadSample.of(before.stats()) == before
-    assert all(isinstance(value, float) for value in before.stats().values())
+def test_load_sample_survives_flat_stats() -> None:
+    before = make_load(12.5, 0.75, 0.25)
+    assert LoadSample.from_stats(before.to_stats()) == before
+    assert all(isinstance(value, float) for value in before.to_stats().values())
 
 
 @dataclass
 class Simulation:
-    """A deployment under demand, a second a step, with Serve's delays around the decision."""
+    """A deployment under demand in steps of one second, with Serve's delays."""
 
     replicas: int = 1
     look_back_s: int = 10
@@ -115,49 +116,52 @@ class Simulation:
     changes: list[int] = field(default_factory=list)
     qualities: list[float] = field(default_factory=list)
     states: list[str] = field(default_factory=list)
-    _coming: deque[int] = field(default_factory=deque)
-    _wish: tuple[int, int] = (0, 0)
+    _starting: deque[int] = field(default_factory=deque)
+    _direction: tuple[int, int] = (0, 0)
+    """Sign of the wanted change, and since which second."""
 
     def run(self, demand: np.ndarray) -> None:
         recent: deque[float] = deque(maxlen=self.look_back_s)
         for second, arrived in enumerate(demand):
-            while self._coming and self._coming[0] <= second:
-                self._coming.popleft()
+            while self._starting and self._starting[0] <= second:
+                self._starting.popleft()
                 self.replicas += 1
             recent.append(float(arrived))
             self.qualities.append(self._served(float(arrived)))
             self._scale(second, float(np.mean(recent)))
 
     def _served(self, arrived: float) -> float:
-        """The mean quality that fits this second's work, as a good scheduler mixes variants."""
+        """Return the highest mean quality at which this second's requests fit."""
         allowed = self.replicas / max(arrived, 1e-9)
-        return float(np.interp(allowed, [o.seconds for o in OFFERS], [o.quality for o in OFFERS]))
+        return float(
+            np.interp(allowed, [v.seconds for v in VARIANTS], [v.quality for v in VARIANTS])
+        )
 
     def _scale(self, second: int, demand: float) -> None:
-        target = self.replicas + len(self._coming)
-        busy = min(1.0, demand * GOAL_S / self.replicas)
-        loads = [load(demand / self.replicas, busy=busy)] * self.replicas
-        verdict = decide(loads, self.replicas, GOALS)
-        self.states.append(verdict.state)
-        wish = verdict.replicas
-        if verdict.state in ("steady", "spending_quality"):
-            wish = target
-        direction = int(np.sign(wish - target))
-        since = self._wish[1] if self._wish[0] == direction else second
-        self._wish = (direction, since)
+        target = self.replicas + len(self._starting)
+        utilization = min(1.0, demand * GOAL_S / self.replicas)
+        loads = [make_load(demand / self.replicas, utilization=utilization)] * self.replicas
+        decision = decide(loads, self.replicas, GOALS)
+        self.states.append(decision.state)
+        wanted = decision.replicas
+        if decision.state in ("steady", "spending_quality"):
+            wanted = target
+        direction = int(np.sign(wanted - target))
+        since = self._direction[1] if self._direction[0] == direction else second
+        self._direction = (direction, since)
         delay = self.up_delay_s if direction > 0 else self.down_delay_s
         if direction == 0 or second - since < delay:
             return
-        self._wish = (0, second)
-        self.changes.append(wish - target)
-        if wish > target:
-            self._coming.extend([second + self.warm_up_s] * (wish - target))
+        self._direction = (0, second)
+        self.changes.append(wanted - target)
+        if wanted > target:
+            self._starting.extend([second + self.warm_up_s] * (wanted - target))
         else:
-            self.replicas = max(wish, self.replicas - (target - wish))
+            self.replicas = max(wanted, self.replicas - (target - wanted))
 
 
 def bursts(rate: float, seconds: int, seed: int, squared_variation: float = 8.0) -> np.ndarray:
-    """Arrivals in each second of a renewal process with gamma gaps of that CV^2."""
+    """Return the arrivals per second of a renewal process with gamma gaps of this CV^2."""
     rng = np.random.default_rng(seed)
     shape = 1 / squared_variation
     gaps = rng.gamma(shape, 1 / (rate * shape), int(rate * seconds * 1.5) + 1000)
@@ -166,7 +170,7 @@ def bursts(rate: float, seconds: int, seed: int, squared_variation: float = 8.0)
     return np.bincount(times[times < seconds].astype(int), minlength=seconds)
 
 
-def test_load_rises_and_falls_and_replicas_follow() -> None:
+def test_replicas_follow_rising_and_falling_load() -> None:
     simulation = Simulation()
     demand = [bursts(40, 300, 1), bursts(600, 600, 2), bursts(40, 600, 3)]
     simulation.run(np.concatenate(demand))
@@ -181,8 +185,8 @@ def test_load_rises_and_falls_and_replicas_follow() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("rate", [90, 140, 280, 700])
-def test_bursts_do_not_make_it_flap(rate: float, seed: int) -> None:
-    """Half an hour of steady demand at CV^2 = 8: it settles and stays, even at a boundary."""
+def test_bursts_do_not_cause_flapping(rate: float, seed: int) -> None:
+    """Half an hour of steady demand at CV^2 = 8 settles, even between two replica counts."""
     simulation = Simulation()
     simulation.run(bursts(rate, 1800, seed))
     downs = [change for change in simulation.changes if change < 0]
@@ -191,38 +195,38 @@ def test_bursts_do_not_make_it_flap(rate: float, seed: int) -> None:
     assert np.mean(simulation.qualities[120:]) > GOALS.quality
 
 
-def test_moderate_load_spends_quality_and_adds_nothing() -> None:
+def test_moderate_load_spends_quality_and_adds_no_replica() -> None:
     simulation = Simulation()
     simulation.run(bursts(100, 600, 4, squared_variation=1.0))
     assert simulation.changes == []
     assert simulation.states.count("spending_quality") > 550
 
 
-async def test_a_replicas_pressure_is_what_it_did(tiny_bundle: Bundle) -> None:
+async def test_load_sampler_reports_the_load_since_last_call(tiny_bundle: VisionBundle) -> None:
     now = [100.0]
     replica = Replica(ServerConfig(bundle=tiny_bundle.path, port=0, metrics_port=0))
     await replica.start()
-    pressure = LoadSampler(replica.registry, replica.metrics, lambda: now[0])
+    sampler = LoadSampler(replica.registry, replica.metrics, lambda: now[0])
     async with AsyncClient(f"127.0.0.1:{replica.port}") as client:
         for n in range(6):
             await client.predict(pixels(2, n), budget_s=5.0)
         with pytest.raises(RequestFailed):
-            await client.predict(b"broken")  # the caller's fault is no demand
+            await client.predict(b"broken")  # invalid requests are no demand
         with pytest.raises(RequestFailed):
             await client.predict(pixels(), budget_s=1e-6, hard=True)
         await client.predict(pixels(), budget_s=1e-6)
     now[0] += 4.0
-    seen = pressure.sample()
+    seen = sampler.sample()
     now[0] += 4.0
-    idle = pressure.sample()
+    idle = sampler.sample()
     await replica.stop()
-    candidates = next(iter(replica.registry.vision_models.values())).scheduler.candidates
+    candidates = next(iter(replica.registry.vision_models.values())).scheduler.planner.candidates
     assert seen.demand_per_s == pytest.approx(2.0)
     assert seen.attainment == pytest.approx(6 / 8)
-    assert 0 < seen.busy < 1
-    assert [offer.quality for offer in seen.offers] == [
+    assert 0 < seen.utilization < 1
+    assert [variant.quality for variant in seen.variants] == [
         candidates.quality[s] for s in candidates.frontier
     ]
-    seconds = [offer.seconds for offer in seen.offers]
+    seconds = [variant.seconds for variant in seen.variants]
     assert seconds == sorted(seconds)
-    assert (idle.demand_per_s, idle.busy, idle.attainment) == (0.0, 0.0, 1.0)
+    assert (idle.demand_per_s, idle.utilization, idle.attainment) == (0.0, 0.0, 1.0)

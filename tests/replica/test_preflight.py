@@ -1,4 +1,4 @@
-"""The doctor: a healthy setting, and one patient for each complaint."""
+"""Checks of `ladderstitch doctor`: a valid configuration, and one failure per check."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ import pytest
 
 from ladderstitch.config import ServerConfig
 from ladderstitch.replica import preflight
-from ladderstitch.replica.preflight import examine
-from ladderstitch.vision.bundle import Bundle
+from ladderstitch.replica.preflight import run_checks
+from ladderstitch.vision.bundle import VisionBundle
 
 
 def states(config: ServerConfig) -> dict[str, str]:
-    return {finding.what: finding.state for finding in examine(config)}
+    """Return the state of each check by its name."""
+    return {result.name: result.state for result in run_checks(config)}
 
 
 @pytest.fixture
-def config(tiny_bundle: Bundle) -> ServerConfig:
+def config(tiny_bundle: VisionBundle) -> ServerConfig:
     return ServerConfig(bundle=tiny_bundle.path, port=0, metrics_port=0)
 
 
-def test_a_healthy_setting_has_no_failure(config: ServerConfig) -> None:
-    found = list(examine(config))
-    assert {finding.what for finding in found if finding.state == "failed"} == set()
-    assert all(finding.advice for finding in found if finding.state != "ok")
-    (profile,) = (finding for finding in found if finding.what == "latency profile")
-    assert profile.state == "warning"  # it is made up
+def test_run_checks_valid_config_has_no_failure(config: ServerConfig) -> None:
+    results = list(run_checks(config))
+    assert {result.name for result in results if result.state == "failed"} == set()
+    assert all(result.advice for result in results if result.state != "ok")
+    (profile,) = (result for result in results if result.name == "latency profile")
+    assert profile.state == "warning"  # a placeholder
 
 
-def test_a_taken_port_is_named_with_a_way_to_find_who(config: ServerConfig) -> None:
+def test_check_ports_taken_port_advises_how_to_find_it(config: ServerConfig) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        sick = config.model_copy(update={"metrics_port": port})
-        (finding,) = (f for f in examine(sick) if f.what == "metrics_port")
-    assert finding.state == "failed"
-    assert f"sport = :{port}" in finding.advice
+        broken = config.model_copy(update={"metrics_port": port})
+        (result,) = (r for r in run_checks(broken) if r.name == "metrics_port")
+    assert result.state == "failed"
+    assert f"sport = :{port}" in result.advice
 
 
 def without_quality(config: ServerConfig) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def with_bad_tokens(config: ServerConfig) -> dict[str, Any]:
     return {"token_file": path}
 
 
-SICK: dict[str, Callable[[ServerConfig], dict[str, Any]]] = {
+FAILURES: dict[str, Callable[[ServerConfig], dict[str, Any]]] = {
     "bundle": without_quality,
     "access": with_bad_tokens,
     "gpu": lambda _: {"device": "cuda:77"},
@@ -65,14 +66,14 @@ SICK: dict[str, Callable[[ServerConfig], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("what", SICK)
-def test_each_illness_is_found(config: ServerConfig, what: str) -> None:
-    sick = config.model_copy(update=SICK[what](config))
-    assert states(sick)[what] in ("failed", "warning")
+@pytest.mark.parametrize("name", FAILURES)
+def test_run_checks_reports_each_problem(config: ServerConfig, name: str) -> None:
+    broken = config.model_copy(update=FAILURES[name](config))
+    assert states(broken)[name] in ("failed", "warning")
 
 
 @pytest.mark.parametrize(
-    ("what", "constant"),
+    ("name", "constant"),
     [
         ("shared memory", "SHARED_BYTES"),
         ("open files", "OPEN_FILES"),
@@ -80,28 +81,28 @@ def test_each_illness_is_found(config: ServerConfig, what: str) -> None:
         ("socket paths", "RAY_PATH"),
     ],
 )
-def test_too_little_room_is_found(
-    config: ServerConfig, what: str, constant: str, monkeypatch: pytest.MonkeyPatch
+def test_run_checks_reports_too_little_space(
+    config: ServerConfig, name: str, constant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert states(config)[what] == "ok"
+    assert states(config)[name] == "ok"
     monkeypatch.setattr(preflight, constant, 1 << 60)
-    assert states(config)[what] in ("failed", "warning")
+    assert states(config)[name] in ("failed", "warning")
 
 
-def test_a_package_of_the_wrong_version_is_named(
+def test_check_packages_names_unsupported_versions(
     config: ServerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wants = ["grpcio>=999", "no-such-package>=1", "numpy", "other>=1; extra == 'dev'"]
-    monkeypatch.setattr("ladderstitch.replica.preflight.metadata.requires", lambda name: wants)
-    (finding,) = preflight.check_packages(config)
-    assert finding.state == "failed"
-    assert "no-such-package is missing" in finding.found
-    assert "needs >=999" in finding.found
-    assert "numpy" not in finding.found
-    assert "other" not in finding.found
+    required = ["grpcio>=999", "no-such-package>=1", "numpy", "other>=1; extra == 'dev'"]
+    monkeypatch.setattr("ladderstitch.replica.preflight.metadata.requires", lambda name: required)
+    (result,) = preflight.check_packages(config)
+    assert result.state == "failed"
+    assert "no-such-package is missing" in result.detail
+    assert "needs >=999" in result.detail
+    assert "numpy" not in result.detail
+    assert "other" not in result.detail
 
 
-def test_the_command_says_what_to_do_and_fails(tmp_path: Path) -> None:
+def test_doctor_with_failure_prints_advice_and_exits_1(tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
     path.write_text("device: cuda:77\nport: 0\nmetrics_port: 0\n")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Serving linears on both sides of the size at which the library changes, against float64."""
+"""Tests of `serving_linear` against float64, below and above the size at which oneDNN is used."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from ladderstitch.runtime.linear import ONEDNN_MIN_MACS, serving_linear
 
 @pytest.mark.parametrize("rows", [1, 5, 60])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_equals_float64(rows: int, with_bias: bool) -> None:
+def test_serving_linear_equals_float64(rows: int, with_bias: bool) -> None:
     generator = torch.Generator().manual_seed(rows)
 
     def draw(*shape: int) -> Tensor:
@@ -23,10 +23,10 @@ def test_equals_float64(rows: int, with_bias: bool) -> None:
     torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
 
 
-def test_sizes_here_lie_on_both_sides() -> None:
+def test_tested_sizes_are_below_and_above_the_threshold() -> None:
     assert 5 * 17 * 48 * 192 < ONEDNN_MIN_MACS < 60 * 17 * 48 * 192
 
 
-def test_other_dtypes_keep_torchs_own_choice() -> None:
+def test_serving_linear_bfloat16_is_torch_linear() -> None:
     weight = torch.ones(2, 3, dtype=torch.bfloat16)
     assert serving_linear(weight) is torch.nn.functional.linear

@@ -1,4 +1,4 @@
-"""The frontier against its definition."""
+"""Tests of the frontier against its definition."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ coarse = st.integers(0, 6).map(lambda n: n / 6)
 
 
 @given(st.lists(st.tuples(coarse, coarse), min_size=1, max_size=12))
-def test_the_frontier_is_what_nothing_dominates(points: list[tuple[float, float]]) -> None:
+def test_frontier_has_exactly_the_undominated_points(points: list[tuple[float, float]]) -> None:
     quality = {i: q for i, (q, _) in enumerate(points)}
     latency = {i: s for i, (_, s) in enumerate(points)}
     got = frontier(quality, latency)

@@ -1,4 +1,4 @@
-"""What a server refuses to be configured as."""
+"""Configurations of addresses and access that are rejected."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ TLS = {"tls_certificate": Path("c"), "tls_key": Path("k")}
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]", "10.0.0.1", "example.org", ""])
-@pytest.mark.parametrize("locks", [{}, TLS, {"token_file": Path("t")}], ids=["", "tls", "tokens"])
-def test_a_public_bind_needs_both_locks(host: str, locks: dict[str, Path]) -> None:
+@pytest.mark.parametrize("access", [{}, TLS, {"token_file": Path("t")}], ids=["", "tls", "tokens"])
+def test_public_address_needs_tls_and_tokens(host: str, access: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="is reachable from other machines"):
-        ServerConfig.load(None, dict(host=host, **locks))
-    assert ServerConfig.load(None, dict(host=host, insecure_public=True, **locks)).host == host
+        ServerConfig.load(None, dict(host=host, **access))
+    assert ServerConfig.load(None, dict(host=host, insecure_public=True, **access)).host == host
 
 
-def test_with_tls_and_tokens_any_address_will_do() -> None:
+def test_public_address_with_tls_and_tokens_is_accepted() -> None:
     assert (
         ServerConfig.load(None, dict(host="0.0.0.0", token_file=Path("t"), **TLS)).host == "0.0.0.0"
     )
 
 
-def test_the_admin_port_is_no_way_around() -> None:
+def test_public_admin_address_needs_tls_and_tokens() -> None:
     with pytest.raises(ConfigError, match="admin_host"):
         ServerConfig.load(None, {"admin_port": 0, "admin_host": "0.0.0.0"})
 
@@ -40,11 +40,11 @@ def test_the_admin_port_is_no_way_around() -> None:
         ({"tls_client_ca": Path("a")}, "tls_client_ca"),
     ],
 )
-def test_half_a_configuration_is_refused(fields: dict[str, Path], named: str) -> None:
+def test_incomplete_tls_files_are_rejected(fields: dict[str, Path], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         ServerConfig.load(None, fields)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])
-def test_loopback_is_known(address: str) -> None:
+def test_is_loopback_recognises_local_addresses(address: str) -> None:
     assert is_loopback(address)

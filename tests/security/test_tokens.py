@@ -1,4 +1,4 @@
-"""The token file: what it may hold, how it is reread, and what its mistakes look like."""
+"""The token file: its contents, its changes and its errors; and the limits of tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from ladderstitch.errors import ConfigError, RateLimited
-from ladderstitch.security.tokens import CHECK_S, Limits, Token, TokenFile, digest_of, load_tokens
+from ladderstitch.security.tokens import (
+    CHECK_INTERVAL_S,
+    RateLimiter,
+    Token,
+    TokenFile,
+    digest_of,
+    load_tokens,
+)
 
 SECRET = "a-secret-of-some-length"
 
@@ -26,14 +33,14 @@ def clock() -> Clock:
 
 
 def write(path: Path, text: str) -> Path:
-    """A new file in the old one's place, as secrets are rotated."""
+    """Replace the file by a new one, as secrets are rotated."""
     fresh = path.with_suffix(".new")
     fresh.write_text(text)
     os.replace(fresh, path)
     return path
 
 
-def test_a_token_is_found_by_its_secret_or_its_digest(tmp_path: Path) -> None:
+def test_token_is_found_by_secret_and_by_digest(tmp_path: Path) -> None:
     path = tmp_path / "tokens.yaml"
     other = "another-secret-of-length"
     write(
@@ -63,52 +70,50 @@ def test_a_token_is_found_by_its_secret_or_its_digest(tmp_path: Path) -> None:
         (f"tokens: [{{name: a, token: {SECRET}, colour: red}}]", "colour"),
         ("tokens: [{name: a, token: short-secret}]", "at least 16 characters"),
         (f"tokens: [{{name: a, token: {SECRET}}}, {{name: b, token: {SECRET}}}]", "twice"),
-        (f"{{{SECRET}", "not YAML"),
+        (f"{{{SECRET}", "expected YAML"),
         (f"- {SECRET}", "token_file"),
     ],
 )
-def test_mistakes_are_named_without_showing_a_secret(
-    tmp_path: Path, text: str, reason: str
-) -> None:
+def test_invalid_token_file_error_shows_no_secret(tmp_path: Path, text: str, reason: str) -> None:
     path = write(tmp_path / "tokens.yaml", text)
-    with pytest.raises(ConfigError, match=reason) as refused:
+    with pytest.raises(ConfigError, match=reason) as failed:
         load_tokens(path)
-    assert SECRET not in str(refused.value)
-    assert "short-secret" not in str(refused.value)
+    assert SECRET not in str(failed.value)
+    assert "short-secret" not in str(failed.value)
 
 
-def test_a_new_file_is_in_force_within_a_second_and_a_broken_one_is_not(
+def test_changed_token_file_applies_unless_it_is_invalid(
     tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(tmp_path / "tokens.yaml", f"tokens: [{{name: a, token: {SECRET}}}]")
     tokens = TokenFile(path, clock=clock)
     write(path, "tokens: [{name: b, token: the-next-secret-of-all}]")
     assert tokens.find(SECRET) is not None
-    clock.now += CHECK_S
+    clock.now += CHECK_INTERVAL_S
     assert tokens.find(SECRET) is None
     assert tokens.find("the-next-secret-of-all") is not None
     write(path, "tokens: nonsense")
-    clock.now += CHECK_S
+    clock.now += CHECK_INTERVAL_S
     assert tokens.find("the-next-secret-of-all") is not None
-    assert "the old tokens stay in force" in caplog.text
+    assert "keeping the old tokens" in caplog.text
     path.unlink()
-    clock.now += CHECK_S
+    clock.now += CHECK_INTERVAL_S
     assert tokens.find("the-next-secret-of-all") is not None
 
 
-def test_requests_a_second_are_a_bucket_of_one_second(clock: Clock) -> None:
+def test_requests_per_second_allow_bursts_of_one_second(clock: Clock) -> None:
     token = Token(name="a", token=SECRET, requests_per_s=4)
-    limits = Limits(clock)
+    limiter = RateLimiter(clock)
 
     def call() -> None:
-        with limits.admitted(token):
+        with limiter.acquire(token):
             pass
 
     for _ in range(4):
         call()
-    with pytest.raises(RateLimited) as refused:
+    with pytest.raises(RateLimited) as failed:
         call()
-    assert refused.value.retry_after_s == pytest.approx(0.25)
+    assert failed.value.retry_after_s == pytest.approx(0.25)
     clock.now += 0.25
     call()
     with pytest.raises(RateLimited):
@@ -120,18 +125,18 @@ def test_requests_a_second_are_a_bucket_of_one_second(clock: Clock) -> None:
         call()
 
 
-def test_places_are_freed_however_a_call_ends_and_survive_a_rotation(clock: Clock) -> None:
+def test_concurrent_requests_are_counted_across_rotation(clock: Clock) -> None:
     old = Token(name="a", token=SECRET, concurrent_requests=2)
     new = Token(name="a", token=SECRET + "-2", concurrent_requests=2)
-    limits = Limits(clock)
-    with pytest.raises(KeyError), limits.admitted(old):
+    limiter = RateLimiter(clock)
+    with pytest.raises(KeyError), limiter.acquire(old):
         raise KeyError
-    with limits.admitted(old), limits.admitted(new):
-        with pytest.raises(RateLimited), limits.admitted(new):
+    with limiter.acquire(old), limiter.acquire(new):
+        with pytest.raises(RateLimited), limiter.acquire(new):
             pass
-        assert limits.in_flight("a") == 2
-    assert limits.in_flight("a") == 0
+        assert limiter.in_flight("a") == 2
+    assert limiter.in_flight("a") == 0
 
 
-def test_a_secret_does_not_show_in_its_tokens_repr() -> None:
+def test_token_repr_shows_no_secret() -> None:
     assert SECRET not in repr(Token(name="a", token=SECRET))

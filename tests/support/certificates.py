@@ -1,4 +1,4 @@
-"""An authority of the test's own, and the certificates that it signs."""
+"""A certificate authority for tests, and the certificates that it signs."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ PEM = serialization.Encoding.PEM
 
 @dataclass(frozen=True)
 class Pair:
-    """Paths of a PEM certificate and its key."""
+    """The paths of a PEM certificate and its key."""
 
     certificate: Path
     key: Path
 
 
 class Authority:
-    """Signs certificates for 127.0.0.1."""
+    """An authority that signs certificates for 127.0.0.1; `path` is its own certificate."""
 
     def __init__(self, folder: Path, name: str = "authority") -> None:
         self.folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = _named(name)
+        self._name = _common_name(name)
         certificate = (
             _builder(self._name, self._name, self._key, NOW + DAY)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
@@ -41,11 +41,11 @@ class Authority:
         self.path.write_bytes(certificate.public_bytes(PEM))
 
     def issue(self, name: str, *, expires: dt.datetime = NOW + DAY) -> Pair:
-        """Write a certificate and its key, over those of that name if there are any."""
+        """Write a certificate and its key, in place of existing files of that name."""
         key = ec.generate_private_key(ec.SECP256R1())
         local = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
         certificate = (
-            _builder(_named(name), self._name, key, expires)
+            _builder(_common_name(name), self._name, key, expires)
             .add_extension(local, critical=False)
             .sign(self._key, hashes.SHA256())
         )
@@ -57,11 +57,12 @@ class Authority:
         return pair
 
 
-def serial(pem: bytes) -> int:
+def serial_number(pem: bytes) -> int:
+    """Return the serial number of a certificate."""
     return x509.load_pem_x509_certificate(pem).serial_number
 
 
-def _named(name: str) -> x509.Name:
+def _common_name(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 

@@ -1,4 +1,4 @@
-"""Replicas that do as they are told, behind a real gateway; only what they compute is made up."""
+"""Scripted replicas behind a real gateway; only their answers are fake."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ GENERATE = "/ladderstitch.v1.GenerationService/Generate"
 UPDATE = "/ladderstitch.v1.AdminService/UpdateScheduling"
 LOAD = "/inference.GRPCInferenceService/RepositoryModelLoad"
 REFLECT = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
-HEARTBEAT_S = 0.2
+REPORT_INTERVAL_S = 0.05
 
 Context = grpc.aio.ServicerContext
 Answer = Callable[[bytes, Context], Awaitable[bytes | None]]
 
 
 class FakeReplica:
-    """Answers with its name unless told otherwise, and tells the load that it is given."""
+    """A replica that answers with its name, or by `answers`, and reports `state` as its load.
+
+    While `silent` is set, it reports nothing. `received` lists method, metadata and remaining
+    seconds of each call.
+    """
 
     def __init__(self, name: str, models: tuple[str, ...] = ("tiny",)) -> None:
         self.name = name
@@ -42,13 +46,14 @@ class FakeReplica:
             waits=[replica_pb2.Wait(due_us=3_600_000_000)],
             request_us=1000,
         )
-        self.mute = False
-        self.asked: list[tuple[str, dict[str, Any], float | None]] = []
+        self.silent = False
+        self.received: list[tuple[str, dict[str, Any], float | None]] = []
         self.answers: dict[str, Answer] = {}
         self.address = ""
         self._server: grpc.aio.Server | None = None
 
     async def start(self, port: int = 0) -> FakeReplica:
+        """Listen on the port; 0 picks a free one."""
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         self._server.add_generic_rpc_handlers((_Handler(self),))
         bound = self._server.add_insecure_port(f"127.0.0.1:{port}")
@@ -57,19 +62,22 @@ class FakeReplica:
         return self
 
     async def stop(self) -> None:
-        """As `kill -9` looks from outside: what is under way breaks."""
+        """Stop like a process that was killed: calls in flight break."""
         if self._server is not None:
             await self._server.stop(None)
 
-    def refuse(self, method: str, code: grpc.StatusCode, message: str = "no", **rest: Any) -> None:
-        async def refuse(request: bytes, context: Context) -> None:
+    def fail(self, method: str, code: grpc.StatusCode, message: str = "no", **rest: Any) -> None:
+        """Answer calls of the method with a status."""
+
+        async def fail(request: bytes, context: Context) -> None:
             await context.abort(code, message, **rest)
 
-        self.answers[method] = refuse
+        self.answers[method] = fail
 
     @property
     def count(self) -> int:
-        return len(self.asked)
+        """Number of calls received."""
+        return len(self.received)
 
 
 class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no types
@@ -81,25 +89,25 @@ class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no ty
             return grpc.unary_stream_rpc_method_handler(self.watch)
         if details.method == REFLECT:
             return grpc.stream_stream_rpc_method_handler(self.echo)
-        behaviour = self.answer(details.method)
+        function = self.make_answer(details.method)
         if details.method == GENERATE:
-            return grpc.unary_stream_rpc_method_handler(behaviour)
-        return grpc.unary_unary_rpc_method_handler(behaviour)
+            return grpc.unary_stream_rpc_method_handler(function)
+        return grpc.unary_unary_rpc_method_handler(function)
 
     async def watch(self, request: bytes, context: Context) -> None:
         while True:
-            if not self.replica.mute:
+            if not self.replica.silent:
                 await context.write(self.replica.state.SerializeToString())
-            await asyncio.sleep(HEARTBEAT_S / 4)
+            await asyncio.sleep(REPORT_INTERVAL_S)
 
     async def echo(self, requests: Any, context: Context) -> None:
         async for request in requests:
             await context.write(self.replica.name.encode() + request)
 
-    def answer(self, method: str) -> Answer:
+    def make_answer(self, method: str) -> Answer:
         async def answer(request: bytes, context: Context) -> bytes | None:
             metadata = dict(context.invocation_metadata())
-            self.replica.asked.append((method, metadata, context.time_remaining()))
+            self.replica.received.append((method, metadata, context.time_remaining()))
             if method in self.replica.answers:
                 return await self.replica.answers[method](request, context)
             return self.replica.name.encode() + request
@@ -107,34 +115,43 @@ class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no ty
         return answer
 
 
-class ReplicaPool:
-    """Fake replicas, the gateway before them, and a channel to it."""
+class RunningGateway:
+    """Fake replicas, the gateway in front of them, and a channel to it."""
 
     def __init__(self, replicas: list[FakeReplica], gateway: Gateway, channel: Any) -> None:
         self.replicas, self.gateway, self.channel = replicas, gateway, channel
 
     @property
     def counts(self) -> list[int]:
+        """Number of calls that each replica received."""
         return [replica.count for replica in self.replicas]
 
     def infer(self, request: bytes = b"", **options: Any) -> Any:
-        return self.channel.unary_unary(INFER)(request, **({"timeout": 10.0} | options))
+        """Start a call through the gateway."""
+        return self.channel.unary_unary(INFER)(request, **({"timeout": 300.0} | options))
 
-    async def until(self, check: Callable[[], bool]) -> None:
-        """Wait for a change in the fleet that makes it so."""
-        async with asyncio.timeout(10):
-            while not check():
-                await self.gateway.fleet.change(0.05)
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until a change of the replicas makes the condition true."""
+        async with asyncio.timeout(300):
+            while not condition():
+                await self.gateway.pool.wait_for_change(0.05)
+
+    def reported_wait_s(self, replica: FakeReplica) -> float:
+        """Return the shortest wait that the gateway knows of a replica."""
+        return self.gateway.pool.replicas[replica.address].load.report.waits_s[0]
 
 
-MakeFleet = Callable[..., Any]
+StartGateway = Callable[..., Any]
 
 
 @pytest.fixture
-def fleet(monkeypatch: pytest.MonkeyPatch) -> MakeFleet:
-    """`async with fleet(2, retry_timeout_s=1) as running`: so many replicas, the gateway's settings."""
+def start_gateway(monkeypatch: pytest.MonkeyPatch) -> StartGateway:
+    """Return a context manager that starts fake replicas and a gateway in front of them.
 
-    monkeypatch.setattr(gateway, "LAME_DUCK_S", 0.0)
+    `async with start_gateway(2, retry_timeout_s=1) as running`: the number of replicas, or the
+    replicas themselves, and fields of `GatewayConfig`.
+    """
+    monkeypatch.setattr(gateway, "DRAIN_GRACE_S", 0.0)
 
     @asynccontextmanager
     async def make(
@@ -142,22 +159,22 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> MakeFleet:
         *,
         discovery: Discovery | None = None,
         **fields: Any,
-    ) -> AsyncIterator[ReplicaPool]:
+    ) -> AsyncIterator[RunningGateway]:
         if isinstance(replicas, int):
             replicas = [FakeReplica(f"r{n}") for n in range(replicas)]
         for replica in replicas:
             await replica.start()
-        settings = GatewayConfig.model_validate(
+        config = GatewayConfig.model_validate(
             {"port": 0, "metrics_port": 0, "drain_announce_s": 0.0, "drain_s": 5.0} | fields
         )
-        front = Gateway(settings, discovery or fixed(replicas))
+        front = Gateway(config, discovery or discover_fixed(replicas))
         await front.start()
         serving = sum(replica.state.serving for replica in replicas)
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{front.port}") as channel:
-                running = ReplicaPool(replicas, front, channel)
+                running = RunningGateway(replicas, front, channel)
                 if discovery is None:
-                    await running.until(lambda: len(front.fleet.serving) == serving)
+                    await running.wait_until(lambda: len(front.pool.serving) == serving)
                 yield running
                 await front.stop()
         finally:
@@ -167,11 +184,12 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> MakeFleet:
     return make
 
 
-async def fixed(replicas: list[FakeReplica]) -> Discovery:
+async def discover_fixed(replicas: list[FakeReplica]) -> Discovery:
+    """Yield the addresses of the replicas once."""
     yield frozenset(replica.address for replica in replicas)
 
 
-async def of_queue(queue: asyncio.Queue[frozenset[str]]) -> Discovery:
-    """Addresses as a test puts them there."""
+async def discover_from_queue(queue: asyncio.Queue[frozenset[str]]) -> Discovery:
+    """Yield each set of addresses that a test puts into the queue."""
     while True:
         yield await queue.get()

@@ -1,4 +1,4 @@
-"""A tiny random language model on disk, and ways to run it."""
+"""A tiny language model with random weights, and reference ways to run it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from ladderstitch.scheduling.profiles import Quality, QualityTable
 from ladderstitch.text.bundle import TextBundle, TextManifest, TextVariant, write_manifest
 from ladderstitch.text.comm.base import SingleRank
-from ladderstitch.text.model.attention_batch import Batch
+from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
+from ladderstitch.text.model.attention import Batch, PagedCache
 from ladderstitch.text.model.config import LlamaConfig
-from ladderstitch.text.model.kv_cache import PagedCache
 from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.weight_reader import Weights
 from ladderstitch.text.model.weights import Shard, expected_shapes, load_rank
-from ladderstitch.text.step import LogitsMode, SequenceInput, Step
 
 TINY = LlamaConfig(
     vocab_size=257,
@@ -36,6 +35,7 @@ END = 256
 
 
 def random_tensors(config: LlamaConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return random tensors of a checkpoint with this configuration."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(shape, generator=generator) * (0.3 if len(shape) > 1 else 1.0)
@@ -44,6 +44,7 @@ def random_tensors(config: LlamaConfig, seed: int = 0) -> dict[str, torch.Tensor
 
 
 def made_up_quality(paths: int) -> QualityTable:
+    """Return a table with qualities 0.6, 0.5, ... for the given number of paths."""
     return QualityTable(
         metric="next-token accuracy",
         data="nothing",
@@ -61,7 +62,10 @@ def made_up_quality(paths: int) -> QualityTable:
 def write_tiny(
     path: Path, residual: ResidualScheme | None = None, paths: tuple[TextVariant, ...] = ()
 ) -> Path:
-    """One token a byte, and an end token; the paths have qualities 0.6, 0.5, ..."""
+    """Write a bundle with one token per byte and an end token, and return its path.
+
+    The paths have qualities 0.6, 0.5, ...
+    """
     manifest = TextManifest(
         name="tiny",
         config=TINY,
@@ -86,7 +90,7 @@ def write_tiny(
 
 
 def one_rank_logits(config: LlamaConfig, weights: Weights, tokens: list[int]) -> torch.Tensor:
-    """[T, V] of one sequence in one pass, on the standard path, without processes."""
+    """Return the logits [T, V] of one sequence in one pass, on the standard path, in-process."""
     shard = Shard.of(config, 0, 1)
     model = Transformer(config, load_rank(weights, config, shard), shard)
     cache = PagedCache(config, shard, 1, len(tokens))
@@ -96,7 +100,7 @@ def one_rank_logits(config: LlamaConfig, weights: Weights, tokens: list[int]) ->
 
 
 def greedy(bundle: TextBundle, prompt: str, count: int) -> list[int]:
-    """Without a cache and without ranks: the whole sequence again for every token."""
+    """Return the greedy answer, computed without a cache: the whole sequence for every token."""
     tokens = bundle.tokenizer().encode(prompt)
     begin = len(tokens)
     for _ in range(count):
@@ -109,5 +113,5 @@ def greedy(bundle: TextBundle, prompt: str, count: int) -> list[int]:
 
 @pytest.fixture(scope="session")
 def tiny_language_bundle(tmp_path_factory: pytest.TempPathFactory) -> TextBundle:
-    """3 layers, 6 query and 3 KV heads, 257 tokens."""
+    """Return a model with 3 layers, 6 query and 3 KV heads and 257 tokens."""
     return TextBundle.load(write_tiny(tmp_path_factory.mktemp("bundles") / "tiny"))

@@ -1,4 +1,4 @@
-"""A real server in a process of its own, as a user starts it, and ways to call it."""
+"""A real server in its own process, started as users start it, and ways to call it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ READY = re.compile(r"ready after .* gRPC on (\S+), metrics on ([^\s,]+)(?:, Open
 
 @dataclass(frozen=True)
 class RunningServer:
+    """A server process, its gRPC address, the URLs of its metrics and of its HTTP API, its log."""
+
     process: subprocess.Popen[str]
     address: str
     metrics: str
@@ -36,7 +38,10 @@ class RunningServer:
 def start_server(
     bundle: Path, log: Path, *flags: str, environment: dict[str, str] | None = None
 ) -> RunningServer:
-    """`ladderstitch serve --no-ray` on free ports, once it says that it is ready; flags prevail."""
+    """Run `ladderstitch serve --no-ray` on free ports, and return when it is ready.
+
+    Options in `flags` override these.
+    """
     command = [sys.executable, "-m", "ladderstitch", "serve", "--no-ray", "--bundle", str(bundle)]
     command += ["--port", "0", "--metrics-port", "0", *flags]
     environment = os.environ | {"COLUMNS": "200", "PYTHONUNBUFFERED": "1"} | (environment or {})
@@ -55,9 +60,9 @@ def start_server(
 
 
 def stop_server(server: RunningServer) -> int:
-    """Ctrl-C; the exit status."""
+    """Interrupt the server as Ctrl-C does; returns its exit status."""
     server.process.send_signal(signal.SIGINT)
-    status = server.process.wait(timeout=30)
+    status = server.process.wait(timeout=300)
     assert server.process.stdout is not None
     server.process.stdout.close()
     return status
@@ -84,12 +89,12 @@ def oip(server: RunningServer) -> Iterator[grpc_service_pb2_grpc.GRPCInferenceSe
 
 
 def pixels(n: int = 1, seed: int = 0) -> np.ndarray:
-    """uint8 [n, 1, 8, 8], as the tiny model takes."""
+    """Return random uint8 pixels [n, 1, 8, 8] for the tiny model."""
     return np.random.default_rng(seed).integers(0, 256, (n, 1, 8, 8), np.uint8)
 
 
 def picture(size: tuple[int, int] = (8, 8), kind: str = "PNG", mode: str = "L") -> bytes:
-    """The bytes of an image file with a fixed pattern."""
+    """Return an image file with a fixed pattern; `size` is (width, height)."""
     file = io.BytesIO()
     gradient = np.add.outer(np.arange(size[1]), np.arange(size[0])) * 7 % 256
     Image.fromarray(gradient.astype(np.uint8)).convert(mode).save(file, kind)

@@ -1,4 +1,4 @@
-"""A replica that is taken out of service: what it still does, and what it no longer does."""
+"""A replica that is taken out of service: it ends accepted requests and rejects new ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ladderstitch.client import AsyncClient, RequestFailed
 from ladderstitch.config import ServerConfig
 from ladderstitch.replica.replica import Replica
-from ladderstitch.vision.bundle import Bundle
+from ladderstitch.vision.bundle import VisionBundle
 from tests.conftest import make_tiny_bundle
 from tests.support.servers import pixels, start_server
 
@@ -26,7 +26,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 @pytest.fixture
-async def replica(tiny_bundle: Bundle) -> AsyncIterator[Replica]:
+async def replica(tiny_bundle: VisionBundle) -> AsyncIterator[Replica]:
     replica = Replica(ServerConfig(bundle=tiny_bundle.path, port=0, metrics_port=0))
     await replica.start()
     yield replica
@@ -35,24 +35,24 @@ async def replica(tiny_bundle: Bundle) -> AsyncIterator[Replica]:
 
 @pytest.fixture
 async def client(replica: Replica) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(f"127.0.0.1:{replica.port}", retries=None) as client:
+    async with AsyncClient(f"127.0.0.1:{replica.port}", retry_policy=None) as client:
         yield client
 
 
-async def test_all_that_is_in_flight_is_answered(client: AsyncClient) -> None:
-    asking = [asyncio.create_task(client.predict(pixels(seed=n))) for n in range(50)]
-    await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+async def test_drain_answers_requests_in_flight_and_rejects_later(client: AsyncClient) -> None:
+    calls = [asyncio.create_task(client.predict(pixels(seed=n))) for n in range(50)]
+    await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
     assert await client.drain()
-    ends = await asyncio.gather(*asking, return_exceptions=True)
-    refused = [end for end in ends if isinstance(end, RequestFailed)]
-    assert {end.reason for end in refused} <= {"DRAINING"}
+    ends = await asyncio.gather(*calls, return_exceptions=True)
+    rejected = [end for end in ends if isinstance(end, RequestFailed)]
+    assert {end.reason for end in rejected} <= {"DRAINING"}
     with pytest.raises(RequestFailed) as late:
         await client.predict(pixels())
     assert late.value.code == grpc.StatusCode.UNAVAILABLE
     assert late.value.reason == "DRAINING"
 
 
-async def test_while_it_is_announced_requests_are_accepted(client: AsyncClient) -> None:
+async def test_drain_announced_still_accepts_requests(client: AsyncClient) -> None:
     health: Any = health_pb2_grpc.HealthStub(client.channel)
     watch = health.Watch(health_pb2.HealthCheckRequest(service=""))
     await watch.read()
@@ -65,33 +65,36 @@ async def test_while_it_is_announced_requests_are_accepted(client: AsyncClient) 
     watch.cancel()
 
 
-async def test_draining_twice_is_draining_once(client: AsyncClient) -> None:
+async def test_drain_twice_reports_success_twice(client: AsyncClient) -> None:
     assert await asyncio.gather(client.drain(), client.drain()) == [True, True]
 
 
 @pytest.mark.parametrize("seconds", [-1.0, 3601.0])
-async def test_an_absurd_announcement_is_refused(client: AsyncClient, seconds: float) -> None:
-    with pytest.raises(RequestFailed) as refused:
+async def test_drain_announcement_out_of_range_is_rejected(
+    client: AsyncClient, seconds: float
+) -> None:
+    with pytest.raises(RequestFailed) as failed:
         await client.drain(announce_s=seconds)
-    assert list(refused.value.violations) == ["announce"]
+    assert list(failed.value.violations) == ["announce"]
     assert (await client.predict(pixels())).label
 
 
-async def test_sigterm_with_20_requests_in_flight_gives_20_answers(tmp_path: Path) -> None:
-    """As a container is stopped: the command line's drain first, then the signal."""
+async def test_sigterm_with_20_requests_in_flight_answers_all(tmp_path: Path) -> None:
     running = start_server(make_tiny_bundle(tmp_path / "tiny").path, tmp_path / "log")
     async with AsyncClient(running.address) as client:
-        asking = [asyncio.create_task(client.predict(pixels(seed=n))) for n in range(20)]
-        await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+        calls = [asyncio.create_task(client.predict(pixels(seed=n))) for n in range(20)]
+        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
         running.process.send_signal(signal.SIGTERM)
-        answers = await asyncio.gather(*asking)
+        answers = await asyncio.gather(*calls)
     assert len(answers) == 20
-    assert await asyncio.to_thread(running.process.wait, 30) == 0
+    assert await asyncio.to_thread(running.process.wait, 300) == 0
     assert running.process.stdout is not None
     running.process.stdout.close()
 
 
-async def test_the_command_line_drains_and_says_so(replica: Replica, client: AsyncClient) -> None:
+async def test_drain_command_prints_drained_and_exits_with_0(
+    replica: Replica, client: AsyncClient
+) -> None:
     command = [sys.executable, "-m", "ladderstitch", "drain"]
     command += ["--address", f"127.0.0.1:{replica.port}"]
     done = await asyncio.to_thread(
@@ -102,13 +105,13 @@ async def test_the_command_line_drains_and_says_so(replica: Replica, client: Asy
         await client.predict(pixels())
 
 
-async def test_the_command_line_asks_for_health(replica: Replica) -> None:
-    def ask() -> tuple[int, str]:
+async def test_health_command_prints_state_and_sets_exit_status(replica: Replica) -> None:
+    def run_health() -> tuple[int, str]:
         command = [sys.executable, "-m", "ladderstitch", "health"]
         command += ["--address", f"127.0.0.1:{replica.port}"]
         done = subprocess.run(command, capture_output=True, text=True)
         return done.returncode, done.stdout.strip()
 
-    assert await asyncio.to_thread(ask) == (0, "SERVING")
+    assert await asyncio.to_thread(run_health) == (0, "SERVING")
     await replica.drain()
-    assert await asyncio.to_thread(ask) == (1, "NOT_SERVING")
+    assert await asyncio.to_thread(run_health) == (1, "NOT_SERVING")

@@ -1,6 +1,6 @@
-"""Malformed requests of every kind: each gets its status, good ones are answered all along.
+"""Malformed requests of every kind get their status while well-formed ones are answered.
 
-`ladderstitch-loadtest malformed` sends 10,000 of them and watches the memory; here a few hundred.
+`ladderstitch-loadtest malformed` sends 10,000 of them and measures memory; these tests send fewer.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from tests.support.language_models import write_tiny
 from tests.support.servers import RunningServer, start_server, stop_server
 
 
-async def outcome_of(
+async def send_cases(
     server: RunningServer, cases: type[ImageCases | TextCases], requests: int
 ) -> FuzzOutcome:
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         model = await stub.GetModel(inference_pb2.GetModelRequest())
-        malformer = cases(model, channel, 3)
-        return await run(malformer, process_tree(server.process.pid), requests, lambda: None)
+        fuzz_cases = cases(model, channel, 3)
+        return await run(fuzz_cases, process_tree(server.process.pid), requests, lambda: None)
 
 
-async def test_images(server: RunningServer) -> None:
-    outcome = await outcome_of(server, ImageCases, 570)
+async def test_malformed_image_requests_get_their_status(server: RunningServer) -> None:
+    outcome = await send_cases(server, ImageCases, 570)
     assert outcome.wrong == []
     assert min(outcome.kinds.values()) == 30
     assert outcome.good_answers == 57
     assert "error_id" not in server.log.read_text()
 
 
-async def test_text(tmp_path: Path) -> None:
-    """With deadlines of milliseconds, callers who leave, prompts at and over the context."""
+async def test_malformed_text_requests_get_their_status(tmp_path: Path) -> None:
+    """The cases include deadlines of milliseconds, disconnects, and prompts of maximum length."""
     server = start_server(write_tiny(tmp_path / "tiny"), tmp_path / "log")
-    outcome = await outcome_of(server, TextCases, 440)
+    outcome = await send_cases(server, TextCases, 440)
     assert outcome.wrong == []
     assert min(outcome.kinds.values()) == 20
     assert outcome.good_answers == 44

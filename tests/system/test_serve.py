@@ -1,4 +1,4 @@
-"""`ladderstitch serve` and `predict` as a user runs them, on Ray and without."""
+"""`ladderstitch serve` and `predict` as users run them, on Ray and without it."""
 
 from __future__ import annotations
 
@@ -18,62 +18,89 @@ from pathlib import Path
 import pytest
 
 from ladderstitch.client import Client, RequestFailed
+from ladderstitch.text.bundle import TextBundle
 from ladderstitch_loadtest.faults.fuzz_runner import process_tree
 from tests.conftest import make_tiny_bundle
-from tests.support.language_models import write_tiny
+from tests.support.language_models import greedy, write_tiny
 from tests.support.servers import RunningServer, picture, pixels, start_server, stop_server
 
 
-def ladderstitch(*arguments: object) -> subprocess.CompletedProcess[str]:
+def ladderstitch(*arguments: object, columns: int = 200) -> subprocess.CompletedProcess[str]:
+    """Run a command of the command line to its end."""
     command = [sys.executable, "-m", "ladderstitch", *map(str, arguments)]
-    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
+    environment = os.environ | {"COLUMNS": str(columns), "NO_COLOR": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
 
 
-def eventually(check: Callable[[], bool], within_s: float = 30.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not check():
-        assert time.monotonic() < deadline, "it did not come to pass"
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until the condition is true; fails after 300 s."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.05)
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> Iterator[RunningServer]:
-    """A server of the test's own, without Ray."""
+def server(tmp_path: Path) -> Iterator[RunningServer]:
+    """Start a server without Ray for one test."""
     running = start_server(make_tiny_bundle(tmp_path / "tiny").path, tmp_path / "log")
     yield running
     if running.process.poll() is None:
         assert stop_server(running) == 0
 
 
-def test_predict_shows_what_the_answer_cost(alone: RunningServer, tmp_path: Path) -> None:
+def test_predict_prints_the_cost_of_each_answer(server: RunningServer, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture())
     (tmp_path / "b.jpg").write_bytes(picture((20, 30), "JPEG"))
     files = [tmp_path / "a.png", tmp_path / "b.jpg"]
-    done = ladderstitch("predict", *files, "--budget", "800ms", "--address", alone.address)
+    done = ladderstitch("predict", *files, "--budget", "800ms", "--address", server.address)
     assert done.returncode == 0, done.stderr
     assert re.search(r"a\.png.*(ankle|bag|coat|dress).*0\.6600.*800\.0 ms met", done.stdout)
     assert "b.jpg" in done.stdout
 
-    refused = ladderstitch(
-        "predict", files[0], "--budget", "10us", "--hard", "--address", alone.address
+    rejected = ladderstitch(
+        "predict", files[0], "--budget", "10us", "--hard", "--address", server.address
     )
-    assert refused.returncode == 1
-    assert "BUDGET_INFEASIBLE" in refused.stderr
-    assert "the smallest budget is" in refused.stderr
+    assert rejected.returncode == 1
+    assert "BUDGET_INFEASIBLE" in rejected.stderr
+    assert "the smallest budget is" in rejected.stderr
 
 
-def test_models_and_schedule_from_the_command_line(alone: RunningServer) -> None:
-    listed = ladderstitch("models", "--address", alone.address)
+def test_predict_and_models_tables_fit_80_columns(server: RunningServer, tmp_path: Path) -> None:
+    image = tmp_path / "a-long-name-00.png"
+    image.write_bytes(picture())
+    for command in (["predict", image, "--budget", "800ms"], ["models"]):
+        done = ladderstitch(*command, "--address", server.address, columns=80)
+        assert done.returncode == 0, done.stderr
+        assert max(len(line.rstrip()) for line in done.stdout.splitlines()) <= 80
+        assert "…" not in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["variant", "name", "quality", "expected", "planned"] in rows
+    assert sum(row[1:2] == ["anchor-0"] and "0.5000" in row for row in rows) == 1
+
+
+def test_models_and_schedule_show_and_change_a_server(server: RunningServer) -> None:
+    listed = ladderstitch("models", "--address", server.address)
     assert "tiny version 1" in listed.stdout
-    changed = ladderstitch("schedule", "--pin", 3, "--address", alone.address)
+    changed = ladderstitch("schedule", "--pin", 3, "--address", server.address)
     assert "pinned_variant: 3" in changed.stdout
-    wrong = ladderstitch("schedule", "--pin", 999, "--address", alone.address)
+    wrong = ladderstitch("schedule", "--pin", 999, "--address", server.address)
     assert wrong.returncode == 1
     assert "pinned_variant: expected a variant" in wrong.stderr
 
 
-def test_no_server_says_what_to_do(tmp_path: Path) -> None:
+def test_generate_local_prints_the_greedy_answer(tmp_path: Path) -> None:
+    bundle = TextBundle.load(write_tiny(tmp_path / "tiny"))
+    done = ladderstitch(
+        "generate", "a prompt", "--local", "--model", bundle.path, "--max-tokens", 8
+    )
+    assert done.returncode == 0, done.stderr
+    expected = bundle.tokenizer().decode(greedy(bundle, "a prompt", 8))
+    assert done.stdout == f"{expected}\n"
+    assert "tokens/s" in done.stderr
+
+
+def test_predict_without_a_server_prints_advice(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture())
     done = ladderstitch("predict", tmp_path / "a.png", "--address", "127.0.0.1:9")
     assert done.returncode == 1
@@ -85,41 +112,41 @@ def test_no_server_says_what_to_do(tmp_path: Path) -> None:
     [
         (["predict", "absent.png"], "No such file"),
         (["predict", __file__, "--budget", "fast"], "budget: expected e.g. 800us, 5ms or 0.5s"),
-        (["serve", "--model", "nowhere"], "no bundle 'nowhere'"),
+        (["serve", "--model", "nowhere"], "expected a bundle, got 'nowhere'"),
         (["serve", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
-def test_mistakes_exit_with_2_and_a_reason(arguments: list[str], message: str) -> None:
+def test_invalid_arguments_exit_with_2_and_a_reason(arguments: list[str], message: str) -> None:
     done = ladderstitch(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_taken_port_is_named(alone: RunningServer, tmp_path: Path) -> None:
-    port = alone.address.split(":")[1]
+def test_serve_taken_port_is_named_in_the_error(server: RunningServer, tmp_path: Path) -> None:
+    port = server.address.split(":")[1]
     done = ladderstitch("serve", "--no-ray", "--bundle", tmp_path / "tiny", "--port", port)
     assert done.returncode == 2
-    assert f"port: 127.0.0.1:{port} is taken" in done.stderr
+    assert f"port: expected a free port, got 127.0.0.1:{port}" in done.stderr
 
 
-def test_a_killed_worker_costs_no_request(alone: RunningServer) -> None:
-    _, worker = process_tree(alone.process.pid)
-    with Client(alone.address) as client:
+def test_serve_killed_worker_loses_no_request(server: RunningServer) -> None:
+    _, worker = process_tree(server.process.pid)
+    with Client(server.address) as client:
         client.predict(pixels())
         os.kill(worker, signal.SIGKILL)
         for n in range(20):
             assert client.predict(pixels(seed=n)).label
-    assert worker not in process_tree(alone.process.pid)
+    assert worker not in process_tree(server.process.pid)
 
 
-def test_a_server_without_a_parent_leaves_no_worker(alone: RunningServer) -> None:
-    _, worker = process_tree(alone.process.pid)
-    alone.process.kill()
-    alone.process.wait()
-    assert alone.process.stdout is not None
-    alone.process.stdout.close()
-    eventually(lambda: not Path(f"/proc/{worker}").exists())
+def test_serve_killed_server_leaves_no_worker(server: RunningServer) -> None:
+    _, worker = process_tree(server.process.pid)
+    server.process.kill()
+    server.process.wait()
+    assert server.process.stdout is not None
+    server.process.stdout.close()
+    wait_until(lambda: not Path(f"/proc/{worker}").exists())
 
 
 def free_port() -> int:
@@ -130,11 +157,11 @@ def free_port() -> int:
 
 @contextmanager
 def served_on_ray(bundle: Path, folder: Path, *flags: str) -> Iterator[tuple[RunningServer, Path]]:
-    """The default: under Ray Serve, on fixed ports, in a temporary directory to look into.
+    """Run a server on Ray Serve, on fixed ports; yields it and the temporary directory of Ray.
 
-    Ends with Ctrl-C, which must leave no process and no file behind.
+    Ctrl-C stops it, and must leave no process and no file.
     """
-    temporary = Path(tempfile.mkdtemp(prefix="lt", dir="/tmp"))  # short: Ray's sockets live below
+    temporary = Path(tempfile.mkdtemp(prefix="lt", dir="/tmp"))  # short for Ray
     running = start_server(
         bundle,
         folder / "log",
@@ -150,7 +177,7 @@ def served_on_ray(bundle: Path, folder: Path, *flags: str) -> Iterator[tuple[Run
     processes = process_tree(running.process.pid)
     assert len(processes) > 4
     assert stop_server(running) == 0
-    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in processes))
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in processes))
     assert list(temporary.iterdir()) == []
     temporary.rmdir()
 
@@ -163,16 +190,17 @@ def on_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningSe
 
 
 def command_line(pid: int) -> str:
+    """Return the command line of a process."""
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
-def of_ray(server: RunningServer, part: str) -> tuple[int, str]:
-    """Process id and command line of one of the processes below a server."""
+def find_process(server: RunningServer, part: str) -> tuple[int, str]:
+    """Return id and command line of the process below a server whose command line has `part`."""
     lines = {pid: command_line(pid) for pid in process_tree(server.process.pid)}
     return next((pid, line) for pid, line in lines.items() if part in line)
 
 
-def test_on_ray_it_answers_and_reports(on_ray: tuple[RunningServer, Path]) -> None:
+def test_on_ray_server_answers_and_counts_requests(on_ray: tuple[RunningServer, Path]) -> None:
     server, _ = on_ray
     with Client(server.address) as client:
         answer = client.predict(pixels(), budget_s=2.0)
@@ -182,16 +210,16 @@ def test_on_ray_it_answers_and_reports(on_ray: tuple[RunningServer, Path]) -> No
     assert 'ladderstitch_requests_total{code="OK",model="tiny",variant="16"}' in text
 
 
-def test_on_ray_token_authentication_is_on(on_ray: tuple[RunningServer, Path]) -> None:
-    """Ray's control plane listens on all interfaces: without its token nobody gets in."""
+def test_on_ray_control_plane_rejects_another_token(on_ray: tuple[RunningServer, Path]) -> None:
+    """Ray's control plane listens on all interfaces, so that it must require its token."""
     server, temporary = on_ray
     (folder,) = temporary.iterdir()
     token = folder / "token"
     assert token.stat().st_mode & 0o077 == 0
-    _, line = of_ray(server, "gcs_server")
+    _, line = find_process(server, "gcs_server")
     port = re.search(r"--gcs_server_port=(\d+)", line)
     if port is None or port[1] == "0":
-        port = re.search(r"--gcs-address=\S+:(\d+)", of_ray(server, "raylet/raylet ")[1])
+        port = re.search(r"--gcs-address=\S+:(\d+)", find_process(server, "raylet/raylet ")[1])
     assert port, line
 
     def join(secret: str) -> subprocess.CompletedProcess[str]:
@@ -205,43 +233,43 @@ def test_on_ray_token_authentication_is_on(on_ray: tuple[RunningServer, Path]) -
             env=environment,
         )
 
-    stranger = join("0" * 64)
-    assert stranger.returncode != 0
-    assert "auth" in stranger.stderr.lower()
+    joined = join("0" * 64)
+    assert joined.returncode != 0
+    assert "auth" in joined.stderr.lower()
 
 
-def test_on_ray_a_replaced_replica_reads_the_live_policy(
+def test_on_ray_replaced_replica_has_the_active_settings(
     on_ray: tuple[RunningServer, Path],
 ) -> None:
     server, _ = on_ray
     with Client(server.address) as client:
         client.update_scheduling(pinned_variant=7)
-    replica, _ = of_ray(server, "ServeReplica")
+    replica, _ = find_process(server, "ServeReplica")
     os.kill(replica, signal.SIGKILL)
-    eventually(lambda: not Path(f"/proc/{replica}").exists())
+    wait_until(lambda: not Path(f"/proc/{replica}").exists())
 
-    def answers() -> bool:
+    def answers_with_pinned_variant() -> bool:
         with Client(server.address) as client:
             try:
                 return client.predict(pixels(), timeout_s=1.0).variant == 7
             except RequestFailed:
                 return False
 
-    eventually(answers, within_s=60.0)
+    wait_until(answers_with_pinned_variant)
     with Client(server.address) as client:
         assert client.get_scheduling().pinned_variant == 7
 
 
-def test_on_ray_ranks_are_actors_and_a_killed_one_costs_no_token(tmp_path: Path) -> None:
+def test_on_ray_killed_rank_actor_loses_no_token(tmp_path: Path) -> None:
     bundle = write_tiny(tmp_path / "tiny")
     with (
         served_on_ray(bundle, tmp_path, "--tensor-parallel-size", "2") as (server, _),
         Client(server.address) as client,
     ):
-        wanted = [piece.token for piece in client.generate("a prompt", max_tokens=30)]
+        expected = [chunk.token for chunk in client.generate("a prompt", max_tokens=30)]
         stream = client.generate("a prompt", max_tokens=30)
         got = [next(stream).token]
-        rank, _ = of_ray(server, "RankActor")
+        rank, _ = find_process(server, "RankActor")
         os.kill(rank, signal.SIGKILL)
-        got += [piece.token for piece in stream]
-    assert got == wanted
+        got += [chunk.token for chunk in stream]
+    assert got == expected

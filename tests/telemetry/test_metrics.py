@@ -1,4 +1,4 @@
-"""What `/metrics` says: names, units and bounded labels, read as Prometheus reads them."""
+"""Tests of the metrics page: names, units, counts and bounded labels."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ladderstitch.scheduling.requests import Completion, Deadlines, Request
-from ladderstitch.telemetry.metrics import Metrics, VisionMetrics
+from ladderstitch.telemetry.metrics import Metrics
+from ladderstitch.telemetry.model_metrics import VisionMetrics
 
 NO_LOGITS = np.zeros((1, 10), np.float32)
 
 
-def make_request(target: float = float("inf")) -> Request:
-    return Request("r", np.zeros((1, 1, 2, 2), np.float32), 10.0, Deadlines(target))
+def make_request(soft_deadline: float = float("inf")) -> Request:
+    return Request("r", np.zeros((1, 1, 2, 2), np.float32), 10.0, Deadlines(soft_deadline))
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float:
@@ -24,16 +25,18 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
     return got or 0.0
 
 
-def test_a_request_from_queue_to_answer() -> None:
+def test_vision_metrics_of_answered_requests_are_counted() -> None:
     metrics = Metrics()
     model = VisionMetrics(metrics, "m", range(3))
     on_time, late, free = make_request(10.02), make_request(10.001), make_request()
-    model.queued(3)
-    model.dispatched([on_time, late, free], now=10.002, waiting=0)
-    model.computed(1, batch=3, compute_s=0.004, error=1.25, slowdown=1.5, tail=1.2)
-    model.computed(2, batch=1, compute_s=0.001, error=1.0, slowdown=1.5, tail=1.2)
+    model.set_queue_length(3)
+    model.observe_dispatch([on_time, late, free], now=10.002, num_waiting=0)
+    model.observe_batch(1, batch_size=3, compute_s=0.004, error=1.25, slowdown=1.5, tail=1.2)
+    model.observe_batch(2, batch_size=1, compute_s=0.001, error=1.0, slowdown=1.5, tail=1.2)
     for request in (on_time, late, free):
-        model.completed(request, Completion(NO_LOGITS, 1, 0.9, 0.002, 0.004, 3), now=10.007)
+        model.observe_completion(
+            request, Completion(NO_LOGITS, 1, 0.9, 0.002, 0.004, 3), now=10.007
+        )
     assert value(metrics, "requests_total", variant="1", code="OK") == 3
     assert value(metrics, "slo_requests_total", met="true") == 1
     assert value(metrics, "slo_requests_total", met="false") == 1
@@ -47,7 +50,7 @@ def test_a_request_from_queue_to_answer() -> None:
     assert value(metrics, "switches_total") == 1
     assert value(metrics, "latency_actual_over_predicted_ratio_sum") == pytest.approx(2.25)
     assert value(metrics, "latency_slowdown_ratio") == 1.5
-    # Slack: 18 ms and -1 ms; a request without a target has none.
+    # The slack is 18 ms and -1 ms; a request without a deadline has none.
     assert value(metrics, "dispatch_slack_seconds_bucket", le="0.0") == 1
     assert value(metrics, "dispatch_slack_seconds_bucket", le="+Inf") == 2
 
@@ -66,17 +69,17 @@ KNOWN_LABELS = {"model", "variant", "code", "met", "within_plan", "end", "reason
         ("NOT_FOUND", 0),
     ],
 )
-def test_a_refusal_misses_the_budget_unless_the_caller_is_at_fault(code: str, missed: int) -> None:
+def test_observe_rejection_unless_callers_error_misses_budget(code: str, missed: int) -> None:
     metrics = Metrics()
     model = VisionMetrics(metrics, "m", range(3))
-    model.refused(code, make_request(11.0))
-    model.refused(code, make_request())
-    model.refused(code)
+    model.observe_rejection(code, make_request(11.0))
+    model.observe_rejection(code, make_request())
+    model.observe_rejection(code)
     assert value(metrics, "requests_total", variant="none", code=code) == 3
     assert value(metrics, "slo_requests_total", met="false") == missed
 
 
-def test_two_replicas_in_one_process_do_not_meet() -> None:
+def test_metrics_of_two_replicas_are_separate() -> None:
     first, second = Metrics(), Metrics()
     VisionMetrics(first, "m", range(3)).restarts.inc()
     VisionMetrics(second, "m", range(3))
@@ -84,19 +87,19 @@ def test_two_replicas_in_one_process_do_not_meet() -> None:
     assert value(second, "engine_restarts_total") == 0
 
 
-def test_the_page_is_what_prometheus_expects() -> None:
+def test_expose_serves_a_page_that_prometheus_reads() -> None:
     metrics = Metrics()
     model = VisionMetrics(metrics, "m", range(3))
-    model.completed(make_request(), Completion(NO_LOGITS, 1, 0.9, 0.0, 0.0, 1), now=10.1)
+    model.observe_completion(make_request(), Completion(NO_LOGITS, 1, 0.9, 0.0, 0.0, 1), now=10.1)
     port, close = metrics.expose(0, "127.0.0.1")
     address = f"http://127.0.0.1:{port}/metrics"
     try:
-        with urllib.request.urlopen(address, timeout=5) as page:
+        with urllib.request.urlopen(address, timeout=300) as page:
             families = list(text_string_to_metric_families(page.read().decode()))
     finally:
         close()
     with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(address, timeout=5)
+        urllib.request.urlopen(address, timeout=300)
     names = {family.name for family in families}
     for noun in ("queue", "compute", "request_duration", "dispatch_slack"):
         assert f"ladderstitch_{noun}_seconds" in names

@@ -1,11 +1,10 @@
-"""Text piece by piece, sampling, and files: what surrounds the model."""
+"""Tests of incremental text, sampling, GGUF import, weight files and model configurations."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
@@ -13,52 +12,28 @@ from safetensors.torch import load_file, save_file
 
 from ladderstitch.errors import BundleError, ConfigError, DataError
 from ladderstitch.importers.gguf import import_gguf
-from ladderstitch.scheduling.requests import Sampling
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.weight_reader import MemoryWeights, SafetensorsFolder
 from ladderstitch.text.model.weights import check_weights
-from ladderstitch.text.sampler import Sampler
 from ladderstitch.text.tokenizer import TextStream
 from tests.support.language_models import TINY, one_rank_logits, random_tensors, write_tiny
 
 
-def test_characters_of_several_tokens_come_out_whole(tiny_language_bundle: TextBundle) -> None:
+def test_text_stream_with_multi_token_characters_keeps_text(
+    tiny_language_bundle: TextBundle,
+) -> None:
     tokenizer = tiny_language_bundle.tokenizer()
     text = "naïve 東京 🚲!"
     stream = TextStream(tokenizer)
-    pieces = [stream.add(token) for token in tokenizer.encode(text)]
-    assert "".join(pieces) == text
-    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
+    chunks = [stream.add(token) for token in tokenizer.encode(text)]
+    assert "".join(chunks) == text
+    assert all("\N{REPLACEMENT CHARACTER}" not in chunk for chunk in chunks)
     assert stream.finish() == ""
 
 
-def test_greedy_takes_the_likeliest_and_a_draw_follows_the_probabilities() -> None:
-    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    assert Sampler(Sampling()).pick(logits) == 0
-    sampler = Sampler(Sampling(temperature=1.0, seed=0))
-    counts = np.bincount([sampler.pick(logits) for _ in range(4000)], minlength=4) / 4000
-    assert np.abs(counts - [0.5, 0.3, 0.15, 0.05]).max() < 0.03
-
-
-@pytest.mark.parametrize(
-    ("sampling", "allowed"),
-    [
-        (Sampling(temperature=5.0, top_k=2, seed=1), {0, 1}),
-        (Sampling(temperature=1.0, top_p=0.79, seed=1), {0, 1}),
-        (Sampling(temperature=1.0, top_p=0.81, seed=1), {0, 1, 2}),
-        (Sampling(temperature=1.0, top_p=1e-9, seed=1), {0}),
-        (Sampling(temperature=1.0, top_k=99, seed=1), {0, 1, 2, 3}),
-    ],
-)
-def test_top_k_and_top_p_keep_the_likeliest(sampling: Sampling, allowed: set[int]) -> None:
-    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    sampler = Sampler(sampling)
-    assert {sampler.pick(logits) for _ in range(600)} == allowed
-
-
 def write_gguf(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """The tiny model as llama.cpp writes it: its names, adjacent rotary pairs, Q8_0."""
+    """Write the tiny model in llama.cpp's layout: its names, adjacent rotary pairs, F32."""
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(TINY.layers)
     writer.add_context_length(TINY.max_positions)
@@ -104,7 +79,7 @@ def write_gguf(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     writer.close()
 
 
-def test_a_gguf_file_becomes_the_same_model(tmp_path: Path) -> None:
+def test_gguf_import_gives_identical_logits(tmp_path: Path) -> None:
     tensors = random_tensors(TINY)
     write_gguf(tmp_path / "tiny.gguf", tensors)
     import_gguf(tmp_path / "tiny.gguf", tmp_path / "b", name="t", origin="test", licence="none")
@@ -118,13 +93,13 @@ def test_a_gguf_file_becomes_the_same_model(tmp_path: Path) -> None:
     torch.testing.assert_close(got, wanted, atol=0, rtol=0)
 
 
-def test_what_is_no_gguf_file_is_refused(tmp_path: Path) -> None:
+def test_gguf_import_of_another_format_raises(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"not a model at all, only some bytes")
     with pytest.raises(DataError, match=r"x.gguf: not a GGUF file"):
         import_gguf(tmp_path / "x.gguf", tmp_path / "b", name="t", origin="o", licence="l")
 
 
-def test_shards_are_found_by_their_index(tmp_path: Path) -> None:
+def test_sharded_weights_are_found_by_their_index(tmp_path: Path) -> None:
     bundle = write_tiny(tmp_path / "tiny")
     tensors = load_file(bundle / "model.safetensors")
     (bundle / "model.safetensors").unlink()
@@ -147,13 +122,13 @@ def test_shards_are_found_by_their_index(tmp_path: Path) -> None:
         ('{"weight_map": {"model.norm.weight": "../x"}}', "lies outside the folder"),
     ],
 )
-def test_a_bad_index_is_refused(tmp_path: Path, index: str, message: str) -> None:
+def test_weights_with_a_bad_index_raise(tmp_path: Path, index: str, message: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(BundleError, match=message):
         SafetensorsFolder(tmp_path).shape("model.norm.weight")
 
 
-def test_wrong_tensors_are_all_named() -> None:
+def test_check_weights_names_every_wrong_tensor() -> None:
     tensors = random_tensors(TINY)
     del tensors["model.norm.weight"]
     tensors["extra"] = torch.ones(1)
@@ -177,7 +152,7 @@ def test_wrong_tensors_are_all_named() -> None:
         ({"hidden_size": None}, "hidden_size"),
     ],
 )
-def test_models_that_are_no_llama_are_refused(change: dict[str, object], message: str) -> None:
+def test_config_of_another_architecture_raises(change: dict[str, object], message: str) -> None:
     fields = {
         "hidden_size": 64,
         "intermediate_size": 128,

@@ -17,7 +17,7 @@ app.kubernetes.io/component: replica
 app.kubernetes.io/component: gateway
 {{- end }}
 
-{{/* Fields of GatewaySettings: callers as a replica takes them, replicas over TLS. */}}
+{{/* Fields of GatewayConfig: the same access as a replica, and TLS to the replicas. */}}
 {{- define "ladderstitch.gatewayConfig" -}}
 {{- $config := dict
   "replicas" (list (printf "dns:%s-replicas:8001" .Release.Name))
@@ -36,23 +36,23 @@ app.kubernetes.io/component: gateway
 {{- toYaml $config }}
 {{- end }}
 
-{{/* Fields of ServerConfig. What the templates rely on cannot be overridden by `server`. */}}
+{{/* Fields of ServerConfig. `server` cannot override fields that the templates rely on. */}}
 {{- define "ladderstitch.config" -}}
-{{- $ours := dict
+{{- $fixed := dict
   "host" "0.0.0.0" "port" 8001 "admin_port" 8002 "admin_host" "127.0.0.1" "health_port" 8003
   "metrics_port" 9464
   "tls_certificate" "/etc/ladderstitch/tls/tls.crt" "tls_key" "/etc/ladderstitch/tls/tls.key"
   "token_file" "/etc/ladderstitch/tokens/tokens.yaml"
   "drain_s" .Values.drain.finishSeconds
   "tensor_parallel_size" .Values.tensorParallelSize "spare_ranks" .Values.spareRanks }}
-{{- if .Values.model.bundle }}{{ $_ := set $ours "bundle" .Values.model.bundle }}{{ end }}
-{{- if .Values.http.enabled }}{{ $_ := set $ours "http_port" 8081 }}{{ end }}
-{{- if .Values.tls.mutual }}{{ $_ := set $ours "tls_client_ca" "/etc/ladderstitch/tls/ca.crt" }}{{ end }}
+{{- if .Values.model.bundle }}{{ $_ := set $fixed "bundle" .Values.model.bundle }}{{ end }}
+{{- if .Values.http.enabled }}{{ $_ := set $fixed "http_port" 8081 }}{{ end }}
+{{- if .Values.tls.mutual }}{{ $_ := set $fixed "tls_client_ca" "/etc/ladderstitch/tls/ca.crt" }}{{ end }}
 {{- $defaults := dict "max_connection_age_s" 300 }}
-{{- toYaml (mergeOverwrite $defaults (deepCopy .Values.server) $ours) }}
+{{- toYaml (mergeOverwrite $defaults (deepCopy .Values.server) $fixed) }}
 {{- end }}
 
-{{/* Nobody in the container needs root, a capability or a writable root file system. */}}
+{{/* The container needs no root user, no capability and no writable root file system. */}}
 {{- define "ladderstitch.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: 1000

@@ -1,1 +1,1 @@
-"""Ranks talking to each other from within kernels: memory that all see, signals, reductions."""
+"""Communication from within kernels: memory that all ranks map, signals, and reductions."""

@@ -1,11 +1,11 @@
-"""Sums over ranks in one kernel, for what cannot wait: everybody stores at everybody, then adds.
+"""All-reduce in one kernel: every rank stores into the memory of all ranks, then adds.
 
-    one-shot   every rank stores all of its tensor at every peer: one flight, R - 1 times the bytes
-    two-shot   rank r sums the r-th piece and hands the sum round: two flights, 2 (R - 1) / R times
+    one-shot   every rank stores its whole tensor at every peer: one transfer, R - 1 times the bytes
+    two-shot   rank r sums piece r and stores the sum everywhere: two transfers, 2 (R - 1) / R times
 
-One-shot wins while the flight is what counts (to about 256 KB with more than two ranks; with two
-the bytes are equal and it always wins), two-shot for prefill. Both accumulate in float32 in rank
-order, so that all ranks get the same bits.
+One-shot is faster while latency dominates: up to about 256 KB with more than two ranks. With two
+ranks the bytes are equal and it is always faster. Two-shot is for prefill. Both accumulate in
+float32 and in rank order, so that all ranks get the same bits.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ _SLOTS = 2
 
 
 class AllReduce:
-    """One rank's memory for sums of up to `elements`; all ranks call in the same order.
+    """One rank's memory for all-reduces of up to `elements`; all ranks call in the same order.
 
-    `programs` run at once on every rank and wait for their like, so no more than the GPU can hold;
-    ranks that share a GPU must all fit.
+    Each call runs `programs` programs on every rank, and each of them waits for its counterparts on
+    the other ranks. They must all be resident at the same time, together with those of other ranks
+    that share the GPU. `block` is the number of elements that a program handles at a time.
     """
 
     def __init__(
@@ -52,34 +53,23 @@ class AllReduce:
         self.inbox = memory.zeros((self.ranks, piece), dtype)
         self.outbox = memory.zeros((self.ranks, piece), dtype)
         self.arrivals = memory.zeros((3, self.ranks, programs), torch.int32)
-        """Of one-shot, of two-shot's first flight and of its second."""
+        """Signals of one-shot, of two-shot's first transfer, and of its second one."""
         self.counts = torch.zeros(4, dtype=torch.int32, device=torch.device(device))
-        """Of one-shot: calls, programs done; the same of two-shot."""
+        """Calls and finished programs of one-shot, then the same of two-shot."""
 
     def stop(self) -> None:
-        """Let every wait of this rank pass at once; see `Exchange.stop`."""
+        """End every wait of this rank at once; see `Exchange.stop`."""
         self.arrivals.local.add_(STOPPED)
 
     def __call__(
         self, x: Tensor, algorithm: Literal["auto", "one_shot", "two_shot"] = "auto"
     ) -> Tensor:
-        """The sum of every rank's `x`, in its shape and dtype.
+        """Return the sum over ranks of `x`, in its shape and dtype.
 
-        Raises `ValueError` for more elements or another dtype than this was made for.
+        `auto` is one-shot for sizes that fit its slots. Raises `ValueError` for more elements or
+        another dtype than this object was made for.
         """
-        expect_like("x", x, x)
-        if x.dtype != self.dtype or not 0 < x.numel() <= self.elements:
-            raise ValueError(
-                f"x: expected 1 to {self.elements} elements of {self.dtype}, "
-                f"got {x.numel()} of {x.dtype}"
-            )
-        if algorithm == "auto":
-            algorithm = "one_shot" if x.numel() <= self.one_shot_elements else "two_shot"
-        if algorithm == "one_shot" and x.numel() > self.one_shot_elements:
-            raise ValueError(
-                f"x: expected at most {self.one_shot_elements} elements for one_shot, "
-                f"got {x.numel()}"
-            )
+        algorithm = self._choose_algorithm(x, algorithm)
         out = torch.empty_like(x)
         constants = {
             "RANKS": self.ranks,
@@ -120,9 +110,27 @@ class AllReduce:
             )
         return out
 
+    def _choose_algorithm(
+        self, x: Tensor, algorithm: Literal["auto", "one_shot", "two_shot"]
+    ) -> Literal["one_shot", "two_shot"]:
+        expect_like("x", x, x)
+        if x.dtype != self.dtype or not 0 < x.numel() <= self.elements:
+            raise ValueError(
+                f"x: expected 1 to {self.elements} elements of {self.dtype}, "
+                f"got {x.numel()} of {x.dtype}"
+            )
+        if algorithm == "auto":
+            return "one_shot" if x.numel() <= self.one_shot_elements else "two_shot"
+        if algorithm == "one_shot" and x.numel() > self.one_shot_elements:
+            raise ValueError(
+                f"x: expected at most {self.one_shot_elements} elements for one_shot, "
+                f"got {x.numel()}"
+            )
+        return algorithm
+
 
 def _piece(elements: int, ranks: int) -> int:
-    """Elements of one rank's piece: a multiple of 16, for wide loads."""
+    """Return the elements of one rank's piece: a multiple of 16, for 128-bit loads."""
     return triton.cdiv(triton.cdiv(elements, ranks), 16) * 16
 
 
@@ -143,6 +151,10 @@ def one_shot_kernel(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Store `x` in a slot of every rank, wait for the other ranks, and add the slots.
+
+    Consecutive calls alternate between two slots.
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
     epoch = tl.load(counts) + 1
     slot = ((epoch & (SLOTS - 1)) * RANKS).to(tl.int64) * slot_elements
@@ -184,8 +196,11 @@ def two_shot_kernel(
     RANKS_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Boxes need no second copy: a peer's first signal of the next call tells that it is done with
-    this one, and its second that it has read what this rank stored at the first.
+    """Store pieces in the inboxes, sum this rank's piece, store it in the outboxes, and copy them.
+
+    Inbox and outbox need no second copy. A peer's first signal of the next call shows that it has
+    read its outbox of this call. A peer's second signal shows that it has read its inbox, that is,
+    what this rank stored before its own first signal.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     epoch = tl.load(counts + 2) + 1

@@ -1,10 +1,10 @@
-"""Signals between ranks: release what was stored, acquire what the others stored.
+"""Signals between ranks: release the stores of this rank, acquire those of the others.
 
-A signal is one atomic that raises a vector of counters, one at each peer, so that one fence serves
-them all; a wait is an atomic that adds nothing. Neither needs inline assembly, so both run in the
-interpreter too. Counters only rise (and wrap): a wait passes those that are at its goal or past it.
-A rank's kernels run one after another, so a counter shared by all programs of a kernel reaches a
-multiple of their number only when all of them have signalled.
+A signal is one atomic that raises a vector of counters, one at each peer, so that a single fence
+covers all of them. A wait is an atomic that adds nothing. Neither needs inline assembly, so both
+run in the interpreter, too. Counters only rise, and wrap around. A wait ends when its counters are
+at the goal or past it. The kernels of a rank run one after another, so a counter that all programs
+of a kernel share reaches a multiple of their number only after all of them have signalled.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import triton
 import triton.language as tl
 
 STOPPED = 2**30
-"""What a counter is raised by so that no wait of its rank holds any more."""
+"""The amount by which a counter is raised so that every wait of its rank ends."""
 
 
 @triton.jit
 def signal(table, offset, RANKS: tl.constexpr, RANKS_PAD: tl.constexpr):
-    """Raise the counter at `offset` of every rank's; all that this program stored comes before.
+    """Raise the counter at `offset` of every rank, after all stores of this program.
 
-    The barrier gathers the stores of the program's threads under the fence of the one that signals.
+    `table` [R] holds the addresses of the ranks' counters. The barrier orders the stores of all
+    threads of the program before the fence of the thread that signals.
     """
     tl.debug_barrier()
     peer = tl.arange(0, RANKS_PAD)
@@ -31,9 +32,9 @@ def signal(table, offset, RANKS: tl.constexpr, RANKS_PAD: tl.constexpr):
 
 @triton.jit
 def wait(counters, exists, goal):
-    """Until every one of these counters (a vector of pointers) is at the goal or past it.
+    """Wait until every counter of a vector of pointers is at the goal or past it.
 
-    The difference is what is compared, so that counters may wrap.
+    The difference to the goal is compared with 0, so that counters may wrap.
     """
     ahead = _poll(counters, exists, goal)
     while ahead < 0:
@@ -48,9 +49,11 @@ def _poll(counters, exists, goal):
 
 @triton.jit
 def advance(count, finished, programs):
-    """The last program of a kernel to get here raises the count that all of them read at its start.
+    """Raise the epoch at `count` once all programs of a kernel have called this.
 
-    Epochs so live in device memory: a captured graph counts on when it is replayed.
+    All programs read the epoch at their start, and the last one to call this raises it. The epoch
+    is in device memory, so that a captured CUDA graph continues to count when it is replayed.
+    `finished` counts the calls and is reset to 0.
     """
     tl.debug_barrier()
     if tl.atomic_add(finished, 1, sem="acq_rel", scope="gpu") == programs - 1:

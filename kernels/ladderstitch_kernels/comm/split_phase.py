@@ -1,12 +1,14 @@
 """A reduction in two halves: `gemv_post` starts it, `wait_add_norm` collects it a sub-block later.
 
-In tensor-parallel decoding every sub-block ends in x W^T summed over ranks. Posting stores each
-rank's partial product straight into a slot of every peer's memory and signals; no processor and no
-side stream is held while the bytes fly. Collecting waits for the signals, sums the partials in rank
-order (so that all ranks hold the same bits), adds the residual and norms. Posted and collected back
-to back the pair is an all-reduce, the standard residual; with one sub-block in between it is the
-Ladder Residual (arXiv 2501.06589), which leaves two reductions in flight. A peer's post e + 2 is
-then the first proof that it has read e, so slots come around after 4.
+In tensor-parallel decoding, every sub-block ends in x W^T summed over ranks. Posting stores each
+rank's partial product directly into a slot of every rank's memory and signals. No multiprocessor
+and no side stream is occupied while the data is in transit. Collecting waits for the signals, sums
+the partials in rank order (so that all ranks hold the same bits), adds the residual, and norms.
+
+If a reduction is collected right after it is posted, the pair is an all-reduce: the standard
+residual. With one sub-block in between it is the Ladder Residual (arXiv 2501.06589), which has up
+to two reductions in flight. A peer's post e + 2 is then the first proof that it has read the slot
+of e. Therefore slots are reused after 4 reductions.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ SLOTS = 4
 class Exchange:
     """One rank's slots and counters for reductions of up to `rows` rows of `width` elements.
 
-    All ranks make theirs in the same order, post the same shapes, and collect in posting order with
-    at most two reductions in flight. Nothing here changes on the host after it is made, so posts
-    and waits may be captured in CUDA graphs.
+    All ranks create their exchanges in the same order, post the same shapes, and collect in posting
+    order with at most two reductions in flight. No state changes on the host after creation, so
+    posts and waits can be captured in CUDA graphs.
     """
 
     def __init__(
@@ -41,7 +43,11 @@ class Exchange:
         *,
         columns: int = 64,
     ) -> None:
-        """`columns` of the output are one program's share of a post."""
+        """Allocate slots and counters; all ranks must do so together.
+
+        One program of a post handles `columns` columns of the output, a power of two. Raises
+        `ValueError` for any other number.
+        """
         if columns != triton.next_power_of_2(columns):
             raise ValueError(f"columns: expected a power of two, got {columns}")
         self.rank, self.ranks = memory.rank, memory.ranks
@@ -50,20 +56,23 @@ class Exchange:
         self.programs = triton.cdiv(width, columns)
         self.slots = memory.zeros((SLOTS, self.ranks, rows, width), dtype)
         self.arrivals = memory.zeros((self.ranks,), torch.int32)
-        """Programs of each rank that have posted, over all posts."""
+        """The number of programs of each rank that have posted, over all posts."""
         self.counts = torch.zeros(4, dtype=torch.int32, device=self.device)
-        """Posted, programs done posting, collected, programs done collecting."""
+        """Posts, programs that finished posting, collections, programs that finished collecting."""
 
     def stop(self) -> None:
-        """Let every wait of this rank pass at once, with whatever is in the slots.
+        """End every wait of this rank at once, whatever the slots hold.
 
-        For a rank whose peer is gone: what it computes from here on must be thrown away. On a GPU,
-        call it under another stream than the one that waits.
+        This is for a rank whose peer died: everything that it computes from here on must be
+        discarded. On a GPU, call it on another stream than the one that waits.
         """
         self.arrivals.local.add_(STOPPED)
 
     def check(self, name: str, x: Tensor, width: int) -> int:
-        """The rows of `x` [M, width]; raises `ValueError` if it does not belong here."""
+        """Return the rows M of `x` [M, width].
+
+        Raises `ValueError` for a shape or dtype that this exchange was not made for.
+        """
         if x.dim() != 2 or not 0 < x.shape[0] <= self.rows or x.shape[1] != width:
             raise ValueError(
                 f"{name}: expected shape [1 to {self.rows}, {width}], got {list(x.shape)}"
@@ -91,7 +100,7 @@ def _push(
     RANKS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Store a part of this rank's partial in every rank's slot."""
+    """Store a part of this rank's partial product in the slot of every rank."""
     slot = (_slot(epoch, SLOTS) * RANKS + rank).to(tl.int64) * slot_elements
     for peer in tl.static_range(RANKS):
         base = tl.load(slots + peer).to(tl.pointer_type(partial.dtype))
@@ -119,6 +128,7 @@ def gemv_post_kernel(
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    """Compute `BLOCK_N` columns of x W^T per program, store them at every rank, and signal."""
     epoch = tl.load(counts) + 1
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
@@ -156,15 +166,15 @@ def gemv_post_kernel(
 
 
 def gemv_post(x: Tensor, weight: Tensor, exchange: Exchange) -> None:
-    """Start the sum over ranks of x @ weight.T: [M, K_r] by [N, K_r] -> [M, N].
+    """Start the sum over ranks of x @ weight.T, [M, N], for x [M, K_r] and weight [N, K_r].
 
-    The product accumulates in float32 and travels in the dtype of `x`. For decoding: up to 16 rows,
-    where reading the weight bounds the time. Raises `ValueError` for a shape or dtype that the
-    exchange was not made for.
+    K_r is this rank's share of the reduced dimension. The product accumulates in float32 and is
+    sent in the dtype of `x`. M is at most 16: the op is for decoding, where reading the weight
+    bounds the time. Raises `ValueError` for a shape or dtype that the exchange was not made for.
     """
     m, k = exchange.check("x", x, weight.shape[1]), weight.shape[1]
     if m > 16:
-        raise ValueError(f"x: expected at most 16 rows, got {m}; multiply apart and `post` it")
+        raise ValueError(f"x: expected at most 16 rows, got {m}; use a matmul and `post`")
     expect_shape("weight", weight, (exchange.width, k))
     expect_like("weight", weight, x)
     expect_like("x", x, x)
@@ -205,6 +215,7 @@ def post_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Store `BLOCK_N` columns of a product at every rank per program, and signal."""
     epoch = tl.load(counts) + 1
     columns = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     for first in range(0, m, BLOCK_M):
@@ -218,7 +229,7 @@ def post_kernel(
 
 
 def post(partial: Tensor, exchange: Exchange) -> None:
-    """Start the sum over ranks of a product [M, N] that is there already.
+    """Start the sum over ranks of a product [M, N] that is computed already.
 
     Raises `ValueError` for a shape or dtype that the exchange was not made for.
     """
@@ -260,6 +271,7 @@ def wait_add_norm_kernel(
     ADD: tl.constexpr,
     NORM: tl.constexpr,
 ):
+    """Collect one row per program: wait for all ranks, sum, and optionally add and norm."""
     row = tl.program_id(0)
     epoch = tl.load(counts + 2) + 1
     source = tl.arange(0, RANKS_PAD)
@@ -288,10 +300,11 @@ def wait_add_norm_kernel(
 def wait_add_norm(
     residual: Tensor, weight: Tensor, eps: float, exchange: Exchange
 ) -> tuple[Tensor, Tensor]:
-    """Collect the oldest reduction s: r = residual + s, and r / rms(r) * weight; both [M, N].
+    """Collect the oldest reduction s and return r = residual + s and r / rms(r) * weight.
 
-    s accumulates in float32 and in rank order; r is rounded to its dtype before the norm. Raises
-    `ValueError` for a shape or dtype that the exchange was not made for.
+    Both results are [M, N]. s accumulates in float32 and in rank order, and r is rounded to its
+    dtype before the norm. Raises `ValueError` for a shape or dtype that the exchange was not made
+    for.
     """
     exchange.check("residual", residual, exchange.width)
     expect_shape("weight", weight, (exchange.width,))
@@ -303,7 +316,10 @@ def wait_add_norm(
 
 
 def wait_add(residual: Tensor, exchange: Exchange) -> Tensor:
-    """Collect the oldest reduction s: residual + s, both [M, N]."""
+    """Collect the oldest reduction s and return residual + s, [M, N].
+
+    Raises `ValueError` for a shape or dtype that the exchange was not made for.
+    """
     exchange.check("residual", residual, exchange.width)
     expect_like("residual", residual, residual)
     total = torch.empty_like(residual)
@@ -312,7 +328,10 @@ def wait_add(residual: Tensor, exchange: Exchange) -> Tensor:
 
 
 def wait_sum(rows: int, exchange: Exchange) -> Tensor:
-    """Collect the oldest reduction, of so many rows: [M, N]."""
+    """Collect the oldest reduction, which has `rows` rows, and return it, [M, N].
+
+    Raises `ValueError` for more rows than the exchange was made for.
+    """
     total = torch.empty(rows, exchange.width, dtype=exchange.dtype, device=exchange.device)
     exchange.check("rows", total, exchange.width)
     _collect(exchange, None, None, 0.0, total, None)

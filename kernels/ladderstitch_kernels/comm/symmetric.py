@@ -1,6 +1,7 @@
-"""Memory of the same shape on every rank, which every rank's kernels can write: the one seam to it.
+"""Symmetric memory: memory of the same shape on every rank that all ranks' kernels can write.
 
-Kernels get a peer's memory as a row of an int64 table of addresses. Where the memory lies is data:
+Kernels get the memory of all ranks as an int64 table of addresses. Where the memory is located does
+not matter to them:
 
     SharedMapping   a file that the processes of one machine map; for the interpreter on a CPU
     StreamRanks     ranks that are streams of one process, on one GPU, or (`pinned`) with the
@@ -23,7 +24,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class SymmetricTensor:
-    """One rank's part, and where the parts of all ranks are."""
+    """The part of one rank, and the addresses of the parts of all ranks."""
 
     local: Tensor
     addresses: Tensor
@@ -31,19 +32,20 @@ class SymmetricTensor:
 
 
 class SymmetricMemory(Protocol):
-    """Allocates together: every rank asks for the same shapes in the same order."""
+    """A collective allocator: every rank requests the same shapes in the same order."""
 
     rank: int
     ranks: int
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> SymmetricTensor:
-        """Zeroed memory that lives as long as its local tensor."""
+        """Return zeroed memory that stays valid as long as its local tensor exists."""
 
 
 class SharedMapping:
-    """Parts in files of `folder`, which the caller makes and removes; best in a memory file system.
+    """Memory of the processes of one machine, in files of `folder` that all of them map.
 
-    The files may go as soon as all ranks have allocated: mappings outlive their names.
+    The caller makes and removes the folder, preferably in a memory file system. The files may be
+    removed as soon as all ranks have allocated, because mappings outlive their names.
     """
 
     def __init__(self, folder: Path, rank: int, ranks: int) -> None:
@@ -52,6 +54,7 @@ class SharedMapping:
         self._allocations = 0
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> SymmetricTensor:
+        """Return zeroed memory; the addresses are those of this process's mapping."""
         elements = math.prod(shape)
         stride = -(-elements * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
         path = self._folder / f"symmetric-{self._allocations}"
@@ -67,7 +70,7 @@ class SharedMapping:
 
 
 class StreamRanks:
-    """One rank of several in this process; `StreamRanks.group` makes them all."""
+    """Memory of one of several ranks in this process; `StreamRanks.group` makes all of them."""
 
     def __init__(
         self, rank: int, ranks: int, device: torch.device, pinned: bool, shared: list[list[Tensor]]
@@ -80,29 +83,30 @@ class StreamRanks:
     def group(
         cls, ranks: int, device: torch.device | str, *, pinned: bool = False
     ) -> list[StreamRanks]:
-        """The ranks of one process, in order; `pinned` puts the memory on the host."""
+        """Return the memories of all ranks, in order; `pinned` allocates pinned host memory."""
         shared: list[list[Tensor]] = []
         return [cls(rank, ranks, torch.device(device), pinned, shared) for rank in range(ranks)]
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> SymmetricTensor:
+        """Return zeroed memory; the first rank to request it allocates for all."""
         if self._allocations == len(self._shared):
-            self._shared.append([self._part(shape, dtype) for _ in range(self.ranks)])
+            self._shared.append([self._allocate(shape, dtype) for _ in range(self.ranks)])
         parts = self._shared[self._allocations]
         self._allocations += 1
         addresses = torch.tensor([part.data_ptr() for part in parts], device=self.device)
         return SymmetricTensor(parts[self.rank], addresses)
 
-    def _part(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         if self._pinned:
             return torch.zeros(*shape, dtype=dtype, pin_memory=True)
         return torch.zeros(*shape, dtype=dtype, device=self.device)
 
 
 class PeerMemory:
-    """GPUs of one machine under `torch.distributed`, one process each, peer access between them.
+    """Memory of the GPUs of one machine with peer access, under `torch.distributed`.
 
-    Two ranks on one GPU need TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1; the GPU then runs them in
-    turns, which is right for checking and useless for timing.
+    Each rank is a process. Two ranks on one GPU need TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1.
+    The GPU then runs them in turn, which is correct for checks but useless for timing.
     """
 
     def __init__(self, group: Any, device: torch.device) -> None:
@@ -110,6 +114,7 @@ class PeerMemory:
         self._group = group
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> SymmetricTensor:
+        """Return zeroed memory, after a rendezvous and a barrier of all ranks."""
         import torch.distributed._symmetric_memory as symmetric
 
         local = symmetric.empty(*shape, dtype=dtype, device=self.device)

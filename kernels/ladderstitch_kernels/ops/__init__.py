@@ -1,1 +1,1 @@
-"""Kernels that one rank runs by itself."""
+"""Ops of a single rank."""

@@ -1,4 +1,4 @@
-"""The residual add and the norm after it, in one pass over the row."""
+"""Residual add and RMSNorm in one pass over each row."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ladderstitch_kernels.launch import expect_like, expect_shape, runs_triton, 
 
 @triton.jit
 def add_rms_norm_kernel(x, residual, weight, total_out, norm_out, n, eps, BLOCK: tl.constexpr):
+    """Add and normalise one row of `n` elements per program."""
     start = tl.program_id(0).to(tl.int64) * n
     columns = tl.arange(0, BLOCK)
     exists = columns < n
@@ -27,11 +28,11 @@ def add_rms_norm_kernel(x, residual, weight, total_out, norm_out, n, eps, BLOCK:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """r = residual + x and r / sqrt(mean(r^2) + eps) * weight: [M, N] twice.
+    """Return r = residual + x and r / sqrt(mean(r^2) + eps) * weight, both [M, N].
 
-    As `F.rms_norm(residual + x, (N,), weight, eps)` and its argument; reads and writes each row
-    once. A row must fit the registers of one program: N up to 32,768. Raises `ValueError` for
-    shapes and dtypes that differ.
+    The torch equivalent is `r` and `F.rms_norm(r, (N,), weight, eps)`; the kernel reads and writes
+    each row once. r is rounded to its dtype before the norm. N is at most 32,768, because a row
+    must fit the registers of one program. Raises `ValueError` if shapes, dtypes or devices differ.
     """
     if x.dim() != 2 or not 0 < x.shape[1] <= 32768:
         raise ValueError(f"x: expected shape [M, 1 to 32768], got {list(x.shape)}")

@@ -1,4 +1,4 @@
-"""Rotary embedding of fresh queries and keys; keys and values go into the paged cache."""
+"""Rotary embedding of new queries and keys, and storing keys and values in the paged cache."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def rope_append_kernel(
     HEADS_PAD: tl.constexpr,
     HALF_PAD: tl.constexpr,
 ):
+    """Rotate and store all heads of one token per program."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
     position = tl.load(positions + row).to(tl.int64)
@@ -65,13 +66,14 @@ def rope_append(
     key_cache: Tensor,
     value_cache: Tensor,
 ) -> Tensor:
-    """Turn M tokens' queries and keys by their positions; keep keys and values in the cache.
+    """Rotate the queries and keys of M tokens by their positions, and store keys and values.
 
-    qkv [M, H + 2K, d] holds queries, keys, values by head; pairs (i, i + d/2) turn (the half-split
-    layout, arXiv 2104.09864). cosines and sines [P, d/2]; positions [M] index them. Token m's key
-    and value go to slot slots[m] = page * page_tokens + offset of the caches
-    [pages, page_tokens, K, d]; a slot below zero keeps nothing. Returns the queries [M, H, d].
-    Raises `ValueError` for shapes that do not fit together.
+    `qkv` [M, H + 2K, d] holds queries, keys and values by head. Pairs (i, i + d/2) are rotated (the
+    half-split layout of rotary embedding, arXiv 2104.09864). `cosines` and `sines` are [P, d/2],
+    and `positions` [M] index them. The key and value of token m go to slot
+    slots[m] = page * page_tokens + offset of the caches [pages, page_tokens, K, d]; nothing is
+    stored for a slot below zero. Returns the rotated queries [M, H, d]. Raises `ValueError` if the
+    shapes do not fit together.
     """
     _, _, kv_heads, width = key_cache.shape
     if qkv.dim() != 3 or qkv.shape[2] != width or qkv.shape[1] <= 2 * kv_heads or width % 2:

@@ -1,8 +1,8 @@
 """The stitching layer: an affine map between widths with a low-rank update, in one kernel.
 
 A stitching layer S x = W x + b commutes with a reduction in flight: S(x + sum p) = S x + sum W p.
-A ladder path may so cross a stitch without waiting: `stitch_pending` maps the stream and, without
-the bias, what is still to arrive, reading W once.
+A ladder path can therefore cross a stitch without waiting for the reduction. `stitch_pending` maps
+the stream and, without the bias, this rank's part of the pending sum. It reads W once for both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ladderstitch_kernels import reference
 from ladderstitch_kernels.launch import expect_like, expect_shape, interpreted, runs_triton
 
-_MOST_RANK = 128
+_MAX_RANK = 128
 
 
 @triton.jit
@@ -40,9 +40,9 @@ def stitch_kernel(
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A tile of the output; the tiles past the stream's are of what is still to arrive.
+    """Compute one tile of the output per program; tiles after the stream's are of the pending sum.
 
-    Tiles with the same columns come one after another, so that the weight is read once.
+    Tiles with the same columns follow each other, so that the weight is read once.
     """
     tiles = tl.cdiv(m, BLOCK_M)
     tile, column_tile = tl.program_id(0), tl.program_id(1)
@@ -92,12 +92,13 @@ def stitch_linear(
     down: Tensor | None = None,
     up: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + b + (x A^T) B^T: [M, K] by W [N, K], b [N], A (`down`) [r, K], B (`up`) [N, r].
+    """Return x W^T + b + (x A^T) B^T, [M, N], for x [M, K], W [N, K] and b [N].
 
-    As `F.linear(x, weight, bias) + F.linear(F.linear(x, down), up)` in one launch, which pays where
-    launches and passes over the output count: small and middle M. Accumulates in float32; the
-    low-rank middle is rounded to the dtype of `x`. r up to 128. Raises `ValueError` for shapes that
-    do not fit together.
+    A (`down`) is [r, K] and B (`up`) is [N, r], with r at most 128; give both or neither. The torch
+    equivalent is `F.linear(x, weight, bias) + F.linear(F.linear(x, down), up)`. One launch pays off
+    where launches and passes over the output dominate: for small and medium M. Sums accumulate in
+    float32, and x A^T is rounded to the dtype of `x`. Raises `ValueError` if the shapes do not fit
+    together.
     """
     _check(x, weight, bias, down, up)
     if not runs_triton(x):
@@ -115,11 +116,11 @@ def stitch_pending(
     down: Tensor | None = None,
     up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(stitch_linear(x), stitch_linear(pending) without bias) in one launch; both [M, N].
+    """Return stitch_linear(x), and stitch_linear(pending) without bias, in one launch; both [M, N].
 
-    `pending` [M, K] is this rank's part of a sum that has not been made: post the second result
-    instead, and the sum arrives in the other width (fewer bytes where N < K). Raises `ValueError`
-    for shapes that do not fit together.
+    `pending` [M, K] is this rank's part of a sum over ranks that has not been computed. If each
+    rank posts the second result instead of its part, the sum arrives in the new width, which is
+    fewer bytes if N < K. Raises `ValueError` if the shapes do not fit together.
     """
     _check(x, weight, bias, down, up)
     expect_shape("pending", pending, tuple(x.shape))
@@ -148,8 +149,8 @@ def _check(
         tensors["bias"] = bias
     if down is not None and up is not None:
         rank = down.shape[0]
-        if not 0 < rank <= _MOST_RANK:
-            raise ValueError(f"down: expected a rank of 1 to {_MOST_RANK}, got {rank}")
+        if not 0 < rank <= _MAX_RANK:
+            raise ValueError(f"down: expected a rank of 1 to {_MAX_RANK}, got {rank}")
         expect_shape("down", down, (rank, x.shape[1]))
         expect_shape("up", up, (weight.shape[0], rank))
         tensors |= {"down": down, "up": up}
@@ -199,7 +200,7 @@ def _launch(
 
 
 def tile_shape(m: int, n: int) -> tuple[int, int]:
-    """Rows and columns of a tile: flat for few rows, square for many."""
+    """Return rows and columns of a tile for an output [m, n]: flat for few rows, else square."""
     if m <= 16:
         return 16, 64
     if m <= 64:

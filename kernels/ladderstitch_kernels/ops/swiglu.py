@@ -1,4 +1,4 @@
-"""The gate of the MLP: silu(gate) * up without a temporary."""
+"""The gate of the MLP: silu(gate) * up without a temporary tensor."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _BLOCK = 1024
 
 @triton.jit
 def swiglu_kernel(gate_up, out, f, BLOCK: tl.constexpr):
+    """Compute `BLOCK` columns of one row of the output per program."""
     row = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = columns < f
@@ -25,9 +26,9 @@ def swiglu_kernel(gate_up, out, f, BLOCK: tl.constexpr):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """[M, 2F], gate first, -> [M, F]: `F.silu(gate) * up`.
+    """Return `F.silu(gate) * up`, [M, F], for `gate_up` [M, 2F] with gate first.
 
-    Raises `ValueError` for another number of dimensions or an odd width.
+    M is at most 65,535. Raises `ValueError` for another number of dimensions or an odd width.
     """
     if gate_up.dim() != 2 or gate_up.shape[1] % 2 or gate_up.shape[0] > 65535:
         raise ValueError(f"gate_up: expected shape [0 to 65535, 2F], got {list(gate_up.shape)}")

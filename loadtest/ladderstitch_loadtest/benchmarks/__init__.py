@@ -1,1 +1,1 @@
-"""Measurements of a server, a model or a link, side by side with something else."""
+"""Benchmarks of a server, a model or a link, each compared with a baseline."""

@@ -1,4 +1,4 @@
-"""A tenfold burst: quality is to give way instead of attainment, and to come back."""
+"""A tenfold burst of load: quality should drop instead of attainment, and recover afterwards."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ladderstitch.client import AsyncClient
-from ladderstitch_loadtest.benchmarks.mixed import choose
+from ladderstitch_loadtest.benchmarks.mixed import set_policy
 from ladderstitch_loadtest.load import traces
-from ladderstitch_loadtest.load.generator import Measured, measure
+from ladderstitch_loadtest.load.generator import LoadRun, measure
 from ladderstitch_loadtest.load.targets import Target
 from ladderstitch_loadtest.load.traces import BudgetClass, Trace
-from ladderstitch_loadtest.servers.processes import Served, histogram_quantile
+from ladderstitch_loadtest.servers.processes import StartedServer, histogram_quantile
 
 BEFORE_S, BURST_S, AFTER_S = 2.0, 2.0, 3.0
 FACTOR = 10.0
-SHARE = 0.8
-"""Of capacity, in the burst."""
+CAPACITY_SHARE = 0.8
+"""The rate in the burst, as a share of the server's capacity."""
 RECOVERY_S = 1.0
+"""Time after the burst from which quality counts as recovered."""
 CALLERS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class BurstRow:
-    """One policy, medians over the rounds; quality is the mean of answers in a phase."""
+    """One policy: medians over the rounds; a phase's quality is the mean over its answers."""
 
     policy: str
     attainment_burst: float
@@ -43,11 +44,12 @@ class BurstRow:
 
 
 @dataclass(slots=True)
-class Burst:
-    """`capacity_rps` is what the server answers on its fastest variant to 32 callers.
+class BurstResult:
+    """The measurement of all policies.
 
-    `dispatch_p99_ms`: from a free engine to its next batch while requests wait, over the whole run;
-    the upper edge of the histogram's bucket.
+    `capacity_rps` is the rate of answers of the fastest variant to 32 callers in a closed loop.
+    `dispatch_p99_ms` is the p99, over the whole run, of the time from a free engine to its next
+    batch while requests wait: the upper edge of the histogram's bucket.
     """
 
     capacity_rps: float
@@ -58,11 +60,12 @@ class Burst:
     rows: list[BurstRow] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, object]:
+        """Return the fields for a result file."""
         return asdict(self)
 
 
 async def measure_burst(
-    server: Served,
+    server: StartedServer,
     target: Target,
     *,
     policies: Sequence[str],
@@ -70,17 +73,20 @@ async def measure_burst(
     rounds: int,
     cpus: Sequence[int] | None,
     advance: Callable[[str], None],
-) -> Burst:
-    """Policies take turns on the same arrivals."""
+) -> BurstResult:
+    """Measure policies on a server; they take turns on the same arrivals.
+
+    `cpus` are the CPUs of the generator, and `advance` gets the name of the current step.
+    """
     address = server.address
     runs: dict[str, list[tuple[float, ...]]] = {policy: [] for policy in policies}
     budget = BudgetClass("burst", budget_s)
     async with AsyncClient(address) as client:
         model = await client.get_model()
-        await choose(client, f"fixed {model.frontier[0]}")
+        await set_policy(client, f"fixed {model.frontier[0]}")
         advance("capacity")
-        capacity = await _capacity(address, target, budget_s=10.0)
-        base = SHARE * capacity / FACTOR
+        capacity = await _measure_capacity(address, target, budget_s=10.0)
+        base = CAPACITY_SHARE * capacity / FACTOR
         for seed in range(rounds):
             rng = np.random.default_rng(seed)
             end = BEFORE_S + BURST_S
@@ -88,18 +94,19 @@ async def measure_burst(
             trace = Trace.draw("burst", times, [budget], rng)
             for policy in policies:
                 advance(policy)
-                await choose(client, policy)
+                await set_policy(client, policy)
                 runs[policy].append(_figures(measure(address, target, trace, cpus=cpus)))
-        await choose(client, "adaptive")
-    dispatch_s = histogram_quantile(server.page(), "ladderstitch_turnaround_seconds", 0.99)
-    found = Burst(round(capacity), round(base, 1), 1e3 * budget_s, rounds, 1e3 * dispatch_s)
+        await set_policy(client, "adaptive")
+    dispatch_s = histogram_quantile(server.read_metrics(), "ladderstitch_turnaround_seconds", 0.99)
+    found = BurstResult(round(capacity), round(base, 1), 1e3 * budget_s, rounds, 1e3 * dispatch_s)
     for policy, rows in runs.items():
-        middles = [round(median(column), 5) for column in zip(*rows, strict=True)]
-        found.rows.append(BurstRow(policy, *middles))
+        medians = [round(median(column), 5) for column in zip(*rows, strict=True)]
+        found.rows.append(BurstRow(policy, *medians))
     return found
 
 
-def _figures(run: Measured) -> tuple[float, ...]:
+def _figures(run: LoadRun) -> tuple[float, ...]:
+    """Return the fields of a `BurstRow` after its policy."""
     outcome = run.outcome
     at, met, value = outcome.trace.arrivals_s, outcome.met, outcome.value
     quality = np.array(outcome.quality)
@@ -121,8 +128,10 @@ def _figures(run: Measured) -> tuple[float, ...]:
     )
 
 
-async def _capacity(address: str, target: Target, budget_s: float, seconds: float = 2.0) -> float:
-    """Answers a second to callers that each wait for their answer."""
+async def _measure_capacity(
+    address: str, target: Target, budget_s: float, seconds: float = 2.0
+) -> float:
+    """Return the answers/s to 32 callers that each have one call in flight."""
     message, done = target.message(budget_s), 0
     async with grpc.aio.insecure_channel(address) as channel:
         call = channel.unary_unary(target.method)

@@ -1,4 +1,4 @@
-"""A slow wire: forwards TCP connections and holds every byte for a while, for benchmarks."""
+"""A TCP proxy that delays every byte, which benchmarks use as a slow link."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ CHUNK_BYTES = 1 << 18
 
 
 class DelayProxy:
-    """Listens in front of each address given to `route`; `held_s` is the delay that came about."""
+    """A TCP proxy in front of each address given to `route`, with one delay for all."""
 
     def __init__(self, delay_s: float) -> None:
         self.delay_s = delay_s
-        self._held: list[float] = []
+        self._delays: list[float] = []
         self._sockets: list[socket.socket] = []
 
     def route(self, addresses: Sequence[Address]) -> list[Address]:
-        """Where to connect instead."""
+        """Return the addresses to connect to instead."""
         return [self._listen(address) for address in addresses]
 
     @property
-    def held_s(self) -> float:
-        """Median time from receiving a chunk to handing it on, seconds."""
-        return median(self._held) if self._held else 0.0
+    def delay_median_s(self) -> float:
+        """The measured median time from receiving to forwarding a chunk, seconds."""
+        return median(self._delays) if self._delays else 0.0
 
     def close(self) -> None:
+        """Close all sockets."""
         for each in self._sockets:
             each.close()
 
@@ -47,7 +48,7 @@ class DelayProxy:
                 near, _ = listener.accept()
                 far = socket.create_connection(to)
             except OSError:
-                return  # closed
+                return  # the proxy is closed
             self._sockets += (near, far)
             for source, sink in ((near, far), (far, near)):
                 source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -67,8 +68,8 @@ class DelayProxy:
 
     def _send(self, sink: socket.socket, chunks: queue.SimpleQueue[tuple[float, bytes]]) -> None:
         while True:
-            came, chunk = chunks.get()
-            time.sleep(max(0.0, came + self.delay_s - time.perf_counter()))
+            received, chunk = chunks.get()
+            time.sleep(max(0.0, received + self.delay_s - time.perf_counter()))
             try:
                 sink.sendall(chunk)
                 if not chunk:
@@ -77,4 +78,4 @@ class DelayProxy:
                 return
             if not chunk:
                 return
-            self._held.append(time.perf_counter() - came)
+            self._delays.append(time.perf_counter() - received)

@@ -1,4 +1,4 @@
-"""A bare `grpc.aio` echo: the least that any Python server costs, to measure ours against.
+"""A bare `grpc.aio` echo: the lower bound for any Python gRPC server.
 
 `python -m ladderstitch_loadtest.benchmarks.echo` prints its port and serves until its input closes.
 """
@@ -14,10 +14,12 @@ METHOD = "/ladderstitch.loadtest.Echo/Echo"
 
 
 async def echo(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    """Return the request unchanged."""
     return request
 
 
 async def serve() -> None:
+    """Print the port on standard output and serve until standard input closes."""
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     handler = grpc.unary_unary_rpc_method_handler(echo)
     _, service, method = METHOD.split("/")

@@ -1,4 +1,4 @@
-"""What the gateway adds to a request: the same calls straight to a replica and through the hop."""
+"""The latency that a gateway adds: the same calls directly to a replica and through a gateway."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from statistics import median
 
 import grpc
 
-from ladderstitch_loadtest.benchmarks.overhead import INFER, latencies, payload_of
+from ladderstitch_loadtest.benchmarks.overhead import INFER, make_payload, time_calls
 
 CALLS = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Hop:
-    """One caller, milliseconds: medians over the rounds of each round's quantile."""
+class GatewayOverhead:
+    """Latency of one caller in milliseconds: the median over the rounds of a round's quantile.
+
+    `added` is the median of the rounds' differences, gateway minus direct.
+    """
 
     direct_p50_ms: float
     gateway_p50_ms: float
@@ -29,30 +32,43 @@ class Hop:
     calls_a_round: int = CALLS
 
     def to_dict(self) -> dict[str, object]:
+        """Return the fields for a result file."""
         return asdict(self)
 
 
-async def measure(direct: str, gateway: str, rounds: int) -> Hop:
-    """The two take turns within a round, in alternating order, so that a disturbance meets both."""
+async def measure(direct: str, gateway: str, rounds: int) -> GatewayOverhead:
+    """Return the latencies of a replica at `direct` and of the same one behind `gateway`.
+
+    The two take turns within a round, in alternating order, so that a disturbance affects both.
+    """
     async with (
-        grpc.aio.insecure_channel(direct) as straight,
-        grpc.aio.insecure_channel(gateway) as around,
+        grpc.aio.insecure_channel(direct) as direct_channel,
+        grpc.aio.insecure_channel(gateway) as gateway_channel,
     ):
-        payload, _, _ = await payload_of(straight)
-        calls = {"direct": straight.unary_unary(INFER), "gateway": around.unary_unary(INFER)}
+        payload, _, _ = await make_payload(direct_channel)
+        calls = {
+            "direct": direct_channel.unary_unary(INFER),
+            "gateway": gateway_channel.unary_unary(INFER),
+        }
         for call in calls.values():
-            await latencies(call, payload, CALLS)
+            await time_calls(call, payload, CALLS)
         p50: dict[str, list[float]] = {name: [] for name in calls}
         p95: dict[str, list[float]] = {name: [] for name in calls}
         for turn in range(rounds):
             for name in sorted(calls, reverse=bool(turn % 2)):
-                seen = sorted(ms for ms, _ in await latencies(calls[name], payload, CALLS))
-                p50[name].append(median(seen))
-                p95[name].append(seen[int(0.95 * CALLS)])
+                times = sorted(ms for ms, _ in await time_calls(calls[name], payload, CALLS))
+                p50[name].append(median(times))
+                p95[name].append(times[int(0.95 * CALLS)])
             await asyncio.sleep(0)
+    return _combine(p50, p95, len(payload), rounds)
+
+
+def _combine(
+    p50: dict[str, list[float]], p95: dict[str, list[float]], request_bytes: int, rounds: int
+) -> GatewayOverhead:
     added = [b - a for a, b in zip(p50["direct"], p50["gateway"], strict=True)]
     added_p95 = [b - a for a, b in zip(p95["direct"], p95["gateway"], strict=True)]
-    return Hop(
+    return GatewayOverhead(
         direct_p50_ms=round(median(p50["direct"]), 3),
         gateway_p50_ms=round(median(p50["gateway"]), 3),
         added_p50_ms=round(median(added), 3),
@@ -60,6 +76,6 @@ async def measure(direct: str, gateway: str, rounds: int) -> Hop:
         gateway_p95_ms=round(median(p95["gateway"]), 3),
         added_p95_ms=round(median(added_p95), 3),
         added_p50_worst_round_ms=round(max(added), 3),
-        request_bytes=len(payload),
+        request_bytes=request_bytes,
         rounds=rounds,
     )

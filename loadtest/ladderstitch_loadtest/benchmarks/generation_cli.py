@@ -1,4 +1,4 @@
-"""`ladderstitch-loadtest generation`: a language model shared by many callers."""
+"""`ladderstitch-loadtest generation`: benchmarks of a language model with many callers."""
 
 from __future__ import annotations
 
@@ -21,34 +21,35 @@ RATES = "0.5,1,1.5,2,3,4,6,8"
 
 
 def generation(
-    text: Annotated[Path, typer.Option(help="Text file that prompts are cut from.")],
+    text: Annotated[Path, typer.Option(help="Text file that prompts are taken from.")],
     model: Annotated[str, typer.Option(help="Bundle of a language model.")] = "smollm2",
     family: Annotated[
         str | None,
-        typer.Option(help="Bundle with several paths, e.g. smollm2-ladder; default: skip that."),
+        typer.Option(help="Bundle with several variants, e.g. smollm2-ladder; default: none."),
     ] = None,
-    rates: Annotated[str, typer.Option(help="Requests/s to offer, rising.")] = RATES,
-    seconds: Annotated[float, typer.Option(help="Length of each run.")] = 20.0,
+    rates: Annotated[str, typer.Option(help="Offered requests/s, rising.")] = RATES,
+    seconds: Annotated[float, typer.Option(help="Length of each run in seconds.")] = 20.0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     transformers: Annotated[
-        bool, typer.Option(help="Also beside the continuous batching of `transformers`.")
+        bool, typer.Option(help="Also measure the continuous batching of `transformers`.")
     ] = True,
     folder: Annotated[Path | None, typer.Option("--out", help="Folder for NAME.json.")] = None,
 ) -> None:
-    """Batching under open-loop load with token budgets, prefix reuse, paths by budget.
+    """Measure batching under open-loop load, prefix reuse, and variants by token budget.
 
-    Needs `ladderstitch fetch smollm2` and a text. About 10 minutes.
+    The command needs a text and the bundle of `ladderstitch fetch smollm2`. It takes about 10
+    minutes.
     """
     from ladderstitch_loadtest.benchmarks import generation_load, generation_parts
 
     bundle = TextBundle.load(find_bundle(model))
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     parts: dict[str, Coroutine[Any, Any, dict[str, object]]] = {
         "prefix": generation_parts.prefix_reuse(bundle, dtype),
     }
     if family is not None:
         several = TextBundle.load(find_bundle(family))
-        parts["paths"] = generation_parts.paths_by_budget(several, 1e-3, dtype)
+        parts["paths"] = generation_parts.variants_by_budget(several, 1e-3, dtype)
     parts["batching"] = generation_load.compare_batching(
         bundle,
         text.read_text(),
@@ -64,13 +65,13 @@ def generation(
 
             torch.set_num_threads(1)
             reference = reference_model(download("smollm2", Path(packages)))
-            parts["transformers"] = generation_parts.beside_transformers(
+            parts["transformers"] = generation_parts.compare_with_transformers(
                 bundle, reference, "float32"
             )
         for name, part in parts.items():
             err.print(f"{name} ...")
-            found[name] = asyncio.run(part)
-    out.print_json(json.dumps(found))
-    write(folder, "generation", found)
+            results[name] = asyncio.run(part)
+    out.print_json(json.dumps(results))
+    write(folder, "generation", results)
     if folder is not None:
-        generation_load.plot(found["batching"], folder / "generation.png")
+        generation_load.plot(results["batching"], folder / "generation.png")

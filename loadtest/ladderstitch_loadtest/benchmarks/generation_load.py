@@ -1,7 +1,7 @@
-"""Open-loop load of prompts with mixed token budgets: what continuous batching is worth.
+"""Comparison of batching variants under open-loop load of prompts with mixed token budgets.
 
-The same arrivals, prompts and budgets go to one answer after another, to static batches and to
-continuous batching on the same ranks, at rising rates, in turns.
+The variants are one answer after another, static batches and continuous batching. They get the
+same arrivals, prompts and budgets on the same ranks, at rising rates, in turns.
 """
 
 from __future__ import annotations
@@ -30,40 +30,47 @@ BUDGETS = (
     TokenBudget(first_token_s=1.0, per_token_s=0.15),
     TokenBudget(first_token_s=4.0, per_token_s=0.3),
 )
-"""A third of the requests each."""
+"""Each budget is drawn for a third of the requests."""
 PROMPT_TOKENS = (16, 64, 160)
 ANSWER_TOKENS = (16, 32, 64)
-WANTED = 0.95
+TARGET_ATTAINMENT = 0.95
 """Attainment at which rates are compared."""
-GIVE_UP = 0.6
-"""Attainment below which a variant is not tried at higher rates."""
+MIN_ATTAINMENT = 0.6
+"""Attainment below which a variant is not measured at higher rates."""
 
 
 class StaticQueue(SequenceQueue):
-    """Static batching, for comparison: nobody joins until all answers of a batch are complete."""
+    """A queue for static batching: it admits a batch when all answers of the last are complete."""
 
     def admit(self, times: StepTimes, now: float) -> None:
+        """Activate waiting sequences, but only if none is active."""
         if not self.active:
             super().admit(times, now)
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class BatchingVariant:
+    """One way to batch the same requests."""
+
     name: str
     max_sequences: int
-    make_roster: Callable[[BlockManager, int], SequenceQueue] = SequenceQueue
+    make_queue: Callable[[BlockManager, int], SequenceQueue] = SequenceQueue
 
 
 VARIANTS = (
-    Variant("one after another", 1),
-    Variant("static batches of 16", 16, StaticQueue),
-    Variant("continuous, 16", 16),
+    BatchingVariant("one after another", 1),
+    BatchingVariant("static batches of 16", 16, StaticQueue),
+    BatchingVariant("continuous, 16", 16),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class BatchingRow:
-    """One variant at one rate. A request whose answer missed a budget, or never came, is missed."""
+    """The result of one variant at one rate.
+
+    `attainment` is the share of requests whose answer was complete and met its budgets; `refused`
+    is the number of requests that ended with an error.
+    """
 
     variant: str
     offered_per_s: float
@@ -77,15 +84,17 @@ class BatchingRow:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
+    """One request and the second of the run at which it is sent."""
+
     due_s: float
     request: GenerationRequest
 
 
 def arrivals(prompts: Sequence[int], rate: float, seconds: float, seed: int) -> list[Arrival]:
-    """Poisson arrivals; prompts are cut from a text's tokens, no two alike."""
+    """Return Poisson arrivals, in order; their prompts are random parts of the tokens `prompts`."""
     rng = np.random.default_rng(seed)
     times = np.cumsum(rng.exponential(1 / rate, round(2 * rate * seconds) + 8))
-    made = []
+    plan = []
     for due_s in times[times < seconds]:
         length = int(rng.choice(PROMPT_TOKENS))
         at = int(rng.integers(0, len(prompts) - length))
@@ -95,60 +104,67 @@ def arrivals(prompts: Sequence[int], rate: float, seconds: float, seed: int) -> 
             max_tokens=int(rng.choice(ANSWER_TOKENS)),
             budget=BUDGETS[rng.integers(len(BUDGETS))],
         )
-        made.append(Arrival(float(due_s), request))
-    return made
+        plan.append(Arrival(float(due_s), request))
+    return plan
 
 
 @dataclass(slots=True)
-class Ending:
+class Outcome:
+    """What the caller of one request got."""
+
     first_s: float = float("nan")
     tokens: int = 0
     met: bool = False
-    refused: bool = False
+    rejected: bool = False
 
 
-async def _answer(generator: TextScheduler, arrival: Arrival, start: float) -> Ending:
+async def _send(scheduler: TextScheduler, arrival: Arrival, start: float) -> Outcome:
     due = start + arrival.due_s
     await asyncio.sleep(max(0.0, due - time.monotonic()))
-    request, end = replace(arrival.request, arrival=due), Ending()
+    request, outcome = replace(arrival.request, arrival=due), Outcome()
     try:
-        async with aclosing(generator.generate(request)) as pieces:
-            async for piece in pieces:
+        async with aclosing(scheduler.generate(request)) as chunks:
+            async for chunk in chunks:
                 now = time.monotonic()
-                end.tokens += 1
-                if piece.index == 0:
-                    end.first_s = now - due
-                if piece.finish is not None:
-                    mean_s = (now - due - end.first_s) / max(1, piece.index)
+                outcome.tokens += 1
+                if chunk.index == 0:
+                    outcome.first_s = now - due
+                if chunk.finish is not None:
+                    mean_s = (now - due - outcome.first_s) / max(1, chunk.index)
                     budget = request.budget
-                    end.met = end.first_s <= budget.first_token_s and mean_s <= budget.per_token_s
+                    outcome.met = (
+                        outcome.first_s <= budget.first_token_s and mean_s <= budget.per_token_s
+                    )
     except RequestError:
-        end.refused = True
-    return end
+        outcome.rejected = True
+    return outcome
 
 
-async def offer(
-    generator: TextScheduler, variant: str, plan: Sequence[Arrival], rate: float, seconds: float
+async def run_plan(
+    scheduler: TextScheduler, variant: str, plan: Sequence[Arrival], rate: float, seconds: float
 ) -> BatchingRow:
-    """Run a plan; answers that are not complete twice its length after its start are cut off."""
+    """Send the requests of a plan and return the result.
+
+    Answers that are not complete after twice the length of the plan are cancelled.
+    """
     start = time.monotonic() + 0.2
-    tasks = [asyncio.create_task(_answer(generator, one, start)) for one in plan]
+    tasks = [asyncio.create_task(_send(scheduler, arrival, start)) for arrival in plan]
     _, late = await asyncio.wait(tasks, timeout=2 * seconds)
     took = time.monotonic() - start
     for task in late:
         task.cancel()
     await asyncio.gather(*late, return_exceptions=True)
-    ends = [task.result() for task in tasks if not task.cancelled()]
-    firsts = np.array([end.first_s for end in ends if end.tokens] or [float("nan")])
+    outcomes = [task.result() for task in tasks if not task.cancelled()]
+    firsts = np.array([o.first_s for o in outcomes if o.tokens] or [float("nan")])
     return BatchingRow(
         variant=variant,
         offered_per_s=round(rate, 2),
         offered=len(plan),
-        attainment=round(sum(end.met for end in ends) / max(1, len(plan)), 4),
-        tokens_per_s=round(sum(end.tokens for end in ends) / took, 1),
+        attainment=round(sum(o.met for o in outcomes) / max(1, len(plan)), 4),
+        tokens_per_s=round(sum(o.tokens for o in outcomes) / took, 1),
         first_token_p50_s=round(float(np.quantile(firsts, 0.5)), 3),
         first_token_p95_s=round(float(np.quantile(firsts, 0.95)), 3),
-        refused=sum(end.refused for end in ends),
+        refused=sum(o.rejected for o in outcomes),
     )
 
 
@@ -158,9 +174,12 @@ async def compare_batching(
     rates: Sequence[float],
     seconds: float,
     dtype: str,
-    advance: Callable[[BatchingRow], None],
+    on_row: Callable[[BatchingRow], None],
 ) -> dict[str, object]:
-    """Every variant at every rate until it falls below `GIVE_UP`."""
+    """Measure every variant at every rate until it falls below `MIN_ATTAINMENT`.
+
+    `on_row` is called with each result as soon as it is known.
+    """
     prompts = bundle.tokenizer().encode(text[:400_000])
     group = RankGroup(
         RankConfig.of(
@@ -174,68 +193,78 @@ async def compare_batching(
     rows: list[BatchingRow] = []
     try:
         await group.start()
-        trying = list(VARIANTS)
+        remaining = list(VARIANTS)
         for number, rate in enumerate(rates):
             plan = arrivals(prompts, rate, seconds, seed=number)
-            for variant in tuple(trying):
-                generator = TextScheduler(
-                    group,
-                    bundle.tokenizer(),
-                    (),
-                    bundle.quality,
-                    (),
-                    variant.max_sequences,
-                    make_roster=variant.make_roster,
-                )
-                await generator.measure()
-                row = await offer(generator, variant.name, plan, rate, seconds)
-                await generator.close()
+            for variant in tuple(remaining):
+                row = await _measure(group, bundle, variant, plan, rate, seconds)
                 rows.append(row)
-                advance(row)
-                if row.attainment < GIVE_UP:
-                    trying.remove(variant)
+                on_row(row)
+                if row.attainment < MIN_ATTAINMENT:
+                    remaining.remove(variant)
     finally:
         await group.close()
     return {"dtype": dtype, "rows": [asdict(row) for row in rows]} | sustained(rows)
 
 
+async def _measure(
+    group: RankGroup,
+    bundle: TextBundle,
+    variant: BatchingVariant,
+    plan: Sequence[Arrival],
+    rate: float,
+    seconds: float,
+) -> BatchingRow:
+    scheduler = TextScheduler(
+        group,
+        bundle.tokenizer(),
+        (),
+        bundle.quality,
+        (),
+        variant.max_sequences,
+        make_queue=variant.make_queue,
+    )
+    await scheduler.measure()
+    row = await run_plan(scheduler, variant.name, plan, rate, seconds)
+    await scheduler.close()
+    return row
+
+
 def sustained(rows: Sequence[BatchingRow]) -> dict[str, object]:
-    """The highest rate that each variant answers with the attainment wanted, and its tokens/s."""
+    """Return the highest rate at which each variant has the target attainment, and its tokens/s."""
     best = {
         variant.name: max(
-            (row for row in rows if row.variant == variant.name and row.attainment >= WANTED),
+            (r for r in rows if r.variant == variant.name and r.attainment >= TARGET_ATTAINMENT),
             key=lambda row: row.offered_per_s,
             default=None,
         )
         for variant in VARIANTS
     }
-    told = {
-        name: {"offered_per_s": row.offered_per_s, "tokens_per_s": row.tokens_per_s}
-        if row
-        else None
+    summary = {
+        name: row and {"offered_per_s": row.offered_per_s, "tokens_per_s": row.tokens_per_s}
         for name, row in best.items()
     }
-    return {"sustained": told, "continuous_over_one_after_another": _ahead(rows)}
+    return {"sustained": summary, "continuous_over_one_after_another": _speedup(rows)}
 
 
-def _ahead(rows: Sequence[BatchingRow]) -> float | None:
-    """Tokens/s of continuous batching over one answer after another at equal attainment.
+def _speedup(rows: Sequence[BatchingRow]) -> float | None:
+    """Return tokens/s of continuous batching over one answer after another at equal attainment.
 
-    Each rate that the latter was offered is held against the most that the former makes with at
-    least the same attainment; the smallest of these ratios.
+    Each result of one answer after another is compared with the highest tokens/s that continuous
+    batching has with at least the same attainment. The smallest of these ratios counts.
     """
-    alone = [row for row in rows if row.variant == VARIANTS[0].name]
-    shared = [row for row in rows if row.variant == VARIANTS[-1].name]
+    sequential = [row for row in rows if row.variant == VARIANTS[0].name]
+    continuous = [row for row in rows if row.variant == VARIANTS[-1].name]
     ratios = [
-        max((s.tokens_per_s for s in shared if s.attainment >= one.attainment), default=0.0)
-        / one.tokens_per_s
-        for one in alone
+        max((c.tokens_per_s for c in continuous if c.attainment >= row.attainment), default=0.0)
+        / row.tokens_per_s
+        for row in sequential
     ]
     return round(min(ratios), 2) if ratios else None
 
 
 def plot(found: dict[str, object], path: Path) -> None:
-    """Attainment and tokens/s over the offered rate, a line a variant."""
+    """Plot attainment and tokens/s over the offered rate, one line per variant, to a file."""
     from matplotlib.figure import Figure
 
     rows = found["rows"]
@@ -247,7 +276,7 @@ def plot(found: dict[str, object], path: Path) -> None:
         x = [row["offered_per_s"] for row in mine]
         panels[0].plot(x, [row["attainment"] for row in mine], marker="o", label=variant.name)
         panels[1].plot(x, [row["tokens_per_s"] for row in mine], marker="o")
-    panels[0].axhline(WANTED, color="grey", linestyle=":")
+    panels[0].axhline(TARGET_ATTAINMENT, color="grey", linestyle=":")
     panels[0].set_ylabel("attainment")
     panels[1].set_ylabel("tokens/s")
     for panel in panels:

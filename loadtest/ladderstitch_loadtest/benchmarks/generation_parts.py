@@ -1,10 +1,11 @@
-"""What sharing does for a language model: prefixes, paths by budget, beside `transformers`."""
+"""Benchmarks of one language model: prefix reuse, variants by budget, and `transformers`."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import aclosing
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from statistics import median
 from typing import Any
 
@@ -18,63 +19,78 @@ from ladderstitch.text.scheduler.scheduler import TextScheduler
 
 PREFIX_TOKENS = 512
 PREFIX_ROUNDS = 5
+PROMPTS_PER_PREFIX = 4
 OFFLINE_PROMPTS = 8
 OFFLINE_TOKENS = 16
 
 
+@asynccontextmanager
+async def _measured_scheduler(
+    bundle: TextBundle, options: GroupOptions | None = None, **fields: Any
+) -> AsyncIterator[TextScheduler]:
+    """Start a group of ranks and a scheduler that has measured its steps; close both at exit.
+
+    `fields` are those of `RankConfig`.
+    """
+    group = RankGroup(RankConfig.of(bundle, **fields), options)
+    names = [variant.name for variant in bundle.manifest.variants]
+    try:
+        await group.start()
+        scheduler = TextScheduler(group, bundle.tokenizer(), (), bundle.quality, names)
+        await scheduler.measure()
+        yield scheduler
+        await scheduler.close()
+    finally:
+        await group.close()
+
+
 async def _collect(
-    generator: TextScheduler, request: GenerationRequest
+    scheduler: TextScheduler, request: GenerationRequest
 ) -> tuple[list[TokenChunk], float]:
-    """The pieces, and seconds to the first one."""
+    """Return all chunks of an answer, and the seconds to the first one."""
     first_s = 0.0
-    pieces: list[TokenChunk] = []
-    async with aclosing(generator.generate(request)) as coming:
-        async for piece in coming:
-            if not pieces:
+    chunks: list[TokenChunk] = []
+    async with aclosing(scheduler.generate(request)) as stream:
+        async for chunk in stream:
+            if not chunks:
                 first_s = time.monotonic() - request.arrival
-            pieces.append(piece)
-    return pieces, first_s
+            chunks.append(chunk)
+    return chunks, first_s
 
 
-def _random_prompt(rng: np.random.Generator, tokens: int, vocabulary: int) -> tuple[int, ...]:
-    return tuple(int(token) for token in rng.integers(0, vocabulary, tokens))
+def _random_prompt(rng: np.random.Generator, num_tokens: int, vocab_size: int) -> tuple[int, ...]:
+    return tuple(int(token) for token in rng.integers(0, vocab_size, num_tokens))
 
 
 async def prefix_reuse(
     bundle: TextBundle, dtype: str, prefix_tokens: int = PREFIX_TOKENS
 ) -> dict[str, object]:
-    """Seconds to the first token of a new prefix, and of later prompts that share it and go on
-    with 16 tokens of their own."""
-    context = prefix_tokens + 32
-    group = RankGroup(
-        RankConfig.of(
-            bundle,
-            dtype=dtype,
-            max_model_len=context,
-            kv_cache_tokens=8 * context,
-            max_batched_tokens=min(256, context),
-        )
-    )
-    rng, vocabulary = np.random.default_rng(0), bundle.manifest.config.vocab_size
+    """Measure the seconds to the first token with and without a cached prefix.
+
+    Every prompt is a prefix and 16 tokens of its own. The first prompt of a prefix computes it;
+    later ones reuse it.
+    """
+    max_model_len = prefix_tokens + 32
+    rng, vocab_size = np.random.default_rng(0), bundle.manifest.config.vocab_size
     fresh: list[float] = []
     shared: list[float] = []
     reused: set[int] = set()
-    try:
-        await group.start()
-        generator = TextScheduler(group, bundle.tokenizer())
-        await generator.measure()
+    async with _measured_scheduler(
+        bundle,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        kv_cache_tokens=8 * max_model_len,
+        max_batched_tokens=min(256, max_model_len),
+    ) as scheduler:
         for _ in range(PREFIX_ROUNDS):
-            prefix = _random_prompt(rng, prefix_tokens, vocabulary)
-            for number in range(4):
-                prompt = prefix + _random_prompt(rng, 16, vocabulary)
+            prefix = _random_prompt(rng, prefix_tokens, vocab_size)
+            for number in range(PROMPTS_PER_PREFIX):
+                prompt = prefix + _random_prompt(rng, 16, vocab_size)
                 request = GenerationRequest(prompt, time.monotonic(), max_tokens=2)
-                pieces, first_s = await _collect(generator, request)
+                chunks, first_s = await _collect(scheduler, request)
                 (shared if number else fresh).append(first_s)
                 if number:
-                    reused.add(pieces[0].answer.reused_tokens)
-        await generator.close()
-    finally:
-        await group.close()
+                    reused.add(chunks[0].answer.reused_tokens)
     return {
         "dtype": dtype,
         "first_token_s": round(median(fresh), 4),
@@ -84,63 +100,54 @@ async def prefix_reuse(
     }
 
 
-async def paths_by_budget(bundle: TextBundle, latency_s: float, dtype: str) -> dict[str, object]:
-    """Two ranks over an emulated slow link: which path tight and relaxed budgets get.
+async def variants_by_budget(bundle: TextBundle, latency_s: float, dtype: str) -> dict[str, object]:
+    """Count the variants that tight and relaxed budgets get on two ranks over an emulated link.
 
-    The tight budget per token lies between what the two paths take alone.
+    The tight budget per token lies between the seconds per token of two variants without load.
     """
-    names = [way.name for way in bundle.manifest.ways]
-    group = RankGroup(
-        RankConfig.of(
-            bundle,
-            ranks=2,
-            dtype=dtype,
-            max_model_len=256,
-            kv_cache_tokens=2048,
-            max_batched_tokens=64,
-        ),
-        GroupOptions(latency_s=latency_s),
-    )
-    rng, vocabulary = np.random.default_rng(0), bundle.manifest.config.vocab_size
+    names = [variant.name for variant in bundle.manifest.variants]
+    rng, vocab_size = np.random.default_rng(0), bundle.manifest.config.vocab_size
     answers: dict[str, list[dict[str, Any]]] = {"tight": [], "relaxed": []}
-    try:
-        await group.start()
-        generator = TextScheduler(group, bundle.tokenizer(), (), bundle.quality, names, 8)
-        await generator.measure()
-        planned = [generator.times.expected(path, 1) for path in range(len(names))]
+    async with _measured_scheduler(
+        bundle,
+        GroupOptions(latency_s=latency_s),
+        ranks=2,
+        dtype=dtype,
+        max_model_len=256,
+        kv_cache_tokens=2048,
+        max_batched_tokens=64,
+    ) as scheduler:
+        planned = [scheduler.times.expected(variant, 1) for variant in range(len(names))]
         tight = TokenBudget(per_token_s=(min(planned) + planned[0]) / 2)
         for _ in range(8):
             for kind, budget in (("tight", tight), ("relaxed", TokenBudget(per_token_s=1.0))):
-                request = GenerationRequest(
-                    _random_prompt(rng, 32, vocabulary),
-                    time.monotonic(),
-                    max_tokens=24,
-                    budget=budget,
-                )
-                pieces, first_s = await _collect(generator, request)
-                mean_s = (time.monotonic() - request.arrival - first_s) / (len(pieces) - 1)
-                answer = pieces[-1].answer
-                answers[kind].append(
-                    {
-                        "path": answer.name,
-                        "perplexity": answer.quality.perplexity if answer.quality else None,
-                        "token_ms": 1e3 * mean_s,
-                        "met": mean_s <= budget.per_token_s,
-                    }
-                )
-        await generator.close()
-    finally:
-        await group.close()
+                prompt = _random_prompt(rng, 32, vocab_size)
+                answers[kind].append(await _measure_answer(scheduler, prompt, budget))
     return {
         "dtype": dtype,
         "ranks": 2,
         "emulated_link_ms": 1e3 * latency_s,
         "planned_token_ms": {n: round(1e3 * s, 2) for n, s in zip(names, planned, strict=True)},
         "tight_budget_ms": round(1e3 * tight.per_token_s, 2),
-    } | {kind: _told(rows) for kind, rows in answers.items()}
+    } | {kind: _summarise(rows) for kind, rows in answers.items()}
 
 
-def _told(rows: list[dict[str, Any]]) -> dict[str, object]:
+async def _measure_answer(
+    scheduler: TextScheduler, prompt: tuple[int, ...], budget: TokenBudget
+) -> dict[str, Any]:
+    request = GenerationRequest(prompt, time.monotonic(), max_tokens=24, budget=budget)
+    chunks, first_s = await _collect(scheduler, request)
+    mean_s = (time.monotonic() - request.arrival - first_s) / (len(chunks) - 1)
+    info = chunks[-1].answer
+    return {
+        "path": info.name,
+        "perplexity": info.quality.perplexity if info.quality else None,
+        "token_ms": 1e3 * mean_s,
+        "met": mean_s <= budget.per_token_s,
+    }
+
+
+def _summarise(rows: list[dict[str, Any]]) -> dict[str, object]:
     paths = [row["path"] for row in rows]
     return {
         "answers": len(rows),
@@ -151,64 +158,63 @@ def _told(rows: list[dict[str, Any]]) -> dict[str, object]:
     }
 
 
-async def beside_transformers(bundle: TextBundle, reference: Any, dtype: str) -> dict[str, object]:
-    """A batch of prompts that are all there from the start: tokens/s of ours and of the continuous
-    batching that `transformers` has, in turns; and on how many answers the two agree."""
-    from transformers import GenerationConfig
+async def compare_with_transformers(
+    bundle: TextBundle, reference: Any, dtype: str
+) -> dict[str, object]:
+    """Measure tokens/s of this server and of the continuous batching of `transformers`, in turns.
 
-    rng, vocabulary = np.random.default_rng(0), bundle.manifest.config.vocab_size
-    prompts = [list(_random_prompt(rng, 40, vocabulary)) for _ in range(OFFLINE_PROMPTS)]
-    settings: Any = GenerationConfig(  # type: ignore[no-untyped-call] # of the library
-        max_new_tokens=OFFLINE_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
-    group = RankGroup(
-        RankConfig.of(
-            bundle, dtype=dtype, max_model_len=128, kv_cache_tokens=2048, max_batched_tokens=256
-        )
-    )
-    try:
-        await group.start()
-        generator = TextScheduler(group, bundle.tokenizer())
-        await generator.measure()
-        ours_s, theirs_s, agree = [], [], 0
-        for _ in range(2):
+    All prompts are submitted at the start. The result has the number of answers on which the two
+    implementations agree.
+    """
+    rng, vocab_size = np.random.default_rng(0), bundle.manifest.config.vocab_size
+    prompts = [list(_random_prompt(rng, 40, vocab_size)) for _ in range(OFFLINE_PROMPTS)]
+    seconds: list[float] = []
+    reference_seconds: list[float] = []
+    agree = 0
+    async with _measured_scheduler(
+        bundle, dtype=dtype, max_model_len=128, kv_cache_tokens=2048, max_batched_tokens=256
+    ) as scheduler:
+        for round_number in range(2):
             started = time.monotonic()
             answers = await asyncio.gather(
-                *(
-                    _collect(
-                        generator,
-                        GenerationRequest(
-                            tuple(prompt), time.monotonic(), OFFLINE_TOKENS, tenant=str(started)
-                        ),
-                    )
-                    for prompt in prompts
-                )
+                *(_answer(scheduler, prompt, str(round_number)) for prompt in prompts)
             )
-            ours_s.append(time.monotonic() - started)
+            seconds.append(time.monotonic() - started)
             started = time.monotonic()
-            made = await asyncio.to_thread(
-                reference.generate_batch,
-                inputs=prompts,
-                generation_config=settings,
-                progress_bar=False,
-            )
-            theirs_s.append(time.monotonic() - started)
-            theirs = [made[key].generated_tokens for key in sorted(made, key=_number)]
-            ours = [[piece.token for piece in pieces] for pieces, _ in answers]
-            agree = sum(a == b for a, b in zip(ours, theirs, strict=True))
-        await generator.close()
-    finally:
-        await group.close()
+            expected = await asyncio.to_thread(_reference_answers, reference, prompts)
+            reference_seconds.append(time.monotonic() - started)
+            agree = sum(a == b for a, b in zip(answers, expected, strict=True))
     tokens = OFFLINE_PROMPTS * OFFLINE_TOKENS
     return {
         "dtype": dtype,
         "prompts": OFFLINE_PROMPTS,
         "tokens_each": OFFLINE_TOKENS,
-        "tokens_per_s": round(tokens / min(ours_s), 1),
-        "transformers_tokens_per_s": round(tokens / min(theirs_s), 1),
+        "tokens_per_s": round(tokens / min(seconds), 1),
+        "transformers_tokens_per_s": round(tokens / min(reference_seconds), 1),
         "answers_that_agree": agree,
     }
 
 
+async def _answer(scheduler: TextScheduler, prompt: list[int], tenant: str) -> list[int]:
+    """Return the tokens of a greedy answer; a new tenant reuses no prefix of another one."""
+    request = GenerationRequest(tuple(prompt), time.monotonic(), OFFLINE_TOKENS, tenant=tenant)
+    chunks, _ = await _collect(scheduler, request)
+    return [chunk.token for chunk in chunks]
+
+
+def _reference_answers(reference: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """Return the tokens that `transformers` generates, in the order of the prompts."""
+    from transformers import GenerationConfig
+
+    settings: Any = GenerationConfig(  # type: ignore[no-untyped-call] # of the library
+        max_new_tokens=OFFLINE_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    generated = reference.generate_batch(
+        inputs=prompts, generation_config=settings, progress_bar=False
+    )
+    return [generated[key].generated_tokens for key in sorted(generated, key=_number)]
+
+
 def _number(key: str) -> int:
+    """Return the number at the end of a request id of `transformers`."""
     return int(key.rsplit("_", 1)[-1])

@@ -1,4 +1,4 @@
-"""A real language model beside another implementation: tokens, rank counts, perplexity, memory."""
+"""Checks of a real language model: tokens of `transformers`, rank counts, perplexity, memory."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ PROMPTS = (
     "The longest river in the world",
 )
 NEW_TOKENS = 64
-LADDERS = (None, 4, 8, 15, 30)
-"""Last so many layers as ladder; none: standard."""
+LADDER_LAYERS = (None, 4, 8, 15, 30)
+"""Numbers of last layers that are ladder layers; none: standard."""
 
 
 def reference_model(file: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """SmolLM2 as `transformers` loads it from the GGUF file that we import."""
+    """Return SmolLM2 in `transformers`, loaded from the GGUF file that we import."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
@@ -56,7 +56,7 @@ def reference_model(file: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 async def agreement(bundle: TextBundle, reference: Any) -> dict[str, object]:
-    """Greedy tokens of both, prompt by prompt."""
+    """Return for how many prompts both implementations give the same greedy tokens."""
     tokenizer, differing = bundle.tokenizer(), []
     group = RankGroup(RankConfig.of(bundle, max_model_len=256))
     try:
@@ -85,7 +85,7 @@ async def agreement(bundle: TextBundle, reference: Any) -> dict[str, object]:
 
 
 async def greedy(group: RankGroup, prompt: Sequence[int], count: int) -> list[int]:
-    """The likeliest tokens, end tokens or not."""
+    """Return `count` most likely tokens after the prompt; end tokens do not end the answer."""
     logits, tokens = await group.forward(np.array([prompt]), 0), []
     for position in range(len(prompt), len(prompt) + count):
         tokens.append(int(logits[0].argmax()))
@@ -94,7 +94,7 @@ async def greedy(group: RankGroup, prompt: Sequence[int], count: int) -> list[in
 
 
 async def rank_counts(bundle: TextBundle) -> dict[str, object]:
-    """Largest difference of the logits on 2 and 3 ranks to those on one, relative."""
+    """Return the largest relative difference of the logits on 2 and 3 ranks from those on one."""
     paths = (
         ResidualScheme(),
         ResidualScheme(scheme="ladder"),
@@ -124,17 +124,17 @@ async def rank_counts(bundle: TextBundle) -> dict[str, object]:
 async def perplexities(
     bundle: TextBundle, text: str, tokens: int = 2048, context: int = 512
 ) -> dict[str, float]:
-    """Of the first tokens of a text, in windows that do not overlap."""
+    """Return the perplexity of each path on a text's first tokens, in disjoint windows."""
     ids = bundle.tokenizer().encode(text)[:tokens]
     paths = tuple(
         ResidualScheme(scheme="ladder", ladder_layers=last) if last else ResidualScheme()
-        for last in LADDERS
+        for last in LADDER_LAYERS
     )
     group = RankGroup(RankConfig.of(bundle, paths=paths, max_model_len=context))
     found = {}
     try:
         await group.start()
-        for path, last in enumerate(LADDERS):
+        for path, last in enumerate(LADDER_LAYERS):
             name = f"ladder, last {last} layers" if last else "standard"
             found[name] = round(await _perplexity(group, ids, context, path), 1)
     finally:
@@ -152,7 +152,7 @@ async def _perplexity(group: RankGroup, ids: list[int], context: int, path: int)
     return math.exp(surprise / (len(ids) - 1))
 
 
-SCALED = LlamaConfig(
+SCALED_DOWN = LlamaConfig(
     vocab_size=32_064,
     hidden_size=1024,
     intermediate_size=3584,
@@ -162,13 +162,13 @@ SCALED = LlamaConfig(
     head_dim=32,
     max_positions=64,
 )
-"""An 8B Llama's proportions, at a fraction of its size."""
+"""The proportions of an 8B Llama at a fraction of its size."""
 
-FILES = 4
+NUM_SHARD_FILES = 4
 
 
 async def shards() -> dict[str, object]:
-    """Bytes that each of two ranks holds of a checkpoint in several files, beside the whole."""
+    """Return the bytes of a sharded checkpoint and of each of two ranks that load it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         whole = _write_sharded(folder)
@@ -188,13 +188,13 @@ async def shards() -> dict[str, object]:
 
 
 def _write_sharded(folder: Path) -> int:
-    """A random checkpoint with its index, one file at a time; its size in bytes."""
-    shapes = list(expected_shapes(SCALED).items())
+    """Write a random checkpoint in several files with its index; return its size in bytes."""
+    shapes = list(expected_shapes(SCALED_DOWN).items())
     weight_map: dict[str, str] = {}
     total = 0
-    for number in range(FILES):
-        file = f"model-{number + 1:05d}-of-{FILES:05d}.safetensors"
-        part = shapes[number::FILES]
+    for number in range(NUM_SHARD_FILES):
+        file = f"model-{number + 1:05d}-of-{NUM_SHARD_FILES:05d}.safetensors"
+        part = shapes[number::NUM_SHARD_FILES]
         tensors = {name: torch.randn(shape) * 0.02 for name, shape in part}
         save_file(tensors, folder / file)
         weight_map |= dict.fromkeys(tensors, file)
@@ -203,6 +203,6 @@ def _write_sharded(folder: Path) -> int:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     write_manifest(
         folder,
-        TextManifest(name="scaled", config=SCALED, origin="random", licence="none"),
+        TextManifest(name="scaled", config=SCALED_DOWN, origin="random", licence="none"),
     )
     return total

@@ -1,4 +1,4 @@
-"""How fast a language model decodes, and what the death of a rank costs its callers."""
+"""Benchmark of decoding speed, and of what the death of a rank costs the callers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ ROUNDS = 7
 
 
 async def decoding(bundle: TextBundle, references: dict[str, Any]) -> dict[str, object]:
-    """Tokens/s at batch 1, one thread, beside `transformers` in each dtype, interleaved.
+    """Return tokens/s at batch 1 on one thread, compared with `transformers` in each dtype.
 
-    Ours includes the hop to the rank's process; both decode greedily with a cache.
+    The rounds are interleaved. Our time includes the messages to the rank's process; both decode
+    greedily with a cache.
     """
     torch.set_num_threads(1)
     found: dict[str, object] = {"memory_bandwidth_gb_s": round(read_bandwidth() / 1e9, 1)}
@@ -35,13 +36,13 @@ async def decoding(bundle: TextBundle, references: dict[str, Any]) -> dict[str, 
         group = RankGroup(RankConfig.of(bundle, dtype=dtype, max_model_len=1024))
         try:
             await group.start()
-            found[dtype] = await _compare(bundle, group, theirs)
+            found[dtype] = await _compare_rates(bundle, group, theirs)
         finally:
             await group.close()
     return found
 
 
-async def _compare(bundle: TextBundle, group: RankGroup, theirs: Any) -> dict[str, object]:
+async def _compare_rates(bundle: TextBundle, group: RankGroup, theirs: Any) -> dict[str, object]:
     prompt = bundle.tokenizer().encode(PROMPT)
     rates = [
         (await _our_rate(group, prompt), _their_rate(theirs, prompt)) for _ in range(ROUNDS + 1)
@@ -77,7 +78,7 @@ def _their_rate(model: Any, prompt: list[int]) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second that one thread reads from memory."""
+    """Return the bytes per second that one thread reads from memory."""
     data = torch.ones(100_000_000)
     seconds = []
     for _ in range(5):
@@ -88,47 +89,47 @@ def read_bandwidth() -> float:
 
 
 async def rank_losses(bundle: TextBundle) -> dict[str, object]:
-    """kill -9 of one of two ranks under streams, with and without a warm spare."""
+    """Return what `kill -9` of one of two ranks costs open streams, with and without a spare."""
     return {f"{spares} spares": await _lose_a_rank(bundle, spares) for spares in (1, 0)}
 
 
 async def _lose_a_rank(bundle: TextBundle, spares: int) -> dict[str, object]:
-    job = RankConfig.of(bundle, ranks=2, max_model_len=512)
-    group = RankGroup(job, GroupOptions(spares=spares))
+    rank_config = RankConfig.of(bundle, ranks=2, max_model_len=512)
+    group = RankGroup(rank_config, GroupOptions(spares=spares))
     try:
         await group.start()
-        generator = TextScheduler(group, bundle.tokenizer(), ())
+        scheduler = TextScheduler(group, bundle.tokenizer(), ())
         tokens = tuple(bundle.tokenizer().encode(PROMPT))
-        undisturbed = await _stream(generator, tokens, asyncio.Event())
+        undisturbed = await _stream(scheduler, tokens, asyncio.Event())
         started = asyncio.Event()
-        streams = [asyncio.create_task(_stream(generator, tokens, started)) for _ in range(8)]
+        streams = [asyncio.create_task(_stream(scheduler, tokens, started)) for _ in range(8)]
         await started.wait()
         os.kill(group.pids[1], signal.SIGKILL)
         answers = await asyncio.gather(*streams, return_exceptions=True)
     finally:
         await group.close()
-    whole = [answer for answer in answers if not isinstance(answer, BaseException)]
+    complete = [answer for answer in answers if not isinstance(answer, BaseException)]
     return {
         "accepted": len(answers),
-        "lost": len(answers) - len(whole),
-        "with_other_tokens": sum(answer[0] != undisturbed[0] for answer in whole),
-        "longest_hole_s": round(max(answer[1] for answer in whole), 2),
+        "lost": len(answers) - len(complete),
+        "with_other_tokens": sum(answer[0] != undisturbed[0] for answer in complete),
+        "longest_hole_s": round(max(answer[1] for answer in complete), 2),
         "longest_hole_undisturbed_s": round(undisturbed[1], 3),
     }
 
 
 async def _stream(
-    generator: TextScheduler, tokens: tuple[int, ...], started: asyncio.Event
+    scheduler: TextScheduler, tokens: tuple[int, ...], started: asyncio.Event
 ) -> tuple[list[int], float]:
-    """The answer's tokens and the longest wait between two of them."""
+    """Return the tokens of an answer and the longest time between two of them, seconds."""
     request = GenerationRequest(tokens, time.monotonic(), max_tokens=48)
-    answer, hole, last = [], 0.0, None
-    async with aclosing(generator.generate(request)) as pieces:
-        async for piece in pieces:
+    answer, gap, last = [], 0.0, None
+    async with aclosing(scheduler.generate(request)) as chunks:
+        async for chunk in chunks:
             now = time.monotonic()
-            hole = max(hole, now - last) if last is not None else hole
+            gap = max(gap, now - last) if last is not None else gap
             last = now
-            answer.append(piece.token)
+            answer.append(chunk.token)
             if len(answer) == 8:
                 started.set()
-    return answer, hole
+    return answer, gap

@@ -1,4 +1,4 @@
-"""Whether many stitches in one set of weights cost more memory than the set."""
+"""Memory benchmark: the memory that all stitches of a family take on top of one set of weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """MiB; `resident` is of the process, before and after binding and running all stitches."""
+    """Memory of a family in MiB.
+
+    `resident_one_stitch` and `resident_all_stitches` are the resident memory of the process before
+    and after all stitches ran.
+    """
 
     family: str
     stitches: int
@@ -29,18 +33,22 @@ class Memory:
     resident_all_stitches: float
 
     def to_dict(self) -> dict[str, object]:
+        """Return the fields for the result file."""
         return asdict(self)
 
 
 def deit_family(image_size: int) -> SnNetConfig:
-    """SN-Net's published DeiT family: Ti, S and B, 71 stitches (arXiv 2302.06586)."""
+    """Return SN-Net's published DeiT family: Ti, S and B, 71 stitches (arXiv 2302.06586)."""
     widths = ((192, 3), (384, 6), (768, 12))
     anchors = tuple(VitConfig(embed_dim=d, depth=12, num_heads=h) for d, h in widths)
     return SnNetConfig(inputs=InputShape(image_size=image_size, num_classes=1000), anchors=anchors)
 
 
 def measure() -> Memory:
-    """Random weights of the published sizes, 32-pixel images (only the position tables differ)."""
+    """Return the memory of random weights of the published sizes.
+
+    Images have 32 pixels per side, which changes only the size of the position tables.
+    """
     torch.manual_seed(0)
     config = deit_family(image_size=32)
     model = config.build().eval().requires_grad_(False)
@@ -60,7 +68,7 @@ def measure() -> Memory:
         serving(images, len(model.stitches) - 1)
         serving(images, 0), serving(images, 1), serving(images, 2)
         gc.collect()
-        one = _resident_mb()
+        one_stitch = _resident_mib()
         for stitch in model.stitches:
             serving(images, stitch.id)
     gc.collect()
@@ -70,13 +78,14 @@ def measure() -> Memory:
         round(expected / MIB, 2),
         round(sum(storages.values()) / MIB, 2),
         round(plans / MIB, 3),
-        round(one, 1),
-        round(_resident_mb(), 1),
+        round(one_stitch, 1),
+        round(_resident_mib(), 1),
     )
 
 
-def _resident_mb() -> float:
+def _resident_mib() -> float:
+    """Return the resident memory of this process in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
-    raise OSError("/proc/self/status: no VmRSS")
+    raise OSError("/proc/self/status: expected a line VmRSS, got none")

@@ -1,4 +1,4 @@
-"""Mixed budgets under Poisson load: what a policy makes of them, beside every fixed variant."""
+"""Mixed budgets under Poisson load: policies compared with every fixed frontier variant."""
 
 from __future__ import annotations
 
@@ -11,15 +11,24 @@ import numpy as np
 from ladderstitch.client import AsyncClient, infer_request
 from ladderstitch.v1 import inference_pb2 as pb
 from ladderstitch_loadtest.benchmarks.overhead import INFER
-from ladderstitch_loadtest.load.open_loop import BudgetClass, Sample, open_loop, poisson
+from ladderstitch_loadtest.load.open_loop import (
+    PlannedRequest,
+    RequestSample,
+    open_loop,
+    poisson,
+)
+from ladderstitch_loadtest.load.traces import BudgetClass
 
 POLICIES = ("adaptive", "slackfit", "max_quality", "max_batch")
-ALONE_CALLS = 400
+CLASSES = ("tight", "middle", "relaxed")
+UNLOADED_CALLS = 400
+LOAD = 0.5
+"""The offered rate, as a share of the largest anchor's capacity."""
 
 
 @dataclass(frozen=True, slots=True)
-class Alone:
-    """One variant, one caller: what the server takes without any other load."""
+class UnloadedLatency:
+    """What the server reports for one variant and one caller, without any other load."""
 
     variant: int
     total_p99_s: float
@@ -38,22 +47,23 @@ class PolicyRow:
     client_p50_ms: float
     client_p99_ms: float
     mean_batch: float
-    refused: int
+    rejected: int
 
 
 @dataclass(slots=True)
-class Mixed:
-    """The whole measurement."""
+class MixedResult:
+    """The whole measurement: the offered rate, the budget of each class, a row for each policy."""
 
     rate: float
     budgets_ms: dict[str, float]
-    alone_p99_ms: dict[str, float]
+    unloaded_p99_ms: dict[str, float]
     seconds_per_run: float
     rounds: int
     send_lag_p99_ms: float = 0.0
     rows: list[PolicyRow] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, object]:
+        """Return the fields for a result file."""
         return asdict(self)
 
 
@@ -65,88 +75,100 @@ async def measure(
     seed: int,
     policies: tuple[str, ...],
     advance: Callable[[str], None],
-) -> Mixed:
-    """All policies and all fixed frontier variants take turns on the same arrivals.
+) -> MixedResult:
+    """Measure policies and all fixed frontier variants; they take turns on the same arrivals.
 
-    One third of the requests each: 2x the fastest anchor's served p99 plus one slowest service
-    time; 2x the middle's; 3x the largest's. The rate is half of the largest anchor's capacity.
+    One third of the requests has each of the budgets of `budget_classes`. The rate is half of the
+    largest anchor's capacity. `advance` gets the name of the current policy.
     """
     async with AsyncClient(address) as client:
         model = await client.get_model()
-        anchors = sorted((s for s in model.variants if s.is_anchor), key=lambda s: s.latency_us)
-        alone = [await _alone(client, model, anchor.id) for anchor in anchors]
-        classes = budget_classes(alone[0], alone[len(alone) // 2], alone[-1])
-        rate = 0.5 / alone[-1].compute_median_s
-        mixed = Mixed(
+        anchors = sorted((v for v in model.variants if v.is_anchor), key=lambda v: v.latency_us)
+        unloaded = [await _measure_unloaded(client, model, anchor.id) for anchor in anchors]
+        classes = budget_classes(unloaded[0], unloaded[len(unloaded) // 2], unloaded[-1])
+        rate = LOAD / unloaded[-1].compute_median_s
+        found = MixedResult(
             rate=round(rate, 1),
-            budgets_ms={c.name: c.budget_us / 1e3 for c in classes},
-            alone_p99_ms={str(a.variant): round(1e3 * a.total_p99_s, 3) for a in alone},
+            budgets_ms={c.name: round(1e3 * c.budget_s, 3) for c in classes},
+            unloaded_p99_ms={str(u.variant): round(1e3 * u.total_p99_s, 3) for u in unloaded},
             seconds_per_run=seconds,
             rounds=rounds,
         )
         names = [*policies, *(f"fixed {variant}" for variant in model.frontier)]
-        samples: dict[str, list[Sample]] = {name: [] for name in names}
+        samples: dict[str, list[RequestSample]] = {name: [] for name in names}
         for turn in range(rounds):
-            order = names[turn % len(names) :] + names[: turn % len(names)]
-            for name in order:
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 advance(name)
-                await choose(client, name)
-                requests = _requests(model, classes, rate, seconds, seed + turn)
+                await set_policy(client, name)
+                requests = _draw_requests(model, classes, rate, seconds, seed + turn)
                 samples[name] += await open_loop(client.channel.unary_unary(INFER), requests)
-        await choose(client, "adaptive")
-    mixed.rows = [_row(name, ends, classes) for name, ends in samples.items()]
-    lags = [sample.send_lag_s for ends in samples.values() for sample in ends]
-    mixed.send_lag_p99_ms = round(1e3 * float(np.quantile(lags, 0.99)), 3)
-    return mixed
+        await set_policy(client, "adaptive")
+    found.rows = [_policy_row(name, own, classes) for name, own in samples.items()]
+    lags = [sample.send_lag_s for own in samples.values() for sample in own]
+    found.send_lag_p99_ms = round(1e3 * float(np.quantile(lags, 0.99)), 3)
+    return found
 
 
-def budget_classes(fastest: Alone, middle: Alone, largest: Alone) -> list[BudgetClass]:
-    tight = 2 * fastest.total_p99_s + largest.compute_median_s
+def budget_classes(
+    fastest: UnloadedLatency, middle: UnloadedLatency, largest: UnloadedLatency
+) -> list[BudgetClass]:
+    """Return three budget classes, named tight, middle and relaxed in ascending order.
+
+    The budgets, in whole microseconds, are twice the fastest anchor's p99 plus one compute time of
+    the largest anchor, twice the middle anchor's p99, and three times the largest anchor's p99. The
+    compute time lets a request wait for a batch that runs already. Which of the first two budgets
+    is shorter depends on the family, so the names follow the order and not the formula.
+    """
+    budgets_s = (
+        2 * fastest.total_p99_s + largest.compute_median_s,
+        2 * middle.total_p99_s,
+        3 * largest.total_p99_s,
+    )
     return [
-        BudgetClass("tight", round(1e6 * tight)),
-        BudgetClass("middle", round(2e6 * middle.total_p99_s)),
-        BudgetClass("relaxed", round(3e6 * largest.total_p99_s)),
+        BudgetClass(name, round(budget_s, 6))
+        for name, budget_s in zip(CLASSES, sorted(budgets_s), strict=True)
     ]
 
 
-async def choose(client: AsyncClient, name: str) -> None:
-    """Set the server's policy: `slackfit` and so on, or `fixed N`."""
+async def set_policy(client: AsyncClient, name: str) -> None:
+    """Set the server's policy by its name, or pin a variant by `fixed N`."""
     policy, _, variant = name.partition(" ")
-    fields: dict[str, object] = {"policy": f"POLICY_NAME_{policy.upper()}", "unpin": True}
-    if variant:
-        fields["fixed_variant"] = int(variant)
-    await client.update_scheduling(**fields)
+    await client.update_scheduling(
+        policy=f"POLICY_NAME_{policy.upper()}",
+        unpin=True,
+        fixed_variant=int(variant) if variant else None,
+    )
 
 
-async def _alone(client: AsyncClient, model: pb.GetModelResponse, variant: int) -> Alone:
-    image = _image(model)
-    answers = [await client.predict(image, variant=variant) for _ in range(ALONE_CALLS)]
-    return Alone(
+async def _measure_unloaded(
+    client: AsyncClient, model: pb.GetModelResponse, variant: int
+) -> UnloadedLatency:
+    image = _make_image(model)
+    answers = [await client.predict(image, variant=variant) for _ in range(UNLOADED_CALLS)]
+    return UnloadedLatency(
         variant,
         float(np.quantile([a.total_s for a in answers], 0.99)),
         median(a.compute_s for a in answers),
     )
 
 
-def _requests(
+def _draw_requests(
     model: pb.GetModelResponse, classes: list[BudgetClass], rate: float, seconds: float, seed: int
-) -> list[tuple[float, BudgetClass, bytes]]:
+) -> list[PlannedRequest]:
     rng = np.random.default_rng(seed)
-    image = _image(model)
-    messages = [
-        infer_request(image, budget_s=c.budget_us / 1e6).SerializeToString() for c in classes
-    ]
+    image = _make_image(model)
+    messages = [infer_request(image, budget_s=c.budget_s).SerializeToString() for c in classes]
     picks = [(at, int(rng.integers(len(classes)))) for at in poisson(rate, seconds, rng)]
     return [(at, classes[pick], messages[pick]) for at, pick in picks]
 
 
-def _image(model: pb.GetModelResponse) -> np.ndarray:
+def _make_image(model: pb.GetModelResponse) -> np.ndarray:
     inputs = model.preprocessing
     shape = (1, inputs.channels, inputs.height, inputs.width)
     return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
 
 
-def _row(name: str, samples: list[Sample], classes: list[BudgetClass]) -> PolicyRow:
+def _policy_row(name: str, samples: list[RequestSample], classes: list[BudgetClass]) -> PolicyRow:
     answered = [sample for sample in samples if sample.code == "OK"]
     latencies = [1e3 * sample.latency_s for sample in answered]
     by_class = {
@@ -161,5 +183,5 @@ def _row(name: str, samples: list[Sample], classes: list[BudgetClass]) -> Policy
         client_p50_ms=round(float(np.quantile(latencies, 0.5)), 2),
         client_p99_ms=round(float(np.quantile(latencies, 0.99)), 2),
         mean_batch=round(fmean(sample.batch_size for sample in answered), 2),
-        refused=len(samples) - len(answered),
+        rejected=len(samples) - len(answered),
     )

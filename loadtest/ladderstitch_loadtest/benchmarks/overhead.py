@@ -1,4 +1,4 @@
-"""What the server costs beyond computing, beside a bare echo of the same bytes."""
+"""The server's latency without compute and its throughput, compared with a bare gRPC echo."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ Call = Callable[[bytes], Awaitable[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """One caller, medians over the rounds of each round's p50, milliseconds."""
+    """Latency of one caller in milliseconds: the median over the rounds of a round's p50.
+
+    `overhead_ms` is the server's latency without compute.
+    """
 
     echo_ms: float
     total_ms: float
@@ -32,7 +35,7 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """Closed loop, medians over the rounds, answers per second."""
+    """Answers/s to `callers` with one call in flight each: medians over the rounds."""
 
     callers: int
     echo_rps: float
@@ -42,6 +45,8 @@ class Throughput:
 
 @dataclass(frozen=True, slots=True)
 class Overhead:
+    """The whole measurement: server and echo, for one image of shape `image` and one variant."""
+
     latency: Latency
     throughput: list[Throughput]
     image: tuple[int, ...]
@@ -49,49 +54,54 @@ class Overhead:
     rounds: int
 
     def to_dict(self) -> dict[str, object]:
+        """Return the fields for a result file."""
         return asdict(self)
 
 
 async def measure(
     address: str, echo_address: str, rounds: int, callers: tuple[int, ...], seconds: float
 ) -> Overhead:
-    """Echo and server take turns, `rounds` times, so that a disturbance meets both."""
+    """Return latency and throughput of server and echo at each number of `callers`.
+
+    Echo and server take turns, `rounds` times, so that a disturbance affects both. `seconds` is the
+    length of each throughput run.
+    """
     async with (
         grpc.aio.insecure_channel(address) as channel,
         grpc.aio.insecure_channel(echo_address) as echo_channel,
     ):
-        payload, image, variant = await payload_of(channel)
+        payload, image, variant = await make_payload(channel)
         infer, echo = channel.unary_unary(INFER), echo_channel.unary_unary(METHOD)
-        await latencies(echo, payload, 200)
-        await latencies(infer, payload, 200)
-        one: list[tuple[float, float, float]] = []
-        many: dict[int, list[tuple[float, float]]] = {n: [] for n in callers}
+        await time_calls(echo, payload, 200)
+        await time_calls(infer, payload, 200)
+        medians: list[tuple[float, float, float]] = []
+        rates: dict[int, list[tuple[float, float]]] = {n: [] for n in callers}
         for _ in range(rounds):
-            echo_ms = median(total for total, _ in await latencies(echo, payload, 300))
-            pairs = await latencies(infer, payload, 300)
-            computes = [_compute_ms(answer) for _, answer in pairs]
-            rests = [total - c for (total, _), c in zip(pairs, computes, strict=True)]
-            one.append((echo_ms, median(rests), median(computes)))
+            medians.append(await _medians_ms(echo, infer, payload))
             for n in callers:
-                many[n].append(
-                    (
-                        await _rate(echo, payload, n, seconds),
-                        await _rate(infer, payload, n, seconds),
-                    )
-                )
-    return Overhead(
-        _latency(one), [_throughput(n, rates) for n, rates in many.items()], image, variant, rounds
-    )
+                echo_rps = await _measure_rate(echo, payload, n, seconds)
+                rates[n].append((echo_rps, await _measure_rate(infer, payload, n, seconds)))
+    throughput = [_throughput(n, pairs) for n, pairs in rates.items()]
+    return Overhead(_latency(medians), throughput, image, variant, rounds)
 
 
-def _latency(one: list[tuple[float, float, float]]) -> Latency:
-    echo_ms, rest_ms, compute_ms = (median(column) for column in zip(*one, strict=True))
-    ratio = median(rest / echo for echo, rest, _ in one)
+async def _medians_ms(echo: Call, infer: Call, payload: bytes) -> tuple[float, float, float]:
+    """Return the medians of 300 calls: of the echo, and of the server's overhead and compute."""
+    echo_ms = median(total for total, _ in await time_calls(echo, payload, 300))
+    replies = await time_calls(infer, payload, 300)
+    compute_ms = [_compute_ms(reply) for _, reply in replies]
+    overhead_ms = [total - c for (total, _), c in zip(replies, compute_ms, strict=True)]
+    return echo_ms, median(overhead_ms), median(compute_ms)
+
+
+def _latency(medians: list[tuple[float, float, float]]) -> Latency:
+    echo_ms, overhead_ms, compute_ms = (median(column) for column in zip(*medians, strict=True))
+    ratio = median(overhead / echo for echo, overhead, _ in medians)
     return Latency(
         round(echo_ms, 3),
-        round(rest_ms + compute_ms, 3),
+        round(overhead_ms + compute_ms, 3),
         round(compute_ms, 3),
-        round(rest_ms, 3),
+        round(overhead_ms, 3),
         round(ratio, 2),
     )
 
@@ -102,46 +112,49 @@ def _throughput(callers: int, rates: list[tuple[float, float]]) -> Throughput:
     return Throughput(callers, round(echo), round(infer), round(ratio, 2))
 
 
-async def image_shape_of(channel: grpc.aio.Channel) -> tuple[int, int, int]:
-    """[C, H, W] of the server's only model."""
-    return _shape(await _model(channel))
+async def get_image_shape(channel: grpc.aio.Channel) -> tuple[int, int, int]:
+    """Return the image shape [C, H, W] of the server's only model."""
+    return _image_shape(await _get_model(channel))
 
 
-async def _model(channel: grpc.aio.Channel) -> inference_pb2.GetModelResponse:
+async def _get_model(channel: grpc.aio.Channel) -> inference_pb2.GetModelResponse:
     get = channel.unary_unary("/ladderstitch.v1.InferenceService/GetModel")
     return inference_pb2.GetModelResponse.FromString(await get(b""))
 
 
-def _shape(model: inference_pb2.GetModelResponse) -> tuple[int, int, int]:
+def _image_shape(model: inference_pb2.GetModelResponse) -> tuple[int, int, int]:
     inputs = model.preprocessing
     return inputs.channels, inputs.height, inputs.width
 
 
-async def payload_of(channel: grpc.aio.Channel) -> tuple[bytes, tuple[int, ...], int]:
-    """One image as pixels, pinned to the fastest variant of the server's only model."""
-    model = await _model(channel)
-    shape = (1, *_shape(model))
+async def make_payload(channel: grpc.aio.Channel) -> tuple[bytes, tuple[int, ...], int]:
+    """Return a serialised request for one image, the image's shape [1, C, H, W], and the variant.
+
+    The request is pinned to the fastest variant of the server's only model.
+    """
+    model = await _get_model(channel)
+    shape = (1, *_image_shape(model))
     pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     variant = model.frontier[0]
     return infer_request(pixels, variant=variant).SerializeToString(), shape, variant
 
 
-async def latencies(call: Call, payload: bytes, n: int) -> list[tuple[float, bytes]]:
-    """Milliseconds and answer of `n` calls, one after another."""
-    seen = []
+async def time_calls(call: Call, payload: bytes, n: int) -> list[tuple[float, bytes]]:
+    """Make `n` calls one after another and return the milliseconds and the reply of each."""
+    timed = []
     for _ in range(n):
         started = time.perf_counter()
-        answer = await call(payload)
-        seen.append((1e3 * (time.perf_counter() - started), answer))
-    return seen
+        reply = await call(payload)
+        timed.append((1e3 * (time.perf_counter() - started), reply))
+    return timed
 
 
-def _compute_ms(answer: bytes) -> float:
-    return inference_pb2.InferResponse.FromString(answer).accounting.compute_us / 1e3
+def _compute_ms(reply: bytes) -> float:
+    return inference_pb2.InferResponse.FromString(reply).accounting.compute_us / 1e3
 
 
-async def _rate(call: Call, payload: bytes, callers: int, seconds: float) -> float:
-    """Answers per second of so many callers, each with one call in flight."""
+async def _measure_rate(call: Call, payload: bytes, callers: int, seconds: float) -> float:
+    """Return the replies/s to `callers` with one call in flight each."""
     count, end = 0, time.perf_counter() + seconds
 
     async def caller() -> None:

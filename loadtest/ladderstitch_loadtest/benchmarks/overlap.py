@@ -1,8 +1,9 @@
-"""How much of the ranks' communication each residual scheme hides behind computing.
+"""Benchmark of the share of communication time that each residual scheme hides behind compute.
 
-All schemes run on the same random weights, interleaved; nothing but the flow differs. With the
-communication of a step costing (standard - none), where `none` does not communicate at all (and so
-computes nonsense), the ladder hides (standard - ladder) / (standard - none) of it.
+All schemes run on the same random weights, interleaved, and differ only in their residual stream.
+The scheme `no_communication` does not communicate (its outputs are wrong), so the communication of
+a step costs (standard - no_communication) seconds. The ladder hides
+(standard - ladder) / (standard - no_communication) of that.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """A random model, in the sizes that matter."""
+class ModelShape:
+    """The sizes of a model with random weights."""
 
     width: int = 1536
     ffn: int = 4096
@@ -44,6 +45,7 @@ class Shape:
     vocabulary: int = 4096
 
     def config(self, positions: int) -> LlamaConfig:
+        """Return the configuration for sequences of at most `positions` tokens."""
         return LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.width,
@@ -58,9 +60,13 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class OverlapPlan:
-    """What to measure: decode steps after a prompt, on every link of the grid."""
+    """The measurement: decode steps after a prompt, for every latency of the link.
 
-    shape: Shape
+    `batch` sequences have a prompt of `prompt` tokens. Each of `rounds` rounds takes `steps` decode
+    steps per scheme. `latencies_s` are one-way latencies, emulated or (`tcp`) real delays.
+    """
+
+    shape: ModelShape
     ranks: int = 2
     batch: int = 1
     prompt: int = 64
@@ -70,10 +76,11 @@ class OverlapPlan:
     latencies_s: tuple[float, ...] = (0.0, 0.00025, 0.0005, 0.001, 0.0025)
     tcp: bool = False
 
-    def job(self) -> RankConfig:
+    def rank_config(self) -> RankConfig:
+        """Return the configuration of the ranks, with one path per scheme."""
         return RankConfig.model_validate(
             {
-                "config": self.shape.config(self.prompt + 1),
+                "model": self.shape.config(self.prompt + 1),
                 "paths": tuple(ResidualScheme(scheme=scheme) for scheme in SCHEMES),
                 "ranks": self.ranks,
                 "dtype": self.dtype,
@@ -86,8 +93,11 @@ class OverlapPlan:
 
 @dataclass(frozen=True, slots=True)
 class OverlapRow:
-    """One link. Milliseconds are medians of a step over all rounds; ratios are medians of the
-    rounds' own, since a disturbance meets all schemes of a round."""
+    """The measurements at one latency of the link.
+
+    Milliseconds are medians of a step over all rounds. Ratios are computed per round, because a
+    disturbance affects all schemes of a round, and their median is reported.
+    """
 
     link: str
     latency_ms: float
@@ -100,12 +110,13 @@ class OverlapRow:
     bound: float
 
     def to_dict(self) -> dict[str, object]:
+        """Return the fields for the result file."""
         return asdict(self)
 
 
-async def measure(plan: OverlapPlan, advance: ProgressCallback) -> list[OverlapRow]:
-    """One row a latency; raises `EngineRestarting` if the ranks do not come up."""
-    group = RankGroup(plan.job(), GroupOptions(link="tcp" if plan.tcp else "shared_memory"))
+async def measure(plan: OverlapPlan, on_progress: ProgressCallback) -> list[OverlapRow]:
+    """Return one row per latency; raises `EngineRestarting` if the ranks do not start."""
+    group = RankGroup(plan.rank_config(), GroupOptions(link="tcp" if plan.tcp else "shared_memory"))
     rows = []
     total = len(plan.latencies_s) * plan.rounds * len(SCHEMES)
     try:
@@ -113,10 +124,14 @@ async def measure(plan: OverlapPlan, advance: ProgressCallback) -> list[OverlapR
         for number, latency_s in enumerate(plan.latencies_s):
             proxy = DelayProxy(latency_s) if plan.tcp and latency_s else None
             options = replace(group.options, latency_s=0.0 if plan.tcp else latency_s)
-            await group.change_link(options, _through(proxy) if proxy else create_comm_spec)
-            done = number * plan.rounds * len(SCHEMES)
-            rounds = await _rounds(group, plan, lambda n, done=done: advance(done + n, total))  # type: ignore[misc] # mypy cannot infer defaults
-            rows.append(_row(plan, latency_s, proxy, rounds))
+            await group.change_comm(options, _route_through(proxy) if proxy else create_comm_spec)
+            before = number * plan.rounds * len(SCHEMES)
+
+            def report(done: int, before: int = before) -> None:
+                on_progress(before + done, total)
+
+            rounds = await _measure_rounds(group, plan, report)
+            rows.append(_summarise(plan, latency_s, proxy, rounds))
             if proxy:
                 proxy.close()
     finally:
@@ -124,21 +139,24 @@ async def measure(plan: OverlapPlan, advance: ProgressCallback) -> list[OverlapR
     return rows
 
 
-def _through(proxy: DelayProxy) -> CreateCommSpec:
-    """Make links whose connections go through the proxy."""
+def _route_through(proxy: DelayProxy) -> CreateCommSpec:
+    """Return a function that creates communicators whose connections go through the proxy."""
 
-    def arrange(
-        job: RankConfig, options: GroupOptions, listening: Sequence[Address]
+    def create_spec(
+        rank_config: RankConfig, options: GroupOptions, addresses: Sequence[Address]
     ) -> tuple[CommSpec, CommRegion | None]:
-        return create_comm_spec(job, options, proxy.route(listening))
+        return create_comm_spec(rank_config, options, proxy.route(addresses))
 
-    return arrange
+    return create_spec
 
 
-async def _rounds(
-    group: RankGroup, plan: OverlapPlan, advance: Callable[[int], None]
+async def _measure_rounds(
+    group: RankGroup, plan: OverlapPlan, on_progress: Callable[[int], None]
 ) -> list[dict[str, float]]:
-    """Median step seconds by scheme, for each round; each begins with another scheme."""
+    """Return each round's median seconds of a step by scheme.
+
+    Each round begins with another scheme.
+    """
     prompt = np.ones((plan.batch, plan.prompt), np.int64)
     await group.forward(prompt, 0)
     rounds = []
@@ -146,14 +164,14 @@ async def _rounds(
         turn = number % len(SCHEMES)
         seconds: dict[str, float] = {}
         for scheme in (*SCHEMES[turn:], *SCHEMES[:turn]):
-            seconds[scheme] = await _steps(group, plan, SCHEMES.index(scheme))
-            advance(max(0, number) * len(SCHEMES) + len(seconds))
+            seconds[scheme] = await _step_seconds(group, plan, SCHEMES.index(scheme))
+            on_progress(max(0, number) * len(SCHEMES) + len(seconds))
         if number >= 0:  # the first round warms up
             rounds.append(seconds)
     return rounds
 
 
-async def _steps(group: RankGroup, plan: OverlapPlan, path: int) -> float:
+async def _step_seconds(group: RankGroup, plan: OverlapPlan, path: int) -> float:
     token = np.ones((plan.batch, 1), np.int64)
     seconds = []
     for _ in range(plan.steps):
@@ -163,7 +181,7 @@ async def _steps(group: RankGroup, plan: OverlapPlan, path: int) -> float:
     return median(seconds)
 
 
-def _row(
+def _summarise(
     plan: OverlapPlan,
     latency_s: float,
     proxy: DelayProxy | None,
@@ -179,7 +197,7 @@ def _row(
     return OverlapRow(
         link="tcp" if plan.tcp else "shared memory, emulated latency",
         latency_ms=1e3 * latency_s,
-        transport_ms=round(1e3 * proxy.held_s, 3) if proxy else None,
+        transport_ms=round(1e3 * proxy.delay_median_s, 3) if proxy else None,
         step_ms={scheme: round(1e3 * s, 3) for scheme, s in step.items()},
         tokens_per_s={scheme: round(plan.batch / s, 1) for scheme, s in step.items()},
         ladder_over_standard=round(median(r["standard"] / r["ladder"] for r in rounds), 3),

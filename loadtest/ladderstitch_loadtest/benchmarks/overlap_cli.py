@@ -1,4 +1,4 @@
-"""`ladderstitch-loadtest overlap`: what a residual scheme is worth on a link, as table and plot."""
+"""The command `ladderstitch-loadtest overlap`: residual schemes on a link, as table and plot."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ import torch
 import typer
 from rich.table import Table
 
-from ladderstitch.cli.console import err, out, progress_bar, user_errors
-from ladderstitch.cli.predict import parse_duration
+from ladderstitch.cli.console import err, out, parse_duration, progress_bar, user_errors
 from ladderstitch.errors import ConfigError, RequestError
 from ladderstitch.runtime.device import device_name, versions
 from ladderstitch_loadtest.benchmarks.overlap import (
     SCHEMES,
+    ModelShape,
     OverlapPlan,
     OverlapRow,
-    Shape,
     measure,
 )
 
 
 def overlap(
     link: Annotated[
-        str, typer.Option(help="shared_memory (emulated latency), tcp (real delay)")
+        str,
+        typer.Option(help="Kind of link: shared_memory (emulated latency) or tcp (real delay)."),
     ] = "shared_memory",
     latency: Annotated[
-        str, typer.Option(help="Comma-separated one-way latencies to add, e.g. 0ms,500us,1ms")
+        str, typer.Option(help="Comma-separated one-way latencies to add, e.g. 0ms,500us,1ms.")
     ] = "0ms,250us,500us,1ms,2.5ms",
     ranks: Annotated[int, typer.Option(min=2, help="Tensor-parallel ranks.")] = 2,
     batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
@@ -40,27 +40,29 @@ def overlap(
     ffn: Annotated[int, typer.Option(help="Feed-forward width.")] = 4096,
     layers: Annotated[int, typer.Option(help="Transformer layers.")] = 20,
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 12,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16")] = "float32",
-    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds a latency.")] = 9,
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the weights: float32 or bfloat16.")
+    ] = "float32",
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds per latency.")] = 9,
     to: Annotated[
         Path | None, typer.Option("--out", help="Folder for overlap-LINK.json and .png.")
     ] = None,
 ) -> None:
-    """Decode with standard, ladder, parallel and no communication side by side, interleaved.
+    """Measure decoding with standard, ladder, parallel and no communication, interleaved.
 
-    Random weights, one torch thread a rank. Prints tokens/s, the ladder's gain, the bound (no
-    communication at all) and the share of the communication that the ladder hides.
+    Weights are random, and each rank has one torch thread. Prints tokens/s, the ladder's speed-up,
+    the bound (no communication at all) and the share of the communication that the ladder hides.
     """
     with user_errors():
         if link not in ("shared_memory", "tcp"):
             raise ConfigError(f"link: expected shared_memory or tcp, got {link!r}")
         plan = OverlapPlan(
-            Shape(width, ffn, layers, heads, heads),
+            ModelShape(width, ffn, layers, heads, heads),
             ranks=ranks,
             batch=batch,
             rounds=rounds,
             dtype=dtype,
-            latencies_s=tuple(parse_duration(part) for part in latency.split(",")),
+            latencies_s=tuple(parse_duration(part, "latency") for part in latency.split(",")),
             tcp=link == "tcp",
         )
         with progress_bar() as progress:

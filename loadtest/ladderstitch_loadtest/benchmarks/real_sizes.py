@@ -1,7 +1,7 @@
-"""Published families at their real sizes: do they load, what do they take, how fast are they.
+"""Benchmark of published families at their real sizes: loading, memory and speed.
 
 Random weights of SN-Net's DeiT Ti/S/B (118.4 M parameters) and Swin Ti/S/B (170.0 M) are written as
-a checkpoint, imported, loaded as a server loads them, and their anchors run on one 224 x 224 image.
+a checkpoint, imported, and loaded like in a server. Their anchors run on one 224 x 224 image.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladderstitch.client import Client
-from ladderstitch.importers.import_bundle import RELEASED, Naming, import_released
+from ladderstitch.importers.import_bundle import RELEASED_CONFIGS, BundleInfo, import_released
 from ladderstitch.importers.stitched_families import read_config
 from ladderstitch.scheduling.profiles import Quality, QualityTable
-from ladderstitch.vision.bundle import Bundle, write_table
+from ladderstitch.vision.bundle import VisionBundle, write_table
 from ladderstitch.vision.models.cost import stitch_cost
 from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.stitched import StitchedModel
@@ -40,7 +40,7 @@ BUDGETS_S = (0.1, 0.4, 3.0)
 
 @dataclass(frozen=True, slots=True)
 class RealSize:
-    """Of one family; memory is what a fresh process gains by loading it, in MiB."""
+    """The measurements of one family; `resident_mib` is the memory that a new process gains."""
 
     family: str
     parameters_m: float
@@ -52,14 +52,15 @@ class RealSize:
     anchors_ms: tuple[float, ...]
     ready_s: float
     answers: tuple[str, ...]
-    """Budgets, and the networks that answered within them or not."""
+    """One line per budget: budget, network, total time."""
 
     def to_dict(self) -> dict[str, object]:
+        """Return the fields for the result file."""
         return asdict(self)
 
 
 def measure(family: str) -> RealSize:
-    """Import random weights of the published sizes, then load them in a process of their own."""
+    """Import random weights of the published sizes, load them in a new process, and serve them."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = write_random(family, Path(folder))
         loading = subprocess.run(
@@ -69,15 +70,15 @@ def measure(family: str) -> RealSize:
             check=True,
         )
         resident, load_s, *anchors = (float(word) for word in loading.stdout.split())
-        config = Bundle.load(bundle).manifest.config
+        config = VisionBundle.load(bundle).manifest.config
         with torch.device("meta"):
             model = config.build()
-        ready_s, answers = serve(bundle, model)
-    tensors = sum(p.numel() for p in model.parameters())
-    mib = tensors * 4 / MIB
+        ready_s, answers = serve_bundle(bundle, model)
+    parameters = sum(p.numel() for p in model.parameters())
+    mib = parameters * 4 / MIB
     return RealSize(
         family,
-        round(tensors / 1e6, 1),
+        round(parameters / 1e6, 1),
         len(model.stitches),
         round(mib, 1),
         round(resident, 1),
@@ -89,24 +90,25 @@ def measure(family: str) -> RealSize:
     )
 
 
-def serve(bundle: Path, model: StitchedModel) -> tuple[float, tuple[str, ...]]:
-    """Seconds to ready (every network measured, one row at a time), and a request a budget.
+def serve_bundle(bundle: Path, model: StitchedModel) -> tuple[float, tuple[str, ...]]:
+    """Return the seconds until the server is ready, and a line for one request per budget.
 
-    Quality is made up, in order of arithmetic: random weights have none.
+    The warm-up runs every network at batch size 1. Random weights have no quality, so the quality
+    is a placeholder that grows with the MACs.
     """
     macs = {s.id: stitch_cost(model, s, 224).macs for s in model.stitches}
-    most = max(macs.values())
-    made_up = {s: Quality(value=n / most, low=0.0, high=1.0) for s, n in macs.items()}
+    largest = max(macs.values())
+    placeholder = {s: Quality(value=n / largest, low=0.0, high=1.0) for s, n in macs.items()}
     write_table(
         bundle / "quality.json",
         QualityTable(
-            metric="made up",
+            metric="placeholder",
             data="none",
             n=1,
             confidence=0.95,
             date="",
             versions={},
-            variants=made_up,
+            variants=placeholder,
         ),
     )
     (bundle.parent / "serve.yaml").write_text("max_batch_size: 1\n")
@@ -123,27 +125,27 @@ def serve(bundle: Path, model: StitchedModel) -> tuple[float, tuple[str, ...]]:
 
 
 def write_random(family: str, folder: Path) -> Path:
-    """A bundle made from a checkpoint file of random weights."""
+    """Write a checkpoint of random weights, import it, and return the bundle's folder."""
     torch.manual_seed(0)
-    model = read_config(family, RELEASED[family]).build()
+    model = read_config(family, RELEASED_CONFIGS[family]).build()
     torch.save({"model": model.state_dict()}, folder / "checkpoint.pth")
-    naming = Naming(family, "none: random weights", None, None, None)
-    import_released(family, folder / "checkpoint.pth", None, naming, folder / "bundle")
+    info = BundleInfo(family, "none: random weights", None, None, None)
+    import_released(family, folder / "checkpoint.pth", None, info, folder / "bundle")
     (folder / "checkpoint.pth").unlink()
     return folder / "bundle"
 
 
-def load(path: Path) -> None:
-    """Print MiB gained, seconds, and milliseconds of each anchor at batch 1."""
+def print_load_cost(path: Path) -> None:
+    """Print the MiB gained by loading, its seconds, and milliseconds per anchor at batch size 1."""
     torch.set_num_threads(1)
     images = torch.randn(1, 3, 224, 224)
-    nn.Linear(8, 8)(torch.randn(1, 8))  # the runtime itself
+    nn.Linear(8, 8)(torch.randn(1, 8))  # loads the libraries, so that they are not counted
     before, started = resident_mib(), time.perf_counter()
-    model = Bundle.load(path).load_model()
+    model = VisionBundle.load(path).load_model()
     serving = StitchExecutor(model)
     seconds = time.perf_counter() - started
     with torch.inference_mode():
-        for anchor in range(len(model.trunks())):
+        for anchor in range(len(model.backbones())):
             serving(images, anchor)
         gained = resident_mib() - before
         anchors = [_median_ms(lambda a=anchor: serving(images, a)) for anchor in range(3)]  # type: ignore[misc]
@@ -151,33 +153,30 @@ def load(path: Path) -> None:
 
 
 def _median_ms(call: Callable[[], Tensor]) -> float:
-    times = []
-    for _ in range(RUNS):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return round(statistics.median(times) * 1e3, 2)
+    """Return the median milliseconds of the call."""
+    return round(statistics.median(_seconds(call) for _ in range(RUNS)) * 1e3, 2)
 
 
 def resident_mib() -> float:
-    """Memory of this process that no file backs."""
+    """Return the anonymous memory of this process in MiB."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
 def executor_overhead() -> dict[str, object]:
-    """The route executor beside a straight-line forward of the same blocks: DeiT-S, batch 1.
+    """Compare `StitchExecutor` with a straight-line forward pass of DeiT-S at batch size 1.
 
-    Interleaved pairs in alternating order; the figure is the median of the pairs' ratios.
+    The two run in interleaved pairs in alternating order; the result is the median of the pairs'
+    ratios of times.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = VitConfig(embed_dim=384, depth=12, num_heads=6)
     vit = Vit(InputShape(image_size=224, num_classes=1000), config).eval().requires_grad_(False)
     nn.init.normal_(vit.pos_embed, std=0.02)
-    family = read_config("snnet-deit", {**RELEASED["snnet-deit"]})
+    family = read_config("snnet-deit", {**RELEASED_CONFIGS["snnet-deit"]})
     model: StitchedModel = family.build().eval().requires_grad_(False)
-    model.trunks()[1].load_state_dict(vit.state_dict())
+    model.backbones()[1].load_state_dict(vit.state_dict())
     serving = StitchExecutor(model)
     images = torch.randn(1, 3, 224, 224)
     ratios = []
@@ -186,20 +185,21 @@ def executor_overhead() -> dict[str, object]:
         for number in range(PAIRS + 10):
             calls = [lambda: serving(images, 1), lambda: straight_line(vit, images)]
             order = (0, 1) if number % 2 else (1, 0)
-            taken: Mapping[int, float] = {at: _seconds(calls[at]) for at in order}
-            if number >= 10:
-                ratios.append(taken[0] / taken[1])
+            seconds: Mapping[int, float] = {index: _seconds(calls[index]) for index in order}
+            if number >= 10:  # the first pairs are warm-up
+                ratios.append(seconds[0] / seconds[1])
     return {"pairs": PAIRS, "median_ratio": round(statistics.median(ratios), 4)}
 
 
 def _seconds(call: Callable[[], Tensor]) -> float:
+    """Return the seconds of one call."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 
 def straight_line(vit: Vit, images: Tensor) -> Tensor:
-    """DeiT by hand, on the same libraries: no routes, no plans, no modules called."""
+    """Return DeiT-S logits computed with the same libraries, without routes, plans or modules."""
     multiply = torch.ops.mkldnn._linear_pointwise
     stem = vit.patch_embed.proj
     assert isinstance(stem, nn.Conv2d)
@@ -223,4 +223,4 @@ def straight_line(vit: Vit, images: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    load(Path(sys.argv[1]))
+    print_load_cost(Path(sys.argv[1]))

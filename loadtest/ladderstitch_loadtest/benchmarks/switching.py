@@ -1,10 +1,14 @@
-"""What it costs to change the variant between two consecutive requests."""
+"""The cost of a change of variant between two consecutive requests.
+
+The measure is excess compute time: the compute time of a call minus the median of its variant over
+the calls that kept the variant. By construction the p50 of kept calls is about 0.
+"""
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 
@@ -14,30 +18,39 @@ from ladderstitch.client import AsyncClient
 
 
 @dataclass(frozen=True, slots=True)
-class Switching:
-    """Excess compute time over the variant's own median, microseconds, by whether the variant was
-    another one than the last."""
+class SwitchingResult:
+    """Quantiles of excess compute time in microseconds, for calls that kept and that switched.
+
+    `p50_difference_us` is the typical cost of a switch: the difference of the two medians.
+    `p99_difference_us` is the difference of the two p99s, and shows whether switching lengthens the
+    tail. It is not the p99 of the cost of a switch: no call is measured both ways.
+    """
 
     calls: int
     variants: int
-    same_p50_us: float
-    same_p99_us: float
-    switched_p50_us: float
-    switched_p99_us: float
-    p50_cost_us: float
-    p99_cost_us: float
+    kept_excess_p50_us: float
+    kept_excess_p99_us: float
+    switched_excess_p50_us: float
+    switched_excess_p99_us: float
+    p50_difference_us: float
+    p99_difference_us: float
 
     def to_dict(self) -> dict[str, object]:
+        """Return the fields for a result file."""
         return asdict(self)
 
 
-async def measure(address: str, calls: int, seed: int, advance: Callable[[], None]) -> Switching:
-    """One caller; each call keeps the last variant or takes another frontier variant, by a coin.
+async def measure(
+    address: str, calls: int, seed: int, advance: Callable[[], None]
+) -> SwitchingResult:
+    """Return the excess compute time of one caller whose calls keep or switch the variant.
 
-    Kept and switched calls of a variant alternate at random, so the machine's noise meets both.
+    Each call keeps the last variant or takes a random frontier variant, with equal probability.
+    Kept and switched calls of a variant alternate at random, so that the machine's noise affects
+    both. `advance` is called after each call.
     """
     rng = random.Random(seed)
-    seconds: dict[tuple[int, bool], list[float]] = defaultdict(list)
+    compute_s: dict[tuple[int, bool], list[float]] = defaultdict(list)
     async with AsyncClient(address) as client:
         model = await client.get_model()
         inputs = model.preprocessing
@@ -47,20 +60,20 @@ async def measure(address: str, calls: int, seed: int, advance: Callable[[], Non
         for _ in range(calls):
             variant = last if rng.random() < 0.5 else rng.choice(list(model.frontier))
             answer = await client.predict(image, variant=variant)
-            seconds[variant, variant != last].append(answer.compute_s)
+            compute_s[variant, variant != last].append(answer.compute_s)
             last = variant
             advance()
-    own = {s: median(times) for (s, switched), times in seconds.items() if not switched}
-    excess = {
-        kind: [
-            1e6 * (t - own[s])
-            for (s, switched), times in seconds.items()
-            for t in times
-            if switched == kind and s in own
-        ]
-        for kind in (False, True)
-    }
-    same = np.quantile(excess[False], [0.5, 0.99]).tolist()
-    switched = np.quantile(excess[True], [0.5, 0.99]).tolist()
-    figures = (*same, *switched, switched[0] - same[0], switched[1] - same[1])
-    return Switching(calls, len(own), *(round(figure, 1) for figure in figures))
+    return _compare(calls, compute_s)
+
+
+def _compare(calls: int, compute_s: Mapping[tuple[int, bool], Sequence[float]]) -> SwitchingResult:
+    """Return the result of compute times by (variant, whether the call switched)."""
+    medians = {v: median(times) for (v, switched), times in compute_s.items() if not switched}
+    excess_us: dict[bool, list[float]] = {False: [], True: []}
+    for (variant, switched), times in compute_s.items():
+        if variant in medians:
+            excess_us[switched] += [1e6 * (t - medians[variant]) for t in times]
+    kept = np.quantile(excess_us[False], [0.5, 0.99]).tolist()
+    switched_ = np.quantile(excess_us[True], [0.5, 0.99]).tolist()
+    figures = (*kept, *switched_, switched_[0] - kept[0], switched_[1] - kept[1])
+    return SwitchingResult(calls, len(medians), *(round(figure, 1) for figure in figures))

@@ -1,4 +1,4 @@
-"""A second host on this machine: a network namespace behind a pair of virtual cables."""
+"""A second host on this machine: a network namespace, connected by a pair of veth devices."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ HERE, THERE = "10.213.7.1", "10.213.7.2"
 
 @contextmanager
 def second_host() -> Iterator[str]:
-    """The namespace's name; raises `OSError` where the kernel or our rights do not allow one."""
+    """Yield the name of a new namespace, which is deleted afterwards.
+
+    Raises `OSError` if the kernel or the user's rights do not allow one.
+    """
     if shutil.which("ip") is None:
-        raise OSError("the command `ip` is not there")
+        raise OSError("ip: command not found")
     name, near, far = (f"ls{kind}{os.getpid()}" for kind in ("", "a", "b"))
     _ip("netns", "add", name)
     try:
@@ -39,12 +42,13 @@ def _ip(*arguments: str) -> None:
 
 
 class AlternatingLauncher:
-    """Every second rank runs on the second host."""
+    """A launcher that starts every second rank on the second host."""
 
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
         self._turns = itertools.cycle((False, True))
 
     async def __call__(self, address: str, secret: str) -> RankProcess:
+        """Start a rank on the next host in turn."""
         through = ("ip", "netns", "exec", self._namespace) if next(self._turns) else ()
         return await launch_process(address, secret, through=through)

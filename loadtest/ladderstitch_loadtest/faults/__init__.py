@@ -1,1 +1,1 @@
-"""Killed processes, malformed requests, hours of mixed load."""
+"""Fault injection: killed processes, malformed requests, hours of mixed load."""

@@ -1,4 +1,4 @@
-"""Requests to a language model that are wrong, too late, or left by their callers."""
+"""Fuzz cases for a language model: malformed, late and cancelled requests."""
 
 from __future__ import annotations
 
@@ -12,182 +12,192 @@ from ladderstitch.v1 import generation_pb2 as pb
 from ladderstitch.v1 import generation_pb2_grpc, inference_pb2
 from ladderstitch_loadtest.faults.fuzz_runner import (
     ANSWERED,
-    BAD_INPUT,
     INFEASIBLE,
+    INVALID_ARGUMENT,
     NO_MODEL,
     NO_QUALITY,
     NO_VARIANT,
-    Case,
+    FuzzCase,
 )
 
 PROMPT = "The history of the bicycle begins"
 LATE = frozenset(
     {
         INFEASIBLE,
-        (grpc.StatusCode.DEADLINE_EXCEEDED, ""),  # the client's own clock was first
+        (grpc.StatusCode.DEADLINE_EXCEEDED, ""),  # the client's own clock ended the call
         (grpc.StatusCode.DEADLINE_EXCEEDED, "EXPIRED_IN_QUEUE"),
         (grpc.StatusCode.DEADLINE_EXCEEDED, "EXPIRED_IN_COMPUTE"),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     }
 )
-"""How a deadline of milliseconds may end."""
+"""Statuses with which a request whose deadline is milliseconds away may end."""
 
 
 class TextCases:
-    """A `FuzzCases` of requests to one language model, by seed."""
+    """The `FuzzCases` of one language model, drawn with a seed."""
 
     def __init__(
         self, model: inference_pb2.GetModelResponse, channel: grpc.aio.Channel, seed: int
     ) -> None:
         self._stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
-        self.vocabulary = model.language.vocabulary_size
-        self.context = model.language.max_model_len
-        self.paths = len(model.language.paths)
-        self.rng = random.Random(seed)
-        self.makers: list[Callable[[], Case]] = [
-            self.no_prompt,
-            self.empty_prompt,
-            self.wrong_tokens,
-            self.long_prompt,
-            self.long_text,
-            self.max_tokens,
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            self.stop,
-            self.logprobs,
-            self.budget,
-            self.token_budget,
-            self.metadata,
-            self.quality,
-            self.variant,
-            self.name,
-            self.long_id,
-            self.tight_limit,
-            self.deadline,
-            self.cancelled,
-            self.full_context,
+        self._vocabulary = model.language.vocabulary_size
+        self._context = model.language.max_model_len
+        self._paths = len(model.language.variants)
+        self._rng = random.Random(seed)
+        self._makers: list[Callable[[], FuzzCase]] = [
+            self._no_prompt,
+            self._empty_prompt,
+            self._wrong_tokens,
+            self._long_prompt,
+            self._long_text,
+            self._max_tokens,
+            self._temperature,
+            self._top_k,
+            self._top_p,
+            self._stop,
+            self._logprobs,
+            self._budget,
+            self._token_budget,
+            self._metadata,
+            self._quality,
+            self._variant,
+            self._name,
+            self._long_id,
+            self._tight_hard_budget,
+            self._deadline,
+            self._cancelled,
+            self._full_context,
         ]
 
-    def case(self, index: int) -> Case:
-        return self.makers[index % len(self.makers)]()
+    def case(self, index: int) -> FuzzCase:
+        """Return case number `index`; the 22 kinds take turns."""
+        return self._makers[index % len(self._makers)]()
 
-    async def send(self, case: Case) -> None:
+    async def send(self, case: FuzzCase) -> None:
+        """Send a case and read its stream, or cancel it after `case.cancel_after` chunks.
+
+        Raises `grpc.aio.AioRpcError` if the server answers with an error.
+        """
         call = self._stub.Generate(case.request, metadata=case.metadata, timeout=case.timeout_s)
-        pieces = 0
+        chunks = 0
         async for _ in call:
-            pieces += 1
-            if pieces == case.leave_after:
+            chunks += 1
+            if chunks == case.cancel_after:
                 call.cancel()
                 return
 
     async def send_good(self) -> None:
+        """Send a well-formed request; raise `AssertionError` if its stream is incomplete."""
         request = self._request()
-        pieces = [piece async for piece in self._stub.Generate(request, timeout=60)]
-        if not pieces or not pieces[-1].finish_reason:
-            raise AssertionError("a good request was not answered")
+        chunks = [chunk async for chunk in self._stub.Generate(request, timeout=60)]
+        if not chunks or not chunks[-1].finish_reason:
+            raise AssertionError("good request: expected a finish reason, got an incomplete stream")
 
     def _request(self, **fields: Any) -> pb.GenerateRequest:
-        wishes: dict[str, Any] = {"text": PROMPT, "max_tokens": 3}
-        return pb.GenerateRequest(**wishes | fields)
+        defaults: dict[str, Any] = {"text": PROMPT, "max_tokens": 3}
+        return pb.GenerateRequest(**defaults | fields)
 
-    def _bad(self, kind: str, **fields: Any) -> Case:
-        return Case(kind, self._request(**fields), BAD_INPUT)
+    def _bad(self, kind: str, **fields: Any) -> FuzzCase:
+        return FuzzCase(kind, self._request(**fields), INVALID_ARGUMENT)
 
-    def no_prompt(self) -> Case:
-        return Case("no prompt", pb.GenerateRequest(max_tokens=3), BAD_INPUT)
+    def _no_prompt(self) -> FuzzCase:
+        return FuzzCase("no prompt", pb.GenerateRequest(max_tokens=3), INVALID_ARGUMENT)
 
-    def empty_prompt(self) -> Case:
-        empty = self.rng.choice([pb.GenerateRequest(text=""), pb.GenerateRequest()])
+    def _empty_prompt(self) -> FuzzCase:
+        empty = self._rng.choice([pb.GenerateRequest(text=""), pb.GenerateRequest()])
         if not empty.HasField("text"):
             empty.tokens.SetInParent()
-        return Case("empty prompt", empty, BAD_INPUT)
+        return FuzzCase("empty prompt", empty, INVALID_ARGUMENT)
 
-    def wrong_tokens(self) -> Case:
-        wrong = self.rng.choice([-1, self.vocabulary, 2**31 - 1, -(2**31)])
+    def _wrong_tokens(self) -> FuzzCase:
+        wrong = self._rng.choice([-1, self._vocabulary, 2**31 - 1, -(2**31)])
         request = pb.GenerateRequest(tokens=pb.TokenIds(ids=[1, wrong, 2]), max_tokens=3)
-        return Case("tokens out of the vocabulary", request, BAD_INPUT)
+        return FuzzCase("tokens out of the vocabulary", request, INVALID_ARGUMENT)
 
-    def long_prompt(self) -> Case:
-        """At the context's length there is no room for a token."""
-        length = self.rng.choice([self.context, self.context + 1, 10 * self.context])
+    def _long_prompt(self) -> FuzzCase:
+        """Return a prompt that leaves no room in the context for a token of the answer."""
+        length = self._rng.choice([self._context, self._context + 1, 10 * self._context])
         request = pb.GenerateRequest(tokens=pb.TokenIds(ids=[1] * length))
-        return Case("prompt over the context", request, BAD_INPUT)
+        return FuzzCase("prompt over the context", request, INVALID_ARGUMENT)
 
-    def long_text(self) -> Case:
-        return self._bad("text over the context", text="word " * self.rng.choice([5000, 200_000]))
+    def _long_text(self) -> FuzzCase:
+        return self._bad("text over the context", text="word " * self._rng.choice([5000, 200_000]))
 
-    def max_tokens(self) -> Case:
-        wrong = self.rng.choice([0, -1, self.context, 2**31 - 1, -(2**31)])
+    def _max_tokens(self) -> FuzzCase:
+        wrong = self._rng.choice([0, -1, self._context, 2**31 - 1, -(2**31)])
         return self._bad("max_tokens", max_tokens=wrong)
 
-    def temperature(self) -> Case:
-        return self._bad("temperature", temperature=self.rng.choice([-1.0, 101.0, float("nan")]))
+    def _temperature(self) -> FuzzCase:
+        return self._bad("temperature", temperature=self._rng.choice([-1.0, 101.0, float("nan")]))
 
-    def top_k(self) -> Case:
-        return self._bad("top_k", top_k=self.rng.choice([-1, -(2**31)]))
+    def _top_k(self) -> FuzzCase:
+        return self._bad("top_k", top_k=self._rng.choice([-1, -(2**31)]))
 
-    def top_p(self) -> Case:
-        return self._bad("top_p", top_p=self.rng.choice([0.0, -0.5, 1.01, float("nan")]))
+    def _top_p(self) -> FuzzCase:
+        return self._bad("top_p", top_p=self._rng.choice([0.0, -0.5, 1.01, float("nan")]))
 
-    def stop(self) -> Case:
-        return self._bad("stop", stop=self.rng.choice([["x"] * 17, [""], ["ok", ""]]))
+    def _stop(self) -> FuzzCase:
+        return self._bad("stop", stop=self._rng.choice([["x"] * 17, [""], ["ok", ""]]))
 
-    def logprobs(self) -> Case:
-        return self._bad("logprobs", logprobs=self.rng.choice([-1, 21, 2**31 - 1]))
+    def _logprobs(self) -> FuzzCase:
+        return self._bad("logprobs", logprobs=self._rng.choice([-1, 21, 2**31 - 1]))
 
-    def budget(self) -> Case:
-        value = self.rng.choice([0, -1, -(2**63), 2**63 - 1, 3_600_000_001])
-        return self._bad("budget", latency_budget_us=value, hard_deadline=self.rng.random() < 0.5)
+    def _budget(self) -> FuzzCase:
+        value = self._rng.choice([0, -1, -(2**63), 2**63 - 1, 3_600_000_001])
+        return self._bad("budget", latency_budget_us=value, hard_deadline=self._rng.random() < 0.5)
 
-    def token_budget(self) -> Case:
-        name = self.rng.choice(["first_token_budget_us", "token_budget_us"])
-        return self._bad("token budget", **{name: self.rng.choice([0, -5, 2**63 - 1])})
+    def _token_budget(self) -> FuzzCase:
+        name = self._rng.choice(["first_token_budget_us", "token_budget_us"])
+        return self._bad("token budget", **{name: self._rng.choice([0, -5, 2**63 - 1])})
 
-    def metadata(self) -> Case:
-        key = self.rng.choice(["x-latency-budget-ms", "x-llm-d-slo-ttft-ms", "x-llm-d-slo-tpot-ms"])
-        text = self.rng.choice(["nan", "inf", "-5", "0", "1e300", "soon", ""])
-        return Case("metadata", self._request(), BAD_INPUT, ((key, text),))
+    def _metadata(self) -> FuzzCase:
+        key = self._rng.choice(
+            ["x-latency-budget-ms", "x-llm-d-slo-ttft-ms", "x-llm-d-slo-tpot-ms"]
+        )
+        text = self._rng.choice(["nan", "inf", "-5", "0", "1e300", "soon", ""])
+        return FuzzCase("metadata", self._request(), INVALID_ARGUMENT, ((key, text),))
 
-    def quality(self) -> Case:
-        value = self.rng.choice([-0.1, 1.1, float("nan"), 1.0])
-        expected = NO_QUALITY if value == 1.0 else BAD_INPUT
-        return Case("quality", self._request(min_quality=value), expected)
+    def _quality(self) -> FuzzCase:
+        value = self._rng.choice([-0.1, 1.1, float("nan"), 1.0])
+        expected = NO_QUALITY if value == 1.0 else INVALID_ARGUMENT
+        return FuzzCase("quality", self._request(min_quality=value), expected)
 
-    def variant(self) -> Case:
-        value = self.rng.choice([-1, self.paths, 2**31 - 1])
-        return Case("unknown path", self._request(variant_id=value), NO_VARIANT)
+    def _variant(self) -> FuzzCase:
+        value = self._rng.choice([-1, self._paths, 2**31 - 1])
+        return FuzzCase("unknown path", self._request(variant_id=value), NO_VARIANT)
 
-    def name(self) -> Case:
-        wrong = self.rng.choice([{"model_name": "x" * 5000}, {"model_version": "latest"}])
-        return Case("unknown model", self._request(**wrong), NO_MODEL)
+    def _name(self) -> FuzzCase:
+        wrong = self._rng.choice([{"model_name": "x" * 5000}, {"model_version": "latest"}])
+        return FuzzCase("unknown model", self._request(**wrong), NO_MODEL)
 
-    def long_id(self) -> Case:
-        return self._bad("long id", request_id="i" * self.rng.choice([129, 100_000]))
+    def _long_id(self) -> FuzzCase:
+        return self._bad("long id", request_id="i" * self._rng.choice([129, 100_000]))
 
-    def tight_limit(self) -> Case:
-        tight = self._request(latency_budget_us=self.rng.randint(1, 20), hard_deadline=True)
-        return Case("hard budget of microseconds", tight, INFEASIBLE)
+    def _tight_hard_budget(self) -> FuzzCase:
+        tight = self._request(latency_budget_us=self._rng.randint(1, 20), hard_deadline=True)
+        return FuzzCase("hard budget of microseconds", tight, INFEASIBLE)
 
-    def deadline(self) -> Case:
-        """Too little for most models; a tiny one may make it."""
-        timeout_s = self.rng.uniform(0.001, 0.004)
-        return Case(
+    def _deadline(self) -> FuzzCase:
+        """Return a deadline that most models miss; a tiny one may meet it."""
+        timeout_s = self._rng.uniform(0.001, 0.004)
+        return FuzzCase(
             "deadline of 1 to 4 ms",
             self._request(max_tokens=40),
             LATE | {ANSWERED},
             timeout_s=timeout_s,
         )
 
-    def cancelled(self) -> Case:
-        return Case(
-            "left by its caller",
+    def _cancelled(self) -> FuzzCase:
+        return FuzzCase(
+            "cancelled by its caller",
             self._request(max_tokens=20),
             ANSWERED,
-            leave_after=self.rng.randint(1, 6),
+            cancel_after=self._rng.randint(1, 6),
         )
 
-    def full_context(self) -> Case:
-        """A prompt that leaves room for one token is fine."""
-        request = pb.GenerateRequest(tokens=pb.TokenIds(ids=[1] * (self.context - 1)), max_tokens=1)
-        return Case("prompt that just fits", request, ANSWERED)
+    def _full_context(self) -> FuzzCase:
+        """Return a valid prompt that leaves room for exactly one token of the answer."""
+        request = pb.GenerateRequest(
+            tokens=pb.TokenIds(ids=[1] * (self._context - 1)), max_tokens=1
+        )
+        return FuzzCase("prompt that just fits", request, ANSWERED)

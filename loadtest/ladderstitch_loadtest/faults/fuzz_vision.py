@@ -1,4 +1,4 @@
-"""Requests to an image model that are wrong in every way we could think of."""
+"""Fuzz cases for an image model: malformed tensors, files, budgets, names and options."""
 
 from __future__ import annotations
 
@@ -16,68 +16,71 @@ from PIL import Image
 from ladderstitch.v1 import inference_pb2 as pb
 from ladderstitch.v1 import inference_pb2_grpc
 from ladderstitch_loadtest.faults.fuzz_runner import (
-    BAD_INPUT,
     INFEASIBLE,
+    INVALID_ARGUMENT,
     NO_MODEL,
     NO_QUALITY,
     NO_VARIANT,
-    Case,
+    FuzzCase,
 )
 
 
 class ImageCases:
-    """A `FuzzCases` of requests to one image model, by seed."""
+    """The `FuzzCases` of one image model, drawn with a seed."""
 
     def __init__(self, model: pb.GetModelResponse, channel: grpc.aio.Channel, seed: int) -> None:
         self._stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
         inputs = model.preprocessing
-        self.shape = (1, inputs.channels, inputs.height, inputs.width)
-        self.variants = len(model.variants)
-        self.rng = random.Random(seed)
-        self.png = _png(self.shape, "PNG")
-        self.jpeg = _png(self.shape, "JPEG")
-        self.makers: list[Callable[[], Case]] = [
-            self.wrong_shape,
-            self.wrong_size,
-            self.wrong_type,
-            self.not_finite,
-            self.truncated_file,
-            self.garbage_file,
-            self.huge_picture,
-            self.lying_header,
-            self.no_input,
-            self.budget,
-            self.metadata_budget,
-            self.tight_hard_budget,
-            self.unknown_name,
-            self.unknown_variant,
-            self.quality,
-            self.priority,
-            self.long_id,
-            self.empty_batch,
-            self.large_batch,
+        self._shape = (1, inputs.channels, inputs.height, inputs.width)
+        self._variants = len(model.variants)
+        self._rng = random.Random(seed)
+        self._png = _encode(self._shape, "PNG")
+        self._jpeg = _encode(self._shape, "JPEG")
+        self._makers: list[Callable[[], FuzzCase]] = [
+            self._wrong_shape,
+            self._wrong_size,
+            self._wrong_type,
+            self._not_finite,
+            self._truncated_file,
+            self._garbage_file,
+            self._huge_image,
+            self._header_without_data,
+            self._no_input,
+            self._budget,
+            self._metadata_budget,
+            self._tight_hard_budget,
+            self._unknown_name,
+            self._unknown_variant,
+            self._quality,
+            self._priority,
+            self._long_id,
+            self._empty_batch,
+            self._large_batch,
         ]
 
-    async def send(self, case: Case) -> None:
+    async def send(self, case: FuzzCase) -> None:
+        """Send a case; raise `grpc.aio.AioRpcError` if the server answers with an error."""
         await self._stub.Infer(case.request, metadata=case.metadata, timeout=30)
 
     async def send_good(self) -> None:
-        await self._stub.Infer(self.good(), timeout=30)
+        """Send a well-formed request; raise `grpc.aio.AioRpcError` if it is not answered."""
+        await self._stub.Infer(self._good(), timeout=30)
 
-    def good(self) -> pb.InferRequest:
-        return self._request(np.zeros(self.shape, np.uint8))
+    def _good(self) -> pb.InferRequest:
+        return self._request(np.zeros(self._shape, np.uint8))
 
-    def case(self, index: int) -> Case:
-        return self.makers[index % len(self.makers)]()
+    def case(self, index: int) -> FuzzCase:
+        """Return case number `index`; the 19 kinds take turns."""
+        return self._makers[index % len(self._makers)]()
 
     def _request(self, array: np.ndarray, **fields: object) -> pb.InferRequest:
         kind = pb.DATA_TYPE_UINT8 if array.dtype == np.uint8 else pb.DATA_TYPE_FP32
         tensor = pb.Tensor(data_type=kind, shape=array.shape, data=array.tobytes())
         return pb.InferRequest(tensor=tensor, **fields)  # type: ignore[arg-type] # passed through
 
-    def wrong_shape(self) -> Case:
-        _, c, h, w = self.shape
-        shape = self.rng.choice(
+    def _wrong_shape(self) -> FuzzCase:
+        _, c, h, w = self._shape
+        shape = self._rng.choice(
             [
                 (),
                 (h, w),
@@ -91,107 +94,121 @@ class ImageCases:
                 (1, c, 1 << 40, 1 << 40),
             ]
         )
-        request = self.good()
+        request = self._good()
         request.tensor.shape[:] = shape
-        return Case("wrong shape", request, BAD_INPUT)
+        return FuzzCase("wrong shape", request, INVALID_ARGUMENT)
 
-    def wrong_size(self) -> Case:
-        request = self.good()
+    def _wrong_size(self) -> FuzzCase:
+        request = self._good()
         data = request.tensor.data
-        request.tensor.data = self.rng.choice([b"", data[:-1], data + b"\0", data * 2, b"x"])
-        return Case("wrong size", request, BAD_INPUT)
+        request.tensor.data = self._rng.choice([b"", data[:-1], data + b"\0", data * 2, b"x"])
+        return FuzzCase("wrong size", request, INVALID_ARGUMENT)
 
-    def wrong_type(self) -> Case:
-        request = self.good()
-        request.tensor.data_type = self.rng.choice([0, 2, 77, -1])  # type: ignore[assignment] # wrong
-        return Case("wrong type", request, BAD_INPUT)
+    def _wrong_type(self) -> FuzzCase:
+        request = self._good()
+        request.tensor.data_type = self._rng.choice([0, 2, 77, -1])  # type: ignore[assignment] # wrong
+        return FuzzCase("wrong type", request, INVALID_ARGUMENT)
 
-    def not_finite(self) -> Case:
-        values = np.zeros(self.shape, np.float32)
-        values.flat[self.rng.randrange(values.size)] = self.rng.choice([np.nan, np.inf, -np.inf])
-        return Case("NaN or infinity", self._request(values), BAD_INPUT)
+    def _not_finite(self) -> FuzzCase:
+        values = np.zeros(self._shape, np.float32)
+        values.flat[self._rng.randrange(values.size)] = self._rng.choice([np.nan, np.inf, -np.inf])
+        return FuzzCase("NaN or infinity", self._request(values), INVALID_ARGUMENT)
 
-    def truncated_file(self) -> Case:
-        file = self.rng.choice([self.png, self.jpeg])
-        cut = file[: self.rng.randrange(1, len(file) - 20)]
-        return Case("truncated file", pb.InferRequest(encoded_image=cut), BAD_INPUT)
+    def _truncated_file(self) -> FuzzCase:
+        file = self._rng.choice([self._png, self._jpeg])
+        cut = file[: self._rng.randrange(1, len(file) - 20)]
+        return FuzzCase("truncated file", pb.InferRequest(encoded_image=cut), INVALID_ARGUMENT)
 
-    def garbage_file(self) -> Case:
-        junk = self.rng.choice([b"", self.rng.randbytes(200), b"GIF89a" + bytes(64), b"<svg/>"])
-        return Case("not a picture", pb.InferRequest(encoded_image=junk), BAD_INPUT)
+    def _garbage_file(self) -> FuzzCase:
+        junk = self._rng.choice([b"", self._rng.randbytes(200), b"GIF89a" + bytes(64), b"<svg/>"])
+        return FuzzCase("not an image", pb.InferRequest(encoded_image=junk), INVALID_ARGUMENT)
 
-    def huge_picture(self) -> Case:
-        width, height = self.rng.choice([(60_000, 60_000), (2**31 - 1, 2**31 - 1), (10**8, 1)])
-        file = _png_header(width, height) + self.png[33:]
-        return Case("huge picture", pb.InferRequest(encoded_image=file), BAD_INPUT)
+    def _huge_image(self) -> FuzzCase:
+        width, height = self._rng.choice([(60_000, 60_000), (2**31 - 1, 2**31 - 1), (10**8, 1)])
+        file = _png_header(width, height) + self._png[33:]
+        return FuzzCase("huge image", pb.InferRequest(encoded_image=file), INVALID_ARGUMENT)
 
-    def lying_header(self) -> Case:
-        """Large but allowed dimensions without the data for them."""
-        file = _png_header(3000, 3000) + self.png[33:]
-        return Case("lying header", pb.InferRequest(encoded_image=file), BAD_INPUT)
+    def _header_without_data(self) -> FuzzCase:
+        """Return an image whose header gives large but allowed dimensions without their data."""
+        file = _png_header(3000, 3000) + self._png[33:]
+        return FuzzCase(
+            "header without data", pb.InferRequest(encoded_image=file), INVALID_ARGUMENT
+        )
 
-    def no_input(self) -> Case:
-        return Case("no input", pb.InferRequest(), BAD_INPUT)
+    def _no_input(self) -> FuzzCase:
+        return FuzzCase("no input", pb.InferRequest(), INVALID_ARGUMENT)
 
-    def budget(self) -> Case:
-        value = self.rng.choice([0, -1, -(2**63), 2**63 - 1, 3_600_000_001])
-        request = self.good()
+    def _budget(self) -> FuzzCase:
+        value = self._rng.choice([0, -1, -(2**63), 2**63 - 1, 3_600_000_001])
+        request = self._good()
         request.latency_budget_us = value
-        request.hard_deadline = self.rng.random() < 0.5
-        return Case("absurd budget", request, BAD_INPUT)
+        request.hard_deadline = self._rng.random() < 0.5
+        return FuzzCase("budget out of range", request, INVALID_ARGUMENT)
 
-    def metadata_budget(self) -> Case:
-        text = self.rng.choice(["nan", "inf", "-5", "0", "1e300", "soon", ""])
-        return Case("absurd metadata", self.good(), BAD_INPUT, (("x-latency-budget-ms", text),))
+    def _metadata_budget(self) -> FuzzCase:
+        text = self._rng.choice(["nan", "inf", "-5", "0", "1e300", "soon", ""])
+        return FuzzCase(
+            "metadata out of range",
+            self._good(),
+            INVALID_ARGUMENT,
+            (("x-latency-budget-ms", text),),
+        )
 
-    def tight_hard_budget(self) -> Case:
-        request = self.good()
-        request.latency_budget_us, request.hard_deadline = self.rng.randint(1, 20), True
-        return Case("hard budget of microseconds", request, INFEASIBLE)
+    def _tight_hard_budget(self) -> FuzzCase:
+        request = self._good()
+        request.latency_budget_us, request.hard_deadline = self._rng.randint(1, 20), True
+        return FuzzCase("hard budget of microseconds", request, INFEASIBLE)
 
-    def unknown_name(self) -> Case:
-        request = self.good()
-        if self.rng.random() < 0.5:
-            request.model_name = self.rng.choice(["nobody", "x" * 5000, "../../etc", "\0"])
+    def _unknown_name(self) -> FuzzCase:
+        request = self._good()
+        if self._rng.random() < 0.5:
+            request.model_name = self._rng.choice(["unknown", "x" * 5000, "../../etc", "\0"])
         else:
-            request.model_version = self.rng.choice(["0", "2", "latest", "-1"])
-        return Case("unknown model", request, NO_MODEL)
+            request.model_version = self._rng.choice(["0", "2", "latest", "-1"])
+        return FuzzCase("unknown model", request, NO_MODEL)
 
-    def unknown_variant(self) -> Case:
-        variant = self.rng.choice([-1, self.variants, 2**31 - 1, -(2**31)])
-        request = self.good()
+    def _unknown_variant(self) -> FuzzCase:
+        variant = self._rng.choice([-1, self._variants, 2**31 - 1, -(2**31)])
+        request = self._good()
         request.variant_id = variant
-        return Case("unknown variant", request, NO_VARIANT)
+        return FuzzCase("unknown variant", request, NO_VARIANT)
 
-    def quality(self) -> Case:
-        value = self.rng.choice([-0.1, 1.1, float("nan"), float("inf"), 1.0])
-        request = self.good()
+    def _quality(self) -> FuzzCase:
+        value = self._rng.choice([-0.1, 1.1, float("nan"), float("inf"), 1.0])
+        request = self._good()
         request.min_quality = value
-        return Case("absurd quality", request, NO_QUALITY if value == 1.0 else BAD_INPUT)
-
-    def priority(self) -> Case:
-        request = self.good()
-        request.priority = self.rng.choice([256, 2**32 - 1])
-        return Case("absurd priority", request, BAD_INPUT)
-
-    def long_id(self) -> Case:
-        request = self.good()
-        request.request_id = "i" * self.rng.choice([129, 100_000])
-        return Case("long id", request, BAD_INPUT)
-
-    def empty_batch(self) -> Case:
-        return Case(
-            "empty batch", self._request(np.zeros((0, *self.shape[1:]), np.uint8)), BAD_INPUT
+        return FuzzCase(
+            "quality out of range", request, NO_QUALITY if value == 1.0 else INVALID_ARGUMENT
         )
 
-    def large_batch(self) -> Case:
-        rows = self.rng.choice([33, 1000])
-        return Case(
-            "large batch", self._request(np.zeros((rows, *self.shape[1:]), np.uint8)), BAD_INPUT
+    def _priority(self) -> FuzzCase:
+        request = self._good()
+        request.priority = self._rng.choice([256, 2**32 - 1])
+        return FuzzCase("priority out of range", request, INVALID_ARGUMENT)
+
+    def _long_id(self) -> FuzzCase:
+        request = self._good()
+        request.request_id = "i" * self._rng.choice([129, 100_000])
+        return FuzzCase("long id", request, INVALID_ARGUMENT)
+
+    def _empty_batch(self) -> FuzzCase:
+        return FuzzCase(
+            "empty batch",
+            self._request(np.zeros((0, *self._shape[1:]), np.uint8)),
+            INVALID_ARGUMENT,
+        )
+
+    def _large_batch(self) -> FuzzCase:
+        images = self._rng.choice([33, 1000])
+        return FuzzCase(
+            "large batch",
+            self._request(np.zeros((images, *self._shape[1:]), np.uint8)),
+            INVALID_ARGUMENT,
         )
 
 
-def _png(shape: tuple[int, ...], kind: str) -> bytes:
+def _encode(shape: tuple[int, ...], kind: str) -> bytes:
+    """Return a grey image of random pixels as a file of this Pillow format."""
     file = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (shape[2], shape[3])).astype(np.uint8)
     Image.fromarray(pixels).save(file, kind)
@@ -199,7 +216,7 @@ def _png(shape: tuple[int, ...], kind: str) -> bytes:
 
 
 def _png_header(width: int, height: int) -> bytes:
-    """Signature and header chunk of an 8-bit grey picture of this size."""
+    """Return the signature and header chunk of an 8-bit grey PNG of this size."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     check = struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + check

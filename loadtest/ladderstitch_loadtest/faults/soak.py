@@ -1,7 +1,8 @@
-"""Mixed load for a long while: images, text, cancels, bad input, replicas and workers that die.
+"""Soak test: hours of mixed load while replicas and workers are killed.
 
-Two replicas behind a gateway. One is restarted again and again, by `kill -9` and by SIGTERM in
-turns; the other and the gateway live on, and their memory is watched.
+The load is images, text, cancelled requests and bad input. Two replicas run behind a gateway. The
+victim is restarted again and again, by SIGKILL and by SIGTERM in turn. The survivor and the gateway
+are never restarted, and their memory is measured.
 """
 
 from __future__ import annotations
@@ -11,171 +12,172 @@ import itertools
 import os
 import signal
 import time
-import urllib.request
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 
 from ladderstitch.client import AsyncClient, RequestFailed
 from ladderstitch.scheduling.requests import Pixels
 from ladderstitch_loadtest.faults.fuzz_runner import memory_mb, process_tree
-from ladderstitch_loadtest.faults.soak_result import Sample, SoakResult
-from ladderstitch_loadtest.servers.process_supervisor import Process
+from ladderstitch_loadtest.faults.soak_result import (
+    ALLOWED,
+    ALLOWED_AROUND_RESTARTS,
+    SoakResult,
+    SoakSample,
+)
+from ladderstitch_loadtest.servers.process_supervisor import SupervisedProcess, count_requests
 
 IMAGES, TEXT = "fashion-mnist", "tiny"
-"""The model that replicas start with, and the one that each is then asked to load."""
-CALLERS = 3
-"""Of each kind."""
+"""The model that replicas start with, and the one that each of them loads afterwards."""
+CALLERS_PER_KIND = 3
 PAUSE_S = 0.08
-"""Between two requests of a caller."""
-STUCK_S = 30.0
-"""Deadline of every request, whatever happens around it."""
-DISTURBED_EVERY_S = 60.0
-"""Every second disturbance is the restart of a replica."""
-RECOVERY_S = 600.0
-"""A replica that does not answer by then has failed."""
+"""Pause between two requests of a caller."""
+DEADLINE_S = 30.0
+"""Deadline of every request, also during disturbances."""
+DISTURBANCE_INTERVAL_S = 60.0
+"""Time between disturbances; every second one restarts a replica."""
+RECOVERY_TIMEOUT_S = 600.0
+"""Limit for a replica's recovery, generous enough for the slowest machine."""
 SAMPLES = 400
-
-ALLOWED = {
-    "images": {"OK"},
-    "hard": {"OK", "OVERLOADED", "BUDGET_INFEASIBLE", "EXPIRED_IN_QUEUE", "EXPIRED_IN_COMPUTE"},
-    "text": {"OK"},
-    "left": {"left", "OK"},
-    "cancelled": {"cancelled", "OK"},
-    "bad": {"BAD_INPUT", "MODEL_NOT_FOUND", "VARIANT_NOT_FOUND", "QUALITY_UNAVAILABLE"},
-}
-AROUND_RESTARTS = {"ENGINE_RESTARTING", "UNAVAILABLE"}
-"""Allowed for a request that overlaps a disturbance: its worker was lost twice, or its replica died
-under a stream."""
 
 
 class Soak:
-    """Callers of six kinds, a disturber and an observer.
+    """Callers of six kinds, a task that disturbs the replicas, and one that samples their state.
 
-    `survivor` and `victim` are the replicas behind `gateway`; both can find the bundle `TEXT`. The
-    run takes `seconds`, and longer where the machine needs longer for one disturbance of each kind.
+    `survivor` and `victim` are the replicas behind `gateway`, and both can find the bundle `TEXT`.
+    The run takes `seconds`, and longer if the machine needs longer for one disturbance of each
+    kind. `advance` gets the seconds since the start; `deadline_s` is that of every request.
     """
 
     def __init__(
         self,
-        survivor: Process,
-        victim: Process,
-        gateway: Process,
+        survivor: SupervisedProcess,
+        victim: SupervisedProcess,
+        gateway: SupervisedProcess,
         seconds: float,
         advance: Callable[[float], None] = lambda seconds: None,
-        stuck_s: float = STUCK_S,
+        deadline_s: float = DEADLINE_S,
     ) -> None:
         self.survivor, self.victim, self.gateway = survivor, victim, gateway
-        self.seconds, self.advance, self.stuck_s = seconds, advance, stuck_s
+        self.seconds, self.advance, self.deadline_s = seconds, advance, deadline_s
         self.result = SoakResult(seconds, {}, [], 0.0, [], 0.0)
         self._started = time.monotonic()
         self._disturbed = self._over = False
-        self._calm_since_s = 0.0
+        self._undisturbed_since_s = 0.0
         self._latencies: list[float] = []
         self._rng = np.random.default_rng(1)
 
     async def run(self) -> SoakResult:
-        """Load until the end; raises what a replica says that cannot load the text model."""
+        """Run callers, disturbances and sampling to the end and return the result.
+
+        Raises `RequestFailed` if a replica cannot load the text model.
+        """
         async with AsyncClient(self.gateway.address) as self.client:
             for replica in (self.survivor, self.victim):
                 await self._load_text(replica)
             self._started = time.monotonic()
             kinds: dict[str, Callable[[int], Awaitable[str]]] = {
-                "images": self._look,
-                "hard": self._hurry,
-                "text": self._read,
-                "left": self._leave_stream,
-                "cancelled": self._cancel,
-                "bad": self._blunder,
+                "images": self._predict_image,
+                "hard": self._predict_with_hard_budget,
+                "text": self._read_stream,
+                "abandoned": self._abandon_stream,
+                "cancelled": self._cancel_request,
+                "bad": self._send_bad_request,
             }
-            callers = [self._call(kind, ask) for kind, ask in kinds.items() for _ in range(CALLERS)]
-            await asyncio.gather(*callers, self._disturb(), self._observe())
+            callers = [
+                self._call(kind, send)
+                for kind, send in kinds.items()
+                for _ in range(CALLERS_PER_KIND)
+            ]
+            await asyncio.gather(*callers, self._disturb(), self._sample())
         self.result.seconds = self._now_s
-        pages = [self.survivor.metrics, self.victim.metrics]
-        self.result.left_over = sum([await asyncio.to_thread(waiting, page) for page in pages])
+        urls = [self.survivor.metrics, self.victim.metrics]
+        self.result.left_over = sum([await asyncio.to_thread(count_requests, u) for u in urls])
         return self.result
 
     @property
     def _now_s(self) -> float:
         return time.monotonic() - self._started
 
-    async def _call(self, kind: str, ask: Callable[[int], Awaitable[str]]) -> None:
+    async def _call(self, kind: str, send: Callable[[int], Awaitable[str]]) -> None:
+        """Send requests of one kind, one after another, and record how each ended."""
         for number in itertools.count(1):
             if self._over:
                 return
             started_s = self._now_s
             try:
-                end = await ask(number)
+                end = await send(number)
             except RequestFailed as error:
                 end = error.reason or error.code.name
-                self._judge(kind, end, started_s, error)
+                self._check_failure(kind, end, started_s, error)
             took_s = self._now_s - started_s
             self.result.longest_s = max(self.result.longest_s, took_s)
             if kind == "images" and end == "OK":
                 self._latencies.append(took_s)
-            of_kind = self.result.ends.setdefault(kind, {})
-            of_kind[end] = of_kind.get(end, 0) + 1
+            counts = self.result.ends.setdefault(kind, {})
+            counts[end] = counts.get(end, 0) + 1
             await asyncio.sleep(PAUSE_S)
 
-    def _judge(self, kind: str, end: str, started_s: float, error: RequestFailed) -> None:
-        """Note a status that the request should not have had."""
+    def _check_failure(self, kind: str, end: str, started_s: float, error: RequestFailed) -> None:
+        """Record a failure that is not allowed for the request."""
         if end in ALLOWED[kind]:
             return
-        overlaps = self._disturbed or started_s < self._calm_since_s
-        if end in AROUND_RESTARTS and overlaps:
+        overlaps = self._disturbed or started_s < self._undisturbed_since_s
+        if end in ALLOWED_AROUND_RESTARTS and overlaps:
             return
         self.result.unexplained.append(f"{self._now_s:.1f} s, {kind}: {error}")
 
-    def _pixels(self, rows: int = 1) -> Pixels:
-        return self._rng.integers(0, 256, (rows, 1, 28, 28), np.uint8)
+    def _pixels(self, images: int = 1) -> Pixels:
+        return self._rng.integers(0, 256, (images, 1, 28, 28), np.uint8)
 
-    async def _look(self, number: int) -> str:
+    async def _predict_image(self, number: int) -> str:
         image = self._pixels(1 + number % 3)
-        await self.client.predict(image, model=IMAGES, budget_s=0.5, timeout_s=self.stuck_s)
+        await self.client.predict(image, model=IMAGES, budget_s=0.5, timeout_s=self.deadline_s)
         return "OK"
 
-    async def _hurry(self, number: int) -> str:
+    async def _predict_with_hard_budget(self, number: int) -> str:
         budget_s = 0.001 * (1 + number % 9)
         await self.client.predict(
-            self._pixels(), model=IMAGES, budget_s=budget_s, hard=True, timeout_s=self.stuck_s
+            self._pixels(), model=IMAGES, budget_s=budget_s, hard=True, timeout_s=self.deadline_s
         )
         return "OK"
 
-    async def _read(self, number: int) -> str:
+    async def _read_stream(self, number: int) -> str:
         stream = self.client.generate(
-            "a b c", model=TEXT, max_tokens=1 + number % 20, timeout_s=self.stuck_s
+            "a b c", model=TEXT, max_tokens=1 + number % 20, timeout_s=self.deadline_s
         )
-        pieces = [piece async for piece in stream]
-        return "OK" if pieces and pieces[-1].finish else "cut short"
+        chunks = [chunk async for chunk in stream]
+        return "OK" if chunks and chunks[-1].finish else "incomplete"
 
-    async def _leave_stream(self, number: int) -> str:
-        stream = self.client.generate("a b", model=TEXT, max_tokens=40, timeout_s=self.stuck_s)
-        async for piece in stream:
-            if piece.index >= number % 8:
-                return "left"
+    async def _abandon_stream(self, number: int) -> str:
+        """Stop reading a stream after at most eight chunks."""
+        stream = self.client.generate("a b", model=TEXT, max_tokens=40, timeout_s=self.deadline_s)
+        async for chunk in stream:
+            if chunk.index >= number % 8:
+                return "abandoned"
         return "OK"
 
-    async def _cancel(self, number: int) -> str:
-        """Ask, and be gone before the answer."""
-        asking = asyncio.create_task(
-            self.client.predict(self._pixels(4), model=IMAGES, timeout_s=self.stuck_s)
+    async def _cancel_request(self, number: int) -> str:
+        """Send images and cancel the request within 3 ms."""
+        request = asyncio.create_task(
+            self.client.predict(self._pixels(4), model=IMAGES, timeout_s=self.deadline_s)
         )
         await asyncio.sleep(0.001 * (number % 4))
-        asking.cancel()
-        (end,) = await asyncio.gather(asking, return_exceptions=True)
+        request.cancel()
+        (end,) = await asyncio.gather(request, return_exceptions=True)
         if isinstance(end, RequestFailed):
             raise end
         return "cancelled" if isinstance(end, asyncio.CancelledError) else "OK"
 
-    async def _blunder(self, number: int) -> str:
+    async def _send_bad_request(self, number: int) -> str:
+        """Send one of six malformed requests; a return means that the server accepted it."""
         pixels = self._pixels()
         match number % 6:
             case 0:
-                await self.client.predict(b"no picture", model=IMAGES)
+                await self.client.predict(b"not an image", model=IMAGES)
             case 1:
-                await self.client.predict(pixels, model="nobody")
+                await self.client.predict(pixels, model="unknown")
             case 2:
                 await self.client.predict(pixels, model=IMAGES, variant=9999)
             case 3:
@@ -191,10 +193,10 @@ class Soak:
         kinds: dict[str, Callable[[], Awaitable[None]]] = {
             "kill -9": self._kill,
             "workers": self._kill_workers,
-            "SIGTERM": self._end,
+            "SIGTERM": self._terminate,
             "reload": self._reload,
         }
-        every_s = min(DISTURBED_EVERY_S, self.seconds / (2 * len(kinds)))
+        every_s = min(DISTURBANCE_INTERVAL_S, self.seconds / (2 * len(kinds)))
         for number, (name, disturb) in enumerate(itertools.cycle(kinds.items()), 1):
             await asyncio.sleep(number * every_s - self._now_s)
             if number > len(kinds) and self._now_s > self.seconds - every_s / 2:
@@ -202,41 +204,42 @@ class Soak:
             self.result.disturbances.append((self._now_s, name))
             self._disturbed = True
             await disturb()
-            self._disturbed, self._calm_since_s = False, self._now_s
+            self._disturbed, self._undisturbed_since_s = False, self._now_s
         await asyncio.sleep(self.seconds - self._now_s)
         self._over = True
 
     async def _kill(self) -> None:
         starts = self.victim.starts
         self.victim.kill()
-        await self._back(starts + 1)
+        await self._wait_for_victim(starts + 1)
 
-    async def _end(self) -> None:
+    async def _terminate(self) -> None:
         starts = self.victim.starts
         self.victim.terminate()
-        await self._back(starts + 1)
+        await self._wait_for_victim(starts + 1)
 
-    async def _back(self, starts: int) -> None:
-        """Until the victim is there again, text and all."""
-        await asyncio.to_thread(self.victim.until_restarted, starts)
+    async def _wait_for_victim(self, starts: int) -> None:
+        """Wait until the victim is ready again and has loaded the text model."""
+        await asyncio.to_thread(self.victim.wait_until_restarted, starts)
         await self._load_text(self.victim)
 
     async def _kill_workers(self) -> None:
-        """Engine and rank of the survivor; returns when both answer again."""
+        """Kill engine and rank of the survivor and wait until both answer again."""
         for pid in process_tree(self.survivor.pid)[1:]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        end_s = self._now_s + RECOVERY_S
+        end_s = self._now_s + RECOVERY_TIMEOUT_S
         async with AsyncClient(self.survivor.address) as client:
             while not await self._answers(client):
                 if self._now_s > end_s:
-                    raise TimeoutError(f"the survivor did not answer within {RECOVERY_S:.0f} s")
+                    raise TimeoutError(f"no answer of the survivor in {RECOVERY_TIMEOUT_S:.0f} s")
                 await asyncio.sleep(0.1)
 
     async def _answers(self, client: AsyncClient) -> bool:
         try:
-            await client.predict(self._pixels(), model=IMAGES, timeout_s=self.stuck_s)
-            async for _ in client.generate("a b", model=TEXT, max_tokens=1, timeout_s=self.stuck_s):
+            await client.predict(self._pixels(), model=IMAGES, timeout_s=self.deadline_s)
+            stream = client.generate("a b", model=TEXT, max_tokens=1, timeout_s=self.deadline_s)
+            async for _ in stream:
                 pass
         except RequestFailed:
             return False
@@ -246,18 +249,18 @@ class Soak:
         async with AsyncClient(self.survivor.address) as client:
             await client.load_model(IMAGES)
 
-    async def _load_text(self, replica: Process) -> None:
+    async def _load_text(self, replica: SupervisedProcess) -> None:
         async with AsyncClient(replica.address) as client:
             await client.load_model(TEXT)
 
-    async def _observe(self) -> None:
+    async def _sample(self) -> None:
         every_s, ended = self.seconds / SAMPLES, 0
         while not self._over:
             latencies, self._latencies = self._latencies or [0.0], []
             total = self.result.requests
             p50, p99 = 1e3 * np.quantile(latencies, [0.5, 0.99])
             self.result.samples.append(
-                Sample(
+                SoakSample(
                     at_s=self._now_s,
                     gateway_mb=memory_mb([self.gateway.pid]),
                     survivor_mb=memory_mb([self.survivor.pid]),
@@ -270,11 +273,3 @@ class Soak:
             ended = total
             self.advance(self._now_s)
             await asyncio.sleep(every_s)
-
-
-def waiting(metrics: str) -> float:
-    """Requests that a replica still has, by its metrics page."""
-    with urllib.request.urlopen(f"{metrics}/metrics", timeout=10) as page:
-        families = text_string_to_metric_families(page.read().decode())
-    wanted = {"ladderstitch_queue_requests", "ladderstitch_running_requests"}
-    return sum(s.value for family in families if family.name in wanted for s in family.samples)

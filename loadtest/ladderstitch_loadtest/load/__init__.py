@@ -1,1 +1,1 @@
-"""Open-loop load on a running server: traces, requests, streams, reports."""
+"""Open-loop load on a running server: arrival traces, requests, streams and reports."""

@@ -1,4 +1,4 @@
-"""Options of commands that send load: which arrival process, and its times."""
+"""Options that choose an arrival process, and the arrival times that it gives."""
 
 from __future__ import annotations
 
@@ -11,31 +11,40 @@ import typer
 from ladderstitch_loadtest.load import traces
 from ladderstitch_loadtest.load.traces import Times
 
-Process = Literal["poisson", "gamma", "ramp", "step", "replay"]
+ArrivalProcess = Literal["poisson", "gamma", "ramp", "step", "replay"]
 Arrivals = Annotated[
-    Process,
+    ArrivalProcess,
     typer.Option(
-        help="`ramp`: from a quarter of the rate to 7/4 of it and back; `step`: half of the "
-        "rate, and 2.5 times it in the second quarter of the time."
+        help="Arrival process. `ramp` goes from 1/4 of the rate to 7/4 of it and back. `step` has "
+        "half of the rate, and 2.5 times the rate in the second quarter of the run."
     ),
 ]
 Cv2 = Annotated[
-    float, typer.Option(min=0, help="Squared variation of `gamma` gaps: 0 a clock, 8 bursts.")
+    float,
+    typer.Option(
+        min=0,
+        help="Squared coefficient of variation of `gamma` gaps: 0 is a clock, 8 is bursty.",
+    ),
 ]
 ArrivalFile = Annotated[
-    Path | None, typer.Option(help="CSV to `replay`: Azure's LLM format, or seconds.")
+    Path | None,
+    typer.Option(help="CSV file for `replay`: Azure's LLM trace format, or one column of seconds."),
 ]
 
 
 def arrival_times(
-    arrivals: Process,
+    arrivals: ArrivalProcess,
     rate: float,
     seconds: float,
     cv2: float,
     file: Path | None,
     rng: np.random.Generator,
 ) -> Times:
-    """Raises `typer.BadParameter` for a file that cannot be read."""
+    """Return arrival times of the chosen process, in seconds from the start, ascending.
+
+    `rate` is the mean in requests/s. Raises `typer.BadParameter` if `replay` has no file or one
+    that cannot be read.
+    """
     match arrivals:
         case "poisson":
             return traces.poisson(rate, seconds, rng)
@@ -47,7 +56,7 @@ def arrival_times(
             return traces.step(rate / 2, 2.5 * rate, seconds / 4, seconds / 2, seconds, rng)
         case "replay":
             if file is None:
-                raise typer.BadParameter("--arrivals replay needs --file")
+                raise typer.BadParameter("--file: expected a CSV file for --arrivals replay")
             try:
                 return traces.replay(traces.read_arrivals(file), rate, seconds)
             except ValueError as error:

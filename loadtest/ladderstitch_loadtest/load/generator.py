@@ -1,7 +1,8 @@
-"""Open-loop load of images from several processes: requests leave when due, answered or not.
+"""Open-loop load of images from several processes: each request is sent when it is due.
 
-Latency counts from the time a request was due, so a stall of the generator shows in the figures
-instead of hiding in them (coordinated omission); the generator says when it is the bottleneck.
+Latency counts from the time at which a request was due, so a stall of the generator shows in the
+figures instead of hiding in them (coordinated omission). A run reports whether the generator was
+the bottleneck.
 """
 
 from __future__ import annotations
@@ -17,20 +18,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ladderstitch_loadtest.load.outcome import LoadOutcome
-from ladderstitch_loadtest.load.sending import Begin, connected, send_parts, when_due
-from ladderstitch_loadtest.load.targets import Target, TargetAnswer
+from ladderstitch_loadtest.load.sending import (
+    WaitForStart,
+    due_times,
+    run_workers,
+    wait_until_connected,
+)
+from ladderstitch_loadtest.load.targets import Target, TargetReply
 from ladderstitch_loadtest.load.traces import Trace
 
-LATE_SHARE = 0.1
-"""Part of the shortest budget that the generator may be late by at its 99th percentile."""
+MAX_LAG_SHARE = 0.1
+"""Lag of the generator at p99, as a share of the shortest budget, above which a run is late."""
 
-End = tuple[str, float, float, TargetAnswer | None]
-"""Status, seconds from due to answer, seconds that it left late, what the server said."""
+RequestResult = tuple[str, float, float, TargetReply | None]
+"""Status, seconds from due to reply, seconds that it was sent late, and the server's reply."""
 
 
 @dataclass(frozen=True, slots=True)
-class LoadPlan:
-    """One process's part: when each request is due, which message it sends; `cpu` to stay on."""
+class ImageLoad:
+    """One worker's images: when each is due, and which of the messages it sends.
+
+    `due_s` counts from the start; `picks` are indices of `messages`; `cpu` is the CPU to stay on.
+    """
 
     address: str
     target: Target
@@ -39,34 +48,34 @@ class LoadPlan:
     picks: list[int]
     cpu: int | None
 
-    async def send(self, begin: Begin) -> list[End]:
-        """Connect, ask when to begin, send; the ends in order of the plan."""
+    async def send(self, wait_for_start: WaitForStart) -> list[RequestResult]:
+        """Connect, wait for the start, send, and return the results in order of the plan."""
         async with grpc.aio.insecure_channel(self.address) as channel:
-            await connected(channel)
+            await wait_until_connected(channel)
             call = channel.unary_unary(self.target.method)
 
-            async def one(due: float, message: bytes) -> End:
+            async def send_one(due: float, message: bytes) -> RequestResult:
                 lag = time.monotonic() - due
                 try:
-                    answer = await call(message)
+                    reply = await call(message)
                 except grpc.aio.AioRpcError as error:
                     return error.code().name, time.monotonic() - due, lag, None
                 took = time.monotonic() - due
-                return "OK", took, lag, self.target.read(answer)
+                return "OK", took, lag, self.target.parse(reply)
 
             messages = (self.messages[pick] for pick in self.picks)
             tasks = [
-                asyncio.create_task(one(due, next(messages)))
-                async for due in when_due(begin(), self.due_s)
+                asyncio.create_task(send_one(due, next(messages)))
+                async for due in due_times(wait_for_start(), self.due_s)
             ]
             return await asyncio.gather(*tasks)
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """A real run: the outcome by the server's clock, and what the generator saw, [N] each.
+class LoadRun:
+    """A run on a real server: the outcome by the server's clock, and the generator's view, [N].
 
-    A server that does not say how long it took is judged by the caller's clock.
+    A server that does not report how long it took is judged by the caller's clock.
     """
 
     outcome: LoadOutcome
@@ -77,13 +86,16 @@ class Measured:
     @property
     def late(self) -> bool:
         """Whether the generator was the bottleneck."""
-        return self.lag_p99_s > LATE_SHARE * min(c.budget_s for c in self.outcome.trace.classes)
+        shortest_s = min(one.budget_s for one in self.outcome.trace.classes)
+        return self.lag_p99_s > MAX_LAG_SHARE * shortest_s
 
     @property
     def lag_p99_s(self) -> float:
+        """The p99 of the seconds by which requests were sent late."""
         return float(np.quantile(self.lag_s, 0.99))
 
     def statuses(self) -> dict[str, int]:
+        """Return the number of requests that ended with each status."""
         return dict(Counter(self.codes))
 
 
@@ -94,28 +106,32 @@ def measure(
     *,
     processes: int = 1,
     cpus: Sequence[int] | None = None,
-) -> Measured:
-    """Send a trace; requests go to the processes in turn. `cpus` pins them."""
-    messages = [target.message(c.budget_s) for c in trace.classes]
-    plans = []
+) -> LoadRun:
+    """Send a trace to a server, its requests dealt to `processes` workers in turn.
+
+    `cpus` are the CPUs that the workers stay on; None: any. Raises `RuntimeError` if a worker does
+    not connect.
+    """
+    messages = [target.message(one.budget_s) for one in trace.classes]
+    loads = []
     for k in range(processes):
         due_s, picks = trace.arrivals_s[k::processes].tolist(), trace.picks[k::processes].tolist()
         cpu = None if cpus is None else cpus[k % len(cpus)]
-        plans.append(LoadPlan(address, target, messages, due_s, picks, cpu))
-    ends: list[End | None] = [None] * len(trace)
-    for k, mine in enumerate(send_parts(plans)):
-        ends[k::processes] = mine
-    return _measured(trace, [end for end in ends if end is not None])
+        loads.append(ImageLoad(address, target, messages, due_s, picks, cpu))
+    results: list[RequestResult | None] = [None] * len(trace)
+    for k, part in enumerate(run_workers(loads)):
+        results[k::processes] = part
+    return _combine(trace, [result for result in results if result is not None])
 
 
-def _measured(trace: Trace, ends: list[End]) -> Measured:
+def _combine(trace: Trace, results: list[RequestResult]) -> LoadRun:
     outcome = LoadOutcome.unanswered(trace)
-    for i, (_, client_s, _, answer) in enumerate(ends):
-        if answer is None:
+    for i, (_, client_s, _, reply) in enumerate(results):
+        if reply is None:
             continue
-        outcome.total_s[i] = client_s if np.isnan(answer.total_s) else answer.total_s
-        outcome.queue_s[i], outcome.compute_s[i] = answer.queue_s, answer.compute_s
-        outcome.variant[i], outcome.quality[i] = answer.variant, answer.quality
-        outcome.rows[i] = answer.rows
-    columns = [np.array([end[k] for end in ends], np.float64) for k in (1, 2)]
-    return Measured(outcome, tuple(end[0] for end in ends), columns[0], columns[1])
+        outcome.total_s[i] = client_s if np.isnan(reply.total_s) else reply.total_s
+        outcome.queue_s[i], outcome.compute_s[i] = reply.queue_s, reply.compute_s
+        outcome.variant[i], outcome.quality[i] = reply.variant, reply.quality
+        outcome.batch_size[i] = reply.batch_size
+    columns = [np.array([result[k] for result in results], np.float64) for k in (1, 2)]
+    return LoadRun(outcome, tuple(result[0] for result in results), columns[0], columns[1])

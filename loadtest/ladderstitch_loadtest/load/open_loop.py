@@ -1,6 +1,6 @@
-"""Open-loop load: requests leave when their time has come, whether or not others were answered.
+"""Open-loop load within this process: each request is sent when it is due.
 
-Latency counts from the time a request should have left, so a stall of the generator shows in the
+Latency counts from the time at which a request was due, so a stall of the generator shows in the
 figures instead of hiding in them (coordinated omission).
 """
 
@@ -15,19 +15,18 @@ import grpc
 import numpy as np
 
 from ladderstitch.v1 import inference_pb2 as pb
+from ladderstitch_loadtest.load.traces import BudgetClass
+
+PlannedRequest = tuple[float, BudgetClass, bytes]
+"""Seconds from the start at which the request is due, its class, and its serialised message."""
 
 
 @dataclass(frozen=True, slots=True)
-class BudgetClass:
-    """Requests that share a budget, soft and counted by the server from their arrival there."""
+class RequestSample:
+    """The result of one request: status (`OK` or the gRPC code), seconds, and what it got.
 
-    name: str
-    budget_us: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One request's end; `code` is OK or the status, times in seconds."""
+    `met` is whether the server counts the budget as met, from the request's arrival there.
+    """
 
     budget_class: str
     code: str
@@ -40,16 +39,15 @@ class Sample:
 
 
 def poisson(rate: float, seconds: float, rng: np.random.Generator) -> list[float]:
-    """Times of arrival of a Poisson process, seconds from the start."""
+    """Return the arrival times of a Poisson process, in seconds from the start, ascending."""
     count = rng.poisson(rate * seconds)
     return sorted((rng.random(count) * seconds).tolist())
 
 
 async def open_loop(
-    call: Callable[[bytes], Awaitable[bytes]],
-    requests: Sequence[tuple[float, BudgetClass, bytes]],
-) -> list[Sample]:
-    """Send each (time, class, message) at its time; the samples in the same order."""
+    call: Callable[[bytes], Awaitable[bytes]], requests: Sequence[PlannedRequest]
+) -> list[RequestSample]:
+    """Send each request when it is due and return the samples in the same order."""
     started = time.perf_counter() + 0.05
     tasks = []
     for at, budget_class, message in requests:
@@ -62,21 +60,21 @@ async def open_loop(
 
 async def _send(
     call: Callable[[bytes], Awaitable[bytes]], due: float, budget_class: BudgetClass, message: bytes
-) -> Sample:
-    lag = time.perf_counter() - due
+) -> RequestSample:
+    name, lag = budget_class.name, time.perf_counter() - due
     try:
-        answer = pb.InferResponse.FromString(await call(message))
+        reply = pb.InferResponse.FromString(await call(message))
     except grpc.aio.AioRpcError as error:
-        code = error.code().name
-        return Sample(budget_class.name, code, time.perf_counter() - due, lag, False, 0.0, -1, 0)
-    cost = answer.accounting
-    return Sample(
-        budget_class.name,
+        took = time.perf_counter() - due
+        return RequestSample(name, error.code().name, took, lag, False, 0.0, -1, 0)
+    accounting = reply.accounting
+    return RequestSample(
+        name,
         "OK",
         time.perf_counter() - due,
         lag,
-        cost.budget_met,
-        cost.quality,
-        cost.variant_id,
-        cost.batch_size,
+        accounting.budget_met,
+        accounting.quality,
+        accounting.variant_id,
+        accounting.batch_size,
     )

@@ -1,4 +1,4 @@
-"""How every request of a trace ended, simulated or real, and the figures that sum it up."""
+"""The result of every request of a trace, simulated or real, and its summary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 
 @dataclass(slots=True)
 class LoadOutcome:
-    """Columns of length N, a request each; seconds, NaN where there is no answer."""
+    """Columns of length N, one entry per request, in seconds where the name ends in `_s`.
+
+    A request without an answer has NaN seconds, variant -1, quality 0 and batch size 0.
+    """
 
     trace: Trace
     total_s: list[float]
@@ -22,10 +25,11 @@ class LoadOutcome:
     compute_s: list[float]
     variant: list[int]
     quality: list[float]
-    rows: list[int]
+    batch_size: list[int]
 
     @classmethod
     def unanswered(cls, trace: Trace) -> LoadOutcome:
+        """Return an outcome in which no request of the trace has an answer."""
         n, nan = len(trace), float("nan")
         return cls(trace, [nan] * n, [nan] * n, [nan] * n, [-1] * n, [0.0] * n, [0] * n)
 
@@ -37,34 +41,35 @@ class LoadOutcome:
         compute_s: float,
         variant: int,
         quality: float,
-        rows: int,
+        batch_size: int,
     ) -> None:
-        """Request i was answered `now`, out of a batch that started at `started`."""
+        """Record that request i was answered at `now` by a batch that started at `started`."""
         arrival = float(self.trace.arrivals_s[i])
         self.total_s[i] = now - arrival
         self.queue_s[i] = started - arrival
         self.compute_s[i] = compute_s
         self.variant[i] = variant
         self.quality[i] = quality
-        self.rows[i] = rows
+        self.batch_size[i] = batch_size
 
     @property
     def met(self) -> NDArray[np.bool_]:
-        """[N] whether each was answered within its budget."""
+        """Whether each request was answered within its budget, [N]."""
         return np.array(self.total_s) <= self.trace.budgets_s
 
     @property
     def value(self) -> NDArray[np.float64]:
-        """[N] quality of the answers in time, 0 for the others."""
+        """The quality of answers within the budget, 0 for all other requests, [N]."""
         return np.where(self.met, self.quality, 0.0)
 
     def summary(self) -> Summary:
+        """Return the figures over all requests and per budget class."""
         return Summary.of(self)
 
 
 @dataclass(frozen=True, slots=True)
 class ClassSummary:
-    """One budget class; `latency_ms` holds quantiles of each part, of answered requests."""
+    """One budget class; `latency_ms` holds quantiles of each part, over answered requests."""
 
     name: str
     budget_ms: float
@@ -76,7 +81,7 @@ class ClassSummary:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Shares are of offered requests; refused and dropped ones count as missed."""
+    """Figures of a run; shares are of offered requests, and rejected ones count as missed."""
 
     offered: int
     answered: int
@@ -89,10 +94,11 @@ class Summary:
 
     @classmethod
     def of(cls, outcome: LoadOutcome) -> Summary:
+        """Return the summary of an outcome."""
         met, value = outcome.met, outcome.value
         arrivals, total = outcome.trace.arrivals_s, np.array(outcome.total_s)
         answered = ~np.isnan(total)
-        rows = np.array(outcome.rows)[answered]
+        sizes = np.array(outcome.batch_size)[answered]
         span = float(arrivals[-1] - arrivals[0]) if len(arrivals) > 1 else 1.0
         variants, counts = np.unique(np.array(outcome.variant)[answered], return_counts=True)
         return cls(
@@ -101,8 +107,8 @@ class Summary:
             attainment=float(met.mean()),
             effective_quality=float(value.mean()),
             goodput_rps=float(met.sum() / span),
-            # Rows weigh a batch by its size; one over the mean of 1/rows counts batches.
-            mean_batch=float(1 / np.mean(1 / rows)) if len(rows) else 0.0,
+            # A batch of n has n requests: weights of 1/n count each batch once.
+            mean_batch=float(1 / np.mean(1 / sizes)) if len(sizes) else 0.0,
             variants=dict(zip(variants.tolist(), counts.tolist(), strict=True)),
             classes=[
                 _class_summary(outcome, k, met, value) for k in range(len(outcome.trace.classes))
@@ -110,28 +116,29 @@ class Summary:
         )
 
     def to_dict(self) -> dict[str, object]:
+        """Return the fields for a result file."""
         return asdict(self)
 
 
 def _class_summary(
     outcome: LoadOutcome, k: int, met: NDArray[np.bool_], value: NDArray[np.float64]
 ) -> ClassSummary:
-    budget_class, mine = outcome.trace.classes[k], outcome.trace.picks == k
+    budget_class, own = outcome.trace.classes[k], outcome.trace.picks == k
     parts = {"total": outcome.total_s, "queue": outcome.queue_s, "compute": outcome.compute_s}
-    latency_ms = {}
-    for part, column in parts.items():
-        seconds = np.array(column)[mine]
-        seconds = seconds[~np.isnan(seconds)]
-        latency_ms[part] = {
-            name: round(1e3 * float(np.quantile(seconds, q)), 4) if len(seconds) else float("nan")
-            for name, q in QUANTILES.items()
-        }
-    count = int(mine.sum())
+    count = int(own.sum())
     return ClassSummary(
         budget_class.name,
         round(1e3 * budget_class.budget_s, 4),
         count,
-        float(met[mine].mean()) if count else float("nan"),
-        float(value[mine].mean()) if count else float("nan"),
-        latency_ms,
+        float(met[own].mean()) if count else float("nan"),
+        float(value[own].mean()) if count else float("nan"),
+        {part: _quantiles_ms(np.array(column)[own]) for part, column in parts.items()},
     )
+
+
+def _quantiles_ms(seconds: NDArray[np.float64]) -> dict[str, float]:
+    answered = seconds[~np.isnan(seconds)]
+    return {
+        name: round(1e3 * float(np.quantile(answered, q)), 4) if len(answered) else float("nan")
+        for name, q in QUANTILES.items()
+    }

@@ -1,4 +1,4 @@
-"""What a stream asks for: how long prompt and answer are, and how soon tokens are wanted."""
+"""Requests for text: lengths of prompt and answer, and token budgets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ Lengths = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class TokenClass:
-    """Streams that share their budgets; `share` is how often it is drawn, relative to others."""
+    """Streams that share their budgets, in seconds to the first token and per token after it.
+
+    `share` is the relative frequency with which the class is drawn.
+    """
 
     name: str
     first_s: float
@@ -26,7 +29,10 @@ class TokenClass:
 
     @classmethod
     def parse(cls, text: str) -> TokenClass:
-        """NAME:FIRST_MS:TOKEN_MS[:SHARE]; raises `ValueError`."""
+        """Return the class that NAME:FIRST_MS:TOKEN_MS[:SHARE] describes.
+
+        Raises `ValueError` for any other text, and for numbers that are not positive.
+        """
         name, *numbers = text.split(":")
         try:
             first_ms, token_ms, share = map(float, (*numbers, "1")[:3])
@@ -39,7 +45,7 @@ class TokenClass:
 
 @dataclass(frozen=True, slots=True)
 class StreamTrace:
-    """Streams to come: times of arrival, index of each one's class, tokens of prompt and answer."""
+    """A plan of N streams: arrival times, class indices, tokens of prompts and of answers."""
 
     name: str
     arrivals_s: Times
@@ -61,14 +67,14 @@ class StreamTrace:
         answer_tokens: Lengths,
         rng: np.random.Generator,
     ) -> StreamTrace:
-        """Give every arrival a class, independently."""
+        """Return a trace in which every arrival gets a class at random, independently."""
         shares = np.array([one.share for one in classes])
         picks = rng.choice(len(classes), size=len(arrivals_s), p=shares / shares.sum())
         return cls(name, arrivals_s, picks, tuple(classes), prompt_tokens, answer_tokens)
 
-    def every(self, processes: int, offset: int) -> StreamTrace:
-        """One process's part."""
-        part = slice(offset, None, processes)
+    def split(self, processes: int, index: int) -> StreamTrace:
+        """Return the streams of process `index`: every `processes`-th one."""
+        part = slice(index, None, processes)
         return StreamTrace(
             self.name,
             self.arrivals_s[part],
@@ -80,7 +86,10 @@ class StreamTrace:
 
 
 def draw_lengths(text: str, count: int, rng: np.random.Generator) -> Lengths:
-    """`N` for all, or `A-B`: each as likely. Raises `ValueError`."""
+    """Return `count` lengths: N for the text `N`, uniform in A to B for the text `A-B`.
+
+    Raises `ValueError` for any other text, and for lengths below 1.
+    """
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     low, high = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= low <= high:
@@ -88,7 +97,10 @@ def draw_lengths(text: str, count: int, rng: np.random.Generator) -> Lengths:
     return rng.integers(low, high + 1, count)
 
 
-def fitted(prompt: Lengths, answer: Lengths, max_model_len: int) -> tuple[Lengths, Lengths]:
-    """Cut to what a model's context holds: the answer first to half of it, then the prompt."""
+def fit_context(prompt: Lengths, answer: Lengths, max_model_len: int) -> tuple[Lengths, Lengths]:
+    """Return lengths of prompt and answer, cut to a context of `max_model_len` tokens.
+
+    Answers are cut to half of the context, then prompts to the rest.
+    """
     answer = np.minimum(answer, max(1, max_model_len // 2))
     return np.minimum(prompt, max_model_len - answer), answer

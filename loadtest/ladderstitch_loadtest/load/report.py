@@ -1,41 +1,76 @@
-"""A run as one HTML file that needs nothing else: figures, tables, plots."""
+"""HTML reports of a run: one self-contained file with figures, tables and plots."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
-from ladderstitch_loadtest.load.generator import Measured
+from ladderstitch_loadtest.load.generator import LoadRun
 from ladderstitch_loadtest.load.outcome import QUANTILES, Summary
 
 BINS = 60
-STYLE = """body{font:15px system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
+TEMPLATE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>{{ title }}</title>
+<style>
+body{font:15px system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.3em .7em}
-td{text-align:right}td:first-child,th{text-align:left}img{max-width:100%}.bad{color:#b00}"""
+td{text-align:right}td:first-child,th{text-align:left}img{max-width:100%}.bad{color:#b00}
+</style>
+<h1>{{ title }}</h1>
+{% if late_ms is not none %}
+<p class="bad">The generator sent requests late by {{ "%.2f"|format(late_ms) }} ms (p99).
+The figures below are the limit of the generator, not of the server.</p>
+{% endif %}
+{% for table in tables %}
+<table>
+<tr>{% for cell in table.head %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in table.rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+{% endfor %}
+{% for name, source in plots.items() %}
+<img alt="{{ name }}" src="{{ source }}">
+{% endfor %}
+</html>
+"""
+"""The one template of all reports; every value is escaped."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReportTable:
+    """A table of text: the column heads and the rows."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 def write_report(
-    file: Path, title: str, run: Measured, summary: Summary, facts: Mapping[str, object]
+    file: Path, title: str, run: LoadRun, summary: Summary, facts: Mapping[str, object]
 ) -> None:
-    """`facts` go into a table of what was run on what."""
+    """Write the report of a run of images; `facts` say what was run and on what."""
     headline = {
         "offered": summary.offered,
         "attainment": f"{100 * summary.attainment:.2f} %",
         "effective quality": f"{100 * summary.effective_quality:.2f} %",
         "goodput": f"{summary.goodput_rps:.1f} /s",
         "mean batch": f"{summary.mean_batch:.2f}",
-        "left late, p99": f"{1e3 * run.lag_p99_s:.2f} ms",
+        "sent late, p99": f"{1e3 * run.lag_p99_s:.2f} ms",
         "statuses": json.dumps(run.statuses()),
     }
     late_s = run.lag_p99_s if run.late else None
-    write_page(file, title, late_s, headline | dict(facts), [_classes(summary)], _plots(run))
+    plots = {"over time": _plot_timeline(run), "latency": _plot_latency(run)}
+    write_page(file, title, late_s, headline | dict(facts), _class_table(summary), plots)
 
 
 def write_page(
@@ -43,60 +78,58 @@ def write_page(
     title: str,
     late_s: float | None,
     headline: Mapping[str, object],
-    tables: Sequence[str],
+    classes: ReportTable,
     plots: Mapping[str, Figure],
 ) -> None:
-    """`late_s` is how late the generator was, if that spoils the figures; plots go by their
-    names."""
-    parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>",
-        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>",
-    ]
-    if late_s is not None:
-        parts.append(
-            f"<p class=bad>The generator was late by {1e3 * late_s:.2f} ms (p99): "
-            "what follows is its limit, not the server's.</p>"
-        )
-    parts.append(table(["", ""], [[name, str(value)] for name, value in headline.items()]))
-    parts += tables
-    parts += [f"<img alt='{name}' src='{_png(plot)}'>" for name, plot in plots.items()]
-    file.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    """Write a report: title, headline figures, a table of budget classes, and plots by name.
+
+    `late_s` is the lag of the generator in seconds if the generator was the bottleneck.
+    """
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
+    overview = ReportTable(["", ""], [[name, str(value)] for name, value in headline.items()])
+    page = environment.from_string(TEMPLATE).render(
+        title=title,
+        late_ms=None if late_s is None else 1e3 * late_s,
+        tables=[overview, classes],
+        plots={name: _png_source(plot) for name, plot in plots.items()},
+    )
+    file.write_text(page + "\n", encoding="utf-8")
 
 
-def _classes(summary: Summary) -> str:
+def _class_table(summary: Summary) -> ReportTable:
     rows = []
     for one in summary.classes:
         for part, quantiles in one.latency_ms.items():
             figures = [f"{quantiles[name]:.3f}" for name in QUANTILES]
             share = [f"{100 * one.attainment:.2f} %", f"{100 * one.effective_quality:.2f} %"]
             rows.append([f"{one.name}, {one.budget_ms:g} ms", *share, part, *figures])
-    head = ["budget class", "attainment", "effective quality", "ms of", *QUANTILES]
-    return table(head, rows)
-
-
-def _plots(run: Measured) -> dict[str, Figure]:
-    return {"over time": _timeline(run), "latency": _latency(run)}
-
-
-def _timeline(run: Measured) -> Figure:
-    """Rate, attainment and quality of what was due in each slice of the run."""
-    outcome = run.outcome
-    at = outcome.trace.arrivals_s
-    edges = np.linspace(0.0, float(at[-1]) + 1e-9, BINS + 1)
-    place = np.digitize(at, edges) - 1
-    counts = np.bincount(place, minlength=BINS)[:BINS]
-    some = np.maximum(counts, 1)
-    figure = Figure(figsize=(9, 6))
-    panels = figure.subplots(3, 1, sharex=True)
-    answered = np.array(outcome.quality) > 0
-    quality = np.bincount(place, np.array(outcome.quality), BINS)[:BINS] / np.maximum(
-        np.bincount(place, answered, BINS)[:BINS], 1
+    return ReportTable(
+        ["budget class", "attainment", "effective quality", "ms of", *QUANTILES], rows
     )
-    series = {
-        "requests/s": counts / np.diff(edges),
-        "attainment": np.bincount(place, outcome.met, BINS)[:BINS] / some,
-        "quality of answers": np.where(quality > 0, quality, np.nan),
-    }
+
+
+def _plot_timeline(run: LoadRun) -> Figure:
+    """Return rate, attainment and quality of the requests due in each slice of the run."""
+    outcome = run.outcome
+    edges = np.linspace(0.0, float(outcome.trace.arrivals_s[-1]) + 1e-9, BINS + 1)
+    place = np.digitize(outcome.trace.arrivals_s, edges) - 1
+    counts = np.bincount(place, minlength=BINS)[:BINS]
+    answers = np.bincount(place, np.array(outcome.quality) > 0, BINS)[:BINS]
+    quality = np.bincount(place, np.array(outcome.quality), BINS)[:BINS] / np.maximum(answers, 1)
+    return plot_steps(
+        edges,
+        {
+            "requests/s": counts / np.diff(edges),
+            "attainment": np.bincount(place, outcome.met, BINS)[:BINS] / np.maximum(counts, 1),
+            "quality of answers": np.where(quality > 0, quality, np.nan),
+        },
+    )
+
+
+def plot_steps(edges: np.ndarray, series: Mapping[str, np.ndarray]) -> Figure:
+    """Return a figure with one panel per series of values between `edges`, in seconds."""
+    figure = Figure(figsize=(9, 6))
+    panels = figure.subplots(len(series), 1, sharex=True)
     for panel, (name, values) in zip(panels, series.items(), strict=True):
         panel.step(edges[:-1], values, where="post")
         panel.set_ylabel(name)
@@ -106,8 +139,8 @@ def _timeline(run: Measured) -> Figure:
     return figure
 
 
-def _latency(run: Measured) -> Figure:
-    """Share of answers above each latency, by budget class, as the caller saw them."""
+def _plot_latency(run: LoadRun) -> Figure:
+    """Return the share of requests above each latency that callers saw, by budget class."""
     figure = Figure(figsize=(9, 4))
     panel = figure.subplots()
     trace = run.outcome.trace
@@ -118,7 +151,7 @@ def _latency(run: Measured) -> Figure:
             panel.axvline(1e3 * one.budget_s, color=line.get_color(), linestyle=":")
     panel.set_xscale("log")
     panel.set_yscale("log")
-    panel.set_xlabel("ms from when it was due to the answer; dotted: the budget")
+    panel.set_xlabel("ms from when the request was due to its answer; dotted: the budget")
     panel.set_ylabel("share of requests above")
     panel.legend()
     panel.grid(alpha=0.3)
@@ -126,17 +159,8 @@ def _latency(run: Measured) -> Figure:
     return figure
 
 
-def _png(figure: Figure) -> str:
+def _png_source(figure: Figure) -> str:
+    """Return a plot as a data URL."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """As HTML."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    body = "\n".join(line(row, "td") for row in rows)
-    return f"<table>{line(head, 'th')}\n{body}</table>"

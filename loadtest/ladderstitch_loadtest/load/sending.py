@@ -1,7 +1,7 @@
-"""Sending when due, from several processes that begin together.
+"""Worker processes of the load generator: they start together and send when requests are due.
 
-Each process gets its part pickled, connects, says that it is ready, is told when to begin, and
-gives back how each of its requests ended.
+Each worker receives its share of the load pickled, connects to the server, reports that it is
+ready, receives the start time, and returns the result of each of its requests.
 """
 
 from __future__ import annotations
@@ -19,94 +19,99 @@ from typing import Any, Protocol
 
 import grpc
 
-START_S = 0.5
-"""Time for the processes to connect before the first request is due."""
+START_DELAY_S = 0.5
+"""Time between the last worker's report and the first request."""
 SPIN_S = 0.0012
 """The event loop sleeps in whole milliseconds; the rest of a wait is spent turning it."""
-CONNECT_S = 30.0
+CONNECT_TIMEOUT_S = 30.0
 READY = b"ready\n"
 
-Begin = Callable[[], float]
-"""Says that the process is ready; returns when to begin, by `time.monotonic`."""
+WaitForStart = Callable[[], float]
+"""Reports that the worker is ready, and returns the start time by `time.monotonic`."""
 
 
-class Part(Protocol):
-    """What one process sends; `cpu` is the one to stay on, if any."""
+class WorkerLoad(Protocol):
+    """The share of the load that one worker sends."""
 
     @property
-    def cpu(self) -> int | None: ...
-    async def send(self, begin: Begin) -> list[Any]:
-        """The ends, in order of the part's requests."""
+    def cpu(self) -> int | None:
+        """The CPU that the worker stays on; None: any."""
+
+    async def send(self, wait_for_start: WaitForStart) -> list[Any]:
+        """Connect, wait for the start, send, and return the results in order of the requests."""
 
 
-def send_parts(parts: Sequence[Part]) -> list[list[Any]]:
-    """A process for each part; the ends of each. Raises `RuntimeError` if one does not connect."""
-    workers = [_start(part) for part in parts]
+def run_workers(loads: Sequence[WorkerLoad]) -> list[list[Any]]:
+    """Run one worker for each load and return the results of each.
+
+    Raises `RuntimeError` if a worker does not connect to the server.
+    """
+    workers = [_start_worker(load) for load in loads]
     try:
         for worker in workers:
             assert worker.stdout is not None
             if worker.stdout.readline() != READY:
-                raise RuntimeError("a generator did not reach the server; its message is above")
-        start = time.monotonic() + START_S
+                raise RuntimeError("a generator did not connect to the server; see its error above")
+        start = time.monotonic() + START_DELAY_S
         for worker in workers:
-            _tell(worker, f"{start}\n".encode())
-        return [_ends_of(worker) for worker in workers]
+            _write(worker, f"{start}\n".encode())
+        return [_read_results(worker) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
             worker.communicate()
 
 
-def _start(part: Part) -> subprocess.Popen[bytes]:
+def _start_worker(load: WorkerLoad) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "ladderstitch_loadtest.load.sending"]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    _tell(worker, pickle.dumps(part))
+    _write(worker, pickle.dumps(load))
     return worker
 
 
-def _tell(worker: subprocess.Popen[bytes], message: bytes) -> None:
+def _write(worker: subprocess.Popen[bytes], message: bytes) -> None:
     assert worker.stdin is not None
     worker.stdin.write(message)
     worker.stdin.flush()
 
 
-def _ends_of(worker: subprocess.Popen[bytes]) -> list[Any]:
+def _read_results(worker: subprocess.Popen[bytes]) -> list[Any]:
     assert worker.stdout is not None
-    ends: list[Any] = pickle.load(worker.stdout)
-    return ends
+    results: list[Any] = pickle.load(worker.stdout)
+    return results
 
 
-async def connected(channel: grpc.aio.Channel) -> None:
-    """Raises `TimeoutError` if nobody answers there."""
-    await asyncio.wait_for(channel.channel_ready(), CONNECT_S)
+async def wait_until_connected(channel: grpc.aio.Channel) -> None:
+    """Wait for the connection; raise `TimeoutError` if no server answers within 30 s."""
+    await asyncio.wait_for(channel.channel_ready(), CONNECT_TIMEOUT_S)
 
 
-async def when_due(start: float, due_s: Iterable[float]) -> AsyncIterator[float]:
-    """The times, `start` added, each as soon as it has come."""
-    for at in due_s:
-        due = start + at
+async def due_times(start: float, offsets_s: Iterable[float]) -> AsyncIterator[float]:
+    """Yield `start` plus each offset, each as soon as that time has come."""
+    for offset in offsets_s:
+        due = start + offset
         while (delay := due - time.monotonic()) > 0:  # noqa: ASYNC110 # time is the event
             await asyncio.sleep(max(0.0, delay - SPIN_S))
         yield due
 
 
 def main() -> None:
-    """A worker: a part on standard input, its ends on standard output."""
-    part: Part = pickle.load(sys.stdin.buffer)
-    if part.cpu is not None:
-        os.sched_setaffinity(0, {part.cpu})
+    """Run a worker: read its load from standard input, write the results to standard output."""
+    load: WorkerLoad = pickle.load(sys.stdin.buffer)
+    if load.cpu is not None:
+        os.sched_setaffinity(0, {load.cpu})
     gc.freeze()
 
-    def begin() -> float:
+    def wait_for_start() -> float:
         sys.stdout.buffer.write(READY)
         sys.stdout.buffer.flush()
         return float(sys.stdin.buffer.readline())
 
-    ends = asyncio.run(part.send(begin))
-    sys.stdout.buffer.write(pickle.dumps(ends))
+    results = asyncio.run(load.send(wait_for_start))
+    sys.stdout.buffer.write(pickle.dumps(results))
     sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":
-    # Under its importable name, so that what is pickled here can be read by the one who asked.
+    # The module runs under its importable name, so that the parent can read what is pickled here.
     importlib.import_module("ladderstitch_loadtest.load.sending").main()

@@ -1,6 +1,6 @@
-"""Open-loop load of streams from several processes, and what became of each.
+"""Open-loop load of text streams from several processes, and the result of each stream.
 
-Time to the first token counts from when the request was due, not from when it left.
+Time to the first token counts from when the request was due, not from when it was sent.
 """
 
 from __future__ import annotations
@@ -15,41 +15,49 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from ladderstitch_loadtest.load.generator import LATE_SHARE
+from ladderstitch_loadtest.load.generator import MAX_LAG_SHARE
 from ladderstitch_loadtest.load.outcome import QUANTILES
 from ladderstitch_loadtest.load.prompts import StreamTrace, TokenClass
-from ladderstitch_loadtest.load.sending import Begin, connected, send_parts, when_due
-from ladderstitch_loadtest.load.text_targets import StreamRefused, TextTarget, Told
+from ladderstitch_loadtest.load.sending import (
+    WaitForStart,
+    due_times,
+    run_workers,
+    wait_until_connected,
+)
+from ladderstitch_loadtest.load.text_targets import ServerReport, StreamError, TextTarget
 
 
 @dataclass(slots=True)
-class StreamEnd:
-    """One stream, seconds from when it was due; `first_s` is NaN if no token came."""
+class StreamResult:
+    """The result of one stream, in seconds from when it was due.
+
+    `code` is `OK`, the gRPC status or `ERROR`; `first_s` is NaN if no token came.
+    """
 
     code: str = "OK"
     lag_s: float = 0.0
     first_s: float = float("nan")
     total_s: float = float("nan")
     tokens: int = 0
-    told: Told = field(default_factory=Told)
+    report: ServerReport = field(default_factory=ServerReport)
 
     @property
     def gap_s(self) -> float:
-        """Mean time between tokens; 0 for a single one."""
+        """The mean time between tokens in seconds; 0 for a single token."""
         return (self.total_s - self.first_s) / (self.tokens - 1) if self.tokens > 1 else 0.0
 
-    def kept(self, wanted: TokenClass) -> bool:
-        """Whether the caller saw both budgets kept, to the end."""
+    def meets(self, budgets: TokenClass) -> bool:
+        """Return whether the caller saw both budgets met and the stream complete."""
         return (
             self.code == "OK"
-            and self.first_s <= wanted.first_s
-            and self.gap_s <= wanted.per_token_s
+            and self.first_s <= budgets.first_s
+            and self.gap_s <= budgets.per_token_s
         )
 
 
 @dataclass(frozen=True, slots=True)
-class StreamPart:
-    """One process's part."""
+class StreamLoad:
+    """One worker's streams; stream n of its trace uses seed `seed` + n."""
 
     address: str
     target: TextTarget
@@ -57,19 +65,22 @@ class StreamPart:
     seed: int
     cpu: int | None = None
 
-    async def send(self, begin: Begin) -> list[StreamEnd]:
+    async def send(self, wait_for_start: WaitForStart) -> list[StreamResult]:
+        """Connect, wait for the start, send, and return the results in order of the trace."""
         async with grpc.aio.insecure_channel(self.address) as channel:
-            await connected(channel)
+            await wait_until_connected(channel)
             numbers = iter(range(len(self.trace)))
             tasks = [
-                asyncio.create_task(self._read(channel, next(numbers), due))
-                async for due in when_due(begin(), self.trace.arrivals_s.tolist())
+                asyncio.create_task(self._read_stream(channel, next(numbers), due))
+                async for due in due_times(wait_for_start(), self.trace.arrivals_s.tolist())
             ]
             return await asyncio.gather(*tasks)
 
-    async def _read(self, channel: grpc.aio.Channel, number: int, due: float) -> StreamEnd:
-        trace, end = self.trace, StreamEnd(lag_s=time.monotonic() - due)
-        pieces = self.target.ask(
+    async def _read_stream(
+        self, channel: grpc.aio.Channel, number: int, due: float
+    ) -> StreamResult:
+        trace, result = self.trace, StreamResult(lag_s=time.monotonic() - due)
+        chunks = self.target.generate(
             channel,
             int(trace.prompt_tokens[number]),
             int(trace.answer_tokens[number]),
@@ -77,25 +88,26 @@ class StreamPart:
             seed=self.seed + number,
         )
         try:
-            async for told in pieces:
-                end.total_s = time.monotonic() - due
-                if not end.tokens:
-                    end.first_s = end.total_s
-                end.tokens += 1
-                end.told = told or end.told
+            async for report in chunks:
+                result.total_s = time.monotonic() - due
+                if not result.tokens:
+                    result.first_s = result.total_s
+                result.tokens += 1
+                result.report = report or result.report
         except grpc.aio.AioRpcError as error:
-            end.code = error.code().name
-        except StreamRefused:
-            end.code = "ERROR"
-        return end
+            result.code = error.code().name
+        except StreamError:
+            result.code = "ERROR"
+        return result
 
 
 @dataclass(frozen=True, slots=True)
-class ClassOfStreams:
-    """One class; `attainment` is what callers saw, `told` what the server counted (NaN: nothing).
+class StreamClassSummary:
+    """One budget class; `latency_ms` holds quantiles over streams that brought a token.
 
-    `effective_quality`: the path's, 1 where the server says nothing of it, 0 where budgets were not
-    kept. Milliseconds are of streams that brought a token.
+    `attainment` is what callers saw, `server_attainment` what the server counted (NaN if it reports
+    nothing). `effective_quality` is the mean quality of the paths, where a path without a reported
+    quality counts 1 and a stream that missed a budget counts 0.
     """
 
     name: str
@@ -103,14 +115,17 @@ class ClassOfStreams:
     token_ms: float
     offered: int
     attainment: float
-    attainment_told: float
+    server_attainment: float
     effective_quality: float
-    ms: dict[str, dict[str, float]]
+    latency_ms: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
 class StreamSummary:
-    """Shares are of offered streams; `goodput` counts tokens of streams that kept their budgets."""
+    """Figures of a run; shares are of offered streams.
+
+    Goodput counts the tokens of streams that met their budgets.
+    """
 
     offered: int
     attainment: float
@@ -119,78 +134,83 @@ class StreamSummary:
     goodput_tokens_per_s: float
     paths: dict[str, int]
     statuses: dict[str, int]
-    classes: list[ClassOfStreams]
+    classes: list[StreamClassSummary]
 
     def to_dict(self) -> dict[str, object]:
+        """Return the fields for a result file."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class StreamRun:
-    """A trace and how each of its streams ended."""
+    """A trace of N streams and the result of each."""
 
     trace: StreamTrace
-    ends: list[StreamEnd]
+    results: list[StreamResult]
 
     @property
     def lag_p99_s(self) -> float:
-        return float(np.quantile([end.lag_s for end in self.ends], 0.99))
+        """The p99 of the seconds by which requests were sent late."""
+        return float(np.quantile([result.lag_s for result in self.results], 0.99))
 
     @property
     def late(self) -> bool:
         """Whether the generator was the bottleneck."""
-        return self.lag_p99_s > LATE_SHARE * min(one.first_s for one in self.trace.classes)
+        return self.lag_p99_s > MAX_LAG_SHARE * min(one.first_s for one in self.trace.classes)
 
     @property
-    def kept(self) -> NDArray[np.bool_]:
-        """[N]."""
+    def met(self) -> NDArray[np.bool_]:
+        """Whether the caller saw the budgets of each stream met, [N]."""
         classes, picks = self.trace.classes, self.trace.picks
-        return np.array([e.kept(classes[k]) for e, k in zip(self.ends, picks, strict=True)])
+        return np.array([r.meets(classes[k]) for r, k in zip(self.results, picks, strict=True)])
 
     @property
     def value(self) -> NDArray[np.float64]:
-        """[N] quality where the budgets were kept; 1 where the server says nothing of it."""
-        quality = [1.0 if e.told.quality is None else e.told.quality for e in self.ends]
-        return np.where(self.kept, quality, 0.0)
+        """The quality of each stream that met its budgets, 1 if not reported; 0 otherwise, [N]."""
+        reported = [result.report.quality for result in self.results]
+        return np.where(self.met, [1.0 if q is None else q for q in reported], 0.0)
 
     @property
     def seconds(self) -> float:
-        """From the first arrival to the last token."""
-        ends = self.trace.arrivals_s + np.array([e.total_s for e in self.ends])
+        """The time from the first arrival to the last token, in seconds."""
+        ends = self.trace.arrivals_s + np.array([result.total_s for result in self.results])
         return float(np.nanmax(ends, initial=self.trace.arrivals_s[-1]) - self.trace.arrivals_s[0])
 
     def summary(self) -> StreamSummary:
-        kept, tokens = self.kept, np.array([end.tokens for end in self.ends])
+        """Return the figures over all streams and per budget class."""
+        met, tokens = self.met, np.array([result.tokens for result in self.results])
         seconds = max(self.seconds, 1e-9)
+        paths = [result.report.path for result in self.results]
         return StreamSummary(
-            offered=len(self.ends),
-            attainment=float(kept.mean()),
+            offered=len(self.results),
+            attainment=float(met.mean()),
             effective_quality=float(self.value.mean()),
             tokens_per_s=float(tokens.sum() / seconds),
-            goodput_tokens_per_s=float(tokens[kept].sum() / seconds),
-            paths=dict(Counter(end.told.path for end in self.ends if end.told.path)),
-            statuses=dict(Counter(end.code for end in self.ends)),
-            classes=[self._of_class(k) for k in range(len(self.trace.classes))],
+            goodput_tokens_per_s=float(tokens[met].sum() / seconds),
+            paths=dict(Counter(path for path in paths if path)),
+            statuses=dict(Counter(result.code for result in self.results)),
+            classes=[self._class_summary(k) for k in range(len(self.trace.classes))],
         )
 
-    def _of_class(self, k: int) -> ClassOfStreams:
-        wanted, mine = self.trace.classes[k], self.trace.picks == k
-        ends = [end for end, own in zip(self.ends, mine, strict=True) if own]
-        began = [end for end in ends if end.tokens]
-        told = [end.told.kept for end in ends if end.told.kept is not None]
-        return ClassOfStreams(
-            name=wanted.name,
-            first_token_ms=1e3 * wanted.first_s,
-            token_ms=1e3 * wanted.per_token_s,
-            offered=len(ends),
-            attainment=_mean(self.kept[mine]),
-            attainment_told=_mean(told),
-            effective_quality=_mean(self.value[mine]),
-            ms={
-                "first token": _quantiles([end.first_s for end in began]),
-                "between tokens": _quantiles([end.gap_s for end in began]),
-                "whole answer": _quantiles([end.total_s for end in began]),
-                "queue": _quantiles([e.told.queue_s for e in began if e.told.queue_s is not None]),
+    def _class_summary(self, k: int) -> StreamClassSummary:
+        budgets, own = self.trace.classes[k], self.trace.picks == k
+        results = [result for result, mine in zip(self.results, own, strict=True) if mine]
+        began = [result for result in results if result.tokens]
+        return StreamClassSummary(
+            name=budgets.name,
+            first_token_ms=1e3 * budgets.first_s,
+            token_ms=1e3 * budgets.per_token_s,
+            offered=len(results),
+            attainment=_mean(self.met[own]),
+            server_attainment=_mean([r.report.met for r in results if r.report.met is not None]),
+            effective_quality=_mean(self.value[own]),
+            latency_ms={
+                "first token": _quantiles_ms([r.first_s for r in began]),
+                "between tokens": _quantiles_ms([r.gap_s for r in began]),
+                "whole answer": _quantiles_ms([r.total_s for r in began]),
+                "queue": _quantiles_ms(
+                    [r.report.queue_s for r in began if r.report.queue_s is not None]
+                ),
             },
         )
 
@@ -199,10 +219,9 @@ def _mean(values: Sequence[float] | NDArray[np.float64] | NDArray[np.bool_]) -> 
     return float(np.mean(values)) if len(values) else float("nan")
 
 
-def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    nothing = float("nan")
+def _quantiles_ms(seconds: Sequence[float]) -> dict[str, float]:
     return {
-        name: round(1e3 * float(np.quantile(seconds, q)), 3) if seconds else nothing
+        name: round(1e3 * float(np.quantile(seconds, q)), 3) if seconds else float("nan")
         for name, q in QUANTILES.items()
     }
 
@@ -210,12 +229,15 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
 def measure_streams(
     address: str, target: TextTarget, trace: StreamTrace, *, processes: int = 1, seed: int = 1
 ) -> StreamRun:
-    """Send a trace; streams go to the processes in turn. Raises as `send_parts`."""
-    parts = [
-        StreamPart(address, target, trace.every(processes, k), seed=seed * 1_000_003 + k * 100_003)
+    """Send a trace to a server, its streams dealt to `processes` workers in turn.
+
+    Raises `RuntimeError` if a worker does not connect.
+    """
+    loads = [
+        StreamLoad(address, target, trace.split(processes, k), seed * 1_000_003 + k * 100_003)
         for k in range(processes)
     ]
-    ends: list[StreamEnd] = [StreamEnd()] * len(trace)
-    for k, mine in enumerate(send_parts(parts)):
-        ends[k::processes] = mine
-    return StreamRun(trace, ends)
+    results: list[StreamResult] = [StreamResult()] * len(trace)
+    for k, part in enumerate(run_workers(loads)):
+        results[k::processes] = part
+    return StreamRun(trace, results)

@@ -1,4 +1,4 @@
-"""What a load test calls: our own API, or any server of the Open Inference Protocol."""
+"""Servers that a load test sends images to: ladderstitch, or any OIP server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ladderstitch.client import infer_request
 from ladderstitch.oip import grpc_service_pb2 as oip
 from ladderstitch.v1 import inference_pb2 as pb
 
-Kind = Literal["ladderstitch", "oip"]
+TargetKind = Literal["ladderstitch", "oip"]
 ITEM_BYTES = {
     "UINT8": 1,
     "INT8": 1,
@@ -28,92 +28,121 @@ ITEM_BYTES = {
     "UINT64": 8,
     "FP64": 8,
 }
+TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class TargetAnswer:
-    """What a server says of one answer, seconds; NaN and -1 where it says nothing."""
+class TargetReply:
+    """What a server reports with an answer; NaN seconds and variant -1 if it reports nothing."""
 
     total_s: float
     queue_s: float
     compute_s: float
     variant: int
     quality: float
-    rows: int
+    batch_size: int
 
 
 class Target(Protocol):
-    """A method to call, the bytes to send for a budget, and how to read what comes back."""
+    """A gRPC method, the message to send for a budget, and how to parse the reply."""
 
     @property
-    def method(self) -> str: ...
-    def message(self, budget_s: float) -> bytes: ...
-    def read(self, answer: bytes) -> TargetAnswer: ...
+    def method(self) -> str:
+        """The full name of the gRPC method."""
+
+    def message(self, budget_s: float) -> bytes:
+        """Return the serialised request for one image with this budget."""
+
+    def parse(self, reply: bytes) -> TargetReply:
+        """Return what the server reports with its answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Native:
-    """`ladderstitch.v1`: budgets travel with the request, as limits if `hard`."""
+class NativeTarget:
+    """A `ladderstitch.v1` server; each request carries its budget, as a hard deadline if `hard`.
+
+    `shape` is that of the image, [1, C, H, W].
+    """
 
     shape: tuple[int, ...]
     hard: bool
     method: str = "/ladderstitch.v1.InferenceService/Infer"
 
     def message(self, budget_s: float) -> bytes:
+        """Return the serialised request for one image with this budget."""
         image = np.random.default_rng(0).integers(0, 256, self.shape).astype(np.uint8)
         return infer_request(image, budget_s=budget_s, hard=self.hard).SerializeToString()
 
-    def read(self, answer: bytes) -> TargetAnswer:
-        cost = pb.InferResponse.FromString(answer).accounting
-        return TargetAnswer(
-            cost.total_us / 1e6,
-            cost.queue_us / 1e6,
-            cost.compute_us / 1e6,
-            cost.variant_id,
-            cost.quality,
-            cost.batch_size,
+    def parse(self, reply: bytes) -> TargetReply:
+        """Return the accounting of the answer."""
+        accounting = pb.InferResponse.FromString(reply).accounting
+        return TargetReply(
+            accounting.total_us / 1e6,
+            accounting.queue_us / 1e6,
+            accounting.compute_us / 1e6,
+            accounting.variant_id,
+            accounting.quality,
+            accounting.batch_size,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class PlainOip:
-    """Any OIP server; zeros for every input, quality 1 for every answer, the clock is ours."""
+class OipTarget:
+    """Any server of the Open Inference Protocol.
+
+    Every input is zeros, every answer has quality 1, and time is measured by the caller. `inputs`
+    holds (name, data type, shape).
+    """
 
     model: str
     inputs: tuple[tuple[str, str, tuple[int, ...]], ...]
     method: str = "/inference.GRPCInferenceService/ModelInfer"
 
     def message(self, budget_s: float) -> bytes:
+        """Return the serialised request; the protocol has no budgets."""
         request = oip.ModelInferRequest(model_name=self.model)
         for name, kind, shape in self.inputs:
             request.inputs.add(name=name, datatype=kind, shape=shape)
             request.raw_input_contents.append(bytes(int(np.prod(shape)) * ITEM_BYTES[kind]))
         return request.SerializeToString()
 
-    def read(self, answer: bytes) -> TargetAnswer:
-        oip.ModelInferResponse.FromString(answer)
-        return TargetAnswer(float("nan"), float("nan"), float("nan"), -1, 1.0, 1)
+    def parse(self, reply: bytes) -> TargetReply:
+        """Return a reply without times, after checking that it is a `ModelInferResponse`."""
+        oip.ModelInferResponse.FromString(reply)
+        return TargetReply(float("nan"), float("nan"), float("nan"), -1, 1.0, 1)
 
 
-def find_target(address: str, kind: Kind, model: str, *, hard: bool) -> Target:
-    """Ask the server what it takes; raises `ValueError` for inputs that cannot be made up."""
+def find_target(address: str, kind: TargetKind, model: str, *, hard: bool) -> Target:
+    """Return the target for a model, with the input shapes that the server reports.
+
+    An empty `model` is a ladderstitch server's only model. Raises `ValueError` for an input data
+    type that has no zeros of fixed size, and `grpc.RpcError` if the server does not answer.
+    """
     with grpc.insecure_channel(address) as channel:
         if kind == "ladderstitch":
-            get = channel.unary_unary("/ladderstitch.v1.InferenceService/GetModel")
-            request = pb.GetModelRequest(model_name=model).SerializeToString()
-            inputs = pb.GetModelResponse.FromString(get(request, timeout=10)).preprocessing
-            return Native((1, inputs.channels, inputs.height, inputs.width), hard)
-        ask = channel.unary_unary("/inference.GRPCInferenceService/ModelMetadata")
-        question = oip.ModelMetadataRequest(name=model).SerializeToString()
-        metadata = oip.ModelMetadataResponse.FromString(ask(question, timeout=10))
+            return _native_target(channel, model, hard)
+        return _oip_target(channel, model)
+
+
+def _native_target(channel: grpc.Channel, model: str, hard: bool) -> NativeTarget:
+    call = channel.unary_unary("/ladderstitch.v1.InferenceService/GetModel")
+    request = pb.GetModelRequest(model_name=model).SerializeToString()
+    inputs = pb.GetModelResponse.FromString(call(request, timeout=TIMEOUT_S)).preprocessing
+    return NativeTarget((1, inputs.channels, inputs.height, inputs.width), hard)
+
+
+def _oip_target(channel: grpc.Channel, model: str) -> OipTarget:
+    call = channel.unary_unary("/inference.GRPCInferenceService/ModelMetadata")
+    request = oip.ModelMetadataRequest(name=model).SerializeToString()
+    metadata = oip.ModelMetadataResponse.FromString(call(request, timeout=TIMEOUT_S))
     for tensor in metadata.inputs:
         if tensor.datatype not in ITEM_BYTES:
             raise ValueError(
                 f"input {tensor.name!r}: expected one of {sorted(ITEM_BYTES)}, "
                 f"got {tensor.datatype}"
             )
-    inputs_of = tuple(
+    inputs = tuple(
         (tensor.name, tensor.datatype, tuple(max(1, size) for size in tensor.shape))
         for tensor in metadata.inputs
     )
-    return PlainOip(metadata.name, inputs_of)
+    return OipTarget(metadata.name, inputs)

@@ -1,4 +1,4 @@
-"""Servers that stream text: our own API, or the Open Inference Protocol's streams."""
+"""Servers that a load test streams text from: ladderstitch, or any OIP server."""
 
 from __future__ import annotations
 
@@ -14,120 +14,152 @@ from ladderstitch.oip import grpc_service_pb2 as oip
 from ladderstitch.v1 import generation_pb2
 from ladderstitch.v1 import inference_pb2 as pb
 from ladderstitch_loadtest.load.prompts import TokenClass
-from ladderstitch_loadtest.load.targets import Kind
+from ladderstitch_loadtest.load.targets import TIMEOUT_S, TargetKind
 
-UNKNOWN_CONTEXT = 1024
-"""Tokens that a server is thought to take which does not say."""
+DEFAULT_MODEL_LEN = 1024
+"""Tokens assumed for the context of a server that does not report it."""
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world")
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What a server says of an answer, with its last piece; None where it says nothing.
+class ServerReport:
+    """What a server reports with the last chunk of a stream; None where it reports nothing.
 
-    `kept` is whether it counts both budgets as kept; `quality` is the path's.
+    `met` is whether the server counts both budgets as met. `quality` is that of the path.
     """
 
     queue_s: float | None = None
-    kept: bool | None = None
+    met: bool | None = None
     path: str = ""
     quality: float | None = None
 
 
 class TextTarget(Protocol):
-    """How to ask for a stream, and what its pieces say: None for all but the last."""
+    """A server that streams text, and how to read the chunks of a stream."""
 
     @property
-    def max_model_len(self) -> int: ...
-    def ask(
-        self, channel: grpc.aio.Channel, prompt: int, answer: int, wanted: TokenClass, seed: int
-    ) -> AsyncIterator[Told | None]:
-        """`prompt` and `answer` in tokens; raises `grpc.aio.AioRpcError`."""
+    def max_model_len(self) -> int:
+        """The length of the context in tokens."""
+
+    def generate(
+        self,
+        channel: grpc.aio.Channel,
+        prompt_tokens: int,
+        answer_tokens: int,
+        budgets: TokenClass,
+        seed: int,
+    ) -> AsyncIterator[ServerReport | None]:
+        """Start a stream and yield for each chunk: the report with the last one, None before it.
+
+        Raises `grpc.aio.AioRpcError`, or `StreamError` if the server ends the stream by an error.
+        """
 
 
 @dataclass(frozen=True, slots=True)
-class NativeText:
-    """`ladderstitch.v1`: random tokens, so that lengths are exact and no two prompts alike."""
+class NativeTextTarget:
+    """A `ladderstitch.v1` server.
+
+    Prompts are random tokens, so that lengths are exact and prompts share no prefix.
+    """
 
     model: str
     vocabulary: int
     max_model_len: int
 
-    async def ask(
-        self, channel: grpc.aio.Channel, prompt: int, answer: int, wanted: TokenClass, seed: int
-    ) -> AsyncIterator[Told | None]:
-        tokens = np.random.default_rng(seed).integers(0, self.vocabulary, prompt).tolist()
+    async def generate(
+        self,
+        channel: grpc.aio.Channel,
+        prompt_tokens: int,
+        answer_tokens: int,
+        budgets: TokenClass,
+        seed: int,
+    ) -> AsyncIterator[ServerReport | None]:
+        """Start a stream and yield for each chunk: the report with the last one, None before it."""
+        tokens = np.random.default_rng(seed).integers(0, self.vocabulary, prompt_tokens).tolist()
         request = generate_request(
             tokens,
             model=self.model,
-            max_tokens=answer,
-            first_token_budget_s=wanted.first_s,
-            token_budget_s=wanted.per_token_s,
+            max_tokens=answer_tokens,
+            first_token_budget_s=budgets.first_s,
+            token_budget_s=budgets.per_token_s,
         )
         call = channel.unary_stream(
             "/ladderstitch.v1.GenerationService/Generate",
             request_serializer=generation_pb2.GenerateRequest.SerializeToString,
             response_deserializer=generation_pb2.GenerateResponse.FromString,
         )
-        async for piece in call(request):
-            yield _told(piece.accounting) if piece.finish_reason else None
+        async for chunk in call(request):
+            yield _server_report(chunk.accounting) if chunk.finish_reason else None
 
 
-def _told(cost: generation_pb2.GenerationAccounting) -> Told:
-    single = not cost.HasField("token_budget_met")
-    return Told(
-        queue_s=cost.queue_us / 1e6,
-        kept=cost.first_token_budget_met and (single or cost.token_budget_met),
-        path=cost.path,
-        quality=cost.quality if cost.HasField("quality") else None,
+def _server_report(accounting: generation_pb2.GenerationAccounting) -> ServerReport:
+    single = not accounting.HasField("token_budget_met")
+    return ServerReport(
+        queue_s=accounting.queue_us / 1e6,
+        met=accounting.first_token_budget_met and (single or accounting.token_budget_met),
+        path=accounting.variant_name,
+        quality=accounting.quality if accounting.HasField("quality") else None,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class OipText:
-    """`text_input` to `text_output` by ModelStreamInfer; a word is taken for a token."""
+class OipTextTarget:
+    """A server that streams `text_input` to `text_output` by ModelStreamInfer.
+
+    A prompt of n tokens is n words, because the server's tokenizer is unknown.
+    """
 
     model: str
-    max_model_len: int = UNKNOWN_CONTEXT
+    max_model_len: int = DEFAULT_MODEL_LEN
 
-    async def ask(
-        self, channel: grpc.aio.Channel, prompt: int, answer: int, wanted: TokenClass, seed: int
-    ) -> AsyncIterator[Told | None]:
-        words = " ".join(np.random.default_rng(seed).choice(WORDS, prompt))
+    async def generate(
+        self,
+        channel: grpc.aio.Channel,
+        prompt_tokens: int,
+        answer_tokens: int,
+        budgets: TokenClass,
+        seed: int,
+    ) -> AsyncIterator[ServerReport | None]:
+        """Start a stream and yield an empty report with the last chunk, None before it."""
+        words = " ".join(np.random.default_rng(seed).choice(WORDS, prompt_tokens))
         request = oip.ModelInferRequest(model_name=self.model)
         tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
         tensor.contents.bytes_contents.append(words.encode())
-        request.parameters["max_tokens"].int64_param = answer
+        request.parameters["max_tokens"].int64_param = answer_tokens
 
-        async def one() -> AsyncIterator[oip.ModelInferRequest]:
+        async def requests() -> AsyncIterator[oip.ModelInferRequest]:
             yield request
 
         call: Any = channel.stream_stream(
             "/inference.GRPCInferenceService/ModelStreamInfer",
             request_serializer=oip.ModelInferRequest.SerializeToString,
             response_deserializer=oip.ModelStreamInferResponse.FromString,
-        )(one())
-        async for piece in call:
-            if piece.error_message:
-                raise StreamRefused(piece.error_message)
-            final = piece.infer_response.parameters["triton_final_response"].bool_param
-            if piece.infer_response.outputs or not final:
-                yield Told() if final else None
+        )(requests())
+        async for chunk in call:
+            if chunk.error_message:
+                raise StreamError(chunk.error_message)
+            final = chunk.infer_response.parameters["triton_final_response"].bool_param
+            if chunk.infer_response.outputs or not final:
+                yield ServerReport() if final else None
 
 
-class StreamRefused(Exception):
-    """A stream of the Open Inference Protocol ended with an error instead of a piece."""
+class StreamError(Exception):
+    """A stream of the Open Inference Protocol ended with an error message instead of a chunk."""
 
 
-def find_text_target(address: str, kind: Kind, model: str) -> TextTarget:
-    """Ask the server what it takes; raises `ValueError` for one that does not generate text."""
+def find_text_target(address: str, kind: TargetKind, model: str) -> TextTarget:
+    """Return the target for a model, with the vocabulary and context that the server reports.
+
+    An empty `model` is a ladderstitch server's only model. Raises `ValueError` if the model does
+    not generate text, and `grpc.RpcError` if the server does not answer.
+    """
     if kind == "oip":
-        return OipText(model)
+        return OipTextTarget(model)
     with grpc.insecure_channel(address) as channel:
         get = channel.unary_unary("/ladderstitch.v1.InferenceService/GetModel")
-        answer = get(pb.GetModelRequest(model_name=model).SerializeToString(), timeout=10)
-    described = pb.GetModelResponse.FromString(answer)
+        reply = get(pb.GetModelRequest(model_name=model).SerializeToString(), timeout=TIMEOUT_S)
+    described = pb.GetModelResponse.FromString(reply)
     if not described.HasField("language"):
-        raise ValueError(f"model: expected one that generates text, {described.name!r} does not")
+        raise ValueError(f"model: expected one that generates text, got {described.name!r}")
     language = described.language
-    return NativeText(model, language.vocabulary_size, language.max_model_len)
+    return NativeTextTarget(model, language.vocabulary_size, language.max_model_len)

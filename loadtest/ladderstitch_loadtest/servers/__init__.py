@@ -1,1 +1,1 @@
-"""Servers and models that measurements start for themselves, and where results go."""
+"""Servers and models that a measurement starts for itself, and its result files."""

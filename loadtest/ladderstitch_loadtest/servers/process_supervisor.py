@@ -1,4 +1,4 @@
-"""Replicas and gateways as processes of one machine, each of which can be killed and comes back."""
+"""Replicas and gateways as supervised processes of one machine, restarted when they die."""
 
 from __future__ import annotations
 
@@ -9,77 +9,88 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from ladderstitch.runtime.process import free_port
-from ladderstitch_loadtest.servers.processes import StartFailed
+from ladderstitch_loadtest.servers.processes import StartError
 
 READY = re.compile(r"ready.* gRPC on (\S+), metrics on (\S+)/metrics")
-START_S = 600.0
-"""A process that is not ready by then has failed, on the slowest machine, too."""
+START_TIMEOUT_S = 600.0
+"""Limit for a start or a stop, generous enough for the slowest machine."""
 
 
-class Process:
-    """One command; what is killed from outside is started again at once, as systemd would."""
+class SupervisedProcess:
+    """One `ladderstitch` command that is restarted at once when it ends, as systemd would do.
+
+    `starts` counts the starts; `address` and `metrics` are those of the latest ready process, and
+    empty before the first one is ready. With `restart=False` the command runs once.
+    """
 
     def __init__(self, *arguments: str, restart: bool = True) -> None:
         self.arguments = arguments
         self.restart = restart
         self.starts = 0
-        self._readies = 0
-        self._ready = threading.Event()
+        self._ready_count = 0
+        self._ready_or_ended = threading.Event()
         self._stopping = False
         self._process: subprocess.Popen[str] | None = None
         self._thread = threading.Thread(target=self._supervise, daemon=True)
         self.address = self.metrics = ""
 
     def start(self) -> None:
+        """Start the command and return without waiting for it."""
         self._thread.start()
 
-    def until_ready(self) -> None:
-        """Raises `StartFailed` if it does not come up."""
-        if not self._ready.wait(timeout=START_S) or not self.address:
-            raise StartFailed(f"`ladderstitch {' '.join(self.arguments)}` did not come up")
+    def wait_until_ready(self) -> None:
+        """Wait for the first ready line; raise `StartError` if none comes within 600 s."""
+        if not self._ready_or_ended.wait(timeout=START_TIMEOUT_S) or not self.address:
+            raise StartError(f"`ladderstitch {' '.join(self.arguments)}` did not get ready")
 
     @property
     def pid(self) -> int:
-        """Of the process as it is now."""
+        """The id of the current process."""
         assert self._process is not None, "set by `start`"
         return self._process.pid
 
     def kill(self) -> None:
-        """`kill -9`."""
+        """Send SIGKILL to the process, which the supervisor then restarts."""
         os.kill(self.pid, signal.SIGKILL)
 
     def terminate(self) -> None:
-        """SIGTERM: it drains, ends, and is started again."""
+        """Send SIGTERM to the process, which drains, ends and is restarted."""
         os.kill(self.pid, signal.SIGTERM)
 
-    def until_restarted(self, starts: int) -> None:
-        """Wait until it is ready for the `starts`-th time; raises `StartFailed` if that fails."""
-        end = time.monotonic() + START_S
-        while self._readies < starts:
+    def wait_until_restarted(self, starts: int) -> None:
+        """Wait until the command is ready for the `starts`-th time.
+
+        Raises `StartError` if that takes longer than 600 s.
+        """
+        end = time.monotonic() + START_TIMEOUT_S
+        while self._ready_count < starts:
             if time.monotonic() > end:
-                raise StartFailed(f"`ladderstitch {' '.join(self.arguments)}` did not come back")
+                raise StartError(f"`ladderstitch {' '.join(self.arguments)}` did not come back")
             time.sleep(0.05)
 
     def stop(self) -> int:
-        """Ctrl-C; the exit status."""
+        """Stop the command by Ctrl-C and return its exit status."""
         self._stopping = True
         assert self._process is not None, "set by `start`"
         self._process.send_signal(signal.SIGINT)
-        self._thread.join(timeout=START_S)
-        return self._process.wait(timeout=START_S)
+        self._thread.join(timeout=START_TIMEOUT_S)
+        return self._process.wait(timeout=START_TIMEOUT_S)
 
     def _supervise(self) -> None:
         while not self._stopping:
-            self._run()
+            self._run_once()
             if not self.restart:
                 break
-        self._ready.set()
+        self._ready_or_ended.set()
 
-    def _run(self) -> None:
+    def _run_once(self) -> None:
         environment = os.environ | {"COLUMNS": "240", "PYTHONUNBUFFERED": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "ladderstitch", *self.arguments],
@@ -90,57 +101,87 @@ class Process:
         )
         self.starts += 1
         assert self._process.stdout is not None
-        with self._process.stdout as said:
-            for line in said:
+        with self._process.stdout as lines:
+            for line in lines:
                 if ready := READY.search(line):
                     self.address, self.metrics = ready[1], ready[2]
-                    self._readies += 1
-                    self._ready.set()
+                    self._ready_count += 1
+                    self._ready_or_ended.set()
         self._process.wait()
 
 
 @contextmanager
-def stage(
+def replicas_and_gateways(
     replicas: int = 2, gateways: int = 1, *flags: str, gateway_flags: Sequence[str] = ()
-) -> Iterator[tuple[list[Process], list[Process]]]:
-    """So many replicas, and gateways on one port before them, for the `with` block.
+) -> Iterator[tuple[list[SupervisedProcess], list[SupervisedProcess]]]:
+    """Run replicas, and gateways that share one port in front of them, during the `with` block.
 
-    `flags` are of `ladderstitch serve`, `gateway_flags` of `ladderstitch gateway`. Raises
-    `StartFailed` if one does not come up.
+    `flags` are options of `ladderstitch serve`, `gateway_flags` those of `ladderstitch gateway`.
+    Raises `StartError` if a process does not get ready.
     """
     ports = free_ports(replicas + 2)
-    served = [
-        Process("serve", "--no-ray", "--port", str(port), "--metrics-port", "0", *flags)
-        for port in ports[:replicas]
-    ]
-    named = [text for port in ports[:replicas] for text in ("--replica", f"127.0.0.1:{port}")]
-    fronts = [
-        Process(
-            "gateway",
-            *named,
-            "--port",
-            str(ports[-1]),
-            "--metrics-port",
-            "0",
-            "--share-port",
-            *gateway_flags,
-        )
-        for _ in range(gateways)
-    ]
-    everything = [*served, *fronts]
-    for process in everything:
+    behind = [_replica(port, flags) for port in ports[:replicas]]
+    front = [_gateway(ports[-1], ports[:replicas], gateway_flags) for _ in range(gateways)]
+    processes = [*behind, *front]
+    for process in processes:
         process.start()
     try:
-        for process in everything:
-            process.until_ready()
-        yield served, fronts
+        for process in processes:
+            process.wait_until_ready()
+        yield behind, front
     finally:
-        for process in reversed(everything):
+        for process in reversed(processes):
             process.stop()
 
 
+def _replica(port: int, flags: Sequence[str]) -> SupervisedProcess:
+    return SupervisedProcess(
+        "serve", "--no-ray", "--port", str(port), "--metrics-port", "0", *flags
+    )
+
+
+def _gateway(port: int, replica_ports: Sequence[int], flags: Sequence[str]) -> SupervisedProcess:
+    named = [text for replica in replica_ports for text in ("--replica", f"127.0.0.1:{replica}")]
+    ports = ("--port", str(port), "--metrics-port", "0", "--share-port")
+    return SupervisedProcess("gateway", *named, *ports, *flags)
+
+
+def wait_until_serving(metrics: Sequence[str], replicas: int, timeout_s: float = 600.0) -> None:
+    """Wait until every gateway's metrics page counts `replicas` serving replicas.
+
+    `metrics` are URLs of the gateways without `/metrics`. Raises `TimeoutError`.
+    """
+    end = time.monotonic() + timeout_s
+    while any(count_serving(url) != replicas for url in metrics):
+        if time.monotonic() > end:
+            counts = {url: count_serving(url) for url in metrics}
+            raise TimeoutError(f"serving replicas: expected {replicas}, got {counts}")
+        time.sleep(0.1)
+
+
+def count_serving(url: str) -> int:
+    """Return the serving replicas that a gateway's metrics page counts; 0 if it is unreadable."""
+    try:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=5) as reply:
+            text = reply.read().decode()
+    except OSError:
+        return 0
+    for line in text.splitlines():
+        if line.startswith('ladderstitch_gateway_replicas{state="serving"}'):
+            return int(float(line.rpartition(" ")[2]))
+    return 0
+
+
+def count_requests(url: str) -> float:
+    """Return the queued and running requests that a replica's metrics page counts."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as page:
+        families = text_string_to_metric_families(page.read().decode())
+    wanted = {"ladderstitch_queue_requests", "ladderstitch_running_requests"}
+    return sum(s.value for family in families if family.name in wanted for s in family.samples)
+
+
 def free_ports(count: int) -> list[int]:
-    """Distinct ports of loopback that nobody has."""
+    """Return distinct loopback ports that no process uses."""
     ports: set[int] = set()
     while len(ports) < count:
         ports.add(free_port("127.0.0.1"))

@@ -1,4 +1,4 @@
-"""Servers that a measurement starts for itself, and ends."""
+"""Servers that a measurement starts and stops as subprocesses."""
 
 from __future__ import annotations
 
@@ -15,31 +15,35 @@ from urllib.request import urlopen
 
 from prometheus_client.parser import text_string_to_metric_families
 
+READY = re.compile(r"ready after .* gRPC on (\S+), metrics on (\S+)")
+STOP_TIMEOUT_S = 60.0
 
-class StartFailed(Exception):
-    """A server did not come up; the message holds what it said."""
+
+class StartError(Exception):
+    """A server did not start, did not stop cleanly, or did not come back after a restart."""
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """A running server: its gRPC address, its metrics page and its process."""
+class StartedServer:
+    """A running server: gRPC address, URL of its metrics page, process id, its ready line."""
 
     address: str
     metrics: str
     pid: int
     ready_line: str
 
-    def page(self) -> str:
-        """The metrics page as it is now."""
-        with urlopen(self.metrics, timeout=10) as answer:
-            text: str = answer.read().decode()
+    def read_metrics(self) -> str:
+        """Return the current text of the metrics page."""
+        with urlopen(self.metrics, timeout=10) as reply:
+            text: str = reply.read().decode()
         return text
 
 
-def histogram_quantile(page: str, name: str, share: float) -> float:
-    """Upper edge of the bucket that this quantile of a metrics page's histogram lies in.
+def histogram_quantile(page: str, name: str, quantile: float) -> float:
+    """Return the upper edge of the bucket that holds this quantile of a histogram.
 
-    Over all labels; NaN if nothing was observed.
+    `page` is the text of a metrics page and `name` the histogram's name without suffix. Series of
+    all labels are added up. The result is NaN if nothing was observed.
     """
     counts: dict[float, float] = {}
     for family in text_string_to_metric_families(page):
@@ -48,15 +52,15 @@ def histogram_quantile(page: str, name: str, share: float) -> float:
                 edge = float(sample.labels["le"])
                 counts[edge] = counts.get(edge, 0.0) + sample.value
     total = counts.get(float("inf"), 0.0)
-    edges = sorted(edge for edge, count in counts.items() if total and count >= share * total)
+    edges = sorted(edge for edge, count in counts.items() if total and count >= quantile * total)
     return edges[0] if edges else float("nan")
 
 
 @contextmanager
-def ladderstitch_server(*flags: str) -> Iterator[Served]:
-    """`ladderstitch serve` on free ports for the `with` block; Ctrl-C at its end.
+def ladderstitch_server(*flags: str) -> Iterator[StartedServer]:
+    """Run `ladderstitch serve` on free ports during the `with` block and stop it by Ctrl-C.
 
-    Raises `StartFailed` if it does not get ready, or does not stop cleanly.
+    Raises `StartError` if the server ends before it is ready, or with a status other than 0.
     """
     command = [sys.executable, "-m", "ladderstitch", "serve", "--port", "0", "--metrics-port", "0"]
     environment = os.environ | {"COLUMNS": "240", "PYTHONUNBUFFERED": "1"}
@@ -65,23 +69,23 @@ def ladderstitch_server(*flags: str) -> Iterator[Served]:
     )
     assert process.stdout is not None
     try:
-        said = ""
-        while not (ready := re.search(r"ready after .* gRPC on (\S+), metrics on (\S+)", said)):
-            said = process.stdout.readline()
-            if not said:
-                raise StartFailed(f"`{' '.join(command)}` ended with {process.wait()}")
-        yield Served(ready[1], ready[2], process.pid, said.strip())
+        line = ""
+        while not (ready := READY.search(line)):
+            line = process.stdout.readline()
+            if not line:
+                raise StartError(f"`{' '.join(command)}` ended with status {process.wait()}")
+        yield StartedServer(ready[1], ready[2], process.pid, line.strip())
     finally:
         process.send_signal(signal.SIGINT)
-        status = process.wait(timeout=60)
+        status = process.wait(timeout=STOP_TIMEOUT_S)
         process.stdout.close()
     if status:
-        raise StartFailed(f"the server stopped with status {status}")
+        raise StartError(f"the server stopped with status {status}")
 
 
 @contextmanager
 def echo_server() -> Iterator[str]:
-    """The bare echo's address."""
+    """Run the bare gRPC echo during the `with` block and yield its address."""
     process = subprocess.Popen(
         [sys.executable, "-m", "ladderstitch_loadtest.benchmarks.echo"],
         stdin=subprocess.PIPE,
@@ -94,12 +98,12 @@ def echo_server() -> Iterator[str]:
         yield f"127.0.0.1:{int(process.stdout.readline())}"
     finally:
         process.stdin.close()
-        process.wait(timeout=30)
+        process.wait(timeout=STOP_TIMEOUT_S)
         process.stdout.close()
 
 
 def command_line(pid: int) -> str:
-    """Of a process; empty if it has ended."""
+    """Return the command line of a process, or an empty string if the process has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:

@@ -1,4 +1,4 @@
-"""Measurements on disk: figures with the machine that they were taken on."""
+"""Result files: the figures of a measurement, with the machine that it ran on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ladderstitch.runtime.device import device_name, versions
 
 
 def write(folder: Path | None, name: str, figures: dict[str, Any]) -> None:
-    """NAME.json in the folder, if there is one."""
+    """Write NAME.json into the folder, which is created if needed; do nothing without a folder."""
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A language model of random weights, small enough that everything but the model takes the time."""
+"""A language model with random weights, so small that compute takes a negligible share of time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG = LlamaConfig(
 
 
 def write_tiny(path: Path) -> Path:
-    """A bundle with a token for each byte; the path again."""
+    """Write a bundle with one token per byte and return its path."""
     manifest = TextManifest(
         name="tiny", config=CONFIG, origin="random weights", licence="Apache-2.0"
     )

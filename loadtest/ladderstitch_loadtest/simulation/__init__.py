@@ -1,1 +1,1 @@
-"""Policies on simulated traces: simulator, oracle, comparison, replay."""
+"""Simulation of policies on traces: simulator, oracle, policy sweep, replay of records."""

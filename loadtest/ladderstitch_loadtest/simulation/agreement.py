@@ -1,4 +1,4 @@
-"""Policies on the real server, and whether the simulator says the same."""
+"""The agreement of the simulator with a real server, on the same policies and traces."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ import numpy as np
 
 from ladderstitch.client import AsyncClient
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile
-from ladderstitch_loadtest.benchmarks.mixed import choose
+from ladderstitch_loadtest.benchmarks.mixed import set_policy
 from ladderstitch_loadtest.load import traces
-from ladderstitch_loadtest.load.generator import Measured, measure
+from ladderstitch_loadtest.load.generator import LoadRun, measure
 from ladderstitch_loadtest.load.targets import Target
 from ladderstitch_loadtest.load.traces import BudgetClass, Times, Trace
-from ladderstitch_loadtest.simulation.policy_sweep import settings_of
+from ladderstitch_loadtest.simulation.policy_sweep import policy_settings
 from ladderstitch_loadtest.simulation.profiles import Family
 from ladderstitch_loadtest.simulation.simulator import Machine, simulate
 
 MIXED = (BudgetClass("tight", 0.008, 0.3), BudgetClass("relaxed", 0.04, 0.7))
 SHARED = (BudgetClass("shared", 0.02),)
+CALIBRATION_SEED = 999
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """Medians over the rounds: the real server's figure and the simulator's."""
+class AgreementPair:
+    """The real server's figures and the simulator's on one trace: medians over the rounds."""
 
     trace: str
     policy: str
@@ -36,30 +37,35 @@ class Pair:
     effective_quality: float
     simulated_quality: float
     lag_p99_ms: float
+    """How late the load generator sent requests, at the 99th percentile."""
 
     @property
     def attainment_error(self) -> float:
-        """In points."""
+        """Simulated minus real attainment, in points."""
         return 100 * (self.simulated_attainment - self.attainment)
 
     @property
     def quality_error(self) -> float:
-        """In points."""
+        """Simulated minus real effective quality, in points."""
         return 100 * (self.simulated_quality - self.effective_quality)
 
 
 @dataclass(slots=True)
 class Agreement:
-    """The whole measurement; `slowdown`, `transit_ms` and `spread` are the simulator's machine."""
+    """All pairs, and the calibration of the simulator's machine."""
 
     rate: float
+    """Mean requests per second."""
     rounds: int
     seconds: float
+    """Length of each run."""
     slowdown: float
-    transit_ms: float
-    pairs: list[Pair] = field(default_factory=list)
+    """Seconds of the real server over the family's profile."""
+    dispatch_overhead_ms: float
+    pairs: list[AgreementPair] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, object]:
+        """Return the measurement as JSON values."""
         return asdict(self) | {
             "errors": [
                 {
@@ -73,8 +79,8 @@ class Agreement:
         }
 
 
-def plans(rate: float, seconds: float, seed: int) -> list[Trace]:
-    """The traces, by name the same for every seed."""
+def draw_traces(rate: float, seconds: float, seed: int) -> list[Trace]:
+    """Return the traces of a seed; their names are the same for every seed."""
     rng = np.random.default_rng(seed)
     named: list[tuple[str, Times, Sequence[BudgetClass]]] = [
         ("Poisson, shared", traces.poisson(rate, seconds, rng), SHARED),
@@ -102,63 +108,57 @@ async def compare_with_simulator(
     cpus: Sequence[int] | None,
     advance: Callable[[str], None],
 ) -> Agreement:
-    """Policies take turns on the same arrivals, `rounds` times, each round on fresh ones.
+    """Return the figures of policies on a real server and in the simulator.
 
-    The simulator's machine is calibrated by one run before, on arrivals of its own.
+    The policies take turns on the same arrivals, in `rounds` rounds with new arrivals each. Before,
+    a run on arrivals of its own calibrates the simulator's machine. `advance` is called with what
+    runs next.
     """
     async with AsyncClient(address) as client:
-        await choose(client, "adaptive")
+        await set_policy(client, "adaptive")
         advance("calibrating")
-        before = measure(address, target, plans(rate, seconds, seed=999)[1], cpus=cpus)
+        before = measure(
+            address, target, draw_traces(rate, seconds, CALIBRATION_SEED)[1], cpus=cpus
+        )
         machine_family, machine = calibrate(family, before)
         slowdown = machine_family.profile.alone_s(0) / family.profile.alone_s(0)
-        found = Agreement(
-            rate, rounds, seconds, round(slowdown, 3), round(1e3 * machine.dispatch_overhead_s, 3)
-        )
+        overhead_ms = round(1e3 * machine.dispatch_overhead_s, 3)
+        found = Agreement(rate, rounds, seconds, round(slowdown, 3), overhead_ms)
         runs: dict[tuple[str, str], list[tuple[float, float, float, float, float]]] = {}
         for seed in range(rounds):
-            for trace in plans(rate, seconds, seed):
-                for policy in _rotated(policies, seed):
+            for trace in draw_traces(rate, seconds, seed):
+                for policy in _rotate(policies, seed):
                     advance(f"{trace.name}, {policy}")
-                    await choose(client, policy)
+                    await set_policy(client, policy)
                     real = measure(address, target, trace, cpus=cpus)
-                    mine, theirs = (
-                        real.outcome.summary(),
-                        _simulated(machine_family, machine, trace, policy, seed),
-                    )
-                    runs.setdefault((trace.name, policy), []).append(
-                        (
-                            mine.attainment,
-                            theirs[0],
-                            mine.effective_quality,
-                            theirs[1],
-                            1e3 * real.lag_p99_s,
-                        )
-                    )
-        await choose(client, "adaptive")
-    for (name, policy), ends in runs.items():
-        middles = [round(median(column), 5) for column in zip(*ends, strict=True)]
-        found.pairs.append(Pair(name, policy, *middles))
+                    simulated = _simulate(machine_family, machine, trace, policy, seed)
+                    figures = _pair_figures(real, simulated)
+                    runs.setdefault((trace.name, policy), []).append(figures)
+        await set_policy(client, "adaptive")
+    for (name, policy), results in runs.items():
+        medians = [round(median(column), 5) for column in zip(*results, strict=True)]
+        found.pairs.append(AgreementPair(name, policy, *medians))
     return found
 
 
-def calibrate(family: Family, run: Measured) -> tuple[Family, Machine]:
-    """A family and machine whose batches take as long as a real run's did."""
+def calibrate(family: Family, run: LoadRun) -> tuple[Family, Machine]:
+    """Return a family and a machine whose batches take as long as those of a real run."""
     outcome = run.outcome
     answered = [i for i, variant in enumerate(outcome.variant) if variant >= 0]
     ratios = [
-        _ratio(family, outcome.variant[i], outcome.rows[i], outcome.compute_s[i]) for i in answered
+        _profile_ratio(family, outcome.variant[i], outcome.batch_size[i], outcome.compute_s[i])
+        for i in answered
     ]
-    transit = median(
+    dispatch_overhead_s = median(
         outcome.total_s[i] - outcome.queue_s[i] - outcome.compute_s[i] for i in answered
     )
-    return fitted(family, ratios, transit)
+    return fit_machine(family, ratios, dispatch_overhead_s)
 
 
-def fitted(
+def fit_machine(
     family: Family, ratios: Sequence[float], dispatch_overhead_s: float
 ) -> tuple[Family, Machine]:
-    """A family that takes `ratios` of its profile, and a machine with so much besides."""
+    """Return a family whose batches take `ratios` of its profile, and a machine for it."""
     middle, high = np.quantile(ratios, [0.5, 0.99]).tolist()
     variants = {
         variant: Latency(
@@ -173,19 +173,36 @@ def fitted(
     )
 
 
-def _ratio(family: Family, variant: int, rows: int, seconds: float) -> float:
+def _profile_ratio(family: Family, variant: int, batch_size: int, seconds: float) -> float:
+    """Return the seconds of a batch over those of the profile."""
     profile = family.profile
-    return seconds / float(np.interp(rows, profile.batch_sizes, profile.variants[variant].median_s))
+    median_s = profile.variants[variant].median_s
+    return seconds / float(np.interp(batch_size, profile.batch_sizes, median_s))
 
 
-def _simulated(
+def _simulate(
     family: Family, machine: Machine, trace: Trace, policy: str, seed: int
 ) -> tuple[float, float]:
-    settings = settings_of(policy).model_copy(update={"overhead_s": 0.0005})
+    """Return simulated attainment and effective quality."""
+    settings = policy_settings(policy).model_copy(update={"overhead_s": 0.0005})
     summary = simulate(family, trace, settings, machine, seed=seed).summary()
     return summary.attainment, summary.effective_quality
 
 
-def _rotated(names: Sequence[T], turn: int) -> list[T]:
+def _pair_figures(
+    real: LoadRun, simulated: tuple[float, float]
+) -> tuple[float, float, float, float, float]:
+    """Return the figures of an `AgreementPair` in its order."""
+    summary = real.outcome.summary()
+    return (
+        summary.attainment,
+        simulated[0],
+        summary.effective_quality,
+        simulated[1],
+        1e3 * real.lag_p99_s,
+    )
+
+
+def _rotate(names: Sequence[T], turn: int) -> list[T]:
     cut = turn % len(names)
     return [*names[cut:], *names[:cut]]

@@ -1,4 +1,4 @@
-"""`ladderstitch-loadtest compare`: the policy laboratory."""
+"""Commands `compare`, `decisions` and `replay`: policy sweep, decision times, replay of records."""
 
 from __future__ import annotations
 
@@ -12,40 +12,52 @@ from rich.table import Table
 
 from ladderstitch.bundles import find_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
-from ladderstitch.vision.bundle import Bundle
+from ladderstitch.vision.bundle import VisionBundle
+from ladderstitch_loadtest.cli_options import OutFolder, Seed
 from ladderstitch_loadtest.servers.results_io import write
 from ladderstitch_loadtest.simulation import decisions as decision_times
 from ladderstitch_loadtest.simulation import plots, policy_sweep, scenarios
 from ladderstitch_loadtest.simulation import replay as replays
-from ladderstitch_loadtest.simulation.comparison_table import cells, columns, standings
-from ladderstitch_loadtest.simulation.profiles import Family, of_bundle, supernet
+from ladderstitch_loadtest.simulation.comparison_table import column_names, format_page, row_cells
+from ladderstitch_loadtest.simulation.profiles import Family, supernet
 
 Grid = Literal["full", "short"]
+Families = Annotated[
+    list[str],
+    typer.Option("--family", help="`supernet`, or the name or folder of a bundle; repeatable."),
+]
 
 
 def compare(
-    family: Annotated[
-        list[str], typer.Option(help="`supernet`, or the name or folder of a bundle; repeatable.")
-    ] = ["supernet", "fashion-mnist"],  # noqa: B006 # typer reads it only
-    replicas: Annotated[int, typer.Option(min=1, help="Of `supernet`; others have one.")] = 8,
+    family: Families = ["supernet", "fashion-mnist"],  # noqa: B006 # typer reads it only
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Replicas of `supernet`; other families have one.")
+    ] = 8,
     grid: Annotated[
-        Grid, typer.Option(help="`short` traces are few, and have the oracle beside them.")
+        Grid,
+        typer.Option(help="Scenarios; `short` traces are compared with the oracle, too."),
     ] = "full",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, paired.")] = 10,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Runs of each policy on each scenario, paired by seed.")
+    ] = 10,
     replay: Annotated[
         list[Path] | None,
         typer.Option(help="CSV file of arrivals: Azure's LLM format or seconds; repeatable."),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
-    folder: Annotated[Path | None, typer.Option("--out", help="Folder for table and plot.")] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that simulate; default: one per CPU.")
+    ] = os.cpu_count() or 1,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for table and plot; unset: print only.")
+    ] = None,
 ) -> None:
-    """Every policy on a grid of traces, simulated: attainment and effective quality.
+    """Compare all policies on a grid of simulated traces, by attainment and effective quality.
 
-    The full grid takes some ten minutes on two cores.
+    The full grid takes about ten minutes on two cores.
     """
     pairs = [
         (one, scenario)
-        for one in map(_family, family)
+        for one in map(_find_family, family)
         for scenario in (
             scenarios.short_grid()
             if grid == "short"
@@ -53,34 +65,36 @@ def compare(
         )
     ]
     with progress_bar() as progress:
-        total = sum(policy_sweep.runs_of(one, scenario, seeds) for one, scenario in pairs)
+        total = sum(policy_sweep.count_runs(one, scenario, seeds) for one, scenario in pairs)
         task = progress.add_task("simulating", total=total)
         found = list(
-            policy_sweep.compare(pairs, seeds, workers, lambda runs: progress.advance(task, runs))
+            policy_sweep.sweep_policies(
+                pairs, seeds, workers, lambda runs: progress.advance(task, runs)
+            )
         )
-    table = Table(*columns(found))
+    table = Table(*column_names(found))
     for comparison in found:
-        table.add_row(*cells(comparison))
+        table.add_row(*row_cells(comparison))
     out.print(table)
     if folder is not None:
         name = "policies" if grid == "full" else "policies-short"
         write(folder, name, {"comparisons": [comparison.to_dict() for comparison in found]})
-        (folder / f"{name}.md").write_text(standings(found), encoding="utf-8")
-        plots.compared(found, folder / f"{name}.png")
+        (folder / f"{name}.md").write_text(format_page(found), encoding="utf-8")
+        plots.plot_comparisons(found, folder / f"{name}.png")
 
 
 def decisions(
-    family: Annotated[
-        list[str], typer.Option(help="`supernet`, or the name or folder of a bundle; repeatable.")
-    ] = ["supernet", "fashion-mnist"],  # noqa: B006 # typer reads it only
-    calls: Annotated[int, typer.Option(min=100, help="Of each policy at each length.")] = 3000,
-    seed: Annotated[int, typer.Option(help="Of the queues.")] = 1,
-    folder: Annotated[Path | None, typer.Option("--out", help="Folder for decisions.json.")] = None,
+    family: Families = ["supernet", "fashion-mnist"],  # noqa: B006 # typer reads it only
+    calls: Annotated[
+        int, typer.Option(min=100, help="Decisions of each policy at each queue length.")
+    ] = 3000,
+    seed: Seed = 1,
+    folder: OutFolder = None,
 ) -> None:
-    """How long a decision takes at queues of 1 to 1,000 requests."""
+    """Measure how long a decision takes with queues of 1 to 1,000 requests."""
     rows = [
         row
-        for one in map(_family, family)
+        for one in map(_find_family, family)
         for policy in ("adaptive", "slackfit")
         for row in decision_times.measure(one, policy, calls, seed)
     ]
@@ -96,23 +110,23 @@ def decisions(
 def replay(
     file: Annotated[Path, typer.Argument(help="MODEL-PID.jsonl of `ladderstitch serve --record`.")],
     policy: Annotated[
-        list[str], typer.Option(help="`slackfit` and so on, or `fixed N`; repeatable.")
+        list[str], typer.Option(help="Policy to simulate, or `fixed N`; repeatable.")
     ] = [*policy_sweep.POLICIES],  # noqa: B006 # typer reads it only
 ) -> None:
-    """A server's record, once more: the same decisions, and what other policies make of it.
+    """Repeat the decisions in a server's record, and simulate other policies on its arrivals.
 
-    Fails if the planner decides otherwise than it did in the server.
+    Exits with 1 if the planner decides otherwise than it did in the server.
     """
     with user_errors():
         found = replays.replay(file)
-    made = found.admissions + found.decisions
-    out.print(f"{found.same} of {made} admissions and decisions are made again")
+    total = found.admissions + found.decisions
+    out.print(f"{found.same} of {total} admissions and decisions are the same")
     for difference in found.differences:
         err.print(difference)
     table = Table("policy", "attainment", "effective quality")
     rows = {f"recorded: {found.settings.policy}": found.recorded}
     for name in track(policy, "simulating", console=err, transient=True):
-        rows[f"simulated: {name}"] = found.simulated(name)
+        rows[f"simulated: {name}"] = found.simulate(name)
     for title, figures in rows.items():
         table.add_row(
             title, f"{100 * figures.attainment:.2f} %", f"{100 * figures.effective_quality:.2f} %"
@@ -122,5 +136,7 @@ def replay(
         raise typer.Exit(1)
 
 
-def _family(name: str) -> Family:
-    return supernet() if name == "supernet" else of_bundle(Bundle.load(find_bundle(name)))
+def _find_family(name: str) -> Family:
+    if name == "supernet":
+        return supernet()
+    return Family.from_bundle(VisionBundle.load(find_bundle(name)))

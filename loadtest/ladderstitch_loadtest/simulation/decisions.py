@@ -1,4 +1,4 @@
-"""How long a policy takes to decide, by the length of the queue."""
+"""The time that a policy takes to decide, by the length of the queue."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ import numpy as np
 
 from ladderstitch.scheduling.requests import Deadlines, Request
 from ladderstitch.vision.scheduler.planner import Planner
-from ladderstitch_loadtest.simulation.policy_sweep import settings_of
+from ladderstitch_loadtest.simulation.policy_sweep import policy_settings
 from ladderstitch_loadtest.simulation.profiles import Family
 from ladderstitch_loadtest.simulation.simulator import ONE_IMAGE
 
-LENGTHS = (1, 10, 100, 1000)
+QUEUE_LENGTHS = (1, 10, 100, 1000)
 BUDGETS_S = (0.008, 0.036, 0.1)
 RATE = 2000.0
-HISTORY = 1000
+"""Requests per second of the forecast."""
+HISTORY_REQUESTS = 1000
+"""Requests before the queue that the forecast is based on."""
 REPEATS = 3
-"""Every decision is taken so often and its shortest time counts: what the policy takes, without
-what else the machine does meanwhile."""
+"""Times that each decision is taken. The shortest counts, to exclude other work of the machine."""
 
 
 @dataclass(frozen=True, slots=True)
-class DecisionRow:
+class DecisionTimes:
+    """The quantiles of one policy's decision times at one queue length, in microseconds."""
+
     family: str
     policy: str
     queue: int
@@ -32,38 +35,43 @@ class DecisionRow:
     p99_us: float
 
     def to_dict(self) -> dict[str, object]:
+        """Return the figures as JSON values."""
         return asdict(self)
 
 
-def measure(family: Family, policy: str, decisions: int, seed: int) -> list[DecisionRow]:
-    """Mixed budgets, a forecast from a thousand requests before, deadlines spread at random."""
-    rows = []
-    for length in LENGTHS:
+def measure(family: Family, policy: str, decisions: int, seed: int) -> list[DecisionTimes]:
+    """Return the decision times for each queue length.
+
+    Budgets are mixed, deadlines are spread at random, and the forecast is based on
+    `HISTORY_REQUESTS` requests.
+    """
+    times = []
+    for length in QUEUE_LENGTHS:
         rng = Random(seed)
-        planner = Planner(family.quality, family.profile, settings_of(policy))
+        planner = Planner(family.quality, family.profile, policy_settings(policy))
         now = 0.0
-        for _ in range(HISTORY):
+        for _ in range(HISTORY_REQUESTS):
             now += rng.expovariate(RATE)
-            request = _request(now, rng.choice(BUDGETS_S))
+            request = _make_request(now, rng.choice(BUDGETS_S))
             planner.add(request)
             planner.queue.remove(request)
         for _ in range(length):
-            planner.queue.add(_request(now, rng.uniform(0.002, 0.1 + length / RATE)))
-        moments = [now + rng.uniform(-0.001, 0.002) for _ in range(decisions)]
-        seconds = [min(_seconds(planner, at) for _ in range(REPEATS)) for at in moments]
+            planner.queue.add(_make_request(now, rng.uniform(0.002, 0.1 + length / RATE)))
+        instants = [now + rng.uniform(-0.001, 0.002) for _ in range(decisions)]
+        seconds = [min(_time_decision(planner, at) for _ in range(REPEATS)) for at in instants]
         p50, p99 = np.quantile(seconds, [0.5, 0.99]).tolist()
-        rows.append(
-            DecisionRow(family.name, policy, length, round(1e6 * p50, 1), round(1e6 * p99, 1))
+        times.append(
+            DecisionTimes(family.name, policy, length, round(1e6 * p50, 1), round(1e6 * p99, 1))
         )
-    return rows
+    return times
 
 
-def _seconds(planner: Planner, at: float) -> float:
+def _time_decision(planner: Planner, at: float) -> float:
     started = time.perf_counter()
     planner.policy(planner.queue.view, planner.latency.view, at)
     return time.perf_counter() - started
 
 
-def _request(arrival: float, budget_s: float) -> Request:
-    deadlines = Deadlines(arrival + budget_s, float("inf"), "made up", "none")
+def _make_request(arrival: float, budget_s: float) -> Request:
+    deadlines = Deadlines(arrival + budget_s, float("inf"), "synthetic", "none")
     return Request("", ONE_IMAGE, arrival, deadlines)

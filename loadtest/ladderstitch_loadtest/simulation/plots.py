@@ -1,4 +1,4 @@
-"""Plots of comparisons and of runs."""
+"""The plot of a policy sweep."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ COLOURS = {
 }
 
 
-def compared(found: Sequence[Comparison], file: Path) -> None:
-    """Effective quality by policy, a row per trace, a panel per family."""
+def plot_comparisons(found: Sequence[Comparison], file: Path) -> None:
+    """Write a plot of effective quality by policy: a row per scenario, a panel per family."""
     families = list(dict.fromkeys(comparison.family for comparison in found))
     figure = Figure(figsize=(7 * len(families), 0.24 * len(found) / len(families) + 2))
     panels = figure.subplots(1, len(families), squeeze=False)[0]

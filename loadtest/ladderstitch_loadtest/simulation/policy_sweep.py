@@ -1,4 +1,4 @@
-"""The policy laboratory: every policy on every trace, paired by seed, beside the oracle."""
+"""The policy sweep: every policy on every scenario, paired by seed and compared with the oracle."""
 
 from __future__ import annotations
 
@@ -19,86 +19,94 @@ from ladderstitch_loadtest.simulation.simulator import Machine, simulate
 POLICIES = ("adaptive", "slackfit", "max_batch", "max_quality", "model_switching")
 ORACLE = "oracle"
 
+RunResult = tuple[float, float, dict[str, float]]
+"""Attainment, effective quality, attainment by budget class."""
+
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """One policy on one scenario: means over the seeds.
-
-    `behind` is adaptive's effective quality less this policy's, in points, with the half width of
-    its 95 % interval over the paired seeds.
-    """
+class PolicyFigures:
+    """The figures of one policy on one scenario: means over the seeds."""
 
     policy: str
     attainment: float
     effective_quality: float
     by_class: dict[str, float]
+    """Attainment by budget class."""
     behind: float
+    """Effective quality of `adaptive` minus that of this policy, in points."""
     behind_half_width: float
+    """Half width of the 95 % interval of `behind` over the paired seeds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All policies on one scenario, the best first."""
+    """All policies on one scenario, the best policy first."""
 
     family: str
     scenario: str
     mixed: bool
     replicas: int
     seeds: int
-    figures: list[Figure]
+    figures: list[PolicyFigures]
 
-    def figure(self, policy: str) -> Figure:
-        return next(figure for figure in self.figures if figure.policy == policy)
+    def figures_of(self, policy: str) -> PolicyFigures:
+        """Return the figures of one policy."""
+        return next(figures for figures in self.figures if figures.policy == policy)
 
     @property
     def margin(self) -> float:
-        """Points of effective quality that adaptive is ahead of the best other policy."""
+        """Points of effective quality by which `adaptive` is ahead of the best other policy."""
         return min(f.behind for f in self.figures if f.policy not in ("adaptive", ORACLE))
 
     def to_dict(self) -> dict[str, object]:
+        """Return the comparison as JSON values."""
         return asdict(self) | {"margin": self.margin}
 
 
 @dataclass(frozen=True, slots=True)
 class SweepRun:
-    """What one process does at a time; the result is (attainment, quality, by class)."""
+    """The unit of work of one process: one policy on one scenario with one seed."""
 
     family: Family
     scenario: Scenario
     policy: str
     seed: int
 
-    def __call__(self) -> tuple[float, float, dict[str, float]]:
+    def __call__(self) -> RunResult:
+        """Return the result of the run."""
         trace = self.scenario.trace(self.family, self.seed)
         if self.policy == ORACLE:
             best = oracle(self.family, trace)
             return best.attainment, best.effective_quality, {}
         machine = Machine(replicas=self.scenario.replicas, spread=self.scenario.spread)
-        got = simulate(self.family, trace, settings_of(self.policy), machine, seed=self.seed)
-        summary = got.summary()
+        settings = policy_settings(self.policy)
+        summary = simulate(self.family, trace, settings, machine, seed=self.seed).summary()
         by_class = {c.name: c.attainment for c in summary.classes}
         return summary.attainment, summary.effective_quality, by_class
 
 
-def settings_of(policy: str) -> SchedulerSettings:
-    """`slackfit` and so on, or `fixed N`; nothing is reserved for writing answers."""
+def policy_settings(policy: str) -> SchedulerSettings:
+    """Return settings for a policy's name or `fixed N`, without overhead and queue limits."""
     name, _, variant = policy.partition(" ")
     fields = {"policy": name, "fixed_variant": int(variant) if variant else None, "overhead_s": 0.0}
     return SchedulerSettings.model_validate(fields | {"queue_limit_requests": 1_000_000})
 
 
-def compare(
+def sweep_policies(
     pairs: Iterable[tuple[Family, Scenario]],
     seeds: int,
     workers: int,
     advance: Callable[[int], None],
 ) -> Iterator[Comparison]:
-    """One comparison after the other; `advance` is told how many runs each took."""
+    """Yield the comparison of each pair in order.
+
+    The runs are spread over `workers` processes. `advance` is called with the number of runs of
+    each comparison.
+    """
     with ProcessPoolExecutor(workers) as pool:
         waiting = []
         for family, scenario in pairs:
-            names = [*POLICIES, *(f"fixed {variant}" for variant in family.frontier)]
-            names += [ORACLE] if scenario.short else []
+            names = _contenders(family, scenario)
             runs = [
                 SweepRun(family, scenario, name, seed) for name in names for seed in range(seeds)
             ]
@@ -108,36 +116,39 @@ def compare(
             results = [future.result() for future in futures]
             advance(len(results))
             by_name = {n: results[i * seeds : (i + 1) * seeds] for i, n in enumerate(names)}
-            yield _comparison(family, scenario, by_name)
+            yield _compare(family, scenario, by_name)
 
 
-def runs_of(family: Family, scenario: Scenario, seeds: int) -> int:
-    """How many runs a comparison takes."""
-    return seeds * (len(POLICIES) + len(family.frontier) + scenario.short)
+def count_runs(family: Family, scenario: Scenario, seeds: int) -> int:
+    """Return the number of runs of one comparison."""
+    return seeds * len(_contenders(family, scenario))
 
 
-def _comparison(
-    family: Family,
-    scenario: Scenario,
-    results: dict[str, list[tuple[float, float, dict[str, float]]]],
-) -> Comparison:
+def _contenders(family: Family, scenario: Scenario) -> list[str]:
+    """Return all policies, every fixed variant on the frontier, and for short traces the oracle."""
+    names = [*POLICIES, *(f"fixed {variant}" for variant in family.frontier)]
+    return [*names, ORACLE] if scenario.short else names
+
+
+def _compare(family: Family, scenario: Scenario, results: dict[str, list[RunResult]]) -> Comparison:
     ours = np.array([quality for _, quality, _ in results["adaptive"]])
-    figures = []
-    for name, ends in results.items():
-        gaps = 100 * (ours - np.array([quality for _, quality, _ in ends]))
-        error = float(stats.sem(gaps)) if len(gaps) > 1 else 0.0
-        figures.append(
-            Figure(
-                policy=name,
-                attainment=round(fmean(end[0] for end in ends), 5),
-                effective_quality=round(fmean(end[1] for end in ends), 5),
-                by_class={c: round(fmean(e[2][c] for e in ends), 5) for c in ends[0][2]},
-                behind=round(float(gaps.mean()), 3),
-                behind_half_width=round(error * float(stats.t.ppf(0.975, len(gaps) - 1)), 3)
-                if error
-                else 0.0,
-            )
-        )
-    figures.sort(key=lambda figure: -figure.effective_quality)
+    figures = [_policy_figures(name, ends, ours) for name, ends in results.items()]
+    figures.sort(key=lambda one: -one.effective_quality)
     seeds = len(ours)
     return Comparison(family.name, scenario.name, scenario.mixed, scenario.replicas, seeds, figures)
+
+
+def _policy_figures(
+    policy: str, results: list[RunResult], ours: np.ndarray[tuple[int], np.dtype[np.float64]]
+) -> PolicyFigures:
+    gaps = 100 * (ours - np.array([quality for _, quality, _ in results]))
+    error = float(stats.sem(gaps)) if len(gaps) > 1 else 0.0
+    half_width = error * float(stats.t.ppf(0.975, len(gaps) - 1)) if error else 0.0
+    return PolicyFigures(
+        policy=policy,
+        attainment=round(fmean(result[0] for result in results), 5),
+        effective_quality=round(fmean(result[1] for result in results), 5),
+        by_class={c: round(fmean(r[2][c] for r in results), 5) for c in results[0][2]},
+        behind=round(float(gaps.mean()), 3),
+        behind_half_width=round(half_width, 3),
+    )

@@ -1,4 +1,4 @@
-"""The grid of traces that policies are compared on, as data."""
+"""The grid of scenarios on which policies are compared."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from ladderstitch_loadtest.load.traces import BudgetClass, Times, Trace
 from ladderstitch_loadtest.simulation.profiles import Family
 
 SHARED_OVER_SLOWEST = 36 / 30.63
-"""A shared budget, in the slowest variant's largest batches: SuperServe's ratio."""
+"""A shared budget over the slowest variant's largest batch: SuperServe's ratio."""
 TIGHT_OVER_SHARED, RELAXED_OVER_SHARED = 8 / 36, 100 / 36
 TIGHT_SHARE = 0.3
-CV2 = (0.0, 1.0, 2.0, 4.0, 8.0)
+CV2_VALUES = (0.0, 1.0, 2.0, 4.0, 8.0)
 LOADS = (0.3, 0.75, 1.2)
-ROWS_PER_TRACE = 4_500
-"""Length of a trace: this many rows at full capacity."""
+IMAGES_PER_TRACE = 4_500
+"""Length of a trace: the number of images that full capacity computes in its time."""
 
 Shape = Literal["gamma", "ramp", "step", "replay"]
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """How requests come; `load` is the mean rate over what the fastest variant can serve.
+    """An arrival process with its load and its budgets.
 
-    Ramps go from a quarter of the load to 7/4 of it and back; steps are at half of it and at
-    twice and a half for a quarter of the time. `requests` overrides the length, `file` is replayed.
+    `load` is the mean rate over the rate that the fastest variant can serve. A ramp goes from a
+    quarter of the load to 7/4 of it and back. A step is at half of the load, and at 2.5 times of it
+    for a quarter of the time. `requests` overrides the length of the trace; `file` is the file of
+    arrivals for the shape `replay`.
     """
 
     shape: Shape
@@ -49,23 +51,26 @@ class Scenario:
 
     @property
     def name(self) -> str:
+        """The name in tables and results."""
         kind = {"gamma": f"CV² {self.cv2:g}", "replay": self.file.stem if self.file else ""}
         budgets = "mixed" if self.mixed else "shared"
         length = f", {self.requests} requests" if self.requests else ""
         return f"{kind.get(self.shape, self.shape)}, load {self.load:g}, {budgets}{length}"
 
     def trace(self, family: Family, seed: int) -> Trace:
-        """The same for the same seed; its mean rate is the load on all replicas."""
+        """Return the trace of a seed; its mean rate is the load on all replicas."""
         rng = np.random.default_rng(seed)
         capacity = family.capacity_rps * self.replicas
         rate = self.load * capacity
-        seconds = ROWS_PER_TRACE / capacity if not self.requests else self.requests / rate
-        times = self._times(rate, seconds, seed, rng)
+        seconds = IMAGES_PER_TRACE / capacity if not self.requests else self.requests / rate
+        times = self._draw_times(rate, seconds, seed, rng)
         if self.requests:
             times = times[: self.requests]
-        return Trace.draw(self.name, times, budgets(family, mixed=self.mixed), rng)
+        return Trace.draw(self.name, times, budget_classes(family, mixed=self.mixed), rng)
 
-    def _times(self, rate: float, seconds: float, seed: int, rng: np.random.Generator) -> Times:
+    def _draw_times(
+        self, rate: float, seconds: float, seed: int, rng: np.random.Generator
+    ) -> Times:
         match self.shape:
             case "gamma":
                 return traces.gamma(rate, self.cv2, seconds, rng)
@@ -79,8 +84,8 @@ class Scenario:
                 return traces.replay(times, rate, seconds, start=seed % 10 / 10)
 
 
-def budgets(family: Family, *, mixed: bool) -> list[BudgetClass]:
-    """In proportion to the slowest variant's largest batch."""
+def budget_classes(family: Family, *, mixed: bool) -> list[BudgetClass]:
+    """Return budgets in proportion to the slowest variant's largest batch."""
     slowest = max(latency.median_s[-1] for latency in family.profile.variants.values())
     shared = SHARED_OVER_SLOWEST * slowest
     if not mixed:
@@ -92,9 +97,9 @@ def budgets(family: Family, *, mixed: bool) -> list[BudgetClass]:
 
 
 def grid(replicas: int, arrival_files: tuple[Path, ...] = ()) -> Iterator[Scenario]:
-    """All scenarios for a family on so many replicas."""
+    """Yield all scenarios for a family on `replicas` replicas."""
     for load in LOADS:
-        for cv2 in CV2:
+        for cv2 in CV2_VALUES:
             yield Scenario("gamma", load, cv2, replicas=replicas)
         for cv2 in (1.0, 8.0):
             yield Scenario("gamma", load, cv2, mixed=True, replicas=replicas)
@@ -106,7 +111,7 @@ def grid(replicas: int, arrival_files: tuple[Path, ...] = ()) -> Iterator[Scenar
 
 
 def short_grid() -> Iterator[Scenario]:
-    """Traces of one engine that the oracle can solve."""
+    """Yield scenarios of one engine that are short enough for the oracle."""
     for load in (0.4, 0.8, 1.2):
         for cv2 in (1.0, 8.0):
             for mixed in (False, True):

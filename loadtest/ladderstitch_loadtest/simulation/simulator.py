@@ -1,6 +1,6 @@
-"""Replicas on a virtual clock: the server's own planner and policies, a profile, a trace.
+"""The simulator: the server's planner and policies on a virtual clock, a profile and a trace.
 
-Deterministic: the same family, trace, settings and seed give the same outcome.
+It is deterministic: the same family, trace, settings and seed give the same outcome.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from random import Random
 import numpy as np
 
 from ladderstitch.errors import RequestError
-from ladderstitch.gateway.routing import ReplicaLoad, RequestTicket, choose
+from ladderstitch.gateway.routing import ReplicaLoad, RequestTicket, pick_replica
 from ladderstitch.scheduling.requests import Deadlines, Request
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.vision.scheduler.planner import Planner
@@ -24,31 +24,30 @@ from ladderstitch_loadtest.simulation.profiles import Family
 
 ONE_IMAGE = np.zeros((1, 0, 0, 0), np.float32)
 P99_SIGMAS = 2.326
-"""Standard deviations between a normal's median and its 99th percentile."""
+"""Standard deviations between the median and the 99th percentile of a normal distribution."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What simulated replicas run on.
-
-    They tell whoever routes how busy they are every `push_s`; 0: it is always known.
-
-    `spread` scales the profile's own p99/median (0: every batch takes its median). `dispatch_overhead_s` is
-    what a batch costs beyond compute. `slow` are (from, to, factor) spells of a noisy neighbour.
-    """
+    """The machine that simulated replicas run on."""
 
     replicas: int = 1
     spread: float = 1.0
+    """Factor on the profile's own p99 over median; 0: every batch takes its median."""
     dispatch_overhead_s: float = 0.0
+    """Seconds of a batch in addition to compute."""
     push_s: float = 0.0
+    """Seconds between two load reports to the router; 0: the router always knows the load."""
     slow: tuple[tuple[float, float, float], ...] = ()
+    """Periods (from, to, factor) in which a noisy neighbour slows everything by the factor."""
 
     def factor(self, now: float) -> float:
+        """Return the factor by which batches are slower at `now`."""
         return max((f for start, end, f in self.slow if start <= now < end), default=1.0)
 
 
 class SimulatedReplica:
-    """One planner, and the batch that its engine runs."""
+    """A planner, and the batch that its engine runs."""
 
     def __init__(self, family: Family, settings: SchedulerSettings) -> None:
         self.planner = Planner(family.quality, family.profile, settings)
@@ -56,14 +55,14 @@ class SimulatedReplica:
         self.variant = -1
         self.started = 0.0
         self.compute_s = 0.0
-        self.view = ReplicaLoad(reported_at=-inf)
-        self.marks: dict[Request, RequestTicket] = {}
-        self.turn = 0
-        """Counts decisions, so that a wake-up that is no longer wanted can be told."""
+        self.load = ReplicaLoad(reported_at=-inf)
+        self.tickets: dict[Request, RequestTicket] = {}
+        self.num_decisions = 0
+        """Count of decisions, by which a wake-up for an earlier decision is recognised."""
 
 
 class Simulation:
-    """One run; `run` may be called once."""
+    """One simulation of a trace; call `run` once."""
 
     def __init__(
         self, family: Family, settings: SchedulerSettings, machine: Machine, seed: int = 0
@@ -72,22 +71,22 @@ class Simulation:
         self.machine = machine
         self.replicas = [SimulatedReplica(family, settings) for _ in range(machine.replicas)]
         self._random = Random(seed)
-        self._sigma = _sigmas(family, machine.spread)
+        self._sigma = _log_normal_sigmas(family, machine.spread)
         self._events: list[tuple[float, int, int, int]] = []
-        self._sent = 0
-        self._routed = 0
+        self._num_events = 0
+        self._num_routed = 0
 
     def run(self, trace: Trace, *, hard: bool = True) -> LoadOutcome:
-        """Every request's end; `hard` budgets are limits too: what passes them is dropped."""
+        """Return the outcome of every request; with `hard`, late requests are dropped."""
         outcome = LoadOutcome.unanswered(trace)
         index: dict[Request, int] = {}
         for i, (at, budget) in enumerate(
             zip(trace.arrivals_s.tolist(), trace.budgets_s.tolist(), strict=True)
         ):
             self._advance(at, outcome, index)
-            due = at + budget
-            limit = due if hard else float("inf")
-            request = Request("", ONE_IMAGE, at, Deadlines(due, limit, "trace", "trace"))
+            soft = at + budget
+            deadlines = Deadlines(soft, soft if hard else inf, "trace", "trace")
+            request = Request("", ONE_IMAGE, at, deadlines)
             number = self._route(request, at)
             replica = self.replicas[number]
             idle = not replica.running
@@ -95,33 +94,35 @@ class Simulation:
                 replica.planner.admit(request, at, alone=idle and not replica.planner.queue)
             except RequestError:
                 continue
-            replica.marks[request] = replica.view.on_sent(due)
+            replica.tickets[request] = replica.load.on_sent(soft)
             index[request] = i
             replica.planner.add(request)
             if idle:
                 self._dispatch(number, at)
-        self._advance(float("inf"), outcome, index)
+        self._advance(inf, outcome, index)
         return outcome
 
     def _route(self, request: Request, now: float) -> int:
-        """The replica with the most slack for this request: the gateway's rule, on what replicas
-        have told."""
+        """Return the replica with the most slack for a request, by the gateway's own rule.
+
+        The rule knows only what the replicas have reported.
+        """
         if len(self.replicas) == 1:
             return 0
         for replica in self.replicas:
-            if now - replica.view.reported_at >= self.machine.push_s:
-                replica.view.on_report(replica.planner.load_report(now), now)
-        self._routed += 1
-        views = [replica.view for replica in self.replicas]
-        return choose(views, request.deadlines.soft - now, now, self._routed)
+            if now - replica.load.reported_at >= self.machine.push_s:
+                replica.load.on_report(replica.planner.load_report(now), now)
+        self._num_routed += 1
+        loads = [replica.load for replica in self.replicas]
+        return pick_replica(loads, request.deadlines.soft - now, now, self._num_routed)
 
     def _advance(self, until: float, outcome: LoadOutcome, index: dict[Request, int]) -> None:
-        """Everything that happens before `until`."""
+        """Process all events up to `until`."""
         events = self._events
         while events and events[0][0] <= until:
-            now, _, number, turn = heappop(events)
+            now, _, number, decision = heappop(events)
             replica = self.replicas[number]
-            if turn != replica.turn:
+            if decision != replica.num_decisions:
                 continue
             if replica.running:
                 self._finish(replica, now, outcome, index)
@@ -130,47 +131,48 @@ class Simulation:
     def _finish(
         self, replica: SimulatedReplica, now: float, outcome: LoadOutcome, index: dict[Request, int]
     ) -> None:
-        batch, rows = replica.running, len(replica.running)
-        quality = self.family.quality[replica.variant]
+        batch, batch_size = replica.running, len(replica.running)
+        variant, started, compute_s = replica.variant, replica.started, replica.compute_s
+        quality = self.family.quality[variant]
         for request in batch:
-            replica.view.on_ended(replica.marks.pop(request))
+            replica.load.on_ended(replica.tickets.pop(request))
             i = index.pop(request)
-            outcome.answer(
-                i, now, replica.started, replica.compute_s, replica.variant, quality, rows
-            )
-        replica.planner.finished(replica.variant, rows, replica.compute_s, now - replica.started)
-        replica.planner.free()
+            outcome.answer(i, now, started, compute_s, variant, quality, batch_size)
+        replica.planner.on_batch_finished(variant, batch_size, compute_s, now - started)
+        replica.planner.on_engine_idle()
         replica.running = ()
 
     def _dispatch(self, number: int, now: float) -> None:
         replica = self.replicas[number]
         planner = replica.planner
-        for request in planner.take_expired(now):
-            replica.view.on_ended(replica.marks.pop(request))
-        replica.turn += 1
+        for request in planner.remove_expired(now):
+            replica.load.on_ended(replica.tickets.pop(request))
+        replica.num_decisions += 1
         if not planner.queue:
             return
         choice = planner.decide(now)
         if not isinstance(choice, Decision):
-            self._at(now + choice.seconds, number, replica.turn)
+            self._schedule(now + choice.seconds, number, replica.num_decisions)
             return
-        replica.running, replica.variant, replica.started = choice.requests, choice.variant, now
-        planner.started(len(choice.requests), choice.variant, now)
-        replica.compute_s = self._compute_s(planner, choice.variant, len(choice.requests), now)
-        self._at(now + replica.compute_s + self.machine.dispatch_overhead_s, number, replica.turn)
+        variant, batch_size = choice.variant, len(choice.requests)
+        replica.running, replica.variant, replica.started = choice.requests, variant, now
+        planner.on_batch_started(batch_size, variant, now)
+        replica.compute_s = self._draw_compute_s(planner, variant, batch_size, now)
+        end = now + replica.compute_s + self.machine.dispatch_overhead_s
+        self._schedule(end, number, replica.num_decisions)
 
-    def _compute_s(self, planner: Planner, variant: int, rows: int, now: float) -> float:
-        seconds = planner.latency.view.profiled[variant][rows] * self.machine.factor(now)
+    def _draw_compute_s(self, planner: Planner, variant: int, batch_size: int, now: float) -> float:
+        seconds = planner.latency.view.profiled[variant][batch_size] * self.machine.factor(now)
         sigma = self._sigma[variant]
         return seconds * exp(sigma * self._random.gauss(0.0, 1.0)) if sigma else seconds
 
-    def _at(self, time: float, number: int, turn: int) -> None:
-        self._sent += 1
-        heappush(self._events, (time, self._sent, number, turn))
+    def _schedule(self, time: float, number: int, decision: int) -> None:
+        self._num_events += 1
+        heappush(self._events, (time, self._num_events, number, decision))
 
 
-def _sigmas(family: Family, spread: float) -> dict[int, float]:
-    """Of the log-normal spread that puts the 99th percentile where the profile has it."""
+def _log_normal_sigmas(family: Family, spread: float) -> dict[int, float]:
+    """Return sigmas of log-normal seconds whose 99th percentile is that of the profile."""
     return {
         variant: spread
         * float(np.median(np.log(np.array(latency.p99_s) / np.array(latency.median_s))))
@@ -188,5 +190,5 @@ def simulate(
     seed: int = 0,
     hard: bool = True,
 ) -> LoadOutcome:
-    """One run of one policy."""
+    """Return the outcome of one policy on one trace; with `hard`, late requests are dropped."""
     return Simulation(family, settings, machine, seed).run(trace, hard=hard)

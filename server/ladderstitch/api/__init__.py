@@ -1,1 +1,1 @@
-"""gRPC and HTTP servers: requests in, answers out; the only package that knows both protocols."""
+"""The gRPC and HTTP servers: they authenticate, check and translate requests and answers."""

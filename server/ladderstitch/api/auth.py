@@ -1,4 +1,4 @@
-"""Lets a call through if its bearer token may make it; sits before every handler."""
+"""Authentication: each call needs a bearer token whose scope and limits allow it."""
 
 from __future__ import annotations
 
@@ -8,106 +8,116 @@ from typing import Any
 
 import grpc
 
-from ladderstitch.api.status import Context, abort, behaviour_of, with_behaviour
+from ladderstitch.api.status import Context, abort, handler_function, replace_handler_function
 from ladderstitch.errors import PermissionDenied, RequestError, Unauthenticated
-from ladderstitch.security.tokens import Limits, Scope, Token, TokenFile
+from ladderstitch.security.tokens import RateLimiter, Scope, Token, TokenFile
 
 BEARER = "bearer "
 ADMIN_METHODS = frozenset({"RepositoryModelLoad", "RepositoryModelUnload"})
 ADMIN_SERVICES = frozenset({"ladderstitch.v1.AdminService"})
 OPEN_SERVICES = frozenset({"grpc.health.v1.Health"})
-"""Channels check health on their own behalf and send no token."""
+"""Services that need no token: gRPC channels check health themselves and send none."""
 
 OnDenied = Callable[[str], None]
-"""Told the reason of every refusal."""
+"""A function that is called with the reason of every rejected call."""
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no types
-    """Authenticates, checks the scope, and holds the token's limits for the time of the call."""
+    """An interceptor that checks the token of each call, and enforces its limits during it."""
 
-    def __init__(self, tokens: TokenFile, limits: Limits, denied: OnDenied) -> None:
+    def __init__(self, tokens: TokenFile, limiter: RateLimiter, on_denied: OnDenied) -> None:
         self.tokens = tokens
-        self.limits = limits
-        self.denied = denied
+        self.limiter = limiter
+        self.on_denied = on_denied
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
+        """Return the handler of a call, or one that rejects the call."""
         handler = await continuation(details)
         service, _, method = details.method.lstrip("/").partition("/")
         if handler is None or service in OPEN_SERVICES:
             return handler
+        scope = required_scope(service, method)
         try:
-            token = self.admit(details.invocation_metadata, needed_scope(service, method), method)
+            token = self.authorize(details.invocation_metadata, scope, method)
         except RequestError as error:
-            return _refusing(handler, error)
+            return _rejecting_handler(handler, error)
         if token.concurrent_requests is None and token.requests_per_s is None:
             return handler
-        return self._limited(handler, token)
+        return self._limited_handler(handler, token)
 
-    def admit(
-        self, metadata: Iterable[tuple[str, str | bytes]], scope: Scope, what: str = "this"
+    def authorize(
+        self, metadata: Iterable[tuple[str, str | bytes]], scope: Scope, method: str = "this call"
     ) -> Token:
-        """By gRPC metadata or HTTP headers; raises `Unauthenticated`, `PermissionDenied`."""
+        """Return the token in gRPC metadata or HTTP headers if it has `scope`.
+
+        Raises `Unauthenticated` without a known token, and `PermissionDenied` without the scope.
+        """
         try:
-            token = self._authenticated(metadata)
+            token = self._find_token(metadata)
             if scope not in token.scopes:
                 raise PermissionDenied(
-                    f"token {token.name!r} has the scopes {sorted(token.scopes)}; {what} needs "
-                    f"{scope!r}"
+                    f"authorization: expected a token with the scope {scope!r} for {method}, got "
+                    f"{token.name!r} with {sorted(token.scopes)}"
                 )
         except RequestError as error:
-            self.denied(error.reason)
+            self.on_denied(error.reason)
             raise
         return token
 
-    def _authenticated(self, metadata: Iterable[tuple[str, str | bytes]]) -> Token:
+    def _find_token(self, metadata: Iterable[tuple[str, str | bytes]]) -> Token:
         values = [value for key, value in metadata if key == "authorization"]
         if not values:
-            raise Unauthenticated("expected metadata `authorization: Bearer TOKEN`, got none")
+            raise Unauthenticated("authorization: expected `Bearer TOKEN`, got none")
         value = values[0] if isinstance(values[0], str) else values[0].decode(errors="replace")
         if len(values) > 1 or not value.lower().startswith(BEARER):
-            raise Unauthenticated("expected metadata `authorization: Bearer TOKEN`, once")
+            raise Unauthenticated("authorization: expected `Bearer TOKEN` once, got another value")
         token = self.tokens.find(value[len(BEARER) :].strip())
         if token is None:
-            raise Unauthenticated("the token is unknown here; was it rotated?")
+            raise Unauthenticated("authorization: expected a known token, got an unknown one")
         return token
 
-    def _limited(self, handler: grpc.RpcMethodHandler, token: Token) -> grpc.RpcMethodHandler:
-        behaviour = behaviour_of(handler)
+    def _limited_handler(
+        self, handler: grpc.RpcMethodHandler, token: Token
+    ) -> grpc.RpcMethodHandler:
+        function = handler_function(handler)
 
         async def call(request: Any, context: Context) -> Any:
             try:
-                with self.limits.admitted(token):
-                    return await behaviour(request, context)
+                with self.limiter.acquire(token):
+                    return await function(request, context)
             except RequestError as error:
-                self.denied(error.reason)
+                self.on_denied(error.reason)
                 await abort(context, error)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             try:
-                with self.limits.admitted(token):
-                    async for reply in behaviour(request, context):
+                with self.limiter.acquire(token):
+                    async for reply in function(request, context):
                         yield reply
             except RequestError as error:
-                self.denied(error.reason)
+                self.on_denied(error.reason)
                 await abort(context, error)
 
-        return with_behaviour(handler, stream if inspect.isasyncgenfunction(behaviour) else call)
+        limited = stream if inspect.isasyncgenfunction(function) else call
+        return replace_handler_function(handler, limited)
 
 
-def needed_scope(service: str, method: str) -> Scope:
-    """What a caller's token has to allow."""
-    administers = service in ADMIN_SERVICES or method in ADMIN_METHODS
-    return "admin" if administers else "inference"
+def required_scope(service: str, method: str) -> Scope:
+    """Return the scope that a token needs to call a method."""
+    is_admin = service in ADMIN_SERVICES or method in ADMIN_METHODS
+    return "admin" if is_admin else "inference"
 
 
-def _refusing(handler: grpc.RpcMethodHandler, error: RequestError) -> grpc.RpcMethodHandler:
-    """Ends the call before its message is parsed."""
+def _rejecting_handler(
+    handler: grpc.RpcMethodHandler, error: RequestError
+) -> grpc.RpcMethodHandler:
+    """Return a handler that ends the call with `error` before its message is parsed."""
 
-    async def refuse(_: Any, context: Context) -> None:
+    async def reject(_: Any, context: Context) -> None:
         await abort(context, error)
 
-    return with_behaviour(handler, refuse, parse=False)
+    return replace_handler_function(handler, reject, parse=False)

@@ -1,4 +1,4 @@
-"""How a replica's gRPC servers listen: ports, limits, encryption, who is let in."""
+"""How gRPC servers listen: addresses, limits, TLS, authentication and request log."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ import grpc
 from ladderstitch.api.auth import AuthInterceptor
 from ladderstitch.api.request_log import RequestLogInterceptor
 from ladderstitch.security.listen_config import ListenConfig
-from ladderstitch.security.tls import CertificateFiles, RotatingCertificates
-from ladderstitch.security.tokens import Limits, Token, TokenFile
+from ladderstitch.security.tls import CertificateData, CertificateFiles, CertificateWatcher
+from ladderstitch.security.tokens import RateLimiter, Token, TokenFile
 from ladderstitch.telemetry.logs import RecordSink
+
+Address = tuple[str, int]
+"""Host and port."""
 
 
 @dataclass(frozen=True, slots=True)
 class ListenerConfig:
-    """What the servers of one replica share; connections have no maximum age unless one is set.
+    """The configuration that all gRPC servers of one replica or gateway share.
 
-    `admin` and `health` are addresses of servers of their own; unset: admin rpcs are on the main
-    port, and there is no plaintext health port.
+    `max_connection_age_s` is unset for connections without a maximum age. `admin` and `health` are
+    the addresses of separate servers: without `admin`, the admin rpcs are on the main port; without
+    `health`, there is no plaintext health port.
     """
 
     max_message_bytes: int = 64 << 20
@@ -28,59 +32,59 @@ class ListenerConfig:
     keepalive_s: float = 60.0
     max_connection_age_s: float | None = None
     max_connection_grace_s: float = 30.0
-    share_port: bool = False  # a rolling replacement needs both to listen for a while
+    share_port: bool = False  # in a rolling update, the old and the new process listen for a while
     credentials: grpc.ServerCredentials | None = None
-    observer: RequestLogInterceptor | None = None
-    guard: AuthInterceptor | None = None
-    admin: tuple[str, int] | None = None
-    health: tuple[str, int] | None = None
+    request_log: RequestLogInterceptor | None = None
+    auth: AuthInterceptor | None = None
+    admin: Address | None = None
+    health: Address | None = None
 
     @classmethod
-    def of(
+    def from_config(
         cls,
-        settings: ListenConfig,
-        denied: Callable[[str], None],
+        config: ListenConfig,
+        on_denied: Callable[[str], None],
         sinks: Sequence[RecordSink] = (),
         *,
         share_port: bool = False,
         watch_token: str | None = None,
     ) -> ListenerConfig:
-        """`watch_token` lets a gateway in that shares it, beside those of the token file.
+        """Return the listener configuration of a server.
 
-        Raises `ConfigError` if certificate or token file cannot be used.
+        `on_denied` is called with the reason of each denied call, `sinks` with a record of each
+        finished request. `watch_token` is the token of a gateway, valid in addition to the token
+        file. Raises `ConfigError` if the certificate or the token file cannot be used.
         """
-        credentials = guard = admin = health = None
-        if settings.tls_certificate is not None and settings.tls_key is not None:
-            files = CertificateFiles(
-                settings.tls_certificate, settings.tls_key, settings.tls_client_ca
-            )
-            credentials = RotatingCertificates(files).credentials()
-        if settings.token_file is not None:
-            ours = () if watch_token is None else (Token(name="gateway", token=watch_token),)
-            guard = AuthInterceptor(TokenFile(settings.token_file, ours=ours), Limits(), denied)
-        if settings.admin_port is not None:
-            admin = (settings.admin_host, settings.admin_port)
-        if settings.health_port is not None:
-            health = (settings.host, settings.health_port)
+        auth = admin = health = None
+        if config.token_file is not None:
+            extra = () if watch_token is None else (Token(name="gateway", token=watch_token),)
+            tokens = TokenFile(config.token_file, extra=extra)
+            auth = AuthInterceptor(tokens, RateLimiter(), on_denied)
+        if config.admin_port is not None:
+            admin = (config.admin_host, config.admin_port)
+        if config.health_port is not None:
+            health = (config.host, config.health_port)
+        files = certificate_files(config)
         return cls(
-            max_message_bytes=settings.max_message_mb << 20,
-            max_streams=settings.max_streams,
-            max_connection_age_s=settings.max_connection_age_s,
-            max_connection_grace_s=settings.max_connection_grace_s,
+            max_message_bytes=config.max_message_mb << 20,
+            max_streams=config.max_streams,
+            max_connection_age_s=config.max_connection_age_s,
+            max_connection_grace_s=config.max_connection_grace_s,
             share_port=share_port,
-            credentials=credentials,
-            observer=RequestLogInterceptor(sinks) if sinks else None,
-            guard=guard,
+            credentials=None if files is None else server_credentials(files),
+            request_log=RequestLogInterceptor(sinks) if sinks else None,
+            auth=auth,
             admin=admin,
             health=health,
         )
 
-    def server(self) -> grpc.aio.Server:
-        """A server with these limits, and the guard at its door."""
-        watchers = [watcher for watcher in (self.observer, self.guard) if watcher is not None]
-        return grpc.aio.server(options=self.options(), interceptors=watchers)
+    def create_server(self) -> grpc.aio.Server:
+        """Return a server with these limits, the request log and authentication."""
+        interceptors = [found for found in (self.request_log, self.auth) if found is not None]
+        return grpc.aio.server(options=self.server_options(), interceptors=interceptors)
 
-    def options(self) -> list[tuple[str, int]]:
+    def server_options(self) -> list[tuple[str, int]]:
+        """Return the gRPC options of the limits."""
         options = [
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.max_send_message_length", self.max_message_bytes),
@@ -99,13 +103,44 @@ class ListenerConfig:
 
 
 def bind(
-    server: grpc.aio.Server, where: tuple[str, int], credentials: grpc.ServerCredentials | None
+    server: grpc.aio.Server, address: Address, credentials: grpc.ServerCredentials | None
 ) -> int:
-    """Have a server listen there; the bound port. Raises `OSError` if it is taken."""
-    address = f"{where[0]}:{where[1]}"
+    """Bind a server to an address; returns the bound port. Raises `OSError` if it is taken."""
+    target = f"{address[0]}:{address[1]}"
     try:
         if credentials is None:
-            return int(server.add_insecure_port(address))
-        return int(server.add_secure_port(address, credentials))
+            return int(server.add_insecure_port(target))
+        return int(server.add_secure_port(target, credentials))
     except RuntimeError as error:
-        raise OSError(f"cannot listen on {address}: is another server there?") from error
+        raise OSError(f"cannot listen on {target}: another process may listen there") from error
+
+
+def certificate_files(config: ListenConfig) -> CertificateFiles | None:
+    """Return the certificate files of a configuration, or None for plaintext."""
+    if config.tls_certificate is None or config.tls_key is None:
+        return None
+    return CertificateFiles(config.tls_certificate, config.tls_key, config.tls_client_ca)
+
+
+def server_credentials(files: CertificateFiles) -> grpc.ServerCredentials:
+    """Return credentials that use the current certificate files in every handshake.
+
+    Open connections keep the certificate that they started with. Raises `ConfigError` if the files
+    cannot be used.
+    """
+    watcher = CertificateWatcher(files)
+
+    def read_change() -> grpc.ServerCertificateConfiguration | None:
+        data = watcher.read_change()
+        return None if data is None else _certificate_configuration(data)
+
+    return grpc.dynamic_ssl_server_credentials(
+        _certificate_configuration(watcher.initial),
+        read_change,
+        require_client_authentication=files.client_ca is not None,
+    )
+
+
+def _certificate_configuration(data: CertificateData) -> grpc.ServerCertificateConfiguration:
+    pair = (data.key, data.certificate)
+    return grpc.ssl_server_certificate_configuration([pair], data.client_ca)

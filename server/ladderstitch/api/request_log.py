@@ -1,4 +1,4 @@
-"""Tells the log and traces of every request that ended: what it cost, never what it held."""
+"""Request log: reports every finished request with its cost to log and traces, without payload."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from typing import Any
 
 import grpc
 
-from ladderstitch.api.status import Context, behaviour_of, with_behaviour
-from ladderstitch.api.validation import MAX_ID_CHARACTERS
-from ladderstitch.telemetry.logs import Fact, RecordSink, RequestRecord
+from ladderstitch.api.status import Context, handler_function, replace_handler_function
+from ladderstitch.scheduling.requests import MAX_ID_CHARACTERS
+from ladderstitch.telemetry.logs import FieldValue, RecordSink, RequestRecord
 
-WATCHED = frozenset({"Infer", "ModelInfer", "Generate"})
+LOGGED_METHODS = frozenset({"Infer", "ModelInfer", "Generate"})
 OIP_PREFIX = "ladderstitch_"
 REQUEST_ID = "x-request-id"
-"""Answered as metadata: the caller's own id, or one that was made up for the log."""
+"""Initial metadata of each answer: the caller's request id, or a generated one."""
 
 
 class RequestLogInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no types
-    """Goes before the guard, so that denied calls are told of, too."""
+    """An interceptor that reports each finished call to `sinks`.
+
+    It comes before `AuthInterceptor`, so that denied calls are reported, too.
+    """
 
     def __init__(self, sinks: Sequence[RecordSink]) -> None:
         self.sinks = sinks
@@ -32,40 +35,41 @@ class RequestLogInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc] #
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
+        """Return the handler of a call, wrapped if its method is logged."""
         handler = await continuation(details)
         method = details.method.rpartition("/")[2]
-        if handler is None or method not in WATCHED:
+        if handler is None or method not in LOGGED_METHODS:
             return handler
-        behaviour = behaviour_of(handler)
-        assert not inspect.isasyncgenfunction(behaviour), "our handlers write to the context"
+        function = handler_function(handler)
+        assert not inspect.isasyncgenfunction(function), "logged handlers write to the context"
 
         async def call(request: Any, context: Context) -> Any:
-            return await self._observed(behaviour, method, details, request, context)
+            return await self._call_and_report(function, method, details, request, context)
 
-        return with_behaviour(handler, call)
+        return replace_handler_function(handler, call)
 
-    async def _observed(
+    async def _call_and_report(
         self,
-        behaviour: Callable[..., Awaitable[Any]],
+        function: Callable[..., Awaitable[Any]],
         method: str,
         details: grpc.HandlerCallDetails,
         request: Any,
         context: Context,
     ) -> Any:
         started_ns = time.time_ns()
-        watched = _Watched(context)
-        request_id = _id_of(request)
+        recording = _RecordingContext(context)
+        request_id = _choose_request_id(request)
         code, reply = "UNKNOWN", None
         try:
             await context.send_initial_metadata(((REQUEST_ID, request_id),))
-            reply = await behaviour(request, watched)
+            reply = await function(request, recording)
             code = "OK"
             return reply
         except asyncio.CancelledError:
             code = "CANCELLED"
             raise
         except grpc.aio.AbortError:
-            code = watched.aborted
+            code = recording.aborted
             raise
         finally:
             record = RequestRecord(
@@ -75,15 +79,15 @@ class RequestLogInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc] #
                 code=code,
                 started_ns=started_ns,
                 ended_ns=time.time_ns(),
-                metadata=_texts(details.invocation_metadata),
-                facts=facts_of(reply if reply is not None else watched.last),
+                metadata=_loggable_metadata(details.invocation_metadata),
+                fields=accounting_fields(reply if reply is not None else recording.last),
             )
             for sink in self.sinks:
                 sink(record)
 
 
-class _Watched:
-    """The call's context, which also remembers the last message and the status."""
+class _RecordingContext:
+    """The context of a call; keeps the last message written and the status of an abort."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -102,32 +106,32 @@ class _Watched:
         await self._context.abort(code, *rest)
 
 
-def facts_of(reply: Any) -> dict[str, Fact]:
-    """What an answer says of its cost, in either protocol; empty for none."""
+def accounting_fields(reply: Any) -> dict[str, FieldValue]:
+    """Return the accounting of a reply of either protocol; nothing if `reply` is None."""
     if reply is None:
         return {}
     if hasattr(reply, "accounting"):
-        facts = {described.name: value for described, value in reply.accounting.ListFields()}
+        fields = {described.name: value for described, value in reply.accounting.ListFields()}
     else:
-        facts = {
+        fields = {
             name.removeprefix(OIP_PREFIX): getattr(value, value.WhichOneof("parameter_choice"))
             for name, value in reply.parameters.items()
             if name.startswith(OIP_PREFIX)
         }
-    if "budget_us" in facts and "total_us" in facts:
-        facts["slack_us"] = facts["budget_us"] - facts["total_us"]
-    return facts
+    if "budget_us" in fields and "total_us" in fields:
+        fields["slack_us"] = fields["budget_us"] - fields["total_us"]
+    return fields
 
 
-def _id_of(request: Any) -> str:
-    """The caller's, cut to what metadata may hold; one of ours if it has none."""
+def _choose_request_id(request: Any) -> str:
+    """Return the printable ASCII part of the caller's request id, or a random id without one."""
     given = str(getattr(request, "request_id", "") or getattr(request, "id", ""))
     printable = "".join(c for c in given[:MAX_ID_CHARACTERS] if " " <= c <= "~")
     return printable or uuid.uuid4().hex
 
 
-def _texts(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
-    """Without binary values, and without the token."""
+def _loggable_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
+    """Return the metadata without binary values and without the token."""
     return {
         key: value
         for key, value in metadata or ()

@@ -1,4 +1,4 @@
-"""A replica's gRPC servers: inference, and if asked for admin and health on ports of their own."""
+"""The gRPC servers of a replica: inference, and optionally separate ones for admin and health."""
 
 from __future__ import annotations
 
@@ -29,39 +29,44 @@ from ladderstitch.v1 import (
     replica_pb2_grpc,
 )
 
-INFERENCE: tuple[ServiceDescriptor, ...] = (
+INFERENCE_SERVICES: tuple[ServiceDescriptor, ...] = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"],
     grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"],
     replica_pb2.DESCRIPTOR.services_by_name["ReplicaService"],
 )
-ADMIN: tuple[ServiceDescriptor, ...] = (admin_pb2.DESCRIPTOR.services_by_name["AdminService"],)
-SERVICES = tuple(service.full_name for service in (*INFERENCE, *ADMIN))
+ADMIN_SERVICES: tuple[ServiceDescriptor, ...] = (
+    admin_pb2.DESCRIPTOR.services_by_name["AdminService"],
+)
+SERVICE_NAMES = tuple(service.full_name for service in (*INFERENCE_SERVICES, *ADMIN_SERVICES))
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Server:
-    """Listens from `start` on, but reports NOT_SERVING until `set_serving(True)`."""
+    """The gRPC servers of a replica; they report NOT_SERVING until `set_serving(True)`."""
 
     def __init__(
-        self, registry: ModelRegistry, control: AdminActions, transport: ListenerConfig
+        self, registry: ModelRegistry, actions: AdminActions, listener: ListenerConfig
     ) -> None:
         self.registry = registry
-        self.transport = transport
+        self.listener = listener
         self.health = HealthServicer()
         self.port = self.admin_port = self.health_port = 0
-        self._main = transport.server()
-        repository = None if transport.admin else control
-        self._add_inference(self._main, repository)
-        self._admin = transport.server() if transport.admin else None
+        self._main = listener.create_server()
+        self._admin = listener.create_server() if listener.admin else None
         self._probes = None
-        if transport.health:  # kubelets send no token and speak no TLS
-            self._probes = grpc.aio.server(options=transport.options())
+        if listener.health:  # kubelets send no token and do not use TLS
+            self._probes = grpc.aio.server(options=listener.server_options())
+        self._add_inference(self._main, None if listener.admin else actions)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminService(registry, control), self._admin or self._main
+            AdminService(registry, actions), self._admin or self._main
         )
-        self._reflect(self._main, INFERENCE if self._admin else (*INFERENCE, *ADMIN))
-        if self._admin is not None:
-            self._reflect(self._admin, ADMIN)
+        if self._admin is None:
+            self._enable_reflection(self._main, (*INFERENCE_SERVICES, *ADMIN_SERVICES))
+        else:
+            self._enable_reflection(self._main, INFERENCE_SERVICES)
+            self._enable_reflection(self._admin, ADMIN_SERVICES)
         for server in self._servers:
             health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
 
@@ -69,7 +74,7 @@ class Server:
     def _servers(self) -> list[grpc.aio.Server]:
         return [s for s in (self._main, self._admin, self._probes) if s is not None]
 
-    def _add_inference(self, server: grpc.aio.Server, repository: AdminActions | None) -> None:
+    def _add_inference(self, server: grpc.aio.Server, actions: AdminActions | None) -> None:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceService(self.registry), server
         )
@@ -77,40 +82,40 @@ class Server:
             GenerationService(self.registry), server
         )
         grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-            OipService(self.registry, repository), server
+            OipService(self.registry, actions), server
         )
         replica_pb2_grpc.add_ReplicaServiceServicer_to_server(ReplicaService(self.registry), server)
 
-    def _reflect(self, server: grpc.aio.Server, services: tuple[ServiceDescriptor, ...]) -> None:
+    def _enable_reflection(
+        self, server: grpc.aio.Server, services: tuple[ServiceDescriptor, ...]
+    ) -> None:
         health = health_pb2.DESCRIPTOR.services_by_name["Health"]
         names = [service.full_name for service in (*services, health)]
         reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
 
-    async def start(self, address: str, port: int) -> int:
-        """Bind and listen; the bound port. Raises `OSError` if an address is taken."""
-        credentials = self.transport.credentials
-        self.port = bind(self._main, (address, port), credentials)
-        if self._admin is not None and self.transport.admin is not None:
-            self.admin_port = bind(self._admin, self.transport.admin, credentials)
-        if self._probes is not None and self.transport.health is not None:
-            self.health_port = bind(self._probes, self.transport.health, None)
+    async def start(self, host: str, port: int) -> int:
+        """Bind and listen; returns the bound port. Raises `OSError` if an address is taken."""
+        credentials = self.listener.credentials
+        self.port = bind(self._main, (host, port), credentials)
+        if self._admin is not None and self.listener.admin is not None:
+            self.admin_port = bind(self._admin, self.listener.admin, credentials)
+        if self._probes is not None and self.listener.health is not None:
+            self.health_port = bind(self._probes, self.listener.health, None)
         await self.set_serving(False)
         for server in self._servers:
             await server.start()
         return self.port
 
     async def set_serving(self, serving: bool) -> None:
-        """Tell health checks and watchers, overall, by service and by model."""
-        states = health_pb2.HealthCheckResponse
-        state = states.SERVING if serving else states.NOT_SERVING
-        for name in ("", *SERVICES, *self.registry.models_by_name):
-            await self.health.set(name, state)
+        """Set the health of the replica, of each service and of each model."""
+        for name in ("", *SERVICE_NAMES, *self.registry.models_by_name):
+            await self.health.set(name, SERVING if serving else NOT_SERVING)
 
-    async def forget(self, model: str) -> None:
-        """A model is taken away: say so to those who watch its health."""
+    async def set_unloading(self, model: str) -> None:
+        """Set the health of a model that is about to be unloaded to NOT_SERVING."""
         if model in self.registry.models_by_name:
-            await self.health.set(model, health_pb2.HealthCheckResponse.NOT_SERVING)
+            await self.health.set(model, NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
-        """Take no new calls; those in flight have `grace_s` to end."""
+        """Reject new calls; cancel those that are still in flight after `grace_s` seconds."""
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))

@@ -1,4 +1,4 @@
-"""The one place where errors become gRPC statuses."""
+"""Translation of errors to gRPC statuses, and helpers to wrap gRPC handlers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from ladderstitch.client.errors import DETAILS_KEY
+from ladderstitch.client.messages import DETAILS_KEY
 from ladderstitch.errors import InternalError, InvalidArgument, Overloaded, RequestError
 
 DOMAIN = "ladderstitch"
+"""The domain in `google.rpc.ErrorInfo`."""
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+"""Trailing metadata by which gRPC clients delay their next attempt."""
 
 Service = TypeVar("Service")
 Reply = TypeVar("Reply")
@@ -25,9 +27,12 @@ Context: TypeAlias = grpc.aio.ServicerContext
 Handler = Callable[[Service, Any, Context], Awaitable[Reply]]
 
 
-def statuses(handler: Handler[Service, Reply]) -> Handler[Service, Reply]:
-    """Wrap an rpc method: a `RequestError` ends the call with its status and details, anything
-    else with INTERNAL and an error id whose traceback is in the log."""
+def translate_errors(handler: Handler[Service, Reply]) -> Handler[Service, Reply]:
+    """Return an rpc method that ends the call with a status if `handler` raises.
+
+    A `RequestError` becomes its own status with details. Any other exception becomes INTERNAL with
+    an error id, and its traceback is logged under that id.
+    """
 
     @functools.wraps(handler)
     async def call(service: Service, request: Any, context: Context) -> Reply:
@@ -44,11 +49,11 @@ def statuses(handler: Handler[Service, Reply]) -> Handler[Service, Reply]:
 
 
 async def abort(context: Context, error: RequestError) -> NoReturn:
-    """End the call with the error's status."""
+    """End the call with the status of `error`, its details and the time to wait before a retry."""
     code = grpc.StatusCode[error.code]
     message = f"{error.reason}: {error}"
     status = Status(code=code.value[0], message=message)
-    for detail in _details(error):
+    for detail in _error_details(error):
         packed = AnyMessage()
         packed.Pack(detail)
         status.details.append(packed)
@@ -59,7 +64,7 @@ async def abort(context: Context, error: RequestError) -> NoReturn:
     raise AssertionError("abort raises")
 
 
-def _details(error: RequestError) -> list[Message]:
+def _error_details(error: RequestError) -> list[Message]:
     details: list[Message] = [
         ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     ]
@@ -73,23 +78,26 @@ def _details(error: RequestError) -> list[Message]:
     return details
 
 
-def behaviour_of(handler: grpc.RpcMethodHandler) -> Callable[..., Any]:
-    """The only one of a handler's four functions that is set."""
-    behaviours = (
+def handler_function(handler: grpc.RpcMethodHandler) -> Callable[..., Any]:
+    """Return the function of a handler: the one of its four function fields that is set."""
+    functions = (
         handler.unary_unary,
         handler.unary_stream,
         handler.stream_unary,
         handler.stream_stream,
     )
-    (behaviour,) = (behaviour for behaviour in behaviours if behaviour is not None)
-    found: Callable[..., Any] = behaviour
-    return found
+    (found,) = (function for function in functions if function is not None)
+    function: Callable[..., Any] = found
+    return function
 
 
-def with_behaviour(
-    handler: grpc.RpcMethodHandler, behaviour: Callable[..., Any], *, parse: bool = True
+def replace_handler_function(
+    handler: grpc.RpcMethodHandler, function: Callable[..., Any], *, parse: bool = True
 ) -> grpc.RpcMethodHandler:
-    """The same kind of handler around another function; without `parse` it gets bytes."""
+    """Return a handler of the same kind that calls `function`.
+
+    Without `parse`, the function gets the request as bytes.
+    """
     makers = {
         (False, False): grpc.unary_unary_rpc_method_handler,
         (False, True): grpc.unary_stream_rpc_method_handler,
@@ -98,7 +106,7 @@ def with_behaviour(
     }
     make = makers[handler.request_streaming, handler.response_streaming]
     return make(
-        behaviour,
+        function,
         request_deserializer=handler.request_deserializer if parse else None,
         response_serializer=handler.response_serializer,
     )

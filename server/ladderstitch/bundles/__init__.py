@@ -1,4 +1,4 @@
-"""Model bundles: those that ship with the package, where fetched ones are kept, tensor checks."""
+"""Where model bundles are found, the kind of a bundle, and checks of its tensors."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HOME_VARIABLE = "LADDERSTITCH_HOME"
+"""Environment variable that names the folder of fetched bundles."""
 EMBEDDED_FOLDER = Path(__file__).parent
 EMBEDDED = EMBEDDED_FOLDER / "fashion-mnist"
-"""The model that `serve` serves when none is named."""
+"""The bundle that `serve` uses unless another one is named."""
 LANGUAGE_FAMILY: Final = "llama"
-"""`family` in the `model.yaml` of a language model."""
+"""The value of `family` in the `model.yaml` of a language model."""
 
 
 def models_home() -> Path:
-    """The folder that fetched bundles go to: LADDERSTITCH_HOME, or the user's data folder."""
+    """Return the folder of fetched bundles: LADDERSTITCH_HOME, or one in the user's data folder."""
     if home := os.environ.get(HOME_VARIABLE):
         return Path(home)
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
@@ -31,20 +32,26 @@ def models_home() -> Path:
 
 
 def find_bundle(name: str) -> Path:
-    """The bundle of that name, or at that path. Raises `BundleError` that says what there is."""
+    """Return the path of the bundle that has this name or this path.
+
+    Raises `BundleError`, which lists the known names, if there is no such bundle.
+    """
     folders = (models_home(), EMBEDDED_FOLDER)
     for path in (Path(name), *(folder / name for folder in folders)):
         if (path / "model.yaml").is_file():
             return path
     known = sorted({p.parent.name for folder in folders for p in folder.glob("*/model.yaml")})
     raise BundleError(
-        f"model: no bundle {name!r}; there are {', '.join(known) or 'none'}; "
+        f"model: expected a bundle, got {name!r}; known bundles: {', '.join(known) or 'none'}; "
         "`ladderstitch fetch --help` lists more"
     )
 
 
 def is_language_bundle(path: Path) -> bool:
-    """Whether a bundle's `model.yaml` names this family; raises `BundleError` if unreadable."""
+    """Return whether a bundle holds a language model; reads only its `model.yaml`.
+
+    Raises `BundleError` if that file cannot be read.
+    """
     try:
         raw = yaml.safe_load((path / "model.yaml").read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -53,8 +60,10 @@ def is_language_bundle(path: Path) -> bool:
 
 
 MAX_LISTED = 20
+"""Maximum number of problems that one error message lists."""
 
 Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of tensors by name."""
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
@@ -63,7 +72,10 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
 
 
 def check_tensors(expected: Shapes, got: Shapes, *, where: str) -> None:
-    """Raise `BundleError` that counts missing, unknown and mis-shaped tensors and names them."""
+    """Raise `BundleError` if tensors are missing, unknown or of another shape.
+
+    The message counts and names them; `where` names the file or the model that was checked.
+    """
     problems = [f"missing {name}" for name in expected.keys() - got.keys()]
     problems += [f"unknown {name}" for name in got.keys() - expected.keys()]
     problems += [
@@ -75,7 +87,7 @@ def check_tensors(expected: Shapes, got: Shapes, *, where: str) -> None:
 
 
 def raise_for(problems: Collection[str], *, where: str) -> None:
-    """Raise `BundleError` that counts the problems and lists the first ones, if there are any."""
+    """Raise `BundleError` with the number of problems and the first ones if there are any."""
     if problems:
         listed = "; ".join(sorted(problems)[:MAX_LISTED])
         raise BundleError(f"{where}: {len(problems)} wrong tensors: {listed}")

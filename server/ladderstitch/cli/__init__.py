@@ -1,4 +1,4 @@
-"""The `ladderstitch` command."""
+"""The command line `ladderstitch`."""
 
 from ladderstitch.cli.app import app
 

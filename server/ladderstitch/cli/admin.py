@@ -1,4 +1,4 @@
-"""`ladderstitch load`, `unload`, `drain`, `health`: a running server, from outside."""
+"""The commands `load`, `unload`, `drain`, `health` of a running server, and `doctor`."""
 
 from __future__ import annotations
 
@@ -9,38 +9,54 @@ import typer
 from rich.table import Table
 
 from ladderstitch.bundles import find_bundle
-from ladderstitch.cli.console import connect, err, out, user_errors
-from ladderstitch.cli.predict import DEFAULT_ADDRESS, Address, explain, parse_duration, reported
-from ladderstitch.client import RequestFailed
+from ladderstitch.cli.console import (
+    Address,
+    connect,
+    err,
+    exit_on_failure,
+    out,
+    parse_duration,
+    user_errors,
+)
+from ladderstitch.client.calls import DEFAULT_ADDRESS
 
-SLACK_S = 5.0
-"""Beyond what was asked for, before the call is given up."""
+HEALTH_TIMEOUT_S = 5.0
+UNLOAD_TIMEOUT_S = 600.0
+MARGIN_S = 5.0
+"""Seconds added to the deadline of a `Drain` call, so that the server reports a timeout itself."""
+
+COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
 def drain(
     context: typer.Context,
     announce: Annotated[
-        str, typer.Option(help="So long, say NOT_SERVING but accept: for load balancers to notice.")
+        str,
+        typer.Option(
+            help="How long to report NOT_SERVING while still accepting requests, so that load "
+            "balancers react."
+        ),
     ] = "0s",
     timeout: Annotated[
-        str, typer.Option(help="Give up so long after that; the server's `drain_s` counts, too.")
+        str,
+        typer.Option(
+            help="Maximum wait for in-flight requests (the server's `drain_s` also applies)."
+        ),
     ] = "60s",
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
-    """Take a replica out of service: health first, then no new requests, then wait for the rest.
+    """Take a replica out of service, and wait until its accepted requests have ended.
 
-    For a Kubernetes preStop hook, whose SIGTERM reaches Ray and not the replica. Needs a token with
-    the scope `admin` where the server asks for tokens, and the admin port where it has one. Exits
-    with 0 when every accepted request has ended, with 1 otherwise.
+    Intended for a Kubernetes preStop hook, because SIGTERM reaches Ray and not the replica. Health
+    changes first; then new requests are rejected. If the server requires tokens, use one with the
+    scope `admin`; if it has an admin port, use that. Exits with 0 if every accepted request has
+    ended, with 1 otherwise.
     """
-    with user_errors():
-        announce_s, timeout_s = parse_duration(announce), parse_duration(timeout)
-        with connect(context, address, timeout_s=announce_s + timeout_s + SLACK_S) as client:
-            try:
-                finished = client.drain(announce_s)
-            except RequestFailed as error:
-                err.print(explain(error, address), highlight=False)
-                raise typer.Exit(1) from None
+    with exit_on_failure(address):
+        announce_s = parse_duration(announce, "announce")
+        timeout_s = announce_s + parse_duration(timeout, "timeout") + MARGIN_S
+        with connect(context, address, timeout_s) as client:
+            finished = client.drain(announce_s)
     if not finished:
         err.print("some requests did not end within the server's drain_s")
         raise typer.Exit(1)
@@ -51,16 +67,12 @@ def health(
     context: typer.Context,
     address: Address = DEFAULT_ADDRESS,
     service: Annotated[
-        str, typer.Option(help="Name of a service or model; default: the whole replica.")
+        str, typer.Option(help="Name of a service or model (default: the whole replica).")
     ] = "",
 ) -> None:
-    """Ask whether a server answers requests: prints its state, exits with 0 if it is SERVING."""
-    with user_errors(), connect(context, address, timeout_s=5) as client:
-        try:
-            state = client.health(service)
-        except RequestFailed as error:
-            err.print(explain(error, address), highlight=False)
-            raise typer.Exit(1) from None
+    """Print whether a server accepts requests: exits with 0 if it is SERVING, with 1 otherwise."""
+    with exit_on_failure(address), connect(context, address, HEALTH_TIMEOUT_S) as client:
+        state = client.health(service)
     out.print(state)
     raise typer.Exit(int(state != "SERVING"))
 
@@ -70,14 +82,14 @@ def load(
     model: Annotated[str, typer.Argument(help="Name of a model that the server has fetched.")],
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
-    """Serve another model on a running server, or read a loaded one anew; nothing is lost."""
+    """Load another model on a running server, or a new version of a loaded one."""
     with (
-        reported(address),
+        exit_on_failure(address),
         err.status(f"loading and warming {model} ..."),
         connect(context, address) as client,
     ):
         name = client.load_model(model)
-    out.print(f"{name} answers")
+    out.print(f"loaded {name}")
 
 
 def unload(
@@ -85,42 +97,42 @@ def unload(
     model: Annotated[str, typer.Argument(help="Name of the model.")],
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
-    """Take a model away from a running server, once its accepted requests have ended."""
-    with reported(address), connect(context, address, timeout_s=600) as client:
-        client.unload_model(model, timeout_s=600)
-    out.print(f"{model} is gone")
-
-
-COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
+    """Unload a model from a running server once its accepted requests have ended."""
+    with exit_on_failure(address), connect(context, address, UNLOAD_TIMEOUT_S) as client:
+        client.unload_model(model)
+    out.print(f"unloaded {model}")
 
 
 def doctor(
     config: Annotated[
-        Path | None, typer.Option(help="What `serve --config` would get (default: none).")
+        Path | None, typer.Option(help="Configuration file, as for `serve --config`.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="What `serve --model` would get (default: fashion-mnist).")
+        str | None,
+        typer.Option(help="Model, as for `serve --model`.", show_default="fashion-mnist"),
     ] = None,
 ) -> None:
-    """Check what `serve` needs: versions, processors, GPU, memory, ports, bundle, certificates.
+    """Check that this machine can run a server.
 
-    Says what to do about what is wrong. Starts nothing; exits with 1 if anything failed.
+    Checks versions, processors, GPU, memory, ports, bundle and certificates, and advises how to fix
+    each problem. Starts nothing. Exits with 1 if a check failed.
     """
     from ladderstitch.config import ServerConfig
-    from ladderstitch.replica.preflight import examine
+    from ladderstitch.replica.preflight import run_checks
 
     with user_errors():
         given = {"bundle": find_bundle(model)} if model is not None else {}
-        findings = list(examine(ServerConfig.load(config, given)))
-    table = Table("", "state", "found", "what to do")
-    for finding in findings:
-        state = f"[{COLOURS[finding.state]}]{finding.state}[/]"
-        table.add_row(finding.what, state, finding.found, finding.advice)
+        results = list(run_checks(ServerConfig.load(config, given)))
+    table = Table("check", "state", "found", "advice")
+    for result in results:
+        state = f"[{COLOURS[result.state]}]{result.state}[/]"
+        table.add_row(result.name, state, result.detail, result.advice)
     out.print(table)
-    raise typer.Exit(int(any(finding.state == "failed" for finding in findings)))
+    raise typer.Exit(int(any(result.state == "failed" for result in results)))
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
     app.command(rich_help_panel="Operate")(load)
     app.command(rich_help_panel="Operate")(unload)
     app.command(rich_help_panel="Operate")(drain)

@@ -1,4 +1,4 @@
-"""`ladderstitch gateway`: one address in front of several replicas."""
+"""The command `gateway`: one address in front of several replicas."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ladderstitch.cli.options import with_config_options
 from ladderstitch.errors import ConfigError
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.gateway import Gateway
-from ladderstitch.gateway.replica_pool import named
-from ladderstitch.runtime.process import return_freed_memory, settle_for_good
+from ladderstitch.gateway.replica_pool import discover_replicas
+from ladderstitch.runtime.process import freeze_gc, tune_malloc
 from ladderstitch.telemetry.logs import configure as configure_logs
 
 
@@ -23,38 +23,40 @@ from ladderstitch.telemetry.logs import configure as configure_logs
 def gateway(
     given: dict[str, Any],
     config: Annotated[
-        Path | None, typer.Option(help="YAML file of the same fields; options override it.")
+        Path | None, typer.Option(help="YAML file with the same fields; options override it.")
     ] = None,
 ) -> None:
     """Forward every request to the replica that leaves it the most slack.
 
-    A request that a replica cannot answer goes to another one while its deadline allows. Ctrl-C
-    drains and stops. Details: docs/gateway.md.
+    A request that one replica rejects is retried on another one while its deadline allows. Ctrl-C
+    drains and stops the gateway. Details: docs/gateway.md.
     """
     with user_errors():
         parsed = GatewayConfig.load(config, given)
         if not parsed.replicas:
-            raise ConfigError("replica: expected at least one, e.g. --replica 127.0.0.1:8011")
+            raise ConfigError(
+                "replica: expected at least one, e.g. --replica 127.0.0.1:8011, got none"
+            )
         asyncio.run(_run(parsed))
     err.print("stopped")
 
 
-async def _run(settings: GatewayConfig) -> None:
-    return_freed_memory()
-    configure_logs(settings.log_format)
+async def _run(config: GatewayConfig) -> None:
+    tune_malloc()
+    configure_logs(config.log_format)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    gateway = Gateway(settings, named(settings.replicas))
+    gateway = Gateway(config, discover_replicas(config.replicas))
     try:
         await gateway.start()
     except OSError as error:
-        raise ConfigError(f"port: {error}; name another with --port") from error
-    settle_for_good()
+        raise ConfigError(f"port: {error}; choose another one with --port") from error
+    freeze_gc()
     out.print(
-        f"[bold green]ready[/]: gRPC on {settings.host}:{gateway.port}, metrics on "
-        f"http://{settings.host}:{gateway.metrics_port}/metrics, replicas' on /sd",
+        f"[bold green]ready[/]: gRPC on {config.host}:{gateway.port}, metrics on "
+        f"http://{config.host}:{gateway.metrics_port}/metrics, replicas' on /sd",
         soft_wrap=True,
     )
     await stop.wait()
@@ -63,4 +65,5 @@ async def _run(settings: GatewayConfig) -> None:
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
     app.command(rich_help_panel="Serve")(gateway)

@@ -1,108 +1,158 @@
-"""`ladderstitch generate`: text from a running server, or from a model loaded here."""
+"""The command `generate`: text from a running server, or from a model loaded in this process."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Mapping
 from contextlib import aclosing
-from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ladderstitch.bundles import find_bundle
-from ladderstitch.cli.console import connect, err, user_errors
-from ladderstitch.cli.predict import DEFAULT_ADDRESS, parse_duration, reported
+from ladderstitch.cli.console import (
+    Address,
+    MinQuality,
+    Variant,
+    connect,
+    err,
+    exit_on_failure,
+    parse_duration,
+    user_errors,
+)
 from ladderstitch.client import TextChunk
+from ladderstitch.client.calls import DEFAULT_ADDRESS
 from ladderstitch.errors import RequestError
-from ladderstitch.scheduling.requests import GenerationRequest, Sampling
-from ladderstitch.text.bundle import TextBundle
-from ladderstitch.text.engine.rank_config import RankConfig
-from ladderstitch.text.engine.rank_group import RankGroup
-from ladderstitch.text.scheduler.scheduler import TextScheduler
+from ladderstitch.scheduling.requests import GenerationRequest, Sampling, TokenBudget
+
+if TYPE_CHECKING:
+    from ladderstitch.client.messages import GenerateOptions
+
+CALL_TIMEOUT_S = 600.0
+LOCAL_MODEL = "smollm2"
+"""The model of `--local` unless another one is named."""
+
+
+Temperature = Annotated[
+    float, typer.Option(help="Sampling temperature (0: always the most likely token).")
+]
+TopK = Annotated[int, typer.Option(help="Sample from the k most likely tokens (0: off).")]
+TopP = Annotated[
+    float, typer.Option(help="Sample from the most likely tokens of this total probability.")
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of the sampling; equal seeds give equal tokens.")
+]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="Text before which the answer ends; repeatable.")
+]
+Budget = Annotated[str | None, typer.Option(help="Latency budget of the whole answer, e.g. 2s.")]
+FirstToken = Annotated[
+    str | None, typer.Option(help="Latency budget of the first token, e.g. 300ms.")
+]
+PerToken = Annotated[
+    str | None, typer.Option(help="Budget of the mean time between tokens, e.g. 40ms.")
+]
+TextModelName = Annotated[
+    str,
+    typer.Option(help="Name of the model (default: the server's only one; with --local: smollm2)."),
+]
+Local = Annotated[
+    bool, typer.Option("--local", help="Load the model in this process; use no server.")
+]
+Ranks = Annotated[
+    int, typer.Option(min=1, help="With --local: number of processes to split the model over.")
+]
 
 
 def generate(
     context: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw among so many tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw among this share of probability.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed draws the same.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
-    budget: Annotated[str | None, typer.Option(help="For the whole answer, e.g. 2s.")] = None,
-    first_token: Annotated[
-        str | None, typer.Option(help="Budget of the first token, e.g. 300ms.")
-    ] = None,
-    per_token: Annotated[
-        str | None, typer.Option(help="Budget of the mean time between tokens, e.g. 40ms.")
-    ] = None,
-    min_quality: Annotated[
-        float | None, typer.Option(help="Refuse rather than answer below this quality, 0 to 1.")
-    ] = None,
-    variant: Annotated[int | None, typer.Option(help="Take this path whatever the budget.")] = None,
-    model: Annotated[
-        str, typer.Option(help="Model's name; default: the server's only one, or smollm2.")
-    ] = "",
-    local: Annotated[bool, typer.Option("--local", help="Load the model here, no server.")] = False,
-    ranks: Annotated[int, typer.Option(min=1, help="With --local: ranks to split over.")] = 1,
-    address: Annotated[str, typer.Option(help="host:port of the server.")] = DEFAULT_ADDRESS,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    budget: Budget = None,
+    first_token: FirstToken = None,
+    per_token: PerToken = None,
+    min_quality: MinQuality = None,
+    variant: Variant = None,
+    model: TextModelName = "",
+    local: Local = False,
+    ranks: Ranks = 1,
+    address: Address = DEFAULT_ADDRESS,
 ) -> None:
-    """Go on from a prompt with a language model, token by token.
+    """Continue a prompt with a language model, printed token by token.
 
-    `ladderstitch fetch smollm2` and `ladderstitch serve --model smollm2` first; or `--local`. A
-    model with several paths answers by the best one that the budgets allow.
+    Start a server first: `ladderstitch fetch smollm2`, then `ladderstitch serve --model smollm2`.
+    Or use `--local`. The server answers with the best variant that the budgets allow.
     """
     with user_errors():
-        budget_s, first_s, token_s = (
-            parse_duration(text) if text else None for text in (budget, first_token, per_token)
-        )
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        stops = tuple(stop or ())
+        options: GenerateOptions = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+            "stop": tuple(stop or ()),
+            "budget_s": _parse_budget(budget, "budget"),
+            "first_token_budget_s": _parse_budget(first_token, "first-token"),
+            "token_budget_s": _parse_budget(per_token, "per-token"),
+            "min_quality": min_quality,
+            "variant": variant,
+        }
         if local:
-            bundle = TextBundle.load(find_bundle(model or "smollm2"))
-            tokens = tuple(bundle.tokenizer().encode(prompt))
-            arrival = time.monotonic()
-            limit = arrival + budget_s if budget_s is not None else float("inf")
-            request = GenerationRequest(tokens, arrival, max_tokens, sampling, stops, limit)
-            asyncio.run(_generate_here(bundle, request, ranks))
-            return
-        with reported(address), connect(context, address, timeout_s=600) as client:
-            started, last = time.monotonic(), None
-            for last in client.generate(
-                prompt,
-                model=model,
-                max_tokens=max_tokens,
-                budget_s=budget_s,
-                first_token_budget_s=first_s,
-                token_budget_s=token_s,
-                min_quality=min_quality,
-                variant=variant,
-                stop=stops,
-                **asdict(sampling),
-            ):
-                typer.echo(last.text, nl=False)
-        typer.echo()
-        if last is not None:
-            asked = {"budget": budget_s, "first_token": first_s, "token": token_s}
-            _summarise(last, time.monotonic() - started, asked)
+            asyncio.run(_generate_locally(prompt, model or LOCAL_MODEL, ranks, options))
+        else:
+            _generate_remotely(context, address, prompt, model, options)
 
 
-async def _generate_here(bundle: TextBundle, request: GenerationRequest, ranks: int) -> None:
-    job = RankConfig.of(bundle, ranks=ranks, max_model_len=len(request.tokens) + request.max_tokens)
-    group = RankGroup(job)
+def _parse_budget(text: str | None, option: str) -> float | None:
+    return parse_duration(text, option) if text else None
+
+
+def _generate_remotely(
+    context: typer.Context, address: str, prompt: str, model: str, options: GenerateOptions
+) -> None:
+    last: TextChunk | None = None
+    options["model"] = model
+    with exit_on_failure(address), connect(context, address, CALL_TIMEOUT_S) as client:
+        started = time.monotonic()
+        for last in client.generate(prompt, **options):
+            typer.echo(last.text, nl=False)
+    typer.echo()
+    if last is not None:
+        _print_rate(last.index + 1, time.monotonic() - started)
+        _print_accounting(last, options)
+
+
+async def _generate_locally(prompt: str, model: str, ranks: int, options: GenerateOptions) -> None:
+    """Load a model in this process and print its answer."""
+    from ladderstitch.text.bundle import TextBundle
+    from ladderstitch.text.engine.rank_config import RankConfig
+    from ladderstitch.text.engine.rank_group import RankGroup
+    from ladderstitch.text.scheduler.scheduler import TextScheduler
+
+    bundle = TextBundle.load(find_bundle(model))
+    tokenizer, manifest = bundle.tokenizer(), bundle.manifest
+    tokens = tuple(tokenizer.encode(prompt))
+    max_model_len = len(tokens) + (options["max_tokens"] or 0)
+    group = RankGroup(RankConfig.of(bundle, ranks=ranks, max_model_len=max_model_len))
     try:
         await group.start()
-        generator = TextScheduler(group, bundle.tokenizer(), bundle.manifest.end_tokens)
-        started, count = time.monotonic(), 0
-        async with aclosing(generator.generate(request)) as pieces:
-            async for piece in pieces:
-                typer.echo(piece.text, nl=False)
+        names = [variant.name for variant in manifest.variants]
+        scheduler = TextScheduler(group, tokenizer, manifest.end_tokens, bundle.quality, names)
+        request = _local_request(tokens, options)
+        count = 0
+        async with aclosing(scheduler.generate(request)) as chunks:
+            async for chunk in chunks:
+                typer.echo(chunk.text, nl=False)
                 count += 1
         typer.echo()
-        _say(count, time.monotonic() - started)
+        _print_rate(count, time.monotonic() - request.arrival)
     except RequestError as error:
         err.print(f"[bold red]error:[/] {error}", highlight=False)
         raise typer.Exit(1) from None
@@ -110,27 +160,59 @@ async def _generate_here(bundle: TextBundle, request: GenerationRequest, ranks: 
         await group.close()
 
 
-def _summarise(last: TextChunk, seconds: float, asked: Mapping[str, float | None]) -> None:
-    _say(last.index + 1, seconds)
+def _local_request(tokens: tuple[int, ...], options: GenerateOptions) -> GenerationRequest:
+    """Return the request for a scheduler in this process; its budget is a hard deadline."""
+    arrival = time.monotonic()
+    return GenerationRequest(
+        tokens=tokens,
+        arrival=arrival,
+        max_tokens=options["max_tokens"] or 0,
+        sampling=Sampling(
+            temperature=options["temperature"],
+            top_k=options["top_k"],
+            top_p=1.0 if options["top_p"] is None else options["top_p"],
+            seed=options["seed"],
+        ),
+        stop=tuple(options["stop"]),
+        hard_deadline=arrival + _or_infinity(options["budget_s"]),
+        budget=TokenBudget(
+            first_token_s=_or_infinity(options["first_token_budget_s"]),
+            per_token_s=_or_infinity(options["token_budget_s"]),
+        ),
+        min_quality=options["min_quality"] or 0.0,
+        variant=options["variant"],
+    )
+
+
+def _or_infinity(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds
+
+
+def _print_accounting(last: TextChunk, options: GenerateOptions) -> None:
     cost = last.accounting
     if cost is None:
         return
     quality = f", {cost.quality_metric} {cost.quality:.3f}" if cost.HasField("quality") else ""
-    err.print(f"path {cost.path}{quality}")
-    for name, what, met, took_us in (
-        ("budget", "whole answer", cost.budget_met, cost.total_us),
-        ("first_token", "first token", cost.first_token_budget_met, cost.first_token_us),
-        ("token", "mean per token", cost.token_budget_met, cost.mean_token_us),
+    err.print(f"variant {cost.variant_name}{quality}")
+    for name, budget_s, met, took_us in (
+        ("whole answer", options["budget_s"], cost.budget_met, cost.total_us),
+        (
+            "first token",
+            options["first_token_budget_s"],
+            cost.first_token_budget_met,
+            cost.first_token_us,
+        ),
+        ("mean per token", options["token_budget_s"], cost.token_budget_met, cost.mean_token_us),
     ):
-        wanted_s = asked[name]
-        if wanted_s is not None:
-            told = "met" if met else "missed"
-            err.print(f"{what}: {took_us / 1e3:.0f} ms, budget of {1e3 * wanted_s:.0f} ms {told}")
+        if budget_s is not None:
+            result = "met" if met else "missed"
+            err.print(f"{name}: {took_us / 1e3:.0f} ms, budget of {1e3 * budget_s:.0f} ms {result}")
 
 
-def _say(tokens: int, seconds: float) -> None:
+def _print_rate(tokens: int, seconds: float) -> None:
     err.print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s")
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
     app.command(rich_help_panel="Call a server")(generate)

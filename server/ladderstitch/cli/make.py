@@ -1,4 +1,4 @@
-"""Commands that make a family: fetch data, train anchors, stitch them."""
+"""The commands that make a model: fetch data, train anchors, stitch, import and convert."""
 
 from __future__ import annotations
 
@@ -8,70 +8,69 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ladderstitch.bundles import find_bundle
+from ladderstitch.bundles import find_bundle, models_home
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.errors import ConfigError
 
-RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe, e.g. examples/*/recipe.yaml")]
+RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe, e.g. examples/*/recipe.yaml.")]
 DataFolder = Annotated[Path, typer.Option("--data", help="Folder of gzipped IDX files.")]
-RunFolder = Annotated[Path, typer.Option("--run", help="Where checkpoints, logs and weights go.")]
+RunFolder = Annotated[Path, typer.Option("--run", help="Folder for checkpoints, logs and weights.")]
 
 
 def fetch(
     what: Annotated[
         str,
         typer.Argument(
-            help="fashion-mnist, brown, austen (data), smollm2 (language model), "
-            "efficientnet-lite (photographs, 1,000 labels)"
+            help="Data: fashion-mnist, brown or austen; or a model: smollm2 (language model) or "
+            "efficientnet-lite (photographs, 1,000 labels)."
         ),
     ],
     into: Annotated[
         Path | None,
-        typer.Option(help="Folder to put it in; default: data/NAME, or where models are kept."),
+        typer.Option(
+            help="Folder to write (default: data/NAME for data, the folder of models otherwise)."
+        ),
     ] = None,
 ) -> None:
-    """Download a data set that a recipe names, or a model to serve. Needs no root."""
-    from ladderstitch.bundles import models_home
-    from ladderstitch.importers import fetch_efficientnet as efficientnet
+    """Download a data set that a recipe names, or a model to serve; no root access is needed."""
     from ladderstitch.importers.fetch import MODELS, fetch_data, fetch_model
+    from ladderstitch.importers.fetch_efficientnet import NAME, fetch_efficientnet
 
+    folder = into or (models_home() if what in (*MODELS, NAME) else Path("data")) / what
     with user_errors():
-        if what == efficientnet.NAME:
-            folder = into or models_home() / what
+        if what == NAME:
             with progress_bar() as progress:
-                right = efficientnet.fetch_efficientnet(folder, progress)
-            _show_right(right)
-            out.print(f"{what} is in {folder}; next: ladderstitch serve --model {into or what}")
-            return
-        if what not in MODELS:
-            folder = into or Path("data") / what
+                num_correct = fetch_efficientnet(folder, progress)
+            _print_correct(num_correct)
+        elif what in MODELS:
+            with progress_bar() as progress:
+                task = progress.add_task(f"importing {what}", total=None)
+                fetch_model(
+                    what,
+                    folder,
+                    lambda done, all_: progress.update(task, completed=done, total=all_),
+                )
+        else:
             fetch_data(what, folder)
-            out.print(f"{what} is in {folder}")
+            out.print(f"fetched {what} to {folder}")
             return
-        folder = into or models_home() / what
-        with progress_bar() as progress:
-            task = progress.add_task(f"importing {what}", total=None)
-            fetch_model(
-                what, folder, lambda done, all_: progress.update(task, completed=done, total=all_)
-            )
-    served = what if into is None else folder
-    out.print(f"{what} is in {folder}; next: ladderstitch serve --model {served}")
+    out.print(f"fetched {what} to {folder}; next: ladderstitch serve --model {into or what}")
 
 
-def _show_right(right: dict[int, int]) -> None:
-    listed = ", ".join(f"{stitch}: {count}" for stitch, count in right.items())
-    out.print(f"right of 20 labelled photographs, by stitch: {listed}")
+def _print_correct(num_correct: dict[int, int]) -> None:
+    listed = ", ".join(f"{stitch}: {count}" for stitch, count in num_correct.items())
+    out.print(f"correct of 20 labelled photographs, by stitch: {listed}")
 
 
 def train(recipe: RecipeFile, data: DataFolder, run: RunFolder) -> None:
-    """Train a family's anchors from scratch, largest first. Resumes where it was stopped."""
+    """Train the anchors of a family from scratch, largest first; resumes if it was interrupted."""
     from ladderstitch.training.vision.anchors import train_anchors
     from ladderstitch.training.vision.dataset import load_idx_folder
     from ladderstitch.training.vision.recipe import Recipe
 
     with user_errors(), progress_bar() as progress:
         train_anchors(Recipe.load(recipe), load_idx_folder(data, "train"), run, progress)
-    err.print(f"Anchors are in {run}; next: ladderstitch stitch {recipe} ...")
+    err.print(f"wrote anchors to {run}; next: ladderstitch stitch {recipe} ...")
 
 
 def stitch(
@@ -82,8 +81,9 @@ def stitch(
 ) -> None:
     """Join trained anchors into a stitchable family and write its bundle.
 
-    Stitching layers start from least squares on the anchors' features; then everything is tuned
-    jointly, one stitch a step, taught by the labels and by the largest anchor. Resumable.
+    Stitching layers are initialised by least squares on the anchors' features. Then all weights
+    are trained jointly, one stitch per step, on the labels and on the predictions of the largest
+    anchor. Resumes if it was interrupted.
     """
     from ladderstitch.training.vision.dataset import load_idx_folder
     from ladderstitch.training.vision.recipe import Recipe
@@ -93,69 +93,84 @@ def stitch(
         parsed = Recipe.load(recipe)
         model = stitch_family(parsed, load_idx_folder(data, "train"), run, progress)
         export_family(parsed, model, bundle)
-    err.print(f"Wrote {bundle}; next: ladderstitch calibrate {bundle} --data {data}")
+    err.print(f"wrote {bundle}; next: ladderstitch calibrate {bundle} --data {data}")
+
+
+Checkpoints = Annotated[
+    list[Path],
+    typer.Argument(
+        help="File of a stitched family, or files of plain networks, smallest first "
+        "(.safetensors, .pth)."
+    ),
+]
+Family = Annotated[
+    str | None,
+    typer.Option(
+        help="Kind of the stitched family: snnet-deit, snnet-swin, snnet-resnet, "
+        "snnet-resnet-swin, snnet-levit, snnetv2 or learngene-pool."
+    ),
+]
+FamilyConfig = Annotated[
+    Path | None,
+    typer.Option(help="Sizes of the family, JSON or YAML (default: the published ones)."),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        help="Mean of each channel, subtracted from pixels in [0, 1], e.g. 0.5,0.5,0.5 "
+        "(default: ImageNet's; 0.5 for grey images)."
+    ),
+]
+Std = Annotated[
+    str | None,
+    typer.Option(help="Standard deviation of each channel, in the form of `--mean`."),
+]
 
 
 def import_(
-    checkpoints: Annotated[
-        list[Path],
-        typer.Argument(
-            help="A stitched family's file, or plain networks, smallest first (.safetensors, .pth)."
-        ),
-    ],
+    checkpoints: Checkpoints,
     into: Annotated[Path, typer.Option(help="Bundle directory to write.")],
-    family: Annotated[
-        str | None,
-        typer.Option(
-            help="Of a stitched family's file: snnet-deit, snnet-swin, snnet-resnet, "
-            "snnet-resnet-swin, snnet-levit, snnetv2, learngene-pool."
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="The family's sizes, JSON or YAML; default: the published ones."),
-    ] = None,
+    family: Family = None,
+    config: FamilyConfig = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder of photographs: plain networks are stitched on them."),
+        typer.Option(help="Folder of photographs, on which plain networks are stitched."),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(help="Pixels a side, where the file does not say.")
+        int | None,
+        typer.Option(help="Side of the images in pixels, if the file does not contain it."),
     ] = None,
-    name: Annotated[str, typer.Option(help="How requests call the model.")] = "imported",
-    labels: Annotated[Path | None, typer.Option(help="A label a line.")] = None,
-    licence: Annotated[str, typer.Option(help="Of the weights.")] = "not stated",
-    mean: Annotated[
-        str | None,
-        typer.Option(
-            help="Subtracted from pixels in 0..1, a number a channel, as in 0.5,0.5,0.5; default: "
-            "ImageNet's, 0.5 for grey pictures."
-        ),
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option(help="Pixels are divided by it afterwards; as `--mean`.")
-    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the model in requests.")] = "imported",
+    labels: Annotated[Path | None, typer.Option(help="Text file with one label per line.")] = None,
+    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "not stated",
+    mean: Mean = None,
+    std: Std = None,
 ) -> None:
-    """Make a bundle from published or own checkpoints: stitched families, or DeiT, ViT, Swin and
-    ResNet in timm's or Hugging Face's layout, which become the anchors of a new family.
+    """Make a bundle from checkpoints, published ones or your own.
 
-    Nothing that a file may hold besides weights is run. Every tensor must fit, or is named.
+    The input is either one file of a stitched family, or files of DeiT, ViT, Swin or ResNet
+    networks in the layout of timm or Hugging Face, which become the anchors of a new family. Only
+    weights are read: no code in a file is run. The error lists tensors that do not fit.
     """
-    from ladderstitch.importers.import_bundle import Naming, import_anchors, import_released
+    from ladderstitch.importers.import_bundle import BundleInfo, import_anchors, import_released
 
     with user_errors():
-        naming = Naming(name, licence, labels, _numbers("mean", mean), _numbers("std", std))
+        info = BundleInfo(
+            name, licence, labels, _parse_numbers("mean", mean), _parse_numbers("std", std)
+        )
         if family is None:
-            model = import_anchors(checkpoints, images, naming, into, image_size=image_size)
+            model = import_anchors(checkpoints, images, info, into, image_size=image_size)
         elif len(checkpoints) == 1:
-            model = import_released(family, checkpoints[0], config, naming, into)
+            model = import_released(family, checkpoints[0], config, info, into)
         else:
-            raise ConfigError(f"checkpoints: expected one of a {family}, got {len(checkpoints)}")
+            raise ConfigError(
+                f"checkpoints: expected one file for {family}, got {len(checkpoints)}"
+            )
     count = sum(stitch.usable for stitch in model.stitches)
     out.print(f"{into}: {count} networks; next: ladderstitch calibrate {into} --data FOLDER")
 
 
-def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+def _parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
     if text is None:
         return None
     try:
@@ -165,24 +180,29 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
 
 
 def convert_ladder(
-    source: Annotated[str, typer.Argument(help="Bundle directory or fetched model, e.g. smollm2.")],
-    recipe: Annotated[Path, typer.Option(help="YAML file: layers, rank, tokens, schedule.")],
+    source: Annotated[
+        str, typer.Argument(help="Directory of a bundle, or name of a fetched model, e.g. smollm2.")
+    ],
+    recipe: Annotated[Path, typer.Option(help="YAML file with layers, rank, tokens and schedule.")],
     text: Annotated[Path, typer.Option(help="Text file to train on.")],
     held_out: Annotated[
         list[str],
-        typer.Option(help="NAME=FILE to measure on; the first gives the bundle's qualities."),
+        typer.Option(
+            help="NAME=FILE of a held-out text; the first gives the qualities of the bundle."
+        ),
     ],
-    into: Annotated[Path, typer.Option(help="The new bundle's directory.")],
+    into: Annotated[Path, typer.Option(help="Directory of the new bundle.")],
     work: Annotated[
-        Path | None, typer.Option(help="Checkpoints and intermediate data; default: beside it.")
+        Path | None,
+        typer.Option(help="Folder of checkpoints and intermediate data (default: INTO.work)."),
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Write what was measured here.")] = None,
+    report: Annotated[Path | None, typer.Option(help="File to write the measurements to.")] = None,
 ) -> None:
-    """Turn the upper layers of a language model into ladder layers and retrain them.
+    """Convert the upper layers of a language model to ladder layers and retrain them.
 
-    A ladder layer reads the stream one sub-block late, so that ranks communicate while they
-    compute. Low-rank additions learn from the standard model's own predictions; the result serves
-    both ways, chosen per request. Stopped, it goes on where it was.
+    A ladder layer reads the residual stream one sub-block late, so that ranks communicate while
+    they compute. Low-rank updates of the weights are trained on the predictions of the standard
+    model. The new bundle has both variants, chosen per request. Resumes if it was interrupted.
 
     Example: `ladderstitch convert-ladder smollm2 --recipe examples/smollm2-ladder/ladder-8.yaml
     --text data/brown/train.txt --held-out brown=data/brown/heldout.txt --into smollm2-ladder`
@@ -196,7 +216,7 @@ def convert_ladder(
             source=TextBundle.load(find_bundle(source)),
             recipe=LadderRecipe.load(recipe),
             text=text,
-            held_out=dict(_named(entry) for entry in held_out),
+            held_out=dict(_parse_named_file(entry) for entry in held_out),
             into=into,
             work=work or into.with_name(into.name + ".work"),
         )
@@ -204,43 +224,45 @@ def convert_ladder(
             found = convert(conversion, progress)
         if report is not None:
             write_report(found, report)
-        _print(found)
+        _print_qualities(found)
         err.print(f"ladderstitch serve --model {into}", highlight=False)
 
 
 def train_language(
-    recipe: Annotated[Path, typer.Option(help="YAML file: sizes, residual schemes, schedule.")],
+    recipe: Annotated[
+        Path, typer.Option(help="YAML file with sizes, residual schemes and schedule.")
+    ],
     text: Annotated[list[Path], typer.Option(help="Text files to train on.")],
-    held_out: Annotated[list[Path], typer.Option(help="Text files to measure on.")],
-    run: Annotated[Path, typer.Option(help="Where checkpoints, logs and bundles go.")],
+    held_out: Annotated[list[Path], typer.Option(help="Held-out text files.")],
+    run: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and bundles.")],
 ) -> None:
-    """Train a small language model from scratch once for each residual scheme, side by side.
+    """Train a small language model from scratch with each residual scheme, and compare the losses.
 
-    Same text, same seed, same batches: the held-out losses say what the scheme costs. Writes a
-    bundle for each, a plot and `pair.json`; stopped, it goes on where it was.
+    Text, seed and batches are the same, so that the held-out losses show the cost of the scheme.
+    Writes a bundle for each scheme, a plot and `pair.json`. Resumes if it was interrupted.
 
     Example: `ladderstitch train-language --recipe examples/small-pair/pair.yaml --text
     data/brown/train.txt --held-out data/brown/heldout.txt --run runs/small-pair`
     """
-    from ladderstitch.training.text.compare_schemes import Comparison, compare
+    from ladderstitch.training.text.compare_schemes import SchemeComparison, compare_schemes
     from ladderstitch.training.text.scratch import ScratchRecipe
 
     with user_errors():
-        comparison = Comparison(ScratchRecipe.load(recipe), text, held_out, run)
+        comparison = SchemeComparison(ScratchRecipe.load(recipe), text, held_out, run)
         with progress_bar() as progress:
-            found = compare(comparison, progress)
+            found = compare_schemes(comparison, progress)
         out.print_json(data={name: found[name] for name in ("parameters", "held_out_loss")})
 
 
-def _named(entry: str) -> tuple[str, Path]:
+def _parse_named_file(entry: str) -> tuple[str, Path]:
     name, found, file = entry.partition("=")
     if not found or not name:
         raise ConfigError(f"held-out: expected NAME=FILE, got {entry!r}")
     return name, Path(file)
 
 
-def _print(found: dict[str, object]) -> None:
-    table = Table("data", "path", "next-token accuracy", "perplexity")
+def _print_qualities(found: dict[str, object]) -> None:
+    table = Table("data", "variant", "next-token accuracy", "perplexity")
     measured = found["paths"]
     assert isinstance(measured, dict)
     for data, paths in measured.items():
@@ -250,6 +272,7 @@ def _print(found: dict[str, object]) -> None:
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
     group = "Make a family"
     app.command(rich_help_panel=group)(fetch)
     app.command(rich_help_panel=group)(train)

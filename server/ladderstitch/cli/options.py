@@ -1,4 +1,4 @@
-"""Command-line options made from a configuration model: names, types, defaults and help once."""
+"""Command-line options that are generated from the fields of a configuration model."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from pydantic.fields import FieldInfo
 
 MAIN_PANEL = "Options"
 
+FieldPath = tuple[str, ...]
+"""The names that lead to a field of a nested model."""
+
 
 def with_config_options(
     model: type[BaseModel], *, skip: Collection[str] = (), panels: Mapping[str, str] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that gives a command one option per field of `model`.
+    """Return a decorator that adds one option per field of `model` to a command.
 
-    The command gets the options that were given as a dictionary in its parameter `given`, nested
-    as the model is; fields in `skip` have no option. A field's `json_schema_extra` may hold
-    `panel`, the heading of the help page that it belongs to, and `flags`, names to use instead of
-    the field's own; `panels` names the heading of each nested model's fields.
+    The command's parameter `given` is a dictionary of the options that the user gave, nested like
+    the model. Fields in `skip` have no option. A field's `json_schema_extra` may hold `panel`, the
+    heading of the option on the help page, and `flags`, the names of the option instead of the
+    field's own. `panels` holds the heading of each nested model's fields.
     """
-    paths = dict(_options(model, skip, panels or {}))
+    options = _build_options(model, skip, panels or {})
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())
@@ -31,28 +34,26 @@ def with_config_options(
 
         def run(**arguments: Any) -> None:
             given: dict[str, Any] = {}
-            for name, (path, _) in paths.items():
-                value = arguments.pop(name)
+            for parameter, path in options:
+                value = arguments.pop(parameter.name)
                 if value is not None:
-                    _put(given, path, value)
+                    _set_nested(given, path, value)
             command(**arguments, given=given)
 
-        options = [parameter for _, parameter in paths.values()]
-        run.__signature__ = inspect.Signature([*kept, *options])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in (*kept, *options)}
+        parameters = [*kept, *(parameter for parameter, _ in options)]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__doc__, run.__name__ = command.__doc__, command.__name__
         return run
 
     return decorate
 
 
-Path = tuple[str, ...]
-
-
-def _options(
+def _build_options(
     model: type[BaseModel], skip: Collection[str], panels: Mapping[str, str]
-) -> list[tuple[str, tuple[Path, inspect.Parameter]]]:
-    found: list[tuple[str, tuple[Path, inspect.Parameter]]] = []
+) -> list[tuple[inspect.Parameter, FieldPath]]:
+    """Return a parameter for each field, and the path of the field."""
+    options: list[tuple[inspect.Parameter, FieldPath]] = []
     for name, field in model.model_fields.items():
         if name in skip:
             continue
@@ -60,23 +61,24 @@ def _options(
         if inspect.isclass(nested) and issubclass(nested, BaseModel):
             panel = panels.get(name, MAIN_PANEL)
             for inner, inner_field in nested.model_fields.items():
-                parameter = _parameter(inner, inner_field, panel)
-                found.append((inner, ((name, inner), parameter)))
+                options.append((_build_parameter(inner, inner_field, panel), (name, inner)))
         else:
-            found.append((name, ((name,), _parameter(name, field, MAIN_PANEL))))
-    return found
+            options.append((_build_parameter(name, field, MAIN_PANEL), (name,)))
+    return options
 
 
-def _parameter(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
+def _build_parameter(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-    flag = "--" + name.replace("_", "-")
-    kind = _plain(field.annotation)
-    flags = extra.get("flags", [f"{flag}/--no-{flag[2:]}" if kind is bool else flag])
-    assert isinstance(flags, list), "names of options"
+    kind = _option_type(field.annotation)
     default = field.get_default(call_default_factory=True)
+    flag = name.replace("_", "-")
+    # only an option that is on by default needs a negative form
+    own_flag = f"--{flag}/--no-{flag}" if kind is bool and default else f"--{flag}"
+    flags = extra.get("flags", [own_flag])
+    assert isinstance(flags, list), "names of options"
     option = typer.Option(
         *map(str, flags),
-        help=_help(field.description or name.replace("_", " "), default),
+        help=_format_help(field.description or name.replace("_", " "), default),
         show_default=False,
         rich_help_panel=str(extra.get("panel", panel)),
     )
@@ -86,25 +88,25 @@ def _parameter(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
     )
 
 
-def _plain(annotation: Any) -> Any:
-    """Return the type without None; a tuple of one kind is given as a list."""
+def _option_type(annotation: Any) -> Any:
+    """Return the type of an option: without None, and a list instead of a tuple."""
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
     if type(None) in get_args(annotation):
-        return _plain(kinds[0])
+        return _option_type(kinds[0])
     if get_origin(annotation) is tuple:
         return list[kinds[0]]  # type: ignore[valid-type] # typer reads it at run time
     return annotation
 
 
-def _put(given: dict[str, Any], path: Path, value: Any) -> None:
+def _set_nested(given: dict[str, Any], path: FieldPath, value: Any) -> None:
     *outer, last = path
     for name in outer:
         given = given.setdefault(name, {})
     given[last] = value
 
 
-def _help(description: str, default: object) -> str:
-    first = description.split()[0]
+def _format_help(description: str, default: object) -> str:
+    first = description.split()[0].rstrip(":")
     if first.isalpha() and first.islower() and first != "auto":
         description = description[0].upper() + description[1:]
     shown = "" if default is None or default in ("", (), False) else f" (default: {default})"

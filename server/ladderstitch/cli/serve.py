@@ -1,4 +1,4 @@
-"""`ladderstitch serve`: one model on this machine, until Ctrl-C."""
+"""The commands `serve`, which runs a server until Ctrl-C, and `rank`."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from ladderstitch.errors import ConfigError
 from ladderstitch.hosting.model_manager import make_runner
 from ladderstitch.hosting.registry import ModelRegistry
 from ladderstitch.replica.replica import Replica
-from ladderstitch.runtime.process import free_port, port_is_free, settle_for_good
+from ladderstitch.runtime.process import free_port, freeze_gc, port_is_free
 from ladderstitch.telemetry.logs import configure as configure_logs
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.text.engine.rank_handle import launch_process
 
-EXAMPLES = Path("examples/fashion-mnist/images")
+EXAMPLE_IMAGES = Path("examples/fashion-mnist/images")
 GATEWAY_PORTS = ("port", "metrics_port")
+"""Fields of the ports that all gateways of one machine share."""
 
 
 @with_config_options(
@@ -43,18 +44,18 @@ def serve(
         typer.Option(
             "--model",
             "--bundle",
-            help="Name of a fetched model, or a bundle's directory.",
-            show_default="fashion-mnist, which is embedded",
+            help="Name of a fetched model, or the directory of a bundle.",
+            show_default="fashion-mnist",
         ),
     ] = None,
     ray: Annotated[
-        bool, typer.Option("--ray/--no-ray", help="Run under Ray Serve, or in this process alone.")
+        bool, typer.Option("--ray/--no-ray", help="Run on Ray Serve, or in this process alone.")
     ] = True,
 ) -> None:
-    """Serve a model over gRPC, with metrics for Prometheus. Ctrl-C drains and stops.
+    """Serve a model over gRPC, with metrics for Prometheus. Ctrl-C drains and stops the server.
 
-    From another terminal: `ladderstitch predict IMAGE --budget 5ms`, or for a language model
-    (`ladderstitch fetch smollm2`) `ladderstitch generate "The capital of France is"`.
+    Call it from another terminal: `ladderstitch predict IMAGE --budget 5ms`, or for a language
+    model (`ladderstitch fetch smollm2`) `ladderstitch generate "The capital of France is"`.
     """
     started = time.monotonic()
     with user_errors():
@@ -65,8 +66,9 @@ def serve(
         parsed = ServerConfig.load(config, given)
         if parsed.replicas > 1 and not ray:
             raise ConfigError(
-                "replicas: several need Ray; without it, start each with its own --port and "
-                "`ladderstitch gateway --replica HOST:PORT ...` in front of them"
+                f"replicas: expected 1 without Ray, got {parsed.replicas}; start each replica with "
+                "its own --port, and `ladderstitch gateway --replica HOST:PORT ...` in front of "
+                "them"
             )
         _check_before_start(parsed)
         if ray:
@@ -77,15 +79,15 @@ def serve(
 
 
 def _check_before_start(config: ServerConfig) -> None:
-    """What would otherwise come up seconds later, out of another process."""
+    """Raise now the `UserError` that another process would raise seconds later."""
     make_runner(config, ModelRegistry("check"), Metrics(), launch_process)
-    ListenerConfig.of(config, lambda reason: None)
-    for field, address in config.listening():
+    ListenerConfig.from_config(config, lambda reason: None)
+    for field, address in config.port_fields():
         number = getattr(config, field)
         if number is not None and not port_is_free(address, number):
             raise ConfigError(
-                f"{field}: {address}:{number} is taken; name another with "
-                f"--{field.replace('_', '-')}, or 0 for any"
+                f"{field}: expected a free port, got {address}:{number}, which is taken; choose "
+                f"another one with --{field.replace('_', '-')}, or 0 for any"
             )
 
 
@@ -95,7 +97,7 @@ def _serve_on_ray(config: ServerConfig, started: float) -> None:
     stop = threading.Event()
     status = err.status("starting Ray and Serve, then warming every variant and batch size ...")
     actors = config.replicas * (1 + config.tensor_parallel_size + config.spare_ranks)
-    if config.replicas > 1:  # all gateways take the same, those that are started anew, too
+    if config.replicas > 1:  # restarted gateways need the same ports
         ports = {name: getattr(config, name) or free_port(config.host) for name in GATEWAY_PORTS}
         config = config.model_copy(update=ports)
     with status, local_ray(actors) as cluster:
@@ -104,7 +106,7 @@ def _serve_on_ray(config: ServerConfig, started: float) -> None:
         port, metrics_port = cluster.run(config)
         status.stop()
         if not stop.is_set():
-            _say_ready(config, port, metrics_port, config.http_port, started)
+            _print_ready(config, port, metrics_port, config.http_port, started)
         stop.wait()
         err.print("draining ...")
         cluster.drain()
@@ -120,17 +122,18 @@ async def _serve_alone(config: ServerConfig, started: float) -> None:
     with progress_bar() as progress:
         task = progress.add_task("warming up", total=None)
         await replica.start(lambda done, total: progress.update(task, completed=done, total=total))
-    settle_for_good()
+    freeze_gc()
     http_port = replica.http.port if replica.http is not None else None
-    _say_ready(config, replica.port, replica.metrics_port, http_port, started)
+    _print_ready(config, replica.port, replica.metrics_port, http_port, started)
     await stop.wait()
     err.print("draining ...")
     await replica.stop()
 
 
-def _say_ready(
+def _print_ready(
     config: ServerConfig, port: int, metrics_port: int, http_port: int | None, started: float
 ) -> None:
+    """Print the addresses of the server, and a command that calls it."""
     seconds = time.monotonic() - started
     where = f"gRPC on {config.host}:{port}, metrics on http://{config.host}:{metrics_port}/metrics"
     if http_port is not None:
@@ -141,17 +144,24 @@ def _say_ready(
     if is_language_bundle(config.bundle):
         command = f'{sys.argv[0]} generate "The capital of France is"{address}'
     else:
-        ours = EXAMPLES.is_dir() and config.bundle == EMBEDDED
-        images = f"{EXAMPLES}/*.png --budget 5ms" if ours else "IMAGE.png --budget 100ms"
+        has_examples = EXAMPLE_IMAGES.is_dir() and config.bundle == EMBEDDED
+        images = (
+            f"{EXAMPLE_IMAGES}/*.png --budget 5ms" if has_examples else "IMAGE.png --budget 100ms"
+        )
         command = f"{sys.argv[0]} predict {images}{address}"
     out.print(f"try:  {command}", soft_wrap=True, highlight=False)
 
 
 def rank(
-    address: Annotated[str, typer.Argument(help="HOST:PORT: the server's `rank_address`.")],
-    secret_file: Annotated[Path, typer.Option(help="The same file as its `rank_secret_file`.")],
+    address: Annotated[str, typer.Argument(help="HOST:PORT, the server's `rank_address`.")],
+    secret_file: Annotated[
+        Path, typer.Option(help="File with the secret; the server's `rank_secret_file`.")
+    ],
 ) -> None:
-    """Be one rank of a language model that is served on another machine, until it lets go."""
+    """Run one tensor-parallel rank for a server on another machine.
+
+    The command exits when the server disconnects.
+    """
     from ladderstitch.text.engine.rank import run
 
     with user_errors():
@@ -162,5 +172,6 @@ def rank(
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
     app.command(rich_help_panel="Serve")(serve)
     app.command(rich_help_panel="Serve")(rank)

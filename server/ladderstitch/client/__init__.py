@@ -1,18 +1,18 @@
-"""A small typed client of `ladderstitch.v1`, blocking and asynchronous.
+"""A typed client of `ladderstitch.v1`, blocking and asynchronous.
 
 with Client("127.0.0.1:8001") as client:
     prediction = client.predict(png_bytes, budget_s=0.005)
-    for piece in client.generate("The capital of France is", max_tokens=8):
-        print(piece.text, end="")
+    for chunk in client.generate("The capital of France is", max_tokens=8):
+        print(chunk.text, end="")
 """
 
 from ladderstitch.client.async_client import AsyncClient
 from ladderstitch.client.channel import RETRY_POLICY, Credentials
 from ladderstitch.client.client import Client
-from ladderstitch.client.errors import RequestFailed
 from ladderstitch.client.messages import (
     Image,
     Prediction,
+    RequestFailed,
     TextChunk,
     generate_request,
     infer_request,

@@ -3,57 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, TypeVar, Unpack
 
 import grpc
 
-from ladderstitch.client.channel import PLAIN, RETRY_POLICY, Credentials, retry_options
-from ladderstitch.client.errors import RequestFailed
+from ladderstitch.client import calls
+from ladderstitch.client.channel import PLAINTEXT, RETRY_POLICY, Credentials
 from ladderstitch.client.messages import (
+    GenerateOptions,
     Image,
+    InferOptions,
     Prediction,
+    RequestFailed,
     TextChunk,
-    check_budget_request,
     generate_request,
-    infer_request,
 )
-from ladderstitch.v1 import (
-    admin_pb2,
-    admin_pb2_grpc,
-    generation_pb2_grpc,
-    inference_pb2,
-    inference_pb2_grpc,
-)
+from ladderstitch.v1 import admin_pb2, inference_pb2
+
+Result = TypeVar("Result")
 
 
-class AsyncClient:
-    """As `Client`, for asyncio; many calls may be in flight on one channel."""
+class AsyncClient(calls.BaseClient):
+    """A client for asyncio: one channel, on which many calls may be in flight.
+
+    Every method raises `RequestFailed` if the call fails. `timeout_s` is the gRPC deadline of one
+    call in seconds; if unset, that of the client applies.
+    """
 
     def __init__(
         self,
-        address: str = "127.0.0.1:8001",
-        timeout_s: float = 30.0,
-        access: Credentials = PLAIN,
-        retries: str | None = RETRY_POLICY,
+        address: str = calls.DEFAULT_ADDRESS,
+        timeout_s: float = calls.DEFAULT_TIMEOUT_S,
+        credentials: Credentials = PLAINTEXT,
+        retry_policy: str | None = RETRY_POLICY,
     ) -> None:
-        """`retries` is a gRPC service config; None: what fails, fails at once.
+        """Open a channel to HOST:PORT.
 
-        Raises `ValueError` and `OSError` as `Credentials.credentials` does.
+        `retry_policy` is a gRPC service config in JSON; None disables retries. Raises `ValueError`
+        and `OSError` like `Credentials.channel_credentials`.
         """
-        self.timeout_s = timeout_s
-        self._metadata = access.metadata
-        credentials = access.credentials(address)
-        options = [*retry_options(retries), *access.options]
-        self.channel = (
-            grpc.aio.insecure_channel(address, options=options)
-            if credentials is None
-            else grpc.aio.secure_channel(address, credentials, options=options)
-        )
-        self.inference: Any = inference_pb2_grpc.InferenceServiceStub(self.channel)
-        self.generation: Any = generation_pb2_grpc.GenerationServiceStub(self.channel)
-        self.admin: Any = admin_pb2_grpc.AdminServiceStub(self.channel)
+        super().__init__(grpc.aio, address, timeout_s, credentials, retry_policy)
 
     async def __aenter__(self) -> Self:
         return self
@@ -67,84 +57,80 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
+        """Close the channel; calls in flight fail with CANCELLED."""
         await self.channel.close()
 
     async def predict(
-        self, image: Image, *, timeout_s: float | None = None, **wishes: Any
+        self, image: Image, *, timeout_s: float | None = None, **options: Unpack[InferOptions]
     ) -> Prediction:
-        """Classify; `wishes` are those of `infer_request`, `timeout_s` is the gRPC deadline."""
-        request = infer_request(image, **wishes)
-        return Prediction.of(await self._call(self.inference.Infer, request, timeout_s))
+        """Classify an image file or a batch of images; `infer_request` explains the options."""
+        return await self._call(calls.predict(image, **options), timeout_s)
 
     async def generate(
-        self, prompt: str | Sequence[int], *, timeout_s: float | None = None, **wishes: Any
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> AsyncIterator[TextChunk]:
-        """The answer's pieces as they come; `wishes` are those of `generate_request`."""
-        request = generate_request(prompt, **wishes)
+        """Yield the tokens of an answer as they arrive; `generate_request` explains the options."""
+        request = generate_request(prompt, **options)
         call = self.generation.Generate(
             request, timeout=timeout_s or self.timeout_s, metadata=self._metadata
         )
         try:
             async for response in call:
-                yield TextChunk.of(response)
+                yield TextChunk.from_response(response)
         except grpc.RpcError as error:
             raise RequestFailed(error) from None
         finally:
             call.cancel()
 
     async def list_models(self) -> inference_pb2.ListModelsResponse:
-        reply: inference_pb2.ListModelsResponse = await self._call(
-            self.inference.ListModels, inference_pb2.ListModelsRequest()
-        )
-        return reply
+        """Return the server's models, in order of their names."""
+        return await self._call(calls.list_models())
 
     async def get_model(self, model: str = "") -> inference_pb2.GetModelResponse:
-        reply: inference_pb2.GetModelResponse = await self._call(
-            self.inference.GetModel, inference_pb2.GetModelRequest(model_name=model)
-        )
-        return reply
+        """Return the description of a model; without a name, of the server's only one."""
+        return await self._call(calls.get_model(model))
 
     async def check_budget(
         self, budget_s: float | None = None, min_quality: float | None = None, model: str = ""
     ) -> inference_pb2.CheckBudgetResponse:
-        request = check_budget_request(budget_s, min_quality, model)
-        reply: inference_pb2.CheckBudgetResponse = await self._call(
-            self.inference.CheckBudget, request
-        )
-        return reply
+        """Return the best variant within a budget, now and on an idle server."""
+        return await self._call(calls.check_budget(budget_s, min_quality, model))
 
-    async def update_scheduling(self, **changes: Any) -> admin_pb2.Scheduling:
-        """Fields of `UpdateSchedulingRequest`, e.g. `pinned_variant=3`."""
-        request = admin_pb2.UpdateSchedulingRequest(**changes)
-        reply: admin_pb2.UpdateSchedulingResponse = await self._call(
-            self.admin.UpdateScheduling, request
-        )
-        return reply.scheduling
+    async def get_scheduling(self, model: str = "") -> admin_pb2.Scheduling:
+        """Return the active scheduling settings."""
+        return await self._call(calls.get_scheduling(model))
 
-    async def load_model(self, bundle: str, *, timeout_s: float = 600.0) -> str:
-        """Serve a fetched model on this replica, too; the name under which it answers."""
-        request = admin_pb2.LoadModelRequest(bundle=bundle)
-        reply: admin_pb2.LoadModelResponse = await self._call(
-            self.admin.LoadModel, request, timeout_s
-        )
-        return reply.model_name
+    async def update_scheduling(
+        self, model: str = "", **changes: Unpack[calls.SchedulingChanges]
+    ) -> admin_pb2.Scheduling:
+        """Change scheduling settings, e.g. `pinned_variant=3`; returns the active ones."""
+        return await self._call(calls.update_scheduling(model, **changes))
+
+    async def load_model(self, bundle: str, *, timeout_s: float = calls.LOAD_TIMEOUT_S) -> str:
+        """Load another model, or a new version of a loaded one; returns the model's name."""
+        return await self._call(calls.load_model(bundle), timeout_s)
 
     async def unload_model(self, model: str, *, timeout_s: float | None = None) -> None:
-        """Take a model away from this replica when its accepted requests have ended."""
-        request = admin_pb2.UnloadModelRequest(model_name=model)
-        await self._call(self.admin.UnloadModel, request, timeout_s)
+        """Unload a model; returns when its accepted requests have ended."""
+        await self._call(calls.unload_model(model), timeout_s)
 
     async def drain(self, announce_s: float = 0.0, *, timeout_s: float | None = None) -> bool:
-        """Take the replica out of service; waits, and tells whether all its requests ended."""
-        request = admin_pb2.DrainRequest()
-        request.announce.FromTimedelta(timedelta(seconds=announce_s))
-        reply: admin_pb2.DrainResponse = await self._call(self.admin.Drain, request, timeout_s)
-        return reply.finished
+        """Take the replica out of service; returns whether all accepted requests have ended.
 
-    async def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
+        The replica reports NOT_SERVING for `announce_s` seconds before it rejects requests.
+        """
+        return await self._call(calls.drain(announce_s), timeout_s)
+
+    async def health(self, service: str = "") -> str:
+        """Return SERVING or NOT_SERVING of a service or model; without a name, of the replica."""
+        return await self._call(calls.health(service))
+
+    async def _call(self, call: calls.UnaryCall[Result], timeout_s: float | None = None) -> Result:
         try:
-            return await method(
-                request, timeout=timeout_s or self.timeout_s, metadata=self._metadata
-            )
+            return call.read(await self._start(call, timeout_s))
         except grpc.RpcError as error:
             raise RequestFailed(error) from None

@@ -1,70 +1,17 @@
-"""How a caller shows who it is, and checks who the server is."""
+"""Channels to a server: TLS, token and retry policy of a client."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from ladderstitch.security.listen_config import is_loopback
 
-
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """TLS and token of a client; all unset: plaintext, no token.
-
-    `ca` is the PEM file of the authority that signed the server's certificate (unset with `tls`:
-    the system's own), `certificate` and `key` what mutual TLS asks for, `token` a bearer token,
-    `server_name` the name in the server's certificate where it is not that of the address.
-    """
-
-    ca: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-    token: str | None = field(default=None, repr=False)
-    tls: bool = False
-    server_name: str | None = None
-
-    @property
-    def encrypted(self) -> bool:
-        return self.tls or self.ca is not None or self.certificate is not None
-
-    @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
-
-    @property
-    def options(self) -> list[tuple[str, str]]:
-        """Of a channel."""
-        return [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
-
-    def credentials(self, address: str) -> grpc.ChannelCredentials | None:
-        """None for plaintext.
-
-        Raises `ValueError` for a token that would travel in the clear to another machine, or for a
-        certificate without its key; `OSError` for a file that cannot be read.
-        """
-        if not self.encrypted:
-            if self.token and not is_loopback(address.rpartition(":")[0]):
-                raise ValueError(
-                    f"token: {address} would get it in the clear; expected ca or tls along with it"
-                )
-            return None
-        if (self.certificate is None) != (self.key is None):
-            raise ValueError("key: expected it along with certificate")
-        return grpc.ssl_channel_credentials(*map(_bytes, (self.ca, self.key, self.certificate)))
-
-
-PLAIN = Credentials()
-
-
-def _bytes(path: Path | None) -> bytes | None:
-    return None if path is None else path.read_bytes()
-
-
-RETRIED = (
+RETRIED_SERVICES = (
     "ladderstitch.v1.InferenceService",
     "ladderstitch.v1.GenerationService",
     "inference.GRPCInferenceService",
@@ -73,7 +20,7 @@ RETRY_POLICY = json.dumps(
     {
         "methodConfig": [
             {
-                "name": [{"service": service} for service in RETRIED],
+                "name": [{"service": service} for service in RETRIED_SERVICES],
                 "retryPolicy": {
                     "maxAttempts": 5,
                     "initialBackoff": "0.1s",
@@ -85,14 +32,85 @@ RETRY_POLICY = json.dumps(
         ]
     }
 )
-"""A service config: a channel's option `grpc.service_config`."""
+"""The default retry policy: a gRPC service config, in JSON."""
 
-BUFFER_BYTES = 64 << 20
-"""gRPC keeps a request for another try only up to this size, by default 256 KiB."""
+RETRY_BUFFER_BYTES = 64 << 20
+"""Maximum size of a request that gRPC keeps for a retry; gRPC's own default is 256 KiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """TLS files and token of a client; if all are unset, calls are plaintext and have no token."""
+
+    ca: Path | None = None
+    """PEM file of the authority that signed the server's certificate; unset: the system's own."""
+    certificate: Path | None = None
+    """PEM file of the client's certificate, for mutual TLS."""
+    key: Path | None = None
+    """PEM file of the key of `certificate`."""
+    token: str | None = field(default=None, repr=False)
+    """Bearer token."""
+    tls: bool = False
+    """Whether to use TLS even if neither `ca` nor `certificate` is set."""
+    server_name: str | None = None
+    """Name in the server's certificate, if it differs from that of the address."""
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the connection uses TLS."""
+        return self.tls or self.ca is not None or self.certificate is not None
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The metadata that carries the token in each call."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+    @property
+    def channel_options(self) -> list[tuple[str, str]]:
+        """The options of a gRPC channel that these credentials require."""
+        return [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
+
+    def channel_credentials(self, address: str) -> grpc.ChannelCredentials | None:
+        """Return the credentials of a channel to HOST:PORT, or None for plaintext.
+
+        Raises `ValueError` if a token would be sent to another machine in plaintext, or if a
+        certificate lacks its key. Raises `OSError` if a file cannot be read.
+        """
+        if not self.encrypted:
+            if self.token and not is_loopback(address.rpartition(":")[0]):
+                raise ValueError(
+                    f"token: expected ca or tls along with it, got plaintext to {address}"
+                )
+            return None
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("key: expected certificate and key together, got one of them")
+        files = (self.ca, self.key, self.certificate)
+        contents = [None if file is None else file.read_bytes() for file in files]
+        return grpc.ssl_channel_credentials(*contents)
+
+
+PLAINTEXT = Credentials()
+
+
+def open_channel(
+    implementation: Any, address: str, credentials: Credentials, retry_policy: str | None
+) -> Any:
+    """Return a channel to HOST:PORT made by `implementation`, which is `grpc` or `grpc.aio`.
+
+    Raises `ValueError` and `OSError` like `Credentials.channel_credentials`.
+    """
+    channel_credentials = credentials.channel_credentials(address)
+    options = [*retry_options(retry_policy), *credentials.channel_options]
+    if channel_credentials is None:
+        return implementation.insecure_channel(address, options=options)
+    return implementation.secure_channel(address, channel_credentials, options=options)
 
 
 def retry_options(policy: str | None) -> list[tuple[str, str | int]]:
-    """Of a channel; None: every failure is the caller's at once."""
+    """Return the channel options of a retry policy; None disables retries."""
     if policy is None:
         return [("grpc.enable_retries", 0)]
-    return [("grpc.service_config", policy), ("grpc.per_rpc_retry_buffer_size", BUFFER_BYTES)]
+    return [
+        ("grpc.service_config", policy),
+        ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
+    ]

@@ -1,22 +1,121 @@
-"""Image requests as messages, and their answers."""
+"""Requests as messages, their answers, and the error of a failed call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
+import grpc
 import numpy as np
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
 from numpy.typing import NDArray
 
 from ladderstitch.v1 import generation_pb2, inference_pb2
 
+DETAILS_KEY = "grpc-status-details-bin"
+"""Trailing metadata that holds a `google.rpc.Status`."""
+
 Image = bytes | NDArray[np.uint8] | NDArray[np.float32]
-"""A PNG or JPEG file, or [N, C, H, W]: uint8 pixels or preprocessed float32."""
+"""A PNG or JPEG file, or an array [B, C, H, W]: uint8 pixels or preprocessed float32."""
+
+FINISH_REASONS = {
+    generation_pb2.FINISH_REASON_STOP: "stop",
+    generation_pb2.FINISH_REASON_LENGTH: "length",
+}
+
+
+class RequestFailed(Exception):
+    """A call that ended with an error status; `code` is the gRPC status.
+
+    `reason` is machine-readable, e.g. `BUDGET_INFEASIBLE`, and empty if the error does not come
+    from the server. `violations` describes each invalid field by its name. `retry_after_s` is None
+    unless the server names a time to wait before a retry.
+    """
+
+    def __init__(self, error: grpc.RpcError) -> None:
+        self.code: grpc.StatusCode = error.code()
+        self.message: str = error.details() or ""
+        self.reason = ""
+        self.metadata: dict[str, str] = {}
+        self.violations: dict[str, str] = {}
+        self.retry_after_s: float | None = None
+        for key, value in error.trailing_metadata() or ():
+            if key == DETAILS_KEY:
+                self._read_details(Status.FromString(value))
+        code = self.code.name
+        super().__init__(self.message if self.reason == code else f"{code}: {self.message}")
+
+    def _read_details(self, status: Status) -> None:
+        info, bad_request, retry = ErrorInfo(), BadRequest(), RetryInfo()
+        for detail in status.details:
+            if detail.Unpack(info):
+                self.reason, self.metadata = info.reason, dict(info.metadata)
+            elif detail.Unpack(bad_request):
+                self.violations = {v.field: v.description for v in bad_request.field_violations}
+            elif detail.Unpack(retry):
+                self.retry_after_s = retry.retry_delay.ToMicroseconds() / 1e6
+
+
+class InferOptions(TypedDict, total=False):
+    """The options of `predict`: the keyword parameters of `infer_request`."""
+
+    model: str
+    budget_s: float | None
+    hard: bool
+    min_quality: float | None
+    variant: int | None
+    priority: int
+
+
+def infer_request(
+    image: Image,
+    *,
+    model: str = "",
+    budget_s: float | None = None,
+    hard: bool = False,
+    min_quality: float | None = None,
+    variant: int | None = None,
+    priority: int = 0,
+) -> inference_pb2.InferRequest:
+    """Return the message of a `predict` call.
+
+    `budget_s` is the latency budget in seconds, a hard deadline if `hard`. `min_quality` is in
+    [0, 1]. `variant` is the id of the variant to run; if unset, the scheduler chooses. `priority`
+    is 1 (highest) to 255 (lowest), 0 for the default. Raises `TypeError` for an array of another
+    type.
+    """
+    request = inference_pb2.InferRequest(
+        model_name=model,
+        hard_deadline=hard,
+        min_quality=min_quality,
+        variant_id=variant,
+        priority=priority,
+        latency_budget_us=microseconds(budget_s),
+    )
+    if isinstance(image, bytes):
+        request.encoded_image = image
+        return request
+    data_types = {
+        np.dtype(np.uint8): inference_pb2.DATA_TYPE_UINT8,
+        np.dtype(np.float32): inference_pb2.DATA_TYPE_FP32,
+    }
+    if image.dtype not in data_types:
+        raise TypeError(f"image: expected uint8 or float32, got {image.dtype}")
+    request.tensor.data_type = data_types[image.dtype]
+    request.tensor.shape.extend(image.shape)
+    request.tensor.data = np.ascontiguousarray(image).tobytes()
+    return request
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The answer to one call, for its first image; `all` holds every image's classes."""
+    """The answer to a `predict` call: the classes of its images and what the answer cost.
+
+    `label` and `probability` are those of the first image's most probable class. `all` holds up to
+    five (label, probability) pairs of each image, `logits` is [B, classes].
+    """
 
     label: str
     probability: float
@@ -34,7 +133,8 @@ class Prediction:
     logits: NDArray[np.float32] = field(repr=False)
 
     @classmethod
-    def of(cls, response: inference_pb2.InferResponse) -> Prediction:
+    def from_response(cls, response: inference_pb2.InferResponse) -> Prediction:
+        """Return the answer in a response."""
         cost = response.accounting
         classes = [[(c.label, c.probability) for c in p.top] for p in response.predictions]
         label, probability = classes[0][0]
@@ -56,84 +156,23 @@ class Prediction:
         )
 
 
-def infer_request(
-    image: Image,
-    *,
-    model: str = "",
-    budget_s: float | None = None,
-    hard: bool = False,
-    min_quality: float | None = None,
-    variant: int | None = None,
-    priority: int = 0,
-) -> inference_pb2.InferRequest:
-    """The message of a `predict` call; raises `TypeError` for an array of another type."""
-    request = inference_pb2.InferRequest(
-        model_name=model,
-        hard_deadline=hard,
-        min_quality=min_quality,
-        variant_id=variant,
-        priority=priority,
-    )
-    if budget_s is not None:
-        request.latency_budget_us = round(1e6 * budget_s)
-    if isinstance(image, bytes):
-        request.encoded_image = image
-        return request
-    kinds = {
-        np.dtype(np.uint8): inference_pb2.DATA_TYPE_UINT8,
-        np.dtype(np.float32): inference_pb2.DATA_TYPE_FP32,
-    }
-    if image.dtype not in kinds:
-        raise TypeError(f"image: expected uint8 or float32, got {image.dtype}")
-    request.tensor.data_type = kinds[image.dtype]
-    request.tensor.shape.extend(image.shape)
-    request.tensor.data = np.ascontiguousarray(image).tobytes()
-    return request
+class GenerateOptions(TypedDict, total=False):
+    """The options of `generate`: the keyword parameters of `generate_request`."""
 
-
-def check_budget_request(
-    budget_s: float | None, min_quality: float | None, model: str
-) -> inference_pb2.CheckBudgetRequest:
-    return inference_pb2.CheckBudgetRequest(
-        model_name=model,
-        latency_budget_us=None if budget_s is None else round(1e6 * budget_s),
-        min_quality=min_quality,
-    )
-
-
-FINISH = {
-    generation_pb2.FINISH_REASON_STOP: "stop",
-    generation_pb2.FINISH_REASON_LENGTH: "length",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TextChunk:
-    """One token of an answer; `finish` and `accounting` are set in the last one.
-
-    `logprob` and `alternatives` (token, logprob) are there if they were asked for.
-    """
-
-    index: int
-    token: int
-    text: str
-    finish: str | None
-    accounting: generation_pb2.GenerationAccounting | None
-    logprob: float | None = None
-    alternatives: tuple[tuple[int, float], ...] = ()
-
-    @classmethod
-    def of(cls, response: generation_pb2.GenerateResponse) -> TextChunk:
-        ended = response.finish_reason != generation_pb2.FINISH_REASON_UNSPECIFIED
-        return cls(
-            index=response.index,
-            token=response.token_id,
-            text=response.text,
-            finish=FINISH[response.finish_reason] if ended else None,
-            accounting=response.accounting if ended else None,
-            logprob=response.logprob if response.HasField("logprob") else None,
-            alternatives=tuple((top.token_id, top.logprob) for top in response.top_logprobs),
-        )
+    model: str
+    max_tokens: int | None
+    temperature: float
+    top_k: int
+    top_p: float | None
+    seed: int | None
+    stop: Sequence[str]
+    budget_s: float | None
+    hard: bool
+    first_token_budget_s: float | None
+    token_budget_s: float | None
+    min_quality: float | None
+    variant: int | None
+    logprobs: int | None
 
 
 def generate_request(
@@ -154,10 +193,12 @@ def generate_request(
     variant: int | None = None,
     logprobs: int | None = None,
 ) -> generation_pb2.GenerateRequest:
-    """The message of a `generate` call; the prompt is text or tokens.
+    """Return the message of a `generate` call; the prompt is a text or a sequence of tokens.
 
-    `budget_s` is for the whole answer, `token_budget_s` for the mean time between tokens after the
-    first; `variant` pins a path of the model.
+    Budgets are in seconds: `budget_s` for the whole answer, a hard deadline if `hard`,
+    `first_token_budget_s` for the first token, `token_budget_s` for the mean time between the
+    tokens after the first. `variant` is the id of the variant to run. `logprobs` is the number of
+    alternatives to report for each token, 0 to 20.
     """
     request = generation_pb2.GenerateRequest(
         model_name=model,
@@ -168,9 +209,9 @@ def generate_request(
         seed=seed,
         stop=stop,
         hard_deadline=hard,
-        latency_budget_us=_microseconds(budget_s),
-        first_token_budget_us=_microseconds(first_token_budget_s),
-        token_budget_us=_microseconds(token_budget_s),
+        latency_budget_us=microseconds(budget_s),
+        first_token_budget_us=microseconds(first_token_budget_s),
+        token_budget_us=microseconds(token_budget_s),
         min_quality=min_quality,
         variant_id=variant,
         logprobs=logprobs,
@@ -182,5 +223,37 @@ def generate_request(
     return request
 
 
-def _microseconds(seconds: float | None) -> int | None:
+@dataclass(frozen=True, slots=True)
+class TextChunk:
+    """One token of an answer; `finish` and `accounting` are None except in the last one.
+
+    `logprob` is None and `alternatives`, the (token, logprob) pairs of the most likely tokens, are
+    empty unless `logprobs` was set.
+    """
+
+    index: int
+    token: int
+    text: str
+    finish: str | None
+    accounting: generation_pb2.GenerationAccounting | None
+    logprob: float | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def from_response(cls, response: generation_pb2.GenerateResponse) -> TextChunk:
+        """Return the token in a response."""
+        ended = response.finish_reason != generation_pb2.FINISH_REASON_UNSPECIFIED
+        return cls(
+            index=response.index,
+            token=response.token_id,
+            text=response.text,
+            finish=FINISH_REASONS[response.finish_reason] if ended else None,
+            accounting=response.accounting if ended else None,
+            logprob=response.logprob if response.HasField("logprob") else None,
+            alternatives=tuple((top.token_id, top.logprob) for top in response.top_logprobs),
+        )
+
+
+def microseconds(seconds: float | None) -> int | None:
+    """Return whole microseconds; None stays None."""
     return None if seconds is None else round(1e6 * seconds)

@@ -1,5 +1,5 @@
-"""One address in front of several replicas: forwards bytes to the one with the most slack.
+"""One address in front of several replicas: each call goes to the replica with the most slack.
 
-Knows gRPC and what replicas say of themselves; never decodes a request, and imports neither torch
-nor Ray.
+The gateway uses gRPC and the replicas' load reports. It never decodes a request, and it imports
+neither torch nor Ray.
 """

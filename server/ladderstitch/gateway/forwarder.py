@@ -1,4 +1,4 @@
-"""Passes calls through: bytes in, bytes out, with their metadata, deadlines and statuses."""
+"""Forwards calls to replicas as bytes, with their metadata, deadlines and statuses."""
 
 from __future__ import annotations
 
@@ -19,77 +19,87 @@ from ladderstitch.gateway.replica_pool import ReplicaPool
 from ladderstitch.gateway.upstream_call import (
     RequestAttempts,
     UpstreamFailure,
-    ask,
-    ask_stream,
-    converse,
+    forward_bidi,
+    forward_stream,
+    forward_unary,
 )
 
 RETRY_AFTER_S = 0.5
 UNAVAILABLE, NOT_FOUND = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND
 
-Ask = Callable[..., Awaitable[bytes | None]]
+ForwardCall = Callable[..., Awaitable[bytes | None]]
+"""`forward_unary` or `forward_stream`."""
 
 
 class Forwarder(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no types
-    """Answers some methods by asking replicas."""
+    """The handler of all methods that replicas answer.
+
+    While `draining` is set, new calls are rejected with DRAINING.
+    """
 
     def __init__(
         self,
         methods: Iterable[MethodDescriptor],
-        fleet: ReplicaPool,
+        pool: ReplicaPool,
         metrics: GatewayMetrics,
-        settings: GatewayConfig,
+        config: GatewayConfig,
     ) -> None:
         self.draining = False
-        self._fleet, self._metrics = fleet, metrics
-        self._patience_s = settings.retry_timeout_s
-        self._held_limit_bytes = settings.max_buffered_mb << 20
-        self._held_bytes = 0
-        self._under_way = 0
+        self._pool, self._metrics = pool, metrics
+        self._retry_timeout_s = config.retry_timeout_s
+        self._max_buffered_bytes = config.max_buffered_mb << 20
+        self._buffered_bytes = 0
+        self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._handlers = {path_of(method): self._handler(method) for method in methods}
+        self._handlers = {method_path(method): self._make_handler(method) for method in methods}
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        """Return the handler of a method; None if it is not forwarded."""
         return self._handlers.get(details.method)
 
-    async def idle(self, within_s: float) -> bool:
-        """Wait until nothing is under way, at most so long; whether it came to that."""
+    async def wait_until_idle(self, timeout_s: float) -> bool:
+        """Wait until no call is in flight; return whether that happened within the timeout."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
+            async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         return self._idle.is_set()
 
-    def _handler(self, method: MethodDescriptor) -> grpc.RpcMethodHandler:
-        """Without serializers: messages stay bytes."""
-        path = path_of(method)
+    def _make_handler(self, method: MethodDescriptor) -> grpc.RpcMethodHandler:
+        """Return a handler without serializers, so that messages stay bytes."""
+        path = method_path(method)
         if method.client_streaming:
 
-            async def pass_on(requests: Any, context: Context) -> None:
+            async def forward_both_ways(requests: Any, context: Context) -> None:
                 async with self._attempts(path, context) as attempts:
-                    await converse(await attempts.next(), path, requests, context, attempts)
+                    replica = await attempts.next_replica()
+                    await forward_bidi(replica, path, requests, context, attempts)
 
-            return grpc.stream_stream_rpc_method_handler(pass_on)
-        one_reply = not method.server_streaming
-        persist_with: Ask = ask if one_reply else ask_stream
+            return grpc.stream_stream_rpc_method_handler(forward_both_ways)
+        forward_call: ForwardCall = forward_stream if method.server_streaming else forward_unary
 
         async def forward(request: bytes, context: Context) -> bytes | None:
             async with self._attempts(path, context) as attempts:
-                with self._room_for(request):
-                    return await _persist(attempts, persist_with, path, request, context)
+                with self._buffer(request):
+                    return await _forward_with_retries(
+                        forward_call, attempts, path, request, context
+                    )
 
-        if one_reply:
-            return grpc.unary_unary_rpc_method_handler(forward)
-        return grpc.unary_stream_rpc_method_handler(forward)
+        if method.server_streaming:
+            return grpc.unary_stream_rpc_method_handler(forward)
+        return grpc.unary_unary_rpc_method_handler(forward)
 
     @asynccontextmanager
     async def _attempts(self, path: str, context: Context) -> AsyncIterator[RequestAttempts]:
-        """The caller's time; what is raised within becomes the caller's status."""
+        """Yield the attempts of a call, and end the call with the status of what is raised."""
         attempts = RequestAttempts(
-            self._fleet, context.time_remaining(), context.invocation_metadata(), self._patience_s
+            self._pool,
+            context.time_remaining(),
+            context.invocation_metadata(),
+            self._retry_timeout_s,
         )
         code = "CANCELLED"
-        self._under_way += 1
+        self._in_flight += 1
         self._idle.clear()
         try:
             if self.draining:
@@ -101,52 +111,62 @@ class Forwarder(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no t
             await abort(context, error)
         except UpstreamFailure as failure:
             code = failure.code.name
-            await failure.tell(context)
+            await failure.abort_caller(context)
         finally:
-            self._under_way -= 1
-            if not self._under_way:
+            self._in_flight -= 1
+            if not self._in_flight:
                 self._idle.set()
-            self._metrics.ended(path, code, attempts)
+            self._metrics.observe_call(path, code, attempts)
 
     @contextmanager
-    def _room_for(self, request: bytes) -> Iterator[None]:
-        """Raises `Overloaded` if more is held than memory is meant for."""
-        self._held_bytes += len(request)
+    def _buffer(self, request: bytes) -> Iterator[None]:
+        """Count the request's bytes; raise `Overloaded` if they exceed `max_buffered_mb`."""
+        self._buffered_bytes += len(request)
         try:
-            if self._held_bytes > self._held_limit_bytes:
-                limit_mb = self._held_limit_bytes >> 20
-                raise Overloaded(f"the gateway holds {limit_mb} MiB of requests", RETRY_AFTER_S)
+            if self._buffered_bytes > self._max_buffered_bytes:
+                limit_mb = self._max_buffered_bytes >> 20
+                raise Overloaded(
+                    f"the gateway buffers at most {limit_mb} MiB of requests", RETRY_AFTER_S
+                )
             yield
         finally:
-            self._held_bytes -= len(request)
+            self._buffered_bytes -= len(request)
 
 
-async def _persist(
-    attempts: RequestAttempts, ask_one: Ask, path: str, request: bytes, context: Context
+async def _forward_with_retries(
+    forward_call: ForwardCall,
+    attempts: RequestAttempts,
+    path: str,
+    request: bytes,
+    context: Context,
 ) -> bytes | None:
-    """Ask one replica after another until one answers, or says what no other would say better."""
+    """Try one replica after another until one answers, or fails with a status that is final.
+
+    UNAVAILABLE is retried, and NOT_FOUND at replicas with other models, as long as the caller has
+    received nothing. Raises the last `UpstreamFailure` when the time is up.
+    """
     failure: UpstreamFailure | None = None
     while True:
         try:
-            link = await attempts.next()
+            replica = await attempts.next_replica()
         except RequestError:
             if failure is not None:
                 raise failure from None
             raise
         try:
-            reply = await ask_one(link, path, request, context, attempts)
+            reply = await forward_call(replica, path, request, context, attempts)
         except UpstreamFailure as failed:
-            if failed.sick:
-                link.failed()
-            elsewhere = failed.code == NOT_FOUND and attempts.other_models(link)
-            if failed.begun or not (elsewhere or failed.code == UNAVAILABLE):
+            if failed.counts_against_replica:
+                replica.record_failure()
+            others = failed.code == NOT_FOUND and attempts.exclude_same_models(replica)
+            if failed.response_started or not (others or failed.code == UNAVAILABLE):
                 raise
             failure = failed
         else:
-            link.succeeded()
+            replica.record_success()
             return reply
 
 
-def path_of(method: MethodDescriptor) -> str:
-    """As it is on the wire."""
+def method_path(method: MethodDescriptor) -> str:
+    """Return the method's path on the wire: `/package.Service/Method`."""
     return f"/{method.containing_service.full_name}/{method.name}"

@@ -1,4 +1,4 @@
-"""The gateway itself: its servers, its health, and its going down without losing a request."""
+"""A gateway: its servers, its health, and how it shuts down without losing a request."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection_pb2
 
 from ladderstitch.api.listener import ListenerConfig, bind
-from ladderstitch.gateway.admin import EVERYWHERE, GatewayAdmin
+from ladderstitch.gateway.admin import BROADCAST_METHODS, GatewayAdmin
 from ladderstitch.gateway.config import GatewayConfig
-from ladderstitch.gateway.forwarder import Forwarder, path_of
+from ladderstitch.gateway.forwarder import Forwarder, method_path
 from ladderstitch.gateway.metrics import GatewayMetrics
 from ladderstitch.gateway.replica_pool import Discovery, ReplicaPool
 from ladderstitch.oip import grpc_service_pb2
@@ -28,59 +28,74 @@ SERVICES: tuple[ServiceDescriptor, ...] = (
     grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"],
     reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"],
 )
-METHODS = tuple(
-    method for s in SERVICES for method in s.methods if path_of(method) not in EVERYWHERE
+SERVICE_NAMES = frozenset({"", *(service.full_name for service in SERVICES)})
+"""Names of the health protocol that stand for the gateway as a whole."""
+FORWARDED_METHODS = tuple(
+    method
+    for service in SERVICES
+    for method in service.methods
+    if method_path(method) not in BROADCAST_METHODS
 )
-INHERIT_S = 1.0
-LAME_DUCK_S = 0.25
-"""So long before the end, newcomers are told DRAINING; gRPC would cancel them."""
+PORT_TAKEOVER_POLL_S = 1.0
+"""How often a gateway tries to bind the configured metrics port while another one holds it."""
+DRAIN_GRACE_S = 0.25
+"""Time in which new calls are rejected with DRAINING before the servers stop.
+
+gRPC would cancel them without a status that clients can retry.
+"""
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Gateway:
-    """Made inside a running event loop; comes up with `start`, goes down with `stop`."""
+    """The servers of one gateway, from `start` to `stop`; create it inside a running event loop.
+
+    Raises `ConfigError` for certificates or tokens that cannot be used.
+    """
 
     def __init__(
-        self, settings: GatewayConfig, discovery: Discovery, watch_token: str | None = None
+        self, config: GatewayConfig, discovery: Discovery, watch_token: str | None = None
     ) -> None:
-        """`watch_token` goes to replicas instead of the one of the settings.
-
-        Raises `ConfigError` for certificates or tokens that cannot be used.
-        """
-        self.settings = settings
+        """Create the servers; `watch_token` replaces the configured token for replicas."""
+        self.config = config
         self.port = self.metrics_port = 0
-        self.leaving = False
-        self._news = asyncio.Event()
-        access = settings.credentials
+        self.drain_announced = False
+        """Whether health reports NOT_SERVING because the gateway drains or stops."""
+        self._state_changed = asyncio.Event()
+        credentials = config.credentials
         if watch_token is not None:
-            access = replace(access, token=watch_token)
-        self.fleet = ReplicaPool(access, settings.max_message_mb << 20, self._news.set)
-        self.metrics = GatewayMetrics(lambda: self.fleet.links.values())
-        self._transport = ListenerConfig.of(
-            settings, self.metrics.denied, share_port=settings.share_port
+            credentials = replace(credentials, token=watch_token)
+        self.pool = ReplicaPool(
+            credentials, config.max_message_mb << 20, on_change=self._state_changed.set
         )
-        self._forwarder = Forwarder(METHODS, self.fleet, self.metrics, settings)
+        self.metrics = GatewayMetrics(lambda: self.pool.replicas.values())
+        self._listener = ListenerConfig.from_config(
+            config, self.metrics.observe_denial, share_port=config.share_port
+        )
+        self._forwarder = Forwarder(FORWARDED_METHODS, self.pool, self.metrics, config)
         self._health = HealthServicer()
-        self._known: set[str] = {"", *(service.full_name for service in SERVICES)}
+        self._health_names = set(SERVICE_NAMES)
         self._servers = self._make_servers()
         self._discovery = discovery
         self._tasks: list[asyncio.Task[None]] = []
         self._close_metrics: Callable[[], None] = lambda: None
 
     def _make_servers(self) -> list[tuple[grpc.aio.Server, tuple[str, int], bool]]:
-        """Server, address and whether it is encrypted: for callers, administrators, probes."""
-        transport, administrator = self._transport, GatewayAdmin(self.fleet, self.drain)
-        main = transport.server()
-        servers = [(main, (self.settings.host, self.settings.port), True)]
+        """Create the servers for callers, administrators and probes.
+
+        Returns each server with its address and whether it uses TLS.
+        """
+        listener = self._listener
+        main = listener.create_server()
+        servers = [(main, (self.config.host, self.config.port), True)]
         admin = main
-        if transport.admin is not None:
-            admin = transport.server()
-            servers.append((admin, transport.admin, True))
-        if transport.health is not None:  # kubelets send no token and speak no TLS
-            probes = grpc.aio.server(options=transport.options())
-            servers.append((probes, transport.health, False))
-        admin.add_generic_rpc_handlers((administrator,))
+        if listener.admin is not None:
+            admin = listener.create_server()
+            servers.append((admin, listener.admin, True))
+        if listener.health is not None:  # kubelets send no token and use no TLS
+            probes = grpc.aio.server(options=listener.server_options())
+            servers.append((probes, listener.health, False))
+        admin.add_generic_rpc_handlers((GatewayAdmin(self.pool, self.drain),))
         main.add_generic_rpc_handlers((self._forwarder,))
         for server, *_ in servers:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -88,88 +103,93 @@ class Gateway:
 
     @property
     def serving(self) -> bool:
-        """Whether requests that come now are answered."""
-        return not self.leaving and bool(self.fleet.serving)
+        """Whether a request that arrives now would be answered."""
+        return not self.drain_announced and bool(self.pool.serving)
 
     @property
     def alive(self) -> bool:
-        """False if what keeps it up to date has failed."""
+        """False if a background task has failed, so that the gateway is out of date."""
         return not any(task.done() and task.exception() is not None for task in self._tasks)
 
     async def start(self) -> None:
-        """Listen and look for replicas; raises `OSError` if a port is taken."""
+        """Listen, and start to discover replicas; raises `OSError` if a port is taken."""
         for server, address, encrypted in self._servers:
-            bound = bind(server, address, self._transport.credentials if encrypted else None)
+            bound = bind(server, address, self._listener.credentials if encrypted else None)
             self.port = self.port or bound
         self._expose_metrics()
-        await self._tell_health()
+        await self._update_health()
         for server, *_ in self._servers:
             await server.start()
         self._tasks = [
-            asyncio.create_task(self.fleet.follow(self._discovery), name="discovery"),
+            asyncio.create_task(self.pool.follow(self._discovery), name="discovery"),
             asyncio.create_task(self._follow_health(), name="health"),
-            asyncio.create_task(self._take_metrics_port(), name="metrics-port"),
+            asyncio.create_task(self._take_over_metrics_port(), name="metrics-port"),
         ]
 
     def _expose_metrics(self) -> None:
-        """Pages of its own for every gateway: one that finds the port taken takes a free one."""
-        port, host = self.settings.metrics_port, self.settings.host
+        """Serve metrics on the configured port, or on a free one if another gateway holds it."""
+        port, host = self.config.metrics_port, self.config.host
         try:
             self.metrics_port, self._close_metrics = self.metrics.expose(port, host)
         except OSError:
-            if not self.settings.share_port:
+            if not self.config.share_port:
                 raise
             self.metrics_port, self._close_metrics = self.metrics.expose(0, host)
 
-    async def _take_metrics_port(self) -> None:
-        """Inherit it from a gateway that ends, so that Prometheus always finds one there."""
-        port, host = self.settings.metrics_port, self.settings.host
-        while port not in (0, self.metrics_port):
-            await asyncio.sleep(INHERIT_S)
-            with contextlib.suppress(OSError):
-                closing, found = self._close_metrics, self.metrics.expose(port, host)
-                self.metrics_port, self._close_metrics = found
-                await asyncio.to_thread(closing)
+    async def _take_over_metrics_port(self) -> None:
+        """Bind the configured metrics port once the gateway that holds it has ended.
 
-    async def until_serving(self) -> None:
-        """Return when a replica serves."""
-        while not self.fleet.serving:
-            await self.fleet.change(1.0)
+        Prometheus thus always finds a gateway on that port.
+        """
+        port, host = self.config.metrics_port, self.config.host
+        while port not in (0, self.metrics_port):
+            await asyncio.sleep(PORT_TAKEOVER_POLL_S)
+            with contextlib.suppress(OSError):
+                close_old, exposed = self._close_metrics, self.metrics.expose(port, host)
+                self.metrics_port, self._close_metrics = exposed
+                await asyncio.to_thread(close_old)
+
+    async def wait_until_serving(self) -> None:
+        """Wait until a replica serves."""
+        while not self.pool.serving:
+            await self.pool.wait_for_change(1.0)
 
     async def drain(self, announce_s: float) -> bool:
-        """Unready at once, refusing what is new after a while; whether the rest ended in time."""
-        self.leaving = True
-        await self._tell_health()
+        """Report NOT_SERVING, and reject new calls after `announce_s`.
+
+        Returns whether the calls in flight ended within `drain_s`.
+        """
+        self.drain_announced = True
+        await self._update_health()
         await asyncio.sleep(announce_s)
         self._forwarder.draining = True
-        return await self._forwarder.idle(self.settings.drain_s)
+        return await self._forwarder.wait_until_idle(self.config.drain_s)
 
     async def stop(self) -> None:
-        """Drain, then exit."""
-        self.leaving = True
-        await self._tell_health()
+        """Drain, then stop the servers and close all connections."""
+        self.drain_announced = True
+        await self._update_health()
         if not self._forwarder.draining:
-            await asyncio.sleep(self.settings.drain_announce_s)
+            await asyncio.sleep(self.config.drain_announce_s)
         self._forwarder.draining = True
-        await asyncio.sleep(LAME_DUCK_S)
-        await asyncio.gather(*(server.stop(self.settings.drain_s) for server, *_ in self._servers))
+        await asyncio.sleep(DRAIN_GRACE_S)
+        await asyncio.gather(*(server.stop(self.config.drain_s) for server, *_ in self._servers))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.fleet.close()
+        await self.pool.close()
         self._close_metrics()
 
     async def _follow_health(self) -> None:
         while True:
-            await self._news.wait()
-            self._news.clear()
-            await self._tell_health()
+            await self._state_changed.wait()
+            self._state_changed.clear()
+            await self._update_health()
 
-    async def _tell_health(self) -> None:
-        """A service or model is as healthy as the best replica that has it."""
-        models = {model for link in self.fleet.serving for model in link.models}
-        services = {"", *(service.full_name for service in SERVICES)}
-        self._known |= models
-        for name in self._known:
-            well = self.serving and (name in services or name in models)
-            await self._health.set(name, SERVING if well else NOT_SERVING)
+    async def _update_health(self) -> None:
+        """Set services to SERVING while any replica serves, a model while one with it does."""
+        models = {model for replica in self.pool.serving for model in replica.models}
+        self._health_names |= models
+        for name in self._health_names:
+            healthy = self.serving and (name in SERVICE_NAMES or name in models)
+            await self._health.set(name, SERVING if healthy else NOT_SERVING)

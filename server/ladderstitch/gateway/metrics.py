@@ -1,4 +1,4 @@
-"""What Prometheus sees of a gateway, and where it finds the replicas' own pages (`/sd`)."""
+"""Prometheus metrics of a gateway, and HTTP discovery of the replicas' metrics (`/sd`)."""
 
 from __future__ import annotations
 
@@ -11,79 +11,94 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make
 
 from ladderstitch.gateway.replica_connection import ReplicaConnection
 from ladderstitch.gateway.upstream_call import RequestAttempts
-from ladderstitch.telemetry.metrics import SECONDS
+from ladderstitch.telemetry.metrics import SECONDS_BUCKETS
 from ladderstitch.telemetry.metrics_server import expose
 
-Links = Callable[[], Iterable[ReplicaConnection]]
+ListReplicas = Callable[[], Iterable[ReplicaConnection]]
 
 
 class GatewayMetrics:
-    """One registry; labels are bounded: `method` is one that is forwarded, `code` a gRPC status."""
+    """The metrics of one gateway, in a registry of their own.
 
-    def __init__(self, links: Links = tuple) -> None:
-        """`links` tells the replicas of the moment."""
-        self._links = links
-        self.other_pages: frozenset[str] = frozenset()
-        """HOST:PORT of other gateways' pages, for `/sd`; who knows them sets it."""
+    An attribute has the name of its metric without the prefix `ladderstitch_gateway_`. Labels are
+    bounded: `method` is a forwarded method, and `code` is the name of a gRPC status.
+    """
+
+    def __init__(self, list_replicas: ListReplicas = tuple) -> None:
+        """Register the metrics; `list_replicas` returns the current replicas."""
+        self._list_replicas = list_replicas
+        self.other_endpoints: frozenset[str] = frozenset()
+        """HOST:PORT of the metrics of other gateways, for `/sd`; set by the deployment."""
         self.registry = CollectorRegistry()
-        counter = partial(Counter, registry=self.registry, namespace="ladderstitch_gateway")
-        gauge = partial(Gauge, registry=self.registry, namespace="ladderstitch_gateway")
+        namespace = "ladderstitch_gateway"
+        counter = partial(Counter, registry=self.registry, namespace=namespace)
         self.requests = counter("requests", "Calls ended, by status.", ["method", "code"])
         self.retries = counter("retries", "Attempts after the first.", ["method"])
-        self.seconds = Histogram(
-            "seconds",
-            "Arrival to end of a call.",
+        self.request_duration_seconds = Histogram(
+            "request_duration_seconds",
+            "Arrival at the gateway to end of a call.",
             ["method"],
-            buckets=SECONDS,
+            buckets=SECONDS_BUCKETS,
             registry=self.registry,
-            namespace="ladderstitch_gateway",
+            namespace=namespace,
         )
-        self.denials = counter("denied_calls", "Calls refused by token or scope.", ["reason"])
-        self.replicas = gauge("replicas", "Replicas, by whether they serve.", ["state"])
-        for state, count in (("serving", self._serving), ("not_serving", self._not_serving)):
-            self.replicas.labels(state).set_function(count)
+        self.denied_calls = counter(
+            "denied_calls", "Calls denied for their token, its scope or its limits.", ["reason"]
+        )
+        self.replicas = Gauge(
+            "replicas",
+            "Replicas, by whether they serve.",
+            ["state"],
+            registry=self.registry,
+            namespace=namespace,
+        )
+        self.replicas.labels("serving").set_function(partial(self._count, True))
+        self.replicas.labels("not_serving").set_function(partial(self._count, False))
 
-    def ended(self, method: str, code: str, attempts: RequestAttempts) -> None:
-        """A call ended; CANCELLED if the caller left."""
+    def observe_call(self, method: str, code: str, attempts: RequestAttempts) -> None:
+        """Count a call that ended; the code is CANCELLED if the caller disconnected."""
         self.requests.labels(method, code).inc()
-        self.seconds.labels(method).observe(attempts.elapsed_s)
+        self.request_duration_seconds.labels(method).observe(attempts.elapsed_s)
         if attempts.count > 1:
             self.retries.labels(method).inc(attempts.count - 1)
 
-    def denied(self, reason: str) -> None:
-        self.denials.labels(reason).inc()
+    def observe_denial(self, reason: str) -> None:
+        """Count a call that was denied before it was forwarded."""
+        self.denied_calls.labels(reason).inc()
 
     def expose(self, port: int, address: str) -> tuple[int, Callable[[], None]]:
-        """Serve `/metrics` and `/sd`; the bound port and a function that stops it."""
-        return expose(self._pages(), port, address)
+        """Serve `/metrics` and `/sd`; return the bound port and a function that stops it."""
+        return expose(self._wsgi_app(), port, address)
 
-    def _pages(self) -> Any:
+    def _wsgi_app(self) -> Any:
         metrics = make_wsgi_app(self.registry)
 
-        def pages(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
             if environ["PATH_INFO"].rstrip("/") != "/sd":
                 return metrics(environ, start_response)
             start_response("200 OK", [("Content-Type", "application/json")])
-            found = targets(self._links(), self.other_pages)
-            return [json.dumps(found).encode()]
+            targets = scrape_targets(self._list_replicas(), self.other_endpoints)
+            return [json.dumps(targets).encode()]
 
-        return pages
+        return app
 
-    def _serving(self) -> float:
-        return float(sum(link.serving for link in self._links()))
-
-    def _not_serving(self) -> float:
-        return float(sum(not link.serving for link in self._links()))
+    def _count(self, serving: bool) -> float:
+        return float(sum(replica.serving == serving for replica in self._list_replicas()))
 
 
-def targets(links: Iterable[ReplicaConnection], gateways: Iterable[str]) -> list[dict[str, Any]]:
-    """Metrics pages of replicas and other gateways, as Prometheus' HTTP discovery wants them."""
-    replicas = [
+def scrape_targets(
+    replicas: Iterable[ReplicaConnection], gateways: Iterable[str]
+) -> list[dict[str, Any]]:
+    """Return the metrics endpoints of reachable replicas and of other gateways.
+
+    The format is that of Prometheus' HTTP service discovery.
+    """
+    targets = [
         {
-            "targets": [f"{link.address.rpartition(':')[0]}:{link.state.metrics_port}"],
-            "labels": {"replica": link.state.replica},
+            "targets": [f"{replica.address.rpartition(':')[0]}:{replica.state.metrics_port}"],
+            "labels": {"replica": replica.state.replica},
         }
-        for link in links
-        if link.state is not None
+        for replica in replicas
+        if replica.state is not None
     ]
-    return replicas + [{"targets": [page], "labels": {}} for page in sorted(gateways)]
+    return targets + [{"targets": [endpoint], "labels": {}} for endpoint in sorted(gateways)]

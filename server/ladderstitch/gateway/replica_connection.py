@@ -1,4 +1,4 @@
-"""One replica as a gateway sees it: a channel, what it says of itself, whether it is well."""
+"""Connection to one replica: its channel, its reported state, and whether it is ejected."""
 
 from __future__ import annotations
 
@@ -18,152 +18,169 @@ from ladderstitch.v1 import replica_pb2 as pb
 log = logging.getLogger(__name__)
 
 WATCH = "/ladderstitch.v1.ReplicaService/WatchLoad"
-SILENCE_S = 2.5
-"""A replica speaks every half second; one that does not is stuck, or out of reach."""
-RETRY_S, MAX_RETRY_S = 0.1, 2.0
-"""How often a replica that is out of reach is tried, at first and in the end."""
-FAILURES = 3
-"""So many failures in a row, and nothing else, make a replica sick."""
-REST_S, MAX_REST_S = 1.0, 30.0
-"""How long a sick one gets nothing, the first time and at most."""
-CONNECTED_S = 10.0
+REPORT_TIMEOUT_S = 2.5
+"""A replica reports every 0.5 s; one without a report for this long is treated as unreachable."""
+RECONNECT_S, MAX_RECONNECT_S = 0.1, 2.0
+"""First and largest pause before an unreachable replica is tried again."""
+STABLE_CONNECTION_S = 10.0
+"""A connection that lasted longer resets the pause: it may have reached its maximum age."""
+FAILURES_TO_EJECT = 3
+"""Number of consecutive failed calls after which a replica is ejected."""
+EJECTION_S, MAX_EJECTION_S = 1.0, 30.0
+"""First and longest time for which an ejected replica gets no requests."""
 
 
 class ReplicaConnection:
-    """Follows one replica from `start` until `close`; `changed` is called when its state does."""
+    """A watched replica, from `start` until `close`; `on_change` is called when its state changes.
+
+    Raises `ValueError` and `OSError` as `Credentials.channel_credentials` does.
+    """
 
     def __init__(
         self,
         address: str,
-        access: Credentials,
-        changed: Callable[[], None],
+        credentials: Credentials,
+        on_change: Callable[[], None],
         max_message_bytes: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Raises `ValueError` and `OSError` as `Credentials.credentials` does."""
         self.address = address
-        self.view = ReplicaLoad()
-        self.state: pb.WatchLoadResponse | None = None  # None: out of reach
+        self.load = ReplicaLoad()
+        self.state: pb.WatchLoadResponse | None = None  # None while the replica is unreachable
         self.retired = False
+        """Whether the replica was removed from the pool; it then gets no new calls."""
         self.idle = asyncio.Event()
+        """Set while no call is in flight."""
         self.idle.set()
-        self._changed, self._clock = changed, clock
-        self._metadata = access.metadata
-        self._channel = _channel(address, access, max_message_bytes)
+        self._on_change, self._clock = on_change, clock
+        self._metadata = credentials.metadata
+        self._channel = _open_channel(address, credentials, max_message_bytes)
         self._stubs: dict[tuple[str, str], Any] = {}
         self._calls: set[Any] = set()
         self._failures = 0
-        self._rests = 0
-        self._rest_until = 0.0
-        self._complaint = ""
-        self._following: asyncio.Task[None] | None = None
+        self._ejections = 0
+        self._ejected_until = 0.0
+        self._last_error = ""
+        self._watching: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._following = asyncio.create_task(self._follow(), name=f"follow-{self.address}")
+        """Start to watch the replica."""
+        self._watching = asyncio.create_task(self._watch(), name=f"watch-{self.address}")
 
     @property
     def serving(self) -> bool:
-        """Whether the replica itself says that requests should come."""
+        """Whether the replica reports that it accepts requests, and is in the pool."""
         return self.state is not None and self.state.serving and not self.retired
-
-    def resting(self, now: float) -> bool:
-        """Whether it failed of late, so that it gets nothing if there is another."""
-        return now < self._rest_until
 
     @property
     def models(self) -> tuple[str, ...]:
+        """Names of the replica's models; empty while it is unreachable."""
         return tuple(self.state.models) if self.state is not None else ()
 
+    def is_ejected(self, now: float) -> bool:
+        """Return whether the replica failed recently; it is then used only if no other serves."""
+        return now < self._ejected_until
+
     def stub(self, kind: str, method: str) -> Any:
-        """A callable of bytes, e.g. `stub("unary_unary", "/package.Service/Method")`."""
+        """Return a callable of bytes, e.g. `stub("unary_unary", "/package.Service/Method")`."""
         found = self._stubs.get((kind, method))
         if found is None:
             found = self._stubs[kind, method] = getattr(self._channel, kind)(method)
         return found
 
-    def opened(self, call: Any, due: float) -> RequestTicket:
-        """A call goes to the replica; it is cancelled should the replica fall silent."""
+    def add_call(self, call: Any, deadline: float) -> RequestTicket:
+        """Count a call to the replica; it is cancelled if the replica stops reporting.
+
+        `deadline` is an instant on the clock. Returns the ticket for `remove_call`.
+        """
         self._calls.add(call)
         self.idle.clear()
-        return self.view.on_sent(due)
+        return self.load.on_sent(deadline)
 
-    def ended(self, call: Any, mark: RequestTicket) -> None:
+    def remove_call(self, call: Any, ticket: RequestTicket) -> None:
+        """Stop counting a call that has ended."""
         self._calls.discard(call)
-        self.view.on_ended(mark)
-        if not self.view.outstanding:
+        self.load.on_ended(ticket)
+        if not self.load.outstanding:
             self.idle.set()
 
-    def succeeded(self) -> None:
-        self._failures = self._rests = 0
+    def record_success(self) -> None:
+        """Reset the count of failures and the time of the next ejection."""
+        self._failures = self._ejections = 0
 
-    def failed(self) -> None:
-        """A call broke or ended by the replica's fault; several in a row, and it gets a rest."""
+    def record_failure(self) -> None:
+        """Count a call that failed through the replica; eject it after `FAILURES_TO_EJECT`."""
         self._failures += 1
-        if self._failures >= FAILURES:
+        if self._failures >= FAILURES_TO_EJECT:
             self._failures = 0
-            rest_s = min(REST_S * 2**self._rests, MAX_REST_S)
-            self._rests += 1
-            self._rest_until = self._clock() + rest_s
-            log.warning("replica %s fails; no requests for %.0f s", self.address, rest_s)
-            self._changed()
+            seconds = min(EJECTION_S * 2**self._ejections, MAX_EJECTION_S)
+            self._ejections += 1
+            self._ejected_until = self._clock() + seconds
+            log.warning(
+                "replica %s ejected for %.0f s after %d consecutive failures",
+                self.address,
+                seconds,
+                FAILURES_TO_EJECT,
+            )
+            self._on_change()
 
     async def close(self) -> None:
-        """At once; calls that are under way are cancelled."""
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
+        """Close the channel at once and cancel the calls in flight."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
         await self._channel.close()
 
-    async def _follow(self) -> None:
-        """Watch the replica; when that breaks off, again and again."""
+    async def _watch(self) -> None:
+        """Read the replica's reports; reconnect whenever the stream ends."""
         pause_s = 0.0
         while True:
-            before = self._clock()
+            started = self._clock()
             try:
-                await self._watch()
+                await self._read_reports()
             except grpc.aio.AioRpcError as error:
-                self._lose(f"{error.code().name}: {error.details()}")
+                self._set_unreachable(f"{error.code().name}: {error.details()}")
             except TimeoutError:
-                self._lose("silent")
+                self._set_unreachable(f"no load report for {REPORT_TIMEOUT_S:g} s")
                 for call in tuple(self._calls):
                     call.cancel()
-            if self._clock() - before > CONNECTED_S:  # a connection may have reached its age
+            if self._clock() - started > STABLE_CONNECTION_S:
                 pause_s = 0.0
             await asyncio.sleep(pause_s)
-            pause_s = min(max(RETRY_S, 2 * pause_s), MAX_RETRY_S)
+            pause_s = min(max(RECONNECT_S, 2 * pause_s), MAX_RECONNECT_S)
 
-    async def _watch(self) -> None:
-        """Take over what the replica says; raises `TimeoutError` when it falls silent."""
+    async def _read_reports(self) -> None:
+        """Take over each report; raise `TimeoutError` if none arrives in `REPORT_TIMEOUT_S`."""
         stream = self.stub("unary_stream", WATCH)(b"", metadata=self._metadata)
         try:
             while True:
-                async with asyncio.timeout(SILENCE_S):
+                async with asyncio.timeout(REPORT_TIMEOUT_S):
                     message = await stream.read()
                 if message is grpc.aio.EOF:
-                    return self._lose("it ended its stream")
-                self._hear(pb.WatchLoadResponse.FromString(message))
+                    return self._set_unreachable("the replica ended the stream of reports")
+                self._set_state(pb.WatchLoadResponse.FromString(message))
         finally:
             stream.cancel()
 
-    def _hear(self, state: pb.WatchLoadResponse) -> None:
-        before, self.state, self._complaint = self.state, state, ""
-        self.view.on_report(load_report_of(state), self._clock())
+    def _set_state(self, state: pb.WatchLoadResponse) -> None:
+        before, self.state, self._last_error = self.state, state, ""
+        self.load.on_report(parse_load_report(state), self._clock())
         if before is None or before.serving != state.serving or before.models != state.models:
-            how = "serves" if state.serving else "is there, but does not serve"
-            log.info("replica %s at %s %s", state.replica, self.address, how)
-            self._changed()
+            status = "serving" if state.serving else "not serving"
+            log.info("replica %s at %s is %s", state.replica, self.address, status)
+            self._on_change()
 
-    def _lose(self, why: str) -> None:
-        if why != self._complaint:
-            log.warning("replica at %s is out of reach: %s", self.address, why)
-            self._complaint = why
+    def _set_unreachable(self, error: str) -> None:
+        if error != self._last_error:
+            log.warning("replica at %s is unreachable: %s", self.address, error)
+            self._last_error = error
         if self.state is not None:
             self.state = None
-            self._changed()
+            self._on_change()
 
 
-def load_report_of(state: pb.WatchLoadResponse) -> LoadReport:
-    """What a replica says of its load, as routing takes it."""
+def parse_load_report(state: pb.WatchLoadResponse) -> LoadReport:
+    """Return the load in a replica's message, in seconds."""
     return LoadReport(
         waits_s=tuple(wait.wait_us / 1e6 for wait in state.waits) or (0.0,),
         request_s=state.request_us / 1e6,
@@ -172,7 +189,9 @@ def load_report_of(state: pb.WatchLoadResponse) -> LoadReport:
     )
 
 
-def _channel(address: str, access: Credentials, max_message_bytes: int) -> grpc.aio.Channel:
+def _open_channel(
+    address: str, credentials: Credentials, max_message_bytes: int
+) -> grpc.aio.Channel:
     options: list[tuple[str, int | str]] = [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
@@ -181,11 +200,11 @@ def _channel(address: str, access: Credentials, max_message_bytes: int) -> grpc.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1_000),
-        ("grpc.enable_retries", 0),  # here they go to another replica
+        ("grpc.enable_retries", 0),  # the gateway retries on another replica
         ("grpc.use_local_subchannel_pool", 1),
-        *access.options,
+        *credentials.channel_options,
     ]
-    credentials = access.credentials(address)
-    if credentials is None:
+    channel_credentials = credentials.channel_credentials(address)
+    if channel_credentials is None:
         return grpc.aio.insecure_channel(address, options=options)
-    return grpc.aio.secure_channel(address, credentials, options=options)
+    return grpc.aio.secure_channel(address, channel_credentials, options=options)

@@ -1,4 +1,4 @@
-"""All replicas of a gateway: those that come and go, and which of them gets the next request."""
+"""The replicas of a gateway: how they are discovered, and which one gets the next request."""
 
 from __future__ import annotations
 
@@ -12,130 +12,143 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any
 
 from ladderstitch.client.channel import Credentials
-from ladderstitch.gateway.config import DNS
+from ladderstitch.gateway.config import DNS_PREFIX
 from ladderstitch.gateway.replica_connection import ReplicaConnection
-from ladderstitch.gateway.routing import choose
+from ladderstitch.gateway.routing import pick_replica
+
+log = logging.getLogger(__name__)
+
+DNS_REFRESH_S = 2.0
+
+Discovery = AsyncIterator[frozenset[str]]
+"""Yields all addresses (HOST:PORT): first the current ones, then again after each change."""
 
 
 class ReplicaPool:
-    """Made inside a running event loop; `changed` is called when a replica's state does."""
+    """The connections to all replicas; create it inside a running event loop.
+
+    `on_change` is called when the state of a replica changes.
+    """
 
     def __init__(
         self,
-        access: Credentials,
+        credentials: Credentials,
         max_message_bytes: int,
-        changed: Callable[[], None] = lambda: None,
+        on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.links: dict[str, ReplicaConnection] = {}
-        self._access, self._max_message_bytes = access, max_message_bytes
-        self._told, self._clock = changed, clock
-        self._turn = itertools.count()
+        self.replicas: dict[str, ReplicaConnection] = {}
+        """Connections by address."""
+        self._credentials, self._max_message_bytes = credentials, max_message_bytes
+        self._on_change, self._clock = on_change, clock
+        self._turns = itertools.count()
         self._change = asyncio.Event()
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._retiring: set[asyncio.Task[None]] = set()
 
     @property
     def serving(self) -> list[ReplicaConnection]:
-        return [link for link in self.links.values() if link.serving]
+        """Replicas that accept requests."""
+        return [replica for replica in self.replicas.values() if replica.serving]
 
     async def follow(self, discovery: Discovery) -> None:
-        """Until the discovery ends, if it ever does."""
+        """Apply every set of addresses until the discovery ends, if it ends."""
         async for addresses in discovery:
-            self.update(addresses)
+            self.set_addresses(addresses)
 
-    def update(self, addresses: Collection[str]) -> None:
-        """From now on these are the replicas; others finish what they have.
+    def set_addresses(self, addresses: Collection[str]) -> None:
+        """Connect to new addresses; replicas at other addresses finish their calls and close.
 
-        Raises `ValueError` and `OSError` as `Credentials.credentials` does.
+        Raises `ValueError` and `OSError` as `Credentials.channel_credentials` does.
         """
-        for address in addresses - self.links.keys():
-            link = ReplicaConnection(
-                address, self._access, self._notify, self._max_message_bytes, self._clock
+        for address in addresses - self.replicas.keys():
+            replica = ReplicaConnection(
+                address, self._credentials, self._notify, self._max_message_bytes, self._clock
             )
-            self.links[address] = link
-            link.start()
-        for address in self.links.keys() - set(addresses):
-            task = asyncio.create_task(self._retire(self.links.pop(address)))
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
+            self.replicas[address] = replica
+            replica.start()
+        for address in self.replicas.keys() - set(addresses):
+            task = asyncio.create_task(self._retire(self.replicas.pop(address)))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
         self._notify()
 
-    def choose(
-        self, budget_s: float, without: Collection[ReplicaConnection]
+    def pick(
+        self, budget_s: float, excluded: Collection[ReplicaConnection]
     ) -> ReplicaConnection | None:
-        """The replica with the most slack; those that rest only if there is no other."""
-        now = self._clock()
-        well = [link for link in self.links.values() if link.serving and link not in without]
-        if len(well) > 1:
-            well = [link for link in well if not link.resting(now)] or well
-        if not well:
-            return None
-        views = [link.view for link in well]
-        return well[choose(views, budget_s, now, next(self._turn))]
+        """Return the serving replica with the most slack; None if all are excluded.
 
-    async def change(self, within_s: float) -> None:
-        """Return when a replica's state has changed, or after so long."""
+        Ejected replicas are picked only if no other is left.
+        """
+        now = self._clock()
+        left = [replica for replica in self.serving if replica not in excluded]
+        if len(left) > 1:
+            left = [replica for replica in left if not replica.is_ejected(now)] or left
+        if not left:
+            return None
+        loads = [replica.load for replica in left]
+        return left[pick_replica(loads, budget_s, now, next(self._turns))]
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Wait until the state of a replica changes, or until the time is up."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
+            async with asyncio.timeout(timeout_s):
                 await self._change.wait()
 
     async def close(self) -> None:
-        for task in self._leaving:
+        """Close all connections at once."""
+        for task in self._retiring:
             task.cancel()
-        await asyncio.gather(*self._leaving, return_exceptions=True)
-        await asyncio.gather(*(link.close() for link in self.links.values()))
+        await asyncio.gather(*self._retiring, return_exceptions=True)
+        await asyncio.gather(*(replica.close() for replica in self.replicas.values()))
 
     def _notify(self) -> None:
         self._change.set()
         self._change = asyncio.Event()
-        self._told()
+        self._on_change()
 
-    async def _retire(self, link: ReplicaConnection) -> None:
-        link.retired = True
+    async def _retire(self, replica: ReplicaConnection) -> None:
+        replica.retired = True
         try:
-            await link.idle.wait()
+            await replica.idle.wait()
         finally:
-            await link.close()
+            await replica.close()
 
 
-log = logging.getLogger(__name__)
+async def discover_replicas(replicas: Sequence[str]) -> Discovery:
+    """Yield `HOST:PORT` as it is, and the addresses of `dns:HOST:PORT`, resolved every 2 s.
 
-LOOK_UP_S = 2.0
-
-Discovery = AsyncIterator[frozenset[str]]
-"""All addresses (HOST:PORT), at once and whenever they have changed."""
-
-
-async def named(replicas: Sequence[str]) -> Discovery:
-    """`HOST:PORT` as it is, `dns:HOST:PORT` looked up every two seconds; errors change nothing."""
-    fixed = frozenset(replica for replica in replicas if not replica.startswith(DNS))
-    names = [replica.removeprefix(DNS) for replica in replicas if replica.startswith(DNS)]
-    found: dict[str, frozenset[str]] = dict.fromkeys(names, frozenset())
-    told: frozenset[str] | None = None
+    A failed look-up keeps the addresses that are known.
+    """
+    fixed = frozenset(replica for replica in replicas if not replica.startswith(DNS_PREFIX))
+    names = [
+        replica.removeprefix(DNS_PREFIX) for replica in replicas if replica.startswith(DNS_PREFIX)
+    ]
+    resolved: dict[str, frozenset[str]] = dict.fromkeys(names, frozenset())
+    yielded: frozenset[str] | None = None
     while True:
         for name in names:
-            found[name] = await _look_up(name, found[name])
-        addresses = fixed.union(*found.values())
-        if addresses != told:
-            told = addresses
+            resolved[name] = await _resolve(name, resolved[name])
+        addresses = fixed.union(*resolved.values())
+        if addresses != yielded:
+            yielded = addresses
             yield addresses
         if not names:
             return
-        await asyncio.sleep(LOOK_UP_S)
+        await asyncio.sleep(DNS_REFRESH_S)
 
 
-async def _look_up(name: str, before: frozenset[str]) -> frozenset[str]:
+async def _resolve(name: str, known: frozenset[str]) -> frozenset[str]:
     host, _, port = name.rpartition(":")
     loop = asyncio.get_running_loop()
     try:
         entries = await loop.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     except socket.gaierror as error:
-        if before:
-            log.warning("%s: %s; the %d known replicas stay", name, error.strerror, len(before))
-        return before
-    return frozenset(_address(family, sockaddr) for family, *_, sockaddr in entries)
+        if known:
+            log.warning("%s: %s; keeping %d known replicas", name, error.strerror, len(known))
+        return known
+    return frozenset(_format_address(family, sockaddr) for family, *_, sockaddr in entries)
 
 
-def _address(family: int, sockaddr: tuple[Any, ...]) -> str:
+def _format_address(family: int, sockaddr: tuple[Any, ...]) -> str:
     host, port = sockaddr[:2]
     return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"

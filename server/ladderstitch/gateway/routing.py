@@ -1,7 +1,7 @@
-"""Which replica a request goes to: the one that leaves it the most slack. Pure, no clock, no I/O.
+"""Pick the replica that leaves a request the most slack: pure functions without clock or I/O.
 
-The gateway and the load test's simulator use the same rule on the same knowledge: what a replica
-said last, how long ago, and what was sent there since.
+The gateway and the load test's simulator use the same rule on the same knowledge: the last load
+report of each replica, its age, and the requests sent there since.
 """
 
 from __future__ import annotations
@@ -12,48 +12,53 @@ from dataclasses import dataclass, field
 
 from ladderstitch.scheduling.load_report import IDLE, LoadReport
 
-GRAIN_S = 2e-4
-"""Delays that differ by less are equal: no estimate is better than that."""
-
+DELAY_RESOLUTION_S = 2e-4
+"""Delays that differ by less than this count as equal: estimates are no more precise."""
 
 RequestTicket = tuple[int, float]
-"""How often the replica had spoken when a request went there, and when the request is due."""
+"""Number of reports received when a request was sent, and the request's deadline."""
 
 
 @dataclass(slots=True)
 class ReplicaLoad:
-    """What is known of one replica; all times are seconds on the router's own clock."""
+    """Estimated load of one replica. All times are seconds on the router's own clock."""
 
     report: LoadReport = IDLE
+    """The replica's last report."""
     reported_at: float = 0.0
+    """When the last report arrived."""
     reports: int = 0
-    outstanding: int = 0  # sent there and not answered
+    """Number of reports received."""
+    outstanding: int = 0
+    """Number of requests sent to the replica and not answered."""
     unreported: list[float] = field(default_factory=list)
-    """When those of them are due that the backlog cannot contain yet, in order."""
+    """Sorted deadlines of the outstanding requests that the last report cannot contain."""
 
     def on_report(self, report: LoadReport, now: float) -> None:
-        """The replica speaks: it knows of all that was sent before."""
+        """Take over a report, which includes every request sent before it."""
         self.report, self.reported_at = report, now
         self.reports += 1
         self.unreported.clear()
 
-    def on_sent(self, due: float) -> RequestTicket:
-        """A request goes there; the mark to give to `ended`."""
+    def on_sent(self, deadline: float) -> RequestTicket:
+        """Count a request that is sent to the replica; return the ticket for `on_ended`."""
         self.outstanding += 1
-        insort(self.unreported, due)
-        return self.reports, due
+        insort(self.unreported, deadline)
+        return self.reports, deadline
 
-    def on_ended(self, mark: RequestTicket) -> None:
-        """A request has come back, one way or another."""
-        reports, due = mark
+    def on_ended(self, ticket: RequestTicket) -> None:
+        """Stop counting a request, whether it succeeded or failed."""
+        reports, deadline = ticket
         self.outstanding -= 1
         if reports == self.reports:
-            del self.unreported[bisect_left(self.unreported, due)]
+            del self.unreported[bisect_left(self.unreported, deadline)]
 
     def delay_s(self, budget_s: float, now: float) -> float:
-        """Seconds until an answer: what waits there, what was sent since, and its own work.
+        """Return the estimated seconds until a request with this budget is answered.
 
-        What is due earlier goes first; whatever was sent since may be running already.
+        The estimate is the reported queue, plus the requests sent since, plus the request's own
+        work. Requests with an earlier deadline run first, and one batch may already be running if
+        any request was sent since the report.
         """
         waited_s = max(0.0, self.report.wait_s(budget_s) - (now - self.reported_at))
         ahead = bisect_right(self.unreported, now + budget_s)
@@ -61,18 +66,18 @@ class ReplicaLoad:
         return waited_s + started_s + (1 + ahead) * self.report.request_s
 
 
-def choose(views: Sequence[ReplicaLoad], budget_s: float, now: float, turn: int) -> int:
-    """Place of the replica whose slack, `budget_s` less its delay, is the largest.
+def pick_replica(loads: Sequence[ReplicaLoad], budget_s: float, now: float, turn: int) -> int:
+    """Return the index of the replica with the largest slack: `budget_s` minus its delay.
 
-    Among equals the one with the fewest requests under way, then each in its turn. Raises
-    `IndexError` if there is none.
+    Replicas with equal delay are ordered by outstanding requests, then round-robin from index
+    `turn`. Raises `IndexError` if `loads` is empty.
     """
-    if not views:
+    if not loads:
         raise IndexError("no replica to choose")
-    count = len(views)
+    count = len(loads)
     order = ((turn + step) % count for step in range(count))
-    return min(order, key=lambda place: _cost(views[place], budget_s, now))
+    return min(order, key=lambda index: _cost(loads[index], budget_s, now))
 
 
-def _cost(view: ReplicaLoad, budget_s: float, now: float) -> tuple[int, int]:
-    return round(view.delay_s(budget_s, now) / GRAIN_S), view.outstanding
+def _cost(load: ReplicaLoad, budget_s: float, now: float) -> tuple[int, int]:
+    return round(load.delay_s(budget_s, now) / DELAY_RESOLUTION_S), load.outstanding

@@ -1,4 +1,4 @@
-"""One call to one replica, handed on to the caller: messages, metadata, and how it ended."""
+"""One caller's request at the replicas: its attempts, each call, and how a call ends."""
 
 from __future__ import annotations
 
@@ -13,80 +13,177 @@ from typing import Any
 
 import grpc
 
-from ladderstitch.api.deadlines import HELD_KEY, METADATA_KEY
+from ladderstitch.api.deadlines import HELD_KEY, LATENCY_BUDGET_KEY
 from ladderstitch.api.status import Context
 from ladderstitch.errors import NotReady
 from ladderstitch.gateway.replica_connection import ReplicaConnection
 from ladderstitch.gateway.replica_pool import ReplicaPool
 
-SICKNESS = frozenset({"UNAVAILABLE", "INTERNAL", "UNKNOWN"})
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+BACKOFF_S, MAX_BACKOFF_S = 0.02, 0.5
+"""First and longest pause after all replicas were tried; it doubles and is spread by +-50 %."""
+MIN_REPORTED_DELAY_S = 0.001
+"""A replica is informed of the time that a call spent in the gateway if it is at least this."""
+HOP_METADATA = frozenset({"user-agent", HELD_KEY})
+"""Metadata keys of one hop, which are not forwarded to the next one."""
+REPLICA_FAULT_CODES = frozenset({"UNAVAILABLE", "INTERNAL", "UNKNOWN"})
+"""Statuses that count as failures of the replica."""
+_random = Random()
+
+
+class RequestAttempts:
+    """The attempts to answer one request, from its arrival until it ends or its time is up."""
+
+    def __init__(
+        self,
+        pool: ReplicaPool,
+        remaining_s: float | None,
+        metadata: Iterable[tuple[str, str | bytes]],
+        retry_timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the request's clock; `remaining_s` is the time to the caller's gRPC deadline.
+
+        None means that the caller has no deadline.
+        """
+        self._pool, self._clock = pool, clock
+        self.arrival = clock()
+        self.hard_deadline = math.inf if remaining_s is None else self.arrival + remaining_s
+        self._retry_until = min(self.hard_deadline, self.arrival + retry_timeout_s)
+        self._metadata: Metadata = tuple((k, v) for k, v in metadata if k not in HOP_METADATA)
+        self.soft_deadline = min(self.arrival + _budget_s(self._metadata), self.hard_deadline)
+        self._tried: list[ReplicaConnection] = []
+        self._pause_s = BACKOFF_S
+        self.count = 0
+        """Number of attempts so far."""
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the request arrived."""
+        return self._clock() - self.arrival
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Seconds left for the next attempt; None without a deadline."""
+        if self.hard_deadline == math.inf:
+            return None
+        return max(self.hard_deadline - self._clock(), 0.0)
+
+    @property
+    def metadata(self) -> Metadata:
+        """The caller's metadata, and the time spent here, by which its budgets are shorter."""
+        held_s = self.elapsed_s
+        if held_s < MIN_REPORTED_DELAY_S:
+            return self._metadata
+        return (*self._metadata, (HELD_KEY, str(round(1e6 * held_s))))
+
+    async def next_replica(self) -> ReplicaConnection:
+        """Return the replica for the next attempt; wait for one if none serves.
+
+        Raises `NotReady` when the time is up.
+        """
+        while True:
+            replica = self._pool.pick(self.soft_deadline - self._clock(), self._tried)
+            if replica is not None:
+                self._tried.append(replica)
+                self.count += 1
+                return replica
+            left_s = self._retry_until - self._clock()
+            if left_s <= 0:
+                raise NotReady("no replica answers; try again later")
+            if not self._tried:
+                await self._pool.wait_for_change(left_s)
+                continue
+            self._tried.clear()
+            pause_s = self._pause_s * _random.uniform(0.5, 1.5)
+            await self._pool.wait_for_change(min(left_s, pause_s))
+            self._pause_s = min(2 * self._pause_s, MAX_BACKOFF_S)
+
+    def exclude_same_models(self, replica: ReplicaConnection) -> bool:
+        """Exclude all replicas with this one's models; return whether others are left."""
+        serving = self._pool.serving
+        alike = [other for other in serving if other.models == replica.models]
+        self._tried += [other for other in alike if other not in self._tried]
+        return any(other not in self._tried for other in serving)
 
 
 class UpstreamFailure(Exception):
-    """A replica's call ended with a status; `begun`: the caller has got something of it."""
+    """A call to a replica that ended with a status.
+
+    `response_started` says whether the caller has received part of the response.
+    """
 
     def __init__(
         self,
         code: grpc.StatusCode,
         details: str,
-        begun: bool,
+        response_started: bool,
         initial: Metadata = (),
         trailing: Metadata = (),
     ) -> None:
         super().__init__(f"{code.name}: {details}")
-        self.code, self.details, self.begun = code, details, begun
+        self.code, self.details, self.response_started = code, details, response_started
         self.initial, self.trailing = initial, trailing
 
     @property
-    def sick(self) -> bool:
-        """Whether it speaks against the replica, not against the request."""
-        return self.code.name in SICKNESS
+    def counts_against_replica(self) -> bool:
+        """Whether the status is a failure of the replica and not of the request."""
+        return self.code.name in REPLICA_FAULT_CODES
 
-    async def tell(self, context: Context) -> None:
-        """End the caller's call in the same way."""
-        if self.initial and not self.begun:
+    async def abort_caller(self, context: Context) -> None:
+        """End the caller's call with the same status and metadata."""
+        if self.initial and not self.response_started:
             await context.send_initial_metadata(self.initial)
         await context.abort(self.code, self.details, self.trailing)
 
 
-async def ask(
-    link: ReplicaConnection,
+async def forward_unary(
+    replica: ReplicaConnection,
     method: str,
     request: bytes,
     context: Context,
     attempts: RequestAttempts,
 ) -> bytes:
-    """One message for one; raises `UpstreamFailure`."""
-    call = link.stub("unary_unary", method)(
+    """Return the replica's response to one request; raises `UpstreamFailure`."""
+    call = replica.stub("unary_unary", method)(
         request, timeout=attempts.timeout_s, metadata=attempts.metadata
     )
-    with _under_way(link, call, attempts):
+    with _tracked_call(replica, call, attempts):
         reply: bytes = await asyncio.shield(call)
-        await _open(call, context)
-        await _close(call, context)
+        await _forward_initial_metadata(call, context)
+        await _forward_trailing_metadata(call, context)
     return reply
 
 
-async def ask_stream(
-    link: ReplicaConnection,
+async def forward_stream(
+    replica: ReplicaConnection,
     method: str,
     request: bytes,
     context: Context,
     attempts: RequestAttempts,
 ) -> None:
-    """Messages for one; raises `UpstreamFailure`."""
-    call = link.stub("unary_stream", method)(
+    """Forward the stream of responses to one request; raises `UpstreamFailure`."""
+    call = replica.stub("unary_stream", method)(
         request, timeout=attempts.timeout_s, metadata=attempts.metadata
     )
-    with _under_way(link, call, attempts) as progress:
-        await _hand_on(call, context, progress)
+    with _tracked_call(replica, call, attempts) as progress:
+        await _forward_responses(call, context, progress)
 
 
-async def converse(
-    link: ReplicaConnection, method: str, requests: Any, context: Context, attempts: RequestAttempts
+async def forward_bidi(
+    replica: ReplicaConnection,
+    method: str,
+    requests: Any,
+    context: Context,
+    attempts: RequestAttempts,
 ) -> None:
-    """Messages both ways; raises `UpstreamFailure`, begun: what the caller sent is gone."""
-    call = link.stub("stream_stream", method)(
+    """Forward streams in both directions.
+
+    Raises `UpstreamFailure`, always with `response_started`: the caller's messages are consumed,
+    so that the call cannot be repeated.
+    """
+    call = replica.stub("stream_stream", method)(
         timeout=attempts.timeout_s, metadata=attempts.metadata
     )
 
@@ -95,10 +192,10 @@ async def converse(
             await call.write(request)
         await call.done_writing()
 
-    with _under_way(link, call, attempts, begun=True) as progress:
+    with _tracked_call(replica, call, attempts, response_started=True) as progress:
         sending = asyncio.create_task(send())
         try:
-            await _hand_on(call, context, progress)
+            await _forward_responses(call, context, progress)
         finally:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
@@ -106,149 +203,88 @@ async def converse(
 
 @dataclass(slots=True)
 class _Progress:
-    begun: bool
+    response_started: bool
 
 
 @contextmanager
-def _under_way(
-    link: ReplicaConnection, call: Any, attempts: RequestAttempts, *, begun: bool = False
+def _tracked_call(
+    replica: ReplicaConnection,
+    call: Any,
+    attempts: RequestAttempts,
+    *,
+    response_started: bool = False,
 ) -> Iterator[_Progress]:
-    """While the call lasts; whatever ends it but the caller's own leaving becomes a `UpstreamFailure`."""
-    progress = _Progress(begun)
-    mark = link.opened(call, attempts.due)
+    """Count the call at its replica, and raise `UpstreamFailure` if it fails.
+
+    A cancellation by the caller is passed on; one by the connection becomes UNAVAILABLE.
+    """
+    progress = _Progress(response_started)
+    ticket = replica.add_call(call, attempts.soft_deadline)
     try:
         yield progress
     except grpc.aio.AioRpcError as error:
         raise UpstreamFailure(
             error.code(),
             error.details() or "",
-            progress.begun,
+            progress.response_started,
             tuple(error.initial_metadata() or ()),
             tuple(error.trailing_metadata() or ()),
         ) from None
     except asyncio.CancelledError:
         task = asyncio.current_task()
-        if task is not None and task.cancelling():  # the caller left
+        if task is not None and task.cancelling():  # the caller cancelled
             raise
-        unavailable = grpc.StatusCode.UNAVAILABLE
-        raise UpstreamFailure(unavailable, "the replica was lost", progress.begun) from None
+        raise UpstreamFailure(
+            grpc.StatusCode.UNAVAILABLE,
+            "the connection to the replica was lost",
+            progress.response_started,
+        ) from None
     finally:
-        _leave(call)
-        link.ended(call, mark)
+        _cancel_in_core(call)
+        replica.remove_call(call, ticket)
 
 
-def _leave(call: Any) -> None:
-    """Cancel in gRPC's core only, which then ends what waits for the call's next event.
+def _cancel_in_core(call: Any) -> None:
+    """Cancel the call in gRPC's core only, which then ends whatever waits for its next event.
 
-    `call.cancel` drops that, and with it 80 bytes for each of up to six operations (grpc/grpc issue
-    43360): 500 bytes a caller that leaves. For the same reason `shield` stands before what is
-    awaited of a call. Where a later gRPC hides its core otherwise, `cancel` has to do.
+    `call.cancel` drops the waiting operations, and with each of up to six of them 80 bytes
+    (grpc/grpc issue 43360): 500 bytes for every caller that disconnects. For the same reason
+    everything that is awaited of a call is wrapped in `shield`. If a later version of gRPC has no
+    `_cython_call`, `cancel` is used.
     """
     core = getattr(call, "_cython_call", None)
     if core is None:
         call.cancel()
     elif not core.done():
-        core.cancel("the caller left")
+        core.cancel("the caller disconnected")
 
 
-async def _hand_on(call: Any, context: Context, progress: _Progress) -> None:
+async def _forward_responses(call: Any, context: Context, progress: _Progress) -> None:
     first = True
     while (message := await asyncio.shield(call.read())) is not grpc.aio.EOF:
         if first:
-            await _open(call, context)
-            first, progress.begun = False, True
+            await _forward_initial_metadata(call, context)
+            first, progress.response_started = False, True
         await context.write(message)
-    await _close(call, context)
+    await _forward_trailing_metadata(call, context)
 
 
-async def _open(call: Any, context: Context) -> None:
+async def _forward_initial_metadata(call: Any, context: Context) -> None:
     if metadata := await call.initial_metadata():
         await context.send_initial_metadata(tuple(metadata))
 
 
-async def _close(call: Any, context: Context) -> None:
+async def _forward_trailing_metadata(call: Any, context: Context) -> None:
     if metadata := await call.trailing_metadata():
         context.set_trailing_metadata(tuple(metadata))
 
 
-Metadata = tuple[tuple[str, str | bytes], ...]
-
-BACK_OFF_S, MAX_BACK_OFF_S = 0.02, 0.5
-"""Before all replicas are tried anew; doubled each time, and spread by half to either side."""
-NOTED_S = 0.001
-"""What a call waits here beyond this, the replica is told."""
-OURS = frozenset({"user-agent", HELD_KEY})
-"""Metadata of one hop, which is not the next one's."""
-_random = Random()
-
-
-class RequestAttempts:
-    """From the arrival of a request until it is answered, or nobody is left to ask in time."""
-
-    def __init__(
-        self,
-        fleet: ReplicaPool,
-        remaining_s: float | None,
-        metadata: Iterable[tuple[str, str | bytes]],
-        retry_timeout_s: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """`remaining_s` is what the caller's deadline leaves, None without one."""
-        self._fleet, self._clock = fleet, clock
-        self.arrival = clock()
-        self.deadline = math.inf if remaining_s is None else self.arrival + remaining_s
-        self._give_up = min(self.deadline, self.arrival + retry_timeout_s)
-        self._metadata: Metadata = tuple((k, v) for k, v in metadata if k not in OURS)
-        self.due = min(self.arrival + _budget_s(self._metadata), self.deadline)
-        self._tried: list[ReplicaConnection] = []
-        self._pause_s = BACK_OFF_S
-        self.count = 0
-
-    @property
-    def elapsed_s(self) -> float:
-        return self._clock() - self.arrival
-
-    @property
-    def timeout_s(self) -> float | None:
-        """What is left for the next attempt."""
-        return None if self.deadline == math.inf else max(self.deadline - self._clock(), 0.0)
-
-    @property
-    def metadata(self) -> Metadata:
-        """The caller's; and how long the call has been here, which its budgets are less by."""
-        held_s = self.elapsed_s
-        if held_s < NOTED_S:
-            return self._metadata
-        return (*self._metadata, (HELD_KEY, str(round(1e6 * held_s))))
-
-    async def next(self) -> ReplicaConnection:
-        """The replica to ask now; waits for one to come. Raises `NotReady` when time is up."""
-        while True:
-            link = self._fleet.choose(self.due - self._clock(), self._tried)
-            if link is not None:
-                self._tried.append(link)
-                self.count += 1
-                return link
-            left_s = self._give_up - self._clock()
-            if left_s <= 0:
-                raise NotReady("no replica answers; try again later")
-            if not self._tried:
-                await self._fleet.change(left_s)
-                continue
-            self._tried.clear()
-            await self._fleet.change(min(left_s, self._pause_s * _random.uniform(0.5, 1.5)))
-            self._pause_s = min(2 * self._pause_s, MAX_BACK_OFF_S)
-
-    def other_models(self, than: ReplicaConnection) -> bool:
-        """From now on only replicas with other models than this one's; whether there are any."""
-        alike = [link for link in self._fleet.serving if link.models == than.models]
-        self._tried += [link for link in alike if link not in self._tried]
-        return any(link not in self._tried for link in self._fleet.serving)
-
-
 def _budget_s(metadata: Metadata) -> float:
-    """As metadata names it; a malformed one is for the replica to refuse."""
-    values = [value for key, value in metadata if key == METADATA_KEY]
+    """Return the budget that the metadata states; infinite if there is none.
+
+    A malformed budget is ignored here: the replica rejects it.
+    """
+    values = [value for key, value in metadata if key == LATENCY_BUDGET_KEY]
     try:
         return float(values[0]) / 1e3 if values else math.inf
     except ValueError:

@@ -1,1 +1,1 @@
-"""What one replica has loaded: models by name, their runners, and how they come and go."""
+"""The models that a replica hosts: their registry, their runners, and loading and unloading."""

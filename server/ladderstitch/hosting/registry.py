@@ -1,48 +1,54 @@
-"""What a replica hosts, as the service sees it: models by name, and the say over their schedule."""
+"""The models that a replica hosts, the actions on them, and the runners that serve them."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ladderstitch.errors import InvalidArgument, ModelNotFound, NotReady
 from ladderstitch.scheduling.settings import ActiveSettings, SchedulerSettings
-from ladderstitch.telemetry.text_metrics import TextMetrics
+from ladderstitch.telemetry.model_metrics import TextMetrics
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.scheduler.scheduler import TextScheduler
-from ladderstitch.vision.bundle import Bundle
+from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.models.route import Stitch
 from ladderstitch.vision.preprocessing import ImageReader
 from ladderstitch.vision.scheduler.scheduler import Scheduler
 
+MAX_CHARACTERS_PER_TOKEN = 64
+"""Characters per token of `max_prompt_tokens` above which a prompt is not tokenised."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VisionModel:
-    """One loaded bundle and the scheduler that answers for it."""
+    """A loaded image classifier: its bundle and the scheduler that answers its requests."""
 
-    bundle: Bundle
+    bundle: VisionBundle
     scheduler: Scheduler
     reader: ImageReader
     variants: dict[int, Stitch]
+    variant_names: dict[int, str]
 
     @property
     def name(self) -> str:
+        """The name that requests select the model by."""
         return self.bundle.manifest.name
 
     @property
     def version(self) -> str:
+        """The version of the bundle."""
         return self.bundle.manifest.version
 
     @property
     def qualities(self) -> Mapping[int, float]:
-        """Of every variant that it may answer by."""
-        return self.scheduler.quality
+        """The quality of each variant that an answer may use."""
+        return self.scheduler.planner.quality
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextModel:
-    """One loaded language model and what generates with it."""
+    """A loaded language model: its bundle and the scheduler that answers its requests."""
 
     bundle: TextBundle
     scheduler: TextScheduler
@@ -51,48 +57,70 @@ class TextModel:
 
     @property
     def name(self) -> str:
+        """The name that requests select the model by."""
         return self.bundle.manifest.name
 
     @property
     def version(self) -> str:
+        """The version of the bundle."""
         return self.bundle.manifest.version
 
     @property
     def qualities(self) -> Mapping[int, float]:
-        """Of every path that it may answer by."""
+        """The quality of each variant that an answer may use."""
         return self.scheduler.candidates.quality
+
+    def tokenise(self, field: str, text: str) -> tuple[int, ...]:
+        """Return the tokens of a prompt.
+
+        Raises `InvalidArgument`, which names `field`, if it is too long. Tokenising runs on the
+        event loop, so texts that cannot fit are rejected before it.
+        """
+        limit = MAX_CHARACTERS_PER_TOKEN * self.max_prompt_tokens
+        if len(text) > limit:
+            raise InvalidArgument(field, f"expected at most {limit} characters, got {len(text)}")
+        tokens = tuple(self.scheduler.tokenizer.encode(text))
+        self.check_prompt_length(tokens)
+        return tokens
+
+    def check_prompt_length(self, tokens: Sequence[int]) -> None:
+        """Raise `InvalidArgument` if a prompt has more than `max_prompt_tokens`."""
+        if len(tokens) > self.max_prompt_tokens:
+            raise InvalidArgument(
+                "prompt", f"expected at most {self.max_prompt_tokens} tokens, got {len(tokens)}"
+            )
 
 
 LoadedModel = VisionModel | TextModel
 
 
 UpdateSettings = Callable[[dict[str, Any]], Awaitable[ActiveSettings]]
-"""Changed fields -> what is in force from then on, here and on every other replica."""
+"""Applies changed fields on this and all other replicas; returns the settings active then."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdminActions:
-    """What an administrator may do to a replica.
-
-    `drain` takes seconds of announcement and tells whether all accepted requests ended, `load`
-    takes a bundle's name, `unload` a model's.
-    """
+    """The actions of an administrator on a replica."""
 
     update: UpdateSettings
     drain: Callable[[float], Awaitable[bool]]
+    """Takes the seconds to announce the drain; returns whether all accepted requests ended."""
     load: Callable[[str], Awaitable[LoadedModel]]
+    """Takes the name of a bundle."""
     unload: Callable[[str], Awaitable[None]]
+    """Takes the name of a model."""
 
 
 @dataclass(slots=True)
 class ModelRegistry:
-    """The models of one replica; the replica sets the late fields as it comes up and goes down."""
+    """The models of one replica and its state, which the replica sets as it starts and stops."""
 
     replica: str
     vision_models: dict[str, VisionModel] = field(default_factory=dict)
     text_models: dict[str, TextModel] = field(default_factory=dict)
     ready: bool = False
-    leaving: bool = False  # announced, but requests are still accepted
+    drain_announced: bool = False
+    """Whether the replica reports NOT_SERVING while it still accepts requests."""
     draining: bool = False
     metrics_port: int = 0
     active_settings: ActiveSettings = field(
@@ -101,89 +129,103 @@ class ModelRegistry:
 
     @property
     def serving(self) -> bool:
-        """Whether callers should come here."""
-        return self.ready and not self.leaving and not self.draining
+        """Whether callers should send requests to this replica."""
+        return self.ready and not self.drain_announced and not self.draining
 
     @property
     def models_by_name(self) -> dict[str, LoadedModel]:
-        """All models by name, in order of their names."""
+        """All models by name, sorted by name."""
         models: dict[str, LoadedModel] = {**self.vision_models, **self.text_models}
         return dict(sorted(models.items()))
 
-    def add(self, hosted: LoadedModel) -> None:
-        """Answer by it from now on, also in place of one of the same name."""
-        self.remove(hosted.name)
-        if isinstance(hosted, VisionModel):
-            self.vision_models[hosted.name] = hosted
+    def add(self, model: LoadedModel) -> None:
+        """Add a model; it replaces a model of the same name."""
+        self.remove(model.name)
+        if isinstance(model, VisionModel):
+            self.vision_models[model.name] = model
         else:
-            self.text_models[hosted.name] = hosted
+            self.text_models[model.name] = model
 
     def remove(self, name: str) -> None:
+        """Remove the model of a name if there is one."""
         self.vision_models.pop(name, None)
         self.text_models.pop(name, None)
 
     def find(self, name: str, version: str = "") -> LoadedModel:
-        """No name stands for the only model, no version for the loaded one.
+        """Return a model by name and version.
 
-        Raises `NotReady` while loading, `ModelNotFound` for another name or version.
+        An empty name selects the only model, an empty version the loaded one. Raises `NotReady`
+        while the replica is loading, and `ModelNotFound` for another name or version.
         """
         if not self.ready:
             raise NotReady("the replica is still loading its models")
-        everything = self.models_by_name
-        if not name and len(everything) == 1:
-            name = next(iter(everything))
-        hosted = everything.get(name)
-        if hosted is None or version not in ("", hosted.version):
+        models = self.models_by_name
+        if not name and len(models) == 1:
+            name = next(iter(models))
+        model = models.get(name)
+        if model is None or version not in ("", model.version):
             wanted = f"{name[:80]!r} version {version[:80]!r}" if version else f"{name[:80]!r}"
-            known = ", ".join(f"{m.name!r} (version {m.version})" for m in everything.values())
+            known = ", ".join(f"{m.name!r} (version {m.version})" for m in models.values())
             raise ModelNotFound(f"model_name: no model {wanted}; this server has {known}")
-        return hosted
+        return model
 
     def vision_model(self, name: str, version: str = "") -> VisionModel:
-        """An image classifier, as `find`; raises `InvalidArgument` for a language model."""
-        hosted = self.find(name, version)
-        if not isinstance(hosted, VisionModel):
-            raise InvalidArgument("model_name", f"{hosted.name!r} generates text: call Generate")
-        return hosted
+        """Return an image classifier as `find` does.
+
+        Raises `InvalidArgument` if the model is a language model.
+        """
+        model = self.find(name, version)
+        if not isinstance(model, VisionModel):
+            raise InvalidArgument("model_name", f"{model.name!r} generates text: call Generate")
+        return model
 
     def text_model(self, name: str, version: str = "") -> TextModel:
-        """A language model, as `find`; raises `InvalidArgument` for another kind."""
-        hosted = self.find(name, version)
-        if not isinstance(hosted, TextModel):
-            raise InvalidArgument("model_name", f"{hosted.name!r} classifies images: call Infer")
-        return hosted
+        """Return a language model as `find` does.
+
+        Raises `InvalidArgument` if the model is an image classifier.
+        """
+        model = self.find(name, version)
+        if not isinstance(model, TextModel):
+            raise InvalidArgument("model_name", f"{model.name!r} classifies images: call Infer")
+        return model
 
 
 ProgressCallback = Callable[[int, int], None]
-"""(done, total) of the warm-up."""
+"""Called with the finished and the total number of warm-up runs."""
 
 
 class Runner(Protocol):
-    """Runs one bundle and puts its model into the replica's `ModelRegistry`."""
+    """The engine and the scheduler of one bundle.
+
+    A runner adds its model to the `ModelRegistry` of the replica when it starts.
+    """
 
     @property
     def name(self) -> str:
-        """The model's."""
+        """The name of the model."""
 
     @property
     def healthy(self) -> bool:
-        """Whether everything that computes is up."""
+        """Whether every worker or rank is up."""
 
     @property
     def alive(self) -> bool:
-        """Whether requests are being answered, or will be once what computes is back."""
+        """Whether requests are answered, or will be once the engine has recovered."""
 
-    async def start(self, advance: ProgressCallback) -> None:
-        """Load and warm up."""
+    async def start(self, on_progress: ProgressCallback) -> None:
+        """Load the model, warm it up and add it to the registry."""
 
     def set_ready(self, ready: bool) -> None:
-        """Say so in the metrics."""
+        """Report in the metrics whether the model answers requests."""
 
-    def apply(self, settings: SchedulerSettings) -> None:
-        """Schedule by these from now on."""
+    def apply_settings(self, settings: SchedulerSettings) -> None:
+        """Schedule by these settings from now on.
+
+        Raises `InvalidArgument` if they do not fit the model.
+        """
 
     async def drain(self) -> None:
-        """Refuse what is new, finish what was accepted."""
+        """Reject new requests, and return when all accepted ones have ended."""
 
     async def close(self) -> None:
-        """End what computes; what is unfinished by now ends with an error."""
+        """Stop the engine; requests that have not ended get an error."""

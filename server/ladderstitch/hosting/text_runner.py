@@ -1,14 +1,14 @@
-"""Runs a language model: a group of ranks and the generator that answers with it."""
+"""The runner of a language model: a group of ranks and the scheduler in front of it."""
 
 from __future__ import annotations
 
 from ladderstitch.config import ServerConfig
-from ladderstitch.errors import EngineRestarting
+from ladderstitch.errors import ConfigError, EngineRestarting, InvalidArgument
 from ladderstitch.hosting.registry import ModelRegistry, ProgressCallback, TextModel
 from ladderstitch.runtime.device import resolve_device, resolve_dtype
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.metrics import Metrics
-from ladderstitch.telemetry.text_metrics import TextMetrics
+from ladderstitch.telemetry.model_metrics import TextMetrics
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
@@ -18,105 +18,124 @@ from ladderstitch.text.scheduler.scheduler import TextScheduler
 
 
 class TextRunner:
-    """A `Runner`."""
+    """The `Runner` of one language model."""
 
     def __init__(
         self, config: ServerConfig, registry: ModelRegistry, metrics: Metrics, launcher: Launcher
     ) -> None:
-        """Raises `BundleError` for a wrong bundle, `ConfigError` for ranks that do not fit it."""
+        """Load the bundle's manifest and tokenizer; `launcher` starts the ranks.
+
+        Raises `BundleError` if the bundle is invalid, and `ConfigError` if the model cannot be
+        split over `tensor_parallel_size` ranks.
+        """
         self.config, self.registry = config, registry
         self.bundle = TextBundle.load(config.bundle)
         self.tokenizer = self.bundle.tokenizer()
         for rank in range(config.tensor_parallel_size):
             Shard.of(self.bundle.manifest.config, rank, config.tensor_parallel_size)
-        self.path_names = [path.name for path in self.bundle.manifest.ways]
-        self.metrics = TextMetrics(metrics, self.bundle.manifest.name, range(len(self.path_names)))
+        self.variant_names = [variant.name for variant in self.bundle.manifest.variants]
+        self.metrics = TextMetrics(metrics, self.name, range(len(self.variant_names)))
         self._launcher = launcher
         self._group: RankGroup | None = None
         self._scheduler: TextScheduler | None = None
 
     @property
     def name(self) -> str:
+        """The name of the model."""
         return self.bundle.manifest.name
 
     @property
     def healthy(self) -> bool:
-        return self._group is not None and self._group.whole
+        """Whether all ranks are ready."""
+        return self._group is not None and self._group.ready
 
     @property
     def alive(self) -> bool:
-        return self._group is not None and not self._group.given_up
+        """Whether requests are answered, or will be once the ranks have recovered."""
+        return self._group is not None and not self._group.failed
 
-    async def start(self, advance: ProgressCallback) -> None:
-        """Bring up the ranks; raises `EngineRestarting` with the reason if they do not come."""
-        config, manifest = self.config, self.bundle.manifest
-        device = resolve_device(config.device)
-        context = min(config.max_model_len, manifest.config.max_positions)
-        job = RankConfig.of(
-            self.bundle,
-            ranks=config.tensor_parallel_size,
-            dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
-            device=device,
-            threads=config.threads,
-            max_model_len=context,
-            kv_cache_tokens=max(config.kv_cache_tokens, min(context, config.max_batched_tokens)),
-            max_batched_tokens=min(context, config.max_batched_tokens),
-        )
-        by_hand = config.rank_secret_file
-        options = GroupOptions(
-            link="tcp" if config.link == "auto" and config.rank_address else config.link,
-            latency_s=config.emulated_link_ms / 1e3,
-            spares=config.spare_ranks,
-            listen=config.rank_address,
-            secret=by_hand.read_text().strip() if by_hand else "",
-        )
-        launcher = None if by_hand else self._launcher
-        self._group = RankGroup(job, options, launcher, self.metrics.restarts.inc)
+    async def start(self, on_progress: ProgressCallback) -> None:
+        """Start the ranks, measure their steps and add the model to the registry.
+
+        Raises `EngineRestarting`, with the reason, if the ranks do not start, and `ConfigError` if
+        the scheduling settings do not fit the model.
+        """
+        self._group = self._make_group()
         await self._group.start()
         self._scheduler = TextScheduler(
             self._group,
             self.tokenizer,
-            manifest.end_tokens,
+            self.bundle.manifest.end_tokens,
             self.bundle.quality,
-            self.path_names,
-            config.max_sequences,
+            self.variant_names,
+            self.config.max_sequences,
             observer=self.metrics,
         )
         try:
             await self._scheduler.measure()
         except RankLost as error:
             raise EngineRestarting(f"a rank was lost while steps were measured: {error}") from error
-        self.apply(config.scheduling)
-        self.registry.add(
-            TextModel(self.bundle, self._scheduler, self.metrics, self._max_prompt_tokens())
-        )
-        advance(1, 1)
-
-    def _max_prompt_tokens(self) -> int:
-        """A prompt leaves room for at least one token of an answer."""
-        assert self._scheduler is not None, "set by `start`"
-        most = self._scheduler.max_tokens - 1
-        return min(most, self.config.max_prompt_tokens or most)
+        try:
+            self.apply_settings(self.registry.active_settings.settings)
+        except InvalidArgument as error:
+            raise ConfigError(f"scheduling.{error}") from error
+        most = self._scheduler.max_tokens - 1  # at least one token of an answer
+        max_prompt_tokens = min(most, self.config.max_prompt_tokens or most)
+        self.registry.add(TextModel(self.bundle, self._scheduler, self.metrics, max_prompt_tokens))
+        on_progress(1, 1)
 
     def set_ready(self, ready: bool) -> None:
+        """Report in the metrics whether the model answers requests."""
         self.metrics.ready.set(int(ready))
 
-    def apply(self, settings: SchedulerSettings) -> None:
+    def apply_settings(self, settings: SchedulerSettings) -> None:
+        """Schedule by these settings from now on.
+
+        Raises `InvalidArgument` if they do not fit the model.
+        """
         if self._scheduler is None:
             return
-        self._scheduler.apply(settings)
+        self._scheduler.apply_settings(settings)
         candidates = self._scheduler.candidates
         fastest, best = candidates.for_quality()[0], candidates.for_quality()[-1]
-        self.metrics.offered(
+        self.metrics.set_quality_range(
             candidates.quality[fastest], candidates.quality[best], candidates.floor
         )
 
     async def drain(self) -> None:
+        """Reject new requests, and return when all accepted ones have ended."""
         if self._scheduler is not None:
             await self._scheduler.drain()
 
     async def close(self) -> None:
+        """Stop the ranks; requests that have not ended get an error."""
         if self._scheduler is not None:
             await self._scheduler.close()
         if self._group is not None:
             await self._group.close()
+
+    def _make_group(self) -> RankGroup:
+        config = self.config
+        device = resolve_device(config.device)
+        max_model_len = min(config.max_model_len, self.bundle.manifest.config.max_positions)
+        max_batched_tokens = min(max_model_len, config.max_batched_tokens)
+        rank_config = RankConfig.of(
+            self.bundle,
+            ranks=config.tensor_parallel_size,
+            dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
+            device=device,
+            threads=config.threads,
+            max_model_len=max_model_len,
+            kv_cache_tokens=max(config.kv_cache_tokens, max_batched_tokens),
+            max_batched_tokens=max_batched_tokens,
+        )
+        secret_file = config.rank_secret_file  # with it, ranks are started by hand
+        options = GroupOptions(
+            link="tcp" if config.link == "auto" and config.rank_address else config.link,
+            latency_s=config.emulated_link_ms / 1e3,
+            spares=config.spare_ranks,
+            listen=config.rank_address,
+            secret=secret_file.read_text().strip() if secret_file else "",
+        )
+        launcher = None if secret_file else self._launcher
+        return RankGroup(rank_config, options, launcher, self.metrics.restarts.inc)

@@ -1,4 +1,4 @@
-"""Runs a stitchable image classifier: worker, warm-up and scheduler of one bundle."""
+"""The runner of an image classifier: an engine, its warm-up and the scheduler in front of it."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ from ladderstitch.hosting.registry import ModelRegistry, ProgressCallback, Visio
 from ladderstitch.runtime.device import resolve_device, resolve_dtype
 from ladderstitch.scheduling.profiles import QualityTable
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.telemetry.metrics import Metrics, VisionMetrics
-from ladderstitch.vision.bundle import Bundle
+from ladderstitch.telemetry.metrics import Metrics
+from ladderstitch.telemetry.model_metrics import VisionMetrics
+from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.engine.base import Engine, WorkerConfig
 from ladderstitch.vision.engine.process import InlineEngine, ProcessEngine
 from ladderstitch.vision.engine.warmup import warm_up
 from ladderstitch.vision.preprocessing import ImageReader
 from ladderstitch.vision.scheduler.scheduler import Scheduler
 
-LIGHT_BYTES = 32 << 20
-"""Bundles up to this size may be held twice, in the worker and in the replica's process."""
+MAX_INLINE_BYTES = 32 << 20
+"""Largest bundle that is held twice, in the worker and in the replica's process."""
 
 
 class VisionRunner:
-    """A `Runner`."""
+    """The `Runner` of one image classifier."""
 
     def __init__(self, config: ServerConfig, registry: ModelRegistry, metrics: Metrics) -> None:
-        """Raises `BundleError` for a bundle that is wrong or not calibrated."""
+        """Load the bundle's manifest and quality table.
+
+        Raises `BundleError` if the bundle is invalid or not calibrated.
+        """
         self.config, self.registry, self.metrics = config, registry, metrics
-        self.bundle = Bundle.load(config.bundle)
+        self.bundle = VisionBundle.load(config.bundle)
         self.quality = quality_table(self.bundle)
         self._engine: ProcessEngine | InlineEngine | None = None
         self._model: VisionModel | None = None
@@ -37,42 +41,52 @@ class VisionRunner:
 
     @property
     def name(self) -> str:
+        """The name of the model."""
         return self.bundle.manifest.name
 
     @property
     def healthy(self) -> bool:
+        """Whether the worker is up."""
         return self._engine is not None and self._engine.ready
 
     @property
     def alive(self) -> bool:
+        """Whether requests are answered, or will be once the worker has recovered."""
         return self._model is not None and self._model.scheduler.running
 
-    async def start(self, advance: ProgressCallback) -> None:
-        """Load, then warm every variant and batch size.
+    async def start(self, on_progress: ProgressCallback) -> None:
+        """Start the engine, warm it up and add the model to the registry.
 
-        Raises `EngineDied` if the worker cannot load the model, `ConfigError` for scheduling
-        settings that do not fit it.
+        The warm-up runs every variant with every batch size. Raises `EngineDied` if the worker
+        cannot load the model, and `ConfigError` if the scheduling settings do not fit it.
         """
         worker = self._worker_config()
         self._engine = self._make_engine(worker)
         await self._engine.start()
-        self._model = await self._host(self._engine, worker, advance)
+        self._model = await self._make_model(self._engine, worker, on_progress)
         self.registry.add(self._model)
 
     def set_ready(self, ready: bool) -> None:
+        """Report in the metrics whether the model answers requests."""
         if self._model is not None:
             self._model.scheduler.metrics.ready.set(int(ready))
 
-    def apply(self, settings: SchedulerSettings) -> None:
+    def apply_settings(self, settings: SchedulerSettings) -> None:
+        """Schedule by these settings from now on.
+
+        Raises `InvalidArgument` if they do not fit the model.
+        """
         if self._model is not None:
             self._model.scheduler.configure(settings)
-            _tell_offer(self._model.scheduler)
+            _report_quality_range(self._model.scheduler)
 
     async def drain(self) -> None:
+        """Reject new requests, and return when all accepted ones have ended."""
         if self._model is not None:
             await self._model.scheduler.drain()
 
     async def close(self) -> None:
+        """Stop the worker; requests that have not ended get an error."""
         if self._model is not None:
             await self._model.scheduler.close()
         if self._engine is not None:
@@ -81,7 +95,10 @@ class VisionRunner:
             self._record.close()
 
     def _open_record(self) -> TextIO | None:
-        """A file of this process and model, for what is planned; raises `ConfigError`."""
+        """Open the record of this process and model; return None if nothing is recorded.
+
+        Raises `ConfigError` if the file cannot be written.
+        """
         folder = self.config.record
         if folder is None:
             return None
@@ -92,8 +109,8 @@ class VisionRunner:
             raise ConfigError(f"record: {error}") from error
 
     def _make_engine(self, worker: WorkerConfig) -> ProcessEngine | InlineEngine:
-        light = worker.device == "cpu" and self.bundle.weight_bytes <= LIGHT_BYTES
-        if light and self.config.inline_batch_limit_ms > 0:
+        fits_twice = worker.device == "cpu" and self.bundle.weight_bytes <= MAX_INLINE_BYTES
+        if fits_twice and self.config.inline_batch_limit_ms > 0:
             return InlineEngine(ProcessEngine(worker), self.config.inline_batch_limit_ms / 1e3)
         return ProcessEngine(worker)
 
@@ -110,11 +127,11 @@ class VisionRunner:
             classes=len(manifest.labels),
         )
 
-    async def _host(
-        self, engine: Engine, worker: WorkerConfig, advance: ProgressCallback
+    async def _make_model(
+        self, engine: Engine, worker: WorkerConfig, on_progress: ProgressCallback
     ) -> VisionModel:
         variants = {variant.id: variant for variant in self.bundle.manifest.config.stitches()}
-        profile = await warm_up(engine, self.bundle, worker, advance)
+        profile = await warm_up(engine, self.bundle, worker, on_progress)
         name = self.bundle.manifest.name
         metrics = VisionMetrics(self.metrics, name, variants)
         quality = {variant: score.value for variant, score in self.quality.variants.items()}
@@ -125,22 +142,26 @@ class VisionRunner:
             scheduler.configure(settings)
         except InvalidArgument as error:
             raise ConfigError(f"scheduling.{error}") from error
-        metrics.running.set_function(lambda: scheduler.running_requests)
-        _tell_offer(scheduler)
+        metrics.running.set_function(lambda: len(scheduler.batch_runner.running))
+        _report_quality_range(scheduler)
         reader = ImageReader(self.bundle.manifest.preprocessing, self.config.max_image_pixels)
-        return VisionModel(self.bundle, scheduler, reader, variants)
+        names = {variant: stitch.name for variant, stitch in variants.items()}
+        return VisionModel(self.bundle, scheduler, reader, variants, names)
 
 
-def _tell_offer(scheduler: Scheduler) -> None:
-    candidates = scheduler.candidates
+def _report_quality_range(scheduler: Scheduler) -> None:
+    candidates = scheduler.planner.candidates
     fastest, best = (
         candidates.quality[variant] for variant in (candidates.frontier[0], candidates.best)
     )
-    scheduler.metrics.offered(fastest, best, candidates.floor)
+    scheduler.metrics.set_quality_range(fastest, best, candidates.floor)
 
 
-def quality_table(bundle: Bundle) -> QualityTable:
-    """Raises `BundleError` if the bundle is not calibrated, or not for every variant."""
+def quality_table(bundle: VisionBundle) -> QualityTable:
+    """Return the quality of every variant.
+
+    Raises `BundleError` if the bundle is not calibrated, or not for every variant.
+    """
     if bundle.quality is None:
         raise BundleError(f"{bundle.path}: no quality.json; run `ladderstitch calibrate` first")
     variants = {s.id for s in bundle.manifest.config.stitches() if s.usable}

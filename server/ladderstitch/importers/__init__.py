@@ -1,1 +1,1 @@
-"""Published checkpoints and data as bundles, and checks against the original implementations."""
+"""Imports of published checkpoints and data, and checks against original implementations."""

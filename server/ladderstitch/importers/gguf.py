@@ -1,4 +1,4 @@
-"""Llama-architecture GGUF files, dequantised to our bundle layout."""
+"""Import of Llama-architecture GGUF files, dequantised, and of gpt-fast's weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.weight_reader import SINGLE
 
 ProgressCallback = Callable[[int, int], None]
-"""(done, total) tensors."""
+"""A function that is called with the number of finished tensors and of all tensors."""
 
 CONTROL, USER_DEFINED = 3, 4
-"""Token types of GGUF that never come out of merging."""
+"""GGUF's types of tokens that byte-pair merging never produces."""
 
-NAMES = {
+LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -34,11 +34,15 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-OUTSIDE = {
+"""Tensor of a layer in GGUF -> in the Hugging Face layout."""
+
+OTHER_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
 }
+"""Tensor outside the layers in GGUF -> in the Hugging Face layout."""
+
 PRE_TOKENIZERS: dict[str, Callable[[], list[Any]]] = {
     "smollm": lambda: [
         pre_tokenizers.Digits(individual_digits=True),
@@ -46,7 +50,7 @@ PRE_TOKENIZERS: dict[str, Callable[[], list[Any]]] = {
     ],
     "gpt-2": lambda: [pre_tokenizers.ByteLevel(add_prefix_space=False)],
 }
-"""How text is cut up before merging, by the file's `tokenizer.ggml.pre`."""
+"""Steps that split text before byte-pair merging, by the file's `tokenizer.ggml.pre`."""
 
 
 def import_gguf(
@@ -56,18 +60,21 @@ def import_gguf(
     name: str,
     origin: str,
     licence: str,
-    advance: ProgressCallback = lambda done, total: None,
+    on_progress: ProgressCallback = lambda done, total: None,
 ) -> None:
-    """Write a bundle in float32. Raises `DataError` for a file of another architecture."""
-    fields, reader = _open(file)
-    config = _config(fields, reader)
+    """Write the model of a GGUF file as a bundle in float32.
+
+    Raises `DataError` if the file is not GGUF or has another architecture or tokenizer.
+    """
+    fields, reader = _read_file(file)
+    config = _read_config(fields, reader)
     into.mkdir(parents=True, exist_ok=True)
-    _tokenizer(fields).save(str(into / "tokenizer.json"))
+    _build_tokenizer(fields).save(str(into / "tokenizer.json"))
     tensors = {}
     for done, tensor in enumerate(reader.tensors):
-        ours = _our_name(tensor.name)
-        tensors[ours] = _values(ours, tensor, config)
-        advance(done + 1, len(reader.tensors))
+        ours = _bundle_name(tensor.name)
+        tensors[ours] = _dequantise(ours, tensor, config)
+        on_progress(done + 1, len(reader.tensors))
     save_file(tensors, into / SINGLE)
     manifest = TextManifest(
         name=name,
@@ -80,7 +87,7 @@ def import_gguf(
     write_manifest(into, manifest)
 
 
-def _open(file: Path) -> tuple[dict[str, Any], GGUFReader]:
+def _read_file(file: Path) -> tuple[dict[str, Any], GGUFReader]:
     try:
         reader = GGUFReader(file)
     except (OSError, ValueError) as error:
@@ -92,7 +99,7 @@ def _open(file: Path) -> tuple[dict[str, Any], GGUFReader]:
     return fields, reader
 
 
-def _config(fields: dict[str, Any], reader: GGUFReader) -> LlamaConfig:
+def _read_config(fields: dict[str, Any], reader: GGUFReader) -> LlamaConfig:
     heads, width = fields["llama.attention.head_count"], fields["llama.embedding_length"]
     return LlamaConfig(
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
@@ -103,22 +110,22 @@ def _config(fields: dict[str, Any], reader: GGUFReader) -> LlamaConfig:
         kv_heads=fields.get("llama.attention.head_count_kv", heads),
         head_dim=fields.get("llama.attention.key_length", width // heads),
         max_positions=fields["llama.context_length"],
-        # stored as float32; what was meant is a short decimal
+        # stored as float32, but the original value is a short decimal
         norm_eps=float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         rope_theta=fields.get("llama.rope.freq_base", 10_000.0),
         tied_head=all(tensor.name != "output.weight" for tensor in reader.tensors),
     )
 
 
-def _our_name(name: str) -> str:
+def _bundle_name(name: str) -> str:
     stem = name.removesuffix(".weight")
-    if stem in OUTSIDE:
-        return f"{OUTSIDE[stem]}.weight"
+    if stem in OTHER_NAMES:
+        return f"{OTHER_NAMES[stem]}.weight"
     _, layer, part = stem.split(".", 2)
-    return f"model.layers.{layer}.{NAMES[part]}.weight"
+    return f"model.layers.{layer}.{LAYER_NAMES[part]}.weight"
 
 
-def _values(name: str, tensor: Any, config: LlamaConfig) -> Tensor:
+def _dequantise(name: str, tensor: Any, config: LlamaConfig) -> Tensor:
     values = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
     if name.endswith("q_proj.weight"):
         return half_split(values, config.heads).contiguous()
@@ -127,7 +134,7 @@ def _values(name: str, tensor: Any, config: LlamaConfig) -> Tensor:
     return values.contiguous()
 
 
-def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
+def _build_tokenizer(fields: dict[str, Any]) -> Tokenizer:
     kind, pre = fields["tokenizer.ggml.model"], fields.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         raise DataError(
@@ -150,15 +157,18 @@ def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
 
 
 def half_split(rows: Tensor, heads: int) -> Tensor:
-    """Rows [H d, ...] of a query or key map for rotations of adjacent pairs (2i, 2i + 1), reordered
-    for rotations of the pairs (i, i + d/2)."""
+    """Return the rows [H d, ...] of a query or key matrix in the order that `llama.rotate` expects.
+
+    The given rows are for rotations of adjacent pairs (2i, 2i + 1); the result is for rotations of
+    the pairs (i, i + d/2).
+    """
     width = rows.shape[0] // heads
     pairs = rows.reshape(heads, width // 2, 2, *rows.shape[1:])
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
 def gpt_fast_config(args: Mapping[str, Any]) -> LlamaConfig:
-    """`ModelArgs` of gpt-fast."""
+    """Return the configuration in gpt-fast's `ModelArgs`."""
     return LlamaConfig(
         vocab_size=args["vocab_size"],
         hidden_size=args["dim"],
@@ -174,7 +184,10 @@ def gpt_fast_config(args: Mapping[str, Any]) -> LlamaConfig:
 
 
 def from_gpt_fast(tensors: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
-    """gpt-fast's names: fused `wqkv` and `w1` = [up; gate], or all five in `wqkv1` (parallel)."""
+    """Return gpt-fast's tensors in the Hugging Face layout.
+
+    gpt-fast fuses `wqkv` and `w1` = [up; gate], and in parallel layers all five in `wqkv1`.
+    """
     d, ffn = config.head_dim, config.intermediate_size
     sizes = [config.heads * d, config.kv_heads * d, config.kv_heads * d]
     ours = {

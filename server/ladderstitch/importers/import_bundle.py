@@ -1,4 +1,4 @@
-"""Bundles from checkpoints that others trained: whole stitched families, or plain anchors."""
+"""Bundles from checkpoints of other projects: stitched families, or anchors to be stitched."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pydantic import TypeAdapter, ValidationError
 from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.importers.checkpoints import read_weights
 from ladderstitch.importers.stitched_families import import_model, read_config
-from ladderstitch.importers.vision_anchors import PlainAnchor, load_anchor
+from ladderstitch.importers.vision_anchors import PretrainedAnchor, load_anchor
 from ladderstitch.training.vision.dataset import find_photographs, random_views
 from ladderstitch.training.vision.stitch import assemble_family
-from ladderstitch.vision.bundle import Manifest, Preprocessing, write_bundle
+from ladderstitch.vision.bundle import Preprocessing, VisionManifest, write_bundle
 from ladderstitch.vision.models.families import FamilyConfig
 from ladderstitch.vision.models.resnet import ResNetConfig
 from ladderstitch.vision.models.stitched import StitchedModel
@@ -32,7 +32,7 @@ VIEWS_EACH = 4
 _DEIT = {"image_size": 224, "num_classes": 1000, "patch_size": 16}
 _SWIN = [(96, [2, 2, 6, 2], [3, 6, 12, 24]), (96, [2, 2, 18, 2], [3, 6, 12, 24])]
 _SWIN.append((128, [2, 2, 18, 2], [4, 8, 16, 32]))
-RELEASED: dict[str, Mapping[str, Any]] = {
+RELEASED_CONFIGS: dict[str, Mapping[str, Any]] = {
     "snnet-deit": _DEIT
     | {
         "kernel_size": 2,
@@ -61,15 +61,15 @@ RELEASED: dict[str, Mapping[str, Any]] = {
         ],
     },
 }
-"""Configurations of published checkpoints, for those who name a family and nothing else."""
+"""Configurations of the published checkpoints, used if the caller names only the family."""
 
 
 @dataclass(frozen=True, slots=True)
-class Naming:
-    """What a bundle says about itself, and how it takes pictures.
+class BundleInfo:
+    """The name, licence, labels and preprocessing of a bundle to be written.
 
-    `labels` is a file of a label a line; `mean` and `std` hold one number a channel and default to
-    ImageNet's, or 0.5 for grey pictures.
+    `labels` is a file with one label per line. `mean` and `std` have one number per channel and
+    default to ImageNet's, or to 0.5 for grey images.
     """
 
     name: str
@@ -80,32 +80,34 @@ class Naming:
 
 
 def import_released(
-    family: str, checkpoint: Path, config: Path | None, naming: Naming, into: Path
+    family: str, checkpoint: Path, config: Path | None, info: BundleInfo, into: Path
 ) -> StitchedModel:
-    """A family's own checkpoint as a bundle; `config` has upstream's fields (JSON or YAML).
+    """Write the bundle of a stitched family's own checkpoint and return its model.
 
-    Raises `DataError`, `ConfigError` or `BundleError` with what does not fit.
+    `config` is a JSON or YAML file with upstream's fields; unset: the published configuration.
+    Raises `DataError`, `ConfigError` or `BundleError` naming what does not fit.
     """
-    if config is None and family not in RELEASED:
-        raise ConfigError(f"config: expected a file, since {family} has no usual sizes")
-    fields = RELEASED[family] if config is None else _read(config)
+    if config is None and family not in RELEASED_CONFIGS:
+        raise ConfigError(f"config: expected a file, since {family} has no published configuration")
+    fields = RELEASED_CONFIGS[family] if config is None else _read_fields(config)
     model = import_model(family, fields, read_weights(checkpoint))
     origin = f"{checkpoint.name}, a {family} checkpoint"
-    write_bundle(into, _manifest(read_config(family, fields), naming, origin), model)
+    write_bundle(into, _build_manifest(read_config(family, fields), info, origin), model)
     return model
 
 
 def import_anchors(
     checkpoints: Sequence[Path],
     photographs: Path | None,
-    naming: Naming,
+    info: BundleInfo,
     into: Path,
     *,
     image_size: int | None = None,
 ) -> StitchedModel:
-    """Plain networks, smallest first, as a family; stitching layers are fitted on photographs.
+    """Write the bundle of a family made from anchors, smallest first, and return its model.
 
-    Raises `DataError`, `ConfigError` or `BundleError` with what does not fit.
+    Stitching layers are fitted on the photographs. Raises `DataError`, `ConfigError` or
+    `BundleError` naming what does not fit.
     """
     anchors = [load_anchor(path, image_size=image_size) for path in checkpoints]
     if len(anchors) > 1 and photographs is None:
@@ -114,7 +116,7 @@ def import_anchors(
     origin = " + ".join(path.name for path in checkpoints)
     if photographs is not None and len(anchors) > 1:
         origin += f", stitched by least squares on photographs of {photographs.name}"
-    manifest = _manifest(config, naming, origin)
+    manifest = _build_manifest(config, info, origin)
     views = torch.empty(0)
     if photographs is not None:
         paths = find_photographs(photographs)
@@ -124,8 +126,11 @@ def import_anchors(
     return model
 
 
-def family_of(anchors: Sequence[PlainAnchor]) -> FamilyConfig:
-    """How these networks are stitched; raises `ConfigError` for those that cannot be."""
+def family_of(anchors: Sequence[PretrainedAnchor]) -> FamilyConfig:
+    """Return the family in which these anchors can be stitched.
+
+    Raises `ConfigError` if there is none.
+    """
     inputs = anchors[0].inputs
     for anchor in anchors[1:]:
         if anchor.inputs != inputs:
@@ -151,8 +156,8 @@ def family_of(anchors: Sequence[PlainAnchor]) -> FamilyConfig:
         raise ConfigError(f"anchors: {error}") from error
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    text = _text(path)
+def _read_fields(path: Path) -> Mapping[str, Any]:
+    text = _read_text(path)
     try:
         fields = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
@@ -162,22 +167,22 @@ def _read(path: Path) -> Mapping[str, Any]:
     return fields
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _manifest(config: FamilyConfig, naming: Naming, origin: str) -> Manifest:
+def _build_manifest(config: FamilyConfig, info: BundleInfo, origin: str) -> VisionManifest:
     inputs = config.inputs
     labels: Sequence[str] = [f"class {i}" for i in range(inputs.num_classes)]
-    if naming.labels is not None:
-        labels = _text(naming.labels).splitlines()
+    if info.labels is not None:
+        labels = _read_text(info.labels).splitlines()
     grey = inputs.in_channels == 1
     try:
-        return Manifest(
-            name=naming.name,
+        return VisionManifest(
+            name=info.name,
             family=config.family,
             config=config,
             labels=tuple(labels),
@@ -186,14 +191,14 @@ def _manifest(config: FamilyConfig, naming: Naming, origin: str) -> Manifest:
                     "channels": inputs.in_channels,
                     "height": inputs.image_size,
                     "width": inputs.image_size,
-                    "mean": naming.mean or ((0.5,) if grey else IMAGENET_MEAN),
-                    "std": naming.std or ((0.5,) if grey else IMAGENET_STD),
+                    "mean": info.mean or ((0.5,) if grey else IMAGENET_MEAN),
+                    "std": info.std or ((0.5,) if grey else IMAGENET_STD),
                     "resize": "bicubic",
                     "crop": None if grey else 0.875,
                 }
             ),
             origin=origin,
-            licence=naming.licence,
+            licence=info.licence,
         )
     except ValidationError as error:
         raise ConfigError(f"bundle: {error}") from error

@@ -1,4 +1,4 @@
-"""Published checkpoints become models: configuration and tensors under the upstream's key names."""
+"""Import of published stitched families: configuration and tensors in the upstream's layout."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Fields = dict[str, Any]
 Tensors = Mapping[str, Tensor]
 
 COMPUTED = ("relative_position_index", "attn_mask", "attention_bias_idxs")
-"""Buffers that upstream stores and that follow from the configuration."""
+"""Buffers that upstream stores although they follow from the configuration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How an upstream family writes its configuration and names its tensors."""
+    """Functions that convert an upstream family's configuration and tensors to ours."""
 
     fields: Callable[[Mapping[str, Any]], Fields]
     tensors: Callable[[Tensors, Mapping[str, Any]], Tensors] = lambda tensors, config: tensors
 
 
-def _inputs(config: Mapping[str, Any]) -> Fields:
+def _input_fields(config: Mapping[str, Any]) -> Fields:
     return {
         "image_size": config["image_size"],
         "in_channels": config.get("in_channels", 3),
@@ -37,8 +37,8 @@ def _inputs(config: Mapping[str, Any]) -> Fields:
     }
 
 
-def _vits(config: Mapping[str, Any], anchors: str, **extra: object) -> list[Fields]:
-    """Vision transformers; upstream states once what every anchor of ours states for itself."""
+def _vit_anchors(config: Mapping[str, Any], anchors: str, **extra: object) -> list[Fields]:
+    """Return the fields of all ViT anchors; upstream stores some of them once for all anchors."""
     names = ("patch_size", "mlp_ratio", "qkv_bias", "layer_norm_eps")
     shared = {name: config[name] for name in names if name in config}
     return [shared | dict(anchor) | extra for anchor in config[anchors]]
@@ -46,8 +46,8 @@ def _vits(config: Mapping[str, Any], anchors: str, **extra: object) -> list[Fiel
 
 def _deit(config: Mapping[str, Any]) -> Fields:
     return {
-        "inputs": _inputs(config),
-        "anchors": _vits(config, "anchors"),
+        "inputs": _input_fields(config),
+        "anchors": _vit_anchors(config, "anchors"),
         "kernel_size": config["kernel_size"],
         "stride": config["stride"],
         "nearest_only": config.get("nearest_stitching", True),
@@ -57,7 +57,7 @@ def _deit(config: Mapping[str, Any]) -> Fields:
 
 
 def _learngene_pool(config: Mapping[str, Any]) -> Fields:
-    """Trained are the smallest and the largest instance and what leads from one to the other."""
+    """Return our fields; only stitches between the smallest and the largest anchor are trained."""
     last = len(config["instances"]) - 1
     return _deit({**config, "anchors": config["instances"]}) | {
         "identity_between_equals": True,
@@ -68,8 +68,8 @@ def _learngene_pool(config: Mapping[str, Any]) -> Fields:
 def _snnetv2(config: Mapping[str, Any]) -> Fields:
     return {
         "family": "snnetv2",
-        "inputs": _inputs(config),
-        "anchors": _vits(config, "anchors", layer_scale=True, class_token_position=False),
+        "inputs": _input_fields(config),
+        "anchors": _vit_anchors(config, "anchors", layer_scale=True, class_token_position=False),
     }
 
 
@@ -118,12 +118,12 @@ def _levit(config: Mapping[str, Any]) -> Fields:
 
 
 def _staged(config: Mapping[str, Any], anchors: list[Fields], stages: tuple[int, ...]) -> Fields:
-    inputs = _inputs(config)
+    inputs = _input_fields(config)
     return {"family": "snnet-staged", "inputs": inputs, "anchors": anchors, "stages": stages}
 
 
 def _fold_low_rank(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
-    """Stitching layers W + B A / r, as SN-Netv2 uses them, for its W, A and B."""
+    """Return the tensors with SN-Netv2's W, A and B replaced by the sum W + B A / r."""
     folded = {k: v for k, v in tensors.items() if not k.endswith((".lora_A", ".lora_B"))}
     for name, down in tensors.items():
         if name.endswith(".lora_A"):
@@ -131,13 +131,13 @@ def _fold_low_rank(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
             try:
                 up, weight = tensors[f"{layer}.lora_B"], tensors[f"{layer}.weight"]
             except KeyError as error:
-                raise ConfigError(f"{name}: expected {error} beside it") from error
+                raise ConfigError(f"{name}: expected {error} in the same file") from error
             folded[f"{layer}.weight"] = weight + up @ down / down.shape[0]
     return folded
 
 
-def _instances(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
-    """The Learngene Pool calls its anchors instances."""
+def _rename_instances(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """Return the tensors under our names; the Learngene Pool calls its anchors instances."""
     return {k.replace("instances.", "anchors.", 1): v for k, v in tensors.items()}
 
 
@@ -148,15 +148,18 @@ LAYOUTS: dict[str, Layout] = {
     "snnet-resnet-swin": Layout(_resnet),
     "snnet-levit": Layout(_levit),
     "snnetv2": Layout(_snnetv2, _fold_low_rank),
-    "learngene-pool": Layout(_learngene_pool, _instances),
+    "learngene-pool": Layout(_learngene_pool, _rename_instances),
 }
-"""By the upstream family's name."""
+"""Upstream family -> its layout."""
 
 _CONFIG: TypeAdapter[FamilyConfig] = TypeAdapter(FamilyConfig)
 
 
 def read_config(family: str, upstream: Mapping[str, Any]) -> FamilyConfig:
-    """Our configuration of an upstream family; raises `ConfigError` naming the field."""
+    """Return our configuration of an upstream family.
+
+    Raises `ConfigError` naming the field that is missing or wrong.
+    """
     if family not in LAYOUTS:
         raise ConfigError(f"family: expected one of {sorted(LAYOUTS)}, got {family!r}")
     try:
@@ -170,10 +173,10 @@ def read_config(family: str, upstream: Mapping[str, Any]) -> FamilyConfig:
 def import_model(
     family: str, upstream: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> StitchedModel:
-    """The model of an upstream configuration and state dict, in eval mode.
+    """Return the model of an upstream configuration and state dict, in eval mode.
 
-    Raises `ConfigError` for a family or configuration that is not understood and `BundleError`
-    that names every missing, unknown or mis-shaped tensor.
+    Raises `ConfigError` if the family or its configuration is unknown, and `BundleError` naming
+    every missing, unknown or mis-shaped tensor.
     """
     model = read_config(family, upstream).build()
     adapted = LAYOUTS[family].tensors(tensors, upstream)

@@ -1,13 +1,16 @@
-"""Check the importer and the forward pass against recorded outputs of the original implementations.
+"""Checks of imported models against recorded outputs of the original implementations.
+
+This module reads the cases and checks the vision models: stitched families, single anchors, the
+fitting of stitching layers and the least-squares solver. `verify_text` runs the language models.
 
 A case is `NAME.safetensors` (tensors `weights.*`, `input`, and `output.<id>`, or `feature.*` and
-`solution.*` for least squares) beside `NAME.json` (family, config, tolerance).
+`solution.*` for least squares) with `NAME.json` (family, config, tolerance) in the same folder.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from torch import Tensor
 from ladderstitch.errors import DataError
 from ladderstitch.importers import verify_text
 from ladderstitch.importers.stitched_families import import_model
-from ladderstitch.importers.vision_anchors import plain_anchor
+from ladderstitch.importers.vision_anchors import anchor_from_tensors
 from ladderstitch.training.vision.stitching_layers import (
     initialise_stitching_layers,
     solve_affine,
@@ -30,185 +33,185 @@ from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.stitched import StitchedModel
 from ladderstitch.vision.models.vit import Vit
 
-PLAIN = ("hf-vit", "hf-deit", "hf-swin")
+ANCHOR_FAMILIES = ("hf-vit", "hf-deit", "hf-swin")
+"""Families of cases with a single network in Hugging Face's layout."""
+
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
-    """One case's outcome; errors are relative to the largest magnitude of the reference."""
+    """The result of one case.
 
-    case: str
+    `num_checked` is the number of items, of the kind that `checked` names, e.g. "ids". The error
+    is relative to the largest magnitude of the recorded tensor. `detail` lists the items outside
+    the tolerance.
+    """
+
+    name: str
     family: str
-    checked: int
-    what: str
-    largest_relative_error: float
+    num_checked: int
+    checked: str
+    max_relative_error: float
     passed: bool
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """Relative errors by item, the items outside the tolerance, and what the items are."""
+
+    checked: str
+    errors: Mapping[Any, float]
+    wrong: Sequence[Any]
+    mismatch: str = ""
+
+    def result(self, name: str, family: str) -> CaseResult:
+        """Return the result of the case with this name."""
+        detail = self.mismatch
+        if self.wrong:
+            detail = f"outside tolerance: {self.checked} {self.wrong}"
+        worst = max(self.errors.values(), default=float("inf"))
+        passed = bool(self.errors) and not detail
+        return CaseResult(name, family, len(self.errors), self.checked, worst, passed, detail)
+
+
 def verify_case(path: Path) -> CaseResult:
-    """Run one case; raises `DataError` if its files cannot be read."""
-    sheet = _read_sheet(path)
+    """Run one case and return its result; raises `DataError` if its files cannot be read."""
+    metadata = _read_metadata(path)
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: {error}") from error
-    weights = {
-        name.removeprefix("weights."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("weights.")
-    }
     try:
-        family = sheet["family"]
-        if family in verify_text.FAMILIES:
-            return _verify_language(path.stem, sheet, tensors, weights)
-        if family in PLAIN:
-            return _verify_plain(path.stem, sheet, tensors, weights)
-        if family == "least-squares-solver":
-            return _verify_solver(path.stem, sheet, tensors)
-        model = import_model(family, sheet["config"], weights)
-        if any(name.startswith("output.") for name in tensors):
-            return _verify_outputs(path.stem, sheet, model, tensors["input"], tensors)
-        return _verify_least_squares(path.stem, sheet, model, tensors["input"], weights)
+        return _compare(metadata, tensors).result(path.stem, metadata["family"])
     except KeyError as error:
         raise DataError(f"{path}: the case lacks {error}") from error
 
 
-def _verify_outputs(
-    case: str,
-    sheet: Mapping[str, Any],
-    model: StitchedModel,
-    images: Tensor,
-    tensors: Mapping[str, Tensor],
-) -> CaseResult:
-    """Every id that the case records, within the case's absolute and relative tolerance."""
-    tolerance = sheet["tolerance"]
-    expected = {
-        int(name.removeprefix("output.")): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("output.")
-    }
+def _compare(metadata: Mapping[str, Any], tensors: Tensors) -> _Comparison:
+    weights = _with_prefix(tensors, "weights.")
+    family = metadata["family"]
+    if family in verify_text.FAMILIES:
+        return _compare_text(metadata, tensors, weights)
+    if family in ANCHOR_FAMILIES:
+        return _compare_anchor(metadata, tensors, weights)
+    if family == "least-squares-solver":
+        return _compare_solver(metadata, tensors)
+    model = import_model(family, metadata["config"], weights)
+    outputs = _with_prefix(tensors, "output.")
+    if outputs:
+        return _compare_stitches(metadata, model, tensors["input"], outputs)
+    return _compare_stitching_layers(metadata, model, tensors["input"], weights)
+
+
+def _with_prefix(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+
+
+def _relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def _compare_stitches(
+    metadata: Mapping[str, Any], model: StitchedModel, images: Tensor, outputs: Tensors
+) -> _Comparison:
+    """Check the output of every stitch with the case's absolute and relative tolerance."""
+    tolerance = metadata["tolerance"]
+    atol, rtol = tolerance["suggested_atol"], tolerance["suggested_rtol"]
+    expected = {int(stitch): tensor for stitch, tensor in outputs.items()}
     if expected.keys() != {stitch.id for stitch in model.stitches}:
-        detail = f"ids differ: {len(expected)} recorded, {len(model.stitches)} enumerated"
-        return CaseResult(case, sheet["family"], 0, "ids", float("inf"), False, detail)
+        mismatch = f"ids differ: {len(expected)} recorded, {len(model.stitches)} enumerated"
+        return _Comparison("ids", {}, [], mismatch)
     serving = StitchExecutor(model)
-    worst, wrong = 0.0, []
+    errors, wrong = {}, []
     with torch.inference_mode():
         for stitch, wanted in sorted(expected.items()):
             got = serving(images, stitch)
-            worst = max(worst, float((got - wanted).abs().max() / wanted.abs().max()))
-            atol, rtol = tolerance["suggested_atol"], tolerance["suggested_rtol"]
+            errors[stitch] = _relative_error(got, wanted)
             if not torch.allclose(got, wanted, atol=atol, rtol=rtol):
                 wrong.append(stitch)
-    detail = f"outside tolerance: ids {wrong}" if wrong else ""
-    return CaseResult(case, sheet["family"], len(expected), "ids", worst, not wrong, detail)
+    return _Comparison("ids", errors, wrong)
 
 
-def _verify_plain(
-    case: str,
-    sheet: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-) -> CaseResult:
-    """A network in Hugging Face's layout: its logits, and each head's where it has two."""
-    trunk = plain_anchor(weights, sheet["config"]["hf_config"]).build()
-    images, tolerance = tensors["input"], sheet["tolerance"]
+def _compare_anchor(metadata: Mapping[str, Any], tensors: Tensors, weights: Tensors) -> _Comparison:
+    """Check the logits of a network in Hugging Face's layout, and each head's if it has two."""
+    backbone = anchor_from_tensors(weights, metadata["config"]["hf_config"]).build()
+    images, atol = tensors["input"], metadata["tolerance"]["suggested_atol"]
     with torch.inference_mode():
-        got = {"logits": trunk(images)}
-        if isinstance(trunk, Vit):
-            x = trunk.embed(images)
-            for step in trunk.steps():
+        got = {"logits": backbone(images)}
+        if isinstance(backbone, Vit):
+            x = backbone.embed(images)
+            for step in backbone.steps():
                 x = step(x)
-            heads = trunk.head_logits(x, final_norm=True)
+            heads = backbone.head_logits(x, final_norm=True)
             got |= dict(zip(("cls_logits", "distillation_logits"), heads, strict=False))
-    worst, wrong = 0.0, []
-    recorded = [entry["id"] for entry in sheet["ids"]]
-    for name in recorded:
+    errors, wrong = {}, []
+    for name in [entry["id"] for entry in metadata["ids"]]:
         wanted = tensors[f"output.{name}"]
-        worst = max(worst, float((got[name] - wanted).abs().max() / wanted.abs().max()))
-        if not torch.allclose(got[name], wanted, atol=tolerance["suggested_atol"], rtol=0):
+        errors[name] = _relative_error(got[name], wanted)
+        if not torch.allclose(got[name], wanted, atol=atol, rtol=0):
             wrong.append(name)
-    detail = f"outside tolerance: {wrong}" if wrong else ""
-    return CaseResult(case, sheet["family"], len(recorded), "outputs", worst, not wrong, detail)
+    return _Comparison("outputs", errors, wrong)
 
 
-def _verify_solver(
-    case: str, sheet: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> CaseResult:
-    """The least-squares solver on plain matrices."""
-    allowed = sheet["tolerance"]["suggested_relative_for_solver_on_stored_features"]
+def _compare_solver(metadata: Mapping[str, Any], tensors: Tensors) -> _Comparison:
+    """Check the least-squares solver on recorded features."""
+    allowed = metadata["tolerance"]["suggested_relative_for_solver_on_stored_features"]
     errors = {}
-    for layer in sheet["layers"]:
+    for layer in metadata["layers"]:
         name = layer["key"]
         solved = solve_affine(tensors[f"feature.{name}.x"], tensors[f"feature.{name}.y"])
         for part, got in zip(("weight", "bias"), solved, strict=True):
-            wanted = tensors[f"solution.{name}.{part}"]
-            errors[f"{name}.{part}"] = float((got - wanted).abs().max() / wanted.abs().max())
-    wrong = [name for name, error in errors.items() if not error <= allowed]
-    detail = f"outside tolerance: {wrong}" if wrong else ""
-    worst = max(errors.values())
-    return CaseResult(case, sheet["family"], len(errors), "solutions", worst, not wrong, detail)
+            errors[f"{name}.{part}"] = _relative_error(got, tensors[f"solution.{name}.{part}"])
+    return _Comparison("solutions", errors, _above(errors, allowed))
 
 
-def _verify_language(
-    case: str,
-    sheet: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-) -> CaseResult:
-    """Every recorded output, in one pass and token by token, on every rank count it allows."""
-    config, ours = verify_text.read_model(sheet, weights)
-    tolerance, prefill = sheet["tolerance"], sheet["config"]["prefill_length"]
-    worst, wrong, checked = 0.0, [], 0
-    for run in verify_text.recorded_runs(sheet):
-        wanted = tensors[f"output.{run.output}"]
-        for ranks in run.rank_counts:
-            got = verify_text.run_case(config, ours, tensors["input"], run, ranks, prefill)
-            checked += 1
-            worst = max(worst, float((got - wanted).abs().max() / wanted.abs().max()))
-            atol, rtol = tolerance["suggested_atol"], tolerance["suggested_rtol"]
-            if not torch.allclose(got, wanted, atol=atol, rtol=rtol):
-                wrong.append(f"{run.output} on {ranks} ranks")
-    detail = f"outside tolerance: {wrong}" if wrong else ""
-    return CaseResult(case, sheet["family"], checked, "outputs", worst, not wrong, detail)
-
-
-def _verify_least_squares(
-    case: str,
-    sheet: Mapping[str, Any],
-    model: StitchedModel,
-    images: Tensor,
-    weights: Mapping[str, Tensor],
-) -> CaseResult:
-    """Solve every stitching layer anew from our own features and compare with the recorded one."""
-    allowed = sheet["tolerance"]["suggested_relative_from_own_features"]
+def _compare_stitching_layers(
+    metadata: Mapping[str, Any], model: StitchedModel, images: Tensor, weights: Tensors
+) -> _Comparison:
+    """Fit every stitching layer on our own features and compare it with the recorded one."""
+    allowed = metadata["tolerance"]["suggested_relative_from_own_features"]
     for layer in stitched_pairs(model.stitches):
         for parameter in model.affine(layer).parameters():
             parameter.zero_()
     initialise_stitching_layers(model, images)
-    solved = {name: t for name, t in model.state_dict().items() if name.startswith("stitch_layers")}
     errors = {
-        name: float((tensor - weights[name]).abs().max() / weights[name].abs().max())
-        for name, tensor in solved.items()
+        name: _relative_error(tensor, weights[name])
+        for name, tensor in model.state_dict().items()
+        if name.startswith("stitch_layers")
     }
-    wrong = [name for name, error in errors.items() if not error <= allowed]
-    detail = f"outside tolerance: {wrong}" if wrong else ""
-    return CaseResult(
-        case,
-        sheet["family"],
-        len(errors),
-        "least-squares tensors",
-        max(errors.values()),
-        not wrong,
-        detail,
-    )
+    return _Comparison("least-squares tensors", errors, _above(errors, allowed))
 
 
-def _read_sheet(path: Path) -> dict[str, Any]:
+def _above(errors: Mapping[str, float], allowed: float) -> list[str]:
+    """Return the items whose error exceeds the limit or is not a number."""
+    return [name for name, error in errors.items() if not error <= allowed]
+
+
+def _compare_text(metadata: Mapping[str, Any], tensors: Tensors, weights: Tensors) -> _Comparison:
+    """Check every recorded output on every rank count that its scheme allows."""
+    config, ours = verify_text.read_model(metadata, weights)
+    tolerance, prefill = metadata["tolerance"], metadata["config"]["prefill_length"]
+    atol, rtol = tolerance["suggested_atol"], tolerance["suggested_rtol"]
+    errors, wrong = {}, []
+    for run in verify_text.recorded_runs(metadata):
+        wanted = tensors[f"output.{run.output}"]
+        for ranks in run.rank_counts:
+            item = f"{run.output} on {ranks} ranks"
+            got = verify_text.run_case(config, ours, tensors["input"], run, ranks, prefill)
+            errors[item] = _relative_error(got, wanted)
+            if not torch.allclose(got, wanted, atol=atol, rtol=rtol):
+                wrong.append(item)
+    return _Comparison("outputs", errors, wrong)
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    file = path.with_suffix(".json")
     try:
-        sheet = json.loads(path.with_suffix(".json").read_text())
+        metadata = json.loads(file.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise DataError(f"{path.with_suffix('.json')}: {error}") from error
-    if not isinstance(sheet, dict):
-        raise DataError(f"{path.with_suffix('.json')}: expected an object")
-    return sheet
+        raise DataError(f"{file}: {error}") from error
+    if not isinstance(metadata, dict):
+        raise DataError(f"{file}: expected an object, got {type(metadata).__name__}")
+    return metadata

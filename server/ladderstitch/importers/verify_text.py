@@ -1,4 +1,8 @@
-"""Recorded outputs of original language-model implementations, run again here on 1 to 4 ranks."""
+"""Language-model cases of `verify`: runs of the serving forward pass on 1, 2 and 4 ranks.
+
+The first part reads a case and runs it. The second part is the communicator that it uses, whose
+ranks are threads of this process.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +17,20 @@ import torch
 from torch import Tensor
 
 from ladderstitch.importers.gguf import from_gpt_fast, gpt_fast_config
-from ladderstitch.text.comm.base import Communicator, PeerLost, Work, sum_in_rank_order
-from ladderstitch.text.model.attention_batch import Batch
+from ladderstitch.text.comm.base import (
+    PEER_TIMEOUT_S,
+    Communicator,
+    PeerLost,
+    Work,
+    sum_in_rank_order,
+)
+from ladderstitch.text.messages import LogitsMode, dense_step
+from ladderstitch.text.model.attention import Batch, PagedCache
 from ladderstitch.text.model.config import LlamaConfig
-from ladderstitch.text.model.kv_cache import PagedCache
 from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.weight_reader import MemoryWeights
 from ladderstitch.text.model.weights import Shard, load_rank
-from ladderstitch.text.step import LogitsMode, aligned
 
 FAMILIES = ("hf-llama", "ladder-llama", "desync-gpt", "parallel-gpt")
 RANK_COUNTS = (1, 2, 4)
@@ -30,7 +39,10 @@ BLOCK_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class GoldenRun:
-    """One recorded output: which scheme, on which rank counts, in one pass or token by token."""
+    """One recorded output: its residual scheme, its rank counts, and how it is computed.
+
+    `incremental` is true for a prefill followed by single tokens, false for a single pass.
+    """
 
     output: str
     residual: ResidualScheme
@@ -38,18 +50,18 @@ class GoldenRun:
     incremental: bool
 
 
-def recorded_runs(sheet: Mapping[str, Any]) -> Iterator[GoldenRun]:
-    """Everything that a case's sheet records."""
-    for entry in sheet["ids"]:
-        residual, rank_counts = _scheme(entry, sheet["family"])
-        if sheet["family"] == "hf-llama":
+def recorded_runs(metadata: Mapping[str, Any]) -> Iterator[GoldenRun]:
+    """Yield every output that a case records."""
+    for entry in metadata["ids"]:
+        residual, rank_counts = _read_scheme(entry, metadata["family"])
+        if metadata["family"] == "hf-llama":
             yield GoldenRun(entry["id"], residual, rank_counts, entry["id"] == "incremental")
             continue
         yield GoldenRun(entry["id"], residual, rank_counts, incremental=False)
         yield GoldenRun(f"{entry['id']}.incremental", residual, rank_counts, incremental=True)
 
 
-def _scheme(entry: Mapping[str, Any], family: str) -> tuple[ResidualScheme, tuple[int, ...]]:
+def _read_scheme(entry: Mapping[str, Any], family: str) -> tuple[ResidualScheme, tuple[int, ...]]:
     if family == "ladder-llama":
         return ResidualScheme(
             scheme="ladder", ladder_layers=tuple(entry["ladder_layers"])
@@ -66,12 +78,12 @@ def _scheme(entry: Mapping[str, Any], family: str) -> tuple[ResidualScheme, tupl
 
 
 def read_model(
-    sheet: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    """Configuration and weights of a case, in our layout."""
-    if "hf_config" in sheet["config"]:
-        return LlamaConfig.from_hf(sheet["config"]["hf_config"]), dict(tensors)
-    config = gpt_fast_config(sheet["config"]["model_args"])
+    """Return the configuration and the weights of a case in the Hugging Face layout."""
+    if "hf_config" in metadata["config"]:
+        return LlamaConfig.from_hf(metadata["config"]["hf_config"]), dict(tensors)
+    config = gpt_fast_config(metadata["config"]["model_args"])
     return config, from_gpt_fast(tensors, config)
 
 
@@ -83,12 +95,15 @@ def run_case(
     ranks: int,
     prefill: int,
 ) -> Tensor:
-    """Logits [B, T, V] in float32, in one pass or as a prefill followed by single tokens."""
+    """Return the logits [B, T, V] float32 of tokens [B, T].
+
+    They are computed in one pass, or as a prefill of `prefill` tokens followed by single tokens.
+    """
     plans = plan_layers(run.residual, config.layers, ranks)
     shared_norm = plans[0].fused
 
-    def work(link: Communicator) -> Tensor:
-        shard = Shard.of(config, link.rank, ranks)
+    def work(comm: Communicator) -> Tensor:
+        shard = Shard.of(config, comm.rank, ranks)
         held = load_rank(MemoryWeights(weights), config, shard, shared_norm=shared_norm)
         model = Transformer(config, held, shard)
         rows, length = tokens.shape
@@ -97,82 +112,87 @@ def run_case(
         starts = [0, *range(prefill, length)] if run.incremental else [0]
         parts = []
         for start, end in pairwise([*starts, length]):
-            step = aligned(tokens[:, start:end].numpy(), start, 0, blocks_each, LogitsMode.ALL)
-            logits = model.forward(Batch(step, BLOCK_TOKENS), cache, plans, link)
+            step = dense_step(tokens[:, start:end].numpy(), start, 0, blocks_each, LogitsMode.ALL)
+            logits = model.forward(Batch(step, BLOCK_TOKENS), cache, plans, comm)
             parts.append(logits.view(rows, end - start, -1))
         return torch.cat(parts, dim=1)
 
     return torch.cat(run_ranks(ranks, work), dim=-1)
 
 
-WAIT_S = 60.0
-
 Result = TypeVar("Result")
 
 
-class _Meeting:
-    """Where the threads leave their partial results, by number of the reduction."""
+class _PartialExchange:
+    """The place where the threads store their partials, by the number of the reduction."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
-        self.parts: dict[int, dict[int, Tensor]] = {}
-        self.readers: dict[int, int] = {}
-        self.broken = False
-        self.changed = threading.Condition()
+        self._parts: dict[int, dict[int, Tensor]] = {}
+        self._readers: dict[int, int] = {}
+        self._aborted = False
+        self._changed = threading.Condition()
 
-    def leave(self, number: int, rank: int, partial: Tensor) -> None:
-        with self.changed:
-            self.parts.setdefault(number, {})[rank] = partial
-            self.changed.notify_all()
+    def put(self, number: int, rank: int, partial: Tensor) -> None:
+        with self._changed:
+            self._parts.setdefault(number, {})[rank] = partial
+            self._changed.notify_all()
 
     def collect(self, number: int) -> list[Tensor]:
-        with self.changed:
-            self.changed.wait_for(
-                lambda: self.broken or len(self.parts.get(number, {})) == self.ranks, WAIT_S
-            )
-            if self.broken or len(self.parts.get(number, {})) < self.ranks:
+        with self._changed:
+            self._changed.wait_for(lambda: self._aborted or self._is_full(number), PEER_TIMEOUT_S)
+            if self._aborted or not self._is_full(number):
                 raise PeerLost("another rank failed")
-            parts = self.parts[number]
-            self.readers[number] = self.readers.get(number, 0) + 1
-            if self.readers[number] == self.ranks:
-                del self.parts[number], self.readers[number]
+            parts = self._parts[number]
+            self._readers[number] = self._readers.get(number, 0) + 1
+            if self._readers[number] == self.ranks:
+                del self._parts[number], self._readers[number]
         return [parts[rank] for rank in range(self.ranks)]
 
-    def give_up(self) -> None:
-        with self.changed:
-            self.broken = True
-            self.changed.notify_all()
+    def abort(self) -> None:
+        with self._changed:
+            self._aborted = True
+            self._changed.notify_all()
+
+    def _is_full(self, number: int) -> bool:
+        return len(self._parts.get(number, {})) == self.ranks
 
 
 class ThreadCommunicator:
-    """One thread's end."""
+    """The communicator of a rank that is a thread of this process."""
 
-    def __init__(self, meeting: _Meeting, rank: int) -> None:
-        self.rank, self.ranks = rank, meeting.ranks
-        self._meeting = meeting
-        self._posted = 0
+    def __init__(self, exchange: _PartialExchange, rank: int) -> None:
+        self.rank, self.ranks = rank, exchange.ranks
+        self._exchange = exchange
+        self._started = 0
 
-    def post(self, partial: Tensor) -> Work:
-        self._posted += 1
-        self._meeting.leave(self._posted, self.rank, partial)
-        return self._posted
+    def all_reduce_async(self, partial: Tensor) -> Work:
+        """Store the partial for the other threads."""
+        self._started += 1
+        self._exchange.put(self._started, self.rank, partial)
+        return self._started
 
-    def wait(self, ticket: Work) -> Tensor:
-        return sum_in_rank_order(self._meeting.collect(ticket))
+    def wait(self, work: Work) -> Tensor:
+        """Return the sum; raises `PeerLost` if another thread failed."""
+        return sum_in_rank_order(self._exchange.collect(work))
 
     def close(self) -> None:
-        self._meeting.give_up()
+        """Make the other threads' waits raise `PeerLost`."""
+        self._exchange.abort()
 
 
 def run_ranks(ranks: int, work: Callable[[Communicator], Result]) -> list[Result]:
-    """The results of `work(link)` of every rank, in order; the first rank to fail raises."""
-    meeting = _Meeting(ranks)
+    """Return the results of `work(comm)` on every rank, in order.
+
+    Raises the error of the first rank that failed by itself.
+    """
+    exchange = _PartialExchange(ranks)
 
     def run(rank: int) -> Result:
         try:
-            return work(ThreadCommunicator(meeting, rank))
+            return work(ThreadCommunicator(exchange, rank))
         except BaseException:
-            meeting.give_up()
+            exchange.abort()
             raise
 
     with ThreadPoolExecutor(ranks) as pool:

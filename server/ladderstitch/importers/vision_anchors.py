@@ -1,7 +1,7 @@
-"""Pretrained networks as anchors: DeiT, ViT, Swin and ResNet under timm's or Hugging Face's names.
+"""Import of pretrained anchors: DeiT, ViT, Swin and ResNet in timm's or Hugging Face's layout.
 
-Shapes say nearly all about a network; what they do not (heads, epsilons, the image size) comes
-from the `config.json` of a Hugging Face checkpoint, or from the family's custom.
+The shapes of the tensors determine nearly all of a configuration. The rest (heads, epsilons, image
+size) comes from the `config.json` of a Hugging Face checkpoint, or is the family's usual value.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ladderstitch.vision.models.swin import SwinConfig
 from ladderstitch.vision.models.vit import InputShape, VitConfig
 
 Tensors = dict[str, Tensor]
-PlainConfig = VitConfig | SwinConfig | ResNetConfig
+AnchorConfig = VitConfig | SwinConfig | ResNetConfig
 
 ENCODER_LAYER = (
     (r"layernorm_before", "norm1"),
@@ -68,25 +68,25 @@ RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^classifier\.1", "fc"),
     ),
 }
-"""Hugging Face's names (and newer timm's) to those that our anchors share with upstream."""
+"""Patterns of Hugging Face's (and newer timm's) names -> the names that our anchors use."""
 
 
 @dataclass(frozen=True, slots=True)
-class PlainAnchor:
-    """A network's shape and its weights, under our names."""
+class PretrainedAnchor:
+    """A network's configuration, and its tensors under our names."""
 
     inputs: InputShape
-    config: PlainConfig
+    config: AnchorConfig
     tensors: Tensors
 
     def build(self) -> Backbone:
-        """The network, in eval mode; raises `BundleError` naming the tensors that do not fit."""
-        trunk = self.config.build(self.inputs)
+        """Return the network in eval mode; raises `BundleError` naming tensors that do not fit."""
+        backbone = self.config.build(self.inputs)
         check_tensors(
-            shapes_of(trunk.state_dict()), shapes_of(self.tensors), where=type(trunk).__name__
+            shapes_of(backbone.state_dict()), shapes_of(self.tensors), where=type(backbone).__name__
         )
-        trunk.load_state_dict(self.tensors)
-        return trunk.eval().requires_grad_(False)
+        backbone.load_state_dict(self.tensors)
+        return backbone.eval().requires_grad_(False)
 
 
 def load_anchor(
@@ -95,10 +95,11 @@ def load_anchor(
     *,
     image_size: int | None = None,
     num_heads: int | None = None,
-) -> PlainAnchor:
-    """A checkpoint file, with `config` or the `config.json` beside it where there is one.
+) -> PretrainedAnchor:
+    """Return the anchor in a checkpoint file.
 
-    Raises `DataError` or `ConfigError` naming what is missing.
+    `config` defaults to the `config.json` in the same folder, if it exists; `image_size` and
+    `num_heads` override it. Raises `DataError` or `ConfigError` naming what is missing.
     """
     config = config or path.with_name("config.json")
     try:
@@ -106,12 +107,18 @@ def load_anchor(
     except json.JSONDecodeError as error:
         raise ConfigError(f"{config}: {error}") from error
     given = {"image_size": image_size, "num_attention_heads": num_heads}
-    return plain_anchor(read_weights(path), stated | {k: v for k, v in given.items() if v})
+    return anchor_from_tensors(read_weights(path), stated | {k: v for k, v in given.items() if v})
 
 
-def plain_anchor(tensors: Mapping[str, Tensor], stated: Mapping[str, Any]) -> PlainAnchor:
-    """Tensors under timm's or Hugging Face's names; `stated` has Hugging Face's fields."""
-    kind = _kind(tensors)
+def anchor_from_tensors(
+    tensors: Mapping[str, Tensor], stated: Mapping[str, Any]
+) -> PretrainedAnchor:
+    """Return the anchor with these tensors, which have timm's or Hugging Face's names.
+
+    `stated` has the fields of Hugging Face's `config.json` that are known. Raises `DataError` or
+    `ConfigError` naming what is missing.
+    """
+    kind = _detect_kind(tensors)
     renamed = _fuse_qkv({_rename(name, kind): tensor for name, tensor in tensors.items()})
     kept = {k: v for k, v in renamed.items() if not k.endswith(COMPUTED)}
     try:
@@ -120,10 +127,10 @@ def plain_anchor(tensors: Mapping[str, Tensor], stated: Mapping[str, Any]) -> Pl
         raise DataError(f"checkpoint: expected the tensor {error} of a {kind}") from error
     except ValidationError as error:
         raise ConfigError(f"{kind}: {error}") from error
-    return PlainAnchor(inputs, config, _complete(kept, config))
+    return PretrainedAnchor(inputs, config, _add_batch_counters(kept, config))
 
 
-def _kind(tensors: Mapping[str, Tensor]) -> str:
+def _detect_kind(tensors: Mapping[str, Tensor]) -> str:
     for kind, sign in (
         ("swin", "relative_position_bias_table"),
         ("resnet", "layer1.0.conv1.weight"),
@@ -151,7 +158,7 @@ def _rename(name: str, kind: str) -> str:
 
 
 def _fuse_qkv(tensors: Tensors) -> Tensors:
-    """Queries, keys and values as one matrix, as timm keeps them."""
+    """Return the tensors with queries, keys and values fused into one matrix, as in timm."""
     fused = dict(tensors)
     for name in tensors:
         if found := re.fullmatch(r"(.*attn\.)query\.(weight|bias)", name):
@@ -162,8 +169,8 @@ def _fuse_qkv(tensors: Tensors) -> Tensors:
     return fused
 
 
-def _complete(tensors: Tensors, config: PlainConfig) -> Tensors:
-    """Batch counters, which exported checkpoints may lack and nothing reads."""
+def _add_batch_counters(tensors: Tensors, config: AnchorConfig) -> Tensors:
+    """Return the tensors with batch counters, which some checkpoints lack and no code reads."""
     if not isinstance(config, ResNetConfig):
         return tensors
     counters = {
@@ -175,12 +182,12 @@ def _complete(tensors: Tensors, config: PlainConfig) -> Tensors:
 
 
 def _count(tensors: Tensors, pattern: str) -> int:
-    """One more than the largest number that the pattern captures."""
+    """Return 1 + the largest number that the pattern captures in a name."""
     numbers = [int(found[1]) for name in tensors if (found := re.match(pattern, name))]
     return max(numbers, default=-1) + 1
 
 
-def _vit(tensors: Tensors, stated: Mapping[str, Any]) -> tuple[InputShape, VitConfig]:
+def _read_vit(tensors: Tensors, stated: Mapping[str, Any]) -> tuple[InputShape, VitConfig]:
     patches, positions = tensors["patch_embed.proj.weight"], tensors["pos_embed"]
     width, channels, patch, _ = patches.shape
     first = 2 if "dist_token" in tensors else 1
@@ -196,10 +203,10 @@ def _vit(tensors: Tensors, stated: Mapping[str, Any]) -> tuple[InputShape, VitCo
         patch_size=patch,
         distillation=distillation,
     )
-    return _inputs(side * patch, channels, tensors["head.weight"]), config
+    return _input_shape(side * patch, channels, tensors["head.weight"]), config
 
 
-def _swin(tensors: Tensors, stated: Mapping[str, Any]) -> tuple[InputShape, SwinConfig]:
+def _read_swin(tensors: Tensors, stated: Mapping[str, Any]) -> tuple[InputShape, SwinConfig]:
     width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
     stages = _count(tensors, r"layers\.(\d+)\.")
     tables = [
@@ -216,12 +223,15 @@ def _swin(tensors: Tensors, stated: Mapping[str, Any]) -> tuple[InputShape, Swin
         qkv_bias="layers.0.blocks.0.attn.qkv.bias" in tensors,
         layer_norm_eps=stated.get("layer_norm_eps", 1e-5),
     )
-    _downsample_last(tensors, stages)
-    return _inputs(stated.get("image_size", 224), channels, tensors["head.weight"]), config
+    _move_downsampling(tensors, stages)
+    return _input_shape(stated.get("image_size", 224), channels, tensors["head.weight"]), config
 
 
-def _downsample_last(tensors: Tensors, stages: int) -> None:
-    """Newer timm puts a stage's downsampling before it, we after the stage before; in place."""
+def _move_downsampling(tensors: Tensors, stages: int) -> None:
+    """Move each downsampling layer to the end of the previous stage, in place.
+
+    Newer timm has it at the beginning of the next stage.
+    """
     if f"layers.{stages - 1}.downsample.reduction.weight" not in tensors:
         return
     for stage in range(1, stages):
@@ -230,22 +240,22 @@ def _downsample_last(tensors: Tensors, stages: int) -> None:
             tensors[f"layers.{stage - 1}.downsample.{part}"] = moved
 
 
-def _resnet(tensors: Tensors, stated: Mapping[str, Any]) -> tuple[InputShape, ResNetConfig]:
+def _read_resnet(tensors: Tensors, stated: Mapping[str, Any]) -> tuple[InputShape, ResNetConfig]:
     width, channels, _, _ = tensors["conv1.weight"].shape
     config = ResNetConfig(
         block="Bottleneck" if "layer1.0.conv3.weight" in tensors else "BasicBlock",
         depths=tuple(_count(tensors, rf"layer{stage}\.(\d+)\.") for stage in range(1, 5)),
         width=width,
     )
-    return _inputs(stated.get("image_size", 224), channels, tensors["fc.weight"]), config
+    return _input_shape(stated.get("image_size", 224), channels, tensors["fc.weight"]), config
 
 
-READERS: dict[str, Callable[[Tensors, Mapping[str, Any]], tuple[InputShape, PlainConfig]]] = {
-    "vit": _vit,
-    "swin": _swin,
-    "resnet": _resnet,
+READERS: dict[str, Callable[[Tensors, Mapping[str, Any]], tuple[InputShape, AnchorConfig]]] = {
+    "vit": _read_vit,
+    "swin": _read_swin,
+    "resnet": _read_resnet,
 }
 
 
-def _inputs(image_size: int, channels: int, head: Tensor) -> InputShape:
+def _input_shape(image_size: int, channels: int, head: Tensor) -> InputShape:
     return InputShape(image_size=image_size, in_channels=channels, num_classes=head.shape[0])

@@ -1,0 +1,1 @@
+"""Messages and services generated from the Open Inference Protocol in `protos`."""

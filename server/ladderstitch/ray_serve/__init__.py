@@ -1,1 +1,1 @@
-"""All of Ray: deployments, ranks as actors, live settings, the autoscaler."""
+"""Everything that uses Ray: deployments, ranks as actors, shared settings, the autoscaler."""

@@ -1,4 +1,4 @@
-"""Ray Serve's part: it places, watches, restarts and reconfigures replicas. The only user of Ray.
+"""Ray Serve application: Serve places, watches, restarts and reconfigures replicas.
 
 No request passes through Ray: every replica answers on its own gRPC port.
 """
@@ -20,12 +20,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ladderstitch.bundles import is_language_bundle
 from ladderstitch.config import ServerConfig
 from ladderstitch.gateway.config import GatewayConfig
-from ladderstitch.ray_serve.control_actor import live_control
-from ladderstitch.ray_serve.gateway_deployment import gateways
+from ladderstitch.ray_serve.control_actor import control_actor
+from ladderstitch.ray_serve.gateway_deployment import put_gateways_before
 from ladderstitch.replica.load_sampler import LoadSampler
 from ladderstitch.replica.replica import Replica
 from ladderstitch.runtime.device import resolve_device
-from ladderstitch.runtime.process import settle_for_good
+from ladderstitch.runtime.process import freeze_gc
 from ladderstitch.scheduling.settings import ActiveSettings
 from ladderstitch.telemetry.logs import configure as configure_logs
 from ladderstitch.text.engine.rank import run
@@ -34,102 +34,45 @@ from ladderstitch.text.engine.rank_handle import RankProcess
 log = logging.getLogger(__name__)
 
 APP = "ladderstitch"
-
-
-class ReplicaDeployment:
-    """What Serve runs: a `Replica` that follows `ControlActor`."""
-
-    async def __init__(  # type: ignore[misc] # Serve awaits asynchronous constructors
-        self, fields: dict[str, Any]
-    ) -> None:
-        self.config = ServerConfig.model_validate(fields)
-        configure_logs(self.config.log_format)
-        self.control = live_control(self.config.scheduling)
-        self.replica = Replica(
-            self.config,
-            name=serve.get_replica_context().replica_id.unique_id,
-            update=self._update,
-            share_port=True,
-            launcher=launch_actor,
-            watch_token=await self.control.token.remote(),
-        )
-        await self.replica.start()
-        settle_for_good()
-        self.pressure = LoadSampler(self.replica.registry, self.replica.metrics)
-        self.replica.apply(await self.control.get.remote())
-        self.address = f"{_reachable(self.config.host)}:{self.replica.port}"
-        await self.control.register.remote(self.replica.registry.replica, self.address)
-        self._following = asyncio.create_task(self._follow(), name="follow-live-settings")
-
-    async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve calls this with the deployment's `user_config`: fields of `SchedulerSettings`."""
-        self.replica.apply(await self.control.configured.remote(user_config))
-
-    async def check_health(self) -> None:
-        """Raises while the dispatch loop is dead, so that Serve replaces the replica."""
-        if not self.replica.alive:
-            raise RayServeException("the dispatch loop has ended")
-
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `SlackPolicy` decides by; Serve's own count does not see our requests."""
-        return self.pressure.sample().stats()
-
-    async def ports(self) -> tuple[int, int]:
-        """gRPC and metrics."""
-        return self.replica.port, self.replica.metrics_port
-
-    async def __del__(self) -> None:
-        """Serve awaits this when it stops a replica: finish what was accepted."""
-        self._following.cancel()
-        await self.control.unregister.remote(self.replica.registry.replica)
-        await self.replica.stop()
-
-    async def _update(self, changes: dict[str, Any]) -> ActiveSettings:
-        live: ActiveSettings = await self.control.update.remote(changes)
-        self.replica.apply(live)
-        return live
-
-    async def _follow(self) -> None:
-        """Apply what others change; survives a restart of the control actor."""
-        while True:
-            try:
-                host = self.replica.registry
-                live = await self.control.newer_than.remote(
-                    host.active_settings.revision, host.replica, self.address
-                )
-                self.replica.apply(live)
-            except ray.exceptions.RayError as error:
-                log.warning("live settings unreachable, trying again: %s", error)
-                await asyncio.sleep(1.0)
+RETRY_S = 1.0
+"""Pause before the control actor is called again after a failure."""
+RANK_RESOURCES = {"CPU": 1.0}
 
 
 def build(args: dict[str, Any]) -> Any:
-    """For Serve config files: `import_path: ladderstitch.ray_serve.application:build`.
+    """Return the application for Serve config files.
 
-    `args` are fields of `ServerConfig`; the deployment `replica` takes a `user_config` with fields
-    of `SchedulerSettings`.
+    A file states `import_path: ladderstitch.ray_serve.application:build`. `args` are fields of
+    `ServerConfig`; the deployment `replica` takes a `user_config` with fields of
+    `SchedulerSettings`.
     """
     return application(ServerConfig.load(None, args))
 
 
 def application(config: ServerConfig) -> Any:
-    """The deployment graph of one model: a replica and its ranks in one placement group; if
-    several are asked for, gateways before them."""
+    """Return the deployment graph of one model.
+
+    Each replica shares a placement group with its ranks. If the configuration asks for several
+    replicas, gateways are put in front of them.
+    """
     if config.replicas == 1:
-        return _replicas(config)
-    in_front = gateways(gateway_settings(config), config.scheduling, config.gateways)
-    return in_front(_replicas(behind_gateways(config)))
+        return _replica_deployment(config)
+    replicas = _replica_deployment(loopback_config(config))
+    return put_gateways_before(replicas, gateway_config(config), config.scheduling, config.gateways)
 
 
-def gateway_settings(config: ServerConfig) -> GatewayConfig:
-    """Gateways listen where a single replica would."""
+def gateway_config(config: ServerConfig) -> GatewayConfig:
+    """Return the configuration of gateways that listen where a single replica would."""
     shared = GatewayConfig.model_fields.keys() & ServerConfig.model_fields.keys() - {"replicas"}
     fields = config.model_dump(include=shared)
     return GatewayConfig.model_validate(fields | {"share_port": config.gateways > 1})
 
 
-def behind_gateways(config: ServerConfig) -> ServerConfig:
-    """Replicas of one machine: free ports of loopback, plaintext there, but the same tokens."""
+def loopback_config(config: ServerConfig) -> ServerConfig:
+    """Return the configuration of replicas behind gateways on the same machine.
+
+    They listen on free ports of loopback, without TLS but with the same tokens.
+    """
     return config.model_copy(
         update={
             "host": "127.0.0.1",
@@ -145,7 +88,7 @@ def behind_gateways(config: ServerConfig) -> ServerConfig:
     )
 
 
-def _replicas(config: ServerConfig) -> Any:
+def _replica_deployment(config: ServerConfig) -> Any:
     gpus = int(resolve_device(config.device) != "cpu")
     options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
     placement: dict[str, Any] = {}
@@ -173,28 +116,95 @@ def _replicas(config: ServerConfig) -> Any:
     return deployment.bind(config.model_dump(mode="json"))
 
 
-def _reachable(host: str) -> str:
-    """The address under which other machines know one that is bound."""
-    everywhere = host in ("0.0.0.0", "::", "[::]")
-    return str(ray.util.get_node_ip_address()) if everywhere else host
+class ReplicaDeployment:
+    """The Serve deployment around one `Replica`, which follows the settings of `ControlActor`."""
+
+    async def __init__(  # type: ignore[misc] # Serve awaits asynchronous constructors
+        self, fields: dict[str, Any]
+    ) -> None:
+        self.config = ServerConfig.model_validate(fields)
+        configure_logs(self.config.log_format)
+        self.control = control_actor(self.config.scheduling)
+        self.replica = Replica(
+            self.config,
+            name=serve.get_replica_context().replica_id.unique_id,
+            update=self._update_settings,
+            share_port=True,
+            launcher=launch_actor,
+            watch_token=await self.control.get_watch_token.remote(),
+        )
+        await self.replica.start()
+        freeze_gc()
+        self.load_sampler = LoadSampler(self.replica.registry, self.replica.metrics)
+        self.replica.apply_settings(await self.control.get_settings.remote())
+        self.address = f"{advertised_host(self.config.host)}:{self.replica.port}"
+        await self.control.register.remote(self.replica.registry.replica, self.address)
+        self._following = asyncio.create_task(self._follow_settings(), name="follow-settings")
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Apply the deployment's `user_config`: fields of `SchedulerSettings`. Serve calls this."""
+        self.replica.apply_settings(await self.control.apply_user_config.remote(user_config))
+
+    async def check_health(self) -> None:
+        """Raise an error if the dispatch loop has ended, so that Serve replaces the replica."""
+        if not self.replica.alive:
+            raise RayServeException("the dispatch loop has ended")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return the load sample for `SlackPolicy`; Serve itself does not see the requests."""
+        return self.load_sampler.sample().to_stats()
+
+    async def ports(self) -> tuple[int, int]:
+        """Return the gRPC port and the metrics port."""
+        return self.replica.port, self.replica.metrics_port
+
+    async def __del__(self) -> None:
+        """Finish the accepted requests. Serve awaits this when it stops a replica."""
+        self._following.cancel()
+        await self.control.unregister.remote(self.replica.registry.replica)
+        await self.replica.stop()
+
+    async def _update_settings(self, changes: dict[str, Any]) -> ActiveSettings:
+        settings: ActiveSettings = await self.control.update_settings.remote(changes)
+        self.replica.apply_settings(settings)
+        return settings
+
+    async def _follow_settings(self) -> None:
+        """Apply every new revision; keep trying while the control actor restarts."""
+        registry = self.replica.registry
+        while True:
+            try:
+                settings = await self.control.wait_for_revision.remote(
+                    registry.active_settings.revision, registry.replica, self.address
+                )
+                self.replica.apply_settings(settings)
+            except ray.exceptions.RayError as error:
+                log.warning("the control actor does not answer, retrying: %s", error)
+                await asyncio.sleep(RETRY_S)
 
 
-RANK_RESOURCES = {"CPU": 1.0}
+def advertised_host(host: str) -> str:
+    """Return the address under which other machines reach a server that is bound to `host`."""
+    any_address = host in ("0.0.0.0", "::", "[::]")
+    return str(ray.util.get_node_ip_address()) if any_address else host
 
 
 class RankActor:
-    """Is a rank for as long as its group lives."""
+    """Ray actor that runs one rank until its group closes the connection."""
 
     def run(self, address: str, secret: str) -> None:
+        """Run the rank; `address` and `secret` are those of its group."""
         run(address, secret)
 
 
-class _Actor:
+class _RankActorProcess:
+    """A `RankProcess` that is a Ray actor."""
+
     def __init__(self, actor: Any, running: Any) -> None:
         self.actor, self.running = actor, running
 
     async def wait(self) -> object:
-        with contextlib.suppress(RayError):  # killed, by us or not: it has ended
+        with contextlib.suppress(RayError):  # the actor was killed, so it has ended
             await self.running
         return None
 
@@ -203,7 +213,7 @@ class _Actor:
 
 
 async def launch_actor(address: str, secret: str) -> RankProcess:
-    """A `Launcher`: one more rank in the current placement group."""
+    """Start one more rank in the current placement group: a `Launcher`."""
     group: Any = get_current_placement_group()
     gpus = max((bundle.get("GPU", 0) for bundle in group.bundle_specs), default=0)
     actor: Any = (
@@ -211,9 +221,9 @@ async def launch_actor(address: str, secret: str) -> RankProcess:
         .options(
             num_cpus=RANK_RESOURCES["CPU"],
             num_gpus=gpus,
-            max_restarts=0,  # the group asks for a new one itself
+            max_restarts=0,  # the rank group requests a new one itself
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),
         )
         .remote()
     )
-    return _Actor(actor, actor.run.remote(address, secret))
+    return _RankActorProcess(actor, actor.run.remote(address, secret))

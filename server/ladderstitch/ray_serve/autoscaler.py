@@ -1,4 +1,4 @@
-"""Ray Serve's way to the scaling decision: `ladderstitch.ray_serve.autoscaler:SlackPolicy`.
+"""Autoscaling policy for Ray Serve: `ladderstitch.ray_serve.autoscaler:SlackPolicy`.
 
 Serve adds bounds, delays and factors of its own (`min_replicas`, `downscale_delay_s`, ...).
 """
@@ -24,40 +24,48 @@ log = logging.getLogger(__name__)
 
 
 class SlackPolicy:
-    """Runs in Serve's controller; `policy_kwargs` are the fields of `ScalingGoals`."""
+    """Policy that runs in Serve's controller; `policy_kwargs` are the fields of `ScalingGoals`.
+
+    Raises pydantic's `ValidationError` that names an invalid field.
+    """
 
     def __init__(self, **goals: Any) -> None:
-        """Raises pydantic's `ValidationError` that names the field."""
         self.goals = ScalingGoals.model_validate(goals)
         self._state: State = "steady"
         self._states = Gauge(
-            "ladderstitch_scaling", "1 for what the autoscaler is doing.", tag_keys=("state",)
+            "ladderstitch_scaling",
+            "1 for the state that the autoscaler is in, 0 for the others.",
+            tag_keys=("state",),
         )
-        self._wanted = Gauge("ladderstitch_wanted_replicas", "Replicas that the load needs.")
+        self._wanted = Gauge(
+            "ladderstitch_wanted_replicas", "Number of replicas that the load needs."
+        )
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
-        """Serve's `AutoscalingContext` -> replicas, and a state that Serve keeps for its delays."""
-        loads = loads_of(context.aggregated_metrics or {})
-        replicas = context.target_num_replicas
-        verdict = decide(loads, max(1, context.current_num_replicas), self.goals)
-        self._tell(verdict)
-        if verdict.state in ("steady", "spending_quality"):
-            return replicas, {}  # those that are on their way still come
-        return verdict.replicas, {}
+        """Return the target number of replicas for an `AutoscalingContext`.
 
-    def _tell(self, verdict: ScalingDecision) -> None:
-        if verdict.state != self._state:
-            log.info("%s: %d replicas wanted", verdict.state, verdict.replicas)
-            self._state = verdict.state
-        self._wanted.set(verdict.replicas)
+        The second value is the state that Serve keeps for its delays; it is always empty.
+        """
+        loads = load_samples(context.aggregated_metrics or {})
+        decision = decide(loads, max(1, context.current_num_replicas), self.goals)
+        self._publish(decision)
+        if decision.state in ("steady", "spending_quality"):
+            return context.target_num_replicas, {}  # replicas that are starting are kept
+        return decision.replicas, {}
+
+    def _publish(self, decision: ScalingDecision) -> None:
+        if decision.state != self._state:
+            log.info("scaling state=%s replicas=%d", decision.state, decision.replicas)
+            self._state = decision.state
+        self._wanted.set(decision.replicas)
         for state in get_args(State):
-            self._states.set(int(state == verdict.state), {"state": state})
+            self._states.set(int(state == decision.state), {"state": state})
 
 
-def loads_of(metrics: Mapping[str, Mapping[Any, float]]) -> list[LoadSample]:
-    """Serve's metric -> replica -> value, turned round."""
+def load_samples(metrics: Mapping[str, Mapping[Any, float]]) -> list[LoadSample]:
+    """Return one sample per replica from Serve's mapping: metric -> replica -> value."""
     stats: dict[Any, dict[str, float]] = defaultdict(dict)
     for name, values in metrics.items():
         for replica, value in values.items():
             stats[replica][name] = value
-    return [LoadSample.of(each) for each in stats.values()]
+    return [LoadSample.from_stats(each) for each in stats.values()]

@@ -1,4 +1,4 @@
-"""What all replicas and gateways of a deployment on Ray share: settings, addresses, a secret."""
+"""State that all replicas and gateways of a Ray deployment share: settings, addresses, a token."""
 
 from __future__ import annotations
 
@@ -18,99 +18,105 @@ from ladderstitch.scheduling.settings import ActiveSettings, SchedulerSettings
 NAMESPACE = "ladderstitch"
 LONG_POLL_S = 30.0
 LEASE_S = 2 * LONG_POLL_S + 5
-"""A replica asks for settings again and again; one that has not for so long is dead."""
-PAGE_LEASE_S = 15.0
-"""Gateways say every five seconds where their metrics are."""
+"""A replica renews its lease with every long poll; it is removed when the lease expires."""
+METRICS_LEASE_S = 15.0
+"""Lease of a gateway's metrics endpoint, which gateways renew every 5 s."""
 RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Where a replica answers or a gateway's metrics are, and when it was last heard of."""
+    """A registered HOST:PORT, and when it was last renewed (`time.monotonic`)."""
 
     address: str
-    heard_at: float
+    renewed_at: float
 
 
 class ControlActor:
-    """The scheduling in force, and who answers; for those born later, too.
+    """Named actor that holds the active settings and the registry of replicas.
 
-    A named actor. The last writer wins, be it an administrator or a new `user_config`; a
-    `user_config` that was seen before (Serve repeats it to every new replica) is no new writing.
+    The last write wins, whether an administrator or a new `user_config` makes it. A `user_config`
+    that equals the previous one is ignored: Serve repeats it to every new replica.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.live = ActiveSettings(0, SchedulerSettings.model_validate(settings))
-        self.seen_config: str | None = None
+        self.active = ActiveSettings(0, SchedulerSettings.model_validate(settings))
+        self.last_user_config: str | None = None
         self.replicas: dict[str, Lease] = {}
-        self.pages: dict[str, Lease] = {}
+        self.metrics_endpoints: dict[str, Lease] = {}
         self.watch_token = secrets.token_hex(32)
         self.changed = asyncio.Condition()
 
-    async def get(self) -> ActiveSettings:
-        return self.live
+    async def get_settings(self) -> ActiveSettings:
+        """Return the active settings with their revision."""
+        return self.active
 
-    async def update(self, changes: dict[str, Any]) -> ActiveSettings:
-        """Change some fields for everyone; raises pydantic's `ValidationError` for a bad value."""
-        self.live = self.live.with_changes(changes)
+    async def update_settings(self, changes: dict[str, Any]) -> ActiveSettings:
+        """Change some fields for all replicas; return the new settings.
+
+        Raises pydantic's `ValidationError` for an invalid value.
+        """
+        self.active = self.active.with_changes(changes)
         await self._notify()
-        return self.live
+        return self.active
 
-    async def configured(self, user_config: dict[str, Any]) -> ActiveSettings:
-        """Take a `user_config` over as a change, if it is a new one."""
+    async def apply_user_config(self, user_config: dict[str, Any]) -> ActiveSettings:
+        """Apply a `user_config` as a change unless it equals the previous one."""
         text = json.dumps(user_config, sort_keys=True)
-        if text == self.seen_config:
-            return self.live
-        self.seen_config = text
-        return await self.update(user_config)
+        if text == self.last_user_config:
+            return self.active
+        self.last_user_config = text
+        return await self.update_settings(user_config)
 
-    async def newer_than(self, revision: int, replica: str, address: str) -> ActiveSettings:
-        """Wait for a later revision, or for the long poll to end; that a replica asks keeps it
-        registered, also with an actor that was started anew."""
+    async def wait_for_revision(self, revision: int, replica: str, address: str) -> ActiveSettings:
+        """Wait for a revision above `revision`, or until the long poll ends.
+
+        The call renews the replica's lease, also with an actor that has been restarted.
+        """
         await self.register(replica, address)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LONG_POLL_S), self.changed:
-                await self.changed.wait_for(lambda: self.live.revision > revision)
-        return self.live
+                await self.changed.wait_for(lambda: self.active.revision > revision)
+        return self.active
 
     async def register(self, replica: str, address: str) -> None:
-        """Where a replica answers."""
-        news = replica not in self.replicas
+        """Add a replica at HOST:PORT, or renew its lease."""
+        is_new = replica not in self.replicas
         self.replicas[replica] = Lease(address, time.monotonic())
-        if news:
+        if is_new:
             await self._notify()
 
     async def unregister(self, replica: str) -> None:
-        """It takes no more requests."""
+        """Remove a replica, which takes no more requests."""
         if self.replicas.pop(replica, None) is not None:
             await self._notify()
 
-    async def registered(self) -> dict[str, str]:
-        """Address by replica."""
+    async def get_replicas(self) -> dict[str, str]:
+        """Return HOST:PORT by replica; replicas whose lease has expired are removed."""
         oldest = time.monotonic() - LEASE_S
-        self.replicas = {name: r for name, r in self.replicas.items() if r.heard_at > oldest}
+        self.replicas = {name: r for name, r in self.replicas.items() if r.renewed_at > oldest}
         return {name: replica.address for name, replica in self.replicas.items()}
 
-    async def addresses_other_than(self, known: frozenset[str]) -> frozenset[str]:
-        """Wait until the replicas' addresses are others, or for the long poll to end."""
-        await self.registered()  # forgets the dead
+    async def wait_for_addresses(self, known: frozenset[str]) -> frozenset[str]:
+        """Wait until the replicas' addresses differ from `known`, or until the long poll ends."""
+        await self.get_replicas()  # removes the expired ones
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LONG_POLL_S), self.changed:
                 await self.changed.wait_for(lambda: self._addresses() != known)
         return self._addresses()
 
-    async def other_pages(self, gateway: str, page: str) -> frozenset[str]:
-        """Where a gateway's metrics are, and where those of all others are."""
+    async def exchange_metrics_endpoints(self, gateway: str, endpoint: str) -> frozenset[str]:
+        """Store HOST:PORT of a gateway's metrics; return those of all other gateways."""
         now = time.monotonic()
-        self.pages[gateway] = Lease(page, now)
+        self.metrics_endpoints[gateway] = Lease(endpoint, now)
         return frozenset(
             other.address
-            for name, other in self.pages.items()
-            if name != gateway and other.heard_at > now - PAGE_LEASE_S
+            for name, other in self.metrics_endpoints.items()
+            if name != gateway and other.renewed_at > now - METRICS_LEASE_S
         )
 
-    async def token(self) -> str:
-        """With which gateways watch replicas that ask for tokens."""
+    async def get_watch_token(self) -> str:
+        """Return the token with which gateways watch replicas that require tokens."""
         return self.watch_token
 
     def _addresses(self) -> frozenset[str]:
@@ -121,10 +127,10 @@ class ControlActor:
             self.changed.notify_all()
 
 
-def live_control(settings: SchedulerSettings) -> Any:
-    """The deployment's `ControlActor` actor, started if there is none."""
+def control_actor(settings: SchedulerSettings) -> Any:
+    """Return the handle of the deployment's `ControlActor`; start the actor if none exists."""
     actor = ray.remote(ControlActor).options(
-        name="live-control",
+        name="control",
         namespace=NAMESPACE,
         get_if_exists=True,
         lifetime="detached",
@@ -135,15 +141,18 @@ def live_control(settings: SchedulerSettings) -> Any:
     return actor.remote(settings.model_dump())
 
 
-async def registered_replicas(control: Any) -> AsyncIterator[frozenset[str]]:
-    """A gateway's discovery: addresses whenever they change; without an answer they stay."""
+async def discover_registered_replicas(control: Any) -> AsyncIterator[frozenset[str]]:
+    """Yield the replicas' addresses whenever they change: a gateway's discovery.
+
+    While the actor does not answer, the known addresses stay.
+    """
     known: frozenset[str] = frozenset()
     while True:
         try:
-            found = await control.addresses_other_than.remote(known)
+            found = await control.wait_for_addresses.remote(known)
         except ray.exceptions.RayError:
             await asyncio.sleep(RETRY_S)
             continue
-        if found and found != known:  # an actor that was started anew knows nobody yet
+        if found and found != known:  # a restarted actor has no replicas yet
             known = found
             yield known

@@ -1,10 +1,9 @@
-"""Gateways under Ray Serve, which starts and watches them; they share one port of the machine."""
+"""Gateways as a Ray Serve deployment: Serve starts and watches them; they share one port."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -13,65 +12,19 @@ from ray.serve.exceptions import RayServeException
 
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.gateway import Gateway
-from ladderstitch.ray_serve.control_actor import live_control, registered_replicas
-from ladderstitch.runtime.process import return_freed_memory, settle_for_good
+from ladderstitch.ray_serve.control_actor import control_actor, discover_registered_replicas
+from ladderstitch.runtime.process import freeze_gc, tune_malloc
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.logs import configure as configure_logs
 
-PAGE_S = 5.0
-"""How often gateways tell each other where their metrics are."""
+EXCHANGE_PERIOD_S = 5.0
+"""How often gateways exchange their metrics endpoints."""
 
 
-class GatewayDeployment:
-    """What Serve runs: a `Gateway` before all replicas that are registered."""
-
-    async def __init__(  # type: ignore[misc] # Serve awaits asynchronous constructors
-        self, fields: dict[str, Any], scheduling: dict[str, Any], replicas: Any
-    ) -> None:
-        """`replicas` is their deployment's handle: it makes them part of the application."""
-        settings = GatewayConfig.model_validate(fields)
-        return_freed_memory()
-        configure_logs(settings.log_format)
-        control = live_control(SchedulerSettings.model_validate(scheduling))
-        discovery = registered_replicas(control)
-        token: str = await control.token.remote()
-        self.replicas = replicas
-        self.gateway = Gateway(settings, discovery, watch_token=token)
-        await self.gateway.start()
-        settle_for_good()
-        self.name = serve.get_replica_context().replica_id.unique_id
-        self._telling = asyncio.create_task(self._exchange_pages(control), name="pages")
-
-    async def _exchange_pages(self, control: Any) -> None:
-        """Prometheus asks one gateway for the pages of all."""
-        while True:
-            page = f"{self.gateway.settings.host}:{self.gateway.metrics_port}"
-            with contextlib.suppress(ray.exceptions.RayError):
-                others = await control.other_pages.remote(self.name, page)
-                self.gateway.metrics.other_pages = others
-            await asyncio.sleep(PAGE_S)
-
-    async def check_health(self) -> None:
-        """Raises when the gateway no longer follows its replicas, so that Serve replaces it."""
-        if not self.gateway.alive:
-            raise RayServeException("the gateway no longer follows its replicas")
-
-    async def ports(self) -> tuple[int, int]:
-        """gRPC and metrics, once requests are answered: those that some gateway always has."""
-        await self.gateway.until_serving()
-        settings, gateway = self.gateway.settings, self.gateway
-        return gateway.port, settings.metrics_port or gateway.metrics_port
-
-    async def __del__(self) -> None:
-        """Serve awaits this when it stops a gateway: finish what is under way."""
-        self._telling.cancel()
-        await self.gateway.stop()
-
-
-def gateways(
-    settings: GatewayConfig, scheduling: SchedulerSettings, count: int
-) -> Callable[[Any], Any]:
-    """Makes an application of the replicas' one, by placing so many gateways before it."""
+def put_gateways_before(
+    replicas: Any, config: GatewayConfig, scheduling: SchedulerSettings, count: int
+) -> Any:
+    """Return an application with `count` gateways in front of the replicas' application."""
     deployment: Any = serve.deployment(
         GatewayDeployment,
         name="gateway",
@@ -79,11 +32,55 @@ def gateways(
         max_ongoing_requests=1000,
         health_check_period_s=1,
         health_check_timeout_s=5,
-        graceful_shutdown_timeout_s=settings.drain_announce_s + settings.drain_s + 5,
+        graceful_shutdown_timeout_s=config.drain_announce_s + config.drain_s + 5,
         ray_actor_options={"num_cpus": 0},
     )
+    return deployment.bind(config.model_dump(mode="json"), scheduling.model_dump(), replicas)
 
-    def bind(replicas: Any) -> Any:
-        return deployment.bind(settings.model_dump(mode="json"), scheduling.model_dump(), replicas)
 
-    return bind
+class GatewayDeployment:
+    """The Serve deployment around one `Gateway` in front of all registered replicas."""
+
+    async def __init__(  # type: ignore[misc] # Serve awaits asynchronous constructors
+        self, fields: dict[str, Any], scheduling: dict[str, Any], replicas: Any
+    ) -> None:
+        """Start the gateway; the handle `replicas` makes them part of the application."""
+        config = GatewayConfig.model_validate(fields)
+        tune_malloc()
+        configure_logs(config.log_format)
+        control = control_actor(SchedulerSettings.model_validate(scheduling))
+        discovery = discover_registered_replicas(control)
+        token: str = await control.get_watch_token.remote()
+        self.replicas = replicas
+        self.gateway = Gateway(config, discovery, watch_token=token)
+        await self.gateway.start()
+        freeze_gc()
+        self.name = serve.get_replica_context().replica_id.unique_id
+        self._exchanging = asyncio.create_task(
+            self._exchange_metrics_endpoints(control), name="metrics-endpoints"
+        )
+
+    async def check_health(self) -> None:
+        """Raise an error if the gateway no longer follows its replicas; Serve replaces it then."""
+        if not self.gateway.alive:
+            raise RayServeException("the gateway no longer follows its replicas")
+
+    async def ports(self) -> tuple[int, int]:
+        """Return the gRPC and metrics ports that some gateway always has, once one can answer."""
+        await self.gateway.wait_until_serving()
+        gateway = self.gateway
+        return gateway.port, gateway.config.metrics_port or gateway.metrics_port
+
+    async def __del__(self) -> None:
+        """Finish the calls in flight. Serve awaits this when it stops a gateway."""
+        self._exchanging.cancel()
+        await self.gateway.stop()
+
+    async def _exchange_metrics_endpoints(self, control: Any) -> None:
+        """Share this gateway's endpoint, so that Prometheus learns of all gateways from any one."""
+        while True:
+            endpoint = f"{self.gateway.config.host}:{self.gateway.metrics_port}"
+            with contextlib.suppress(ray.exceptions.RayError):
+                others = await control.exchange_metrics_endpoints.remote(self.name, endpoint)
+                self.gateway.metrics.other_endpoints = others
+            await asyncio.sleep(EXCHANGE_PERIOD_S)

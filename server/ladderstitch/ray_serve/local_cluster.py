@@ -1,4 +1,4 @@
-"""A private Ray on this machine that leaves nothing behind, for `ladderstitch serve`."""
+"""A private Ray cluster on this machine for `ladderstitch serve`; no files remain after it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ OBJECT_STORE_BYTES = 80 << 20
 
 
 class Cluster:
-    """The running Ray and Serve."""
+    """A running Ray with Serve."""
 
     def run(self, config: ServerConfig) -> tuple[int, int]:
-        """Deploy, and wait until requests are answered; the gRPC and metrics ports for callers.
+        """Deploy the model and wait until requests are answered.
 
-        Raises `ConfigError` if it does not come up.
+        Returns the gRPC port and the metrics port. Raises `ConfigError` if the deployment fails.
         """
         from ray import serve
 
@@ -38,7 +38,7 @@ class Cluster:
         return ports
 
     def drain(self) -> None:
-        """Let all finish what they accepted, and end them."""
+        """Let all replicas and gateways finish their accepted requests, then stop them."""
         from ray import serve
 
         from ladderstitch.ray_serve.application import APP
@@ -50,15 +50,15 @@ class Cluster:
 def local_ray(actors: int = 1) -> Iterator[Cluster]:
     """Start Ray and Serve for the `with` block, in a temporary directory of their own.
 
-    Ray counts at least as many cores as there will be actors: on one machine, whoever asks for more
-    ranks than cores means it.
+    Ray is given at least one core per actor, because a user who configures more ranks than this
+    machine has cores wants them to share cores.
 
-    `address="local"` never joins a cluster that happens to run here; token authentication is on,
-    because Ray's control plane listens on all interfaces. Raises `RuntimeError` if Ray was imported
-    before: it would not see its token.
+    `address="local"` never joins another cluster on this machine. Token authentication is on,
+    because Ray's control plane listens on all interfaces. Raises `RuntimeError` if Ray has been
+    imported already: it would not see its token.
     """
     if "ray" in sys.modules:
-        raise RuntimeError("local_ray sets Ray's environment: import ray inside the `with` block")
+        raise RuntimeError("ray: expected to be imported inside `with local_ray()`, not before")
     folder = Path(tempfile.mkdtemp(prefix="ls-"))  # short: socket paths are limited to 107 bytes
     token = folder / "token"
     token.touch(mode=0o600)
@@ -67,12 +67,12 @@ def local_ray(actors: int = 1) -> Iterator[Cluster]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",  # its 15 would put answers behind all else on this machine
+        "RAY_worker_niceness": "0",  # its default 15 yields to every other process of the machine
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        # Serve's own gRPC server shares ours' completion queue: on two event loops, each event of
-        # either wakes both, and goes through the wrong one half of the time.
+        # Serve's gRPC server and ours share a completion queue: on two event loops, each event of
+        # either wakes both, and half of the events are handled by the wrong loop.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        # Under gRPC's wake-ups it is the slower one: 0.66 instead of 0.62 ms at one caller.
+        # uvloop is slower under gRPC's wake-ups: 0.66 instead of 0.62 ms at one caller.
         "RAY_USE_UVLOOP": "0",
     }
     import ray  # reads the environment when it is imported

@@ -1,8 +1,9 @@
-"""How many replicas a load needs: quality is spent first, then replicas are added. Pure functions.
+"""How many replicas a load needs: quality is reduced before replicas are added. Pure functions.
 
-A request costs the seconds that a replica computes for it, less on a lesser variant. Fewer replicas
-thus mean lesser variants, down to the quality goal; only what would go below it, or be late, is a
-reason for another replica. A replica goes when the rest would keep the goal with room to spare.
+A replica computes for some seconds per request, and for fewer seconds if it uses a faster variant.
+Fewer replicas therefore mean faster variants, down to the quality goal. A replica is added only if
+the load would push quality below the goal, or if requests are late. A replica is removed if the
+others would keep the goal with some headroom.
 """
 
 from __future__ import annotations
@@ -19,21 +20,29 @@ State = Literal["steady", "spending_quality", "adding_replicas", "removing_repli
 
 
 class ScalingGoals(BaseModel):
-    """What replicas are for."""
+    """Configured goals of the autoscaler."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     quality: float | None = Field(
-        None, ge=0, le=1, description="kept by adding replicas; unset: half-way down the frontier"
+        None,
+        ge=0,
+        le=1,
+        description="mean quality that is kept by adding replicas; unset: half-way between the "
+        "fastest and the best variant",
     )
     attainment: float = Field(0.97, gt=0, le=1, description="share of budgets to meet")
-    busy: float = Field(0.7, gt=0, le=1, description="share of its time that a replica may compute")
-    spare: float = Field(0.25, ge=0, description="more load that must fit before one is removed")
+    utilization: float = Field(
+        0.7, gt=0, le=1, description="share of its time that a replica may compute"
+    )
+    headroom: float = Field(
+        0.25, ge=0, description="additional load, as a share, that must fit before one is removed"
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class VariantCost:
-    """A variant of the frontier: seconds of computing that a request takes, and its quality."""
+    """A variant of the frontier: seconds of compute per request, and its quality in [0, 1]."""
 
     seconds: float
     quality: float
@@ -41,79 +50,90 @@ class VariantCost:
 
 @dataclass(frozen=True, slots=True)
 class LoadSample:
-    """What one replica saw of late; `demand_per_s` counts refused requests, too."""
+    """The load of one replica since the previous sample."""
 
     demand_per_s: float
-    busy: float
+    """Requests per second, including rejected ones."""
+    utilization: float
+    """Share of the time that the replica computed."""
     attainment: float
-    offers: tuple[VariantCost, ...]  # fastest first, so quality rises
+    """Share of budgets that were met; 1 without any."""
+    variants: tuple[VariantCost, ...]
+    """Variants of the frontier, fastest first, so that quality rises."""
 
-    def stats(self) -> dict[str, float]:
-        """As the flat numbers that Ray Serve carries."""
-        flat = {"demand_per_s": self.demand_per_s, "busy": self.busy, "attainment": self.attainment}
-        for place, offer in enumerate(self.offers):
-            flat[f"seconds.{place}"], flat[f"quality.{place}"] = offer.seconds, offer.quality
-        return flat
+    def to_stats(self) -> dict[str, float]:
+        """Return the sample as the flat numbers that Ray Serve carries."""
+        stats = {
+            "demand_per_s": self.demand_per_s,
+            "utilization": self.utilization,
+            "attainment": self.attainment,
+        }
+        for i, variant in enumerate(self.variants):
+            stats[f"seconds.{i}"], stats[f"quality.{i}"] = variant.seconds, variant.quality
+        return stats
 
     @classmethod
-    def of(cls, stats: Mapping[str, float]) -> LoadSample:
-        """Raises `KeyError` for what `stats` did not make."""
-        places = sum(name.startswith("seconds.") for name in stats)
-        offers = tuple(
-            VariantCost(stats[f"seconds.{i}"], stats[f"quality.{i}"]) for i in range(places)
+    def from_stats(cls, stats: Mapping[str, float]) -> LoadSample:
+        """Return the sample that `to_stats` flattened; raises `KeyError` if a number is missing."""
+        count = sum(name.startswith("seconds.") for name in stats)
+        variants = tuple(
+            VariantCost(stats[f"seconds.{i}"], stats[f"quality.{i}"]) for i in range(count)
         )
-        return cls(stats["demand_per_s"], stats["busy"], stats["attainment"], offers)
+        return cls(stats["demand_per_s"], stats["utilization"], stats["attainment"], variants)
 
 
 @dataclass(frozen=True, slots=True)
 class ScalingDecision:
-    """How many replicas there should be, and what is happening meanwhile."""
+    """The number of replicas that the load needs, and the state of the deployment."""
 
     replicas: int
     state: State
 
 
 def decide(loads: Sequence[LoadSample], replicas: int, goals: ScalingGoals) -> ScalingDecision:
-    """The verdict on so many running replicas; the load of one just born may be missing."""
-    if not loads or not loads[0].offers:
+    """Return the decision for `replicas` running replicas.
+
+    `loads` may lack replicas that have just started. Without any load nothing changes.
+    """
+    if not loads or not loads[0].variants:
         return ScalingDecision(replicas, "steady")
-    offers = loads[0].offers
+    variants = loads[0].variants
     demand = sum(load.demand_per_s for load in loads)
-    goal_s = seconds_for(goal_quality(offers, goals), offers)
-    needed = _replicas_for(demand, goal_s, goals)
-    if needed > replicas:
-        return ScalingDecision(needed, "adding_replicas")
+    goal_s = seconds_at_quality(target_quality(variants, goals), variants)
+    required = _replicas_for(demand, goal_s, goals)
+    if required > replicas:
+        return ScalingDecision(required, "adding_replicas")
     late = _attainment(loads) < goals.attainment
-    busiest = max(load.busy for load in loads)
-    if late and busiest > goals.busy / 2:  # an idle replica is late for its budgets' own sake
+    busiest = max(load.utilization for load in loads)
+    if late and busiest > goals.utilization / 2:  # an idle replica misses only impossible budgets
         return ScalingDecision(replicas + 1, "adding_replicas")
-    roomy = _replicas_for(demand * (1 + goals.spare), goal_s, goals)
-    if roomy < replicas and not late:
-        return ScalingDecision(roomy, "removing_replicas")
-    best = offers[-1]
-    if demand * best.seconds / replicas > goals.busy:
+    enough = _replicas_for(demand * (1 + goals.headroom), goal_s, goals)
+    if enough < replicas and not late:
+        return ScalingDecision(enough, "removing_replicas")
+    best = variants[-1]
+    if demand * best.seconds / replicas > goals.utilization:
         return ScalingDecision(replicas, "spending_quality")
     return ScalingDecision(replicas, "steady")
 
 
-def goal_quality(offers: Sequence[VariantCost], goals: ScalingGoals) -> float:
-    """Between what the fastest and the best variant give."""
-    least, most = offers[0].quality, offers[-1].quality
-    wanted = (least + most) / 2 if goals.quality is None else goals.quality
-    return min(max(wanted, least), most)
+def target_quality(variants: Sequence[VariantCost], goals: ScalingGoals) -> float:
+    """Return the quality goal, bounded by the qualities of the fastest and the best variant."""
+    lowest, highest = variants[0].quality, variants[-1].quality
+    wanted = (lowest + highest) / 2 if goals.quality is None else goals.quality
+    return min(max(wanted, lowest), highest)
 
 
-def seconds_for(quality: float, offers: Sequence[VariantCost]) -> float:
-    """Seconds a request takes when variants are mixed to a mean quality."""
-    for lesser, better in itertools.pairwise(offers):
+def seconds_at_quality(quality: float, variants: Sequence[VariantCost]) -> float:
+    """Return the seconds per request if variants are mixed to this mean quality."""
+    for faster, better in itertools.pairwise(variants):
         if quality <= better.quality:
-            share = (quality - lesser.quality) / (better.quality - lesser.quality)
-            return lesser.seconds + share * (better.seconds - lesser.seconds)
-    return offers[-1].seconds
+            share = (quality - faster.quality) / (better.quality - faster.quality)
+            return faster.seconds + share * (better.seconds - faster.seconds)
+    return variants[-1].seconds
 
 
 def _replicas_for(demand_per_s: float, seconds: float, goals: ScalingGoals) -> int:
-    return max(1, math.ceil(demand_per_s * seconds / goals.busy))
+    return max(1, math.ceil(demand_per_s * seconds / goals.utilization))
 
 
 def _attainment(loads: Sequence[LoadSample]) -> float:

@@ -1,4 +1,4 @@
-"""What a replica tells the autoscaler: its load since it was last asked, read off its metrics."""
+"""Load samples for the autoscaler, computed from the replica's own metrics."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from ladderstitch.hosting.registry import ModelRegistry, VisionModel
 from ladderstitch.replica.autoscaling import LoadSample, VariantCost
-from ladderstitch.telemetry.metrics import CALLERS_FAULT, Metrics
+from ladderstitch.telemetry.metrics import Metrics
+from ladderstitch.telemetry.model_metrics import CALLER_ERROR_CODES
 
 BUSY_BATCH_SIZE = 8
-"""A busy replica computes batches at least so large."""
+"""Smallest batch size that the cost of a variant is estimated for: a busy replica fills it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,77 +22,86 @@ class Totals:
     """Counters since the replica's start."""
 
     requests: float
+    """Requests that ended, except those that were invalid."""
     met: float
+    """Requests with a soft deadline that were answered in time."""
     missed: float
+    """Requests with a soft deadline that were late or failed."""
     batches: float
     images: float
     compute_s: float
-    occupied_s: float
+    """Seconds of compute, summed over batches."""
+    active_s: float
+    """Seconds from dispatch to answer, summed over requests."""
 
     def __sub__(self, earlier: Totals) -> Totals:
         return Totals(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
 
 
 class LoadSampler:
-    """Nothing on the way of a request: it only reads counters, once a second or less."""
+    """Reader of a replica's counters, about once a second; requests never wait for it."""
 
     def __init__(
         self, registry: ModelRegistry, metrics: Metrics, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._registry, self._metrics, self._clock = registry, metrics, clock
-        self._at, self._last = clock(), self._totals()
+        self._sampled_at, self._last = clock(), self._read_totals()
 
     def sample(self) -> LoadSample:
-        """The load since the last call."""
-        now, totals = self._clock(), self._totals()
-        seconds, grown = max(now - self._at, 1e-9), totals - self._last
-        self._at, self._last = now, totals
-        judged = grown.met + grown.missed
+        """Return the load since the last call, or since the creation of the sampler."""
+        now, totals = self._clock(), self._read_totals()
+        seconds, delta = max(now - self._sampled_at, 1e-9), totals - self._last
+        self._sampled_at, self._last = now, totals
+        with_budget = delta.met + delta.missed
         # a language model computes for a request from its first token to its last
-        computing_s = grown.compute_s if self._registry.vision_models else grown.occupied_s
+        compute_s = delta.compute_s if self._registry.vision_models else delta.active_s
         return LoadSample(
-            demand_per_s=grown.requests / seconds,
-            busy=computing_s / seconds,
-            attainment=grown.met / judged if judged else 1.0,
-            offers=self._offers(grown, totals),
+            demand_per_s=delta.requests / seconds,
+            utilization=compute_s / seconds,
+            attainment=delta.met / with_budget if with_budget else 1.0,
+            variants=self._variant_costs(delta, totals),
         )
 
-    def _offers(self, grown: Totals, totals: Totals) -> tuple[VariantCost, ...]:
+    def _variant_costs(self, delta: Totals, totals: Totals) -> tuple[VariantCost, ...]:
+        """Return the cost per request of each variant; empty before the first text request."""
         models = list(self._registry.vision_models.values())
         if models:
-            seen = grown if grown.requests and grown.batches else totals
+            seen = delta if delta.requests and delta.batches else totals
             images = seen.images / seen.requests if seen.requests else 1.0
             batch = seen.images / seen.batches if seen.batches else 1.0
-            return _offers_of(models[0], max(images, 1.0), max(BUSY_BATCH_SIZE, round(batch)))
+            return _vision_costs(models[0], max(images, 1.0), max(BUSY_BATCH_SIZE, round(batch)))
         if not totals.requests:
             return ()
-        return (VariantCost(totals.occupied_s / totals.requests, 1.0),)
+        return (VariantCost(totals.active_s / totals.requests, 1.0),)
 
-    def _totals(self) -> Totals:
+    def _read_totals(self) -> Totals:
         metrics = self._metrics
         requests = sum(
             value
             for _, labels, value in _samples(metrics.requests, "_total")
-            if labels["code"] not in CALLERS_FAULT
+            if labels["code"] not in CALLER_ERROR_CODES
         )
-        judged = {"true": 0.0, "false": 0.0}
-        for _, labels, value in _samples(metrics.budgets, "_total"):
-            judged[labels["met"]] += value
+        budgets = {"true": 0.0, "false": 0.0}
+        for _, labels, value in _samples(metrics.slo_requests, "_total"):
+            budgets[labels["met"]] += value
         return Totals(
             requests=requests,
-            met=judged["true"],
-            missed=judged["false"],
-            batches=_sum(metrics.batch, "_count"),
-            images=_sum(metrics.batch, "_sum"),
+            met=budgets["true"],
+            missed=budgets["false"],
+            batches=_sum(metrics.batch_size, "_count"),
+            images=_sum(metrics.batch_size, "_sum"),
             compute_s=_sum(metrics.compute_seconds, "_sum"),
-            occupied_s=_sum(metrics.request_duration_seconds, "_sum")
+            active_s=_sum(metrics.request_duration_seconds, "_sum")
             - _sum(metrics.queue_seconds, "_sum"),
         )
 
 
-def _offers_of(model: VisionModel, images: float, batch: int) -> tuple[VariantCost, ...]:
-    """The frontier's variants: what a request of so many images costs in a batch of such a size."""
-    view, candidates = model.scheduler.latency.view, model.scheduler.candidates
+def _vision_costs(model: VisionModel, images: float, batch: int) -> tuple[VariantCost, ...]:
+    """Return the cost of the frontier's variants, fastest first.
+
+    A request has `images` images and runs in batches of size `batch`.
+    """
+    view, candidates = model.scheduler.planner.latency.view, model.scheduler.planner.candidates
     size = min(batch, view.max_batch_size)
     return tuple(
         VariantCost(images * view.expected(variant, size) / size, candidates.quality[variant])

@@ -1,4 +1,4 @@
-"""Looks at everything that a server needs before it is started, and says what to do about it."""
+"""Checks of everything that a server needs before it starts (`ladderstitch doctor`)."""
 
 from __future__ import annotations
 
@@ -27,74 +27,81 @@ from ladderstitch.runtime.device import device_name, resolve_device
 from ladderstitch.runtime.process import port_is_free
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.text.engine.rank_handle import launch_process
-from ladderstitch.vision.bundle import Bundle
+from ladderstitch.vision.bundle import VisionBundle
 
 State = Literal["ok", "warning", "failed"]
 
 SHARED_BYTES = 256 << 20
-"""Ray's object store and the batches that go to the worker."""
+"""Free shared memory for Ray's object store and for batches on their way to the worker."""
 TEMPORARY_BYTES = 1 << 30
+"""Free space for Ray's logs."""
 OPEN_FILES = 4096
+"""Open files per process: every connection is one."""
 SOCKET_PATH = 107
-"""Bytes that a Unix socket's path may have; Ray's own part of it is about 60."""
+"""Longest path of a Unix socket in bytes."""
 RAY_PATH = 60
+"""Bytes that Ray appends to the temporary directory in a socket's path, about."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One thing that was looked at; `advice` says what to do unless it is ok."""
+    """The result of one check; `advice` says what to do unless the state is ok."""
 
-    what: str
+    name: str
     state: State
-    found: str
+    detail: str
     advice: str = ""
 
 
 Check = Callable[[ServerConfig], Iterator[CheckResult]]
 
 
-def examine(config: ServerConfig) -> Iterator[CheckResult]:
-    """All findings, in the order in which one would mend things."""
+def run_checks(config: ServerConfig) -> Iterator[CheckResult]:
+    """Yield the results of all checks, in the order in which to fix failures."""
     for check in CHECKS:
         yield from check(config)
 
 
 def check_python(_: ServerConfig) -> Iterator[CheckResult]:
-    good = sys.version_info >= (3, 11)
-    yield _judged("python", good, platform.python_version(), "ladderstitch needs 3.11 or newer")
+    """Check the version of Python."""
+    passed = sys.version_info >= (3, 11)
+    yield _result("python", passed, platform.python_version(), "install Python 3.11 or newer")
 
 
 def check_packages(_: ServerConfig) -> Iterator[CheckResult]:
-    """Installed, and of a version that this package asks for."""
-    wrong = []
+    """Check that all required packages are installed in a supported version."""
+    problems = []
     for line in metadata.requires("ladderstitch") or []:
-        wanted = Requirement(line)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+        required = Requirement(line)
+        if required.marker is not None and not required.marker.evaluate({"extra": ""}):
             continue
         try:
-            version = metadata.version(wanted.name)
+            version = metadata.version(required.name)
         except metadata.PackageNotFoundError:
-            wrong.append(f"{wanted.name} is missing")
+            problems.append(f"{required.name} is missing")
             continue
-        if not wanted.specifier.contains(version, prereleases=True):
-            wrong.append(f"{wanted.name} {version}, needs {wanted.specifier}")
-    found = "; ".join(wrong) or "all there, of the right versions"
-    yield _judged("packages", not wrong, found, "pip install -c constraints.txt ladderstitch")
+        if not required.specifier.contains(version, prereleases=True):
+            problems.append(f"{required.name} {version}, needs {required.specifier}")
+    detail = "; ".join(problems) or "all required packages are installed"
+    advice = "pip install -c constraints.txt ladderstitch"
+    yield _result("packages", not problems, detail, advice)
 
 
 def check_processors(config: ServerConfig) -> Iterator[CheckResult]:
+    """Check that there is a core for every computing thread."""
     cores = len(os.sched_getaffinity(0))
     needed = config.threads * config.tensor_parallel_size
-    yield _judged(
+    yield _result(
         "processors",
         needed <= cores,
         f"{cores} cores, {needed} computing threads",
-        "lower `threads` or `ranks`: they would take each other's time",
-        worst="warning",
+        "lower `threads` or `tensor_parallel_size`: the threads would share cores",
+        failure="warning",
     )
 
 
 def check_gpu(config: ServerConfig) -> Iterator[CheckResult]:
+    """Check that the configured device can be used."""
     try:
         device = resolve_device(config.device)
     except UserError as error:
@@ -105,117 +112,127 @@ def check_gpu(config: ServerConfig) -> Iterator[CheckResult]:
         yield CheckResult(
             "gpu",
             "warning",
-            "a driver is here, but torch cannot use it: running on the CPU",
+            "the driver is installed, but torch cannot use it; the CPU is used",
             "install torch with CUDA: make install TORCH=cuda",
         )
     elif device == "cpu":
-        yield CheckResult("gpu", "ok", f"none; the CPU serves ({device_name(torch.device('cpu'))})")
+        yield CheckResult(
+            "gpu", "ok", f"none; the CPU is used ({device_name(torch.device('cpu'))})"
+        )
     else:
         index = torch.device(device).index or 0
         free, total = torch.cuda.mem_get_info(index)
-        found = f"{torch.cuda.get_device_name(index)}, {free >> 20} of {total >> 20} MiB free"
-        yield CheckResult("gpu", "ok", found)
+        detail = f"{torch.cuda.get_device_name(index)}, {free >> 20} of {total >> 20} MiB free"
+        yield CheckResult("gpu", "ok", detail)
 
 
 def check_memory(config: ServerConfig) -> Iterator[CheckResult]:
+    """Check the free memory and the free shared memory."""
     weights = sum(path.stat().st_size for path in config.bundle.glob("*.safetensors"))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    yield _judged(
+    yield _result(
         "memory",
         free > 2 * weights + (1 << 30),
         f"{free >> 20} MiB free, weights of {weights >> 20} MiB",
-        "free some: loading needs about twice the weights and 1 GiB",
-        worst="warning",
+        "free memory: loading needs about twice the weights plus 1 GiB",
+        failure="warning",
     )
     shared = Path("/dev/shm")
     room = shutil.disk_usage(shared).free if shared.is_dir() else 0
-    yield _judged(
+    yield _result(
         "shared memory",
         room >= SHARED_BYTES,
         f"{room >> 20} MiB in /dev/shm",
-        "docker run --shm-size=1g; in Kubernetes a Memory volume at /dev/shm",
+        "docker run --shm-size=1g; in Kubernetes mount a Memory volume at /dev/shm",
     )
 
 
 def check_limits(_: ServerConfig) -> Iterator[CheckResult]:
+    """Check the limits on open files, temporary files and socket paths."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    yield _judged(
+    yield _result(
         "open files",
         files >= OPEN_FILES,
         f"at most {files}",
-        f"ulimit -n {OPEN_FILES} or more: every connection is one",
-        worst="warning",
+        f"ulimit -n {OPEN_FILES} or more: every connection is an open file",
+        failure="warning",
     )
     folder = tempfile.gettempdir()
     room = shutil.disk_usage(folder).free
-    yield _judged(
+    yield _result(
         "temporary files",
         room >= TEMPORARY_BYTES,
         f"{room >> 20} MiB in {folder}",
-        "Ray logs there: free 1 GiB, or set TMPDIR",
-        worst="warning",
+        "free 1 GiB for Ray's logs, or set TMPDIR",
+        failure="warning",
     )
-    yield _judged(
+    yield _result(
         "socket paths",
         len(folder) + RAY_PATH <= SOCKET_PATH,
         f"TMPDIR is {folder}",
-        f"set TMPDIR to a shorter folder: a socket's path may have {SOCKET_PATH} bytes",
+        f"set TMPDIR to a shorter directory: a socket's path has at most {SOCKET_PATH} bytes",
     )
 
 
 def check_ports(config: ServerConfig) -> Iterator[CheckResult]:
-    for field, address in config.listening():
+    """Check that every configured port is free."""
+    for field, address in config.port_fields():
         port = getattr(config, field)
         if port is not None:
             free = port_is_free(address, port)
-            found = f"{address}:{port} {'is free' if free else 'is taken'}"
-            advice = f"stop what listens there (ss -ltnp 'sport = :{port}'), or set {field}: 0"
-            yield _judged(field, free, found, advice)
+            detail = f"{address}:{port} {'is free' if free else 'is taken'}"
+            advice = f"stop the listener (ss -ltnp 'sport = :{port}' shows it), or set {field}: 0"
+            yield _result(field, free, detail, advice)
 
 
 def check_bundle(config: ServerConfig) -> Iterator[CheckResult]:
+    """Check that the bundle can be loaded, and that its profile is from this machine."""
     try:
         make_runner(config, ModelRegistry("doctor"), Metrics(), launch_process)
     except UserError as error:
-        yield CheckResult("bundle", "failed", str(error), "name another with --model")
+        yield CheckResult("bundle", "failed", str(error), "choose another bundle with --model")
         return
     yield CheckResult("bundle", "ok", str(config.bundle))
     if is_language_bundle(config.bundle):
         return
-    profile = Bundle.load(config.bundle).latency
+    profile = VisionBundle.load(config.bundle).latency
     try:
         here = device_name(torch.device(resolve_device(config.device)))
     except UserError:
-        return  # the finding on the GPU says so
+        return  # check_gpu reports it
     measured_on = profile.device if profile is not None else "no machine"
-    yield _judged(
+    yield _result(
         "latency profile",
         measured_on == here,
         f"measured on {measured_on}",
-        f"this is {here}; it is scaled at start, `ladderstitch profile` measures",
-        worst="warning",
+        f"this is {here}; the profile is scaled at start, or measured by `ladderstitch profile`",
+        failure="warning",
     )
 
 
 def check_access(config: ServerConfig) -> Iterator[CheckResult]:
+    """Check TLS certificates and tokens."""
     if config.tls_certificate is None and config.token_file is None:
-        how = "open to all of the network" if config.insecure_public else "loopback only"
-        state: State = "warning" if config.insecure_public else "ok"
-        advice = "set tls_certificate, tls_key and token_file" if config.insecure_public else ""
-        yield CheckResult("access", state, how, advice)
+        yield _result(
+            "access",
+            not config.insecure_public,
+            "open to the whole network" if config.insecure_public else "loopback only",
+            "set tls_certificate, tls_key and token_file",
+            failure="warning",
+        )
         return
     try:
-        ListenerConfig.of(config, lambda reason: None)
+        ListenerConfig.from_config(config, lambda reason: None)
     except UserError as error:
-        yield CheckResult("access", "failed", str(error), "mend the file; see examples/tokens.yaml")
+        yield CheckResult("access", "failed", str(error), "fix the file; see examples/tokens.yaml")
         return
-    yield CheckResult("access", "ok", "certificate, key and tokens can be read")
+    yield CheckResult("access", "ok", "certificate, key and tokens are valid")
 
 
-def _judged(
-    what: str, good: bool, found: str, advice: str, *, worst: State = "failed"
+def _result(
+    name: str, passed: bool, detail: str, advice: str, *, failure: State = "failed"
 ) -> CheckResult:
-    return CheckResult(what, "ok" if good else worst, found, "" if good else advice)
+    return CheckResult(name, "ok" if passed else failure, detail, "" if passed else advice)
 
 
 CHECKS: tuple[Check, ...] = (

@@ -1,4 +1,4 @@
-"""One replica: a model's runner, the gRPC server and the metrics. Knows nothing of Ray."""
+"""One replica: its models, gRPC and HTTP servers, and metrics. It does not depend on Ray."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ladderstitch.hosting.registry import (
     ProgressCallback,
     UpdateSettings,
 )
-from ladderstitch.runtime.process import return_freed_memory
+from ladderstitch.runtime.process import tune_malloc
 from ladderstitch.scheduling.settings import ActiveSettings
 from ladderstitch.telemetry.logs import RecordSink, log_request, trace_sink
 from ladderstitch.telemetry.metrics import Metrics
@@ -26,13 +26,15 @@ from ladderstitch.text.engine.rank_handle import Launcher, launch_process
 if TYPE_CHECKING:
     from ladderstitch.api.openai.server import HttpServer
 
-LAME_DUCK_S = 0.25
-"""So long, calls on their way to a stopping replica are still taken, and as long again those that
-come later are told DRAINING; gRPC would cancel them."""
+DRAIN_GRACE_S = 0.25
+"""Seconds to keep accepting calls after SIGTERM, then seconds to reject them with DRAINING.
+
+Only then does the port close: gRPC would cancel late calls without a status.
+"""
 
 
 class Replica:
-    """Comes up with `start`, answers, and goes down with `stop` without losing a request."""
+    """A process that serves models, from `start` to `stop`; no accepted request is lost."""
 
     def __init__(
         self,
@@ -44,12 +46,14 @@ class Replica:
         launcher: Launcher = launch_process,
         watch_token: str | None = None,
     ) -> None:
-        """`launcher` starts the ranks of a language model; a gateway may watch by `watch_token`,
-        where callers need tokens.
+        """Load the bundle's manifest and create the servers, without listening yet.
 
-        Raises `BundleError`, and `ConfigError` for certificates or tokens that cannot be used.
+        `update` applies an administrator's changes of settings (unset: to this replica only),
+        `launcher` starts the ranks of a language model, and `watch_token` is a token with which
+        gateways may watch the load if callers need tokens. Raises `BundleError`, and `ConfigError`
+        for certificates or tokens that cannot be used.
         """
-        return_freed_memory()
+        tune_malloc()
         self.config = config
         self.registry = ModelRegistry(name, active_settings=ActiveSettings(0, config.scheduling))
         self.metrics = Metrics()
@@ -58,29 +62,33 @@ class Replica:
             config,
             self.registry,
             make_runner(config, self.registry, self.metrics, launcher),
-            # what Ray set aside for ranks belongs to the configured model
+            # Ray's placement group for ranks belongs to the configured model
             lambda later: make_runner(later, self.registry, self.metrics, launch_process),
         )
         self._close_traces: Callable[[], None] = lambda: None
-        transport = ListenerConfig.of(
+        listener = ListenerConfig.from_config(
             config,
-            self.metrics.denied,
+            self.metrics.observe_denial,
             self._sinks(name),
             share_port=share_port,
             watch_token=watch_token,
         )
-        control = AdminActions(update or self._update_alone, self.drain, self._load, self._unload)
-        self.server = Server(self.registry, control, transport)
-        self.http: HttpServer | None = None
-        if config.http_port is not None:
-            from ladderstitch.api.openai.server import HttpServer  # a second to import
-
-            self.http = HttpServer(config, self.registry, transport.guard)
+        actions = AdminActions(update or self._update_locally, self.drain, self._load, self._unload)
+        self.server = Server(self.registry, actions, listener)
+        self.http = self._make_http_server(listener)
         self.metrics_port = 0
         self._close_metrics: Callable[[], None] = lambda: None
 
+    def _make_http_server(self, listener: ListenerConfig) -> HttpServer | None:
+        """Return the server of OpenAI's API; None without an HTTP port."""
+        if self.config.http_port is None:
+            return None
+        from ladderstitch.api.openai.server import HttpServer  # takes a second to import
+
+        return HttpServer(self.config, self.registry, listener.auth)
+
     def _sinks(self, name: str) -> list[RecordSink]:
-        """Who is told of every request."""
+        """Return the recipients of each request's record: the log, traces, both or none."""
         sinks: list[RecordSink] = [log_request] if self.config.log_requests else []
         if self.config.otlp_endpoint is not None:
             sink, self._close_traces = trace_sink(self.config.otlp_endpoint, name)
@@ -89,22 +97,23 @@ class Replica:
 
     @property
     def port(self) -> int:
+        """The bound gRPC port."""
         return self.server.port
 
     @property
     def healthy(self) -> bool:
-        """False while a worker or rank is gone; callers then wait or get ENGINE_RESTARTING."""
+        """False while a worker or rank restarts; callers then wait or get ENGINE_RESTARTING."""
         return self.models.healthy
 
     @property
     def alive(self) -> bool:
-        """False if what answers requests has ended although it should not have."""
+        """False if a scheduler has ended unexpectedly, so that requests are not answered."""
         return not self.registry.ready or self.registry.draining or self.models.alive
 
-    async def start(self, advance: ProgressCallback = lambda done, total: None) -> None:
-        """Listen, load, warm up, then answer.
+    async def start(self, on_progress: ProgressCallback = lambda done, total: None) -> None:
+        """Listen, load and warm up the model, then report ready; `on_progress` gets the progress.
 
-        Raises `OSError` if a port is taken, and what the runner raises if it cannot come up.
+        Raises `OSError` if a port is taken, and the runner's error if the model cannot start.
         """
         await self.server.start(self.config.host, self.config.port)
         if self.http is not None and self.config.http_port is not None:
@@ -113,29 +122,32 @@ class Replica:
             self.config.metrics_port, self.config.host, share_port=self.share_port
         )
         self.registry.metrics_port = self.metrics_port
-        await self.models.start(advance)
+        await self.models.start(on_progress)
         self.registry.ready = True
         self.models.set_ready(True)
         await self.server.set_serving(True)
 
-    def apply(self, live: ActiveSettings) -> None:
-        """Schedule by these settings from the next batch on, unless newer ones are in force."""
-        if live.revision >= self.registry.active_settings.revision:
-            self.models.apply(live)
-            self.registry.active_settings = live
+    def apply_settings(self, settings: ActiveSettings) -> None:
+        """Use these settings from the next batch on, unless newer ones are active."""
+        if settings.revision >= self.registry.active_settings.revision:
+            self.models.apply_settings(settings)
+            self.registry.active_settings = settings
 
     async def _load(self, bundle: str) -> LoadedModel:
-        hosted = await self.models.load(bundle)
+        model = await self.models.load(bundle)
         await self.server.set_serving(self.registry.serving)
-        return hosted
+        return model
 
     async def _unload(self, name: str) -> None:
-        await self.server.forget(name)
+        await self.server.set_unloading(name)
         await self.models.unload(name)
 
     async def drain(self, announce_s: float = 0.0) -> bool:
-        """Readiness first, then no new work, then finish; whether all accepted requests ended."""
-        self.registry.leaving = True
+        """Report NOT_SERVING, reject requests after `announce_s`, finish the accepted ones.
+
+        Returns whether all accepted requests ended within `drain_s`.
+        """
+        self.registry.drain_announced = True
         self.models.set_ready(False)
         await self.server.set_serving(False)
         await asyncio.sleep(announce_s)
@@ -147,9 +159,9 @@ class Replica:
         return True
 
     async def stop(self) -> None:
-        """Drain, then exit."""
-        await self.drain(announce_s=0.0 if self.registry.draining else LAME_DUCK_S)
-        await asyncio.sleep(LAME_DUCK_S)
+        """Drain, then stop the servers and unload all models."""
+        await self.drain(announce_s=0.0 if self.registry.draining else DRAIN_GRACE_S)
+        await asyncio.sleep(DRAIN_GRACE_S)
         await self.server.stop(grace_s=1.0)
         if self.http is not None:
             await self.http.stop()
@@ -157,8 +169,8 @@ class Replica:
         self._close_metrics()
         await asyncio.to_thread(self._close_traces)
 
-    async def _update_alone(self, changes: dict[str, Any]) -> ActiveSettings:
-        """The say of a replica that has no deployment around it."""
-        live = self.registry.active_settings.with_changes(changes)
-        self.apply(live)
-        return live
+    async def _update_locally(self, changes: dict[str, Any]) -> ActiveSettings:
+        """Apply changed settings to this replica only (no Ray deployment)."""
+        settings = self.registry.active_settings.with_changes(changes)
+        self.apply_settings(settings)
+        return settings

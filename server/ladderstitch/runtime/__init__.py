@@ -1,1 +1,1 @@
-"""What a process needs of its machine: device, memory, ports, versions."""
+"""Services of the machine and the process: device, memory, ports, versions."""

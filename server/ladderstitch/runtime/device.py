@@ -1,4 +1,4 @@
-"""Where a model runs and in which number format, from `auto` or a name."""
+"""Device and number format of a model, resolved from `auto` or a name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(name: str) -> str:
-    """`auto` is the first GPU if there is one; raises `ConfigError` for a device that is absent."""
+    """Return the device's name; `auto` is `cuda` if torch sees a GPU, else `cpu`.
+
+    Raises `ConfigError` for an unknown device, or for a GPU if torch sees none.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -22,12 +25,15 @@ def resolve_device(name: str) -> str:
     except RuntimeError:
         raise ConfigError(f"device: expected auto, cpu or cuda[:N], got {name!r}") from None
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: {name!r} asked for, but torch sees no GPU")
+        raise ConfigError(f"device: expected cpu because torch sees no GPU, got {name!r}")
     return name
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """`auto` is bfloat16 on GPUs and float32 on CPUs (where batch 1 is faster in float32)."""
+    """Return the torch type; `auto` is bfloat16 on GPUs, and float32 on CPUs.
+
+    On a CPU, batch size 1 is faster in float32. Raises `ConfigError` for an unknown name.
+    """
     if name == "auto":
         return torch.float32 if device == "cpu" else torch.bfloat16
     if name not in DTYPES:
@@ -36,6 +42,7 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of ladderstitch, torch and Python, as recorded in measurements."""
     return {
         "ladderstitch": ladderstitch.__version__,
         "torch": torch.__version__,
@@ -44,7 +51,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with its number of cores."""
+    """Return the GPU's name, or the processor's name with its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")

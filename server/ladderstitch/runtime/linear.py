@@ -1,9 +1,9 @@
-"""Linear maps for serving: on a CPU the faster of two libraries for each size.
+"""Linear maps for serving: on a CPU, the faster of two libraries for each size.
 
-Large products run on oneDNN, which beats the MKL behind `F.linear` on an AMD EPYC (Zen 5, one
-thread): [136, 224] x [224, 896] in float32 0.22 ms against 0.46 ms; one row times weights that no
-cache holds 29 GB/s against 18 GB/s. A call costs it 10 us more, so small products from the cache
-stay with MKL. Results differ by rounding only (1e-6).
+Large products run on oneDNN, which is faster than the MKL behind `F.linear`. On an AMD EPYC (Zen 5,
+one thread) [136, 224] x [224, 896] in float32 takes 0.22 ms instead of 0.46 ms, and one row times
+weights that exceed the caches runs at 29 GB/s instead of 18 GB/s. A call to oneDNN takes 10 us
+longer, so small products of cached weights run on MKL. Results differ by rounding only (1e-6).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Linear = Callable[..., Tensor]
-"""(x, weight, bias=None) -> product, as `F.linear`."""
+"""Function with the signature of `F.linear`: (x, weight, bias=None) -> product."""
 
 ONEDNN_MIN_MACS = 3_000_000
-"""Products of fewer multiplications run on MKL if their weights are likely to be in a cache."""
+"""Products of fewer multiply-accumulates run on MKL if their weights are likely to be cached."""
 
 
 def serving_linear(weight: Tensor, *, cached: bool = True) -> Linear:
-    """The function to use as `F.linear` with weights like this one, on its device and dtype.
+    """Return the replacement of `F.linear` for a weight [N, K], by its device, dtype and layout.
 
-    `cached` says whether the model's weights fit a cache; `weight` may come from `pack`.
+    `cached` says whether the model's weights fit into a cache; `weight` may come from `pack`.
     """
     if weight.is_mkldnn:
         return _onednn
@@ -35,10 +35,11 @@ def serving_linear(weight: Tensor, *, cached: bool = True) -> Linear:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Half-precision CPU weights [N, K] in oneDNN's own layout, for `serving_linear` only.
+    """Return bfloat16 CPU weights [N, K] in oneDNN's own layout, for `serving_linear` only.
 
-    One row times packed weights streams them at 28 GB/s instead of 16; anything else stays as it
-    is. Neither layout is kept beside the other.
+    One row times packed weights reads them at 28 GB/s instead of 16 GB/s. Weights of another device
+    or dtype are returned unchanged. The packed weights replace the original ones: no second copy is
+    kept.
     """
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return weight
@@ -49,11 +50,13 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x [.., K] times weight [N, K], plus the bias, computed by oneDNN."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return product
 
 
 def _by_size(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the product from MKL if it is small, else from oneDNN."""
     if x.numel() * len(weight) < ONEDNN_MIN_MACS:
         return F.linear(x, weight, bias)
     return _onednn(x, weight, bias)

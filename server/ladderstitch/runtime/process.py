@@ -1,4 +1,4 @@
-"""How a long-lived process keeps its memory: what it gives back, what it never looks at again."""
+"""Memory settings of a long-lived process, and free ports."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 MIB = 1 << 20
 
 
-def return_freed_memory() -> None:
-    """Fix glibc's thresholds, which otherwise rise with the largest block ever freed.
+def tune_malloc() -> None:
+    """Fix glibc's thresholds for returning freed memory to the operating system.
 
-    After one picture of 50 megapixels the heap would keep hundreds of MiB for good. Other C
-    libraries are left as they are.
+    Otherwise they rise with the largest block ever freed: after one image of 50 megapixels the heap
+    would keep hundreds of MiB until the process ends. Other C libraries are not changed.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -28,33 +28,39 @@ def return_freed_memory() -> None:
         libc.mallopt(M_ARENA_MAX, 2)
 
 
-def settle_for_good() -> None:
-    """Spare the garbage collector all that is there now, once everything is loaded.
+def freeze_gc() -> None:
+    """Exclude all current objects from garbage collection; call it after everything is loaded.
 
-    Some 200,000 objects of libraries take 70 ms to look through, while nobody is answered.
+    A full collection of the libraries' 200,000 objects takes 70 ms, during which no request is
+    answered.
     """
     gc.collect()
     gc.freeze()
 
 
 FIRST_PORT, END_PORT = 20_000, 32_000
-"""Below those that Linux gives to outgoing connections."""
+"""Ports below the range that Linux uses for outgoing connections."""
 
 
 def free_port(address: str) -> int:
-    """One that nobody has, and no outgoing connection will take: it can be had again later.
+    """Return a free port that no outgoing connection takes, so that it can be bound later.
 
-    Raises `OSError` if there is none.
+    Raises `OSError` if no port of the range is free.
     """
     start = random.randrange(FIRST_PORT, END_PORT)
     for port in chain(range(start, END_PORT), range(FIRST_PORT, start)):
         if port_is_free(address, port):
             return port
-    raise OSError(f"no port of {address} from {FIRST_PORT} to {END_PORT} is free")
+    raise OSError(
+        f"port: expected a free one on {address} from {FIRST_PORT} to {END_PORT - 1}, got none"
+    )
 
 
 def port_is_free(address: str, port: int) -> bool:
-    """Whether nobody listens there; gRPC itself would share a port with another process."""
+    """Return whether no process listens on the port; 0 is always free.
+
+    The check is needed because gRPC itself would share a port with another process.
+    """
     if port == 0:
         return True
     with socket.socket() as probe:

@@ -1,1 +1,1 @@
-"""What both schedulers share: requests, profiles, candidates, latency model, settings."""
+"""Nouns that both schedulers share: requests, profiles, candidates, latency model, settings."""

@@ -1,4 +1,4 @@
-"""Which variants a request may be answered by."""
+"""The rules that say which variants may answer a request."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from ladderstitch.scheduling.settings import SchedulerSettings
 
 @dataclass(frozen=True, slots=True)
 class CandidateFilter:
-    """The frontier (fastest first, so quality rises along it), every variant's quality, the rules.
+    """The variants of a model and the operator's rules for choosing among them.
 
-    A request's own `variant` may be any of the family. The operator's pin holds for everyone whose
-    `min_quality` it satisfies; the operator's floor, and then the variant of the policy `fixed`,
-    for everyone whom no pin holds.
+    A request that names a variant gets that variant, which may be off the frontier. The operator's
+    pin applies to every other request whose `min_quality` it satisfies. The operator's floor, and
+    then the variant of the policy `fixed`, apply to the requests that the pin does not cover.
     """
 
     frontier: tuple[int, ...]
+    """Variant ids on the frontier, fastest first; quality rises along it."""
     quality: Mapping[int, float]
+    """Quality of every variant, 0 to 1, by variant id."""
     pinned: int | None = None
     fixed: int | None = None
     floor: float = 0.0
@@ -30,6 +32,7 @@ class CandidateFilter:
     def from_settings(
         cls, quality: Mapping[int, float], profile: LatencyProfile, settings: SchedulerSettings
     ) -> CandidateFilter:
+        """Return the filter for the frontier of `quality` over the latency at batch size 1."""
         alone = {variant: profile.alone_s(variant) for variant in profile.variants}
         points = frontier(quality, alone)
         return cls(
@@ -45,8 +48,8 @@ class CandidateFilter:
         """The variant of highest quality."""
         return self.frontier[-1]
 
-    def admits(self, request: Request, variant: int) -> bool:
-        """Whether a request may be answered by a variant."""
+    def allows(self, request: Request, variant: int) -> bool:
+        """Return whether `variant` may answer `request`."""
         if request.variant is not None:
             return variant == request.variant
         if self.pinned is not None and self.quality[self.pinned] >= request.min_quality:
@@ -54,16 +57,16 @@ class CandidateFilter:
         return self.quality[variant] >= max(self.floor, request.min_quality)
 
     def for_request(self, request: Request) -> tuple[int, ...]:
-        """Variants to choose from for a request, fastest first; never empty."""
+        """Return the variants that may answer `request`, fastest first; at least one."""
         if request.variant is not None:
             return (request.variant,)
         return self.for_quality(request.min_quality)
 
     def for_quality(self, min_quality: float = 0.0) -> tuple[int, ...]:
-        """Candidates of a request that names no variant.
+        """Return the variants for a request that names no variant, fastest first; at least one.
 
-        Where nothing reaches the floors (they may have been raised while the request waited), the
-        best variant is all there is.
+        If no variant reaches the floors, the result is the best variant alone. This happens when
+        the operator raises the floor while the request waits.
         """
         if self.pinned is not None and self.quality[self.pinned] >= min_quality:
             return (self.pinned,)

@@ -1,4 +1,4 @@
-"""How long a batch will take: the profile, corrected by what this machine does right now."""
+"""The latency of a batch: the measured profile, corrected by recent batches on this machine."""
 
 from __future__ import annotations
 
@@ -11,162 +11,173 @@ from typing import TypedDict
 
 from ladderstitch.scheduling.profiles import LatencyProfile
 
-RECENT = 7
-"""Observations whose median is the slow-down: three outliers in a row do not move it."""
-RESIDUALS = 256
-"""Observations that the tail factor is the quantile of."""
-TAIL_EVERY = 8
-"""Observations between two looks at the tail (sorting costs some microseconds)."""
-TAIL_LIMIT = 4.0
-"""Largest tail factor: beyond it, planning for the tail would refuse what mostly succeeds."""
-DOUBT = 0.98
-"""What one refusal without any other work takes off the slow-down."""
-DOUBT_FLOOR = 0.5
-"""Least slow-down that doubt alone leads to: the profile itself may be from a busy moment."""
+SLOWDOWN_WINDOW = 7
+"""Batches whose median ratio is the slowdown: three outliers in a row do not move it."""
+RESIDUAL_WINDOW = 256
+"""Batches whose residuals the tail factor is a quantile of."""
+OVERHEAD_WINDOW = 64
+"""Batches whose dispatch overhead is remembered."""
+TAIL_UPDATE_INTERVAL = 8
+"""Batches between two updates of the tail factor, because sorting takes some microseconds."""
+MAX_TAIL = 4.0
+"""Largest tail factor: planning for a longer tail would reject requests that mostly succeed."""
+IDLE_REJECTION_DECAY = 0.98
+"""Factor on the slowdown for each request that is rejected while nothing else runs or waits."""
+MIN_SLOWDOWN = 0.5
+"""Lowest slowdown that this decay leads to: the profile may come from a busy machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class LatencyView:
-    """What a policy may know of latency at one instant; seconds for any batch_size in 1..max_batch_size.
-
-    `profiled[variant][batch_size]` is the profile's median, rising with batch_size (index 0 is unused);
-    `slowdown` is the machine's at present, `tail` what the wanted quantile costs on top.
-    """
+    """A snapshot of the latency model that policies plan with."""
 
     profiled: Mapping[int, tuple[float, ...]]
+    """Median seconds of the profile, `profiled[variant][batch_size]`; index 0 is unused.
+
+    They rise with the batch size, which is 1 to `max_batch_size`.
+    """
     max_batch_size: int
     slowdown: float
+    """Current seconds of this machine over the profile's."""
     tail: float
-    residuals: tuple[float, ...] = (1.0,)  # actual over expected seconds, recent, ascending
-    dispatch_overhead_s: float = 0.0  # what a batch takes beyond computing
+    """Seconds at the planned quantile over expected seconds, 1 to `MAX_TAIL`."""
+    residuals: tuple[float, ...] = (1.0,)
+    """Actual over expected seconds of recent batches, ascending."""
+    dispatch_overhead_s: float = 0.0
+    """Seconds that a batch takes in addition to compute."""
 
     def expected(self, variant: int, batch_size: int) -> float:
+        """Return the expected seconds of compute of a batch."""
         return self.profiled[variant][batch_size] * self.slowdown
 
     def seconds(self, variant: int, batch_size: int) -> float:
-        """Seconds to plan with: what the batch stays below with the probability asked for."""
+        """Return the seconds to plan with: the batch stays below them with the set probability."""
         return self.profiled[variant][batch_size] * self.slowdown * self.tail
 
     def to_profile_seconds(self, slack_s: float) -> float:
-        """Slack in the profile's seconds, to compare with `profiled` directly."""
+        """Return the slack in the profile's seconds, to compare with `profiled`."""
         return slack_s / (self.slowdown * self.tail)
 
-    def chance(self, variant: int, batch_size: int, slack_s: float) -> float:
-        """How likely a batch is over within the slack, by the recent residuals; 0 to 1."""
+    def on_time_probability(self, variant: int, batch_size: int, slack_s: float) -> float:
+        """Return the share of recent residuals at which a batch ends within the slack, 0 to 1."""
         allowed = slack_s / (self.profiled[variant][batch_size] * self.slowdown)
         return bisect_right(self.residuals, allowed) / len(self.residuals)
 
     def largest_fit(self, variant: int, slack_s: float) -> int:
-        """Rows that fit into the slack on a variant; 0 if not even one does."""
+        """Return the largest batch size that fits into the slack; 0 if no batch fits."""
         return bisect_right(self.profiled[variant], self.to_profile_seconds(slack_s), lo=1) - 1
 
 
 class DispatchOverhead:
-    """Seconds between dispatch and answer that are not compute: changing processes, waking up.
+    """The seconds between dispatch and answer that are not compute, such as process switches.
 
-    They neither shrink with the variant nor grow with the batch, so they are learned apart, as the
-    95th percentile of recent batches.
+    They depend neither on the variant nor on the batch size. So they are learned separately, as
+    the 95th percentile of the last `OVERHEAD_WINDOW` batches.
     """
 
     def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=64)
-        self._learned = 0
+        self._recent: deque[float] = deque(maxlen=OVERHEAD_WINDOW)
+        self._num_observed = 0
         self.seconds = 0.0
 
     def observe(self, seconds: float) -> None:
+        """Learn the overhead of one batch; a negative value counts as 0."""
         self._recent.append(max(0.0, seconds))
-        self._learned += 1
-        if self._learned % TAIL_EVERY == 0:
+        self._num_observed += 1
+        if self._num_observed % TAIL_UPDATE_INTERVAL == 0:
             self.seconds = sorted(self._recent)[int(0.95 * len(self._recent))]
 
 
 class ResidualStats(TypedDict):
-    """The fields of a view that the residuals determine."""
+    """The fields of a `LatencyView` that the residuals determine."""
 
     residuals: tuple[float, ...]
     tail: float
 
 
 class LatencyModel:
-    """A profile and its online correction; `view` is replaced, never changed, by `observe`.
+    """A profile and its online correction.
 
-    One multiplicative slow-down for the whole machine (co-tenants, clocks) as in ALERT (ATC'20),
-    times a tail factor: the wanted quantile of recent residuals.
+    The correction is one multiplicative slowdown for the whole machine (co-tenants, clock rates) as
+    in ALERT (ATC'20), times a tail factor, which is a quantile of recent residuals. Each
+    observation replaces `view`; a view never changes.
     """
 
     def __init__(self, profile: LatencyProfile, probability: float = 0.99) -> None:
         self.profile = profile
         self.probability = probability
-        self._ratios: deque[float] = deque(maxlen=RECENT)
-        self._residuals: deque[float] = deque([profiled_tail(profile)], maxlen=RESIDUALS)
-        self._learned = 0
+        self._ratios: deque[float] = deque(maxlen=SLOWDOWN_WINDOW)
+        self._residuals: deque[float] = deque([profiled_tail(profile)], maxlen=RESIDUAL_WINDOW)
+        self._num_observed = 0
         self._dispatch_overhead = DispatchOverhead()
         self.view = LatencyView(
-            profiled={s: _dense(profile, s) for s in profile.variants},
-            max_batch_size=profile.max_batch,
+            profiled={variant: _interpolate(profile, variant) for variant in profile.variants},
+            max_batch_size=profile.max_batch_size,
             slowdown=1.0,
             tail=profiled_tail(profile),
             residuals=(profiled_tail(profile),),
         )
 
     def observe(self, variant: int, batch_size: int, actual_s: float) -> float:
-        """Learn from one batch; returns actual over expected seconds."""
+        """Learn from one batch; return actual over expected seconds."""
         error = actual_s / self.view.expected(variant, batch_size)
-        doubted = not self._ratios  # then `error` tells of the doubt, not of the machine
+        # Without ratios the slowdown is an assumption, and `error` does not describe the machine.
+        is_assumed = not self._ratios
         self._ratios.append(actual_s / self.view.profiled[variant][batch_size])
-        self._learn(slowdown=median(self._ratios), residual=1.0 if doubted else error)
+        self._update(slowdown=median(self._ratios), residual=1.0 if is_assumed else error)
         return error
 
     def observe_dispatch_overhead(self, seconds: float) -> None:
-        """Learn what one batch took beyond computing."""
+        """Learn the seconds that one batch took in addition to compute."""
         self._dispatch_overhead.observe(seconds)
         if self._dispatch_overhead.seconds != self.view.dispatch_overhead_s:
             self.view = replace(self.view, dispatch_overhead_s=self._dispatch_overhead.seconds)
 
     def decay_after_idle_rejection(self) -> None:
-        """A request was refused for its time although nothing else ran.
+        """Lower the slowdown after a request was rejected for its time on an idle engine.
 
-        Without work there is nothing to observe, so one slow spell could shut the door for ever.
-        Each such refusal brings the correction a step back, until a request is let in; what that
-        one takes counts alone.
+        Without running batches there is nothing to observe, so one slow period could cause
+        rejections for ever. Each rejection on an idle engine decays the slowdown estimate, until
+        a request is admitted. Then that request's batch alone determines the slowdown.
         """
         self._ratios.clear()
         slowdown = self.view.slowdown
-        self._learn(slowdown=min(slowdown, max(DOUBT_FLOOR, slowdown * DOUBT)), residual=1.0)
+        decayed = max(MIN_SLOWDOWN, slowdown * IDLE_REJECTION_DECAY)
+        self._update(slowdown=min(slowdown, decayed), residual=1.0)
 
     def set_probability(self, probability: float) -> None:
-        """How sure `view.seconds` is to be from now on."""
+        """Plan with another probability (0 to 1) that a batch ends within `view.seconds`."""
         if probability != self.probability:
             self.probability = probability
-            self.view = replace(self.view, **self._spread())
+            self.view = replace(self.view, **self._residual_stats())
 
-    def _learn(self, slowdown: float, residual: float) -> None:
+    def _update(self, slowdown: float, residual: float) -> None:
         self._residuals.append(residual)
-        self._learned += 1
-        if self._learned % TAIL_EVERY:
+        self._num_observed += 1
+        if self._num_observed % TAIL_UPDATE_INTERVAL:
             self.view = replace(self.view, slowdown=slowdown)
         else:
-            self.view = replace(self.view, slowdown=slowdown, **self._spread())
+            self.view = replace(self.view, slowdown=slowdown, **self._residual_stats())
 
-    def _spread(self) -> ResidualStats:
-        """The residuals in order, and their quantile that `seconds` plans for."""
+    def _residual_stats(self) -> ResidualStats:
+        """Return the residuals in ascending order and their quantile at `probability`."""
         ordered = tuple(sorted(self._residuals))
         rank = min(len(ordered) - 1, int(self.probability * len(ordered)))
-        return {"residuals": ordered, "tail": min(max(1.0, ordered[rank]), TAIL_LIMIT)}
+        return {"residuals": ordered, "tail": min(max(1.0, ordered[rank]), MAX_TAIL)}
 
 
 def profiled_tail(profile: LatencyProfile) -> float:
-    """The profile's typical ratio of p99 to median: the tail factor before any observation."""
+    """Return the profile's median ratio of p99 to median: the tail before any observation."""
     ratios = [
         p99 / middle
         for latency in profile.variants.values()
         for p99, middle in zip(latency.p99_s, latency.median_s, strict=True)
     ]
-    return min(max(1.0, median(ratios)), TAIL_LIMIT)
+    return min(max(1.0, median(ratios)), MAX_TAIL)
 
 
-def _dense(profile: LatencyProfile, variant: int) -> tuple[float, ...]:
-    """Median seconds at every number of batch_size, interpolated linearly and kept rising."""
+def _interpolate(profile: LatencyProfile, variant: int) -> tuple[float, ...]:
+    """Return median seconds at every batch size, interpolated linearly and never falling."""
     sizes, seconds = profile.batch_sizes, profile.variants[variant].median_s
     dense = [0.0, seconds[0]]
     for index in range(1, len(sizes)):

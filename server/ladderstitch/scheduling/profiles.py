@@ -1,4 +1,4 @@
-"""What was measured of a family: quality and latency per variant, and the frontier of the two."""
+"""Measurements of a family: quality and latency of every variant, and their frontier."""
 
 from __future__ import annotations
 
@@ -10,35 +10,38 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Quality(BaseModel):
-    """Score of one variant in [0, 1] with its confidence interval."""
+    """The score of one variant, 0 to 1, with its confidence interval."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     value: float = Field(ge=0, le=1)
     low: float = Field(ge=0, le=1)
     high: float = Field(ge=0, le=1)
-    perplexity: float | None = Field(None, ge=1, description="of language models, on the same text")
+    perplexity: float | None = Field(
+        None, ge=1, description="perplexity on the same text; language models only"
+    )
 
 
 class QualityTable(BaseModel):
-    """`quality.json`: what quality means for this bundle, and every variant's score."""
+    """The contents of `quality.json`: the metric of a bundle and the score of every variant."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     metric: str
     data: str
-    n: int = Field(gt=0, description="examples that each score was measured on")
+    n: int = Field(gt=0, description="number of examples behind each score")
     confidence: float = Field(gt=0, lt=1)
     date: str
     versions: dict[str, str]
     variants: dict[int, Quality] = Field(min_length=1)
 
     def value(self, variant: int) -> float:
+        """Return the score of a variant, 0 to 1."""
         return self.variants[variant].value
 
 
 class Latency(BaseModel):
-    """Seconds of one variant by batch size, in the profile's order of `batch_sizes`."""
+    """The seconds of one variant, one value for each of the profile's `batch_sizes`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,7 +50,7 @@ class Latency(BaseModel):
 
 
 class LatencyProfile(BaseModel):
-    """`latency.json`: seconds of compute per (variant, batch size) on a stated device."""
+    """The contents of `latency.json`: seconds of compute per variant and batch size on a device."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -73,25 +76,29 @@ class LatencyProfile(BaseModel):
         return self
 
     @property
-    def max_batch(self) -> int:
+    def max_batch_size(self) -> int:
+        """The largest profiled batch size."""
         return self.batch_sizes[-1]
 
     def alone_s(self, variant: int) -> float:
-        """Median seconds at batch size 1."""
+        """Return the median seconds of a variant at batch size 1."""
         return self.variants[variant].median_s[0]
 
 
 @dataclass(frozen=True, slots=True)
 class FrontierPoint:
+    """A variant on the frontier, with its quality and its latency in seconds."""
+
     variant: int
     quality: float
     latency_s: float
 
 
 def frontier(quality: Mapping[int, float], latency_s: Mapping[int, float]) -> list[FrontierPoint]:
-    """Variants that no other beats in both quality and latency, fastest first.
+    """Return the variants that no other variant beats in both quality and latency, fastest first.
 
-    Along the result both quality and latency rise strictly; of equals the lowest id stays.
+    Both quality and latency rise strictly along the result. Of equal variants the result has the
+    one with the lowest id.
     """
     points = sorted(
         (FrontierPoint(s, quality[s], latency_s[s]) for s in quality.keys() & latency_s.keys()),

@@ -1,6 +1,6 @@
-"""The serving nouns: a request, its budget, the completion that answers it.
+"""The serving nouns: requests, their deadlines and budgets, and the answers to them.
 
-All times are seconds on the clock of `time.monotonic`; `inf` stands for "no such deadline".
+All times are seconds on the clock of `time.monotonic`; `inf` means that there is no such deadline.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from ladderstitch.errors import InvalidArgument
 from ladderstitch.scheduling.profiles import Quality
 
 Pixels = NDArray[np.float32]
-"""[N, C, H, W], preprocessed, contiguous."""
+"""[B, C, H, W]: B preprocessed images in contiguous memory."""
 
 Logits = NDArray[np.float32]
-"""[N, classes]."""
+"""[B, K]: K class scores for each of B images."""
+
+MAX_ID_CHARACTERS = 128
+"""Largest number of characters of the id that a caller gives a request."""
+MAX_PRIORITY = 255
 
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """When an answer is due, and what the caller named to say so.
+    """The instants by which an answer is due, and the caller's fields that set them.
 
-    `soft` is the earliest of all deadlines: what policies plan for. `hard` is the earliest of the
-    hard ones: no work starts, or continues, past it. `inf` stands for "no such deadline".
+    `soft` is the earliest of all deadlines, and policies plan for it. `hard` is the earliest of the
+    hard deadlines: no work starts or continues after it.
     """
 
     soft: float = float("inf")
@@ -38,7 +42,7 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """One accepted call for `images.shape[0]` answers from one variant."""
+    """One call for images [B, C, H, W] that one variant answers together."""
 
     id: str
     images: Pixels
@@ -47,15 +51,40 @@ class Request:
     min_quality: float = 0.0
     variant: int | None = None
     priority: int = 0
+    """0 for unset, 1 (highest) to 255 (lowest)."""
 
     @property
     def num_images(self) -> int:
+        """The number of images, B."""
         return int(self.images.shape[0])
+
+
+def check_id(field: str, value: str) -> None:
+    """Raise `InvalidArgument`, which names `field`, if a caller's request id is too long."""
+    if len(value) > MAX_ID_CHARACTERS:
+        raise InvalidArgument(
+            field, f"expected at most {MAX_ID_CHARACTERS} characters, got {len(value)}"
+        )
+
+
+def check_quality(min_quality: float) -> None:
+    """Raise `InvalidArgument` if a minimum quality is not in [0, 1]."""
+    if not 0 <= min_quality <= 1:  # NaN fails too
+        raise InvalidArgument("min_quality", f"expected 0 to 1, got {min_quality}")
+
+
+def check_priority(priority: int) -> None:
+    """Raise `InvalidArgument` if a priority is neither 0, for unset, nor 1 to 255."""
+    if not 0 <= priority <= MAX_PRIORITY:
+        raise InvalidArgument("priority", f"expected 0 to {MAX_PRIORITY}, got {priority}")
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The answer to one request, and what it cost; the answer's rows are the request's."""
+    """The answer to one request: logits [B, K] of its B images, and the seconds that it took.
+
+    `batch_size` counts the images of the whole batch that the request ran in.
+    """
 
     logits: Logits
     variant: int
@@ -68,12 +97,12 @@ class Completion:
 FinishReason = Literal["stop", "length"]
 
 MAX_LOGPROBS = 20
-"""Alternatives of each token that a caller may ask for."""
+"""Largest number of alternative tokens that a caller may request for each token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """`temperature` 0 is greedy; `top_k` 0 and `top_p` 1 leave everything in."""
+    """The sampling options: `temperature` 0 is greedy, `top_k` 0 and `top_p` 1 exclude no token."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -81,7 +110,7 @@ class Sampling:
     seed: int | None = None
 
     def check(self) -> None:
-        """Raises `InvalidArgument` naming the field that is out of range."""
+        """Raise `InvalidArgument`, which names the field, if a field is out of range."""
         if not 0 <= self.temperature <= 100:  # NaN fails too
             raise InvalidArgument("temperature", f"expected 0 to 100, got {self.temperature}")
         if self.top_k < 0:
@@ -95,15 +124,20 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True, slots=True)
 class TokenBudget:
-    """Seconds that are wanted: targets, not limits; `inf` is no wish.
+    """The soft latency budget of a generation in seconds; `inf` means no budget.
 
-    `first_token_s` and `answer_s` run from the arrival; `per_token_s` is the mean time between
-    tokens after the first.
+    `first_token_s` and `answer_s` are counted from the arrival. `per_token_s` is the mean time
+    between tokens after the first.
     """
 
     first_token_s: float = math.inf
     per_token_s: float = math.inf
     answer_s: float = math.inf
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is any budget."""
+        return not all(map(math.isinf, (self.first_token_s, self.per_token_s, self.answer_s)))
 
 
 NO_BUDGET = TokenBudget()
@@ -111,11 +145,11 @@ NO_BUDGET = TokenBudget()
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What is asked for; `arrival` and `limit` are on the clock of `time.monotonic`.
+    """One call for up to `max_tokens` tokens that continue a prompt of `tokens`.
 
-    Past the `limit` no work is done. `variant` pins a path of the model. Prefixes of prompts are
-    shared between requests of one `tenant` only. `logprobs` counts the alternatives to report for
-    each token; None reports none at all.
+    No work is done after `hard_deadline`. `variant` pins a variant (a path) of the model. Only
+    requests of the same `tenant` share prefixes of prompts in the cache. `logprobs` is the number
+    of alternatives to report for each token; None reports no log probabilities.
     """
 
     tokens: tuple[int, ...]
@@ -130,52 +164,59 @@ class GenerationRequest:
     logprobs: int | None = None
     tenant: str = ""
 
-    def check(self, vocabulary: int, most_tokens: int) -> None:
-        """Raises `InvalidArgument` naming the field that is wrong."""
+    def check(self, vocab_size: int, max_model_len: int) -> None:
+        """Raise `InvalidArgument`, which names the field, if a field is not valid.
+
+        `max_model_len` is the largest number of tokens of prompt and answer together.
+        """
         self.sampling.check()
+        check_quality(self.min_quality)
         if not self.tokens:
-            raise InvalidArgument("prompt", "expected at least one token")
-        if wrong := [t for t in self.tokens if not 0 <= t < vocabulary]:
+            raise InvalidArgument("prompt", "expected at least one token, got none")
+        if wrong := [t for t in self.tokens if not 0 <= t < vocab_size]:
             raise InvalidArgument(
-                "prompt", f"expected tokens 0 to {vocabulary - 1}, got {wrong[:5]}"
+                "prompt", f"expected tokens 0 to {vocab_size - 1}, got {wrong[:5]}"
             )
         if self.max_tokens < 1:
             raise InvalidArgument("max_tokens", f"expected at least 1, got {self.max_tokens}")
-        if len(self.tokens) + self.max_tokens > most_tokens:
+        if len(self.tokens) + self.max_tokens > max_model_len:
             raise InvalidArgument(
                 "max_tokens",
-                f"expected at most {most_tokens} tokens of prompt and answer together, got "
+                f"expected at most {max_model_len} tokens of prompt and answer together, got "
                 f"{len(self.tokens)} + {self.max_tokens}",
             )
         if any(not text for text in self.stop):
-            raise InvalidArgument("stop", "expected texts that are not empty")
+            raise InvalidArgument("stop", "expected texts that are not empty, got an empty one")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise InvalidArgument("logprobs", f"expected 0 to {MAX_LOGPROBS}, got {self.logprobs}")
         for name in ("first_token_s", "per_token_s"):
             if not getattr(self.budget, name) > 0:  # NaN fails too
                 raise InvalidArgument(name, f"expected above 0, got {getattr(self.budget, name)}")
-        if math.isnan(self.budget.answer_s):  # what is left of a deadline may be nothing
+        if math.isnan(self.budget.answer_s):  # the rest of a deadline may be 0 or less
             raise InvalidArgument("answer_s", "expected a number, got nan")
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationInfo:
-    """How an answer was made; `queue_s` from the arrival to the start of the prefill."""
+    """The facts about one generation: its variant, its quality, and what it reused.
 
-    path: int
+    `queue_s` is the time from the arrival to the start of the prefill.
+    """
+
+    variant: int
     name: str
     quality: Quality | None
     queue_s: float
     reused_tokens: int
-    """Tokens of the prompt whose keys and values were in the cache already."""
+    """Tokens of the prompt whose keys and values were already in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """One token of an answer, numbered from 0; the last one says why the answer ended.
+    """One token of an answer, numbered from 0; `finish` of the last one is the reason of the end.
 
-    `text` may be empty, when a character is not whole or a stop text may have begun. Log
-    probabilities are natural, of the model's own distribution, before temperature.
+    `text` is empty while a character is incomplete or a stop text may have begun. Log probabilities
+    are natural logarithms of the model's own distribution, before temperature.
     """
 
     index: int
@@ -185,3 +226,58 @@ class TokenChunk:
     finish: FinishReason | None = None
     logprob: float | None = None
     alternatives: tuple[tuple[int, float], ...] = ()
+    usage: GenerationUsage | None = None
+    """The cost of the answer; only in its last chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationUsage:
+    """The cost of a complete answer, in tokens and in seconds from its arrival.
+
+    `first_token_met`, `token_met` and `answer_met` are None if the request has no such budget.
+    """
+
+    prompt_tokens: int
+    generated_tokens: int
+    queue_s: float
+    first_token_s: float
+    total_s: float
+    first_token_met: bool | None
+    token_met: bool | None
+    answer_met: bool | None
+
+    @classmethod
+    def measure(
+        cls, request: GenerationRequest, last: TokenChunk, first_at: float, now: float
+    ) -> GenerationUsage:
+        """Return the usage of an answer whose first token came at `first_at` and its last now."""
+        budget, num_tokens = request.budget, last.index + 1
+        first_s, total_s = first_at - request.arrival, now - request.arrival
+        token_s = (now - first_at) / max(1, num_tokens - 1)
+        return cls(
+            prompt_tokens=len(request.tokens),
+            generated_tokens=num_tokens,
+            queue_s=last.answer.queue_s,
+            first_token_s=first_s,
+            total_s=total_s,
+            first_token_met=_met(first_s, budget.first_token_s),
+            token_met=_met(token_s, budget.per_token_s) if num_tokens > 1 else None,
+            answer_met=_met(total_s, budget.answer_s),
+        )
+
+    @property
+    def mean_token_s(self) -> float:
+        """The mean seconds between tokens after the first; 0 for a single token."""
+        return (self.total_s - self.first_token_s) / max(1, self.generated_tokens - 1)
+
+    @property
+    def met(self) -> bool | None:
+        """Whether all budgets of the request were met; None if it has none."""
+        known = [
+            m for m in (self.first_token_met, self.token_met, self.answer_met) if m is not None
+        ]
+        return all(known) if known else None
+
+
+def _met(seconds: float, budget_s: float) -> bool | None:
+    return None if math.isinf(budget_s) else seconds <= budget_s

@@ -1,4 +1,4 @@
-"""How an operator wants requests scheduled; may change while the server runs."""
+"""The operator's scheduling settings, which may change while the server runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 
 class SchedulerSettings(BaseModel):
-    """How an operator wants requests scheduled; may change between batches while a server runs."""
+    """The operator's scheduling settings; a change applies from the next batch on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,21 +42,23 @@ class SchedulerSettings(BaseModel):
     @model_validator(mode="after")
     def _check_fixed_variant(self) -> SchedulerSettings:
         if self.policy == "fixed" and self.fixed_variant is None:
-            raise ValueError("fixed_variant: the policy `fixed` needs one")
+            raise ValueError(
+                "fixed_variant: expected a variant id for the policy `fixed`, got none"
+            )
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class ActiveSettings:
-    """The settings that apply now, and the number of changes that led to them."""
+    """The settings that apply now; `revision` counts the changes since the start."""
 
     revision: int
     settings: SchedulerSettings
 
     def with_changes(self, changes: dict[str, Any]) -> ActiveSettings:
-        """Return the settings after a change, one revision later.
+        """Return the settings after a change of the given fields, one revision later.
 
-        Raises pydantic's `ValidationError` for a bad value.
+        Raises pydantic's `ValidationError` if a field or a value is not valid.
         """
         fields = self.settings.model_dump() | changes
         return ActiveSettings(self.revision + 1, SchedulerSettings.model_validate(fields))

@@ -1,1 +1,1 @@
-"""Who may call, and how much: TLS that rotates, bearer tokens with scopes, limits per token."""
+"""Security of servers: listening addresses, certificate files, tokens and rate limits."""

@@ -1,4 +1,4 @@
-"""Where a server listens and who may call it; refuses a public address without TLS and tokens."""
+"""Configuration of a server's addresses and access; public ones need TLS and tokens."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ladderstitch.errors import ConfigError
 ACCESS: JsonDict = {"panel": "Access"}
 LIMITS: JsonDict = {"panel": "Limits"}
 MAX_IMAGE_PIXELS = 50_000_000
-"""Largest encoded picture that is decoded unless configured otherwise."""
+"""Default of the maximum number of pixels of an encoded image."""
 
 
 class ListenConfig(BaseModel):
-    """Configuration that all servers share: addresses, access and limits per connection."""
+    """Configuration that all servers share: addresses, access, and limits of each connection."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,7 +48,7 @@ class ListenConfig(BaseModel):
     )
     tls_certificate: Path | None = Field(
         None,
-        description="PEM file of the certificate chain; read again when it changes",
+        description="PEM file of the certificate chain, read again when it changes",
         json_schema_extra=ACCESS,
     )
     tls_key: Path | None = Field(
@@ -56,7 +56,7 @@ class ListenConfig(BaseModel):
     )
     tls_client_ca: Path | None = Field(
         None,
-        description="PEM file of an authority; callers must present a certificate signed by it",
+        description="PEM file of an authority; callers must present a certificate that it signed",
         json_schema_extra=ACCESS,
     )
     token_file: Path | None = Field(
@@ -70,34 +70,41 @@ class ListenConfig(BaseModel):
         json_schema_extra=ACCESS,
     )
     max_message_mb: int = Field(
-        64, ge=1, le=1024, description="largest gRPC message, MiB", json_schema_extra=LIMITS
+        64,
+        ge=1,
+        le=1024,
+        description="maximum size of a gRPC message, MiB",
+        json_schema_extra=LIMITS,
     )
     max_streams: int = Field(
         1000,
         ge=1,
         le=100_000,
-        description="concurrent calls on one connection",
+        description="maximum number of concurrent calls on one connection",
         json_schema_extra=LIMITS,
     )
     max_connection_age_s: float | None = Field(
         None,
         gt=0,
-        description="age at which clients must reconnect, and find new replicas; unset: never",
+        description="seconds after which clients must reconnect, which finds new replicas; unset: "
+        "never",
         json_schema_extra=LIMITS,
     )
     max_connection_grace_s: float = Field(
         300.0,
         gt=0,
-        description="time for calls in flight on a connection that reached its maximum age",
+        description="seconds for calls in flight on a connection that has reached its maximum age",
         json_schema_extra=LIMITS,
     )
 
     @model_validator(mode="after")
     def _check_certificate_and_key(self) -> ListenConfig:
         if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("tls_key: expected tls_certificate and tls_key together")
+            raise ValueError(
+                "tls_key: expected tls_certificate and tls_key together, got one of them"
+            )
         if self.tls_client_ca is not None and self.tls_certificate is None:
-            raise ValueError("tls_client_ca: expected tls_certificate and tls_key, too")
+            raise ValueError("tls_client_ca: expected tls_certificate and tls_key along with it")
         return self
 
     @model_validator(mode="after")
@@ -109,12 +116,13 @@ class ListenConfig(BaseModel):
         for field, address in (("host", self.host), *admin):
             if not is_loopback(address):
                 raise ValueError(
-                    f"{field}: {address} is reachable from other machines; expected "
-                    "tls_certificate, tls_key and token_file, or insecure_public"
+                    f"{field}: expected a loopback address, or tls_certificate, tls_key and "
+                    "token_file, or insecure_public; got "
+                    f"{address}, which is reachable from other machines"
                 )
         return self
 
-    def listening(self) -> tuple[tuple[str, str], ...]:
+    def port_fields(self) -> tuple[tuple[str, str], ...]:
         """Return the names of the port fields, each with the address that it is bound to."""
         return (
             ("port", self.host),
@@ -127,13 +135,15 @@ class ListenConfig(BaseModel):
     def load(cls, path: Path | None, given: Mapping[str, Any] | None = None) -> Self:
         """Return the configuration of a YAML file, overridden by the fields in `given`.
 
-        Nested mappings are merged. Raises `ConfigError` that names the field, what was expected and
-        what came.
+        Nested mappings are merged. Raises `ConfigError` that names the field, the expected value
+        and the given one.
         """
         try:
             fields: Any = yaml.safe_load(path.read_text()) or {} if path else {}
             if not isinstance(fields, dict):
-                raise ConfigError(f"{path}: expected a mapping of fields")
+                raise ConfigError(
+                    f"{path}: expected a mapping of fields, got {type(fields).__name__}"
+                )
             return cls.model_validate(_merge(fields, given or {}))
         except (OSError, yaml.YAMLError, ValidationError) as error:
             raise ConfigError(f"{path or 'options'}: {error}") from error
@@ -149,7 +159,7 @@ def _merge(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 
 
 def is_loopback(address: str) -> bool:
-    """Return whether only this machine can reach an address; names but `localhost` are public."""
+    """Return whether only this machine can reach an address; of names, only for `localhost`."""
     try:
         return address == "localhost" or ipaddress.ip_address(address.strip("[]")).is_loopback
     except ValueError:

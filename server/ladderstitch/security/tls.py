@@ -1,38 +1,49 @@
-"""TLS credentials of a server whose files may be replaced while it runs."""
+"""Certificate files of a server: reading and checking them, and watching them for changes."""
 
 from __future__ import annotations
 
 import logging
 import ssl
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import grpc
 
 from ladderstitch.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-Stamp = tuple[tuple[int, int], ...]
+FileStamp = tuple[tuple[int, int], ...]
+"""Modification time in nanoseconds and inode number of each file."""
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateData:
+    """The contents of certificate files, PEM."""
+
+    certificate: bytes
+    key: bytes = field(repr=False)
+    client_ca: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
 class CertificateFiles:
-    """A PEM chain, its key and, for mutual TLS, the authority of the callers' certificates."""
+    """Paths of a PEM certificate chain and its key.
+
+    `client_ca` is the authority of the callers' certificates, unset unless TLS is mutual.
+    """
 
     certificate: Path
     key: Path
     client_ca: Path | None = None
 
-    def stamp(self) -> Stamp:
-        """Changes whenever a file does; raises `OSError` if one is missing."""
+    def stamp(self) -> FileStamp:
+        """Return a value that changes whenever a file does; raises `OSError` if one is missing."""
         paths = [self.certificate, self.key, self.client_ca]
         states = [path.stat() for path in paths if path is not None]
         return tuple((state.st_mtime_ns, state.st_ino) for state in states)
 
     def check(self) -> None:
-        """Raises `ConfigError` unless the key fits the certificate and all files are PEM."""
+        """Raise `ConfigError` unless all files are PEM and the key matches the certificate."""
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(self.certificate, self.key)
@@ -44,49 +55,45 @@ class CertificateFiles:
                 f"{f' and {self.client_ca}' if self.client_ca else ''}: {error}"
             ) from error
 
-    def read(self) -> grpc.ServerCertificateConfiguration:
-        pair = (self.key.read_bytes(), self.certificate.read_bytes())
-        return grpc.ssl_server_certificate_configuration(
-            [pair], self.client_ca.read_bytes() if self.client_ca else None
+    def read(self) -> CertificateData:
+        """Return the contents of the files; raises `OSError` if one cannot be read."""
+        return CertificateData(
+            self.certificate.read_bytes(),
+            self.key.read_bytes(),
+            self.client_ca.read_bytes() if self.client_ca else None,
         )
 
 
-class RotatingCertificates:
-    """gRPC asks it at every handshake; connections that exist keep what they have."""
+class CertificateWatcher:
+    """Certificate files that may be replaced while a server runs; safe to call from any thread."""
 
     def __init__(self, files: CertificateFiles) -> None:
-        """Raises `ConfigError` if the files cannot be used."""
+        """Read the files; raises `ConfigError` if they cannot be used."""
         files.check()
         self.files = files
         self._stamp = files.stamp()
-        self._refused: Stamp | None = None
-        self._first = files.read()
+        self.initial = files.read()
+        self._rejected: FileStamp | None = None
         self._lock = threading.Lock()
 
-    def credentials(self) -> grpc.ServerCredentials:
-        return grpc.dynamic_ssl_server_credentials(
-            self._first,
-            self.changed,
-            require_client_authentication=self.files.client_ca is not None,
-        )
+    def read_change(self) -> CertificateData | None:
+        """Return the new contents if the files have changed since the last call, else None.
 
-    def changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """The new configuration if the files have changed and fit each other, else None.
-
-        Half-written or mismatched files leave the old certificate in use, with one line in the log.
+        Half-written or mismatched files are logged once and otherwise ignored, so that the server
+        keeps the old certificate.
         """
         with self._lock:
-            stamp: Stamp | None = None
+            stamp: FileStamp | None = None
             try:
                 stamp = self.files.stamp()
-                if stamp in (self._stamp, self._refused):
+                if stamp in (self._stamp, self._rejected):
                     return None
                 self.files.check()
-                configuration = self.files.read()
+                data = self.files.read()
             except (OSError, ConfigError) as error:
-                log.warning("the old certificate stays in use: %s", error)
-                self._refused = stamp
+                log.warning("certificate rejected, keeping the old one: %s", error)
+                self._rejected = stamp
                 return None
-            self._stamp, self._refused = stamp, None
-            log.info("certificate %s reread", self.files.certificate)
-            return configuration
+            self._stamp, self._rejected = stamp, None
+            log.info("certificate %s read again", self.files.certificate)
+            return data

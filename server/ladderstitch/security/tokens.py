@@ -1,11 +1,11 @@
-"""Bearer tokens: a file of names, scopes and limits, reread when it changes.
+"""Bearer tokens: a file of names, scopes and limits, read again when it changes.
 
 tokens:
   - name: shop                    # for logs; may appear twice while a token is rotated
     token: 3f0c...                # or sha256: its digest in hex, so that the file holds no secret
     scopes: [inference]           # inference, admin
     concurrent_requests: 32       # optional: calls in flight
-    requests_per_s: 200           # optional: steady rate; a second's worth may come at once
+    requests_per_s: 200           # optional: steady rate; bursts hold at most one second's calls
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ log = logging.getLogger(__name__)
 
 Scope = Literal["inference", "admin"]
 MIN_CHARACTERS = 16
-CHECK_S = 1.0
-"""How often the file is looked at."""
+"""Minimum length of a token."""
+CHECK_INTERVAL_S = 1.0
+"""Seconds between checks whether the file has changed."""
+BUSY_RETRY_S = 0.1
+"""Seconds to wait that a caller with too many calls in flight is sent: about one call's time."""
 
 
 class Token(BaseModel):
-    """One caller: what it may do and how much of it."""
+    """One caller's token: its secret or the digest of it, its scopes and its limits."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -45,88 +48,88 @@ class Token(BaseModel):
     requests_per_s: float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
-    def _secret_or_digest(self) -> Token:
+    def _check_secret_or_digest(self) -> Token:
         if (self.token is None) == (self.sha256 is None):
             raise ValueError("expected either token or sha256")
         return self
 
     @property
     def digest(self) -> str:
+        """The SHA-256 of the secret, in hex."""
         return self.sha256 or digest_of(self.token or "")
 
 
-class _File(BaseModel):
+class _TokenFileFields(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     tokens: list[Token] = Field(min_length=1)
 
 
 def digest_of(secret: str) -> str:
+    """Return the SHA-256 of a secret, in hex."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def tenant_of(metadata: Iterable[tuple[str, str | bytes]]) -> str:
-    """Who shares with whom: callers of one bearer token; without tokens, all of them."""
-    for key, value in metadata:
-        if key == "authorization":
-            return digest_of(value if isinstance(value, str) else value.decode(errors="replace"))
-    return ""
-
-
 def load_tokens(path: Path) -> dict[str, Token]:
-    """Tokens by digest; raises `ConfigError` that names the field but shows no secret."""
+    """Return tokens by digest; raises `ConfigError` that names the field but shows no secret."""
     try:
-        tokens = _File.model_validate(yaml.safe_load(path.read_text())).tokens
+        tokens = _TokenFileFields.model_validate(yaml.safe_load(path.read_text())).tokens
     except (OSError, ValidationError) as error:
         raise ConfigError(f"token_file: {path}: {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         # the parser's message would quote the line
-        raise ConfigError(f"token_file: {path}: not YAML") from error
+        raise ConfigError(f"token_file: {path}: expected YAML") from error
     by_digest = {token.digest: token for token in tokens}
     if len(by_digest) < len(tokens):
-        raise ConfigError(f"token_file: {path}: the same token twice")
+        raise ConfigError(f"token_file: {path}: expected different tokens, got the same one twice")
     return by_digest
 
 
 class TokenFile:
-    """Looks tokens up; a new version of the file that is wrong leaves the old one in force."""
+    """A file of tokens, read again when it changes; an invalid new version is ignored."""
 
     def __init__(
         self,
         path: Path,
         clock: Callable[[], float] = time.monotonic,
-        ours: Iterable[Token] = (),
+        extra: Iterable[Token] = (),
     ) -> None:
-        """`ours` are valid, too, and in no file. Raises `ConfigError` if it cannot be used."""
+        """Read the file; tokens in `extra` are valid, too.
+
+        Raises `ConfigError` if the file cannot be used.
+        """
         self.path = path
-        self._ours = {token.digest: token for token in ours}
+        self._extra = {token.digest: token for token in extra}
         self._clock = clock
-        self._stamp = _stamp(path)
+        self._stamp = _file_stamp(path)
         self._tokens = load_tokens(path)
-        self._checked = clock()
+        self._checked_at = clock()
 
     def find(self, secret: str) -> Token | None:
-        """By digest: the time it takes says nothing about the secret."""
-        if self._clock() - self._checked >= CHECK_S:
-            self._checked = self._clock()
-            self._reread()
-        digest = digest_of(secret)
-        return self._tokens.get(digest) or self._ours.get(digest)
+        """Return the token with this secret, or None.
 
-    def _reread(self) -> None:
-        stamp = _stamp(self.path)
+        Tokens are found by digest, so that the time a look-up takes does not depend on the secret.
+        """
+        if self._clock() - self._checked_at >= CHECK_INTERVAL_S:
+            self._checked_at = self._clock()
+            self._read_change()
+        digest = digest_of(secret)
+        return self._tokens.get(digest) or self._extra.get(digest)
+
+    def _read_change(self) -> None:
+        stamp = _file_stamp(self.path)
         if stamp == self._stamp:
             return
         self._stamp = stamp
         try:
             self._tokens = load_tokens(self.path)
         except ConfigError as error:
-            log.warning("the old tokens stay in force: %s", error)
+            log.warning("token file rejected, keeping the old tokens: %s", error)
         else:
-            log.info("token file %s reread: %d tokens", self.path, len(self._tokens))
+            log.info("token file %s read again: %d tokens", self.path, len(self._tokens))
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _file_stamp(path: Path) -> tuple[int, int] | None:
     try:
         state = path.stat()
     except OSError:
@@ -134,36 +137,34 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return state.st_mtime_ns, state.st_ino
 
 
-BUSY_RETRY_S = 0.1
-"""What a caller with too many calls in flight is told to wait: about the time one takes."""
-
-
 @dataclass(slots=True)
-class Usage:
-    """A token's calls in flight, and its bucket: one second's worth of calls at most."""
+class TokenUsage:
+    """A token's calls in flight and its token bucket, which holds at most one second's calls."""
 
     in_flight: int = 0
     allowance: float = 0.0
     filled_at: float = 0.0
 
 
-class Limits:
-    """Counts by the token's name, so that a rotated token keeps its predecessor's account."""
+class RateLimiter:
+    """Limits of calls per token; counts by the token's name, so that rotation resets nothing."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._usage: dict[str, Usage] = {}
+        self._usage: dict[str, TokenUsage] = {}
 
     @contextmanager
-    def admitted(self, token: Token) -> Iterator[None]:
-        """Hold a place for the time of a call; raises `RateLimited` if there is none."""
-        usage = self._of(token)
-        most = token.concurrent_requests
-        if most is not None and usage.in_flight >= most:
+    def acquire(self, token: Token) -> Iterator[None]:
+        """Count a call of the token as in flight; raises `RateLimited` above its limits."""
+        usage = self._find_usage(token)
+        limit = token.concurrent_requests
+        if limit is not None and usage.in_flight >= limit:
             raise RateLimited(
-                f"token {token.name!r} has {most} requests in flight, its most", BUSY_RETRY_S
+                f"concurrent_requests: expected at most {limit} requests of token {token.name!r} "
+                f"in flight, got {limit + 1}",
+                BUSY_RETRY_S,
             )
-        self._take(usage, token)
+        self._spend_allowance(usage, token)
         usage.in_flight += 1
         try:
             yield
@@ -171,15 +172,16 @@ class Limits:
             usage.in_flight -= 1
 
     def in_flight(self, name: str) -> int:
+        """Return the number of calls in flight of the token called `name`."""
         return self._usage[name].in_flight if name in self._usage else 0
 
-    def _of(self, token: Token) -> Usage:
+    def _find_usage(self, token: Token) -> TokenUsage:
         if token.name not in self._usage:
             full = max(1.0, token.requests_per_s or 0.0)
-            self._usage[token.name] = Usage(allowance=full, filled_at=self._clock())
+            self._usage[token.name] = TokenUsage(allowance=full, filled_at=self._clock())
         return self._usage[token.name]
 
-    def _take(self, usage: Usage, token: Token) -> None:
+    def _spend_allowance(self, usage: TokenUsage, token: Token) -> None:
         rate = token.requests_per_s
         if rate is None:
             return
@@ -188,7 +190,8 @@ class Limits:
         usage.allowance, usage.filled_at = min(max(1.0, rate), grown), now
         if usage.allowance < 1:
             raise RateLimited(
-                f"token {token.name!r} may send {rate:g} requests a second",
+                f"requests_per_s: expected at most {rate:g} requests per second of token "
+                f"{token.name!r}, got more",
                 (1 - usage.allowance) / rate,
             )
         usage.allowance -= 1

@@ -1,4 +1,8 @@
-"""The log: lines for people, or JSON objects for machines; one a request if asked. No payloads."""
+"""Records of finished requests and their sinks: the log, and traces through OpenTelemetry.
+
+The log has text lines for people or JSON objects for machines. Records hold what a request cost,
+never its payload.
+"""
 
 from __future__ import annotations
 
@@ -13,49 +17,57 @@ import ladderstitch
 from ladderstitch.errors import ConfigError
 
 LogFormat = Literal["text", "json"]
-FACTS = "facts"
+FIELDS = "fields"
 """Attribute of a log record that carries structured fields."""
 
 requests = logging.getLogger("ladderstitch.requests")
 
-Fact = str | int | float | bool
+FieldValue = str | int | float | bool
 
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
-    """One request: who, how it ended, when (nanoseconds since 1970), and what it cost."""
+    """One finished request: its identity, its status, its duration and its cost."""
 
     method: str
     request_id: str
     model: str
     code: str
+    """Name of the gRPC status."""
     started_ns: int
+    """Nanoseconds since 1970, as `ended_ns`."""
     ended_ns: int
     metadata: Mapping[str, str] = field(repr=False)
-    facts: Mapping[str, Fact]
+    fields: Mapping[str, FieldValue]
+    """Accounting of the answer; empty if there is none."""
 
 
 RecordSink = Callable[[RequestRecord], None]
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line: time, level, logger, message, the record's facts, a traceback."""
+    """A formatter that writes one JSON object per log record.
+
+    An object has the time, the level, the logger, the message, the fields of the record, and the
+    traceback if there is one.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one line of JSON."""
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
-        line |= getattr(record, FACTS, {})
+        line |= getattr(record, FIELDS, {})
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
 
 
 def configure(log_format: LogFormat) -> None:
-    """Send this package's log to standard error in a format."""
+    """Write the log of this package to standard error, from level INFO on."""
     handler = logging.StreamHandler()
     plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if log_format == "json" else plain)
@@ -66,33 +78,23 @@ def configure(log_format: LogFormat) -> None:
 
 
 def log_request(record: RequestRecord) -> None:
-    """A sink of `RequestLogInterceptor`."""
-    milliseconds = (record.ended_ns - record.started_ns) / 1e6
-    facts = {
+    """Log a finished request; a `RecordSink`."""
+    fields = {
         "request_id": record.request_id,
         "method": record.method,
         "model": record.model,
         "code": record.code,
-        "duration_ms": round(milliseconds, 3),
-        **record.facts,
+        "duration_ms": round((record.ended_ns - record.started_ns) / 1e6, 3),
+        **record.fields,
     }
-    told = " ".join(f"{name}={fact}" for name, fact in record.facts.items())
-    requests.info(
-        "%s %s %s %s in %.2f ms %s",
-        record.request_id,
-        record.method,
-        record.model or "-",
-        record.code,
-        milliseconds,
-        told,
-        extra={FACTS: facts},
-    )
+    listed = " ".join(f"{name}={value}" for name, value in fields.items())
+    requests.info("request %s", listed, extra={FIELDS: fields})
 
 
 def trace_sink(endpoint: str, replica: str) -> tuple[RecordSink, Callable[[], None]]:
-    """Where to put records, and a function that sends what is left and stops.
+    """Return a sink that exports spans to `endpoint`, and a function that flushes and stops it.
 
-    Raises `ConfigError` without the extra `telemetry`.
+    Raises `ConfigError` if the extra `telemetry` is not installed.
     """
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -125,7 +127,7 @@ def trace_sink(endpoint: str, replica: str) -> tuple[RecordSink, Callable[[], No
                 "ladderstitch.request_id": record.request_id,
                 "ladderstitch.model": record.model,
                 "ladderstitch.code": record.code,
-                **{f"ladderstitch.{name}": fact for name, fact in record.facts.items()},
+                **{f"ladderstitch.{name}": value for name, value in record.fields.items()},
             },
         )
         if record.code != "OK":

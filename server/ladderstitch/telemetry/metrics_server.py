@@ -1,4 +1,4 @@
-"""A small HTTP server for pages that Prometheus reads."""
+"""The HTTP server of the pages that Prometheus reads."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 POLL_S = 0.1
-"""How soon it notices that it is to stop."""
+"""Interval at which the server checks whether it has to stop."""
 
 
 def expose(
-    pages: Any, port: int, address: str, *, share_port: bool = False
+    application: Any, port: int, address: str, *, share_port: bool = False
 ) -> tuple[int, Callable[[], None]]:
-    """Serve a WSGI application; the bound port (0 takes a free one) and a function that stops it.
+    """Serve a WSGI application; return the bound port and a function that stops the server.
 
-    With `share_port` a rolling replacement may listen beside its predecessor for a while. Raises
-    `OSError` if the port is taken.
+    Port 0 binds a free port. With `share_port` a rolling replacement may listen on the same port
+    as its predecessor for a while. Raises `OSError` if the port is taken.
     """
-    kind = _SharedServer if share_port else _Server
-    server = make_server(address, port, pages, kind, handler_class=_QuietHandler)
+    server_class = _SharedPortServer if share_port else _ThreadingServer
+    server = make_server(address, port, application, server_class, handler_class=_QuietHandler)
     thread = threading.Thread(
         target=server.serve_forever, args=(POLL_S,), name="metrics", daemon=True
     )
@@ -35,14 +35,14 @@ def expose(
     return server.server_port, close
 
 
-class _Server(ThreadingMixIn, WSGIServer):
+class _ThreadingServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
 
-class _SharedServer(_Server):
+class _SharedPortServer(_ThreadingServer):
     allow_reuse_port = True
 
 
 class _QuietHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
-        """A line a scrape would drown the log."""
+        """Suppress access logs."""

@@ -1,1 +1,1 @@
-"""Language models: bundle, tokenizer, scheduler, ranks, forward pass, communication."""
+"""Language models: bundle, tokenizer, scheduler, ranks, forward pass and communicators."""

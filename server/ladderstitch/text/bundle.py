@@ -1,12 +1,12 @@
-"""A language model on disk, checked when it is loaded.
+"""The bundle of a language model: a folder that is checked completely when it is loaded.
 
-    model.yaml            what it is: sizes, paths through it, end tokens, origin, licence
-    model.safetensors     weights in the Hugging Face layout; or shards with their index
+    model.yaml            the manifest: sizes, paths, end tokens, origin, licence
+    model.safetensors     weights in the Hugging Face layout, or shards with their index
     tokenizer.json        the tokenizer
     quality.json          optional: each path's next-token accuracy and perplexity
-    *.safetensors         optional: what the tensors of a path differ by (a low-rank delta)
+    *.safetensors         optional: the low-rank delta (LoRA) of a path
 
-Nothing is unpickled. What does not fit is refused with the reason.
+No file is unpickled. A bundle that does not fit is rejected with the reason.
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ from ladderstitch.text.tokenizer import TextTokenizer
 
 
 class TextVariant(BaseModel):
-    """One way through the weights that an answer may take: a member of an elastic family."""
+    """A path of a language model: a residual scheme and, optionally, a low-rank delta."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     residual: ResidualScheme
     delta: str | None = Field(
-        None, pattern=r"^[^/]+\.safetensors$", description="file of what its tensors differ by"
+        None,
+        pattern=r"^[^/]+\.safetensors$",
+        description="file with the low-rank (LoRA) additions to some tensors; unset: no additions",
     )
 
 
 class TextManifest(BaseModel):
-    """`model.yaml` of a language model."""
+    """The content of `model.yaml` for a language model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,34 +54,41 @@ class TextManifest(BaseModel):
     config: LlamaConfig
     residual: ResidualScheme = ResidualScheme()
     paths: tuple[TextVariant, ...] = Field(
-        (), description="ways to choose between; none: the only one is `residual`"
+        (), description="paths that an answer may take; empty: only `residual`"
     )
     end_tokens: tuple[int, ...] = Field((), description="tokens that end an answer")
     chat_template: str | None = Field(None, description="Jinja template of a conversation")
-    origin: str = Field(description="where the weights come from, for people")
+    origin: str = Field(description="source of the weights, for readers")
     licence: str
 
     @model_validator(mode="after")
-    def _can_be_served(self) -> TextManifest:
-        if any(path.residual.scheme == "no_communication" for path in self.ways):
-            raise ValueError("residual: no_communication gives wrong answers; benchmarks only")
-        if len({path.residual.scheme == "parallel" for path in self.ways}) > 1:
-            raise ValueError("paths: parallel layers have other tensors than the rest")
-        if len({path.name for path in self.ways}) < len(self.ways):
-            raise ValueError("paths: expected names that differ")
+    def _check_paths_and_tokens(self) -> TextManifest:
+        if any(variant.residual.scheme == "no_communication" for variant in self.variants):
+            raise ValueError(
+                "residual: expected a scheme with correct outputs, got no_communication "
+                "(for benchmarks only)"
+            )
+        if len({variant.residual.scheme == "parallel" for variant in self.variants}) > 1:
+            raise ValueError(
+                "paths: expected all schemes or none to be parallel, got both "
+                "(parallel layers have other tensors)"
+            )
+        names = [variant.name for variant in self.variants]
+        if len(set(names)) < len(names):
+            raise ValueError(f"paths: expected distinct names, got {names}")
         if wrong := [t for t in self.end_tokens if not 0 <= t < self.config.vocab_size]:
-            raise ValueError(f"end_tokens: expected tokens of the vocabulary, got {wrong}")
+            raise ValueError(f"end_tokens: expected 0 to {self.config.vocab_size - 1}, got {wrong}")
         return self
 
     @property
-    def ways(self) -> tuple[TextVariant, ...]:
-        """The paths by id; at least one."""
+    def variants(self) -> tuple[TextVariant, ...]:
+        """The paths in the order of their ids; at least one."""
         return self.paths or (TextVariant(name=self.residual.scheme, residual=self.residual),)
 
 
 @dataclass(frozen=True, slots=True)
 class TextBundle:
-    """A loaded `model.yaml`; weights are read by the ranks, each its own slice."""
+    """A checked bundle; every rank reads its own slices of the weights later."""
 
     path: Path
     manifest: TextManifest
@@ -87,7 +96,10 @@ class TextBundle:
 
     @classmethod
     def load(cls, path: Path) -> TextBundle:
-        """Raises `BundleError` naming the file, the field, what was expected and what came."""
+        """Return the bundle of a folder.
+
+        Raises `BundleError` that names the file, the field, the expected and the actual value.
+        """
         try:
             raw = yaml.safe_load((path / "model.yaml").read_text())
             manifest = TextManifest.model_validate(raw)
@@ -96,28 +108,33 @@ class TextBundle:
         bundle = cls(path, manifest, _read_quality(path / "quality.json", manifest))
         check_weights(bundle.weights(), manifest.config, shared_norm=bundle.shared_norm)
         shapes = expected_shapes(manifest.config, shared_norm=bundle.shared_norm)
-        for way in manifest.ways:
-            if way.delta is not None:
-                check_delta(load_delta(path / way.delta), shapes)
+        for variant in manifest.variants:
+            if variant.delta is not None:
+                check_delta(load_delta(path / variant.delta), shapes)
         return bundle
 
     @property
     def shared_norm(self) -> bool:
-        """Whether attention and MLP of a layer share a norm."""
-        return self.manifest.ways[0].residual.scheme == "parallel"
+        """Whether attention and MLP of a layer share one norm (the parallel scheme)."""
+        return self.manifest.variants[0].residual.scheme == "parallel"
 
     def weights(self) -> SafetensorsFolder:
+        """Return a reader for the weights; raises `BundleError` if a file is missing."""
         return SafetensorsFolder(self.path)
 
     def delta_files(self) -> tuple[Path | None, ...]:
-        """For each path what its tensors differ by; empty if no path has such a file."""
+        """Return the delta file of each path, or an empty tuple if no path has one."""
         files = tuple(
-            self.path.resolve() / way.delta if way.delta else None for way in self.manifest.ways
+            self.path.resolve() / variant.delta if variant.delta else None
+            for variant in self.manifest.variants
         )
         return files if any(files) else ()
 
     def tokenizer(self) -> TextTokenizer:
-        """Raises `BundleError` if `tokenizer.json` is missing or has tokens beyond the model's."""
+        """Return the tokenizer.
+
+        Raises `BundleError` if `tokenizer.json` is missing or has more tokens than the model.
+        """
         tokenizer = TextTokenizer.load(self.path / "tokenizer.json")
         if tokenizer.size > self.manifest.config.vocab_size:
             raise BundleError(
@@ -128,21 +145,24 @@ class TextBundle:
 
 
 def _read_quality(file: Path, manifest: TextManifest) -> QualityTable | None:
-    """Several paths without their qualities could not be chosen between."""
-    if not file.exists() and len(manifest.ways) == 1:
+    """Return the quality of each path; only a bundle with a single path may lack the file.
+
+    The scheduler cannot choose between paths of unknown quality.
+    """
+    if not file.exists() and len(manifest.variants) == 1:
         return None
     try:
         table = QualityTable.model_validate_json(file.read_text())
     except (OSError, ValidationError) as error:
         raise BundleError(f"{file}: {error}") from error
-    expected, got = set(range(len(manifest.ways))), set(table.variants)
+    expected, got = set(range(len(manifest.variants))), set(table.variants)
     if got != expected:
         raise BundleError(f"{file}: expected paths {sorted(expected)}, got {sorted(got)}")
     return table
 
 
 def write_manifest(path: Path, manifest: TextManifest) -> None:
-    """Write `model.yaml`."""
+    """Write `model.yaml` into a folder, which is created if it does not exist."""
     path.mkdir(parents=True, exist_ok=True)
     fields = manifest.model_dump(mode="json", exclude_none=True)
     (path / "model.yaml").write_text(yaml.safe_dump(fields, sort_keys=False, width=100))

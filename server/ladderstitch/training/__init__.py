@@ -1,1 +1,1 @@
-"""Making model families: vision and language models."""
+"""Training and conversion of model families, for images and for text."""

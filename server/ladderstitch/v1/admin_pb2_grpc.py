@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class AdminServiceStub:
-    """For operators: reads and changes a model's scheduling on all its replicas, and takes this replica
-    out of service.
+    """For operators: reads and changes a model's scheduling on all its replicas, loads and unloads
+    models, and takes this replica out of service.
     """
 
     def __init__(self, channel):
@@ -64,12 +64,12 @@ class AdminServiceStub:
 
 
 class AdminServiceServicer:
-    """For operators: reads and changes a model's scheduling on all its replicas, and takes this replica
-    out of service.
+    """For operators: reads and changes a model's scheduling on all its replicas, loads and unloads
+    models, and takes this replica out of service.
     """
 
     def GetScheduling(self, request, context):
-        """Tells the scheduling in force.
+        """Returns the active scheduling settings.
 
         NOT_FOUND MODEL_NOT_FOUND: no such model.
         """
@@ -79,41 +79,42 @@ class AdminServiceServicer:
 
     def UpdateScheduling(self, request, context):
         """Changes the fields that are set, from the next batch on; no request is lost. Of two concurrent
-        changes the later wins, also over the deployment's configuration.
+        changes the later one applies, and it also overrides the deployment's configuration.
 
-        INVALID_ARGUMENT BAD_INPUT with field violations: a value out of range, a variant that the model
-        does not have, both `pinned_variant` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model.
+        INVALID_ARGUMENT INVALID_ARGUMENT with field violations: a value out of range, a variant that
+        the model does not have, both `pinned_variant` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such
+        model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Takes this replica out of service for good: health says NOT_SERVING at once, requests are still
-        accepted for `announce`, then refused with UNAVAILABLE DRAINING; answers when those accepted have
-        ended. The process keeps running until it is told to stop.
+        """Takes this replica out of service permanently. Health reports NOT_SERVING immediately; requests
+        are accepted for `announce` and then rejected with UNAVAILABLE DRAINING. Returns when the
+        accepted requests have ended. The process runs until it is stopped.
 
-        INVALID_ARGUMENT BAD_INPUT: `announce` is negative or over an hour.
+        INVALID_ARGUMENT INVALID_ARGUMENT: `announce` is negative or over an hour.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """Loads a fetched or embedded model on this replica, beside those that it serves; answers when it
-        is warm. A model that is loaded already is read anew: requests move over to the new version, and
-        those in flight end on the old one.
+        """Loads a fetched or embedded model on this replica, in addition to the loaded ones; returns when
+        it is warm. A model that is loaded already is loaded again: new requests use the new version,
+        and those in flight end on the old one.
 
-        INVALID_ARGUMENT BAD_INPUT: no such bundle, or one that cannot be served here. UNAVAILABLE
-        DRAINING: this replica goes out of service.
+        INVALID_ARGUMENT INVALID_ARGUMENT: no such bundle, or one that cannot be served here.
+        UNAVAILABLE DRAINING: this replica is going out of service.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Takes a model away from this replica: new requests get NOT_FOUND, answers when those accepted
-        have ended.
+        """Unloads a model from this replica. New requests get NOT_FOUND; returns when the accepted
+        requests have ended.
 
         NOT_FOUND MODEL_NOT_FOUND: no such model.
         """
@@ -158,8 +159,8 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService:
-    """For operators: reads and changes a model's scheduling on all its replicas, and takes this replica
-    out of service.
+    """For operators: reads and changes a model's scheduling on all its replicas, loads and unloads
+    models, and takes this replica out of service.
     """
 
     @staticmethod

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """Generates text. Failures are statuses with `google.rpc.ErrorInfo` (domain "ladderstitch") in their
-    details; the reason is repeated in the message.
+    """Generates text. Failures are statuses with `google.rpc.ErrorInfo` (domain "ladderstitch") in
+    their details; the reason is repeated in the message.
     """
 
     def __init__(self, channel):
@@ -44,22 +44,25 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """Generates text. Failures are statuses with `google.rpc.ErrorInfo` (domain "ladderstitch") in their
-    details; the reason is repeated in the message.
+    """Generates text. Failures are statuses with `google.rpc.ErrorInfo` (domain "ladderstitch") in
+    their details; the reason is repeated in the message.
     """
 
     def Generate(self, request, context):
-        """Answers one prompt as a stream of pieces, in order; the last one has `finish_reason` set. A rank
-        that is lost meanwhile delays the next piece, it neither repeats nor loses any.
+        """Streams the answer to one prompt, one response per token, in order; the last response has
+        `finish_reason` set. If a rank dies, the next response is delayed; none is repeated or lost.
 
-        INVALID_ARGUMENT BAD_INPUT with field violations: a malformed prompt or parameter, a prompt that
-        does not fit the model's context, an image model.
-        NOT_FOUND MODEL_NOT_FOUND, VARIANT_NOT_FOUND: no such model, version or path.
-        FAILED_PRECONDITION BUDGET_INFEASIBLE (metadata min_feasible_us): a hard limit before the first
-        token, even on an idle server; QUALITY_UNAVAILABLE (max_quality): no path is as good.
-        RESOURCE_EXHAUSTED OVERLOADED: too many wait, or a hard limit would pass meanwhile; retry later.
-        DEADLINE_EXCEEDED EXPIRED_IN_QUEUE, EXPIRED_IN_COMPUTE: a hard limit passed, maybe between pieces.
-        UNAVAILABLE NOT_READY, DRAINING, ENGINE_RESTARTING: try another replica, or again.
+        INVALID_ARGUMENT INVALID_ARGUMENT with field violations: a malformed prompt or parameter, a
+        prompt that does not fit the model's context, an image model.
+        NOT_FOUND MODEL_NOT_FOUND, VARIANT_NOT_FOUND: no such model, version or variant.
+        FAILED_PRECONDITION BUDGET_INFEASIBLE (metadata min_feasible_us): a hard deadline that passes
+        before the first token even on an idle server; QUALITY_UNAVAILABLE (max_quality): no variant
+        has the minimum quality.
+        RESOURCE_EXHAUSTED OVERLOADED: too many requests wait, or a hard deadline would pass while this
+        one waits; retry later.
+        DEADLINE_EXCEEDED EXPIRED_IN_QUEUE, EXPIRED_IN_COMPUTE: a hard deadline passed, possibly after
+        some of the responses.
+        UNAVAILABLE NOT_READY, DRAINING, ENGINE_RESTARTING: retry, possibly on another replica.
         INTERNAL: a fault of the server; its log explains the error id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -83,8 +86,8 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """Generates text. Failures are statuses with `google.rpc.ErrorInfo` (domain "ladderstitch") in their
-    details; the reason is repeated in the message.
+    """Generates text. Failures are statuses with `google.rpc.ErrorInfo` (domain "ladderstitch") in
+    their details; the reason is repeated in the message.
     """
 
     @staticmethod

@@ -26,8 +26,9 @@ if _version_not_supported:
 
 
 class InferenceServiceStub:
-    """Answers requests and tells what a budget buys. Failures are statuses with `google.rpc.ErrorInfo`
-    (domain "ladderstitch") in their details; the reason is repeated in the message.
+    """Answers requests, describes models and checks budgets. Failures are statuses with
+    `google.rpc.ErrorInfo` (domain "ladderstitch") in their details; the reason is repeated in the
+    message.
     """
 
     def __init__(self, channel):
@@ -59,20 +60,22 @@ class InferenceServiceStub:
 
 
 class InferenceServiceServicer:
-    """Answers requests and tells what a budget buys. Failures are statuses with `google.rpc.ErrorInfo`
-    (domain "ladderstitch") in their details; the reason is repeated in the message.
+    """Answers requests, describes models and checks budgets. Failures are statuses with
+    `google.rpc.ErrorInfo` (domain "ladderstitch") in their details; the reason is repeated in the
+    message.
     """
 
     def Infer(self, request, context):
-        """Answers one request with the best variant that its budget allows.
+        """Answers one request with the most accurate variant that its budget allows.
 
-        INVALID_ARGUMENT BAD_INPUT with field violations: a malformed input or parameter.
+        INVALID_ARGUMENT INVALID_ARGUMENT with field violations: a malformed input or parameter.
         NOT_FOUND MODEL_NOT_FOUND, VARIANT_NOT_FOUND: no such model, version or variant.
-        FAILED_PRECONDITION BUDGET_INFEASIBLE: a hard limit that no admissible variant makes even alone;
-        QUALITY_UNAVAILABLE: a `min_quality` that no variant reaches.
-        RESOURCE_EXHAUSTED OVERLOADED with RetryInfo: not now, under the present load.
-        DEADLINE_EXCEEDED EXPIRED_IN_QUEUE, EXPIRED_IN_COMPUTE: accepted, then too late.
-        UNAVAILABLE NOT_READY, DRAINING, ENGINE_RESTARTING: try another replica, or again.
+        FAILED_PRECONDITION BUDGET_INFEASIBLE (metadata min_feasible_us): a hard deadline that no
+        admissible variant meets even alone; QUALITY_UNAVAILABLE (max_quality): no variant has the
+        minimum quality.
+        RESOURCE_EXHAUSTED OVERLOADED with RetryInfo: not feasible under the current load.
+        DEADLINE_EXCEEDED EXPIRED_IN_QUEUE, EXPIRED_IN_COMPUTE: accepted, but the hard deadline passed.
+        UNAVAILABLE NOT_READY, DRAINING, ENGINE_RESTARTING: retry, possibly on another replica.
         INTERNAL: a fault of the server; its log explains the error id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -87,7 +90,7 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """Describes one model with all its variants and its frontier of quality and latency.
+        """Describes one model with all its variants and its frontier of quality over latency.
 
         NOT_FOUND MODEL_NOT_FOUND: no such model or version. UNAVAILABLE NOT_READY: still loading.
         """
@@ -96,11 +99,11 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CheckBudget(self, request, context):
-        """Tells what one image could have within a budget, now and on an idle server.
+        """Returns the best variant for one image within a budget, now and on an idle server.
 
-        INVALID_ARGUMENT BAD_INPUT: a negative budget, a quality outside [0, 1].
+        INVALID_ARGUMENT INVALID_ARGUMENT: a negative budget, a quality outside [0, 1].
         NOT_FOUND MODEL_NOT_FOUND: no such model or version.
-        FAILED_PRECONDITION QUALITY_UNAVAILABLE: no variant reaches `min_quality`.
+        FAILED_PRECONDITION QUALITY_UNAVAILABLE: no variant has the minimum quality.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,8 +141,9 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
-    """Answers requests and tells what a budget buys. Failures are statuses with `google.rpc.ErrorInfo`
-    (domain "ladderstitch") in their details; the reason is repeated in the message.
+    """Answers requests, describes models and checks budgets. Failures are statuses with
+    `google.rpc.ErrorInfo` (domain "ladderstitch") in their details; the reason is repeated in the
+    message.
     """
 
     @staticmethod

@@ -47,8 +47,8 @@ class ReplicaServiceServicer:
     """
 
     def WatchLoad(self, request, context):
-        """Tells the replica's state at once, then whenever it changes and at least every half second, until
-        the caller leaves; at most 200 times a second. Never fails.
+        """Streams the replica's state: immediately, then whenever it changes and at least every 0.5 s, at
+        most 200 times per second. Ends when the caller cancels it. Never fails.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

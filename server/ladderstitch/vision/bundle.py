@@ -1,11 +1,11 @@
-"""A model bundle: the directory that a family is kept in, checked when it is loaded.
+"""Read, check and write the bundle of an image family: a directory with these files.
 
-    model.yaml            what it is: family, labels, preprocessing, origin, licence
+    model.yaml            manifest: family, labels, preprocessing, origin, licence
     weights.safetensors   every anchor and stitching layer, under the published key names
     quality.json          optional: score per stitch (`ladderstitch calibrate`)
     latency.json          optional: seconds per stitch and batch size (`ladderstitch profile`)
 
-Nothing is unpickled. A bundle that does not fit itself is refused with the reason.
+Nothing is unpickled. An inconsistent bundle is rejected with an error that names the reason.
 """
 
 from __future__ import annotations
@@ -28,13 +28,11 @@ from ladderstitch.scheduling.profiles import LatencyProfile, QualityTable
 from ladderstitch.vision.models.families import FamilyConfig
 from ladderstitch.vision.models.stitched import StitchedModel
 
-"""The bundle inside the package: what `serve` loads unless told otherwise."""
-
 Table = TypeVar("Table", QualityTable, LatencyProfile)
 
 
 class Preprocessing(BaseModel):
-    """How a picture becomes a model input: resize, scale to [0, 1], normalise per channel."""
+    """The steps from an image to a model input: resize, scale to [0, 1], normalise per channel."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,22 +46,23 @@ class Preprocessing(BaseModel):
         None,
         gt=0,
         le=1,
-        description="share of the shorter side that a centred square takes; "
-        "unset: the whole picture, stretched",
+        description="side of the centred square that is kept, as a share of the shorter side; "
+        "unset: the whole image is stretched to the model's size",
     )
 
     @model_validator(mode="after")
-    def _one_value_a_channel(self) -> Preprocessing:
+    def _check_channel_values(self) -> Preprocessing:
+        """Raise `ValueError` unless mean and std have one value per channel and std is positive."""
         for field in ("mean", "std"):
-            if len(getattr(self, field)) != self.channels:
-                raise ValueError(f"{field}: expected {self.channels} values, one a channel")
+            if (got := len(getattr(self, field))) != self.channels:
+                raise ValueError(f"{field}: expected {self.channels} values, got {got}")
         if min(self.std) <= 0:
             raise ValueError(f"std: expected positive values, got {self.std}")
         return self
 
 
-class Manifest(BaseModel):
-    """`model.yaml`."""
+class VisionManifest(BaseModel):
+    """The content of `model.yaml`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -74,21 +73,22 @@ class Manifest(BaseModel):
     config: FamilyConfig
     labels: tuple[str, ...]
     preprocessing: Preprocessing
-    origin: str = Field(description="where the weights come from, for people")
+    origin: str = Field(description="where the weights come from, as free text")
     licence: str
-    default_budget_us: int | None = Field(None, gt=0, description="for requests that name none")
+    default_budget_us: int | None = Field(None, gt=0, description="budget of requests without one")
 
     @model_validator(mode="before")
     @classmethod
-    def _family_is_the_configs(cls, fields: Any) -> Any:
-        """One word says what the configuration is of; older files have it outside only."""
+    def _copy_family_into_config(cls, fields: Any) -> Any:
+        """Return the fields with the family name at both levels; older files lack the inner one."""
         if isinstance(fields, dict) and isinstance(config := fields.get("config"), dict):
             family = fields.get("family", config.get("family", "snnet"))
             return fields | {"family": family, "config": {"family": family} | config}
         return fields
 
     @model_validator(mode="after")
-    def _labels_and_pixels_fit_the_model(self) -> Manifest:
+    def _check_model_fits(self) -> VisionManifest:
+        """Raise `ValueError` unless family, labels and input shape agree with the model's."""
         if self.config.family != self.family:
             raise ValueError(f"family: expected {self.config.family}, got {self.family}")
         inputs = self.config.inputs
@@ -102,20 +102,23 @@ class Manifest(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Bundle:
-    """A loaded `model.yaml` and its measurements; weights are read by `load_model`."""
+class VisionBundle:
+    """The manifest and the measurements of a bundle; `load_model` reads the weights."""
 
     path: Path
-    manifest: Manifest
+    manifest: VisionManifest
     quality: QualityTable | None
     latency: LatencyProfile | None
 
     @classmethod
-    def load(cls, path: Path) -> Bundle:
-        """Raises `BundleError` naming the file, the field, what was expected and what came."""
+    def load(cls, path: Path) -> VisionBundle:
+        """Return the bundle in the folder `path`.
+
+        Raises `BundleError` with the file, the field, the expected and the actual value.
+        """
         try:
             raw = yaml.safe_load((path / "model.yaml").read_text())
-            manifest = Manifest.model_validate(raw)
+            manifest = VisionManifest.model_validate(raw)
         except (OSError, yaml.YAMLError, ValidationError) as error:
             raise BundleError(f"{path / 'model.yaml'}: {error}") from error
         quality = _read_table(path / "quality.json", QualityTable)
@@ -127,8 +130,10 @@ class Bundle:
         return cls(path, manifest, quality, latency)
 
     def load_model(self, dtype: torch.dtype = torch.float32) -> StitchedModel:
-        """The model in `dtype` on the CPU, in eval mode, without gradients; batch normalisation is
-        folded into the layers before it.
+        """Return the model on the CPU in `dtype`, in eval mode and without gradients.
+
+        Batch normalisation is folded into the layers before it. Raises `BundleError` if the weights
+        cannot be read, or if a tensor is missing, unknown or has another shape.
         """
         weights = self.path / "weights.safetensors"
         try:
@@ -145,23 +150,24 @@ class Bundle:
 
     @property
     def weight_bytes(self) -> int:
+        """Size of the weights file in bytes."""
         return (self.path / "weights.safetensors").stat().st_size
 
 
-def write_bundle(path: Path, manifest: Manifest, model: StitchedModel) -> None:
-    """Write `model.yaml` and half-precision weights; measurements of older weights are removed.
+def write_bundle(path: Path, manifest: VisionManifest, model: StitchedModel) -> None:
+    """Write `model.yaml` and half-precision weights, and remove measurements of older weights.
 
-    Batch normalisation stays as it is: variances may leave the range of half precision.
+    Batch normalisation keeps its precision: variances may leave the range of half precision.
     """
     path.mkdir(parents=True, exist_ok=True)
-    kept = {
+    kept_precise = {
         f"{name}.{key}"
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm)
         for key in module.state_dict()
     }
     tensors = {
-        name: (tensor if name in kept else tensor.half()).contiguous()
+        name: (tensor if name in kept_precise else tensor.half()).contiguous()
         for name, tensor in model.state_dict().items()
     }
     save_file(tensors, path / "weights.safetensors")
@@ -172,15 +178,16 @@ def write_bundle(path: Path, manifest: Manifest, model: StitchedModel) -> None:
 
 
 def write_table(path: Path, table: QualityTable | LatencyProfile) -> None:
-    """Write `quality.json` or `latency.json` so that a diff shows one stitch a line."""
+    """Write `quality.json` or `latency.json` with one line per stitch, so that diffs are short."""
     fields = table.model_dump(mode="json")
     variants = fields.pop("variants")
     head = json.dumps(fields, indent=1)[:-2]
-    rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in variants.items())
-    path.write_text(f'{head},\n "variants": {{\n{rows}\n }}\n}}\n')
+    lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in variants.items())
+    path.write_text(f'{head},\n "variants": {{\n{lines}\n }}\n}}\n')
 
 
 def _read_table(path: Path, kind: type[Table]) -> Table | None:
+    """Return the table in the file, or None if the file does not exist."""
     if not path.exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Quality against latency or arithmetic of a measured bundle, as rows and as a picture."""
+"""Quality over latency or arithmetic of a measured bundle, as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import torch
 
 from ladderstitch.errors import BundleError
 from ladderstitch.scheduling.profiles import LatencyProfile, Quality, QualityTable, frontier
-from ladderstitch.vision.bundle import Bundle
+from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.models.cost import stitch_cost
 
-Over = Literal["latency", "macs"]
+CostMetric = Literal["latency", "macs"]
 
 
 @dataclass(frozen=True, slots=True)
 class FrontierRow:
+    """One stitch with its quality, cost and latency at batch size 1, in seconds."""
+
     stitch: int
     name: str
     is_anchor: bool
@@ -28,45 +30,48 @@ class FrontierRow:
     parameters: int
     on_frontier: bool
 
-    def price(self, over: Over) -> float:
-        """Milliseconds at batch 1, or millions of multiply-accumulates."""
-        return 1e3 * self.median_s if over == "latency" else self.macs / 1e6
+    def cost(self, metric: CostMetric) -> float:
+        """Return milliseconds at batch size 1, or millions of multiply-accumulates."""
+        return 1e3 * self.median_s if metric == "latency" else self.macs / 1e6
 
 
-def rows(bundle: Bundle, over: Over = "latency") -> list[FrontierRow]:
-    """Every measured stitch, cheapest first, on the frontier of quality over latency or MACs.
+def frontier_rows(bundle: VisionBundle, metric: CostMetric = "latency") -> list[FrontierRow]:
+    """Return every measured stitch, cheapest first, with the frontier of quality over the metric.
 
-    Raises `BundleError` if a measurement is missing.
+    Raises `BundleError` if the bundle lacks a measurement.
     """
-    quality, latency = measured(bundle)
+    quality, latency = load_measurements(bundle)
     config = bundle.manifest.config
     with torch.device("meta"):
         model = config.build()
     costs = {s.id: stitch_cost(model, s, config.inputs.image_size) for s in model.stitches}
     values = {stitch: quality.value(stitch) for stitch in quality.variants}
-    alone = {stitch: latency.alone_s(stitch) for stitch in latency.variants}
-    price = alone if over == "latency" else {s: float(costs[s].macs) for s in alone}
-    best = {point.variant for point in frontier(values, price)}
-    listed = [
+    alone_s = {stitch: latency.alone_s(stitch) for stitch in latency.variants}
+    cost = alone_s if metric == "latency" else {s: float(costs[s].macs) for s in alone_s}
+    best = {point.variant for point in frontier(values, cost)}
+    rows = [
         FrontierRow(
             stitch=stitch.id,
             name=stitch.name,
             is_anchor=stitch.is_anchor,
             quality=quality.variants[stitch.id],
-            median_s=alone[stitch.id],
+            median_s=alone_s[stitch.id],
             p99_s=latency.variants[stitch.id].p99_s[0],
             macs=costs[stitch.id].macs,
             parameters=costs[stitch.id].parameters,
             on_frontier=stitch.id in best,
         )
         for stitch in config.stitches()
-        if stitch.id in values and stitch.id in alone
+        if stitch.id in values and stitch.id in alone_s
     ]
-    return sorted(listed, key=lambda row: row.price(over))
+    return sorted(rows, key=lambda row: row.cost(metric))
 
 
-def measured(bundle: Bundle) -> tuple[QualityTable, LatencyProfile]:
-    """Both tables of a bundle; raises `BundleError` that names the command which makes one."""
+def load_measurements(bundle: VisionBundle) -> tuple[QualityTable, LatencyProfile]:
+    """Return the quality and latency tables of a bundle.
+
+    Raises `BundleError` that names the command which makes a missing table.
+    """
     if bundle.quality is None:
         raise BundleError(f"{bundle.path}: no quality.json; run `ladderstitch calibrate` first")
     if bundle.latency is None:
@@ -74,39 +79,41 @@ def measured(bundle: Bundle) -> tuple[QualityTable, LatencyProfile]:
     return bundle.quality, bundle.latency
 
 
-def plot_frontier(bundle: Bundle, path: Path, over: Over = "latency") -> None:
+def plot_frontier(bundle: VisionBundle, path: Path, metric: CostMetric = "latency") -> None:
     """Draw all stitches, the anchors and the frontier into a PNG file."""
-    from matplotlib.figure import Figure  # a second of import that only this command needs
+    from matplotlib.figure import Figure  # takes a second to import; only this command needs it
 
-    quality, latency = measured(bundle)
-    listed = rows(bundle, over)
+    quality, latency = load_measurements(bundle)
+    rows = frontier_rows(bundle, metric)
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    best = [row for row in listed if row.on_frontier]
-    axes.step(*_points(best, over), where="post", color="tab:blue", linewidth=1, label="frontier")
+    best = [row for row in rows if row.on_frontier]
+    axes.step(*_points(best, metric), where="post", color="tab:blue", linewidth=1, label="frontier")
     for group, style, label in (
-        ([r for r in listed if not r.is_anchor and not r.on_frontier], "0.7", "dominated stitch"),
+        ([r for r in rows if not r.is_anchor and not r.on_frontier], "0.7", "dominated stitch"),
         ([r for r in best if not r.is_anchor], "tab:blue", "stitch on the frontier"),
-        ([r for r in listed if r.is_anchor], "tab:red", "anchor"),
+        ([r for r in rows if r.is_anchor], "tab:red", "anchor"),
     ):
-        x, y = _points(group, over)
-        spread = [
+        x, y = _points(group, metric)
+        interval = [
             [100 * (r.quality.value - r.quality.low) for r in group],
             [100 * (r.quality.high - r.quality.value) for r in group],
         ]
-        axes.errorbar(x, y, yerr=spread, fmt="o", ms=4, lw=0.6, color=style, label=label)
-    device = f"median; {latency.device}, {latency.threads} thread"
+        axes.errorbar(x, y, yerr=interval, fmt="o", ms=4, lw=0.6, color=style, label=label)
+    threads = "1 thread" if latency.threads == 1 else f"{latency.threads} threads"
+    device = f"{latency.device}, {threads}"
     axes.set_xlabel(
-        f"latency at batch 1, ms ({device})"
-        if over == "latency"
-        else "millions of multiply-accumulates for one image"
+        f"median latency at batch size 1, ms ({device})"
+        if metric == "latency"
+        else "multiply-accumulates per image, millions"
     )
     axes.set_ylabel(f"{quality.metric}, % ({quality.data}, n = {quality.n:,})")
-    axes.set_title(f"{bundle.manifest.name}: {len(listed)} networks in one set of weights")
+    axes.set_title(f"{bundle.manifest.name}: {len(rows)} networks in one set of weights")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path)
 
 
-def _points(listed: list[FrontierRow], over: Over) -> tuple[list[float], list[float]]:
-    return [row.price(over) for row in listed], [100 * row.quality.value for row in listed]
+def _points(rows: list[FrontierRow], metric: CostMetric) -> tuple[list[float], list[float]]:
+    """Return the costs and the qualities in percent."""
+    return [row.cost(metric) for row in rows], [100 * row.quality.value for row in rows]

@@ -1,7 +1,8 @@
-"""Changing the scheduling of a running server, and what its neighbours see: health, metrics."""
+"""`ladderstitch.v1.AdminService` on a running server, and its health, reflection and metrics."""
 
 from __future__ import annotations
 
+import asyncio
 import urllib.request
 from collections.abc import Iterator
 
@@ -10,18 +11,21 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner
 
+from ladderstitch.cli import app
 from ladderstitch.client import AsyncClient, Client, RequestFailed
+from ladderstitch.v1 import admin_pb2
 from tests.support.servers import RunningServer, pixels
 
 
 @pytest.fixture(autouse=True)
-def _put_back(client: Client) -> Iterator[None]:
+def _restore_scheduling(client: Client) -> Iterator[None]:
     yield
     client.update_scheduling(policy="POLICY_NAME_ADAPTIVE", unpin=True, min_quality=0.0)
 
 
-def test_policy_pin_and_floor_change_at_once(client: Client) -> None:
+def test_update_scheduling_applies_to_the_next_request(client: Client) -> None:
     start = client.get_scheduling().revision
     client.update_scheduling(policy="POLICY_NAME_FIXED", fixed_variant=4)
     assert client.predict(pixels()).variant == 4
@@ -51,32 +55,43 @@ def test_policy_pin_and_floor_change_at_once(client: Client) -> None:
         ({"slackfit_buckets": 0}, "slackfit_buckets"),
     ],
 )
-def test_a_change_that_makes_no_sense_is_refused(
+def test_update_scheduling_invalid_change_is_rejected(
     client: Client, changes: dict[str, object], field: str
 ) -> None:
     before = client.get_scheduling()
-    with pytest.raises(RequestFailed) as refused:
+    with pytest.raises(RequestFailed) as failed:
         client.update_scheduling(**changes)
-    assert refused.value.code == grpc.StatusCode.INVALID_ARGUMENT
-    assert list(refused.value.violations) == [field]
+    assert failed.value.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert list(failed.value.violations) == [field]
     assert client.get_scheduling() == before
 
 
-async def test_changes_under_load_lose_nothing(server: RunningServer) -> None:
-    import asyncio
+def test_schedule_fixed_variant_alone_sets_the_fixed_policy(
+    server: RunningServer, client: Client
+) -> None:
+    command = ["schedule", "--fixed-variant", "4", "--address", server.address]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    scheduling = client.get_scheduling()
+    assert scheduling.policy == admin_pb2.POLICY_NAME_FIXED
+    assert scheduling.fixed_variant == 4
+    assert client.predict(pixels()).variant == 4
+    done = CliRunner().invoke(app, [*command, "--policy", "max_batch"])
+    assert done.exit_code == 1
+    assert client.get_scheduling() == scheduling
 
+
+async def test_update_scheduling_under_load_loses_no_request(server: RunningServer) -> None:
     async with AsyncClient(server.address) as client:
-
-        async def ask(n: int) -> int:
-            return (await client.predict(pixels(seed=n), budget_s=0.5)).variant
-
-        asking = [asyncio.create_task(ask(n)) for n in range(200)]
+        calls = [
+            asyncio.create_task(client.predict(pixels(seed=n), budget_s=0.5)) for n in range(200)
+        ]
         for pinned in (1, 8, 2, 16):
             await client.update_scheduling(pinned_variant=pinned)
-        assert len(await asyncio.gather(*asking)) == 200
+        assert len(await asyncio.gather(*calls)) == 200
 
 
-def test_health_is_told_overall_by_service_and_by_model(server: RunningServer) -> None:
+def test_health_is_reported_for_server_services_and_models(server: RunningServer) -> None:
     with grpc.insecure_channel(server.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for name in (
@@ -88,14 +103,14 @@ def test_health_is_told_overall_by_service_and_by_model(server: RunningServer) -
             reply = health.Check(health_pb2.HealthCheckRequest(service=name))
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(grpc.RpcError) as unknown:
-            health.Check(health_pb2.HealthCheckRequest(service="nobody"))
+            health.Check(health_pb2.HealthCheckRequest(service="no-such-service"))
         assert unknown.value.code() == grpc.StatusCode.NOT_FOUND
 
 
-def test_reflection_lists_the_services(server: RunningServer) -> None:
+def test_reflection_lists_all_services(server: RunningServer) -> None:
     with grpc.insecure_channel(server.address) as channel:
-        ask = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
-        (reply,) = ask(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+        reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+        (reply,) = reflect(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
     names = {service.name for service in reply.list_services_response.service}
     assert names >= {
         "ladderstitch.v1.InferenceService",
@@ -106,6 +121,7 @@ def test_reflection_lists_the_services(server: RunningServer) -> None:
 
 
 def scrape(server: RunningServer) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Return the samples of the metrics page by name and labels."""
     with urllib.request.urlopen(server.metrics) as page:
         families = list(text_string_to_metric_families(page.read().decode()))
     return {
@@ -115,15 +131,15 @@ def scrape(server: RunningServer) -> dict[tuple[str, frozenset[tuple[str, str]]]
     }
 
 
-def test_metrics_count_what_happened(server: RunningServer, client: Client) -> None:
+def test_metrics_count_requests_budgets_and_batches(server: RunningServer, client: Client) -> None:
     before = scrape(server)
     client.update_scheduling(pinned_variant=3)
     client.predict(pixels(), budget_s=9.0)
     client.predict(pixels(), budget_s=1e-6)
     client.predict(pixels(2), variant=5)
-    for wishes in ({"variant": 99}, {"budget_s": -1.0}):
+    for options in ({"variant": 99}, {"budget_s": -1.0}):
         with pytest.raises(RequestFailed):
-            client.predict(pixels(), **wishes)
+            client.predict(pixels(), **options)
     after = scrape(server)
 
     def grown(name: str, **labels: str) -> float:
@@ -150,7 +166,7 @@ def test_metrics_count_what_happened(server: RunningServer, client: Client) -> N
     assert after["ladderstitch_queue_requests", frozenset({("model", "tiny")})] == 0
 
 
-def test_metrics_are_well_formed(server: RunningServer) -> None:
+def test_metrics_have_known_names_and_labels(server: RunningServer) -> None:
     for name, labels in scrape(server):
         assert name.startswith("ladderstitch_")
         assert dict(labels).keys() <= {
@@ -158,7 +174,7 @@ def test_metrics_are_well_formed(server: RunningServer) -> None:
             "variant",
             "code",
             "met",
-            "kept",
+            "within_plan",
             "end",
             "reason",
             "le",

@@ -13,27 +13,27 @@ from PIL import Image
 
 from ladderstitch.client import AsyncClient, Client, RequestFailed
 from ladderstitch.v1 import inference_pb2, inference_pb2_grpc
-from ladderstitch.vision.bundle import Bundle
+from ladderstitch.vision.bundle import VisionBundle
 from tests.conftest import make_tiny_bundle
 from tests.support.servers import RunningServer, picture, pixels
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The same weights as the server's, to compute expected answers from."""
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> VisionBundle:
+    """Return a bundle with the weights of the server, to compute expected answers with."""
     return make_tiny_bundle(tmp_path_factory.mktemp("same") / "tiny")
 
 
-def expected_logits(bundle: Bundle, images: np.ndarray, variant: int) -> np.ndarray:
-    """By the module forward pass, which the golden vectors vouch for."""
+def expected_logits(bundle: VisionBundle, images: np.ndarray, variant: int) -> np.ndarray:
+    """Return the logits of the module's forward pass, which the golden vectors verify."""
     with torch.inference_mode():
         inputs = torch.from_numpy((images.astype(np.float32) / 255 - 0.5) / 0.25)
         return bundle.load_model()(inputs, variant).numpy()
 
 
 @pytest.mark.parametrize("variant", [0, 2, 7, 16])
-def test_a_pinned_stitch_answers_with_its_logits(
-    client: Client, bundle: Bundle, variant: int
+def test_predict_pinned_variant_returns_its_logits(
+    client: Client, bundle: VisionBundle, variant: int
 ) -> None:
     images = pixels(3)
     answer = client.predict(images, variant=variant)
@@ -46,7 +46,7 @@ def test_a_pinned_stitch_answers_with_its_logits(
     assert [c[0][1] for c in answer.all] == pytest.approx(shares.max(1).tolist(), abs=1e-6)
 
 
-def test_tensors_and_files_of_the_same_picture_agree(client: Client) -> None:
+def test_predict_file_and_tensors_of_one_image_agree(client: Client) -> None:
     file = picture((8, 8))
     as_pixels = np.asarray(Image.open(io.BytesIO(file)))[None, None]
     as_floats = ((as_pixels / 255 - 0.5) / 0.25).astype(np.float32)
@@ -66,13 +66,13 @@ def test_tensors_and_files_of_the_same_picture_agree(client: Client) -> None:
         ((8, 8), "PNG", "I;16"),
     ],
 )
-def test_pictures_of_any_size_and_mode_are_taken(
+def test_predict_accepts_images_of_any_size_and_mode(
     client: Client, size: tuple[int, int], kind: str, mode: str
 ) -> None:
     assert np.isfinite(client.predict(picture(size, kind, mode)).logits).all()
 
 
-def test_an_answer_says_what_it_cost(client: Client) -> None:
+def test_predict_returns_the_cost_of_the_answer(client: Client) -> None:
     answer = client.predict(pixels(2), budget_s=10.0)
     assert answer.budget_s == pytest.approx(10.0)
     assert answer.budget_met is True
@@ -80,15 +80,15 @@ def test_an_answer_says_what_it_cost(client: Client) -> None:
     assert answer.batch_size == 2
     assert 0 <= answer.queue_s < answer.total_s
     assert 0 < answer.compute_s < answer.total_s
-    assert answer.quality == 0.66  # the best: ten seconds are plenty
+    assert answer.quality == 0.66  # the best variant fits ten seconds
 
 
-def test_the_smallest_deadline_is_planned_for_and_named(server: RunningServer) -> None:
+def test_predict_plans_for_the_earliest_deadline(server: RunningServer) -> None:
     source = inference_pb2.BudgetSource
     with grpc.insecure_channel(server.address) as channel:
         infer = inference_pb2_grpc.InferenceServiceStub(channel).Infer
 
-        def ask(
+        def predict(
             budget_us: int | None, metadata: str | None, timeout: float
         ) -> inference_pb2.Accounting:
             request = inference_pb2.InferRequest(
@@ -99,18 +99,18 @@ def test_the_smallest_deadline_is_planned_for_and_named(server: RunningServer) -
             assert response.request_id == "mine"
             return response.accounting
 
-        for budget_us, metadata, timeout, wanted_s, wanted in (
+        for budget_us, metadata, timeout, expected_s, expected in (
             (None, None, 20, 20, source.BUDGET_SOURCE_GRPC_DEADLINE),
             (3_000_000, None, 20, 3, source.BUDGET_SOURCE_FIELD),
             (3_000_000, "2500.5", 20, 2.5005, source.BUDGET_SOURCE_METADATA),
             (9_000_000, "9000", 5, 5, source.BUDGET_SOURCE_GRPC_DEADLINE),
         ):
-            cost = ask(budget_us, metadata, timeout)
-            assert cost.budget_source == wanted
-            assert cost.budget_us / 1e6 == pytest.approx(wanted_s, abs=0.5)
+            cost = predict(budget_us, metadata, timeout)
+            assert cost.budget_source == expected
+            assert cost.budget_us / 1e6 == pytest.approx(expected_s, abs=0.5)
 
 
-def test_time_that_a_gateway_held_a_call_counts(server: RunningServer) -> None:
+def test_predict_counts_the_time_a_gateway_held_the_call(server: RunningServer) -> None:
     with grpc.insecure_channel(server.address) as channel:
         infer = inference_pb2_grpc.InferenceServiceStub(channel).Infer
         request = inference_pb2.InferRequest(
@@ -125,30 +125,30 @@ def test_time_that_a_gateway_held_a_call_counts(server: RunningServer) -> None:
             infer(request, timeout=20, metadata=(("x-ladderstitch-held-us", "-1"),))
 
 
-def test_a_soft_budget_is_answered_late_and_says_so(client: Client) -> None:
+def test_predict_soft_budget_missed_returns_a_late_answer(client: Client) -> None:
     answer = client.predict(pixels(), budget_s=1e-6)
     assert answer.budget_met is False
 
 
-def test_a_hard_budget_below_the_fastest_is_refused_with_the_smallest(client: Client) -> None:
-    with pytest.raises(RequestFailed) as refused:
+def test_predict_infeasible_hard_budget_names_the_smallest(client: Client) -> None:
+    with pytest.raises(RequestFailed) as failed:
         client.predict(pixels(), budget_s=1e-5, hard=True)
-    assert refused.value.code == grpc.StatusCode.FAILED_PRECONDITION
-    assert refused.value.reason == "BUDGET_INFEASIBLE"
-    assert refused.value.message.startswith("BUDGET_INFEASIBLE: ")
-    smallest_s = int(refused.value.metadata["min_feasible_us"]) / 1e6
+    assert failed.value.code == grpc.StatusCode.FAILED_PRECONDITION
+    assert failed.value.reason == "BUDGET_INFEASIBLE"
+    assert failed.value.message.startswith("BUDGET_INFEASIBLE: ")
+    smallest_s = int(failed.value.metadata["min_feasible_us"]) / 1e6
     assert client.check_budget(smallest_s * 1.5).HasField("idle")
 
 
-def test_quality_floors(client: Client) -> None:
+def test_predict_minimum_quality_selects_or_rejects(client: Client) -> None:
     assert client.predict(pixels(), min_quality=0.655, budget_s=1e-6).quality == 0.66
-    with pytest.raises(RequestFailed) as refused:
+    with pytest.raises(RequestFailed) as failed:
         client.predict(pixels(), min_quality=0.9)
-    assert refused.value.reason == "QUALITY_UNAVAILABLE"
-    assert float(refused.value.metadata["max_quality"]) == pytest.approx(0.66)
+    assert failed.value.reason == "QUALITY_UNAVAILABLE"
+    assert float(failed.value.metadata["max_quality"]) == pytest.approx(0.66)
 
 
-def test_models_describe_themselves(client: Client, bundle: Bundle) -> None:
+def test_get_model_describes_variants_and_frontier(client: Client, bundle: VisionBundle) -> None:
     (summary,) = client.list_models().models
     assert (summary.name, summary.version, summary.ready, summary.variants) == (
         "tiny",
@@ -166,7 +166,7 @@ def test_models_describe_themselves(client: Client, bundle: Bundle) -> None:
     assert all(s.planned_latency_us >= s.latency_us > 0 for s in model.variants)
 
 
-def test_check_budget_offers_better_for_more(client: Client) -> None:
+def test_check_budget_larger_budget_offers_better_quality(client: Client) -> None:
     smallest = client.check_budget()
     assert 0 < smallest.smallest_budget_idle_us <= smallest.smallest_budget_now_us
     assert not client.check_budget(1e-6).HasField("now")
@@ -177,8 +177,8 @@ def test_check_budget_offers_better_for_more(client: Client) -> None:
     assert good.smallest_budget_idle_us >= smallest.smallest_budget_idle_us
 
 
-async def test_many_callers_at_once_get_their_own_answers(
-    server: RunningServer, bundle: Bundle
+async def test_predict_concurrent_callers_get_their_own_answers(
+    server: RunningServer, bundle: VisionBundle
 ) -> None:
     images = [pixels(1 + i % 3, seed=i) for i in range(60)]
     async with AsyncClient(server.address) as client:
@@ -192,7 +192,7 @@ async def test_many_callers_at_once_get_their_own_answers(
     assert check.idle.quality == pytest.approx(0.66)
 
 
-async def test_a_client_deadline_ends_the_call(server: RunningServer) -> None:
+async def test_predict_client_deadline_ends_the_call(server: RunningServer) -> None:
     async with AsyncClient(server.address) as client:
         with pytest.raises(RequestFailed) as late:
             await client.predict(pixels(), timeout_s=1e-4)
@@ -202,13 +202,13 @@ async def test_a_client_deadline_ends_the_call(server: RunningServer) -> None:
     )
 
 
-def test_an_array_of_another_type_is_refused_by_the_client(client: Client) -> None:
+def test_predict_array_of_another_type_raises_type_error(client: Client) -> None:
     with pytest.raises(TypeError, match="expected uint8 or float32, got float64"):
-        client.predict(np.zeros((1, 1, 8, 8)))  # type: ignore[arg-type] # that is the point
+        client.predict(np.zeros((1, 1, 8, 8)))  # type: ignore[arg-type] # the error under test
 
 
-def test_no_server_is_said_plainly() -> None:
-    with Client("127.0.0.1:9", retries=None) as client, pytest.raises(RequestFailed) as failed:
-        client.predict(pixels(), timeout_s=5)
+def test_predict_without_a_server_fails_as_unavailable() -> None:
+    with Client("127.0.0.1:9", retry_policy=None) as client, pytest.raises(RequestFailed) as failed:
+        client.predict(pixels(), timeout_s=300)
     assert failed.value.code == grpc.StatusCode.UNAVAILABLE
     assert failed.value.reason == ""

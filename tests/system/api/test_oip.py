@@ -1,4 +1,4 @@
-"""The Open Inference Protocol: an existing client unmodified, and the corners it cannot reach."""
+"""The Open Inference Protocol: an existing client, unmodified, and requests that it cannot send."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def test_tritonclient_works_unmodified(server: RunningServer) -> None:
 
 
 def infer_request(datatype: str = "UINT8", raw: bytes | None = None) -> pb.ModelInferRequest:
+    """Return a request for variant 4 with one raw input."""
     request = pb.ModelInferRequest(model_name="tiny")
     request.inputs.add(name="images", datatype=datatype, shape=[1, 1, 8, 8])
     request.raw_input_contents.append(pixels().tobytes() if raw is None else raw)
@@ -69,23 +70,24 @@ def infer_request(datatype: str = "UINT8", raw: bytes | None = None) -> pb.Model
 
 
 def logits(response: pb.ModelInferResponse) -> np.ndarray:
+    """Return the values of the first output."""
     return np.frombuffer(response.raw_output_contents[0], "<f4")
 
 
-def test_typed_and_raw_contents_agree(oip: Stub) -> None:
-    wanted = logits(oip.ModelInfer(infer_request()))
+def test_infer_typed_and_raw_contents_agree(oip: Stub) -> None:
+    expected = logits(oip.ModelInfer(infer_request()))
     typed = infer_request()
     del typed.raw_input_contents[:]
     typed.inputs[0].contents.uint_contents.extend(pixels().ravel().tolist())
-    np.testing.assert_array_equal(logits(oip.ModelInfer(typed)), wanted)
+    np.testing.assert_array_equal(logits(oip.ModelInfer(typed)), expected)
     floats = infer_request("FP32")
     del floats.raw_input_contents[:]
     normal = ((pixels() / 255 - 0.5) / 0.25).astype(np.float32)
     floats.inputs[0].contents.fp32_contents.extend(normal.ravel().tolist())
-    np.testing.assert_allclose(logits(oip.ModelInfer(floats)), wanted, atol=1e-5)
+    np.testing.assert_allclose(logits(oip.ModelInfer(floats)), expected, atol=1e-5)
 
 
-def test_files_as_bytes_raw_and_typed_agree(oip: Stub) -> None:
+def test_infer_files_as_raw_and_typed_bytes_agree(oip: Stub) -> None:
     files = [picture((8, 8)), picture((20, 10), "JPEG")]
     raw = infer_request("BYTES", b"".join(len(file).to_bytes(4, "little") + file for file in files))
     raw.inputs[0].shape[:] = [2]
@@ -96,7 +98,7 @@ def test_files_as_bytes_raw_and_typed_agree(oip: Stub) -> None:
     np.testing.assert_array_equal(logits(oip.ModelInfer(raw)), logits(oip.ModelInfer(typed)))
 
 
-def test_triton_parameters_are_ignored_and_text_numbers_understood(oip: Stub) -> None:
+def test_infer_accepts_triton_parameters_and_text_numbers(oip: Stub) -> None:
     request = infer_request()
     del request.parameters["variant_id"]
     request.parameters["triton_enable_empty_final_response"].bool_param = True
@@ -105,7 +107,7 @@ def test_triton_parameters_are_ignored_and_text_numbers_understood(oip: Stub) ->
     assert answer.parameters["ladderstitch_quality"].double_param == 0.66
 
 
-def test_an_unknown_model_is_not_found_everywhere(oip: Stub) -> None:
+def test_unknown_model_is_not_found_by_every_call(oip: Stub) -> None:
     for call in (
         lambda: oip.ModelReady(pb.ModelReadyRequest(name="no")),
         lambda: oip.ModelMetadata(pb.ModelMetadataRequest(name="no")),

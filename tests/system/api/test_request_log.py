@@ -1,4 +1,4 @@
-"""What the log and the traces tell of requests, and what they never tell."""
+"""The request log and the traces: their fields, and that they hold no payload."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ladderstitch.oip import grpc_service_pb2 as oip
 from ladderstitch.oip import grpc_service_pb2_grpc
 from ladderstitch.replica.replica import Replica
 from ladderstitch.telemetry.logs import JsonFormatter
-from ladderstitch.vision.bundle import Bundle
+from ladderstitch.vision.bundle import VisionBundle
 from tests.support.language_models import write_tiny
 from tests.support.servers import pixels
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):  # type: ignore[misc] # untyped
-    """Takes spans as an OpenTelemetry collector does."""
+    """An OpenTelemetry collector that keeps the spans it receives."""
 
     def __init__(self) -> None:
         self.spans: list[Any] = []
@@ -41,7 +41,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):  # type: ignore[mi
 
 
 def attributes(span: Any) -> dict[str, Any]:
-    """By name, without the prefix."""
+    """Return the attributes of a span by name, without the prefix."""
     return {
         pair.key.removeprefix("ladderstitch."): getattr(pair.value, pair.value.WhichOneof("value"))
         for pair in span.attributes
@@ -50,7 +50,7 @@ def attributes(span: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Any:
-    """What the JSON log holds so far."""
+    """Return a function that returns the lines of the JSON log so far."""
     caplog.set_level(logging.INFO, "ladderstitch.requests")
     formatter = JsonFormatter()
     return lambda: [
@@ -61,7 +61,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> Any:
 
 
 @pytest.fixture
-async def replica(tiny_bundle: Bundle) -> AsyncIterator[Replica]:
+async def replica(tiny_bundle: VisionBundle) -> AsyncIterator[Replica]:
     config = ServerConfig(bundle=tiny_bundle.path, port=0, metrics_port=0, log_requests=True)
     replica = Replica(config)
     await replica.start()
@@ -69,7 +69,7 @@ async def replica(tiny_bundle: Bundle) -> AsyncIterator[Replica]:
     await replica.stop()
 
 
-async def test_the_log_has_a_line_a_request(replica: Replica, lines: Any) -> None:
+async def test_request_log_has_one_line_per_request(replica: Replica, lines: Any) -> None:
     async with AsyncClient(f"127.0.0.1:{replica.port}") as client:
         request = infer_request(pixels(), budget_s=5.0)
         request.request_id = "mine-1"
@@ -95,7 +95,9 @@ async def test_the_log_has_a_line_a_request(replica: Replica, lines: Any) -> Non
     assert "secret" not in json.dumps(lines())
 
 
-async def test_an_id_that_headers_cannot_hold_is_no_trouble(replica: Replica, lines: Any) -> None:
+async def test_request_log_cleans_ids_that_headers_cannot_hold(
+    replica: Replica, lines: Any
+) -> None:
     async with AsyncClient(f"127.0.0.1:{replica.port}") as client:
         request = infer_request(pixels())
         request.request_id = "naïve\r\nid"
@@ -103,27 +105,27 @@ async def test_an_id_that_headers_cannot_hold_is_no_trouble(replica: Replica, li
     assert lines()[0]["request_id"] == "naveid"
 
 
-async def test_streams_are_told_of_once_they_end(tmp_path: Path, lines: Any) -> None:
+async def test_request_log_reports_streams_when_they_end(tmp_path: Path, lines: Any) -> None:
     config = ServerConfig(
         bundle=write_tiny(tmp_path / "tiny"), port=0, metrics_port=0, log_requests=True
     )
     replica = Replica(config)
     await replica.start()
     async with AsyncClient(f"127.0.0.1:{replica.port}") as client:
-        pieces = [piece async for piece in client.generate("my secret prompt", max_tokens=4)]
+        chunks = [chunk async for chunk in client.generate("my secret prompt", max_tokens=4)]
         stream = client.generate("my secret prompt", max_tokens=100)
         await anext(stream)
         await stream.aclose()
     await replica.stop()
     first, second = lines()
     assert (first["method"], first["code"]) == ("Generate", "OK")
-    assert first["generated_tokens"] == len(pieces)
+    assert first["generated_tokens"] == len(chunks)
     assert second["code"] == "CANCELLED"
     assert "secret" not in json.dumps(lines())
 
 
-async def test_a_trace_has_budget_stitch_and_slack_and_the_callers_parent(
-    tiny_bundle: Bundle,
+async def test_trace_has_budget_variant_slack_and_parent(
+    tiny_bundle: VisionBundle,
 ) -> None:
     collector = Collector()
     server = grpc.server(futures.ThreadPoolExecutor(2))
@@ -147,10 +149,10 @@ async def test_a_trace_has_budget_stitch_and_slack_and_the_callers_parent(
     good, bad = collector.spans
     assert good.trace_id.hex() == "0af7651916cd43dd8448eb211c80319c"
     assert good.parent_span_id.hex() == "b7ad6b7169203331"
-    told = attributes(good)
-    assert told["variant_id"] == response.accounting.variant_id
-    assert told["budget_us"] == 5_000_000
-    assert told["slack_us"] == 5_000_000 - told["total_us"]
-    assert good.end_time_unix_nano - good.start_time_unix_nano >= 1000 * told["compute_us"]
+    fields = attributes(good)
+    assert fields["variant_id"] == response.accounting.variant_id
+    assert fields["budget_us"] == 5_000_000
+    assert fields["slack_us"] == 5_000_000 - fields["total_us"]
+    assert good.end_time_unix_nano - good.start_time_unix_nano >= 1000 * fields["compute_us"]
     assert attributes(bad)["code"] == "INVALID_ARGUMENT"
     assert bad.status.code == 2

@@ -1,6 +1,7 @@
-"""Run by `test_oip.py` in a process of its own: `tritonclient`, unmodified, against our server.
+"""Calls of `tritonclient`, unmodified, which `test_oip.py` runs in a separate process.
 
-Its stubs and ours cannot live in one process. Prints what it saw as JSON.
+The stubs of `tritonclient` and of this package cannot be loaded in one process. Prints the results
+as JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 
 def probe(address: str) -> dict[str, object]:
+    """Call every method and return the results."""
     client = triton.InferenceServerClient(address)
     seen: dict[str, object] = {
         "live": client.is_server_live(),
@@ -52,15 +54,15 @@ def probe(address: str) -> dict[str, object]:
         for name, value in asked.get_response().parameters.items()
     }
 
-    def failure(**wishes: object) -> list[str]:
+    def failure(**options: object) -> list[str]:
         try:
-            client.infer("tiny", [tensor], **wishes)
+            client.infer("tiny", [tensor], **options)
         except InferenceServerException as error:
             return [str(error.status()), error.message()]
         return ["OK", ""]
 
     seen["hard"] = failure(timeout=10)
-    seen["client_timeout"] = failure(client_timeout=1e-4)
+    seen["client_timeout"] = failure(client_timeout=1e-9)
     seen["bad_parameter"] = failure(parameters={"wrong": 1})
     seen["statistics"] = client.get_inference_statistics("tiny", as_json=True)
     client.close()

@@ -1,6 +1,6 @@
-"""Run by `test_generation.py` in a process of its own: `tritonclient`, unmodified, for text.
+"""Text streams of `tritonclient`, unmodified, which `test_generation.py` runs in another process.
 
-Prints what it saw as JSON.
+Prints the results as JSON.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as triton
 
-WAIT_S = 30
+WAIT_S = 300
 
 
 def text_input(prompt: str) -> triton.InferInput:
+    """Return an input tensor that holds a prompt."""
     tensor = triton.InferInput("text_input", [1], "BYTES")
     tensor.set_data_from_numpy(np.array([prompt.encode()], dtype=object))
     return tensor
 
 
 def probe(address: str) -> dict[str, Any]:
+    """Send three requests on one stream and return the results."""
     client = triton.InferenceServerClient(address)
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     client.start_stream(lambda result, error: answers.put((result, error)))
@@ -51,12 +53,12 @@ def probe(address: str) -> dict[str, Any]:
             continue
         response = result.get_response()
         tokens[response.id].append(int(result.as_numpy("token_id")[0]))
-        told = {
+        parameters = {
             name: getattr(value, value.WhichOneof("parameter_choice"))
             for name, value in response.parameters.items()
         }
-        if told["triton_final_response"]:
-            finals[response.id] = told
+        if parameters["triton_final_response"]:
+            finals[response.id] = parameters
     client.stop_stream()
     return {
         "tokens": tokens,

@@ -1,3 +1,5 @@
+"""Fixtures of the deployment's system tests."""
+
 from __future__ import annotations
 
 from tests.deploy.conftest import helm, kubectl

@@ -1,4 +1,4 @@
-"""Prometheus, Alertmanager and what they are asked, for the tests of monitoring."""
+"""Prometheus, an inbox of alerts, and the dashboard's queries, for the tests of monitoring."""
 
 from __future__ import annotations
 
@@ -26,44 +26,50 @@ ROOT = Path(__file__).resolve().parents[3]
 RULES = ROOT / "deploy/chart/files/rules.yaml"
 DASHBOARD = ROOT / "deploy/monitoring/dashboard.json"
 TEMPLATE = Path("/usr/share/prometheus/alertmanager/default.tmpl")
-"""Without it Debian's Alertmanager ends; Prometheus then posts to the inbox itself."""
+"""Debian's Alertmanager exits without this file; Prometheus then posts to the inbox itself."""
 
 
 def alerts() -> set[str]:
+    """Return the names of all alerts in the rules."""
     groups = yaml.safe_load(RULES.read_text())["groups"]
     return {rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule}
 
 
 def queries() -> dict[str, str]:
-    """Expression, with Grafana's variables filled in -> title of its panel."""
+    """Return the panel titles by expression, with Grafana's variables filled in."""
     panels = json.loads(DASHBOARD.read_text())["panels"]
     return {
-        filled(target["expr"]): panel["title"]
+        fill_variables(target["expr"]): panel["title"]
         for panel in panels
         for target in panel.get("targets", ())
     }
 
 
-def filled(expression: str) -> str:
+def fill_variables(expression: str) -> str:
+    """Return the expression without Grafana's variables."""
     return expression.replace("$model", ".*").replace("$__rate_interval", "5s")
 
 
-def eventually(missing: Callable[[], object], within_s: float = 30.0) -> None:
-    """Wait until nothing is missing any more."""
-    deadline = time.monotonic() + within_s
+def wait_until_empty(missing: Callable[[], object], timeout_s: float = 300.0) -> None:
+    """Wait until `missing` returns an empty value; fail after the timeout."""
+    deadline = time.monotonic() + timeout_s
     while left := missing():
         assert time.monotonic() < deadline, f"still missing: {left}"
         time.sleep(0.1)
 
 
 def free_port() -> int:
+    """Return a free TCP port of loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class Inbox:
-    """Where alerts arrive: a webhook of Alertmanager's, or in its absence its own interface."""
+    """An HTTP server that collects the names of alerts.
+
+    It is a webhook of Alertmanager, or replaces Alertmanager if that cannot run.
+    """
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -85,18 +91,20 @@ class Inbox:
         self.thread.start()
 
     def close(self) -> None:
+        """Stop the server."""
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
 
 
 class Prometheus:
-    """Asks over HTTP."""
+    """A client of Prometheus' HTTP interface."""
 
     def __init__(self, port: int) -> None:
         self.address = f"http://127.0.0.1:{port}"
 
     def ready(self) -> bool:
+        """Return whether Prometheus answers."""
         try:
             with urllib.request.urlopen(f"{self.address}/-/ready", timeout=1):
                 return True
@@ -104,15 +112,17 @@ class Prometheus:
             return False
 
     def query(self, expression: str) -> list[Any]:
-        return self._ask("query", query=expression)
+        """Return the current series of an expression."""
+        return self._get("query", query=expression)
 
-    def over_time(self, expression: str, seconds: float) -> list[Any]:
+    def query_range(self, expression: str, seconds: float) -> list[Any]:
+        """Return the series of the last seconds, in steps of 1 s."""
         now = time.time()
-        return self._ask("query_range", query=expression, start=now - seconds, end=now, step=1)
+        return self._get("query_range", query=expression, start=now - seconds, end=now, step=1)
 
-    def _ask(self, path: str, **parameters: object) -> list[Any]:
-        asked = urllib.parse.urlencode(parameters)
-        with urllib.request.urlopen(f"{self.address}/api/v1/{path}?{asked}", timeout=5) as reply:
+    def _get(self, path: str, **parameters: object) -> list[Any]:
+        query = urllib.parse.urlencode(parameters)
+        with urllib.request.urlopen(f"{self.address}/api/v1/{path}?{query}", timeout=300) as reply:
             body = json.load(reply)
         assert body["status"] == "success", parameters
         found: list[Any] = body["data"]["result"]
@@ -121,30 +131,31 @@ class Prometheus:
 
 @contextlib.contextmanager
 def running(command: list[str], log: Path) -> Iterator[None]:
+    """Run a process during the `with` block."""
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     try:
         yield
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=300)
 
 
-def hastened(rules: str) -> str:
-    """The same rules at a pace for tests: minutes become seconds."""
+def shorten_intervals(rules: str) -> str:
+    """Return the rules with seconds in place of minutes."""
     rules = re.sub(r"\bfor: \d+m", "for: 0s", rules)
     rules = re.sub(r"\[(1m|5m|1h)\]", "[5s]", rules).replace("[10m]", "[30s]")
     return rules.replace("interval: 5s", "interval: 1s")
 
 
 def draw(prometheus: Prometheus, path: Path) -> None:
-    """The dashboard's first panels over the run so far, as a picture for the documents."""
+    """Draw the dashboard's first six panels over the last minute, for the documentation."""
     panels = [p for p in json.loads(DASHBOARD.read_text())["panels"] if p.get("targets")][:6]
     figure, axes = plt.subplots(3, 2, figsize=(12, 9), sharex=True)
     for axis, panel in zip(axes.flat, panels, strict=True):
         for target in panel["targets"]:
-            expression = filled(target["expr"])
-            for series in prometheus.over_time(expression, seconds=60):
+            expression = fill_variables(target["expr"])
+            for series in prometheus.query_range(expression, seconds=60):
                 times, values = zip(*series["values"], strict=True)
                 legend = re.sub(
                     r"{{(\w+)}}",
@@ -155,6 +166,8 @@ def draw(prometheus: Prometheus, path: Path) -> None:
         axis.set_title(panel["title"])
         axis.grid(alpha=0.3)
         axis.legend(fontsize=6)
-    figure.suptitle("The dashboard's queries, answered by Prometheus (drawn here, not by Grafana)")
+    figure.suptitle(
+        "Queries of the dashboard, answered by Prometheus (drawn by matplotlib, not by Grafana)"
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=90)

@@ -1,4 +1,4 @@
-"""Rules and dashboard before promtool, and live: Prometheus, Alertmanager, real servers."""
+"""Rules and dashboard, checked by promtool and live with Prometheus and real servers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ladderstitch.client import Client, Credentials, RequestFailed
 from ladderstitch.gateway.metrics import GatewayMetrics
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch_loadtest.faults.fuzz_runner import process_tree
-from ladderstitch_loadtest.servers.process_supervisor import Process
+from ladderstitch_loadtest.servers.process_supervisor import SupervisedProcess
 from tests.conftest import make_tiny_bundle
 from tests.deploy.conftest import tool
 from tests.support.language_models import write_tiny
@@ -34,22 +34,22 @@ from tests.system.deploy.monitoring import (
     Prometheus,
     alerts,
     draw,
-    eventually,
     free_port,
-    hastened,
     queries,
     running,
+    shorten_intervals,
+    wait_until_empty,
 )
 
 ROOT = Path(__file__).resolve().parents[3]
 USER, ADMIN = "user-secret-0123456789", "admin-secret-0123456789"
 
 
-def test_rules_are_what_promtool_takes() -> None:
+def test_rules_pass_promtool() -> None:
     subprocess.run([tool("promtool"), "check", "rules", str(RULES)], check=True)
 
 
-def test_every_alert_fires_in_its_scenario_and_rests_beside_it() -> None:
+def test_every_alert_fires_only_in_its_scenario() -> None:
     cases = ROOT / "deploy/monitoring/rules_test.yaml"
     subprocess.run([tool("promtool"), "test", "rules", str(cases)], check=True)
     tests = yaml.safe_load(cases.read_text())["tests"]
@@ -62,7 +62,7 @@ def test_every_alert_fires_in_its_scenario_and_rests_beside_it() -> None:
     assert fired == alerts()
 
 
-def test_the_dashboard_is_that_of_the_metrics() -> None:
+def test_dashboard_shows_every_metric() -> None:
     subprocess.run([sys.executable, "scripts/dashboard.py", "--check"], check=True, cwd=ROOT)
     shown = " ".join(queries())
     for metrics in (Metrics(), GatewayMetrics()):
@@ -70,7 +70,7 @@ def test_the_dashboard_is_that_of_the_metrics() -> None:
             assert metric.name in shown
 
 
-def test_the_chart_ships_the_rules(helm: str) -> None:
+def test_chart_contains_the_rules(helm: str) -> None:
     command = [helm, "template", "x", str(ROOT / "deploy/chart"), "-s", "templates/monitoring.yaml"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (rules,) = (m for m in yaml.safe_load_all(text) if m["kind"] == "PrometheusRule")
@@ -96,7 +96,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def image_server(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Iterator[RunningServer]:
-    """Small enough in everything that each alert can be provoked."""
+    """Start a server with limits so low that each alert can be provoked."""
     folder = tmp_path_factory.mktemp("image")
     config = folder / "serve.yaml"
     config.write_text(
@@ -126,11 +126,11 @@ def gateway(
     tokens: Path,
     image_server: RunningServer,
     text_server: RunningServer,
-) -> Iterator[Process]:
-    """Before replicas of different models: what one does not have, it asks of the other."""
+) -> Iterator[SupervisedProcess]:
+    """Start a gateway in front of replicas with different models, so that it retries."""
     own = tmp_path_factory.mktemp("gateway") / "token"
     own.write_text(USER)
-    process = Process(
+    process = SupervisedProcess(
         "gateway",
         "--replica",
         image_server.address,
@@ -147,7 +147,7 @@ def gateway(
         restart=False,
     )
     process.start()
-    process.until_ready()
+    process.wait_until_ready()
     yield process
     assert process.stop() == 0
 
@@ -158,12 +158,12 @@ def prometheus(
     inbox: Inbox,
     image_server: RunningServer,
     text_server: RunningServer,
-    gateway: Process,
+    gateway: SupervisedProcess,
 ) -> Iterator[Prometheus]:
     folder = tmp_path_factory.mktemp("prometheus")
     binary, alertmanager = tool("prometheus"), TEMPLATE.is_file()
     ports = free_port(), free_port() if alertmanager else inbox.server.server_port
-    (folder / "rules.yaml").write_text(hastened(RULES.read_text()))
+    (folder / "rules.yaml").write_text(shorten_intervals(RULES.read_text()))
     pages = (image_server.metrics, text_server.metrics, gateway.metrics)
     targets = [urllib.parse.urlparse(page).netloc for page in pages]
     configuration = {
@@ -186,42 +186,50 @@ def prometheus(
         "receivers": [{"name": "test", "webhook_configs": [{"url": webhook}]}],
     }
     (folder / "alertmanager.yaml").write_text(yaml.safe_dump(routing))
-    asked = Prometheus(ports[0])
+    client = Prometheus(ports[0])
     command = [binary, f"--config.file={folder / 'prometheus.yaml'}"]
     command += [f"--storage.tsdb.path={folder / 'p'}", f"--web.listen-address=127.0.0.1:{ports[0]}"]
-    beside = [tool("prometheus-alertmanager"), f"--config.file={folder / 'alertmanager.yaml'}"]
-    beside += [f"--storage.path={folder / 'a'}", f"--web.listen-address=127.0.0.1:{ports[1]}"]
+    alertmanager_command = [
+        tool("prometheus-alertmanager"),
+        f"--config.file={folder / 'alertmanager.yaml'}",
+    ]
+    alertmanager_command += [
+        f"--storage.path={folder / 'a'}",
+        f"--web.listen-address=127.0.0.1:{ports[1]}",
+    ]
     with contextlib.ExitStack() as processes:
         processes.enter_context(running(command, folder / "p.log"))
         if alertmanager:
-            beside.append("--cluster.listen-address=")
-            processes.enter_context(running(beside, folder / "a.log"))
-        eventually(lambda: not asked.ready())
-        yield asked
+            alertmanager_command.append("--cluster.listen-address=")
+            processes.enter_context(running(alertmanager_command, folder / "a.log"))
+        wait_until_empty(lambda: not client.ready())
+        yield client
 
 
 @contextlib.contextmanager
-def under_load(images: RunningServer, text: RunningServer, gateway: Process) -> Iterator[None]:
-    """Callers that are in time, late, refused, denied, one that reads text; some by the gateway."""
-    over = threading.Event()
+def under_load(
+    images: RunningServer, text: RunningServer, gateway: SupervisedProcess
+) -> Iterator[None]:
+    """Run callers that are on time, late, rejected, denied, or read text; some by the gateway."""
+    done = threading.Event()
 
-    def call(token: str, address: str = images.address, **wishes: Any) -> None:
-        with Client(address, access=Credentials(token=token)) as client:
-            while not over.wait(0.01):
+    def call(token: str, address: str = images.address, **options: Any) -> None:
+        with Client(address, credentials=Credentials(token=token)) as client:
+            while not done.wait(0.01):
                 with contextlib.suppress(RequestFailed):
-                    client.predict(pixels(), **wishes)
+                    client.predict(pixels(), **options)
 
     def read(address: str) -> None:
-        with Client(address, access=Credentials(token=USER)) as client:
-            while not over.wait(0.05):
+        with Client(address, credentials=Credentials(token=USER)) as client:
+            while not done.wait(0.05):
                 for _ in client.generate("a prompt", model="text", max_tokens=5, budget_s=5.0):
                     pass
 
-    wishes: list[dict[str, Any]] = [{"token": USER, "budget_s": 1e-6}] * 12
+    callers: list[dict[str, Any]] = [{"token": USER, "budget_s": 1e-6}] * 12
     for address in (images.address, gateway.address):
-        wishes.append({"token": USER, "budget_s": 5.0, "model": "tiny", "address": address})
-        wishes.append({"token": "an-unknown-0123456789", "address": address})
-    threads = [threading.Thread(target=call, kwargs=kwargs) for kwargs in wishes]
+        callers.append({"token": USER, "budget_s": 5.0, "model": "tiny", "address": address})
+        callers.append({"token": "an-unknown-0123456789", "address": address})
+    threads = [threading.Thread(target=call, kwargs=kwargs) for kwargs in callers]
     readers = (text.address, gateway.address)
     threads += [threading.Thread(target=read, args=(address,)) for address in readers]
     for thread in threads:
@@ -229,33 +237,35 @@ def under_load(images: RunningServer, text: RunningServer, gateway: Process) -> 
     try:
         yield
     finally:
-        over.set()
+        done.set()
         for thread in threads:
             thread.join()
 
 
 def worker_of(server: RunningServer) -> int:
-    """Process id of the worker, once there is one."""
-    eventually(lambda: not process_tree(server.process.pid)[1:])
+    """Wait for the server's worker; return its process id."""
+    wait_until_empty(lambda: not process_tree(server.process.pid)[1:])
     return process_tree(server.process.pid)[1]
 
 
-def answers(server: RunningServer) -> bool:
-    with Client(server.address, access=Credentials(token=ADMIN)) as client:
+def is_answering(server: RunningServer) -> bool:
+    """Return whether the server answers a request."""
+    with Client(server.address, credentials=Credentials(token=ADMIN)) as client:
         try:
             return bool(client.predict(pixels()).label)
         except RequestFailed:
             return False
 
 
-def stop_for(pid: int, seconds: float) -> None:
+def pause(pid: int, seconds: float) -> None:
+    """Stop a process for some seconds."""
     os.kill(pid, signal.SIGSTOP)
     time.sleep(seconds)
     os.kill(pid, signal.SIGCONT)
 
 
-def test_metrics_pass_promtools_check(
-    image_server: RunningServer, text_server: RunningServer, gateway: Process
+def test_metrics_pass_promtool(
+    image_server: RunningServer, text_server: RunningServer, gateway: SupervisedProcess
 ) -> None:
     for address in (image_server.metrics, text_server.metrics, f"{gateway.metrics}/metrics"):
         with urllib.request.urlopen(address) as page:
@@ -266,48 +276,53 @@ def test_metrics_pass_promtools_check(
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_live_every_query_has_data_and_every_alert_is_delivered(
+def test_live_queries_have_data_and_alerts_are_delivered(
     prometheus: Prometheus,
     inbox: Inbox,
     image_server: RunningServer,
     text_server: RunningServer,
-    gateway: Process,
+    gateway: SupervisedProcess,
 ) -> None:
     admin = Credentials(token=ADMIN)
     with under_load(image_server, text_server, gateway):
-        ours = [query for query in queries() if not query.startswith("ray_")]
-        assert len(ours) > 30
+        without_ray = [query for query in queries() if not query.startswith("ray_")]
+        assert len(without_ray) > 30
 
         def empty() -> list[str]:
-            return [query for query in ours if not prometheus.query(query)]
+            return [query for query in without_ray if not prometheus.query(query)]
 
-        os.kill(worker_of(image_server), signal.SIGKILL)  # restarts are a panel, too
-        eventually(empty)
-        with Client(image_server.address, access=admin) as client:
+        os.kill(worker_of(image_server), signal.SIGKILL)  # restarts have a panel
+        wait_until_empty(empty)
+        with Client(image_server.address, credentials=admin) as client:
             client.update_scheduling(pinned_variant=0)  # the fastest
-        stop_for(worker_of(image_server), 1.5)  # what queues meanwhile is late
+        pause(worker_of(image_server), 1.5)  # queued requests become late
 
-        def stutters() -> set[str]:
-            """Batches that take now one time, now a hundred times what is predicted."""
-            stop_for(worker_of(image_server), 0.15)
+        def stutter() -> set[str]:
+            """Let some batches take a hundred times their prediction; return the missing alert."""
+            pause(worker_of(image_server), 0.15)
             return {"LadderstitchLatencyModelWrong"} - inbox.names
 
-        eventually(stutters)
+        wait_until_empty(stutter)
 
-        def dies() -> set[str]:
+        def kill_worker() -> set[str]:
+            """Kill the worker, wait for the next one; return the missing alert."""
             os.kill(worker_of(image_server), signal.SIGKILL)
-            eventually(lambda: not answers(image_server))
+            wait_until_empty(lambda: not is_answering(image_server))
             return {"LadderstitchEngineRestarts"} - inbox.names
 
-        eventually(dies)
-        once_it_ends = {"LadderstitchNotReady", "LadderstitchNoData", "LadderstitchNoReplicaServes"}
-        while_it_runs = alerts() - once_it_ends
-        eventually(lambda: while_it_runs - inbox.names)
+        wait_until_empty(kill_worker)
+        after_the_end = {
+            "LadderstitchNotReady",
+            "LadderstitchNoData",
+            "LadderstitchNoReplicaServes",
+        }
+        during_the_run = alerts() - after_the_end
+        wait_until_empty(lambda: during_the_run - inbox.names)
         if path := os.environ.get("LADDERSTITCH_PANELS"):
             draw(prometheus, Path(path))
-    with Client(image_server.address, access=admin) as client:
+    with Client(image_server.address, credentials=admin) as client:
         client.drain()
-    eventually(lambda: {"LadderstitchNotReady"} - inbox.names)
+    wait_until_empty(lambda: {"LadderstitchNotReady"} - inbox.names)
     assert stop_server(image_server) == 0
     assert stop_server(text_server) == 0
-    eventually(lambda: alerts() - inbox.names)
+    wait_until_empty(lambda: alerts() - inbox.names)

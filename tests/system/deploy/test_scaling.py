@@ -1,6 +1,6 @@
-"""Ray's own autoscaler, the chart's policy and our server: replicas and nodes follow the load.
+"""Ray's autoscaler with the chart's policy: replicas and nodes follow the load.
 
-Nodes are processes of this machine. `make verify-operations` is the long form, with a plot.
+Nodes are processes of this machine. `make verify-operations` runs the long version with a plot.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.timeout(1800)
-def test_replicas_and_nodes_follow_the_load_and_nothing_is_lost() -> None:
+def test_autoscaler_follows_load_and_loses_no_request() -> None:
     done = subprocess.run(
         [sys.executable, "scripts/verify_operations.py", "--short"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""A copy of the package with changed source: planted bugs are in what runs."""
+"""Copies of the kernel package with a planted bug in the source."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Mutant:
-    """Each (old, new): old occurs in the module's source, and is replaced wherever it does."""
+    """A planted bug: each edit (old, new) replaces all occurrences of old in a module's source."""
 
     module: str
-    """Its path within the package."""
+    """The module's path within the package, without suffix."""
     edits: tuple[tuple[str, str], ...]
 
 
-def change(mutant: Mutant, folder: Path) -> None:
-    """Put the changed package into the folder, for a search path."""
+def write_mutant(mutant: Mutant, folder: Path) -> None:
+    """Copy the package with the planted bug into a folder, which can then be a search path."""
     package = importlib.util.find_spec("ladderstitch_kernels")
     assert package is not None
     (original,) = package.submodule_search_locations or ()
     copy = shutil.copytree(original, folder / "ladderstitch_kernels")
-    changed = copy / f"{mutant.module}.py"
-    source = changed.read_text()
+    module = copy / f"{mutant.module}.py"
+    source = module.read_text()
     for old, new in mutant.edits:
-        assert old in source, f"{mutant.module} holds no {old!r}"
+        assert old in source, f"{mutant.module}: expected {old!r} in the source"
         source = source.replace(old, new)
-    changed.write_text(source)
+    module.write_text(source)

@@ -1,4 +1,4 @@
-"""Ranks as processes over one shared mapping; memory may be slow, and the kernels changed."""
+"""Ranks as processes over one shared mapping, with delayed memory and planted bugs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from tests.system.kernels.mutants import Mutant, change
+from tests.system.kernels.mutants import Mutant, write_mutant
 
-START_LIMIT_S = 600.0
-"""Guards against hanging, on the slowest machine, too."""
-SLOWER = (1, 4, 16)
-"""Factors of naps: on a slow machine peers need longer to get ahead of a napping rank."""
+START_TIMEOUT_S = 600.0
+"""Guards against hanging, also on the slowest machine."""
+DELAY_FACTORS = (1, 4, 16)
+"""Factors of delays: on a slow machine peers need longer to get ahead of a delayed rank."""
 
 
 @dataclass(frozen=True)
-class Nap:
-    """Memory accesses of one kind that take longer: on which ranks, how often, how long."""
+class Delay:
+    """A delay of memory accesses of one kind: the ranks, the probability and the seconds."""
 
     access: str
     """`load`, `store` or `atomic`."""
@@ -34,17 +34,17 @@ class Nap:
     chance: float = 0.2
     seconds: float = 0.01
     kernel: str = ""
-    """Only in kernels whose name starts so."""
+    """The prefix of the names of kernels that are delayed; empty: all kernels."""
 
 
-def slower(naps: tuple[Nap, ...], factor: float) -> tuple[Nap, ...]:
-    """The same naps, `factor` times as long."""
-    return tuple(replace(nap, seconds=factor * nap.seconds) for nap in naps)
+def scale_delays(delays: tuple[Delay, ...], factor: float) -> tuple[Delay, ...]:
+    """Return the same delays, `factor` times as long."""
+    return tuple(replace(delay, seconds=factor * delay.seconds) for delay in delays)
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """What a rank's work gets."""
+class RankContext:
+    """The arguments that the work of a rank gets."""
 
     folder: Path
     rank: int
@@ -56,47 +56,48 @@ def run_ranks(
     work: Callable[..., Any],
     ranks: int,
     *args: object,
-    naps: tuple[Nap, ...] = (),
+    delays: tuple[Delay, ...] = (),
     mutant: Mutant | None = None,
-    timeout_s: float = START_LIMIT_S,
+    timeout_s: float = START_TIMEOUT_S,
 ) -> list[Any]:
-    """The results of `work(meeting, *args)` of every rank, in order.
+    """Run `work(context, *args)` in a process per rank and return the results in order of rank.
 
-    Raises what a rank raised, and `TimeoutError` if one does not end; no process is left behind.
+    Raises the exception of a rank, and `TimeoutError` if a rank does not end within `timeout_s`. No
+    process is left behind.
     """
     context = mp.get_context("spawn")
-    task = pickle.dumps((work, args))  # opened after the package has been changed
+    task = pickle.dumps((work, args))  # unpickled after the mutant is on the search path
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         barrier = context.Barrier(ranks)
         pipes, processes = [], []
         for rank in range(ranks):
             ours, theirs = context.Pipe()
-            meeting = Meeting(Path(folder), rank, ranks, barrier)
+            rank_context = RankContext(Path(folder), rank, ranks, barrier)
             processes.append(
                 context.Process(
-                    target=_run, args=(theirs, task, meeting, naps, mutant), daemon=True
+                    target=_run, args=(theirs, task, rank_context, delays, mutant), daemon=True
                 )
             )
             pipes.append(ours)
         try:
             for process in processes:
                 process.start()
-            return _results(pipes, timeout_s)
+            return _receive_results(pipes, timeout_s)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
 
 
-def _results(pipes: list[Any], timeout_s: float) -> list[Any]:
+def _receive_results(pipes: list[Any], timeout_s: float) -> list[Any]:
     for pipe in pipes:
-        if not pipe.poll(START_LIMIT_S) or pipe.recv() != "ready":
+        if not pipe.poll(START_TIMEOUT_S) or pipe.recv() != "ready":
             raise RuntimeError("a rank did not start")
     end = time.monotonic() + timeout_s
     results = []
     for pipe in pipes:
         if not pipe.poll(max(0.0, end - time.monotonic())):
-            raise TimeoutError("a rank waits for ever")
+            raise TimeoutError("a rank waits forever")
         error, result = pipe.recv()
         if error is not None:
             raise error
@@ -107,27 +108,27 @@ def _results(pipes: list[Any], timeout_s: float) -> list[Any]:
 def _run(
     pipe: Any,
     task: bytes,
-    meeting: Meeting,
-    naps: tuple[Nap, ...],
+    context: RankContext,
+    delays: tuple[Delay, ...],
     mutant: Mutant | None,
 ) -> None:
     torch.set_num_threads(1)
     if mutant is not None:
-        assert "ladderstitch_kernels" not in sys.modules, "imported before it could be changed"
-        folder = meeting.folder / f"changed-{meeting.rank}"
-        change(mutant, folder)
+        assert "ladderstitch_kernels" not in sys.modules, "imported before the mutant was written"
+        folder = context.folder / f"mutant-{context.rank}"
+        write_mutant(mutant, folder)
         sys.path.insert(0, str(folder))
-    _slow_down(naps, meeting.rank)
-    meeting.barrier.wait(START_LIMIT_S)
+    _install_delays(delays, context.rank)
+    context.barrier.wait(START_TIMEOUT_S)
     pipe.send("ready")
     work, args = pickle.loads(task)
     try:
-        pipe.send((None, work(meeting, *args)))
+        pipe.send((None, work(context, *args)))
     except Exception as error:
         pipe.send((error, None))
 
 
-def _slow_down(naps: tuple[Nap, ...], rank: int) -> None:
+def _install_delays(delays: tuple[Delay, ...], rank: int) -> None:
     from triton.runtime import interpreter
 
     builder = interpreter.interpreter_builder
@@ -137,21 +138,23 @@ def _slow_down(naps: tuple[Nap, ...], rank: int) -> None:
         "store": "create_masked_store",
         "atomic": "create_atomic_rmw",
     }
-    for nap in naps:
-        if rank in nap.ranks:
-            name = methods[nap.access]
-            setattr(builder, name, _slow(getattr(builder, name), nap, generator))
+    for delay in delays:
+        if rank in delay.ranks:
+            name = methods[delay.access]
+            setattr(builder, name, _delayed(getattr(builder, name), delay, generator))
 
 
-def _slow(access: Callable[..., Any], nap: Nap, generator: random.Random) -> Callable[..., Any]:
-    def slow(*args: Any, **kwargs: Any) -> Any:
+def _delayed(
+    access: Callable[..., Any], delay: Delay, generator: random.Random
+) -> Callable[..., Any]:
+    def delayed_access(*args: Any, **kwargs: Any) -> Any:
         caller = sys._getframe()
-        inside = not nap.kernel
+        inside = not delay.kernel
         while caller is not None and not inside:
-            inside = caller.f_code.co_name.startswith(nap.kernel)
+            inside = caller.f_code.co_name.startswith(delay.kernel)
             caller = caller.f_back  # type: ignore[assignment]  # the outermost has none
-        if inside and generator.random() < nap.chance:
-            time.sleep(nap.seconds)
+        if inside and generator.random() < delay.chance:
+            time.sleep(delay.seconds)
         return access(*args, **kwargs)
 
-    return slow
+    return delayed_access

@@ -1,4 +1,4 @@
-"""The commands for a GPU: what they can do without one, and what they say."""
+"""The commands of the kernel package on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 import ladderstitch_kernels
 
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
-def command(name: str, **environment: str) -> str:
+def run_command(name: str, **environment: str) -> str:
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     ran = subprocess.run(
         [sys.executable, "-m", f"ladderstitch_kernels.{name}"],
@@ -29,18 +29,18 @@ def command(name: str, **environment: str) -> str:
 
 @without_gpu
 @pytest.mark.parametrize("name", ["check", "bench"])
-def test_without_a_gpu_the_reason_is_said(name: str) -> None:
-    assert command(name).startswith("skipped: ")
+def test_command_without_gpu_prints_the_reason(name: str) -> None:
+    assert run_command(name).startswith("skipped: ")
 
 
-def test_the_check_runs_in_the_interpreter() -> None:
-    lines = command("check", TRITON_INTERPRET="1").splitlines()
+def test_check_in_the_interpreter_passes() -> None:
+    lines = run_command("check", TRITON_INTERPRET="1").splitlines()
     assert lines[0] == "in Triton's interpreter"
     assert len(lines) == 27
     assert all(line.endswith("  ok") for line in lines[1:])
 
 
-def test_what_the_package_offers() -> None:
+def test_public_names_are_sorted_and_documented() -> None:
     assert sorted(ladderstitch_kernels.__all__) == ladderstitch_kernels.__all__
     for name in ladderstitch_kernels.__all__:
         assert getattr(ladderstitch_kernels, name).__doc__

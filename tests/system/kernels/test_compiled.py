@@ -1,4 +1,4 @@
-"""The machine code for a GPU that is not here; what the interpreter cannot see is seen in it."""
+"""The machine code of kernels for GPUs, which shows what the interpreter cannot."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.kernels.mutants import Mutant, change
+from tests.system.kernels.mutants import Mutant, write_mutant
 
 
-def compiled(folder: Path, *options: str) -> tuple[int, list[dict[str, object]]]:
-    """Exit status and lines of the command; a package in the folder comes first."""
+def run_compiled(folder: Path, *options: str) -> tuple[int, list[dict[str, object]]]:
+    """Run the command and return its exit status and lines; a package in `folder` comes first."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(folder), "TRITON_CACHE_DIR": str(folder / "cache")}
     command = [sys.executable, "-m", "ladderstitch_kernels.compiled", "--json", *options]
@@ -31,8 +31,8 @@ def compiled(folder: Path, *options: str) -> tuple[int, list[dict[str, object]]]
         pytest.param("sm_100", marks=pytest.mark.slow),
     ],
 )
-def test_every_kernel_compiles_to_what_it_should(tmp_path: Path, target: str) -> None:
-    status, lines = compiled(tmp_path, "--target", target)
+def test_every_kernel_compiles_and_keeps_its_rules(tmp_path: Path, target: str) -> None:
+    status, lines = run_compiled(tmp_path, "--target", target)
     assert [(line["case"], line["broken"]) for line in lines if line["broken"]] == []
     assert status == 0
     assert len(lines) == 13
@@ -52,11 +52,11 @@ def test_every_kernel_compiles_to_what_it_should(tmp_path: Path, target: str) ->
     ],
     ids=["relaxed signal", "relaxed poll", "narrow scope", "no barrier"],
 )
-def test_a_lost_memory_order_shows(
+def test_compiled_with_lost_memory_order_names_the_rule(
     tmp_path: Path, edit: tuple[str, str], kernel: str, rule: str
 ) -> None:
-    change(Mutant("comm/signals", (edit,)), tmp_path)
-    status, lines = compiled(tmp_path, "--only", kernel)
+    write_mutant(Mutant("comm/signals", (edit,)), tmp_path)
+    status, lines = run_compiled(tmp_path, "--only", kernel)
     assert status == 1
     (line,) = lines
     assert rule in line["broken"]  # type: ignore[operator]  # JSON

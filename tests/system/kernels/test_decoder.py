@@ -1,4 +1,4 @@
-"""A ladder decoder over ranks gives what one rank in float64 gives, token for token."""
+"""A decoder over ranks, compared token by token with one rank in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ladderstitch_kernels.decoder import EPS, DecoderShape, LayerWeights, random_layers
 from tests.system.kernels.mutants import Mutant
-from tests.system.kernels.ranks import SLOWER, Meeting, Nap, run_ranks, slower
+from tests.system.kernels.ranks import DELAY_FACTORS, Delay, RankContext, run_ranks, scale_delays
 
 SHAPE = DecoderShape(layers=2, width=48, heads=4, kv_heads=4, head_dim=8, ffn=44)
 ROWS = 2
@@ -21,17 +21,17 @@ ROWS = 2
 Scheme = Literal["standard", "ladder"]
 
 
-def decode(meeting: Meeting, scheme: Scheme, tokens: int) -> np.ndarray:
-    """What this rank holds after each of so many tokens: [tokens, ROWS, D]."""
+def decode(context: RankContext, scheme: Scheme, tokens: int) -> np.ndarray:
+    """Decode `tokens` tokens and return this rank's stream after each, [tokens, ROWS, D]."""
     from ladderstitch_kernels import Exchange, SharedMapping
     from ladderstitch_kernels.decoder import Decoder, random_layers, shard_layer
 
     layers = [
-        shard_layer(layer, SHAPE, meeting.rank, meeting.ranks)
+        shard_layer(layer, SHAPE, context.rank, context.ranks)
         for layer in random_layers(SHAPE, 0, torch.float32, "cpu")
     ]
-    decoder = Decoder(SHAPE.shard(meeting.ranks), layers, ROWS, tokens)
-    memory = SharedMapping(meeting.folder, meeting.rank, meeting.ranks)
+    decoder = Decoder(SHAPE.shard(context.ranks), layers, ROWS, tokens)
+    memory = SharedMapping(context.folder, context.rank, context.ranks)
     exchange = Exchange(memory, ROWS, SHAPE.width, torch.float32, columns=32)
     return torch.stack([decoder.step(x, exchange, scheme) for x in inputs(tokens)]).numpy()
 
@@ -41,7 +41,7 @@ def inputs(tokens: int) -> Tensor:
 
 
 def whole_model(scheme: Scheme, tokens: int) -> Tensor:
-    """The definition, for all tokens at once, in float64: [tokens, ROWS, D]."""
+    """Return the streams by the definition, in float64, [tokens, ROWS, D]."""
     layers = list(random_layers(SHAPE, 0, torch.float32, "cpu"))
     lag = 2 if scheme == "ladder" else 1
     streams = [inputs(tokens).double().transpose(0, 1)] * 2  # x_{-2} and x_{-1}, [B, T, D]
@@ -59,17 +59,17 @@ def attention(layer: LayerWeights, x: Tensor) -> Tensor:
         part.unflatten(-1, (-1, d)).transpose(1, 2)
         for part in (normed @ layer.qkv.double().T).split(sizes, -1)
     )
-    mixed = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True)
+    mixed = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
     return mixed.transpose(1, 2).flatten(2) @ layer.output.double().T
 
 
-def turn(x: Tensor) -> Tensor:
-    """Rotary embedding as complex numbers."""
+def rotate(x: Tensor) -> Tensor:
+    """Apply rotary embedding by complex numbers."""
     half = x.shape[-1] // 2
     rates = 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
     angles = torch.outer(torch.arange(x.shape[-2], dtype=torch.float64), rates)
-    turned = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angles)
-    return torch.cat((turned.real, turned.imag), -1)
+    rotated = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angles)
+    return torch.cat((rotated.real, rotated.imag), -1)
 
 
 def mlp(layer: LayerWeights, x: Tensor) -> Tensor:
@@ -82,9 +82,10 @@ def error(got: np.ndarray, expected: Tensor) -> float:
     return float((torch.from_numpy(got) - expected).abs().max() / expected.abs().max())
 
 
-def assert_ranks_hold(got: list[np.ndarray], expected: Tensor) -> None:
+def assert_ranks_match(got: list[np.ndarray], expected: Tensor) -> None:
+    """Assert that all ranks have the same bits, and that these match to 1e-6."""
     for previous, current in pairwise(got):
-        assert np.array_equal(previous, current), "ranks hold different bits"
+        assert np.array_equal(previous, current), "ranks have different bits"
     assert error(got[0], expected) < 1e-6
 
 
@@ -98,43 +99,44 @@ def assert_ranks_hold(got: list[np.ndarray], expected: Tensor) -> None:
         pytest.param("ladder", 4, 100, marks=pytest.mark.slow),
     ],
 )
-def test_ranks_hold_what_the_definition_says(scheme: Scheme, ranks: int, tokens: int) -> None:
-    assert_ranks_hold(run_ranks(decode, ranks, scheme, tokens), whole_model(scheme, tokens))
+def test_decoder_over_ranks_matches_definition(scheme: Scheme, ranks: int, tokens: int) -> None:
+    assert_ranks_match(run_ranks(decode, ranks, scheme, tokens), whole_model(scheme, tokens))
 
 
-def test_three_slots_are_too_few_for_a_ladder() -> None:
+def test_ladder_with_three_slots_gives_wrong_results() -> None:
     edits = (
         ("SLOTS = 4", "SLOTS = 3"),
         ("tl.static_assert((SLOTS & (SLOTS - 1)) == 0)", ""),
         ("return epoch & (SLOTS - 1)", "return epoch % SLOTS"),
     )
-    late = (Nap("load", ranks=(1,), chance=0.12, seconds=0.25, kernel="wait_add_norm_kernel"),)
+    late = (Delay("load", ranks=(1,), chance=0.12, seconds=0.25, kernel="wait_add_norm_kernel"),)
     expected, mutant = whole_model("ladder", 3), Mutant("comm/split_phase", edits)
-    for factor in SLOWER:
-        got = run_ranks(decode, 2, "ladder", 3, naps=slower(late, factor), mutant=mutant)
+    for factor in DELAY_FACTORS:
+        delays = scale_delays(late, factor)
+        got = run_ranks(decode, 2, "ladder", 3, delays=delays, mutant=mutant)
         if max(error(part, expected) for part in got) > 1e-3:
             return
-    pytest.fail("the planted bug does not show")
+    pytest.fail("the planted bug was not detected")
 
 
-def test_a_stopped_rank_waits_no_more() -> None:
-    assert run_ranks(wait_for_nobody, 2) == [True, True]
+def test_stop_ends_a_wait_without_posts() -> None:
+    assert run_ranks(wait_without_post, 2) == [True, True]
 
 
-def wait_for_nobody(meeting: Meeting) -> bool:
-    """Each rank collects what no other posts; being stopped is all that ends the wait."""
+def wait_without_post(context: RankContext) -> bool:
+    """Collect a reduction that no rank posts; only `stop` can end the wait."""
     import threading
 
     from ladderstitch_kernels import Exchange, SharedMapping, wait_sum
 
-    memory = SharedMapping(meeting.folder, meeting.rank, meeting.ranks)
+    memory = SharedMapping(context.folder, context.rank, context.ranks)
     exchange = Exchange(memory, 1, 16, torch.float32, columns=16)
     threading.Timer(0.2, exchange.stop).start()
     return bool(wait_sum(1, exchange).isfinite().all())
 
 
-def pending_through_a_stitch(meeting: Meeting) -> tuple[float, float]:
-    """A sum in flight crosses a stitch: errors of the mapped-then-summed and of the drained."""
+def pending_through_a_stitch(context: RankContext) -> tuple[float, float]:
+    """Return the errors of a sum mapped before it is collected, and of one mapped after it."""
     from ladderstitch_kernels import (
         Exchange,
         SharedMapping,
@@ -147,13 +149,13 @@ def pending_through_a_stitch(meeting: Meeting) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(3)
     x, parts = torch.randn(3, 24, generator=generator), torch.randn(2, 3, 24, generator=generator)
     weight, bias = torch.randn(40, 24, generator=generator), torch.randn(40, generator=generator)
-    memory = SharedMapping(meeting.folder, meeting.rank, meeting.ranks)
+    memory = SharedMapping(context.folder, context.rank, context.ranks)
     narrow = Exchange(memory, 3, 24, torch.float32, columns=32)
     wide = Exchange(memory, 3, 40, torch.float32, columns=32)
-    stitched, arriving = stitch_pending(x, parts[meeting.rank], weight, bias)
+    stitched, arriving = stitch_pending(x, parts[context.rank], weight, bias)
     post(arriving, wide)
     carried = wait_add(stitched, wide)
-    post(parts[meeting.rank].clone(), narrow)
+    post(parts[context.rank].clone(), narrow)
     drained = stitch_linear(wait_add(x, narrow), weight, bias)
     expected = F.linear((x + parts.sum(0)).double(), weight.double(), bias.double())
     scale = expected.abs().max()
@@ -163,7 +165,7 @@ def pending_through_a_stitch(meeting: Meeting) -> tuple[float, float]:
     )
 
 
-def test_a_sum_in_flight_crosses_a_stitch() -> None:
+def test_stitch_pending_commutes_with_a_sum_in_flight() -> None:
     for carried, drained in run_ranks(pending_through_a_stitch, 2):
         assert carried < 1e-6
         assert drained < 1e-6

@@ -1,4 +1,4 @@
-"""Reductions between ranks that are processes; every planted bug shows."""
+"""Reductions between ranks that are processes, and the detection of planted bugs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from tests.system.kernels.mutants import Mutant
-from tests.system.kernels.ranks import SLOWER, Meeting, Nap, run_ranks, slower
+from tests.system.kernels.ranks import DELAY_FACTORS, Delay, RankContext, run_ranks, scale_delays
 
 SPLIT_PHASE = "comm/split_phase"
 ALL_REDUCE = "comm/all_reduce"
 SIGNALS = "comm/signals"
 
 EVERYWHERE = tuple(
-    Nap(access, ranks=(0, 1, 2, 3), chance=0.1, seconds=0.004)
+    Delay(access, ranks=(0, 1, 2, 3), chance=0.1, seconds=0.004)
     for access in ("load", "store", "atomic")
 )
 
@@ -28,13 +28,16 @@ def inputs(calls: int, ranks: int, *shape: int, seed: int = 0) -> Tensor:
     return torch.randn(calls, ranks, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def ladder_of_products(meeting: Meeting, reductions: int, wrap: bool = False) -> float:
-    """The largest error of reductions of which two are in flight, as in a ladder."""
+def ladder_of_products(context: RankContext, reductions: int, wrap: bool = False) -> float:
+    """Return the largest error of reductions of which two are in flight, as in a ladder.
+
+    `wrap` sets the counters so that they wrap during the run.
+    """
     from ladderstitch_kernels import Exchange, SharedMapping, gemv_post, wait_add_norm
 
     rows, width, k = 3, 37, 19
     exchange = Exchange(
-        SharedMapping(meeting.folder, meeting.rank, meeting.ranks),
+        SharedMapping(context.folder, context.rank, context.ranks),
         rows,
         width,
         torch.float32,
@@ -44,15 +47,15 @@ def ladder_of_products(meeting: Meeting, reductions: int, wrap: bool = False) ->
         start = 2**31 - 3
         exchange.counts[::2] = start
         exchange.arrivals.local.fill_(start * exchange.programs - 2**32)
-        meeting.barrier.wait()
-    x = inputs(reductions, meeting.ranks, rows, k)
-    weight = inputs(reductions, meeting.ranks, width, k, seed=1)
+        context.barrier.wait()
+    x = inputs(reductions, context.ranks, rows, k)
+    weight = inputs(reductions, context.ranks, width, k, seed=1)
     residual, gain = inputs(1, 1, rows, width)[0, 0], torch.rand(width) + 0.5
     worst = 0.0
     for number in range(reductions + 1):
         if number < reductions:
-            used = 1 + number % rows  # rows of a batch come and go
-            gemv_post(x[number, meeting.rank, :used], weight[number, meeting.rank], exchange)
+            used = 1 + number % rows  # the number of rows changes
+            gemv_post(x[number, context.rank, :used], weight[number, context.rank], exchange)
         if number:
             done, used = number - 1, 1 + (number - 1) % rows
             got = wait_add_norm(residual[:used].contiguous(), gain, 1e-5, exchange)
@@ -67,20 +70,20 @@ def ladder_of_products(meeting: Meeting, reductions: int, wrap: bool = False) ->
 
 
 def all_reduces(
-    meeting: Meeting,
+    context: RankContext,
     algorithm: Literal["one_shot", "two_shot"],
     sizes: tuple[int, ...],
     programs: int = 2,
 ) -> float:
-    """The largest error of calls of these sizes, one after another."""
+    """Return the largest error of calls of these sizes, one after another."""
     from ladderstitch_kernels import AllReduce, SharedMapping
 
-    memory = SharedMapping(meeting.folder, meeting.rank, meeting.ranks)
+    memory = SharedMapping(context.folder, context.rank, context.ranks)
     reduce = AllReduce(memory, max(sizes), torch.float32, programs=programs, block=32)
     worst = 0.0
     for call, size in enumerate(sizes):
-        parts = inputs(1, meeting.ranks, size, seed=call)[0]
-        got = reduce(parts[meeting.rank].clone(), algorithm)
+        parts = inputs(1, context.ranks, size, seed=call)[0]
+        got = reduce(parts[context.rank].clone(), algorithm)
         expected = parts.double().sum(0)
         difference = (got - expected).abs().max() / expected.abs().max()
         worst = max(worst, difference.nan_to_num(nan=float("inf")).item())
@@ -91,26 +94,26 @@ SIZES = (97, 1, 33, 97, 64, 97, 97)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_reductions_in_flight_add_up_whatever_memory_takes(ranks: int) -> None:
-    assert max(run_ranks(ladder_of_products, ranks, 12, naps=EVERYWHERE)) < 1e-6
+def test_split_phase_with_delays_is_exact(ranks: int) -> None:
+    assert max(run_ranks(ladder_of_products, ranks, 12, delays=EVERYWHERE)) < 1e-6
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
-def test_all_reduces_add_up_whatever_memory_takes(algorithm: str, ranks: int) -> None:
-    assert max(run_ranks(all_reduces, ranks, algorithm, SIZES, naps=EVERYWHERE)) < 1e-6
+def test_all_reduce_with_delays_is_exact(algorithm: str, ranks: int) -> None:
+    assert max(run_ranks(all_reduces, ranks, algorithm, SIZES, delays=EVERYWHERE)) < 1e-6
 
 
-def test_epochs_may_wrap() -> None:
+def test_split_phase_with_wrapping_epochs_is_exact() -> None:
     assert max(run_ranks(ladder_of_products, 2, 8, True)) < 1e-6
 
 
-LATE_PUSH = (Nap("store", ranks=(1,), chance=0.5, kernel="_push"),)
-LATE_STORE = (Nap("store", ranks=(1,), chance=0.5),)
-LATE_READ = (Nap("load", ranks=(1,), chance=0.5, seconds=0.02, kernel="wait_add_norm_kernel"),)
-LATE_SUM = (Nap("load", ranks=(1,), chance=0.5, seconds=0.02),)
+LATE_PUSH = (Delay("store", ranks=(1,), chance=0.5, kernel="_push"),)
+LATE_STORE = (Delay("store", ranks=(1,), chance=0.5),)
+LATE_READ = (Delay("load", ranks=(1,), chance=0.5, seconds=0.02, kernel="wait_add_norm_kernel"),)
+LATE_SUM = (Delay("load", ranks=(1,), chance=0.5, seconds=0.02),)
 
-PUSH = "_push(partial, where, exists, slots, epoch, rank, max_batch_size * n, RANKS, SLOTS)\n"
+PUSH = "_push(partial, where, exists, slots, epoch, rank, max_rows * n, RANKS, SLOTS)\n"
 SIGNAL = "signal(arrivals, rank, RANKS, RANKS_PAD)\n"
 NEVER_WAITS = ("while ahead < 0:", "while ahead < -(2**30):")
 ADVANCED_SLOT = "return epoch & (SLOTS - 1)"
@@ -153,11 +156,11 @@ SPLIT_PHASE_BUGS = {
 
 
 @pytest.mark.parametrize("name", SPLIT_PHASE_BUGS)
-def test_a_bug_in_the_split_phase_shows(name: str) -> None:
-    mutant, naps = SPLIT_PHASE_BUGS[name]
-    assert _shows(ladder_of_products, 8, naps=naps, mutant=mutant)
-    if mutant.module == SPLIT_PHASE and naps == LATE_READ:
-        assert max(run_ranks(ladder_of_products, 2, 8, naps=naps)) < 1e-6
+def test_split_phase_with_planted_bug_is_detected(name: str) -> None:
+    mutant, delays = SPLIT_PHASE_BUGS[name]
+    assert _detect(ladder_of_products, 8, delays=delays, mutant=mutant)
+    if mutant.module == SPLIT_PHASE and delays == LATE_READ:
+        assert max(run_ranks(ladder_of_products, 2, 8, delays=delays)) < 1e-6
 
 
 FIRST_SLOT = "slot = ((epoch & (SLOTS - 1)) * RANKS)"
@@ -190,43 +193,45 @@ ONE_SHOT_BUGS = {
 
 
 @pytest.mark.parametrize("name", ONE_SHOT_BUGS)
-def test_a_bug_in_one_shot_shows(name: str) -> None:
-    mutant, naps = ONE_SHOT_BUGS[name]
-    # Programs run in turn here, so that with two the first would guard the second's buffer.
-    assert _shows(all_reduces, "one_shot", SIZES, 1, naps=naps, mutant=mutant)
+def test_one_shot_with_planted_bug_is_detected(name: str) -> None:
+    mutant, delays = ONE_SHOT_BUGS[name]
+    # The interpreter runs programs one after another, so the first of two would guard the second.
+    assert _detect(all_reduces, "one_shot", SIZES, 1, delays=delays, mutant=mutant)
 
 
 @pytest.mark.parametrize("name", ["no barrier", "own flag only", "epoch off by one"])
-def test_a_bug_in_two_shot_shows(name: str) -> None:
-    mutant, naps = ONE_SHOT_BUGS[name]
-    assert _shows(all_reduces, "two_shot", SIZES, naps=naps, mutant=mutant)
+def test_two_shot_with_planted_bug_is_detected(name: str) -> None:
+    mutant, delays = ONE_SHOT_BUGS[name]
+    assert _detect(all_reduces, "two_shot", SIZES, delays=delays, mutant=mutant)
 
 
-def _shows(work: Callable[..., float], *args: object, naps: tuple[Nap, ...], mutant: Mutant) -> str:
-    """How a planted bug shows; empty if it does not."""
-    limit_s = 10 * _clean_s(work, args)
-    for factor in SLOWER:
+def _detect(
+    work: Callable[..., float], *args: object, delays: tuple[Delay, ...], mutant: Mutant
+) -> str:
+    """Run a mutant and return how its bug is detected; empty if it is not."""
+    limit_s = 10 * _measure_clean_s(work, args)
+    for factor in DELAY_FACTORS:
         try:
             worst = max(
                 run_ranks(
                     work,
                     2,
                     *args,
-                    naps=slower(naps, factor),
+                    delays=scale_delays(delays, factor),
                     mutant=mutant,
                     timeout_s=factor * limit_s,
                 )
             )
         except TimeoutError:
-            return "a rank waits for ever"
+            return "a rank waits forever"
         if worst > 1e-3:
             return f"an error of {worst:.1e}"
     return ""
 
 
 @cache
-def _clean_s(work: Callable[..., float], args: tuple[object, ...]) -> float:
-    """Seconds of the same work without naps and bugs, on this machine, processes included."""
+def _measure_clean_s(work: Callable[..., float], args: tuple[object, ...]) -> float:
+    """Return the seconds of the same work without delays and bugs, including process starts."""
     started = time.monotonic()
     run_ranks(work, 2, *args)
     return time.monotonic() - started

@@ -1,4 +1,4 @@
-"""The load generator and its commands against a real server, and against plain OIP."""
+"""The load generator and its commands against a real server, by its own API and by OIP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ladderstitch_loadtest.cli import app
-from ladderstitch_loadtest.load.generator import Measured, measure
+from ladderstitch_loadtest.load.generator import LoadRun, measure
 from ladderstitch_loadtest.load.outcome import LoadOutcome
 from ladderstitch_loadtest.load.targets import find_target
 from ladderstitch_loadtest.load.traces import BudgetClass, Trace, poisson
@@ -27,7 +27,7 @@ def short_trace(seed: int = 1) -> Trace:
 
 
 @pytest.mark.parametrize(("kind", "model"), [("ladderstitch", ""), ("oip", "tiny")])
-def test_every_request_of_every_process_is_accounted_for(
+def test_measure_two_processes_reports_every_request(
     server: RunningServer, kind: str, model: str
 ) -> None:
     trace = short_trace()
@@ -41,7 +41,7 @@ def test_every_request_of_every_process_is_accounted_for(
     assert {len(trace)} == {len(run.outcome.quality), len(run.client_s), len(run.lag_s)}
 
 
-def test_run_writes_figures_and_report_and_keeps_the_bar(
+def test_run_writes_json_and_html_and_checks_minimums(
     server: RunningServer, tmp_path: Path
 ) -> None:
     command = [
@@ -74,30 +74,30 @@ def test_run_writes_figures_and_report_and_keeps_the_bar(
 
 
 @pytest.mark.parametrize("text", ["a", "a:b", "a:-1", "a:1:0", "a:1:2:3"])
-def test_a_bad_budget_is_refused(text: str) -> None:
-    refused = CliRunner().invoke(app, ["run", "127.0.0.1:1", "--budget", text])
-    assert refused.exit_code == 2
-    assert "expected" in refused.output
+def test_run_malformed_budget_exits_with_2(text: str) -> None:
+    result = CliRunner().invoke(app, ["run", "127.0.0.1:1", "--budget", text])
+    assert result.exit_code == 2
+    assert "expected" in result.output
 
 
-def test_a_late_generator_says_so() -> None:
+def test_load_run_with_large_lag_is_late() -> None:
     trace = short_trace()
     outcome, n = LoadOutcome.unanswered(trace), len(trace)
     for lag_s, late in ((0.001, False), (0.1, True)):
-        run = Measured(outcome, ("OK",) * n, np.full(n, 0.2), np.full(n, lag_s))
+        run = LoadRun(outcome, ("OK",) * n, np.full(n, 0.2), np.full(n, lag_s))
         assert run.late == late
 
 
-def test_calibration_finds_the_machine() -> None:
-    """A run whose batches took twice their profile and 1 ms beyond computing."""
+def test_calibrate_finds_slowdown_and_dispatch_overhead() -> None:
+    """In this run, batches take twice their profile, and dispatch takes 1 ms."""
     trace, family = short_trace(), supernet()
     outcome = LoadOutcome.unanswered(trace)
     for i, at in enumerate(trace.arrivals_s.tolist()):
-        rows = 1 + i % 4
-        compute_s = 2 * family.profile.variants[1].median_s[rows - 1]
-        outcome.answer(i, at + 0.002 + compute_s + 0.001, at + 0.002, compute_s, 1, 0.7669, rows)
+        size = 1 + i % 4
+        compute_s = 2 * family.profile.variants[1].median_s[size - 1]
+        outcome.answer(i, at + 0.002 + compute_s + 0.001, at + 0.002, compute_s, 1, 0.7669, size)
     n = len(trace)
-    run = Measured(outcome, ("OK",) * n, np.zeros(n), np.zeros(n))
+    run = LoadRun(outcome, ("OK",) * n, np.zeros(n), np.zeros(n))
     slower, machine = calibrate(family, run)
     assert machine.dispatch_overhead_s == pytest.approx(0.001)
     assert slower.profile.alone_s(3) == pytest.approx(2 * family.profile.alone_s(3))

@@ -1,4 +1,4 @@
-"""Open-loop streams against a real server: our own protocol, OIP, a trace file, bars."""
+"""Open-loop streams against a real server: both APIs, a trace file, minimums."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from ladderstitch_loadtest.cli import app
-from ladderstitch_loadtest.load.prompts import StreamTrace, TokenClass, draw_lengths, fitted
-from ladderstitch_loadtest.load.streams import StreamEnd, StreamRun, measure_streams
-from ladderstitch_loadtest.load.targets import Kind
-from ladderstitch_loadtest.load.text_targets import Told, find_text_target
+from ladderstitch_loadtest.load.prompts import StreamTrace, TokenClass, draw_lengths, fit_context
+from ladderstitch_loadtest.load.streams import StreamResult, StreamRun, measure_streams
+from ladderstitch_loadtest.load.targets import TargetKind
+from ladderstitch_loadtest.load.text_targets import ServerReport, find_text_target
 from ladderstitch_loadtest.load.traces import poisson
 from ladderstitch_loadtest.servers.tiny_language import write_tiny
 from tests.support.servers import RunningServer, start_server, stop_server
@@ -38,24 +38,24 @@ def short_trace(answer: str) -> StreamTrace:
 
 
 @pytest.mark.parametrize(("kind", "model"), [("ladderstitch", ""), ("oip", "tiny")])
-def test_every_stream_of_every_process_is_read_to_its_end(
-    text_server: RunningServer, kind: Kind, model: str
+def test_measure_streams_two_processes_reads_every_stream(
+    text_server: RunningServer, kind: TargetKind, model: str
 ) -> None:
     trace = short_trace("2-7")
     target = find_text_target(text_server.address, kind, model)
     run = measure_streams(text_server.address, target, trace, processes=2)
     summary = run.summary()
     assert summary.statuses == {"OK": len(trace)}
-    assert [end.tokens for end in run.ends] == trace.answer_tokens.tolist()
-    assert all(0 <= end.lag_s <= end.first_s <= end.total_s for end in run.ends)
+    assert [result.tokens for result in run.results] == trace.answer_tokens.tolist()
+    assert all(0 <= result.lag_s <= result.first_s <= result.total_s for result in run.results)
     assert summary.attainment == 1.0
     assert [one.offered for one in summary.classes] == np.bincount(trace.picks).tolist()
     if kind == "ladderstitch":
         assert summary.paths == {"standard": len(trace)}
-        assert {one.attainment_told for one in summary.classes} == {1.0}
+        assert {one.server_attainment for one in summary.classes} == {1.0}
 
 
-def test_the_command_writes_figures_and_report_and_keeps_the_bar(
+def test_stream_writes_json_and_html_and_checks_minimums(
     text_server: RunningServer, tmp_path: Path
 ) -> None:
     command = [
@@ -87,7 +87,9 @@ def test_the_command_writes_figures_and_report_and_keeps_the_bar(
     assert "goodput: expected at least 1e+09" in missed.output
 
 
-def test_lengths_come_from_azures_trace(text_server: RunningServer, tmp_path: Path) -> None:
+def test_stream_replay_takes_lengths_from_azure_trace(
+    text_server: RunningServer, tmp_path: Path
+) -> None:
     file = tmp_path / "azure.csv"
     file.write_text(
         "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -105,35 +107,37 @@ def test_lengths_come_from_azures_trace(text_server: RunningServer, tmp_path: Pa
 
 
 @pytest.mark.parametrize("text", ["a", "a:1", "a:1:b", "a:1:0", "a:1:1:1:1"])
-def test_a_bad_token_budget_is_refused(text_server: RunningServer, text: str) -> None:
-    refused = CliRunner().invoke(app, ["stream", text_server.address, "--budget", text])
-    assert refused.exit_code == 2
-    assert "expected" in refused.output
+def test_stream_malformed_budget_exits_with_2(text_server: RunningServer, text: str) -> None:
+    result = CliRunner().invoke(app, ["stream", text_server.address, "--budget", text])
+    assert result.exit_code == 2
+    assert "expected" in result.output
 
 
-def test_attainment_takes_both_budgets_and_a_whole_answer() -> None:
-    """Five streams by hand: in time, first token late, slow, broken off, refused."""
-    wanted = TokenClass("a", first_s=1.0, per_token_s=0.1)
-    ends = [
-        StreamEnd("OK", 0.0, 0.9, 1.3, 5, Told(kept=True, path="ladder", quality=0.8)),
-        StreamEnd("OK", 0.0, 1.1, 1.5, 5, Told(kept=True, path="ladder", quality=0.8)),
-        StreamEnd("OK", 0.0, 0.5, 1.0, 5, Told(kept=False, path="standard", quality=0.9)),
-        StreamEnd("UNAVAILABLE", 0.0, 0.5, 0.6, 2),
-        StreamEnd("RESOURCE_EXHAUSTED"),
+def test_attainment_requires_both_budgets_and_a_complete_stream() -> None:
+    """Five streams: on time, first token late, slow, cut off, rejected."""
+    budgets = TokenClass("a", first_s=1.0, per_token_s=0.1)
+    ladder = ServerReport(met=True, path="ladder", quality=0.8)
+    standard = ServerReport(met=False, path="standard", quality=0.9)
+    results = [
+        StreamResult("OK", 0.0, 0.9, 1.3, 5, ladder),
+        StreamResult("OK", 0.0, 1.1, 1.5, 5, ladder),
+        StreamResult("OK", 0.0, 0.5, 1.0, 5, standard),
+        StreamResult("UNAVAILABLE", 0.0, 0.5, 0.6, 2),
+        StreamResult("RESOURCE_EXHAUSTED"),
     ]
     trace = StreamTrace(
-        "by hand", np.zeros(5), np.zeros(5, np.int64), (wanted,), *np.ones((2, 5), np.int64)
+        "by hand", np.zeros(5), np.zeros(5, np.int64), (budgets,), *np.ones((2, 5), np.int64)
     )
-    summary = StreamRun(trace, ends).summary()
+    summary = StreamRun(trace, results).summary()
     assert summary.attainment == pytest.approx(0.2)
     assert summary.effective_quality == pytest.approx(0.8 / 5)
     assert summary.tokens_per_s == pytest.approx(17 / 1.5)
     assert summary.goodput_tokens_per_s == pytest.approx(5 / 1.5)
-    assert summary.classes[0].attainment_told == pytest.approx(2 / 3)
+    assert summary.classes[0].server_attainment == pytest.approx(2 / 3)
 
 
-def test_lengths_fit_the_context() -> None:
-    prompt, answer = fitted(np.array([10, 300, 90]), np.array([5, 5, 200]), 100)
+def test_lengths_are_parsed_and_cut_to_the_context() -> None:
+    prompt, answer = fit_context(np.array([10, 300, 90]), np.array([5, 5, 200]), 100)
     assert prompt.tolist() == [10, 95, 50]
     assert answer.tolist() == [5, 5, 50]
     assert draw_lengths("7", 3, np.random.default_rng(0)).tolist() == [7, 7, 7]

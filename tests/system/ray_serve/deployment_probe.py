@@ -1,5 +1,7 @@
-"""Run by `test_deployment.py` in a process of its own: a declarative Serve deployment and its
-`user_config`, as `serve deploy` and KubeRay use them. Prints what happened as JSON."""
+"""Deploy declaratively on Ray Serve and change `user_config`, as `serve deploy` and KubeRay do.
+
+`test_application.py` runs this in a separate process; it prints the observations as JSON.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ APP = "ladderstitch"
 
 
 def deploy(bundle: str, ports: tuple[int, int], user_config: dict[str, object]) -> None:
-    """What `serve deploy FILE` does."""
+    """Deploy like `serve deploy FILE`."""
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
@@ -32,9 +34,9 @@ def deploy(bundle: str, ports: tuple[int, int], user_config: dict[str, object]) 
     _get_global_client().deploy_apps(schema)
 
 
-def until(port: int, variant: int) -> str:
-    """The replica that answers, once it answers with this variant."""
-    deadline = time.monotonic() + 60
+def wait_for_variant(port: int, variant: int) -> str:
+    """Wait until requests are answered with the variant; return the name of the replica."""
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         try:
             with Client(f"127.0.0.1:{port}") as client:
@@ -49,22 +51,23 @@ def until(port: int, variant: int) -> str:
 
 
 def probe(bundle: str, port: int, metrics_port: int) -> dict[str, object]:
+    """Return what a client sees after each change of settings."""
     seen: dict[str, object] = {}
     ports = (port, metrics_port)
     with local_ray():
         deploy(bundle, ports, {"pinned_variant": 4})
-        first = until(port, 4)
+        first = wait_for_variant(port, 4)
         deploy(bundle, ports, {"pinned_variant": 9})
-        seen["same_replica"] = until(port, 9) == first
+        seen["same_replica"] = wait_for_variant(port, 9) == first
         with Client(f"127.0.0.1:{port}") as client:
             client.update_scheduling(pinned_variant=2)
             seen["after_admin"] = client.predict(pixels()).variant
-        deploy(bundle, ports, {"pinned_variant": 9})  # nothing new: the administrator wrote last
+        deploy(bundle, ports, {"pinned_variant": 9})  # unchanged, so the administrator's pin stays
         time.sleep(2.0)
         with Client(f"127.0.0.1:{port}") as client:
             seen["after_repeat"] = client.predict(pixels()).variant
             deploy(bundle, ports, {"policy": "fixed", "fixed_variant": 11, "pinned_variant": None})
-            until(port, 11)
+            wait_for_variant(port, 11)
             seen["revision"] = client.get_scheduling().revision
     return seen
 

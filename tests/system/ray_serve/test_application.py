@@ -14,7 +14,7 @@ from tests.system.test_serve import free_port
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_user_config_and_administrator_the_last_writer_wins(tmp_path: Path) -> None:
+def test_user_config_and_admin_change_last_write_wins(tmp_path: Path) -> None:
     bundle = make_tiny_bundle(tmp_path / "tiny").path
     done = subprocess.run(
         [

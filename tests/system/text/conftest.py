@@ -1,4 +1,4 @@
-"""Language models to generate with: a tiny one, and one that has two paths."""
+"""Fixtures: tiny language models, one with a single variant and one with two."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ PATHS = (
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> TextBundle:
-    """One path."""
+    """Return a bundle with one variant."""
     return TextBundle.load(write_tiny(tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.fixture(scope="session")
 def two_paths(tmp_path_factory: pytest.TempPathFactory) -> TextBundle:
-    """Standard (quality 0.6) and ladder in the last two layers (0.5)."""
+    """Return a bundle with a standard variant (quality 0.6) and a ladder variant (0.5).
+
+    The ladder is in the last two layers.
+    """
     path: Path = tmp_path_factory.mktemp("models") / "two"
     return TextBundle.load(write_tiny(path, paths=PATHS))

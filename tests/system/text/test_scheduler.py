@@ -1,4 +1,4 @@
-"""Many answers at once over real ranks: each as if alone, each ending in exactly one way."""
+"""Tests of `TextScheduler` on real ranks: many answers at once, and each ends exactly once."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ from ladderstitch.scheduling.requests import (
     TokenBudget,
     TokenChunk,
 )
+from ladderstitch.telemetry.model_metrics import NullObserver, TextObserver
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.scheduler.block_manager import BlockManager
 from ladderstitch.text.scheduler.queue import SequenceQueue
-from ladderstitch.text.scheduler.scheduler import NullObserver, StepObserver, TextScheduler
+from ladderstitch.text.scheduler.scheduler import TextScheduler
 from ladderstitch_loadtest.benchmarks.generation_load import StaticQueue
 from tests.support.language_models import TINY, one_rank_logits
 
 TIE = 1e-4
-"""Logits closer than this may come in either order, by what else is in the batch."""
+"""Logits closer than this may change their order with the other sequences of the batch."""
 
 
 @asynccontextmanager
-async def generating(
+async def running_scheduler(
     bundle: TextBundle,
     *,
     kv_cache_tokens: int = 1024,
     max_sequences: int = 32,
-    make_roster: Callable[[BlockManager, int], SequenceQueue] = SequenceQueue,
+    make_queue: Callable[[BlockManager, int], SequenceQueue] = SequenceQueue,
     options: GroupOptions | None = None,
-    observer: StepObserver | None = None,
+    observer: TextObserver | None = None,
     **fields: object,
 ) -> AsyncIterator[TextScheduler]:
-    job = RankConfig.of(
+    rank_config = RankConfig.of(
         bundle,
         max_model_len=128,
         kv_cache_tokens=kv_cache_tokens,
@@ -53,11 +54,11 @@ async def generating(
         max_batched_tokens=48,
         **fields,
     )
-    group = RankGroup(job, options)
-    names = [path.name for path in bundle.manifest.ways]
+    group = RankGroup(rank_config, options)
+    names = [variant.name for variant in bundle.manifest.variants]
     try:
         await group.start()
-        generator = TextScheduler(
+        scheduler = TextScheduler(
             group,
             bundle.tokenizer(),
             (),
@@ -65,168 +66,173 @@ async def generating(
             names,
             max_sequences,
             observer,
-            make_roster,
+            make_queue,
         )
-        await generator.measure()
-        yield generator
-        await generator.close()
+        await scheduler.measure()
+        yield scheduler
+        await scheduler.close()
     finally:
         await group.close()
 
 
-def asked(tokens: list[int], most: int = 8, **fields: object) -> GenerationRequest:
-    return GenerationRequest(tuple(tokens), time.monotonic(), most, **fields)  # type: ignore[arg-type] # by name
+def make_request(tokens: list[int], max_tokens: int = 8, **fields: object) -> GenerationRequest:
+    return GenerationRequest(tuple(tokens), time.monotonic(), max_tokens, **fields)  # type: ignore[arg-type] # by name
 
 
-async def collect(generator: TextScheduler, request: GenerationRequest) -> list[TokenChunk]:
-    async with aclosing(generator.generate(request)) as pieces:
-        return [piece async for piece in pieces]
+async def collect(scheduler: TextScheduler, request: GenerationRequest) -> list[TokenChunk]:
+    async with aclosing(scheduler.generate(request)) as chunks:
+        return [chunk async for chunk in chunks]
 
 
-def assert_greedy(bundle: TextBundle, request: GenerationRequest, pieces: list[TokenChunk]) -> None:
-    """Every token is the likeliest after those before it, in one pass of one rank."""
-    answer = [piece.token for piece in pieces]
+def assert_greedy(bundle: TextBundle, request: GenerationRequest, chunks: list[TokenChunk]) -> None:
+    """Assert that every token is the likeliest after those before it, in one pass of one rank."""
+    answer = [chunk.token for chunk in chunks]
     whole = [*request.tokens, *answer]
     logits = one_rank_logits(bundle.manifest.config, bundle.weights(), whole[:-1])
     rows = logits[len(request.tokens) - 1 :]
-    given_up = rows.max(dim=-1).values - rows[torch.arange(len(rows)), torch.tensor(answer)]
-    assert given_up.max() < TIE
-    assert [piece.index for piece in pieces] == list(range(len(pieces)))
-    assert pieces[-1].finish == "length"
-    assert len(pieces) == request.max_tokens
+    regret = rows.max(dim=-1).values - rows[torch.arange(len(rows)), torch.tensor(answer)]
+    assert regret.max() < TIE
+    assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
+    assert chunks[-1].finish == "length"
+    assert len(chunks) == request.max_tokens
 
 
-@pytest.mark.parametrize("killed", [False, True])
-async def test_many_streams_with_callers_who_leave(bundle: TextBundle, killed: bool) -> None:
+@pytest.mark.parametrize("rank_dies", [False, True])
+async def test_generate_many_streams_each_ends_once(bundle: TextBundle, rank_dies: bool) -> None:
     rng = random.Random(5)
-    async with generating(bundle, ranks=2, options=GroupOptions(spares=1)) as generator:
+    async with running_scheduler(bundle, ranks=2, options=GroupOptions(spares=1)) as scheduler:
         ended: list[str] = []
-        begun = asyncio.Event()
+        started = asyncio.Event()
 
-        async def stream(leaves_after: int | None) -> None:
+        async def call(leave_after: int | None) -> None:
             prompt = [rng.randrange(256) for _ in range(rng.choice((1, 7, 30, 60)))]
-            request = asked(prompt, rng.choice((4, 20, 40)))
-            pieces: list[TokenChunk] = []
-            async with aclosing(generator.generate(request)) as coming:
-                async for piece in coming:
-                    pieces.append(piece)
-                    begun.set()
-                    if piece.index == leaves_after:
+            request = make_request(prompt, rng.choice((4, 20, 40)))
+            chunks: list[TokenChunk] = []
+            async with aclosing(scheduler.generate(request)) as stream:
+                async for chunk in stream:
+                    chunks.append(chunk)
+                    started.set()
+                    if chunk.index == leave_after:
                         ended.append("left")
                         return
-            assert_greedy(bundle, request, pieces)
+            assert_greedy(bundle, request, chunks)
             ended.append("complete")
 
-        streams = [stream(rng.randrange(4) if number % 10 == 3 else None) for number in range(32)]
-        tasks = [asyncio.create_task(one) for one in streams]
-        if killed:
-            await begun.wait()
-            os.kill(generator.group.pids[1], signal.SIGKILL)
+        calls = [call(rng.randrange(4) if number % 10 == 3 else None) for number in range(32)]
+        tasks = [asyncio.create_task(one) for one in calls]
+        if rank_dies:
+            await started.wait()
+            os.kill(scheduler.group.pids[1], signal.SIGKILL)
         await asyncio.gather(*tasks)
         assert len(ended) == 32
         assert ended.count("left") >= 2
-        assert (generator.running, generator.waiting, generator.pool.used) == (0, 0, 0)
-        assert generator.group.restarts == int(killed)
+        assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
+        assert scheduler.block_manager.num_used == 0
+        assert scheduler.group.restarts == int(rank_dies)
 
 
-async def test_a_short_cache_preempts_instead_of_refusing(bundle: TextBundle) -> None:
-    class Watch(NullObserver):
-        times = 0
+async def test_generate_with_small_cache_preempts_sequences(bundle: TextBundle) -> None:
+    class PreemptionCounter(NullObserver):
+        count = 0
 
-        def preempted(self, sequences: int) -> None:
-            self.times += sequences
+        def observe_preemptions(self, num_sequences: int) -> None:
+            self.count += num_sequences
 
-    watch = Watch()
-    async with generating(bundle, kv_cache_tokens=132, observer=watch) as generator:
-        requests = [asked([n, n + 1, n + 2] * 5, 60) for n in range(6)]
-        answers = await asyncio.gather(*(collect(generator, request) for request in requests))
-        for request, pieces in zip(requests, answers, strict=True):
-            assert_greedy(bundle, request, pieces)
-        assert watch.times > 0
-        assert generator.pool.used == 0
+    preemptions = PreemptionCounter()
+    async with running_scheduler(bundle, kv_cache_tokens=132, observer=preemptions) as scheduler:
+        requests = [make_request([n, n + 1, n + 2] * 5, 60) for n in range(6)]
+        answers = await asyncio.gather(*(collect(scheduler, request) for request in requests))
+        for request, chunks in zip(requests, answers, strict=True):
+            assert_greedy(bundle, request, chunks)
+        assert preemptions.count > 0
+        assert scheduler.block_manager.num_used == 0
 
 
-async def test_prompts_that_begin_alike_are_computed_once(two_paths: TextBundle) -> None:
+async def test_generate_with_shared_prefix_reuses_blocks(two_paths: TextBundle) -> None:
     shared = list(range(50))
-    async with generating(two_paths) as generator:
-        first = await collect(generator, asked([*shared, 100]))
-        again = await collect(generator, asked([*shared, 101]))
+    async with running_scheduler(two_paths) as scheduler:
+        first = await collect(scheduler, make_request([*shared, 100]))
+        again = await collect(scheduler, make_request([*shared, 101]))
         assert first[0].answer.reused_tokens == 0
         assert again[0].answer.reused_tokens == 48
-        assert_greedy(two_paths, asked([*shared, 101]), again)
+        assert_greedy(two_paths, make_request([*shared, 101]), again)
         for changes in ({"tenant": "another"}, {"variant": 1}):
-            apart = await collect(generator, asked([*shared, 101], **changes))
+            apart = await collect(scheduler, make_request([*shared, 101], **changes))
             assert apart[0].answer.reused_tokens == 0
-        whole = await collect(generator, asked([*shared, 101]))  # the answer's blocks serve, too
-        assert whole[0].answer.reused_tokens == 48
+        third = await collect(scheduler, make_request([*shared, 101]))
+        assert third[0].answer.reused_tokens == 48
 
 
-async def test_nothing_of_a_lost_cache_is_found_again(bundle: TextBundle) -> None:
+async def test_generate_after_rank_loss_reuses_nothing(bundle: TextBundle) -> None:
     prompt = list(range(40))
-    async with generating(bundle, ranks=2) as generator:
-        before = await collect(generator, asked(prompt))
-        os.kill(generator.group.pids[0], signal.SIGKILL)
-        after = await collect(generator, asked(prompt))
-        assert [piece.token for piece in after] == [piece.token for piece in before]
-        assert_greedy(bundle, asked(prompt), after)
+    async with running_scheduler(bundle, ranks=2) as scheduler:
+        before = await collect(scheduler, make_request(prompt))
+        os.kill(scheduler.group.pids[0], signal.SIGKILL)
+        after = await collect(scheduler, make_request(prompt))
+        assert [chunk.token for chunk in after] == [chunk.token for chunk in before]
+        assert_greedy(bundle, make_request(prompt), after)
 
 
-async def test_budgets_choose_the_path_and_the_answer_says_so(two_paths: TextBundle) -> None:
-    """Over a slow link: the ladder hides two of three layers' reductions."""
+async def test_generate_with_tight_budget_takes_the_ladder(two_paths: TextBundle) -> None:
+    # Over the slow link the ladder hides the reductions of two of the three layers.
     slow = GroupOptions(latency_s=0.02)
-    async with generating(two_paths, ranks=2, options=slow) as generator:
-        standard_s, ladder_s = (generator.times.expected(path, 1) for path in (0, 1))
+    async with running_scheduler(two_paths, ranks=2, options=slow) as scheduler:
+        standard_s, ladder_s = (scheduler.times.expected(v, 1) for v in (0, 1))
         between = TokenBudget(per_token_s=(standard_s + ladder_s) / 2)
-        tight = await collect(generator, asked([1, 2, 3], budget=between))
-        relaxed = await collect(generator, asked([1, 2, 3]))
-        assert (tight[-1].answer.path, tight[-1].answer.name) == (1, "ladder-2")
-        assert (relaxed[-1].answer.path, relaxed[-1].answer.name) == (0, "standard")
+        tight = await collect(scheduler, make_request([1, 2, 3], budget=between))
+        relaxed = await collect(scheduler, make_request([1, 2, 3]))
+        assert (tight[-1].answer.variant, tight[-1].answer.name) == (1, "ladder-2")
+        assert (relaxed[-1].answer.variant, relaxed[-1].answer.name) == (0, "standard")
         assert tight[-1].answer.quality is not None
         assert tight[-1].answer.quality.perplexity == 11.0
-        assert_greedy(two_paths, asked([1, 2, 3]), relaxed)
+        assert_greedy(two_paths, make_request([1, 2, 3]), relaxed)
 
 
-async def test_log_probabilities_are_the_models_own(bundle: TextBundle) -> None:
+async def test_generate_with_logprobs_returns_the_models_own(bundle: TextBundle) -> None:
     prompt = [5, 6, 7, 8]
-    request = asked(prompt, 5, logprobs=3, sampling=Sampling(temperature=2.0, seed=4))
-    async with generating(bundle) as generator:
-        pieces = await collect(generator, request)
-    whole = [*prompt, *(piece.token for piece in pieces)]
+    request = make_request(prompt, 5, logprobs=3, sampling=Sampling(temperature=2.0, seed=4))
+    async with running_scheduler(bundle) as scheduler:
+        chunks = await collect(scheduler, request)
+    whole = [*prompt, *(chunk.token for chunk in chunks)]
     logits = one_rank_logits(TINY, bundle.weights(), whole[:-1])
     expected = logits.log_softmax(-1)[len(prompt) - 1 :]
     top = expected.topk(3)
-    for row, piece in enumerate(pieces):
-        assert piece.logprob == pytest.approx(float(expected[row, piece.token]), abs=1e-4)
-        got = np.array(piece.alternatives)
+    for row, chunk in enumerate(chunks):
+        assert chunk.logprob == pytest.approx(float(expected[row, chunk.token]), abs=1e-4)
+        got = np.array(chunk.alternatives)
         np.testing.assert_allclose(got[:, 1], top.values[row].numpy(), atol=1e-4)
 
 
-async def test_past_its_limit_an_answer_ends_and_holds_nothing(bundle: TextBundle) -> None:
-    async with generating(bundle, ranks=2, options=GroupOptions(latency_s=0.02)) as generator:
-        request = asked([1, 2], 120, hard_deadline=time.monotonic() + 1.0)
+async def test_generate_past_hard_deadline_frees_all_blocks(bundle: TextBundle) -> None:
+    async with running_scheduler(
+        bundle, ranks=2, options=GroupOptions(latency_s=0.02)
+    ) as scheduler:
+        request = make_request([1, 2], 120, hard_deadline=time.monotonic() + 1.0)
         with pytest.raises(ExpiredInCompute):
-            await collect(generator, request)
-        assert generator.pool.used == 0
-        assert len(await collect(generator, asked([1, 2], 3))) == 3
+            await collect(scheduler, request)
+        assert scheduler.block_manager.num_used == 0
+        assert len(await collect(scheduler, make_request([1, 2], 3))) == 3
 
 
-async def test_draining_lets_answers_end_and_nobody_in(bundle: TextBundle) -> None:
-    async with generating(bundle) as generator:
-        answer = asyncio.create_task(collect(generator, asked([1, 2], 30)))
+async def test_drain_rejects_new_requests_and_finishes_others(bundle: TextBundle) -> None:
+    async with running_scheduler(bundle) as scheduler:
+        answer = asyncio.create_task(collect(scheduler, make_request([1, 2], 30)))
         await asyncio.sleep(0)
-        draining = asyncio.create_task(generator.drain())
+        draining = asyncio.create_task(scheduler.drain())
         await asyncio.sleep(0)
         with pytest.raises(Draining):
-            await collect(generator, asked([1, 2]))
+            await collect(scheduler, make_request([1, 2]))
         await draining
         assert answer.done() or len(await answer) == 30
 
 
-async def test_closing_ends_every_answer(bundle: TextBundle) -> None:
-    async with generating(bundle) as generator:
-        answers = [asyncio.create_task(collect(generator, asked([n], 100))) for n in range(4)]
+async def test_close_ends_every_answer(bundle: TextBundle) -> None:
+    async with running_scheduler(bundle) as scheduler:
+        answers = [
+            asyncio.create_task(collect(scheduler, make_request([n], 100))) for n in range(4)
+        ]
         await asyncio.sleep(0.05)
-        await generator.close()
+        await scheduler.close()
         ends = await asyncio.gather(*answers, return_exceptions=True)
     assert all(isinstance(end, RequestError | list) for end in ends)
 
@@ -234,28 +240,30 @@ async def test_closing_ends_every_answer(bundle: TextBundle) -> None:
 @pytest.mark.parametrize(
     ("request_", "field"),
     [
-        (asked([]), "prompt"),
-        (asked([257]), "prompt"),
-        (asked([-1]), "prompt"),
-        (asked([1], 0), "max_tokens"),
-        (asked([1] * 100, 29), "max_tokens"),
-        (asked([1], stop=("",)), "stop"),
-        (asked([1], logprobs=21), "logprobs"),
-        (asked([1], budget=TokenBudget(per_token_s=float("nan"))), "per_token_s"),
-        (asked([1], budget=TokenBudget(first_token_s=0.0)), "first_token_s"),
+        (make_request([]), "prompt"),
+        (make_request([257]), "prompt"),
+        (make_request([-1]), "prompt"),
+        (make_request([1], 0), "max_tokens"),
+        (make_request([1] * 100, 29), "max_tokens"),
+        (make_request([1], stop=("",)), "stop"),
+        (make_request([1], logprobs=21), "logprobs"),
+        (make_request([1], budget=TokenBudget(per_token_s=float("nan"))), "per_token_s"),
+        (make_request([1], budget=TokenBudget(first_token_s=0.0)), "first_token_s"),
     ],
 )
-def test_wrong_requests_name_their_field(request_: GenerationRequest, field: str) -> None:
+def test_check_with_invalid_request_names_the_field(
+    request_: GenerationRequest, field: str
+) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        request_.check(vocabulary=257, most_tokens=128)
+        request_.check(vocab_size=257, max_model_len=128)
     assert caught.value.field == field
 
 
-async def test_static_batches_let_nobody_join(bundle: TextBundle) -> None:
-    async with generating(bundle, make_roster=StaticQueue) as generator:
-        async with aclosing(generator.generate(asked([1], 60))) as long:
-            await anext(long)
-            short = asyncio.create_task(collect(generator, asked([2], 2)))
-            assert len([piece async for piece in long]) == 59
-        assert not short.done()
-        assert len(await short) == 2
+async def test_static_queue_admits_no_request_into_a_batch(bundle: TextBundle) -> None:
+    async with running_scheduler(bundle, make_queue=StaticQueue) as scheduler:
+        async with aclosing(scheduler.generate(make_request([1], 60))) as first:
+            await anext(first)
+            second = asyncio.create_task(collect(scheduler, make_request([2], 2)))
+            assert len([chunk async for chunk in first]) == 59
+        assert not second.done()
+        assert len(await second) == 2

@@ -1,4 +1,4 @@
-"""Ranks on two hosts (network namespaces): the same answers as one rank on one host."""
+"""Test of ranks on two hosts (network namespaces): the same logits as one rank on one host."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ async def logits(group: RankGroup) -> np.ndarray:
         await group.close()
 
 
-async def test_two_hosts_agree_with_one(tiny_language_bundle: TextBundle) -> None:
+async def test_ranks_on_two_hosts_give_the_logits_of_one(tiny_language_bundle: TextBundle) -> None:
     alone = await logits(RankGroup(RankConfig.of(tiny_language_bundle, max_model_len=64)))
-    job = RankConfig.of(tiny_language_bundle, max_model_len=64, ranks=2)
+    rank_config = RankConfig.of(tiny_language_bundle, max_model_len=64, ranks=2)
     try:
         with second_host() as namespace:
             options = GroupOptions(link="tcp", listen=f"{HERE}:0")
-            together = await logits(RankGroup(job, options, AlternatingLauncher(namespace)))
+            distributed = await logits(
+                RankGroup(rank_config, options, AlternatingLauncher(namespace))
+            )
     except OSError as error:
         pytest.skip(f"no network namespaces here: {error}")
-    assert np.abs(together - alone).max() <= 1e-5 * np.abs(alone).max()
+    assert np.abs(distributed - alone).max() <= 1e-5 * np.abs(alone).max()

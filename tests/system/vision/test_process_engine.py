@@ -1,4 +1,4 @@
-"""The worker process: the model's answers, errors that stay in their batch, deaths survived."""
+"""Tests of the worker process: its logits, failed batches, and recovery after its death."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import torch
 
 from ladderstitch.errors import ConfigError, InternalError
 from ladderstitch.runtime.device import resolve_device, resolve_dtype
-from ladderstitch.vision.bundle import Bundle
+from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.engine.base import EngineDied, WorkerConfig
 from ladderstitch.vision.engine.process import ProcessEngine
 from ladderstitch.vision.engine.warmup import batch_sizes, warm_up
 
 
-def worker_config(bundle: Bundle, **changes: object) -> WorkerConfig:
+def worker_config(bundle: VisionBundle, **changes: object) -> WorkerConfig:
+    """Return the configuration of a CPU worker for the tiny bundle."""
     fields = {
         "bundle": str(bundle.path),
         "device": "cpu",
@@ -33,7 +34,8 @@ def worker_config(bundle: Bundle, **changes: object) -> WorkerConfig:
 
 
 @pytest.fixture
-async def engine(tiny_bundle: Bundle) -> AsyncIterator[ProcessEngine]:
+async def engine(tiny_bundle: VisionBundle) -> AsyncIterator[ProcessEngine]:
+    """Yield a started engine."""
     engine = ProcessEngine(worker_config(tiny_bundle))
     await engine.start()
     yield engine
@@ -41,28 +43,29 @@ async def engine(tiny_bundle: Bundle) -> AsyncIterator[ProcessEngine]:
 
 
 def images(n: int, seed: int = 0) -> np.ndarray:
+    """Return n random model inputs."""
     return np.random.default_rng(seed).normal(size=(n, 1, 8, 8)).astype(np.float32)
 
 
-async def test_batches_answer_as_the_model_does(engine: ProcessEngine, tiny_bundle: Bundle) -> None:
+async def test_forward_equals_model(engine: ProcessEngine, tiny_bundle: VisionBundle) -> None:
     model = tiny_bundle.load_model()
     for stitch in (0, 5, 16):
         parts = [images(1, 1), images(3, 2), images(2, 3)]
         result = await engine.forward(parts, stitch)
         with torch.inference_mode():
-            wanted = model(torch.from_numpy(np.concatenate(parts)), stitch).numpy()
-        np.testing.assert_allclose(result.logits, wanted, atol=1e-5)
+            expected = model(torch.from_numpy(np.concatenate(parts)), stitch).numpy()
+        np.testing.assert_allclose(result.logits, expected, atol=1e-5)
         assert result.compute_s > 0
 
 
-async def test_logits_outlive_the_next_batch(engine: ProcessEngine) -> None:
+async def test_forward_next_batch_keeps_earlier_logits(engine: ProcessEngine) -> None:
     first = await engine.forward([images(2, 1)], 0)
     kept = first.logits.copy()
     await engine.forward([images(2, 9)], 0)
     np.testing.assert_array_equal(first.logits, kept)
 
 
-async def test_an_error_ends_its_batch_only(engine: ProcessEngine) -> None:
+async def test_forward_failed_batch_keeps_worker_alive(engine: ProcessEngine) -> None:
     pid = engine.worker_pid
     with pytest.raises(InternalError, match="KeyError: 99"):
         await engine.forward([images(1)], 99)
@@ -70,10 +73,10 @@ async def test_an_error_ends_its_batch_only(engine: ProcessEngine) -> None:
     assert engine.worker_pid == pid
 
 
-async def test_a_killed_worker_is_replaced(engine: ProcessEngine) -> None:
+async def test_killed_worker_is_respawned(engine: ProcessEngine) -> None:
     pid = engine.worker_pid
     assert pid is not None
-    os.kill(pid, signal.SIGSTOP)  # so that the batch is in flight for certain
+    os.kill(pid, signal.SIGSTOP)  # guarantees that the batch is in flight
     batch = asyncio.create_task(engine.forward([images(1)], 0))
     await asyncio.sleep(0)
     os.kill(pid, signal.SIGKILL)
@@ -86,7 +89,7 @@ async def test_a_killed_worker_is_replaced(engine: ProcessEngine) -> None:
     assert engine.restarts == 1
 
 
-async def test_closing_ends_the_worker(tiny_bundle: Bundle) -> None:
+async def test_close_stops_worker_process(tiny_bundle: VisionBundle) -> None:
     engine = ProcessEngine(worker_config(tiny_bundle))
     await engine.start()
     pid = engine.worker_pid
@@ -96,7 +99,7 @@ async def test_closing_ends_the_worker(tiny_bundle: Bundle) -> None:
         os.kill(pid, 0)
 
 
-async def test_a_worker_that_cannot_load_is_reported(tiny_bundle: Bundle) -> None:
+async def test_start_without_weights_raises_engine_died(tiny_bundle: VisionBundle) -> None:
     config = worker_config(tiny_bundle)
     (tiny_bundle.path / "weights.safetensors").unlink()
     engine = ProcessEngine(config)
@@ -105,44 +108,46 @@ async def test_a_worker_that_cannot_load_is_reported(tiny_bundle: Bundle) -> Non
     engine.close()
 
 
-async def test_warming_runs_every_pair_and_keeps_the_shape_of_a_shipped_profile(
-    engine: ProcessEngine, tiny_bundle: Bundle
+async def test_warm_up_with_profile_scales_it(
+    engine: ProcessEngine, tiny_bundle: VisionBundle
 ) -> None:
     shipped = tiny_bundle.latency
     assert shipped is not None
-    seen: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     profile = await warm_up(
-        engine, tiny_bundle, engine.config, lambda done, total: seen.append((done, total))
+        engine, tiny_bundle, engine.config, lambda done, total: reported.append((done, total))
     )
-    assert seen[-1] == (2 * 17 * 4, 2 * 17 * 4)
+    assert reported[-1] == (2 * 17 * 4, 2 * 17 * 4)
     ratios = {
-        round(got / was, 6)
+        round(measured / profiled, 6)
         for stitch, latency in profile.variants.items()
-        for got, was in zip(latency.median_s, shipped.variants[stitch].median_s[:4], strict=True)
+        for measured, profiled in zip(
+            latency.median_s, shipped.variants[stitch].median_s[:4], strict=True
+        )
     }
     assert profile.batch_sizes == (1, 2, 4, 8)
     assert len(ratios) == 1
     assert 0 < ratios.pop() < 100
 
 
-async def test_warming_measures_where_no_profile_was_shipped(
-    engine: ProcessEngine, tiny_bundle: Bundle
+async def test_warm_up_without_profile_measures_one(
+    engine: ProcessEngine, tiny_bundle: VisionBundle
 ) -> None:
     (tiny_bundle.path / "latency.json").unlink()
     profile = await warm_up(
-        engine, Bundle.load(tiny_bundle.path), engine.config, lambda done, total: None
+        engine, VisionBundle.load(tiny_bundle.path), engine.config, lambda done, total: None
     )
     assert profile.batch_sizes == (1, 2, 4, 8)
     assert profile.variants.keys() == set(range(17))
 
 
-def test_batch_sizes_end_at_the_largest() -> None:
+def test_batch_sizes_end_with_max_batch_size() -> None:
     assert batch_sizes(1) == (1,)
     assert batch_sizes(8) == (1, 2, 4, 8)
     assert batch_sizes(12) == (1, 2, 4, 8, 12)
 
 
-def test_places_and_formats_are_checked() -> None:
+def test_resolve_device_and_dtype_wrong_names_raise() -> None:
     assert resolve_dtype("auto", "cpu") is torch.float32
     assert resolve_dtype("auto", "cuda:1") is torch.bfloat16
     with pytest.raises(ConfigError, match="dtype: expected auto or one of"):

@@ -1,4 +1,4 @@
-"""Which sub-blocks a read of the stream waits for; schemes that do not fit are refused."""
+"""Tests of which reductions a read of the stream waits for, and of schemes that do not fit."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from ladderstitch.errors import ConfigError
 from ladderstitch.text.model.residual import ResidualScheme, ResidualStream, plan_layers
 
 
-class CountingLink:
-    """Doubles what is posted and remembers what was waited for."""
+class RecordingCommunicator:
+    """A communicator that doubles partials and records the order of waits."""
 
     rank, ranks = 0, 2
 
     def __init__(self) -> None:
-        self.posted: list[Tensor] = []
+        self.started: list[Tensor] = []
         self.waited: list[int] = []
 
-    def post(self, partial: Tensor) -> int:
-        self.posted.append(partial)
-        return len(self.posted) - 1
+    def all_reduce_async(self, partial: Tensor) -> int:
+        self.started.append(partial)
+        return len(self.started) - 1
 
-    def wait(self, ticket: int) -> Tensor:
-        self.waited.append(ticket)
-        return 2 * self.posted[ticket]
+    def wait(self, work: int) -> Tensor:
+        self.waited.append(work)
+        return 2 * self.started[work]
 
     def close(self) -> None:
-        raise AssertionError("nobody closes the link of a stream")
+        raise AssertionError("a stream does not close its communicator")
 
 
-def test_a_ladder_read_waits_for_all_but_the_last_sub_block() -> None:
-    link = CountingLink()
-    stream = ResidualStream(torch.zeros(1), link)
+def test_ladder_read_waits_for_all_but_the_last_sub_block() -> None:
+    comm = RecordingCommunicator()
+    stream = ResidualStream(torch.zeros(1), comm)
     reads = []
     for value in (1.0, 10.0, 100.0, 1000.0):
         reads.append(stream.read(lag=1).item())
         stream.add(torch.tensor([value]))
     assert reads == [0, 0, 2, 22]
-    assert link.waited == [0, 1]
+    assert comm.waited == [0, 1]
     assert stream.read().item() == 2222
-    assert link.waited == [0, 1, 2, 3]
+    assert comm.waited == [0, 1, 2, 3]
 
 
-def test_a_hybrid_stream_waits_once_for_each_reduction() -> None:
-    link = CountingLink()
-    stream = ResidualStream(torch.zeros(1), link)
+def test_mixed_lags_wait_once_for_each_reduction() -> None:
+    comm = RecordingCommunicator()
+    stream = ResidualStream(torch.zeros(1), comm)
     stream.add(torch.tensor([1.0]))
     assert stream.read(lag=0).item() == 2
     stream.add(torch.tensor([10.0]))
@@ -54,7 +54,7 @@ def test_a_hybrid_stream_waits_once_for_each_reduction() -> None:
     assert stream.read(lag=0).item() == 22
     stream.add(torch.tensor([100.0]))
     assert stream.read(lag=0).item() == 222
-    assert link.waited == [0, 1, 2]
+    assert comm.waited == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -78,16 +78,16 @@ def test_a_hybrid_stream_waits_once_for_each_reduction() -> None:
         ),
         (
             ResidualScheme(scheme="desync", reduce_after=((True, True),) * 4, ranks=4),
-            "ranks: a desync model is defined for one rank count, here 4; got 2",
+            r"ranks: expected 4 \(a desync model is defined for one rank count\), got 2",
         ),
     ],
 )
-def test_schemes_that_do_not_fit_are_refused(residual: ResidualScheme, message: str) -> None:
+def test_plan_layers_of_an_unfit_scheme_raises(residual: ResidualScheme, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_layers(residual, 4, 2)
 
 
-def test_the_last_layers_or_a_list_read_late() -> None:
+def test_ladder_layers_are_all_the_last_n_or_a_list() -> None:
     def lags(which: int | tuple[int, ...] | None) -> list[int]:
         residual = ResidualScheme(scheme="ladder", ladder_layers=which)
         return [plan.lag for plan in plan_layers(residual, 4, 1)]

@@ -1,4 +1,4 @@
-"""Splitting a model over ranks: everything is held once, and impossible splits say why."""
+"""Tests of splitting a model over ranks: each part is held once, impossible splits raise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def config(heads: int, kv_heads: int) -> LlamaConfig:
 
 
 @given(kv_heads=st.integers(1, 6), group=st.integers(1, 6), ranks=st.integers(1, 12))
-def test_all_heads_columns_and_rows_are_held_once_and_read_their_own_kv_head(
+def test_shards_hold_each_part_once_with_its_own_kv_heads(
     kv_heads: int, group: int, ranks: int
 ) -> None:
     whole = config(kv_heads * group, kv_heads)
@@ -45,7 +45,7 @@ def test_all_heads_columns_and_rows_are_held_once_and_read_their_own_kv_head(
         ]
 
 
-def test_uneven_groups_and_a_rank_that_is_not_there() -> None:
+def test_shard_with_uneven_groups_or_a_wrong_rank() -> None:
     assert [Shard.of(config(9, 3), rank, 2).kv_heads for rank in (0, 1)] == [(0, 1), (2,)]
     with pytest.raises(ConfigError, match="rank: expected 0 to 1, got 2"):
         Shard.of(config(9, 3), 2, 2)

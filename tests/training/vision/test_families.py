@@ -1,4 +1,4 @@
-"""Making other families: by cost, by low rank, from a pool, hierarchical; on a toy data set."""
+"""Tests of making other families (by cost, low-rank, from a pool, hierarchical), on toy data."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import yaml
 from safetensors.torch import load_file
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.training.vision.loop import draw, groups_by_cost
+from ladderstitch.training.vision.loop import draw_stitch, groups_by_cost
 from ladderstitch.training.vision.recipe import Recipe
 from ladderstitch.training.vision.stitching_layers import add_low_rank, fold_low_rank
-from ladderstitch.vision.bundle import Bundle
+from ladderstitch.vision.bundle import VisionBundle
 from tests.conftest import tiny_config
-from tests.training.vision.test_making import RECIPE, ladderstitch, make, workplace
+from tests.training.vision.test_pipeline import RECIPE, ladderstitch, make, work_folder
 
-__all__ = ["workplace"]
+__all__ = ["work_folder"]
 
 ANCHORS = RECIPE["family"]["anchors"]  # type: ignore[index]
 POOL = {
@@ -28,22 +28,24 @@ POOL = {
 }
 
 
-def recipe(place: Path, **changes: Any) -> Path:
+def write_recipe(folder: Path, **changes: Any) -> Path:
+    """Write the toy recipe with changes; nested fields are merged. Return the folder."""
     fields: dict[str, Any] = copy.deepcopy(RECIPE)
     for name, value in changes.items():
         fields[name] = fields[name] | value if isinstance(fields.get(name), dict) else value
-    (place / "recipe.yaml").write_text(yaml.safe_dump(fields))
-    return place
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(fields))
+    return folder
 
 
-def accuracies(place: Path, bundle: Path) -> dict[int, float]:
-    ladderstitch("calibrate", bundle, "--data", place, "--name", "toy test")
-    quality = Bundle.load(bundle).quality
+def accuracies(folder: Path, bundle: Path) -> dict[int, float]:
+    """Calibrate a bundle; return the accuracy of every stitch."""
+    ladderstitch("calibrate", bundle, "--data", folder, "--name", "toy test")
+    quality = VisionBundle.load(bundle).quality
     assert quality is not None
     return {stitch: score.value for stitch, score in quality.variants.items()}
 
 
-def test_hierarchical_networks_are_trained_and_stitched(workplace: Path) -> None:
+def test_hierarchical_anchors_are_trained_and_stitched(work_folder: Path) -> None:
     family = {
         "family": "snnet-staged",
         "inputs": RECIPE["family"]["inputs"] | {"image_size": 8},  # type: ignore[index]
@@ -53,81 +55,83 @@ def test_hierarchical_networks_are_trained_and_stitched(workplace: Path) -> None
             {"kind": "resnet", "block": "BasicBlock", "depths": [1, 2, 2, 1], "width": 12},
         ],
     }
-    place = recipe(
-        workplace, precision="float32", stitching={"sampling": "by_cost", "cost_step_macs": 1000.0}
+    folder = write_recipe(
+        work_folder,
+        precision="float32",
+        stitching={"sampling": "by_cost", "cost_step_macs": 1000.0},
     )
-    fields = yaml.safe_load((place / "recipe.yaml").read_text()) | {"family": family}
+    fields = yaml.safe_load((folder / "recipe.yaml").read_text()) | {"family": family}
     fields["anchors"] = [{"epochs": 12, "batch_size": 32, "learning_rate": 0.005}] * 2
-    (place / "recipe.yaml").write_text(yaml.safe_dump(fields))
-    bundle = make(place, "resnet")
-    assert Bundle.load(bundle).manifest.family == "snnet-staged"
-    found = accuracies(place, bundle)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(fields))
+    bundle = make(folder, "resnet")
+    assert VisionBundle.load(bundle).manifest.family == "snnet-staged"
+    found = accuracies(folder, bundle)
     assert len(found) == 2 + 1 + 1
-    assert max(found[0], found[1]) > 0.9  # so few steps leave running statistics behind
+    assert max(found[0], found[1]) > 0.9  # after few steps, running statistics lag
 
 
-def test_both_ways_and_low_rank(workplace: Path) -> None:
+def test_snnetv2_low_rank_is_trained_and_folded(work_folder: Path) -> None:
     anchors = [ANCHORS[0], ANCHORS[1] | {"depth": 4}]
-    place = recipe(
-        workplace,
+    folder = write_recipe(
+        work_folder,
         family={"family": "snnetv2", "anchors": anchors},
         stitching={"low_rank": 2},
     )
-    fields = yaml.safe_load((place / "recipe.yaml").read_text())
+    fields = yaml.safe_load((folder / "recipe.yaml").read_text())
     del fields["family"]["final_norm_on_stitches"]
-    (place / "recipe.yaml").write_text(yaml.safe_dump(fields))
-    bundle = make(place, "v2")
-    found = accuracies(place, bundle)
-    assert 3 not in found  # all of the small one, then nothing
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(fields))
+    bundle = make(folder, "v2")
+    found = accuracies(folder, bundle)
+    assert 3 not in found  # not usable: its last segment is empty
     assert min(found.values()) > 0.85
-    started = load_file(place / "v2" / "family.safetensors")
+    started = load_file(folder / "v2" / "family.safetensors")
     assert not any("lora" in name or "parametrizations" in name for name in started)
 
 
-def test_a_learngene_pool(workplace: Path) -> None:
-    place = recipe(
-        workplace,
+def test_learngene_pool_trains_teacher_and_maps(work_folder: Path) -> None:
+    folder = write_recipe(
+        work_folder,
         pool=POOL,
         family={"trained_pairs": [[0, 1]]},
     )
-    bundle = make(place, "pool")
-    assert (place / "pool" / "teacher.safetensors").exists()
-    maps = load_file(place / "pool" / "anchor-0.maps.safetensors")
+    bundle = make(folder, "pool")
+    assert (folder / "pool" / "teacher.safetensors").exists()
+    maps = load_file(folder / "pool" / "anchor-0.maps.safetensors")
     assert maps["blocks.1.weight"].shape == (12, 8)
-    assert min(accuracies(place, bundle).values()) > 0.85
+    assert min(accuracies(folder, bundle).values()) > 0.85
 
 
-def test_stitches_of_a_pool_start_from_its_maps(workplace: Path) -> None:
+def test_assemble_pool_initialises_layers_from_maps(work_folder: Path) -> None:
     from ladderstitch.training.vision.dataset import load_idx_folder
     from ladderstitch.training.vision.stitch import assemble
 
-    place = recipe(workplace, pool=POOL)
-    ladderstitch("train", place / "recipe.yaml", "--data", place, "--run", place / "run")
+    folder = write_recipe(work_folder, pool=POOL)
+    ladderstitch("train", folder / "recipe.yaml", "--data", folder, "--run", folder / "run")
     model = assemble(
-        Recipe.load(place / "recipe.yaml"), load_idx_folder(place, "train"), place / "run"
+        Recipe.load(folder / "recipe.yaml"), load_idx_folder(folder, "train"), folder / "run"
     )
-    maps = load_file(place / "run" / "anchor-0.maps.safetensors")
+    maps = load_file(folder / "run" / "anchor-0.maps.safetensors")
     expected = (maps["blocks.0.weight"] + maps["blocks.1.weight"]) / 2
     torch.testing.assert_close(model.affine("stitch_layers.0.0.transform").weight.data, expected)
 
 
-def test_a_pool_of_something_else_is_refused(workplace: Path) -> None:
+def test_recipe_pool_with_wrong_depth_raises(work_folder: Path) -> None:
     teacher = POOL["teacher"] | {"depth": 3}  # type: ignore[operator]
-    place = recipe(workplace, pool=POOL | {"teacher": teacher})
+    folder = write_recipe(work_folder, pool=POOL | {"teacher": teacher})
     with pytest.raises(ConfigError, match="pool: expected vision transformers whose depths divide"):
-        Recipe.load(place / "recipe.yaml")
+        Recipe.load(folder / "recipe.yaml")
 
 
-def test_groups_span_a_step_of_cost() -> None:
+def test_groups_by_cost_span_one_step() -> None:
     macs = {0: 100, 1: 500, 2: 150, 3: 199, 4: 201, 5: 900}
     assert groups_by_cost(macs, 100) == [[0, 2, 3], [4], [1], [5]]
     rng = torch.Generator().manual_seed(0)
-    drawn = [draw(groups_by_cost(macs, 100), rng) for _ in range(4000)]
+    drawn = [draw_stitch(groups_by_cost(macs, 100), rng) for _ in range(4000)]
     assert abs(drawn.count(5) / 4000 - 1 / 4) < 0.03
     assert abs(drawn.count(2) / 4000 - 1 / 12) < 0.02
 
 
-def test_a_low_rank_update_starts_at_nothing_and_folds_into_the_matrix() -> None:
+def test_low_rank_update_starts_at_zero_and_folds() -> None:
     model = tiny_config(anchors=2).build()
     images = torch.randn(2, 1, 8, 8)
     before = model(images, 3)

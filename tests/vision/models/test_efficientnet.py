@@ -1,4 +1,4 @@
-"""EfficientNet-Lite: padding as TensorFlow's, folding, stitches after whole stages."""
+"""Tests of EfficientNet-Lite: TensorFlow's padding, folding, stitches after whole stages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.route import Segment
 from ladderstitch.vision.models.snnet_staged import StagedConfig
 from ladderstitch.vision.models.vit import InputShape
-from tests.vision.models.test_families import shaken
+from tests.vision.models.test_families import build_with_random_norms
 
 LITE0 = EfficientNetLiteConfig(widths=(16, 24, 40, 80, 112, 192, 320), depths=(1, 2, 2, 3, 3, 4, 1))
 LITE2 = EfficientNetLiteConfig(widths=(16, 24, 48, 88, 120, 208, 352), depths=(1, 3, 3, 4, 4, 5, 1))
@@ -24,7 +24,7 @@ def family(classes: int = 1000) -> StagedConfig:
 
 
 @pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 2, 8), (3, 2, 7), (5, 2, 8), (5, 1, 9)])
-def test_what_is_odd_is_padded_right_and_below(kernel: int, stride: int, size: int) -> None:
+def test_same_conv_odd_padding_goes_right_and_below(kernel: int, stride: int, size: int) -> None:
     torch.manual_seed(0)
     layer = SameConv(2, 3, kernel, stride=stride, bias=False)
     x = torch.randn(1, 2, size, size)
@@ -35,16 +35,16 @@ def test_what_is_odd_is_padded_right_and_below(kernel: int, stride: int, size: i
     assert layer(x).shape[-1] == -(-size // stride)
 
 
-def test_published_sizes() -> None:
+def test_published_parameter_and_mac_counts() -> None:
     with torch.device("meta"):
         model = family().build()
-    counts = [round(sum(p.numel() for p in t.parameters()) / 1e6, 2) for t in model.trunks()]
+    counts = [round(sum(p.numel() for p in b.parameters()) / 1e6, 2) for b in model.backbones()]
     assert counts == [4.65, 6.09]
     lite0 = stitch_cost(model, model.stitches[0], 224)
     assert 0.38e9 < lite0.macs < 0.43e9  # published: 407 M at 224 pixels
 
 
-def test_stitches_after_whole_stages() -> None:
+def test_stitches_after_whole_stages_have_segments() -> None:
     stitches = family().stitches()
     assert [stitch.segments for stitch in stitches[2:]] == [
         (Segment(0, 0, 2), Segment(1, 4, 20)),
@@ -53,9 +53,9 @@ def test_stitches_after_whole_stages() -> None:
     assert stitches[3].layers == ("stitch_layers.1.0.0.transform",)
 
 
-def test_folding_changes_nothing() -> None:
+def test_fold_batch_norm_keeps_logits() -> None:
     small = family(classes=5)
-    model = shaken(small)
+    model = build_with_random_norms(small)
     images = torch.randn(1, 3, 224, 224)
     with torch.inference_mode():
         before = [model(images, stitch.id) for stitch in model.stitches]

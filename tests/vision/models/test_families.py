@@ -1,4 +1,4 @@
-"""Every family: its networks against the reference's own lists, its costs against its counts."""
+"""Tests of every family: networks, costs and folding, compared with the reference's lists."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ SHEETS = {
 sheets = pytest.mark.parametrize("sheet", SHEETS.values(), ids=SHEETS.keys())
 
 
-def built(sheet: dict[str, Any]) -> StitchedModel:
+def build_on_meta(sheet: dict[str, Any]) -> StitchedModel:
+    """Return the model of a golden case without memory for its weights."""
     with torch.device("meta"):
         return read_config(sheet["family"], sheet["config"]).build()
 
 
-def test_every_family_has_a_list() -> None:
+def test_golden_cases_cover_every_family() -> None:
     assert {sheet["family"] for sheet in SHEETS.values()} == {
         "snnet-deit",
         "snnet-swin",
@@ -49,53 +50,57 @@ def test_every_family_has_a_list() -> None:
 
 
 @sheets
-def test_networks_are_those_of_the_reference(sheet: dict[str, Any]) -> None:
+def test_stitches_equal_reference_list(sheet: dict[str, Any]) -> None:
     config = read_config(sheet["family"], sheet["config"])
     stitches = config.stitches()
-    assert [stitch.id for stitch in stitches] == [wanted["id"] for wanted in sheet["ids"]]
-    for stitch, wanted in zip(stitches, sheet["ids"], strict=True):
-        assert stitch.segments == tuple(expected_segments(config, wanted))
-        keys = [layer["key"] for layer in wanted.get("stitch_layers", [])]
-        if wanted["kind"] == "stitch":
-            keys = [wanted["stitch_key"]]
+    assert [stitch.id for stitch in stitches] == [expected["id"] for expected in sheet["ids"]]
+    for stitch, expected in zip(stitches, sheet["ids"], strict=True):
+        assert stitch.segments == tuple(expected_segments(config, expected))
+        keys = [layer["key"] for layer in expected.get("stitch_layers", [])]
+        if expected["kind"] == "stitch":
+            keys = [expected["stitch_key"]]
         assert list(stitch.layers) == keys
-        if "trained" in wanted:
-            assert stitch.usable == wanted["trained"]
-        elif wanted.get("usable", True) != stitch.usable:
-            assert stitch.segments[-1].last < stitch.segments[-1].first  # ends in no block at all
+        if "trained" in expected:
+            assert stitch.usable == expected["trained"]
+        elif expected.get("usable", True) != stitch.usable:
+            assert stitch.segments[-1].last < stitch.segments[-1].first  # its last segment is empty
 
 
-def expected_segments(config: Any, wanted: dict[str, Any]) -> list[Segment]:
-    if "route" in wanted:
-        return [Segment(r["anchor"], r["first_block"], r["last_block"]) for r in wanted["route"]]
-    if wanted["kind"] == "anchor":
-        return [Segment(wanted["anchor"], 0, steps(config, wanted["anchor"]) - 1)]
-    front, end = wanted["front_anchor"], wanted["end_anchor"]
-    last, first = wanted["last_front_block"], wanted["first_end_block"]
-    if "stage" in wanted:
-        last = config.anchors[front].span(wanted["stage"], last)[1]
-        first = config.anchors[end].span(wanted["stage"], first)[0]
-    return [Segment(front, 0, last), Segment(end, first, steps(config, end) - 1)]
+def expected_segments(config: Any, expected: dict[str, Any]) -> list[Segment]:
+    """Return the segments of a network in the reference's list."""
+    if "route" in expected:
+        return [Segment(r["anchor"], r["first_block"], r["last_block"]) for r in expected["route"]]
+    if expected["kind"] == "anchor":
+        return [Segment(expected["anchor"], 0, count_steps(config, expected["anchor"]) - 1)]
+    front, end = expected["front_anchor"], expected["end_anchor"]
+    last, first = expected["last_front_block"], expected["first_end_block"]
+    if "stage" in expected:
+        last = config.anchors[front].span(expected["stage"], last)[1]
+        first = config.anchors[end].span(expected["stage"], first)[0]
+    return [Segment(front, 0, last), Segment(end, first, count_steps(config, end) - 1)]
 
 
-def steps(config: Any, anchor: int) -> int:
+def count_steps(config: Any, anchor: int) -> int:
+    """Return the number of steps of an anchor."""
     shape = config.anchors[anchor]
     return shape.total_steps if isinstance(config, StagedConfig) else shape.depth
 
 
 @sheets
-def test_costs_are_what_the_reference_counts(sheet: dict[str, Any]) -> None:
-    model = built(sheet)
-    for stitch, wanted in zip(model.stitches, sheet["ids"], strict=True):
+def test_stitch_cost_equals_reference_counts(sheet: dict[str, Any]) -> None:
+    model = build_on_meta(sheet)
+    for stitch, expected in zip(model.stitches, sheet["ids"], strict=True):
         cost = stitch_cost(model, stitch, sheet["config"]["image_size"])
-        assert cost.macs == wanted["macs"], stitch
-        if "params" in wanted:
-            assert cost.parameters == wanted["params"] + left_out(model, stitch), stitch
+        assert cost.macs == expected["macs"], stitch
+        if "params" in expected:
+            assert cost.parameters == expected["params"] + uncounted_parameters(model, stitch), (
+                stitch
+            )
 
 
-def left_out(model: StitchedModel, stitch: Stitch) -> int:
-    """Parameters that upstream runs through on stitched paths and does not count."""
-    front = model.trunks()[stitch.front]
+def uncounted_parameters(model: StitchedModel, stitch: Stitch) -> int:
+    """Return the number of parameters that a stitch runs but upstream does not count."""
+    front = model.backbones()[stitch.front]
     if stitch.is_anchor:
         return 0
     if isinstance(front, Vit):
@@ -106,7 +111,7 @@ def left_out(model: StitchedModel, stitch: Stitch) -> int:
     return sum(p.numel() for step in merges for p in step.parameters())
 
 
-def test_published_counts_of_real_sizes() -> None:
+def test_stitch_cost_real_sizes_equals_published_counts() -> None:
     swin = [(96, (2, 2, 6, 2), (3, 6, 12, 24)), (96, (2, 2, 18, 2), (3, 6, 12, 24))]
     swin.append((128, (2, 2, 18, 2), (4, 8, 16, 32)))
     config = {
@@ -115,7 +120,7 @@ def test_published_counts_of_real_sizes() -> None:
         "window_size": 7,
         "anchors": [{"embed_dim": d, "depths": b, "num_heads": h} for d, b, h in swin],
     }
-    model = built({"family": "snnet-swin", "config": config})
+    model = build_on_meta({"family": "snnet-swin", "config": config})
     assert len(model.stitches) == 41
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 170.0
     deit = {
@@ -125,7 +130,7 @@ def test_published_counts_of_real_sizes() -> None:
         "stride": 1,
         "anchors": [{"embed_dim": d, "depth": 12, "num_heads": d // 64} for d in (192, 384, 768)],
     }
-    model = built({"family": "snnet-deit", "config": deit})
+    model = build_on_meta({"family": "snnet-deit", "config": deit})
     gmacs = {i: stitch_cost(model, model.stitches[i], 224).macs / 1e9 for i in range(71)}
     published = {0: 1.26, 1: 4.61, 2: 17.58, 24: 2.76, 16: 3.21, 12: 3.87, 56: 10.05, 49: 13.66}
     assert {stitch: round(gmacs[stitch], 2) for stitch in published} == published
@@ -133,7 +138,7 @@ def test_published_counts_of_real_sizes() -> None:
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 118.4
 
 
-def test_the_larger_swin_stages_map_as_published() -> None:
+def test_stage_stitches_unequal_depths_as_published() -> None:
     assert stage_stitches(6, 18)[:7] == [
         (0, 1, 0),
         (0, 2, 0),
@@ -148,8 +153,8 @@ def test_the_larger_swin_stages_map_as_published() -> None:
     assert (layer_count(6, 18), layer_count(18, 18)) == (6, 17)
 
 
-def shaken(config: Any) -> StitchedModel:
-    """A model whose batch normalisation has seen something."""
+def build_with_random_norms(config: Any) -> StitchedModel:
+    """Return a model with random statistics and weights in its batch normalisation."""
     torch.manual_seed(0)
     model: StitchedModel = config.build()
     for module in model.modules():
@@ -162,9 +167,9 @@ def shaken(config: Any) -> StitchedModel:
 
 
 @pytest.mark.parametrize("name", ["snnet_resnet18_50", "snnet_resnet18_swin", "snnet_levit"])
-def test_folded_normalisation_changes_nothing(name: str) -> None:
+def test_fold_batch_norm_keeps_logits_of_every_stitch(name: str) -> None:
     sheet = SHEETS[name]
-    model = shaken(read_config(sheet["family"], sheet["config"]))
+    model = build_with_random_norms(read_config(sheet["family"], sheet["config"]))
     images = torch.randn(sheet["input_shape"])
     with torch.inference_mode():
         before = [model(images, stitch.id) for stitch in model.stitches]
@@ -173,13 +178,13 @@ def test_folded_normalisation_changes_nothing(name: str) -> None:
         for stitch, expected in zip(model.stitches, before, strict=True):
             scale = expected.abs().max().clamp(min=1.0)
             assert (serving(images, stitch.id) - expected).abs().max() / scale < 1e-4
-    left = [m for t in model.trunks() for s in t.steps() for m in s.modules()]
-    assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in left)
+    modules = [m for b in model.backbones() for s in b.steps() for m in s.modules()]
+    assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in modules)
 
 
-def test_low_rank_stitches_are_folded_and_must_be_whole() -> None:
+def test_import_low_rank_stitches_folds_complete_pairs() -> None:
     sheet = SHEETS["snnetv2_4_8"]
-    model = shaken(read_config("snnetv2", sheet["config"]))
+    model = build_with_random_norms(read_config("snnetv2", sheet["config"]))
     tensors = dict(model.state_dict())
     layer = "stitch_layers.0.1.transform"
     down, up = torch.randn(4, 32), torch.randn(48, 4)
@@ -190,7 +195,7 @@ def test_low_rank_stitches_are_folded_and_must_be_whole() -> None:
     )
     expected = tensors[f"{layer}.weight"] + up @ down / 4
     torch.testing.assert_close(loaded.affine(layer).weight.data, expected)
-    with pytest.raises(ConfigError, match=r"lora_A: expected 'stitch.*lora_B' beside it"):
+    with pytest.raises(ConfigError, match=r"lora_A: expected 'stitch.*lora_B' in the same file"):
         import_model("snnetv2", sheet["config"], tensors | {f"{layer}.lora_A": down})
     tensors["anchors.0.extra"] = tensors.pop("anchors.0.norm.bias")
     with pytest.raises(BundleError, match=r"missing anchors.0.norm.bias; unknown anchors.0.extra"):
@@ -201,10 +206,13 @@ def test_low_rank_stitches_are_folded_and_must_be_whole() -> None:
     ("fields", "message"),
     [
         ({"stages": (3,)}, r"stages: expected stages 0 to 2 \(never the last\), got \(3,\)"),
-        ({"swap": True}, "anchors: expected the smaller first; stage 1 has 4 blocks before 2"),
+        (
+            {"swap": True},
+            "anchors: expected the smaller one first, got 4 before 2 blocks in stage 1",
+        ),
     ],
 )
-def test_stages_that_do_not_fit_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_staged_config_wrong_stages_raises(fields: dict[str, Any], message: str) -> None:
     small = ResNetConfig(block="BasicBlock", depths=(2, 2, 2, 2), width=8)
     large = ResNetConfig(block="Bottleneck", depths=(3, 4, 6, 3), width=8)
     anchors = (large, small) if fields.pop("swap", False) else (small, large)
@@ -215,19 +223,19 @@ def test_stages_that_do_not_fit_are_refused(fields: dict[str, Any], message: str
         )
 
 
-def test_tokens_do_not_become_maps() -> None:
+def test_staged_config_map_anchor_after_tokens_raises() -> None:
     sheet = SHEETS["snnet_levit"]
     levit = read_config("snnet-levit", sheet["config"]).anchors[0]
     assert isinstance(levit, LevitConfig)
     resnet = ResNetConfig(block="BasicBlock", depths=(4, 4, 4, 4), width=8)
     inputs = {"image_size": 128, "num_classes": 2}
-    with pytest.raises(ValueError, match="expected no resnet after a levit: tokens have no map"):
+    with pytest.raises(ValueError, match=r"after a levit \(tokens\), got a resnet \(maps\)"):
         StagedConfig.model_validate({"inputs": inputs, "anchors": (levit, resnet), "stages": (0,)})
 
 
-def test_a_trunk_runs_whole() -> None:
-    model = shaken(read_config("snnet-swin", SHEETS["snnet_swin"]["config"]))
+def test_backbone_alone_equals_anchor_stitch() -> None:
+    model = build_with_random_norms(read_config("snnet-swin", SHEETS["snnet_swin"]["config"]))
     images = torch.randn(2, 3, 128, 128)
-    trunk = model.trunks()[1]
-    assert isinstance(trunk, Backbone)
-    torch.testing.assert_close(trunk(images), model(images, 1))
+    backbone = model.backbones()[1]
+    assert isinstance(backbone, Backbone)
+    torch.testing.assert_close(backbone(images), model(images, 1))

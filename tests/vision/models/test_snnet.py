@@ -1,4 +1,4 @@
-"""The enumeration of stitches against the published counts and the reference's own id lists."""
+"""Tests of the enumeration of stitches against published counts and the reference's id lists."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conftest import golden_cases, tiny_config
     ("kernel_size", "stride", "stitches", "layers"),
     [(2, 1, 34, 11), (1, 1, 12, 12), (2, 2, 24, 6), (3, 1, 54, 10), (4, 4, 48, 3)],
 )
-def test_published_counts_at_depth_12(
+def test_paired_windows_depth_12_has_published_counts(
     kernel_size: int, stride: int, stitches: int, layers: int
 ) -> None:
     windows = paired_windows(12, kernel_size, stride)
@@ -26,40 +26,40 @@ def test_published_counts_at_depth_12(
 
 
 @pytest.mark.parametrize("case", golden_cases("snnet-deit"), ids=lambda p: p.stem)
-def test_routes_equal_the_reference_id_list(case: Path) -> None:
+def test_stitches_equal_reference_id_list(case: Path) -> None:
     sheet = json.loads(case.with_suffix(".json").read_text())
     if "ids" not in sheet:
-        pytest.skip("a least-squares case lists no ids")
+        pytest.skip("a least-squares case has no id list")
     stitches = read_config("snnet-deit", sheet["config"]).stitches()
     depth = sheet["config"]["anchors"][0]["depth"]
     assert len(stitches) == len(sheet["ids"])
-    for stitch, wanted in zip(stitches, sheet["ids"], strict=True):
-        assert stitch.id == wanted["id"]
-        if wanted["kind"] == "anchor":
-            assert stitch.segments == (Segment(wanted["anchor"], 0, depth - 1),)
+    for stitch, expected in zip(stitches, sheet["ids"], strict=True):
+        assert stitch.id == expected["id"]
+        if expected["kind"] == "anchor":
+            assert stitch.segments == (Segment(expected["anchor"], 0, depth - 1),)
             continue
         assert stitch.segments == (
-            Segment(wanted["front_anchor"], 0, wanted["last_front_block"]),
-            Segment(wanted["end_anchor"], wanted["first_end_block"], depth - 1),
+            Segment(expected["front_anchor"], 0, expected["last_front_block"]),
+            Segment(expected["end_anchor"], expected["first_end_block"], depth - 1),
         )
-        assert stitch.layers == (wanted["stitch_key"],)
+        assert stitch.layers == (expected["stitch_key"],)
 
 
-def test_any_two_anchors_may_be_stitched() -> None:
+def test_anchor_pairs_not_nearest_only_has_all_pairs() -> None:
     assert anchor_pairs(3, nearest_only=True) == [(0, 1), (1, 2)]
     assert anchor_pairs(3, nearest_only=False) == [(0, 1), (0, 2), (1, 2)]
     ids = enumerate_stitches(anchors=3, depth=12, kernel_size=2, stride=1, nearest_only=False)
     assert len(ids) == 3 + 3 * 34
 
 
-def test_names_are_unique_and_readable() -> None:
+def test_stitch_names_are_unique() -> None:
     names = [stitch.name for stitch in tiny_config().stitches()]
     assert len(set(names)) == len(names)
     assert names[0] == "anchor-0"
     assert names[3] == "0[0..0]+1[0..2]"
 
 
-def test_anchors_of_unequal_depth_are_refused() -> None:
+def test_snnet_config_unequal_depths_raises() -> None:
     shallow, deep = tiny_config(3).anchors[0], tiny_config(4).anchors[1]
     with pytest.raises(ValidationError, match=r"one depth, got \[3, 4\]"):
         tiny_config().model_validate(
@@ -67,6 +67,6 @@ def test_anchors_of_unequal_depth_are_refused() -> None:
         )
 
 
-def test_a_route_needs_a_layer_between_segments() -> None:
+def test_stitch_without_layer_between_segments_raises() -> None:
     with pytest.raises(ValueError, match="one stitching layer between"):
         Stitch(0, (Segment(0, 0, 1), Segment(1, 0, 1)), (), True)

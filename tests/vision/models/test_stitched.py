@@ -1,4 +1,4 @@
-"""The forward pass: golden outputs are `verify`'s; here its promises about sharing and state."""
+"""Tests of the forward pass: shared weights, no state, executor; `verify` has golden outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ladderstitch.vision.models.vit import ConvStem, InputShape, Vit, VitConfig
 from tests.conftest import tiny_config
 
 
-def test_serving_form_equals_the_modules_on_every_stitch() -> None:
+def test_executor_equals_modules_on_every_stitch() -> None:
     torch.manual_seed(1)
     model = tiny_config().build().eval()
     serving, images = StitchExecutor(model), torch.randn(3, 1, 8, 8)
@@ -21,7 +21,7 @@ def test_serving_form_equals_the_modules_on_every_stitch() -> None:
             torch.testing.assert_close(serving(images, stitch.id), model(images, stitch.id))
 
 
-def test_batching_does_not_change_answers() -> None:
+def test_executor_batch_equals_single_images() -> None:
     torch.manual_seed(2)
     model = StitchExecutor(tiny_config().build().eval())
     images = torch.randn(5, 1, 8, 8)
@@ -31,7 +31,7 @@ def test_batching_does_not_change_answers() -> None:
     torch.testing.assert_close(together, alone)
 
 
-def test_concurrent_stitches_do_not_disturb_each_other() -> None:
+def test_executor_concurrent_stitches_equal_sequential() -> None:
     torch.manual_seed(3)
     model = tiny_config().build().eval().requires_grad_(False)
     serving, images = StitchExecutor(model), torch.randn(2, 1, 8, 8)
@@ -42,10 +42,10 @@ def test_concurrent_stitches_do_not_disturb_each_other() -> None:
             assert torch.equal(got, expected[stitch])
 
 
-def test_stitches_share_every_weight() -> None:
+def test_executor_shares_every_weight() -> None:
     model = tiny_config().build()
     parameters = sum(p.numel() for p in model.parameters())
-    parts = sum(p.numel() for trunk in model.trunks() for p in trunk.parameters())
+    parts = sum(p.numel() for backbone in model.backbones() for p in backbone.parameters())
     parts += sum(p.numel() for p in model.stitch_layers.parameters())
     assert parameters == parts
     before = {p.data_ptr() for p in model.parameters()}
@@ -53,19 +53,19 @@ def test_stitches_share_every_weight() -> None:
     assert {p.data_ptr() for p in model.parameters()} == before
 
 
-def test_unknown_stitch_is_a_key_error() -> None:
+def test_unknown_stitch_raises_key_error() -> None:
     with pytest.raises(KeyError):
         tiny_config().build()(torch.zeros(1, 1, 8, 8), 99)
 
 
-def test_folding_batch_norm_keeps_the_function() -> None:
+def test_conv_stem_fold_batch_norm_keeps_logits() -> None:
     torch.manual_seed(4)
     config = VitConfig(
         embed_dim=8, depth=1, num_heads=2, stem=((4, 2), (6, 1), (8, 2)), stem_batch_norm=True
     )
     vit = Vit(InputShape(image_size=9, in_channels=1, num_classes=3), config)
     images = torch.randn(6, 1, 9, 9)
-    vit.train()(images)  # moves the running statistics away from their start
+    vit.train()(images)  # changes the running statistics
     vit.eval()
     assert isinstance(vit.patch_embed, ConvStem)
     with torch.no_grad():

@@ -1,3 +1,5 @@
+"""Fixtures of the tests of image scheduling."""
+
 from __future__ import annotations
 
 from tests.support.image_scheduling import clock

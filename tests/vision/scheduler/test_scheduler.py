@@ -1,4 +1,4 @@
-"""The scheduler on a fake clock and engine: every request ends exactly once, whatever happens."""
+"""Tests of the scheduler on a fake clock and engine: every request ends exactly once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from ladderstitch.errors import (
 )
 from ladderstitch.scheduling.requests import Completion, Pixels
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.telemetry.metrics import Metrics, VisionMetrics
+from ladderstitch.telemetry.metrics import Metrics
+from ladderstitch.telemetry.model_metrics import VisionMetrics
 from ladderstitch.vision.engine.base import EngineDied, EngineResult
 from ladderstitch.vision.scheduler.policies.base import Decision
 from ladderstitch.vision.scheduler.scheduler import Scheduler
@@ -41,7 +42,7 @@ from tests.support.image_scheduling import (
 
 
 class Bench:
-    """A scheduler, its engine and clock; requests carry a mark in their first pixel."""
+    """A scheduler with its engine and clock; the first pixel of a request is its mark."""
 
     def __init__(self, clock: FakeClock, **settings: object) -> None:
         self.clock = clock
@@ -57,11 +58,11 @@ class Bench:
         )
 
     def submit(
-        self, mark: int, budget_s: float = math.inf, *, hard: bool = False, **wishes: object
+        self, mark: int, budget_s: float = math.inf, *, hard: bool = False, **fields: object
     ) -> asyncio.Task[Completion]:
         now = self.clock.now
         request = make_request(
-            now + budget_s, arrival=now, limit=now + budget_s if hard else math.inf, **wishes
+            now + budget_s, arrival=now, hard=now + budget_s if hard else math.inf, **fields
         )
         request.images[:, 0, 0, 0] = mark
         return asyncio.create_task(self.scheduler.submit(request))
@@ -71,16 +72,17 @@ class Bench:
 
 
 async def settle() -> None:
+    """Let the event loop run until tasks have started or ended."""
     for _ in range(10):
         await asyncio.sleep(0)
 
 
-async def test_each_gets_its_own_rows_of_the_batch(clock: FakeClock) -> None:
+async def test_submit_returns_the_logits_of_its_own_images(clock: FakeClock) -> None:
     bench = Bench(clock)
     bench.engine.gate = asyncio.Event()
     tasks = [bench.submit(0)]
-    await settle()  # on the engine alone
-    tasks += [bench.submit(i, rows=i) for i in (1, 2, 3)]
+    await settle()  # it runs alone on the engine
+    tasks += [bench.submit(i, num_images=i) for i in (1, 2, 3)]
     await settle()
     bench.engine.gate.set()
     answers = await asyncio.gather(*tasks)
@@ -91,9 +93,9 @@ async def test_each_gets_its_own_rows_of_the_batch(clock: FakeClock) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wishes", "error", "metadata"),
+    ("fields", "error", "metadata"),
     [
-        ({"rows": 9}, InvalidArgument, {"field": "images"}),
+        ({"num_images": 9}, InvalidArgument, {"field": "images"}),
         ({"variant": 77}, VariantNotFound, {"variant_id": "77"}),
         ({"min_quality": 0.95}, QualityUnavailable, {"max_quality": "0.900000"}),
         ({"variant": 0, "min_quality": 0.8}, QualityUnavailable, {"max_quality": "0.700000"}),
@@ -105,22 +107,22 @@ async def test_each_gets_its_own_rows_of_the_batch(clock: FakeClock) -> None:
         ),
     ],
 )
-async def test_what_cannot_be_is_refused_at_once(
+async def test_submit_infeasible_request_is_rejected_at_once(
     clock: FakeClock,
-    wishes: dict[str, object],
+    fields: dict[str, object],
     error: type[RequestError],
     metadata: dict[str, str],
 ) -> None:
     bench = Bench(clock)
-    with pytest.raises(error) as refused:
-        await bench.submit(0, **wishes)  # type: ignore[arg-type] # passed through
-    assert refused.value.metadata == metadata
+    with pytest.raises(error) as rejected:
+        await bench.submit(0, **fields)  # type: ignore[arg-type] # passed through
+    assert rejected.value.metadata == metadata
     assert bench.engine.calls == []
     assert bench.count("requests_total", model="m", variant="none", code=error.code) == 1
     await bench.scheduler.close()
 
 
-async def test_a_soft_budget_that_nothing_makes_is_answered_late(clock: FakeClock) -> None:
+async def test_submit_infeasible_soft_budget_is_answered_late(clock: FakeClock) -> None:
     bench = Bench(clock)
     answer = await bench.submit(0, 0.0001)
     assert answer.variant == 0
@@ -128,14 +130,14 @@ async def test_a_soft_budget_that_nothing_makes_is_answered_late(clock: FakeCloc
     await bench.scheduler.close()
 
 
-async def test_under_load_hard_budgets_are_refused_with_a_time_to_retry(clock: FakeClock) -> None:
+async def test_submit_under_load_rejects_with_a_time_to_retry(clock: FakeClock) -> None:
     bench = Bench(clock)
     bench.engine.gate = asyncio.Event()
     running = [bench.submit(i) for i in range(30)]
     await settle()
-    with pytest.raises(Overloaded) as refused:
+    with pytest.raises(Overloaded) as rejected:
         await bench.submit(99, 0.004, hard=True)
-    assert refused.value.retry_after_s > 0
+    assert rejected.value.retry_after_s > 0
     relaxed = bench.submit(98, 5.0, hard=True)
     await settle()
     bench.engine.gate.set()
@@ -143,7 +145,7 @@ async def test_under_load_hard_budgets_are_refused_with_a_time_to_retry(clock: F
     await bench.scheduler.close()
 
 
-async def test_a_full_queue_refuses(clock: FakeClock) -> None:
+async def test_submit_to_a_full_queue_is_rejected(clock: FakeClock) -> None:
     bench = Bench(clock, queue_limit_requests=3)
     bench.engine.gate = asyncio.Event()
     first = bench.submit(0)
@@ -157,7 +159,7 @@ async def test_a_full_queue_refuses(clock: FakeClock) -> None:
     await bench.scheduler.close()
 
 
-async def test_limits_are_kept_in_queue_and_in_compute(clock: FakeClock) -> None:
+async def test_hard_deadlines_expire_in_queue_and_in_compute(clock: FakeClock) -> None:
     bench = Bench(clock)
     bench.engine.gate = asyncio.Event()
     first = bench.submit(0, 0.012, hard=True)
@@ -174,7 +176,7 @@ async def test_limits_are_kept_in_queue_and_in_compute(clock: FakeClock) -> None
     await bench.scheduler.close()
 
 
-async def test_a_caller_that_leaves_frees_its_place(clock: FakeClock) -> None:
+async def test_cancelled_caller_leaves_the_queue(clock: FakeClock) -> None:
     bench = Bench(clock)
     bench.engine.gate = asyncio.Event()
     running, queued = bench.submit(0), bench.submit(1)
@@ -184,16 +186,16 @@ async def test_a_caller_that_leaves_frees_its_place(clock: FakeClock) -> None:
     for task in (running, queued2):
         task.cancel()
     await settle()
-    assert bench.scheduler.queue_requests <= 1
+    assert len(bench.scheduler.planner.queue) <= 1
     bench.engine.gate.set()
     assert (await queued).logits[0, 1] == 1
     await bench.scheduler.drain()
-    assert sum(rows for _, rows in bench.engine.calls) <= 2
+    assert sum(batch_size for _, batch_size in bench.engine.calls) <= 2
     assert bench.count("requests_total", model="m", variant="none", code="CANCELLED") == 2
     await bench.scheduler.close()
 
 
-async def test_a_lost_engine_is_retried_once(clock: FakeClock) -> None:
+async def test_engine_death_is_retried_once(clock: FakeClock) -> None:
     bench = Bench(clock)
     deaths = iter([True, False])
 
@@ -216,7 +218,7 @@ async def test_a_lost_engine_is_retried_once(clock: FakeClock) -> None:
     await bench.scheduler.close()
 
 
-async def test_hard_limits_end_even_if_the_engine_does_not_come_back(clock: FakeClock) -> None:
+async def test_hard_deadlines_expire_while_the_engine_hangs(clock: FakeClock) -> None:
     bench = Bench(clock)
     bench.engine.gate = asyncio.Event()
     running = bench.submit(0, 0.02, hard=True)
@@ -233,7 +235,7 @@ async def test_hard_limits_end_even_if_the_engine_does_not_come_back(clock: Fake
     await bench.scheduler.close()
 
 
-async def test_an_engine_faster_than_expected_is_not_thought_busy(clock: FakeClock) -> None:
+async def test_check_budget_after_a_fast_batch_has_no_wait(clock: FakeClock) -> None:
     bench = Bench(clock)
     bench.engine.slowdown = 0.01
     await bench.submit(0)
@@ -241,7 +243,7 @@ async def test_an_engine_faster_than_expected_is_not_thought_busy(clock: FakeClo
     await bench.scheduler.close()
 
 
-async def test_a_slow_spell_does_not_shut_the_door_for_ever(clock: FakeClock) -> None:
+async def test_slow_period_does_not_reject_for_ever(clock: FakeClock) -> None:
     bench = Bench(clock)
     bench.engine.slowdown = 10.0
     for mark in range(20):
@@ -254,12 +256,12 @@ async def test_a_slow_spell_does_not_shut_the_door_for_ever(clock: FakeClock) ->
         try:
             answers += (await bench.submit(mark, 0.004, hard=True)).logits[0, 1] == mark
         except BudgetInfeasible:
-            assert answers == 0, "refused again after it was let in"
+            assert answers == 0, "rejected again after it was admitted"
     assert answers > 200
     await bench.scheduler.close()
 
 
-async def test_a_policy_that_fails_costs_only_the_head(
+async def test_policy_error_fails_only_the_first_request(
     clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench = Bench(clock)
@@ -279,7 +281,7 @@ async def test_a_policy_that_fails_costs_only_the_head(
     await bench.scheduler.close()
 
 
-async def test_logits_of_the_wrong_length_are_never_handed_out(clock: FakeClock) -> None:
+async def test_logits_of_the_wrong_length_fail_the_request(clock: FakeClock) -> None:
     bench = Bench(clock)
     bench.engine.result = lambda result: replace(result, logits=result.logits[1:])
     with pytest.raises(InternalError):
@@ -288,7 +290,7 @@ async def test_logits_of_the_wrong_length_are_never_handed_out(clock: FakeClock)
     await bench.scheduler.close()
 
 
-async def test_a_lost_engine_before_a_bad_batch_does_not_cost_the_innocent(
+async def test_engine_death_then_failed_batch_answers_all(
     clock: FakeClock,
 ) -> None:
     bench = Bench(clock)
@@ -312,24 +314,24 @@ async def test_a_lost_engine_before_a_bad_batch_does_not_cost_the_innocent(
     await bench.scheduler.close()
 
 
-async def test_the_fixed_stitch_decides_what_is_feasible(clock: FakeClock) -> None:
+async def test_fixed_variant_determines_the_feasible_budget(clock: FakeClock) -> None:
     bench = Bench(clock, policy="fixed", fixed_variant=2)
-    with pytest.raises(BudgetInfeasible) as refused:
+    with pytest.raises(BudgetInfeasible) as rejected:
         await bench.submit(0, 0.004, hard=True)
-    assert refused.value.metadata == {"min_feasible_us": "10100"}
+    assert rejected.value.metadata == {"min_feasible_us": "10100"}
     assert bench.scheduler.check_budget(0.004).idle_variant is None
     assert bench.scheduler.check_budget(0.02).idle_variant == 2
     await bench.scheduler.close()
 
 
-async def test_a_caller_that_leaves_just_before_dispatch_is_not_computed(clock: FakeClock) -> None:
+async def test_cancel_just_before_dispatch_is_not_computed(clock: FakeClock) -> None:
     bench = Bench(clock)
     bench.engine.gate = asyncio.Event()
     running = bench.submit(0)
     await settle()
     queued = bench.submit(1)
     await settle()
-    bench.engine.gate.set()  # the dispatch loop will run before the caller that leaves does
+    bench.engine.gate.set()  # the dispatch loop runs before the cancelled caller
     queued.cancel()
     await running
     await bench.scheduler.drain()
@@ -337,14 +339,14 @@ async def test_a_caller_that_leaves_just_before_dispatch_is_not_computed(clock: 
     await bench.scheduler.close()
 
 
-async def test_a_caller_that_leaves_in_the_turn_of_its_answer_is_counted_once(
+async def test_cancel_in_the_turn_of_the_answer_counts_once(
     clock: FakeClock,
 ) -> None:
     bench = Bench(clock)
     task = bench.submit(0)
 
     def leave(result: EngineResult) -> EngineResult:
-        asyncio.get_running_loop().call_soon(task.cancel)  # once the answer is on its way
+        asyncio.get_running_loop().call_soon(task.cancel)  # after the answer was set
         return result
 
     bench.engine.result = leave
@@ -355,9 +357,7 @@ async def test_a_caller_that_leaves_in_the_turn_of_its_answer_is_counted_once(
     await bench.scheduler.close()
 
 
-async def test_one_bad_request_fails_alone(
-    clock: FakeClock, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_bad_request_fails_alone(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench(clock)
     bench.engine.gate = asyncio.Event()
 
@@ -379,7 +379,7 @@ async def test_one_bad_request_fails_alone(
     await bench.scheduler.close()
 
 
-async def test_settings_change_between_batches_without_losing_a_request(clock: FakeClock) -> None:
+async def test_configure_between_batches_loses_no_request(clock: FakeClock) -> None:
     bench = Bench(clock)
     bench.engine.gate = asyncio.Event()
     tasks = [bench.submit(0)]
@@ -401,18 +401,18 @@ async def test_settings_change_between_batches_without_losing_a_request(clock: F
     "fields",
     [{"pinned_variant": 9}, {"policy": "fixed", "fixed_variant": 9}, {"min_quality": 0.99}],
 )
-async def test_settings_that_do_not_fit_the_model_are_refused(
+async def test_configure_unsuitable_settings_is_rejected(
     clock: FakeClock, fields: dict[str, object]
 ) -> None:
     bench = Bench(clock)
-    before = bench.scheduler.settings
+    before = bench.scheduler.planner.settings
     with pytest.raises(InvalidArgument):
         bench.scheduler.configure(SchedulerSettings.model_validate(fields))
-    assert bench.scheduler.settings is before
+    assert bench.scheduler.planner.settings is before
     await bench.scheduler.close()
 
 
-async def test_a_floor_raised_too_high_for_a_waiting_request_still_answers_it(
+async def test_configure_higher_floor_answers_waiting_requests(
     clock: FakeClock,
 ) -> None:
     bench = Bench(clock)
@@ -425,7 +425,7 @@ async def test_a_floor_raised_too_high_for_a_waiting_request_still_answers_it(
     await bench.scheduler.close()
 
 
-async def test_drain_finishes_what_was_accepted_and_refuses_the_rest(clock: FakeClock) -> None:
+async def test_drain_answers_accepted_and_rejects_new_requests(clock: FakeClock) -> None:
     bench = Bench(clock)
     bench.engine.gate = asyncio.Event()
     tasks = [bench.submit(i) for i in range(12)]
@@ -441,7 +441,7 @@ async def test_drain_finishes_what_was_accepted_and_refuses_the_rest(clock: Fake
     await bench.scheduler.close()
 
 
-async def test_close_ends_what_is_left(clock: FakeClock) -> None:
+async def test_close_fails_the_remaining_requests(clock: FakeClock) -> None:
     bench = Bench(clock)
     bench.engine.gate = asyncio.Event()
     tasks = [bench.submit(i) for i in range(3)]
@@ -451,7 +451,7 @@ async def test_close_ends_what_is_left(clock: FakeClock) -> None:
     assert {type(end) for end in ends} == {Draining}
 
 
-async def test_check_budget_counts_the_load(clock: FakeClock) -> None:
+async def test_check_budget_includes_the_load(clock: FakeClock) -> None:
     bench = Bench(clock)
     idle = bench.scheduler.check_budget(0.0045, 0.0)
     assert (idle.now_variant, idle.idle_variant, idle.wait_s) == (1, 1, 0.0)
@@ -473,7 +473,7 @@ async def test_check_budget_counts_the_load(clock: FakeClock) -> None:
 
 @pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit", "adaptive"])
 @pytest.mark.parametrize("seed", range(4))
-async def test_every_request_ends_exactly_once(clock: FakeClock, name: str, seed: int) -> None:
+async def test_random_events_end_every_request_once(clock: FakeClock, name: str, seed: int) -> None:
     """Random arrivals, deadlines, cancellations, deaths, failures and reconfigurations."""
     rng = random.Random(seed)
     bench = Bench(clock, policy=name)
@@ -489,7 +489,9 @@ async def test_every_request_ends_exactly_once(clock: FakeClock, name: str, seed
     tasks = []
     for mark in range(300):
         budget = rng.choice([0.0005, 0.004, 0.02, 0.2, math.inf])
-        tasks.append(bench.submit(mark, budget, hard=rng.random() < 0.4, rows=rng.randint(1, 3)))
+        tasks.append(
+            bench.submit(mark, budget, hard=rng.random() < 0.4, num_images=rng.randint(1, 3))
+        )
         if rng.random() < 0.1:
             rng.choice(tasks).cancel()
         if rng.random() < 0.05:
@@ -506,7 +508,7 @@ async def test_every_request_ends_exactly_once(clock: FakeClock, name: str, seed
         else:
             assert isinstance(end, RequestError | asyncio.CancelledError)
     assert sum(isinstance(end, Completion) for end in ends) > 100
-    assert bench.scheduler.queue_requests == 0
+    assert len(bench.scheduler.planner.queue) == 0
     ended = sum(
         sample.value
         for metric in bench.metrics.registry.collect()

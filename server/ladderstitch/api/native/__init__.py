@@ -1,1 +1,1 @@
-"""`ladderstitch.v1`: inference, generation, administration, load reports."""
+"""The services of `ladderstitch.v1`: inference, generation, administration and load reports."""

@@ -1,108 +1,102 @@
-"""The Open Inference Protocol, version 2: existing clients work unmodified.
-
-One input, `images`: FP32 (preprocessed) or UINT8 (pixels) of [N, C, H, W], or BYTES of [N] (PNG or
-JPEG files). Outputs: `logits`, and on demand `probabilities` and `labels`.
-"""
+"""The service of the Open Inference Protocol, version 2, which existing clients call unmodified."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
-import numpy as np
-
 import ladderstitch
-from ladderstitch.api.deadlines import arrival_and_deadline, call_deadlines, resolve_deadlines
-from ladderstitch.api.oip import metadata, text
-from ladderstitch.api.oip.inputs import RequestOptions, read_images, read_parameters, softmax
-from ladderstitch.api.oip.text import answer_stream
-from ladderstitch.api.status import Context, statuses
-from ladderstitch.api.validation import checked_id
+from ladderstitch.api.deadlines import arrival_and_deadline, call_deadlines
+from ladderstitch.api.oip import images, text
+from ladderstitch.api.status import Context, translate_errors
 from ladderstitch.errors import InvalidArgument, PermissionDenied, RequestError
 from ladderstitch.hosting.registry import AdminActions, ModelRegistry, TextModel, VisionModel
-from ladderstitch.hosting.streaming import answer
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import grpc_service_pb2_grpc
-from ladderstitch.scheduling.requests import Completion, Pixels, Request
 
-OUTPUTS = ("logits", "probabilities", "labels")
+EXTENSIONS = ("model_configuration", "model_repository", "statistics")
 
 
 class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
-    def __init__(self, registry: ModelRegistry, repository: AdminActions | None = None) -> None:
-        """`repository` loads and unloads models; None where only the admin port may."""
+    """The servicer; `images` and `text` handle the two kinds of models."""
+
+    def __init__(self, registry: ModelRegistry, actions: AdminActions | None = None) -> None:
+        """Serve the models of `registry`; without `actions`, only the admin port loads models."""
         self.registry = registry
-        self.repository = repository
+        self.actions = actions
 
-    @property
-    def _serving(self) -> bool:
-        return self.registry.serving
-
-    @statuses
+    @translate_errors
     async def ServerLive(
         self, request: pb.ServerLiveRequest, context: Context
     ) -> pb.ServerLiveResponse:
+        """Return that the server is live."""
         return pb.ServerLiveResponse(live=True)
 
-    @statuses
+    @translate_errors
     async def ServerReady(
         self, request: pb.ServerReadyRequest, context: Context
     ) -> pb.ServerReadyResponse:
-        return pb.ServerReadyResponse(ready=self._serving)
+        """Return whether the replica accepts requests."""
+        return pb.ServerReadyResponse(ready=self.registry.serving)
 
-    @statuses
+    @translate_errors
     async def ModelReady(
         self, request: pb.ModelReadyRequest, context: Context
     ) -> pb.ModelReadyResponse:
-        ready = self._serving and bool(self.registry.find(request.name, request.version))
+        """Return whether the replica accepts requests for a model that it has."""
+        ready = self.registry.serving and bool(self.registry.find(request.name, request.version))
         return pb.ModelReadyResponse(ready=ready)
 
-    @statuses
+    @translate_errors
     async def ServerMetadata(
         self, request: pb.ServerMetadataRequest, context: Context
     ) -> pb.ServerMetadataResponse:
+        """Return the server's name, version and extensions of the protocol."""
         return pb.ServerMetadataResponse(
-            name="ladderstitch",
-            version=ladderstitch.__version__,
-            extensions=["model_configuration", "model_repository", "statistics"],
+            name="ladderstitch", version=ladderstitch.__version__, extensions=EXTENSIONS
         )
 
-    @statuses
+    @translate_errors
     async def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: Context
     ) -> pb.ModelMetadataResponse:
+        """Return the names, types and shapes of a model's inputs and outputs."""
         model = self.registry.find(request.name, request.version)
         if isinstance(model, TextModel):
-            return text.metadata(model)
-        return metadata.metadata(model)
+            return text.describe_metadata(model)
+        return images.describe_metadata(model)
 
-    @statuses
+    @translate_errors
     async def ModelConfig(
         self, request: pb.ModelConfigRequest, context: Context
     ) -> pb.ModelConfigResponse:
+        """Return the configuration of a model."""
         model = self.registry.find(request.name, request.version)
         if isinstance(model, TextModel):
-            return pb.ModelConfigResponse(config=text.config(model))
-        return pb.ModelConfigResponse(config=metadata.config(model))
+            return pb.ModelConfigResponse(config=text.describe_config(model))
+        return pb.ModelConfigResponse(config=images.describe_config(model))
 
-    @statuses
+    @translate_errors
     async def ModelStatistics(
         self, request: pb.ModelStatisticsRequest, context: Context
     ) -> pb.ModelStatisticsResponse:
-        named = (
-            [self.registry.vision_model(request.name, request.version)] if request.name else None
-        )
-        models = named if named is not None else list(self.registry.vision_models.values())
-        return pb.ModelStatisticsResponse(model_stats=[metadata.statistics(m) for m in models])
+        """Return the statistics of an image model; without a name, of all of them."""
+        if request.name:
+            models = [self.registry.vision_model(request.name, request.version)]
+        else:
+            models = list(self.registry.vision_models.values())
+        statistics = [images.describe_statistics(model) for model in models]
+        return pb.ModelStatisticsResponse(model_stats=statistics)
 
-    @statuses
+    @translate_errors
     async def RepositoryIndex(
         self, request: pb.RepositoryIndexRequest, context: Context
     ) -> pb.RepositoryIndexResponse:
-        state = "READY" if self._serving else "UNAVAILABLE"
-        models = self.registry.models_by_name.values() if self._serving or not request.ready else ()
+        """Return all models with their state; if `ready` is set, only those that are ready."""
+        serving = self.registry.serving
+        state = "READY" if serving else "UNAVAILABLE"
+        models = self.registry.models_by_name.values() if serving or not request.ready else ()
         return pb.RepositoryIndexResponse(
             models=[
                 pb.RepositoryIndexResponse.ModelIndex(name=m.name, version=m.version, state=state)
@@ -110,60 +104,54 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
             ]
         )
 
-    @statuses
+    @translate_errors
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
+        """Load a model, or a new version of a loaded one; returns when it is warm."""
         if request.parameters:
             raise InvalidArgument(
                 "parameters", f"expected none, got {sorted(request.parameters)[:3]}"
             )
-        await self._control().load(request.model_name)
+        await self._admin_actions().load(request.model_name)
         return pb.RepositoryModelLoadResponse()
 
-    @statuses
+    @translate_errors
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, context: Context
     ) -> pb.RepositoryModelUnloadResponse:
-        await self._control().unload(request.model_name)
+        """Unload a model; returns when its accepted requests have ended."""
+        await self._admin_actions().unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
-    def _control(self) -> AdminActions:
-        if self.repository is None:
-            raise PermissionDenied("models are loaded and unloaded at the admin port: AdminService")
-        return self.repository
+    def _admin_actions(self) -> AdminActions:
+        if self.actions is None:
+            raise PermissionDenied("only AdminService on the admin port loads and unloads models")
+        return self.actions
 
     async def ModelStreamInfer(
         self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
     ) -> AsyncGenerator[pb.ModelStreamInferResponse]:
+        """Answer any number of requests for models of both kinds on one stream."""
+
         async def respond(request: pb.ModelInferRequest) -> AsyncGenerator[pb.ModelInferResponse]:
             model = self.registry.find(request.model_name, request.model_version)
             if isinstance(model, VisionModel):
                 yield await self._infer(request, context)
                 return
-            try:
-                accepted = text.accept(
-                    request,
-                    model,
-                    time.monotonic(),
-                    context.time_remaining(),
-                    context.invocation_metadata(),
-                )
-            except RequestError as error:
-                model.metrics.refused(error.code, had_budget=False)
-                raise
-            async with aclosing(answer(model, accepted)) as pieces:
-                async for piece, account in pieces:
-                    yield text.response(request, model, piece, account, self.registry.replica)
+            async with aclosing(self._generate(request, model, context)) as responses:
+                async for response in responses:
+                    yield response
 
-        async with aclosing(answer_stream(request_iterator, respond)) as responses:
+        async with aclosing(text.answer_stream(request_iterator, respond)) as responses:
             async for response in responses:
                 yield response
 
-    @statuses
+    @translate_errors
     async def ModelInfer(
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
+        """Classify the images of one request."""
         return await self._infer(request, context)
 
     async def _infer(
@@ -172,91 +160,27 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         arrival, remaining_s = arrival_and_deadline(context)
         model = self.registry.vision_model(request.model_name, request.model_version)
         try:
-            wanted = _wanted_outputs(request)
-            wishes = RequestOptions(
-                call_deadlines(
-                    remaining_s,
-                    context.invocation_metadata(),
-                    model.bundle.manifest.default_budget_us,
-                )
-            )
-            read_parameters(request, wishes)
-            images = await read_images(
-                request, model.reader, model.scheduler.latency.view.max_batch_size
-            )
-            accepted = _accept(request, wishes, images, arrival)
+            outputs = images.requested_outputs(request)
+            default_us = model.bundle.manifest.default_budget_us
+            budgets = call_deadlines(remaining_s, context.invocation_metadata(), default_us)
+            accepted = await images.build_request(request, model, arrival, budgets)
         except RequestError as error:
-            model.scheduler.metrics.refused(error.code)
+            model.scheduler.metrics.observe_rejection(error.code)
             raise
         completion = await model.scheduler.submit(accepted)
-        return self._answer(request, model, accepted, completion, wanted)
+        return images.build_response(model, accepted, completion, outputs, self.registry.replica)
 
-    def _answer(
-        self,
-        request: pb.ModelInferRequest,
-        model: VisionModel,
-        accepted: Request,
-        completion: Completion,
-        wanted: tuple[str, ...],
-    ) -> pb.ModelInferResponse:
-        response = pb.ModelInferResponse(
-            model_name=model.name, model_version=model.version, id=request.id
-        )
-        for name in wanted:
-            _add_output(response, name, completion, model.bundle.manifest.labels)
-        now, parameters = time.monotonic(), response.parameters
-        for key, value in (
-            ("variant_id", completion.variant),
-            ("queue_us", round(1e6 * completion.queue_s)),
-            ("compute_us", round(1e6 * completion.compute_s)),
-            ("total_us", round(1e6 * (now - accepted.arrival))),
-            ("batch_size", completion.batch_size),
-        ):
-            parameters[f"ladderstitch_{key}"].int64_param = value
-        name = model.variants[completion.variant].name
-        parameters["ladderstitch_variant_name"].string_param = name
-        parameters["ladderstitch_quality"].double_param = completion.quality
-        parameters["ladderstitch_replica"].string_param = self.registry.replica
-        target = accepted.deadlines.soft
-        if target != math.inf:
-            budget_us = round(1e6 * (target - accepted.arrival))
-            parameters["ladderstitch_budget_us"].int64_param = budget_us
-            parameters["ladderstitch_budget_source"].string_param = accepted.deadlines.soft_source
-            parameters["ladderstitch_budget_met"].bool_param = now <= target
-        return response
-
-
-def _wanted_outputs(request: pb.ModelInferRequest) -> tuple[str, ...]:
-    names = tuple(output.name for output in request.outputs) or ("logits",)
-    for name in names:
-        if name not in OUTPUTS:
-            raise InvalidArgument("outputs", f"expected some of {list(OUTPUTS)}, got {name[:80]!r}")
-    return names
-
-
-def _accept(
-    request: pb.ModelInferRequest, wishes: RequestOptions, images: Pixels, arrival: float
-) -> Request:
-    return Request(
-        id=checked_id("id", request.id),
-        images=images,
-        arrival=arrival,
-        deadlines=resolve_deadlines(arrival, wishes.deadlines),
-        min_quality=wishes.min_quality,
-        variant=wishes.variant,
-        priority=wishes.priority,
-    )
-
-
-def _add_output(
-    response: pb.ModelInferResponse, name: str, completion: Completion, labels: tuple[str, ...]
-) -> None:
-    if name == "labels":
-        best = [labels[i].encode() for i in completion.logits.argmax(axis=1)]
-        raw = b"".join(len(label).to_bytes(4, "little") + label for label in best)
-        response.outputs.add(name=name, datatype="BYTES", shape=[len(best)])
-    else:
-        values = completion.logits if name == "logits" else softmax(completion.logits)
-        raw = np.ascontiguousarray(values, "<f4").tobytes()
-        response.outputs.add(name=name, datatype="FP32", shape=values.shape)
-    response.raw_output_contents.append(raw)
+    async def _generate(
+        self, request: pb.ModelInferRequest, model: TextModel, context: Context
+    ) -> AsyncGenerator[pb.ModelInferResponse]:
+        remaining_s, metadata = context.time_remaining(), context.invocation_metadata()
+        try:
+            accepted = text.build_generation_request(
+                request, model, time.monotonic(), remaining_s, metadata
+            )
+        except RequestError as error:
+            model.metrics.observe_rejection(error.code, had_budget=False)
+            raise
+        async with aclosing(model.scheduler.generate(accepted)) as chunks:
+            async for chunk in chunks:
+                yield text.build_response(request, model, chunk, self.registry.replica)

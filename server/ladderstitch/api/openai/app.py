@@ -1,10 +1,10 @@
-"""The HTTP routes: completions and chats, whole or streamed; models; health."""
+"""The HTTP routes of OpenAI's API: completions and chats, whole or streamed, models and health."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, TypeVar
 
@@ -15,218 +15,240 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ladderstitch.api.auth import AuthInterceptor
-from ladderstitch.api.openai.requests import ChatRequest, CompletionRequest, accept
+from ladderstitch.api.native.generation import tenant_of
+from ladderstitch.api.openai.requests import (
+    ChatRequest,
+    CompletionRequest,
+    build_generation_request,
+)
 from ladderstitch.api.openai.responses import (
     DONE,
-    KINDS,
+    ERROR_TYPES,
     Body,
     ResponseBuilder,
-    body_of,
-    event,
-    response_to,
+    error_body,
+    error_response,
+    server_sent_event,
 )
 from ladderstitch.errors import InternalError, InvalidArgument, RequestError
 from ladderstitch.hosting.registry import ModelRegistry, TextModel
-from ladderstitch.hosting.streaming import GenerationUsage, answer
 from ladderstitch.scheduling.requests import GenerationRequest, TokenChunk
-from ladderstitch.security.tokens import tenant_of
+from ladderstitch.text.scheduler.sequence import TokenStream
 
-Told = tuple[TokenChunk, GenerationUsage | None]
 T = TypeVar("T")
 
 CLIENT_CLOSED_REQUEST = Response(status_code=499)
-"""To a caller who hung up: nobody reads it."""
+"""499: client closed the connection."""
 
 
-def build(registry: ModelRegistry, guard: AuthInterceptor | None, max_body_bytes: int) -> FastAPI:
-    """The application; `guard` asks for tokens, None lets everyone in."""
+def create_app(
+    registry: ModelRegistry, auth: AuthInterceptor | None, max_body_bytes: int
+) -> FastAPI:
+    """Return the application; without `auth`, callers need no token."""
     app = FastAPI(title="ladderstitch", openapi_url=None)
-
-    app.add_middleware(MaxBodySizeMiddleware, most_bytes=max_body_bytes)
-
-    @app.exception_handler(RequestError)
-    async def refuse(_: Request, error: RequestError) -> JSONResponse:
-        return response_to(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        return response_to(InvalidArgument(where, first["msg"]))
-
-    @app.exception_handler(HTTPException)
-    async def unroutable(_: Request, error: HTTPException) -> JSONResponse:
-        told = {"message": str(error.detail), "type": KINDS.get(error.status_code, "server_error")}
-        return JSONResponse({"error": told}, error.status_code)
-
-    @app.exception_handler(Exception)
-    async def broken(_: Request, error: Exception) -> JSONResponse:
-        return response_to(InternalError.logged("over HTTP", error))
+    app.add_middleware(MaxBodySizeMiddleware, max_bytes=max_body_bytes)
+    _add_error_handlers(app)
 
     @app.get("/health")
     async def health() -> JSONResponse:
         return JSONResponse({"serving": registry.serving}, 200 if registry.serving else 503)
 
     @app.get("/v1/models")
-    async def models(request: Request) -> Body:
-        async with _enter(guard, request):
-            return {
-                "object": "list",
-                "data": [_described(m) for m in registry.text_models.values()],
-            }
+    async def list_models(request: Request) -> Body:
+        async with _authorize(auth, request):
+            models = [_describe_model(model) for model in registry.text_models.values()]
+            return {"object": "list", "data": models}
 
     @app.get("/v1/models/{name}")
-    async def model(name: str, request: Request) -> Body:
-        async with _enter(guard, request):
-            return _described(registry.text_model(name))
+    async def get_model(name: str, request: Request) -> Body:
+        async with _authorize(auth, request):
+            return _describe_model(registry.text_model(name))
 
     @app.post("/v1/completions")
-    async def completions(wishes: CompletionRequest, request: Request) -> Response:
-        return await _respond(registry, guard, wishes, request)
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        return await _respond(registry, auth, body, request)
 
     @app.post("/v1/chat/completions")
-    async def chats(wishes: ChatRequest, request: Request) -> Response:
-        return await _respond(registry, guard, wishes, request)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await _respond(registry, auth, body, request)
 
     return app
 
 
-class MaxBodySizeMiddleware:
-    """ASGI middleware: a body that grows too large ends its request, whatever its headers say."""
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(RequestError)
+    async def handle_request_error(_: Request, error: RequestError) -> JSONResponse:
+        return error_response(error)
 
-    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
-        self.app, self.most_bytes = app, most_bytes
+    @app.exception_handler(RequestValidationError)
+    async def handle_malformed_body(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:]) or "body"
+        return error_response(InvalidArgument(field, first["msg"]))
+
+    @app.exception_handler(HTTPException)
+    async def handle_http_error(_: Request, error: HTTPException) -> JSONResponse:
+        kind = ERROR_TYPES.get(error.status_code, "server_error")
+        body = {"error": {"message": str(error.detail), "type": kind}}
+        return JSONResponse(body, error.status_code)
+
+    @app.exception_handler(Exception)
+    async def handle_internal_error(_: Request, error: Exception) -> JSONResponse:
+        return error_response(InternalError.logged("HTTP request", error))
+
+
+class MaxBodySizeMiddleware:
+    """ASGI middleware that ends a request with 413 once its body exceeds `max_bytes`.
+
+    It counts the bytes that arrive, so that a wrong Content-Length changes nothing.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        seen = 0
+        """Run the application on one request."""
+        received = 0
 
-        async def bounded() -> Message:
-            nonlocal seen
+        async def receive_bounded() -> Message:
+            nonlocal received
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.most_bytes:
-                raise HTTPException(413, f"body: expected at most {self.most_bytes} bytes")
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise HTTPException(413, f"body: expected at most {self.max_bytes} bytes, got more")
             return message
 
-        await self.app(scope, bounded, send)
+        await self.app(scope, receive_bounded, send)
 
 
-def _enter(guard: AuthInterceptor | None, request: Request) -> AsyncExitStack:
-    """Raises `Unauthenticated`, `PermissionDenied`, `RateLimited`; the stack holds the caller's place."""
-    held = AsyncExitStack()
-    if guard is not None:
-        token = guard.admit(request.headers.items(), "inference")
-        held.enter_context(guard.limits.admitted(token))
-    return held
+def _authorize(auth: AuthInterceptor | None, request: Request) -> AsyncExitStack:
+    """Check the caller's token, and count the request as in flight until the stack is closed.
+
+    Raises `Unauthenticated`, `PermissionDenied` or `RateLimited`.
+    """
+    in_flight = AsyncExitStack()
+    if auth is not None:
+        token = auth.authorize(request.headers.items(), "inference")
+        in_flight.enter_context(auth.limiter.acquire(token))
+    return in_flight
 
 
 async def _respond(
     registry: ModelRegistry,
-    guard: AuthInterceptor | None,
-    wishes: CompletionRequest | ChatRequest,
+    auth: AuthInterceptor | None,
+    body: CompletionRequest | ChatRequest,
     request: Request,
 ) -> Response:
     arrival = time.monotonic()
-    held = _enter(guard, request)
+    in_flight = _authorize(auth, request)
     try:
-        model = registry.text_model(wishes.model)
-        tenant = tenant_of(request.headers.items())
-        try:
-            accepted = accept(wishes, model, request.headers, arrival, tenant)
-        except RequestError as error:
-            model.metrics.refused(error.code, had_budget=False)
-            raise
-        form = ResponseBuilder(
-            model, isinstance(wishes, ChatRequest), accepted.logprobs is not None
+        model, accepted = _accept(registry, body, request, arrival)
+        builder = ResponseBuilder(
+            model, isinstance(body, ChatRequest), accepted.logprobs is not None
         )
-        if not wishes.stream:
-            async with held:
-                body = await _unless_gone(_collect(model, accepted, form), request)
-                return CLIENT_CLOSED_REQUEST if body is None else JSONResponse(body)
-        # What ends an answer before its first token is still a status of its own.
-        pieces = answer(model, accepted)
-        first = await _unless_gone(_first(pieces), request)
+        if not body.stream:
+            async with in_flight:
+                work = _collect(model, accepted, builder)
+                whole = await _run_until_disconnect(work, request)
+                return CLIENT_CLOSED_REQUEST if whole is None else JSONResponse(whole)
+        # An error before the first token still gets its own HTTP status.
+        stream = model.scheduler.generate(accepted)
+        first = await _run_until_disconnect(_read_first(stream), request)
     except BaseException:
-        await held.aclose()
+        await in_flight.aclose()
         raise
     if first is None:
-        await held.aclose()
+        await in_flight.aclose()
         return CLIENT_CLOSED_REQUEST
-    usage = wishes.stream_options is not None and wishes.stream_options.include_usage
-    events = _events(first, pieces, form, held, usage=usage)
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    events = _events(first, stream, builder, in_flight, include_usage=include_usage)
     return StreamingResponse(events, media_type="text/event-stream")
 
 
-async def _first(pieces: AsyncGenerator[Told]) -> Told:
+def _accept(
+    registry: ModelRegistry,
+    body: CompletionRequest | ChatRequest,
+    request: Request,
+    arrival: float,
+) -> tuple[TextModel, GenerationRequest]:
+    model = registry.text_model(body.model)
+    tenant = tenant_of(request.headers.items())
     try:
-        return await anext(pieces)
+        return model, build_generation_request(body, model, request.headers, arrival, tenant)
+    except RequestError as error:
+        model.metrics.observe_rejection(error.code, had_budget=False)
+        raise
+
+
+async def _read_first(stream: TokenStream) -> TokenChunk:
+    try:
+        return await anext(stream)
     except BaseException:
-        await pieces.aclose()
+        await stream.aclose()
         raise
 
 
 async def _events(
-    first: Told,
-    pieces: AsyncGenerator[Told],
-    form: ResponseBuilder,
-    held: AsyncExitStack,
+    first: TokenChunk,
+    stream: TokenStream,
+    builder: ResponseBuilder,
+    in_flight: AsyncExitStack,
     *,
-    usage: bool,
+    include_usage: bool,
 ) -> AsyncIterator[str]:
-    """A stream's events; it ends with [DONE], or with the error that ended it."""
-    async with held, aclosing(pieces):
+    """Yield the events of a stream; the last one is [DONE] or the error that ended it."""
+    async with in_flight, aclosing(stream):
         try:
-            told = first
-            while True:
-                piece, account = told
-                yield event(form.chunk(piece))
-                if account is not None:
-                    if usage:
-                        yield event(form.last(account, piece))
-                    yield DONE
-                    return
-                told = await anext(pieces)
+            chunk = first
+            while chunk.usage is None:
+                yield server_sent_event(builder.chunk(chunk))
+                chunk = await anext(stream)
+            yield server_sent_event(builder.chunk(chunk))
+            if include_usage:
+                yield server_sent_event(builder.usage_chunk(chunk.usage, chunk))
+            yield DONE
         except RequestError as error:
-            yield event(body_of(error))
+            yield server_sent_event(error_body(error))
         except Exception as error:
-            yield event(body_of(InternalError.logged("over HTTP", error)))
+            yield server_sent_event(error_body(InternalError.logged("HTTP stream", error)))
 
 
-async def _unless_gone(work: Coroutine[Any, Any, T], request: Request) -> T | None:
-    """What the work brings; None if the caller hangs up before, which ends the work."""
+async def _run_until_disconnect(work: Coroutine[Any, Any, T], request: Request) -> T | None:
+    """Return the result of `work`, or cancel it and return None if the client disconnects."""
     working = asyncio.create_task(work)
-    leaving = asyncio.create_task(_hung_up(request))
+    disconnecting = asyncio.create_task(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, disconnecting}, return_when=asyncio.FIRST_COMPLETED)
         return await working if working.done() else None
     finally:
-        for task in (working, leaving):
+        for task in (working, disconnecting):
             task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        await asyncio.gather(working, disconnecting, return_exceptions=True)
 
 
-async def _collect(model: TextModel, accepted: GenerationRequest, form: ResponseBuilder) -> Body:
-    pieces: list[TokenChunk] = []
-    async with aclosing(answer(model, accepted)) as coming:
-        async for piece, account in coming:
-            pieces.append(piece)
-            if account is not None:
-                return form.whole(pieces, account)
-    raise AssertionError("an answer ends with an account")
-
-
-async def _hung_up(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _described(model: TextModel) -> Body:
+async def _collect(model: TextModel, accepted: GenerationRequest, builder: ResponseBuilder) -> Body:
+    chunks: list[TokenChunk] = []
+    async with aclosing(model.scheduler.generate(accepted)) as stream:
+        async for chunk in stream:
+            chunks.append(chunk)
+            if chunk.usage is not None:
+                return builder.full_response(chunks, chunk.usage)
+    raise AssertionError("the last chunk of an answer has its usage")
+
+
+def _describe_model(model: TextModel) -> Body:
     created = int((model.bundle.path / "model.yaml").stat().st_mtime)
+    variants = model.bundle.manifest.variants
     return {
         "id": model.name,
         "object": "model",
         "created": created,
         "owned_by": "ladderstitch",
         "max_model_len": model.scheduler.max_tokens,
-        "paths": {str(n): way.name for n, way in enumerate(model.bundle.manifest.ways)},
+        "variants": {str(number): variant.name for number, variant in enumerate(variants)},
     }

@@ -1,7 +1,7 @@
-"""What clients of OpenAI's API send, and what of it becomes a generation request.
+"""The requests of OpenAI's API, and their translation to generation requests.
 
-Fields that would change an answer in a way that is not built here are refused unless they are
-neutral; unknown ones are ignored, as they are elsewhere.
+A field that is not supported is rejected if it would change the answer. Unknown fields are ignored,
+as other servers of this API do.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from ladderstitch.api.deadlines import FIRST_TOKEN_KEY, METADATA_KEY, TOKEN_KEY, seconds_from_ms
-from ladderstitch.api.validation import MAX_STOPS, fitting, tokenise
+from ladderstitch.api.deadlines import (
+    LATENCY_BUDGET_KEY,
+    TPOT_BUDGET_KEY,
+    TTFT_BUDGET_KEY,
+    seconds_from_ms,
+)
+from ladderstitch.api.native.generation import MAX_STOPS
 from ladderstitch.errors import InvalidArgument
 from ladderstitch.hosting.registry import TextModel
 from ladderstitch.scheduling.requests import GenerationRequest, Sampling, TokenBudget
 from ladderstitch.text.tokenizer import ChatTurn, render_chat
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
     "best_of": (None, 1),
     "echo": (None, False),
@@ -32,31 +37,36 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
 }
-"""Fields that are not built, and the values at which they ask for nothing."""
+"""Unsupported fields, each with the values that change nothing and are accepted."""
 
 DEFAULT_COMPLETION_TOKENS = 16
-"""OpenAI's own default for completions; a chat's answer may fill the context."""
+"""OpenAI's default for completions; the answer of a chat may fill the context."""
 
-LIMIT_KEY = "x-deadline-ms"
-"""Our header for a hard limit: past it the answer ends with an error."""
+HARD_DEADLINE_KEY = "x-deadline-ms"
+"""Header of a hard deadline, after which the answer ends with an error."""
 
 
-def _encodable(text: str) -> str:
-    """JSON's escapes can spell half a character, which no tokenizer takes."""
+def _check_unicode(text: str) -> str:
+    """Return the text; raises `ValueError` for a lone surrogate.
+
+    JSON's escapes can spell one, but no tokenizer accepts it.
+    """
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("expected Unicode text, got a lone surrogate")
     return text
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
+Text = Annotated[str, AfterValidator(_check_unicode)]
 
 
 class StreamOptions(BaseModel):
+    """Options of a streamed answer."""
+
     include_usage: bool = False
 
 
 class SamplingFields(BaseModel):
-    """What both kinds of requests share; `min_quality` and `variant_id` are ours."""
+    """The fields of completion and chat requests; `min_quality` and `variant_id` are extensions."""
 
     model_config = ConfigDict(extra="allow", strict=False)
 
@@ -72,19 +82,22 @@ class SamplingFields(BaseModel):
     min_quality: float = Field(0.0, ge=0, le=1)
     variant_id: int | None = None
 
-    def check_extras(self) -> None:
-        """Raises `InvalidArgument` for a field that asks for what is not built."""
+    def check_unsupported(self) -> None:
+        """Raise `InvalidArgument` if an unsupported field would change the answer."""
         for name, value in (self.model_extra or {}).items():
-            if name in NEUTRAL and value not in NEUTRAL[name]:
-                raise InvalidArgument(name, f"not supported here; leave it out, got {value!r:.60}")
+            if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
+                neutral = UNSUPPORTED[name][1]
+                raise InvalidArgument(name, f"expected {neutral!r} or no value, got {value!r:.60}")
 
-    def stops(self) -> tuple[str, ...]:
+    def stop_texts(self) -> tuple[str, ...]:
+        """Return the stop texts; raises `InvalidArgument` for more than 16."""
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stops) > MAX_STOPS:
             raise InvalidArgument("stop", f"expected at most {MAX_STOPS} texts, got {len(stops)}")
         return stops
 
     def sampling(self) -> Sampling:
+        """Return the sampling parameters; raises `InvalidArgument` for a negative seed."""
         if self.seed is not None and self.seed < 0:
             raise InvalidArgument("seed", f"expected 0 or more, got {self.seed}")
         return Sampling(
@@ -96,40 +109,54 @@ class SamplingFields(BaseModel):
 
 
 class CompletionRequest(SamplingFields):
+    """The body of `/v1/completions`."""
+
     prompt: Text | list[int] | list[Text] | list[list[int]]
     logprobs: int | None = None
 
-    def tokens(self, model: TextModel) -> tuple[int, ...]:
-        """Raises `InvalidArgument` for several prompts in one request, and for one that is too long."""
+    def prompt_tokens(self, model: TextModel) -> tuple[int, ...]:
+        """Return the tokens of the prompt.
+
+        Raises `InvalidArgument` for more than one prompt, or for one that is too long.
+        """
         prompt = self.prompt
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
             if len(prompt) > 1:
-                raise InvalidArgument("prompt", f"expected one prompt a request, got {len(prompt)}")
+                raise InvalidArgument("prompt", f"expected one prompt, got {len(prompt)}")
             prompt = prompt[0]
         if isinstance(prompt, str):
-            return tokenise(prompt, model, "prompt")
-        return fitting(tuple(prompt), model)  # type: ignore[arg-type] # tokens by now
+            return model.tokenise("prompt", prompt)
+        tokens = tuple(token for token in prompt if isinstance(token, int))
+        model.check_prompt_length(tokens)
+        return tokens
 
     @property
-    def alternatives(self) -> int | None:
+    def num_logprobs(self) -> int | None:
+        """The number of alternatives to report for each token; None for no log probabilities."""
         return self.logprobs
 
-    def most_tokens(self, left: int) -> int:
-        wanted = DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
-        return wanted if self.max_tokens is not None else min(wanted, left)
+    def max_new_tokens(self, available: int) -> int:
+        """Return the maximum number of tokens to generate; `available` ones fit the context."""
+        if self.max_tokens is not None:
+            return self.max_tokens
+        return min(DEFAULT_COMPLETION_TOKENS, available)
 
 
 class TextPart(BaseModel):
+    """A part of a chat message's content."""
+
     type: str
     text: Text = ""
 
 
 class ChatMessage(BaseModel):
+    """A message of a chat."""
+
     role: Text
     content: Text | list[TextPart] | None = None
 
-    def plain(self) -> ChatTurn:
-        """Raises `InvalidArgument` for content that is no text."""
+    def to_chat_turn(self) -> ChatTurn:
+        """Return the message with plain text; raises `InvalidArgument` for other content."""
         if isinstance(self.content, list):
             if wrong := [part.type for part in self.content if part.type != "text"]:
                 raise InvalidArgument(
@@ -140,61 +167,69 @@ class ChatMessage(BaseModel):
 
 
 class ChatRequest(SamplingFields):
+    """The body of `/v1/chat/completions`."""
+
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
 
-    def tokens(self, model: TextModel) -> tuple[int, ...]:
-        """By the model's chat template; raises `InvalidArgument` if it has none or refuses."""
-        text = render_chat(
-            model.bundle.manifest.chat_template, [message.plain() for message in self.messages]
-        )
-        return tokenise(text, model, "messages")
+    def prompt_tokens(self, model: TextModel) -> tuple[int, ...]:
+        """Return the tokens of the chat, rendered by the model's chat template.
+
+        Raises `InvalidArgument` if the model has no template, or if its template raises an error.
+        """
+        turns = [message.to_chat_turn() for message in self.messages]
+        text = render_chat(model.bundle.manifest.chat_template, turns)
+        return model.tokenise("messages", text)
 
     @property
-    def alternatives(self) -> int | None:
+    def num_logprobs(self) -> int | None:
+        """The number of alternatives to report for each token; None for no log probabilities."""
         if self.top_logprobs and not self.logprobs:
             raise InvalidArgument("top_logprobs", "expected logprobs to be true along with it")
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def most_tokens(self, left: int) -> int:
-        wanted = self.max_completion_tokens
-        if wanted is None:
-            wanted = self.max_tokens
-        return left if wanted is None else wanted
+    def max_new_tokens(self, available: int) -> int:
+        """Return the maximum number of tokens to generate; `available` ones fit the context."""
+        limits = (self.max_completion_tokens, self.max_tokens, available)
+        return next(limit for limit in limits if limit is not None)
 
 
-def accept(
-    wishes: CompletionRequest | ChatRequest,
+def build_generation_request(
+    body: CompletionRequest | ChatRequest,
     model: TextModel,
     headers: Mapping[str, str],
     arrival: float,
     tenant: str,
 ) -> GenerationRequest:
-    """The request as the generator takes it; raises `InvalidArgument` naming the field or header."""
-    wishes.check_extras()
-    tokens = wishes.tokens(model)
-    limit_s = _seconds(headers, LIMIT_KEY)
-    answer_s = min(_seconds(headers, METADATA_KEY), limit_s)
+    """Return the request for the scheduler.
+
+    Raises `InvalidArgument` that names the wrong field or header.
+    """
+    body.check_unsupported()
+    tokens = body.prompt_tokens(model)
+    limit_s = _read_budget(headers, HARD_DEADLINE_KEY)
+    answer_s = min(_read_budget(headers, LATENCY_BUDGET_KEY), limit_s)
     return GenerationRequest(
         tokens=tokens,
         arrival=arrival,
-        max_tokens=wishes.most_tokens(model.scheduler.max_tokens - len(tokens)),
-        sampling=wishes.sampling(),
-        stop=wishes.stops(),
+        max_tokens=body.max_new_tokens(model.scheduler.max_tokens - len(tokens)),
+        sampling=body.sampling(),
+        stop=body.stop_texts(),
         hard_deadline=arrival + limit_s,
         budget=TokenBudget(
-            _seconds(headers, FIRST_TOKEN_KEY),
-            _seconds(headers, TOKEN_KEY),
+            _read_budget(headers, TTFT_BUDGET_KEY),
+            _read_budget(headers, TPOT_BUDGET_KEY),
             answer_s,
         ),
-        min_quality=wishes.min_quality,
-        variant=wishes.variant_id,
-        logprobs=wishes.alternatives,
+        min_quality=body.min_quality,
+        variant=body.variant_id,
+        logprobs=body.num_logprobs,
         tenant=tenant,
     )
 
 
-def _seconds(headers: Mapping[str, str], key: str) -> float:
+def _read_budget(headers: Mapping[str, str], key: str) -> float:
+    """Return the seconds of a budget in the headers, or infinity without one."""
     return seconds_from_ms(key, headers[key]) if key in headers else math.inf

@@ -1,4 +1,4 @@
-"""Answers in the form that clients of OpenAI's API expect, whole or as a stream of events."""
+"""The responses of OpenAI's API: whole answers, chunks of a stream, and errors."""
 
 from __future__ import annotations
 
@@ -15,60 +15,82 @@ from fastapi.responses import JSONResponse
 from ladderstitch.api.native.generation import quality_metric
 from ladderstitch.errors import InvalidArgument, Overloaded, RequestError, Unauthenticated
 from ladderstitch.hosting.registry import TextModel
-from ladderstitch.hosting.streaming import GenerationUsage
-from ladderstitch.scheduling.requests import TokenChunk
+from ladderstitch.scheduling.requests import GenerationUsage, TokenChunk
 
 Body = dict[str, Any]
 DONE = "data: [DONE]\n\n"
+"""The last event of a stream that was completed."""
 
-
-def event(body: Body) -> str:
-    """A server-sent event."""
-    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
+HTTP_STATUS = {
+    "INVALID_ARGUMENT": 400,
+    "FAILED_PRECONDITION": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "RESOURCE_EXHAUSTED": 429,
+    "INTERNAL": 500,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+"""HTTP status by the name of the gRPC status."""
+ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "unavailable_error",
+    504: "timeout_error",
+}
+"""The `type` of an error by its HTTP status."""
 
 
 @dataclass(slots=True)
 class ResponseBuilder:
-    """How one request's answer looks: `chat` messages or plain text, with logprobs or without."""
+    """The format of one request's answer: `chat` messages or text, with log probabilities or not.
+
+    A builder serves one answer: it counts the characters of the answer for `text_offset`.
+    """
 
     model: TextModel
     chat: bool
     logprobs: bool
     id: str = field(init=False)
     created: int = field(init=False)
-    _offset: int = 0  # characters of the answer so far
+    _num_characters: int = 0
 
     def __post_init__(self) -> None:
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
-    def chunk(self, piece: TokenChunk) -> Body:
-        """One piece of a stream."""
-        choice: Body = {"index": 0, "finish_reason": piece.finish}
+    def chunk(self, chunk: TokenChunk) -> Body:
+        """Return one chunk of a stream."""
+        choice: Body = {"index": 0, "finish_reason": chunk.finish}
         if self.chat:
-            delta: Body = {"content": piece.text}
-            choice["delta"] = {"role": "assistant"} | delta if piece.index == 0 else delta
+            delta: Body = {"content": chunk.text}
+            choice["delta"] = {"role": "assistant"} | delta if chunk.index == 0 else delta
         else:
-            choice["text"] = piece.text
-        choice["logprobs"] = self._likelihoods([piece]) if self.logprobs else None
-        return self._frame([choice], streamed=True)
+            choice["text"] = chunk.text
+        choice["logprobs"] = self._logprobs([chunk]) if self.logprobs else None
+        return self._envelope([choice], streamed=True)
 
-    def last(self, account: GenerationUsage, piece: TokenChunk) -> Body:
-        """After the last chunk of a stream whose caller wants the usage."""
-        return self._frame([], streamed=True) | self._cost(account, piece)
+    def usage_chunk(self, usage: GenerationUsage, last: TokenChunk) -> Body:
+        """Return the chunk that reports the usage after the last token of a stream."""
+        return self._envelope([], streamed=True) | self._usage(usage, last)
 
-    def whole(self, pieces: Sequence[TokenChunk], account: GenerationUsage) -> Body:
-        """An answer in one."""
-        text = "".join(piece.text for piece in pieces)
-        choice: Body = {"index": 0, "finish_reason": pieces[-1].finish}
+    def full_response(self, chunks: Sequence[TokenChunk], usage: GenerationUsage) -> Body:
+        """Return a whole answer."""
+        text = "".join(chunk.text for chunk in chunks)
+        choice: Body = {"index": 0, "finish_reason": chunks[-1].finish}
         if self.chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
             choice["text"] = text
-        choice["logprobs"] = self._likelihoods(pieces) if self.logprobs else None
-        return self._frame([choice], streamed=False) | self._cost(account, pieces[-1])
+        choice["logprobs"] = self._logprobs(chunks) if self.logprobs else None
+        return self._envelope([choice], streamed=False) | self._usage(usage, chunks[-1])
 
-    def _frame(self, choices: list[Body], *, streamed: bool) -> Body:
+    def _envelope(self, choices: list[Body], *, streamed: bool) -> Body:
         kind = "text_completion"
         if self.chat:
             kind = "chat.completion.chunk" if streamed else "chat.completion"
@@ -80,95 +102,74 @@ class ResponseBuilder:
             "choices": choices,
         }
 
-    def _cost(self, account: GenerationUsage, last: TokenChunk) -> Body:
-        """OpenAI's usage, and our own account beside it."""
-        answer, quality = last.answer, last.answer.quality
+    def _usage(self, usage: GenerationUsage, last: TokenChunk) -> Body:
+        """Return OpenAI's `usage`, and the extension `ladderstitch` with times and variant."""
+        info, quality = last.answer, last.answer.quality
         return {
             "usage": {
-                "prompt_tokens": account.prompt_tokens,
-                "completion_tokens": account.generated_tokens,
-                "total_tokens": account.prompt_tokens + account.generated_tokens,
-                "prompt_tokens_details": {"cached_tokens": answer.reused_tokens},
+                "prompt_tokens": usage.prompt_tokens,
+                "completion_tokens": usage.generated_tokens,
+                "total_tokens": usage.prompt_tokens + usage.generated_tokens,
+                "prompt_tokens_details": {"cached_tokens": info.reused_tokens},
             },
             "ladderstitch": {
-                "path": answer.name,
-                "variant_id": answer.path,
+                "variant_name": info.name,
+                "variant_id": info.variant,
                 "quality": quality.value if quality else None,
                 "quality_metric": quality_metric(self.model.bundle.quality),
                 "perplexity": quality.perplexity if quality else None,
-                "queue_ms": _ms(account.queue_s),
-                "first_token_ms": _ms(account.first_token_s),
-                "mean_token_ms": _ms(account.mean_token_s),
-                "total_ms": _ms(account.total_s),
-                "budgets_met": account.met,
+                "queue_ms": _milliseconds(usage.queue_s),
+                "first_token_ms": _milliseconds(usage.first_token_s),
+                "mean_token_ms": _milliseconds(usage.mean_token_s),
+                "total_ms": _milliseconds(usage.total_s),
+                "budgets_met": usage.met,
             },
         }
 
-    def _likelihoods(self, pieces: Sequence[TokenChunk]) -> Body:
+    def _logprobs(self, chunks: Sequence[TokenChunk]) -> Body:
         if self.chat:
-            return {"content": [self._chat_token(piece) for piece in pieces], "refusal": None}
+            return {"content": [self._chat_logprob(chunk) for chunk in chunks], "refusal": None}
         offsets = []
-        for piece in pieces:
-            offsets.append(self._offset)
-            self._offset += len(piece.text)
+        for chunk in chunks:
+            offsets.append(self._num_characters)
+            self._num_characters += len(chunk.text)
         return {
-            "tokens": [self._text(piece.token) for piece in pieces],
-            "token_logprobs": [piece.logprob for piece in pieces],
+            "tokens": [self._decode(chunk.token) for chunk in chunks],
+            "token_logprobs": [chunk.logprob for chunk in chunks],
             "top_logprobs": [
-                {self._text(token): logprob for token, logprob in piece.alternatives}
-                for piece in pieces
+                {self._decode(token): logprob for token, logprob in chunk.alternatives}
+                for chunk in chunks
             ],
             "text_offset": offsets,
         }
 
-    def _chat_token(self, piece: TokenChunk) -> Body:
-        return self._token(piece.token, piece.logprob) | {
-            "top_logprobs": [self._token(*alternative) for alternative in piece.alternatives]
+    def _chat_logprob(self, chunk: TokenChunk) -> Body:
+        return self._token_logprob(chunk.token, chunk.logprob) | {
+            "top_logprobs": [
+                self._token_logprob(token, logprob) for token, logprob in chunk.alternatives
+            ]
         }
 
-    def _token(self, token: int, logprob: float | None) -> Body:
-        text = self._text(token)
+    def _token_logprob(self, token: int, logprob: float | None) -> Body:
+        text = self._decode(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
-    def _text(self, token: int) -> str:
+    def _decode(self, token: int) -> str:
         return self.model.scheduler.tokenizer.decode([token])
 
 
-def _ms(seconds: float) -> float:
-    return round(1e3 * seconds, 3)
+def server_sent_event(body: Body) -> str:
+    """Return a body as a server-sent event."""
+    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
 
 
-STATUS = {
-    "INVALID_ARGUMENT": 400,
-    "FAILED_PRECONDITION": 400,
-    "UNAUTHENTICATED": 401,
-    "PERMISSION_DENIED": 403,
-    "NOT_FOUND": 404,
-    "RESOURCE_EXHAUSTED": 429,
-    "INTERNAL": 500,
-    "UNAVAILABLE": 503,
-    "DEADLINE_EXCEEDED": 504,
-}
-"""gRPC status -> HTTP status."""
-KINDS = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "invalid_request_error",
-    429: "rate_limit_error",
-    503: "unavailable_error",
-    504: "timeout_error",
-}
-
-
-def body_of(error: RequestError) -> dict[str, Any]:
-    """`{"error": {...}}`; `code` is the reason that gRPC callers get."""
-    status = STATUS[error.code]
+def error_body(error: RequestError) -> Body:
+    """Return `{"error": {...}}`; its `code` is the reason that gRPC callers get."""
+    status = HTTP_STATUS[error.code]
     return {
         "error": {
             "message": str(error),
-            "type": KINDS.get(status, "server_error"),
+            "type": ERROR_TYPES.get(status, "server_error"),
             "param": error.field if isinstance(error, InvalidArgument) else None,
             "code": error.reason,
         }
@@ -176,11 +177,16 @@ def body_of(error: RequestError) -> dict[str, Any]:
     }
 
 
-def response_to(error: RequestError) -> JSONResponse:
+def error_response(error: RequestError) -> JSONResponse:
+    """Return the HTTP response of an error, with the time to wait before a retry if it has one."""
     headers = {}
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
         headers["retry-after-ms"] = str(max(1, round(1e3 * error.retry_after_s)))
-    return JSONResponse(body_of(error), STATUS[error.code], headers)
+    return JSONResponse(error_body(error), HTTP_STATUS[error.code], headers)
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(1e3 * seconds, 3)

@@ -1,4 +1,4 @@
-"""The HTTP server beside a replica's gRPC servers: same loop, same certificates, same tokens."""
+"""The HTTP server of a replica; it shares loop, certificates and tokens with the gRPC servers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from collections.abc import Iterator
 import uvicorn
 
 from ladderstitch.api.auth import AuthInterceptor
-from ladderstitch.api.openai.app import build
+from ladderstitch.api.listener import certificate_files
+from ladderstitch.api.openai.app import create_app
 from ladderstitch.config import ServerConfig
 from ladderstitch.hosting.registry import ModelRegistry
-from ladderstitch.security.tls import CertificateFiles
+from ladderstitch.security.tls import CertificateWatcher
 
 log = logging.getLogger(__name__)
 
-REREAD_S = 1.0
+CHECK_INTERVAL_S = 1.0
+"""Seconds between checks whether a certificate file has changed."""
 
 
-class _Quiet(uvicorn.Server):
-    """Signals are the replica's business."""
+class _UvicornServer(uvicorn.Server):
+    """A server that leaves signals to the replica."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -31,16 +33,21 @@ class _Quiet(uvicorn.Server):
 
 
 class HttpServer:
-    """Listens from `start` on."""
+    """The HTTP server of OpenAI's API; it listens from `start` until `stop`."""
 
     def __init__(
-        self, config: ServerConfig, registry: ModelRegistry, guard: AuthInterceptor | None
+        self, config: ServerConfig, registry: ModelRegistry, auth: AuthInterceptor | None
     ) -> None:
+        """Prepare the server; without `auth`, callers need no token.
+
+        Raises `ConfigError` if the certificate files cannot be used.
+        """
         self.port = 0
         self._config = config
-        self._files = _certificates(config)
+        files = certificate_files(config)
+        self._watcher = None if files is None else CertificateWatcher(files)
         settings = uvicorn.Config(
-            build(registry, guard, config.max_message_mb << 20),
+            create_app(registry, auth, config.max_message_mb << 20),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -51,11 +58,11 @@ class HttpServer:
             ssl_cert_reqs=ssl.CERT_REQUIRED if config.tls_client_ca else ssl.CERT_NONE,
             timeout_graceful_shutdown=1,
         )
-        self._server = _Quiet(settings)
+        self._server = _UvicornServer(settings)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self, port: int, *, share_port: bool = False) -> int:
-        """Bind and listen; the bound port. Raises `OSError` if it is taken."""
+        """Bind and listen; returns the bound port. Raises `OSError` if it is taken."""
         listening = socket.socket(socket.AF_INET)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if share_port:
@@ -68,12 +75,13 @@ class HttpServer:
             raise OSError(f"cannot listen on {self._config.host}:{port}: {error}") from error
         self.port = listening.getsockname()[1]
         self._tasks = [asyncio.create_task(self._server.serve([listening]), name="http")]
-        if self._files is not None:
-            self._tasks.append(asyncio.create_task(self._reread(self._files), name="http-tls"))
+        if self._watcher is not None:
+            watching = self._follow_certificate(self._watcher)
+            self._tasks.append(asyncio.create_task(watching, name="http-tls"))
         return self.port
 
     async def stop(self) -> None:
-        """Take no new requests; those in flight have a second to end."""
+        """Reject new requests; cancel those that are still in flight after one second."""
         self._server.should_exit = True
         if self._tasks:
             await self._tasks[0]
@@ -81,28 +89,17 @@ class HttpServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _reread(self, files: CertificateFiles) -> None:
-        """Connections from now on see the files' newest certificate."""
-        stamp = files.stamp()
-        context = self._server.config.ssl
+    async def _follow_certificate(self, watcher: CertificateWatcher) -> None:
+        """Load changed certificate files, which new connections then use."""
+        files, context = watcher.files, self._server.config.ssl
         assert context is not None, "the server was started with a certificate"
         while True:
-            await asyncio.sleep(REREAD_S)
+            await asyncio.sleep(CHECK_INTERVAL_S)
+            if watcher.read_change() is None:
+                continue
             try:
-                now = files.stamp()
-                if now == stamp:
-                    continue
-                files.check()
                 context.load_cert_chain(files.certificate, files.key)
                 if files.client_ca is not None:
                     context.load_verify_locations(files.client_ca)
-            except Exception as error:
-                log.warning("the old certificate stays in force: %s", error)
-                continue
-            stamp = now
-
-
-def _certificates(config: ServerConfig) -> CertificateFiles | None:
-    if config.tls_certificate is None or config.tls_key is None:
-        return None
-    return CertificateFiles(config.tls_certificate, config.tls_key, config.tls_client_ca)
+            except (OSError, ssl.SSLError) as error:  # a file changed again after the check
+                log.warning("certificate rejected, keeping the old one: %s", error)

@@ -1,1 +1,1 @@
-"""Sums over ranks: shared memory, TCP, NCCL, Triton kernels."""
+"""Communicators, which sum tensors over ranks: shared memory, TCP, NCCL, Triton kernels."""

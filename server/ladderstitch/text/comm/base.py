@@ -1,4 +1,4 @@
-"""How ranks add up their partial results: start a reduction now, collect its sum later."""
+"""The communicator protocol: start a sum over the ranks now, wait for its result later."""
 
 from __future__ import annotations
 
@@ -12,50 +12,68 @@ from torch import Tensor
 from ladderstitch.errors import LadderstitchError
 
 Work: TypeAlias = Any
-"""A link's own mark of a reduction in flight; good for one `wait`."""
+"""A communicator's handle of a reduction in flight; it is valid for one `wait`."""
+
+PEER_TIMEOUT_S = 60.0
+"""A peer whose partial does not arrive within this many seconds of a `wait` counts as lost."""
 
 
 class PeerLost(LadderstitchError):
-    """A peer is gone, or the group was told to stop; nothing that was posted will arrive."""
+    """An error of a rank whose peer died or whose group was aborted.
+
+    No reduction in flight will complete.
+    """
 
 
 class Communicator(Protocol):
-    """Sums over the ranks of a group, in rank order, so that all ranks get the same bits.
+    """One rank's end of the sums over all ranks of a group.
 
-    At most two reductions may be in flight, and they are waited for in the order of posting; all
-    ranks post the same shapes in the same order. `post` may keep the tensor until it is waited for.
+    Parts are added in the order of the ranks, so that all ranks get the same bits. At most two
+    reductions may be in flight, and `wait` is called in the order in which they were started. All
+    ranks start reductions of the same shapes in the same order.
     """
 
     rank: int
     ranks: int
 
-    def post(self, partial: Tensor) -> Work:
-        """Start the sum of this tensor over the ranks; does not wait for them."""
+    def all_reduce_async(self, partial: Tensor) -> Work:
+        """Start the sum of a tensor over the ranks and return without waiting for them.
 
-    def wait(self, ticket: Work) -> Tensor:
-        """The sum, in the partial's shape and dtype. Raises `PeerLost`."""
+        The communicator may use the tensor until `wait` returns.
+        """
+
+    def wait(self, work: Work) -> Tensor:
+        """Return the sum, in the partial's shape and dtype; raises `PeerLost` if a peer died."""
 
     def close(self) -> None:
-        """Free what the link holds; peers that wait for this rank get `PeerLost`."""
+        """Free all resources; peers that wait for this rank get `PeerLost`."""
 
 
 @runtime_checkable
 class FusedCommunicator(Communicator, Protocol):
-    """A link whose kernels do a neighbour's work on the way: the product before a reduction, the
-    residual add and norm after it."""
+    """A communicator whose kernels also do the work next to a reduction.
 
-    def post_product(self, x: Tensor, weight: Tensor) -> Work:
-        """Start the sum of x @ weight.T over the ranks: [N, K_r] by [D, K_r]."""
+    That is the matrix product before it, and the residual add and RMS norm after it.
+    """
+
+    def all_reduce_product_async(self, x: Tensor, weight: Tensor) -> Work:
+        """Start the sum over the ranks of x @ weight.T, x [T, K_r] and weight [D, K_r]."""
 
     def wait_add_norm(
-        self, ticket: Work, residual: Tensor, gain: Tensor, eps: float
+        self, work: Work, residual: Tensor, gain: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """r = residual + the sum, and rms_norm(r) * gain; both [N, D]. Raises `PeerLost`."""
+        """Return r = residual + the sum, and rms_norm(r) * gain, both [T, D].
+
+        Raises `PeerLost` if a peer died.
+        """
 
 
 def sum_in_rank_order(parts: Sequence[Tensor]) -> Tensor:
-    """Return the sum of every rank's partial, in float32 and in rank order, in the dtype of the
-    first: the same bits on all ranks."""
+    """Return the sum of the ranks' partials, the same bits on all ranks.
+
+    The parts are added in float32 and in the order of the ranks; the result has the first one's
+    dtype.
+    """
     first, *others = parts
     total = first.float()
     for other in others:
@@ -64,27 +82,35 @@ def sum_in_rank_order(parts: Sequence[Tensor]) -> Tensor:
 
 
 class SingleRank:
-    """The link of a group of one, and (`no_communication`) of ranks that do not talk."""
+    """The communicator of a group of one rank.
+
+    Benchmarks also use it for ranks that do not communicate (scheme `no_communication`).
+    """
 
     def __init__(self, rank: int = 0, ranks: int = 1) -> None:
         self.rank, self.ranks = rank, ranks
 
-    def post(self, partial: Tensor) -> Work:
+    def all_reduce_async(self, partial: Tensor) -> Work:
+        """Return the partial itself as the handle."""
         return partial
 
-    def wait(self, ticket: Work) -> Tensor:
-        reduced: Tensor = ticket
+    def wait(self, work: Work) -> Tensor:
+        """Return the partial."""
+        reduced: Tensor = work
         return reduced
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there are no resources."""
 
 
 CommKind = Literal["shared_memory", "tcp", "nccl", "symmetric"]
 CommChoice = Literal["auto", CommKind]
+"""The values of the option `link`."""
 
 
 class SharedMemorySpec(BaseModel):
+    """The parameters of a `SharedMemoryCommunicator`: a mapped file and an emulated link."""
+
     kind: Literal["shared_memory"] = "shared_memory"
     path: Path
     slot_bytes: int
@@ -93,27 +119,35 @@ class SharedMemorySpec(BaseModel):
 
 
 class TcpSpec(BaseModel):
+    """The parameters of a `TcpCommunicator`: every rank's address and the group's secret."""
+
     kind: Literal["tcp"] = "tcp"
     addresses: tuple[tuple[str, int], ...]
     secret: str
 
 
 class NcclSpec(BaseModel):
+    """The parameters of an `NcclCommunicator`: the address of rank 0's store."""
+
     kind: Literal["nccl"] = "nccl"
     store: tuple[str, int]
 
 
 class SymmetricSpec(BaseModel):
+    """The parameters of a `SymmetricCommunicator`: its folder, and rank 0's store on GPUs."""
+
     kind: Literal["symmetric"] = "symmetric"
     path: Path
     store: tuple[str, int]
 
 
 class SingleSpec(BaseModel):
+    """The parameters of a `SingleRank`, which needs none."""
+
     kind: Literal["single"] = "single"
 
 
 CommSpec = Annotated[
     SharedMemorySpec | TcpSpec | NcclSpec | SymmetricSpec | SingleSpec, Field(discriminator="kind")
 ]
-"""How the ranks of one group, as it stands at present, reach each other."""
+"""The parameters with which every rank of a group creates its communicator."""

@@ -1,4 +1,4 @@
-"""The link of ranks on GPUs: NCCL all-reduces on a stream of their own."""
+"""The communicator of ranks on GPUs: NCCL all-reduces on a separate CUDA stream."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ TIMEOUT = timedelta(seconds=60)
 
 
 class NcclCommunicator:
-    """One rank's end; `store` is the host and port at which rank 0 gathers the group.
+    """One rank's end of an NCCL process group.
 
-    NCCL chooses the order of summation, the same on all ranks. A group that loses a rank cannot be
-    mended: all its ranks are replaced.
+    `store` is the host and port at which rank 0 runs the rendezvous store. NCCL chooses the order
+    of summation, which is the same on all ranks. A group cannot survive the loss of a rank: all of
+    its ranks are restarted.
     """
 
     def __init__(self, store: tuple[str, int], rank: int, ranks: int) -> None:
@@ -32,17 +33,20 @@ class NcclCommunicator:
             timeout=TIMEOUT,
         )
 
-    def post(self, partial: Tensor) -> Work:
+    def all_reduce_async(self, partial: Tensor) -> Work:
+        """Start the sum of a tensor over the ranks, in place."""
         return dist.all_reduce(partial, async_op=True), partial
 
-    def wait(self, ticket: Work) -> Tensor:
-        work, partial = ticket
+    def wait(self, work: Work) -> Tensor:
+        """Return the sum; raises `PeerLost` if NCCL reports an error."""
+        handle, partial = work
         try:
-            work.wait()
+            handle.wait()
         except RuntimeError as error:
             raise PeerLost(f"NCCL: {error}") from error
         reduced: Tensor = partial
         return reduced
 
     def close(self) -> None:
+        """Destroy the process group."""
         dist.destroy_process_group()

@@ -1,12 +1,13 @@
-"""The link of ranks on one machine: slots in shared memory, one writer each.
+"""The communicator of ranks on one machine: slots in shared memory, each with one writer.
 
-A rank posts by writing its partial into its own slot and then the slot's sequence number; peers
-poll that number. Two reductions may be in flight, and a peer's post e + 2 is the first proof that
-it has read e, so four rotating slots are needed (with three, slow readers see later data).
+A rank starts a reduction: it writes its partial into its own slot, then the slot's sequence number.
+Peers poll that number. Two reductions may be in flight, and only a peer's reduction e + 2 proves
+that the peer has read e. Four rotating slots are therefore needed: with three, slow readers would
+see later data.
 
-An optional link model makes it a slower link: a message is readable only at
-t_posted + latency + bytes / bandwidth. Meanwhile nobody copies it and nobody waits for it but its
-reader. Figures taken so are those of an *emulated link*.
+An optional `EmulatedLink` delays messages: each becomes readable at
+t_start + latency + bytes / bandwidth. During that time, no rank copies the message and only its
+readers wait. Figures measured that way are those of an *emulated link*.
 """
 
 from __future__ import annotations
@@ -23,35 +24,39 @@ import torch
 from torch import Tensor
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.text.comm.base import PeerLost, Work, sum_in_rank_order
+from ladderstitch.text.comm.base import PEER_TIMEOUT_S, PeerLost, Work, sum_in_rank_order
 
 FOLDER = Path("/dev/shm")
 SLOTS = 4
 CACHE_LINE = 64
-GIVE_UP_S = 60.0
-SPINS = 200
-"""Polls before the reader lets others have the core between two polls."""
 
-NAP_FROM_S = 0.0003
-"""Waits longer than this, on a slow emulated link, sleep; the scheduler wakes us 0.1 ms late."""
+SPINS = 200
+"""Polls before the reader yields its core to other processes between two polls."""
+
+SLEEP_THRESHOLD_S = 0.0003
+"""Waits of an emulated link that are longer than this sleep, and end this many seconds early.
+
+The kernel wakes a sleeping process up to 0.1 ms late.
+"""
 
 
 @dataclass(frozen=True, slots=True)
-class LinkModel:
-    """A slower link to emulate; the default adds nothing."""
+class EmulatedLink:
+    """Latency (seconds) and bandwidth (bytes per second) to emulate; the default delays nothing."""
 
     latency_s: float = 0.0
     bytes_per_s: float = float("inf")
 
-    def flight_ns(self, size: int) -> int:
+    def delay_ns(self, size: int) -> int:
+        """Return the nanoseconds after which a message of `size` bytes becomes readable."""
         return round(1e9 * (self.latency_s + size / self.bytes_per_s))
 
 
 class SharedRegion:
-    """The memory of one group, made by whoever watches over it; ranks map it by its path."""
+    """The shared memory of one group; the group creates it and the ranks map it by its path."""
 
     def __init__(self, ranks: int, slot_bytes: int) -> None:
-        """All zero; `slot_bytes` is the largest partial."""
+        """Create memory of zeros; `slot_bytes` is the size of the largest partial."""
         self.path = FOLDER / f"ladderstitch-{secrets.token_hex(8)}"
         self.slot_bytes = -(-slot_bytes // CACHE_LINE) * CACHE_LINE
         descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
@@ -63,26 +68,32 @@ class SharedRegion:
             os.close(descriptor)
 
     def abort(self) -> None:
-        """Make every `wait` on this memory raise `PeerLost`, now and later."""
+        """Make every current and later `wait` on this memory raise `PeerLost`."""
         self._flag[0] = 1
 
-    def forget(self) -> None:
-        """Remove the name; the memory goes with its last user."""
+    def unlink(self) -> None:
+        """Remove the file; the memory is freed when its last user unmaps it."""
         self.path.unlink(missing_ok=True)
 
 
 class SharedMemoryCommunicator:
-    """One rank's end of a `SharedRegion`."""
+    """One rank's end of a `SharedRegion`.
+
+    Raises `ConfigError` on other machines than x86-64.
+    """
 
     def __init__(
-        self, path: Path, rank: int, ranks: int, slot_bytes: int, model: LinkModel | None = None
+        self, path: Path, rank: int, ranks: int, slot_bytes: int, link: EmulatedLink | None = None
     ) -> None:
         if platform.machine() not in ("x86_64", "AMD64"):
             # Stores become visible in program order on x86 only.
-            raise ConfigError("link: the shared-memory link needs x86-64; use tcp")
+            raise ConfigError(
+                f"link: shared_memory: expected an x86-64 machine, got {platform.machine()}; "
+                "use tcp"
+            )
         self.rank, self.ranks = rank, ranks
-        self.model = model or LinkModel()
-        self._posted = 0
+        self.link = link or EmulatedLink()
+        self._started = 0
         with path.open("r+b") as file:
             self._memory = mmap.mmap(file.fileno(), 0)
         lines = ranks * SLOTS
@@ -95,33 +106,39 @@ class SharedMemoryCommunicator:
         self._shape: tuple[torch.Size, torch.dtype] | None = None
         self._views: list[list[Tensor]] = []
 
-    def post(self, partial: Tensor) -> Work:
+    def all_reduce_async(self, partial: Tensor) -> Work:
+        """Write the partial into this rank's next slot.
+
+        Raises `ValueError` if the partial is larger than a slot.
+        """
         if (partial.shape, partial.dtype) != self._shape:
             self._reshape(partial)
-        slot = self._posted % SLOTS
-        self._posted += 1
+        slot = self._started % SLOTS
+        self._started += 1
         views = self._views[slot]
         views[self.rank].copy_(partial)
         line = self._line(self.rank, slot)
-        self._words[line + 1] = time.monotonic_ns() + self.model.flight_ns(partial.nbytes)
-        self._words[line] = self._posted
-        return self._posted, slot, views
+        self._words[line + 1] = time.monotonic_ns() + self.link.delay_ns(partial.nbytes)
+        self._words[line] = self._started
+        return self._started, slot, views
 
-    def wait(self, ticket: Work) -> Tensor:
-        number, slot, views = ticket
+    def wait(self, work: Work) -> Tensor:
+        """Return the sum; raises `PeerLost` after an abort, or after `PEER_TIMEOUT_S`."""
+        number, slot, views = work
         for peer in range(self.ranks):
             if peer != self.rank:
-                self._await(self._line(peer, slot), number)
+                self._await_line(self._line(peer, slot), number)
         return sum_in_rank_order(views)
 
     def close(self) -> None:
+        """Abort the group, since this rank takes part in no further reduction."""
         self._words[0] = 1
 
     def _line(self, rank: int, slot: int) -> int:
         return (1 + rank * SLOTS + slot) * (CACHE_LINE // 8)
 
     def _reshape(self, like: Tensor) -> None:
-        """See the slots as tensors like this one; decode steps all have one shape."""
+        """View the slots as tensors of this shape; all decode steps have the same shape."""
         if like.nbytes > self._slot_bytes:
             raise ValueError(
                 f"partial: expected at most {self._slot_bytes} bytes, got {like.nbytes}"
@@ -132,25 +149,25 @@ class SharedMemoryCommunicator:
             for slot in range(SLOTS)
         ]
 
-    def _await(self, line: int, number: int) -> None:
+    def _await_line(self, line: int, number: int) -> None:
         words, spins = self._words, 0
         while words[line] != number:
             spins += 1
             if spins > SPINS:
-                self._check(spins, line, number)
+                self._check_peer(spins, line, number)
         readable = words[line + 1]
         while (left := readable - time.monotonic_ns()) > 0:
-            if left > 1e9 * NAP_FROM_S:
-                time.sleep(left / 1e9 - NAP_FROM_S)
+            if left > 1e9 * SLEEP_THRESHOLD_S:
+                time.sleep(left / 1e9 - SLEEP_THRESHOLD_S)
 
-    def _check(self, spins: int, line: int, number: int) -> None:
-        """Between polls of a long wait: has the group ended? Is this worth waiting for?"""
+    def _check_peer(self, spins: int, line: int, number: int) -> None:
+        """Raise `PeerLost` between the polls of a long wait if the wait cannot succeed."""
         if self._words[0]:
-            raise PeerLost("the group was told to stop")
+            raise PeerLost("the group was aborted")
         if self._words[line] > number:
             raise PeerLost(f"slot of reduction {number} was used again before it was read")
         if spins == SPINS + 1:
-            self._patience = time.monotonic() + GIVE_UP_S
-        elif time.monotonic() > self._patience:
-            raise PeerLost(f"a peer has not answered for {GIVE_UP_S:.0f} s")
+            self._wait_until = time.monotonic() + PEER_TIMEOUT_S
+        elif time.monotonic() > self._wait_until:
+            raise PeerLost(f"a peer did not send its partial within {PEER_TIMEOUT_S:.0f} s")
         os.sched_yield()

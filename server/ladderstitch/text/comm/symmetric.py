@@ -1,8 +1,9 @@
-"""The link whose reductions are Triton kernels: ranks store straight into each other's memory.
+"""The communicator of Triton kernels, which store directly into the memory of other ranks.
 
-Few rows (decoding) go by the split-phase kernels, with the product before and the residual add and
-norm after in the same kernels; more (prefill) by an all-reduce that is done when `post` returns. On
-GPUs the memory is torch's symmetric memory; on a CPU, in Triton's interpreter, a shared mapping.
+Partials of few rows (decoding) use the split-phase kernels, which also do the product before and
+the residual add and norm after the reduction. Partials of more rows (prefill) use an all-reduce
+that is complete when `all_reduce_async` returns. On GPUs the memory is torch's symmetric memory. On
+a CPU, in Triton's interpreter, it is a shared mapping.
 """
 
 from __future__ import annotations
@@ -34,46 +35,51 @@ from ladderstitch_kernels import (
 from ladderstitch_kernels.launch import interpreted
 
 FOLDER = Path("/dev/shm")
-FLAG = "stop"
+ABORT_FLAG = "abort"
 SPLIT_PHASE_ROWS = 16
-WATCH_S = 0.02
-MEETING = timedelta(seconds=60)
+"""Largest number of rows of a partial that uses the split-phase kernels."""
+
+ABORT_POLL_S = 0.02
+RENDEZVOUS_TIMEOUT = timedelta(seconds=60)
 
 
 class SymmetricRegion:
-    """A folder of one group in memory: the flag that stops it, and on a CPU the mappings."""
+    """The folder of one group in /dev/shm: its abort flag and, on a CPU, the mappings."""
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="ladderstitch-", dir=FOLDER))
-        flag = self.path / FLAG
+        flag = self.path / ABORT_FLAG
         flag.write_bytes(bytes(mmap.PAGESIZE))
-        self._flag = _map(flag)
+        self._flag = _map_page(flag)
 
     def abort(self) -> None:
-        """Make every `wait` of the group raise `PeerLost`, now and later."""
+        """Make every current and later `wait` of the group raise `PeerLost`."""
         self._flag[0] = 1
 
-    def forget(self) -> None:
-        """Remove the names; the memory goes with its last user."""
+    def unlink(self) -> None:
+        """Remove the files; the memory is freed when its last user unmaps it."""
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _map(path: Path) -> mmap.mmap:
+def _map_page(path: Path) -> mmap.mmap:
     with path.open("r+b") as file:
         return mmap.mmap(file.fileno(), mmap.PAGESIZE)
 
 
-def reach_peers(
+def open_symmetric_memory(
     path: Path, store: tuple[str, int], rank: int, ranks: int, device: torch.device
 ) -> SymmetricMemory:
-    """This rank's symmetric memory; raises `ConfigError` where kernels cannot run."""
+    """Return memory that all ranks can write, once all ranks have called this function.
+
+    Raises `ConfigError` if the kernels cannot run on this device.
+    """
     if device.type == "cuda":
         import torch.distributed as dist
 
         torch.cuda.set_device(rank % torch.cuda.device_count())
         method = f"tcp://{store[0]}:{store[1]}"
         dist.init_process_group(
-            "nccl", init_method=method, rank=rank, world_size=ranks, timeout=MEETING
+            "nccl", init_method=method, rank=rank, world_size=ranks, timeout=RENDEZVOUS_TIMEOUT
         )
         return PeerMemory(dist.group.WORLD, device)
     if not interpreted():
@@ -84,7 +90,7 @@ def reach_peers(
 
 
 class SymmetricCommunicator:
-    """One rank's end of a `SymmetricRegion`, for partials [.., width] of up to `rows` rows."""
+    """One rank's end of a `SymmetricRegion`, for partials [.., width] of at most `rows` rows."""
 
     def __init__(
         self,
@@ -98,68 +104,82 @@ class SymmetricCommunicator:
         self.rank, self.ranks, self._device = memory.rank, memory.ranks, device
         self._exchange = Exchange(memory, min(rows, SPLIT_PHASE_ROWS), width, dtype, device)
         self._reduce = AllReduce(memory, rows * width, dtype, device)
-        self._flag = _map(region / FLAG)
+        self._flag = _map_page(region / ABORT_FLAG)
         self._closed = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="symmetric-link", daemon=True)
+        self._watcher = threading.Thread(
+            target=self._watch_flag, name="symmetric-abort", daemon=True
+        )
         self._watcher.start()
 
-    def post(self, partial: Tensor) -> Work:
+    def all_reduce_async(self, partial: Tensor) -> Work:
+        """Start the sum of a tensor over the ranks; complete it if it has many rows."""
         flat = partial.reshape(-1, partial.shape[-1])
         if len(flat) <= self._exchange.rows:
             post(flat, self._exchange)
             return partial.shape, None
         return partial.shape, self._reduce(flat)
 
-    def post_product(self, x: Tensor, weight: Tensor) -> Work:
+    def all_reduce_product_async(self, x: Tensor, weight: Tensor) -> Work:
+        """Start the sum over the ranks of x @ weight.T, for few rows in one kernel."""
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) > self._exchange.rows:
-            return self.post(F.linear(x, weight))
+            return self.all_reduce_async(F.linear(x, weight))
         gemv_post(flat, weight, self._exchange)
         return torch.Size((*x.shape[:-1], len(weight))), None
 
-    def wait(self, ticket: Work) -> Tensor:
-        shape, total = ticket
+    def wait(self, work: Work) -> Tensor:
+        """Return the sum; raises `PeerLost` after an abort."""
+        shape, total = work
         if total is None:
             total = wait_sum(shape.numel() // shape[-1], self._exchange)
-        self._check()
+        self._check_aborted()
         summed: Tensor = total.view(shape)
         return summed
 
     def wait_add_norm(
-        self, ticket: Work, residual: Tensor, gain: Tensor, eps: float
+        self, work: Work, residual: Tensor, gain: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        shape, total = ticket
+        """Return r = residual + the sum, and rms_norm(r) * gain, for few rows in one kernel.
+
+        Raises `PeerLost` after an abort.
+        """
+        shape, total = work
         if total is not None:
             whole = residual + total.view(shape)
             return whole, F.rms_norm(whole, gain.shape, gain, eps)
         flat = residual.reshape(-1, shape[-1])
         whole, normed = wait_add_norm(flat, gain, eps, self._exchange)
-        self._check()
+        self._check_aborted()
         return whole.view(shape), normed.view(shape)
 
     def close(self) -> None:
+        """Abort the group and, on GPUs, destroy its process group."""
         self._flag[0] = 1
         self._closed.set()
         self._watcher.join()
         if self._device.type == "cuda":
             torch.distributed.destroy_process_group()
 
-    def _watch(self) -> None:
-        """Let waiting kernels go when the group is told to stop: they cannot be interrupted."""
-        while not self._closed.wait(WATCH_S):
+    def _watch_flag(self) -> None:
+        """Release the kernels that wait for a peer after an abort; nothing else can end them."""
+        while not self._closed.wait(ABORT_POLL_S):
             if self._flag[0]:
                 if self._device.type == "cuda":
                     with torch.cuda.stream(torch.cuda.Stream(self._device)):
-                        self._stop()
+                        self._release_kernels()
                 else:
-                    self._stop()
+                    self._release_kernels()
                 return
 
-    def _stop(self) -> None:
+    def _release_kernels(self) -> None:
         self._exchange.stop()
         self._reduce.stop()
 
-    def _check(self) -> None:
-        """On a GPU the wait is still to come; the group throws away what a broken pass computes."""
+    def _check_aborted(self) -> None:
+        """Raise `PeerLost` if the group was aborted.
+
+        On a GPU the kernel has not waited yet when this runs. The group discards the results of a
+        pass during which it was aborted.
+        """
         if self._flag[0]:
-            raise PeerLost("the group was told to stop")
+            raise PeerLost("the group was aborted")

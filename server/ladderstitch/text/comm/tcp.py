@@ -1,7 +1,8 @@
-"""The link of ranks on several machines: eager TCP, without a helper thread.
+"""The communicator of ranks on several machines: eager TCP, without a helper thread.
 
-A post sends what the sockets take at once, a wait sends the rest while it receives; so the bytes
-fly while the rank computes, and two ranks that send much at once cannot block each other.
+`all_reduce_async` sends the bytes that the sockets accept without blocking; `wait` sends the rest
+while it receives. Most bytes therefore travel while the rank computes, and two ranks that send
+large partials at the same time cannot block each other.
 """
 
 from __future__ import annotations
@@ -16,20 +17,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ladderstitch.text.comm.base import PeerLost, Work, sum_in_rank_order
+from ladderstitch.text.comm.base import PEER_TIMEOUT_S, PeerLost, Work, sum_in_rank_order
 
 HEADER = struct.Struct("<qq")
-"""Number of the reduction, bytes that follow."""
+"""The number of the reduction, and the number of bytes that follow."""
 
-HELLO = struct.Struct("<q32s")
-"""Rank of the one who connects, and the group's secret."""
+HANDSHAKE = struct.Struct("<q32s")
+"""The rank that connects, and the group's secret."""
 
-CONNECT_S = 20.0
-GIVE_UP_S = 60.0
+CONNECT_TIMEOUT_S = 20.0
 
 
 class _Peer:
-    """One connection: what is still to be sent, and the messages that came."""
+    """The connection to one peer, with its unsent bytes and its received messages."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -43,7 +43,7 @@ class _Peer:
         self._body = bytearray()
 
     def send(self) -> None:
-        """Send what the socket takes."""
+        """Send as many bytes as the socket accepts without blocking."""
         while self.outgoing:
             try:
                 sent = self.socket.send(self.outgoing[0])
@@ -55,7 +55,7 @@ class _Peer:
                 self.outgoing[0] = self.outgoing[0][sent:]
 
     def receive(self) -> None:
-        """Take what has come; raises `PeerLost` at the end of the connection."""
+        """Read the bytes that have arrived; raises `PeerLost` if the connection has ended."""
         while True:
             try:
                 got = self.socket.recv_into(self._into)
@@ -78,7 +78,7 @@ class _Peer:
 
 
 class TcpCommunicator:
-    """One rank's end of a full mesh."""
+    """One rank's end of a full mesh of TCP connections."""
 
     def __init__(
         self,
@@ -87,52 +87,59 @@ class TcpCommunicator:
         addresses: Sequence[tuple[str, int]],
         secret: bytes,
     ) -> None:
-        """Connect to the lower ranks and be connected to by the higher ones.
+        """Connect to all lower ranks and accept the connections of all higher ones.
 
-        `addresses` are all ranks' listening sockets, in order, this rank's own included. Raises
-        `PeerLost` if that takes longer than `CONNECT_S`.
+        `addresses` are the listening sockets of all ranks, this one included, in the order of the
+        ranks. Raises `PeerLost` if a connection takes longer than `CONNECT_TIMEOUT_S`.
         """
         self.rank, self.ranks = rank, len(addresses)
-        self._posted = 0
+        self._started = 0
         self._peers: dict[int, _Peer] = {}
         try:
             for peer in range(rank):
-                connection = socket.create_connection(addresses[peer], CONNECT_S)
-                connection.sendall(HELLO.pack(rank, secret))
+                connection = socket.create_connection(addresses[peer], CONNECT_TIMEOUT_S)
+                connection.sendall(HANDSHAKE.pack(rank, secret))
                 self._peers[peer] = _Peer(connection)
-            listener.settimeout(CONNECT_S)
+            listener.settimeout(CONNECT_TIMEOUT_S)
             while len(self._peers) < self.ranks - 1:
                 self._accept(listener, secret)
         except OSError as error:
             raise PeerLost(f"cannot connect the ranks: {error}") from error
 
-    def post(self, partial: Tensor) -> Work:
-        self._posted += 1
+    def all_reduce_async(self, partial: Tensor) -> Work:
+        """Queue the partial for every peer and send what the sockets accept.
+
+        Raises `PeerLost` if a connection has ended.
+        """
+        self._started += 1
         payload = partial.contiguous()
         body = memoryview(payload.view(-1).view(torch.uint8).numpy().data)
-        header = memoryview(HEADER.pack(self._posted, len(body)))
+        header = memoryview(HEADER.pack(self._started, len(body)))
         try:
             for peer in self._peers.values():
                 peer.outgoing += (header, body)
                 peer.send()
         except OSError as error:
-            raise PeerLost(f"a peer is gone: {error}") from error
-        return self._posted, partial
+            raise PeerLost(f"a peer has disconnected: {error}") from error
+        return self._started, partial
 
-    def wait(self, ticket: Work) -> Tensor:
-        number, partial = ticket
+    def wait(self, work: Work) -> Tensor:
+        """Return the sum; raises `PeerLost` if a peer disconnects, or after `PEER_TIMEOUT_S`."""
+        number, partial = work
         missing = {r for r, peer in self._peers.items() if number not in peer.arrived}
-        patience = time.monotonic() + GIVE_UP_S
+        deadline = time.monotonic() + PEER_TIMEOUT_S
         while missing or any(peer.outgoing for peer in self._peers.values()):
-            self._move(patience)
+            self._exchange_bytes(deadline)
             missing = {rank for rank in missing if number not in self._peers[rank].arrived}
-        return sum_in_rank_order([self._part(rank, number, partial) for rank in range(self.ranks)])
+        parts = [self._received(rank, number, partial) for rank in range(self.ranks)]
+        return sum_in_rank_order(parts)
 
     def close(self) -> None:
+        """Close all connections; peers that wait for this rank get `PeerLost`."""
         for peer in self._peers.values():
             peer.socket.close()
 
-    def _move(self, patience: float) -> None:
+    def _exchange_bytes(self, deadline: float) -> None:
         sockets = {peer.socket: peer for peer in self._peers.values()}
         sending = [peer.socket for peer in self._peers.values() if peer.outgoing]
         try:
@@ -142,23 +149,23 @@ class TcpCommunicator:
             for connection in readable:
                 sockets[connection].receive()
         except (OSError, ValueError) as error:  # ValueError: a socket closed under select
-            raise PeerLost(f"a peer is gone: {error}") from error
-        if time.monotonic() > patience:
-            raise PeerLost(f"a peer has not answered for {GIVE_UP_S:.0f} s")
+            raise PeerLost(f"a peer has disconnected: {error}") from error
+        if time.monotonic() > deadline:
+            raise PeerLost(f"a peer did not send its partial within {PEER_TIMEOUT_S:.0f} s")
 
-    def _part(self, rank: int, number: int, partial: Tensor) -> Tensor:
+    def _received(self, rank: int, number: int, partial: Tensor) -> Tensor:
         if rank == self.rank:
             return partial
         body = self._peers[rank].arrived.pop(number)
         return torch.frombuffer(body, dtype=partial.dtype).view(partial.shape)
 
     def _accept(self, listener: socket.socket, secret: bytes) -> None:
-        """Take one connection; whoever does not know the secret is sent away."""
+        """Accept one connection; close it if the handshake does not have the group's secret."""
         connection, _ = listener.accept()
-        connection.settimeout(CONNECT_S)
-        hello = connection.recv(HELLO.size, socket.MSG_WAITALL)
-        if len(hello) == HELLO.size:
-            peer, theirs = HELLO.unpack(hello)
+        connection.settimeout(CONNECT_TIMEOUT_S)
+        handshake = connection.recv(HANDSHAKE.size, socket.MSG_WAITALL)
+        if len(handshake) == HANDSHAKE.size:
+            peer, theirs = HANDSHAKE.unpack(handshake)
             if theirs == secret and self.rank < peer < self.ranks:
                 self._peers[peer] = _Peer(connection)
                 return

@@ -1,1 +1,1 @@
-"""The ranks of one language model as one device."""
+"""The ranks of one language model: their processes, their messages and the group that runs them."""

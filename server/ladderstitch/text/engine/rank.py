@@ -1,7 +1,7 @@
-"""A rank: one process that holds one share of a language model and does as its group says.
+"""A rank: the process that holds one shard of a language model and runs its forward passes.
 
-Started as `python -m ladderstitch.text.engine.rank ADDRESS`, with the group's secret in the
-environment, on the group's machine or another. It ends when the group's socket closes.
+A rank is started as `python -m ladderstitch.text.engine.rank ADDRESS`, with the group's secret in
+the environment, on the group's machine or on another one. It exits when the group disconnects.
 """
 
 from __future__ import annotations
@@ -29,36 +29,44 @@ from ladderstitch.text.comm.base import (
     SymmetricSpec,
     TcpSpec,
 )
-from ladderstitch.text.engine import wire
 from ladderstitch.text.engine.rank_config import Assignment, CommInit, RankConfig
-from ladderstitch.text.engine.wire import Kind, Message
-from ladderstitch.text.model.attention_batch import Batch
-from ladderstitch.text.model.kv_cache import PagedCache
+from ladderstitch.text.messages import Kind, Message, Step, receive_message, send_message
+from ladderstitch.text.model.attention import Batch, PagedCache
 from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import LayerPlan, plan_layers
 from ladderstitch.text.model.weight_reader import DeltaWeights, load_delta, touched_layers
 from ladderstitch.text.model.weights import Shard, load_layer, load_rank
-from ladderstitch.text.step import Step
 
 log = logging.getLogger(__name__)
 
 SECRET_VARIABLE = "LADDERSTITCH_RANK_SECRET"
+CONNECT_TIMEOUT_S = 20.0
+MAX_ERROR_CHARACTERS = 4096
 
 
 class Rank:
-    """The model's share and its cache; `join` may be called again when the group is re-made."""
+    """One shard of a model with its cache and its communicator.
+
+    `init_comm` replaces the communicator when the group has replaced a rank.
+    """
 
     def __init__(self, assignment: Assignment) -> None:
-        job = assignment.job
-        torch.set_num_threads(job.threads)
+        """Load the shard; raises `BundleError` or `ConfigError` if that is not possible."""
+        config = assignment.rank_config
+        torch.set_num_threads(config.threads)
         started, anonymous = time.monotonic(), anonymous_bytes()
-        self.job = job
-        self.shard = Shard.of(job.config, assignment.rank, job.ranks)
-        self.models = load_models(job, self.shard)
+        self.rank_config = config
+        self.shard = Shard.of(config.model, assignment.rank, config.ranks)
+        self.models = load_models(config, self.shard)
         self.cache = PagedCache(
-            job.config, self.shard, job.blocks, job.block_tokens, job.torch_dtype, job.device
+            config.model,
+            self.shard,
+            config.blocks,
+            config.block_tokens,
+            config.torch_dtype,
+            config.device,
         )
-        self.link: Communicator | None = None
+        self.comm: Communicator | None = None
         self.paths: list[tuple[tuple[LayerPlan, ...], Communicator]] = []
         self.loaded = {
             "weight_bytes": self.models[0].weights.bytes(),
@@ -67,82 +75,85 @@ class Rank:
             "seconds": time.monotonic() - started,
         }
 
-    def join(self, spec: CommSpec, listener: socket.socket) -> None:
-        """Reach the peers by a new link, and let go of the old one."""
-        if self.link is not None:
-            self.link.close()
-        link = create_communicator(spec, self.job, self.shard, listener)
+    def init_comm(self, spec: CommSpec, listener: socket.socket) -> None:
+        """Close the old communicator, if any, and connect to the peers with a new one."""
+        if self.comm is not None:
+            self.comm.close()
+        config = self.rank_config
+        comm = create_communicator(spec, config, self.shard, listener)
         silent = SingleRank(self.shard.rank, self.shard.ranks)
-        self.link = link
+        self.comm = comm
         self.paths = [
             (
-                plan_layers(residual, self.job.config.layers, self.job.ranks),
-                silent if residual.scheme == "no_communication" else link,
+                plan_layers(residual, config.model.layers, config.ranks),
+                silent if residual.scheme == "no_communication" else comm,
             )
-            for residual in self.job.paths
+            for residual in config.paths
         ]
 
     def forward(self, message: Message) -> Message:
-        """A step -> of this rank's vocabulary the best tokens, and the logits that are wanted."""
+        """Run a `FORWARD` message and return a `LOGITS` message.
+
+        Its header has the best tokens of this rank's vocabulary rows, with their logits, and its
+        body the whole logits [L, V_r] of the sequences that need them.
+        """
         step = Step.unpack(message.header, message.body)
-        batch = Batch(step, self.job.block_tokens, self.job.device)
-        plans, link = self.paths[step.path]
-        logits = self.models[step.path].forward(batch, self.cache, plans, link).float()
+        batch = Batch(step, self.rank_config.block_tokens, self.rank_config.device)
+        plans, comm = self.paths[step.path]
+        logits = self.models[step.path].forward(batch, self.cache, plans, comm).float()
         best = logits[batch.best_rows].max(dim=-1) if batch.best_rows else None
-        full = np.ascontiguousarray(logits[batch.full_rows].cpu().numpy())
+        whole = np.ascontiguousarray(logits[batch.logits_rows].cpu().numpy())
         header = {
             "best": best.values.tolist() if best else [],
             "tokens": (best.indices + self.shard.vocabulary.start).tolist() if best else [],
-            "shape": full.shape,
+            "shape": whole.shape,
         }
-        return Message(Kind.LOGITS, header, full.data.cast("B") if full.size else b"")
+        return Message(Kind.LOGITS, header, whole.data.cast("B") if whole.size else b"")
 
 
-def load_models(job: RankConfig, shard: Shard) -> list[Transformer]:
-    """One rank's share of every path; paths share all tensors that no delta changes."""
-    read = job.weights()
-    share = load_rank(
-        read, job.config, shard, job.torch_dtype, job.device, shared_norm=job.shared_norm
-    )
-    plain = Transformer(job.config, share, shard)
+def load_models(config: RankConfig, shard: Shard) -> list[Transformer]:
+    """Return one rank's model of every path; paths share the tensors that no delta changes."""
+    reader = config.weights()
+    dtype, device, shared_norm = config.torch_dtype, config.device, config.shared_norm
+    weights = load_rank(reader, config.model, shard, dtype, device, shared_norm=shared_norm)
+    base = Transformer(config.model, weights, shard)
     models = []
-    for file in job.deltas or (None,) * len(job.paths):
+    for file in config.deltas or (None,) * len(config.paths):
         if file is None:
-            models.append(plain)
+            models.append(base)
             continue
         delta = load_delta(file)
-        layers = list(share.layers)
+        changed = DeltaWeights(reader, delta)
+        layers = list(weights.layers)
         for layer in touched_layers(delta):
             layers[layer] = load_layer(
-                DeltaWeights(read, delta),
-                layer,
-                job.config,
-                shard,
-                job.torch_dtype,
-                job.device,
-                shared_norm=job.shared_norm,
+                changed, layer, config.model, shard, dtype, device, shared_norm=shared_norm
             )
-        models.append(Transformer(job.config, replace(share, layers=tuple(layers)), shard))
+        models.append(Transformer(config.model, replace(weights, layers=tuple(layers)), shard))
     return models
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file backs."""
+    """Return the resident memory of this process that no file backs, in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 def create_communicator(
-    spec: CommSpec, job: RankConfig, shard: Shard, listener: socket.socket
+    spec: CommSpec, config: RankConfig, shard: Shard, listener: socket.socket
 ) -> Communicator:
-    """This rank's end of the link that a group asks for."""
+    """Return this rank's communicator, connected to all peers.
+
+    Raises `ConfigError` if this machine does not support the kind, `PeerLost` if a peer cannot be
+    reached.
+    """
     match spec:
         case SharedMemorySpec():
-            from ladderstitch.text.comm.shared_memory import LinkModel, SharedMemoryCommunicator
+            from ladderstitch.text.comm.shared_memory import EmulatedLink, SharedMemoryCommunicator
 
-            model = LinkModel(spec.latency_s, spec.bytes_per_s or float("inf"))
+            link = EmulatedLink(spec.latency_s, spec.bytes_per_s or float("inf"))
             return SharedMemoryCommunicator(
-                spec.path, shard.rank, shard.ranks, spec.slot_bytes, model
+                spec.path, shard.rank, shard.ranks, spec.slot_bytes, link
             )
         case TcpSpec():
             from ladderstitch.text.comm.tcp import TcpCommunicator
@@ -152,85 +163,98 @@ def create_communicator(
             from ladderstitch.text.comm.nccl import NcclCommunicator
 
             if shard.rank == 0:
-                listener.close()  # NCCL's store listens there
+                listener.close()  # NCCL's store listens on this address
             return NcclCommunicator(spec.store, shard.rank, shard.ranks)
         case SymmetricSpec():
-            from ladderstitch.text.comm.symmetric import SymmetricCommunicator, reach_peers
+            from ladderstitch.text.comm.symmetric import (
+                SymmetricCommunicator,
+                open_symmetric_memory,
+            )
 
             if shard.rank == 0:
                 listener.close()
-            device = torch.device(job.device)
-            memory = reach_peers(spec.path, spec.store, shard.rank, shard.ranks, device)
-            return SymmetricCommunicator(
-                memory,
-                spec.path,
-                job.max_batched_tokens,
-                job.config.hidden_size,
-                job.torch_dtype,
-                device,
-            )
+            device = torch.device(config.device)
+            memory = open_symmetric_memory(spec.path, spec.store, shard.rank, shard.ranks, device)
+            rows, width = config.max_batched_tokens, config.model.hidden_size
+            return SymmetricCommunicator(memory, spec.path, rows, width, config.torch_dtype, device)
         case SingleSpec():
             return SingleRank()
 
 
 def serve(group: socket.socket, listener: socket.socket) -> None:
-    """Answer the group's messages until it closes the socket; errors are answers, not ends."""
+    """Answer the group's messages until it closes the socket.
+
+    An error is reported to the group and does not end the rank.
+    """
     rank: Rank | None = None
     while True:
         try:
-            message = wire.receive(group)
+            message = receive_message(group)
         except (EOFError, OSError):
             return
         try:
-            if message.kind == Kind.ASSIGN:
+            if message.kind == Kind.LOAD_MODEL:
                 rank = Rank(Assignment.model_validate(message.header))
-                reply = Message(Kind.LOADED, rank.loaded)
+                reply = Message(Kind.MODEL_LOADED, rank.loaded)
             elif rank is None:
-                reply = Message(Kind.FAILED, {"error": "this rank has no model yet"})
-            elif message.kind == Kind.JOIN:
-                rank.join(CommInit.model_validate(message.header).link, listener)
-                reply = Message(Kind.JOINED)
+                reply = Message(Kind.FAILED, {"error": "expected LOAD_MODEL first"})
+            elif message.kind == Kind.INIT_COMM:
+                rank.init_comm(CommInit.model_validate(message.header).spec, listener)
+                reply = Message(Kind.READY)
             else:
                 reply = rank.forward(message)
         except Exception as error:
-            log.warning("rank failed: %s: %s", type(error).__name__, error)
-            failure = {
-                "error": f"{type(error).__name__}: {error}"[:4096],
-                "peer_lost": isinstance(error, PeerLost),
-            }
-            reply = Message(Kind.FAILED, failure)
+            reply = _failure(error)
         try:
-            wire.send(group, reply)
+            send_message(group, reply)
         except OSError:
             return
 
 
+def _failure(error: Exception) -> Message:
+    reason = f"{type(error).__name__}: {error}"
+    log.warning("request failed: %s", reason)
+    header = {"error": reason[:MAX_ERROR_CHARACTERS], "peer_lost": isinstance(error, PeerLost)}
+    return Message(Kind.FAILED, header)
+
+
 def connect(address: str) -> socket.socket:
-    """The group's socket: `unix:PATH` or `HOST:PORT`."""
+    """Return a connection to a group's address, `unix:PATH` or `HOST:PORT`.
+
+    Raises `OSError` if the group cannot be reached.
+    """
     if address.startswith("unix:"):
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(address.removeprefix("unix:"))
         return connection
     host, port = address.rsplit(":", 1)
-    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection = socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S)
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
 
 
 def run(address: str, secret: str) -> None:
-    """Be a rank of the group at that address until it lets go."""
+    """Run as a rank of the group at an address until the group disconnects.
+
+    Raises `OSError` if the group cannot be reached.
+    """
     with connect(address) as group, socket.socket() as listener:
         own_address = group.getsockname()[0] if group.family != socket.AF_UNIX else "127.0.0.1"
         listener.bind((own_address, 0))
         listener.listen()
-        hello = {"secret": secret, "pid": os.getpid(), "listens": listener.getsockname()}
-        wire.send(group, Message(Kind.HELLO, hello))
+        registration = {
+            "secret": secret,
+            "pid": os.getpid(),
+            "comm_address": listener.getsockname(),
+        }
+        send_message(group, Message(Kind.REGISTER, registration))
         serve(group, listener)
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the group drains, then lets go
+    """Run as a rank of the group at the address in the first argument."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the group drains and disconnects
     secret = os.environ.pop(SECRET_VARIABLE, "")
     run(sys.argv[1], secret)
 

@@ -1,4 +1,4 @@
-"""What a rank is told to be: a model, its share of it, its memory, and its link."""
+"""The configuration of ranks: model, shard, cache and communicator."""
 
 from __future__ import annotations
 
@@ -31,19 +31,18 @@ from ladderstitch.text.model.weights import expected_shapes
 
 
 class RankConfig(BaseModel):
-    """The same for all ranks of a group.
+    """The configuration that all ranks of a group share.
 
-    `paths` are the residual schemes that a forward pass may take, by index: same weights, another
-    flow. `bundle` names a bundle; without one the weights are random (benchmarks).
+    `paths` are the residual schemes that a forward pass can use, by index, on the same weights.
+    `bundle` is a bundle's folder; unset: random weights (benchmarks only).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    config: LlamaConfig
+    model: LlamaConfig
     paths: tuple[ResidualScheme, ...] = (ResidualScheme(),)
     deltas: tuple[Path | None, ...] = Field(
-        (),
-        description="a file for each path of what its tensors differ by; none: no path has one",
+        (), description="the delta (LoRA) file of each path; empty: no path has one"
     )
     bundle: Path | None = None
     shared_norm: bool = False
@@ -51,24 +50,24 @@ class RankConfig(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     threads: int = Field(1, gt=0)
-    max_model_len: int = Field(gt=0, description="tokens that a sequence may have")
+    max_model_len: int = Field(gt=0, description="most tokens of a sequence")
     sequences: int = Field(1, gt=0, description="sequences of full length that the cache holds")
     kv_cache_tokens: int | None = Field(
-        None, gt=0, description="tokens that the cache holds, whatever `sequences` says"
+        None, gt=0, description="tokens that the cache holds; unset: derived from `sequences`"
     )
     block_tokens: int = Field(16, gt=0, description="tokens of one block of the cache")
     max_batched_tokens: int = Field(
-        512, gt=0, description="most tokens of one forward pass, all rows"
+        512, gt=0, description="most new tokens of one forward pass, over all sequences"
     )
 
     @classmethod
     def of(cls, bundle: TextBundle, **fields: object) -> RankConfig:
-        """A bundle's model, with all its paths."""
+        """Return the configuration for a bundle with all its paths; `fields` override it."""
         manifest = bundle.manifest
         return cls.model_validate(
             {
-                "config": manifest.config,
-                "paths": tuple(way.residual for way in manifest.ways),
+                "model": manifest.config,
+                "paths": tuple(variant.residual for variant in manifest.variants),
                 "deltas": bundle.delta_files(),
                 "bundle": bundle.path.resolve(),
                 "shared_norm": bundle.shared_norm,
@@ -78,114 +77,128 @@ class RankConfig(BaseModel):
         )
 
     @model_validator(mode="after")
-    def _a_delta_for_each_path(self) -> RankConfig:
+    def _check_deltas(self) -> RankConfig:
         if len(self.deltas) not in (0, len(self.paths)):
             raise ValueError(f"deltas: expected {len(self.paths)}, got {len(self.deltas)}")
         return self
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """The dtype of weights, cache and partials."""
         return DTYPES[self.dtype]
 
     @property
     def sequence_blocks(self) -> int:
-        """Blocks of a sequence of full length."""
+        """The number of blocks of a sequence of full length."""
         return -(-self.max_model_len // self.block_tokens)
 
     @property
     def blocks(self) -> int:
-        """Blocks of the cache."""
+        """The number of blocks of the cache."""
         if self.kv_cache_tokens is not None:
             return -(-self.kv_cache_tokens // self.block_tokens)
         return self.sequences * self.sequence_blocks
 
     @property
-    def message_bytes(self) -> int:
-        """The largest partial that ranks exchange: [max_batched_tokens, D]."""
-        return self.max_batched_tokens * self.config.hidden_size * self.torch_dtype.itemsize
+    def partial_bytes(self) -> int:
+        """The size of the largest partial that ranks exchange: [max_batched_tokens, D]."""
+        return self.max_batched_tokens * self.model.hidden_size * self.torch_dtype.itemsize
 
     def weights(self) -> Weights:
+        """Return the weights of the bundle, or random weights if there is no bundle.
+
+        Raises `BundleError` if the bundle cannot be loaded.
+        """
         if self.bundle is not None:
             return TextBundle.load(self.bundle).weights()
-        return RandomWeights(expected_shapes(self.config, shared_norm=self.shared_norm))
+        return RandomWeights(expected_shapes(self.model, shared_norm=self.shared_norm))
 
 
 class Assignment(BaseModel):
-    """Body of ASSIGN."""
+    """The header of `LOAD_MODEL`: the group's configuration and this rank's number."""
 
-    job: RankConfig
+    rank_config: RankConfig
     rank: int
 
 
 class CommInit(BaseModel):
-    """Body of JOIN."""
+    """The header of `INIT_COMM`: the parameters of the new communicator."""
 
-    link: CommSpec
+    spec: CommSpec
 
 
 Address = tuple[str, int]
 
 
 class CommRegion(Protocol):
-    """Memory of a group, made by whoever watches over it."""
+    """The memory of a communicator, which the group creates and the ranks map."""
 
     def abort(self) -> None:
-        """Make every `wait` of the group raise `PeerLost`, now and later."""
+        """Make every current and later `wait` of the group raise `PeerLost`."""
 
-    def forget(self) -> None:
-        """Remove its name; the memory goes with its last user."""
+    def unlink(self) -> None:
+        """Remove its name; the memory is freed when its last user unmaps it."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupOptions:
-    """How ranks reach each other and how many stand by."""
+    """The options of a group: how its ranks communicate and connect, and the number of spares."""
 
     link: CommChoice = "auto"
     latency_s: float = 0.0
+    """One-way latency to emulate on shared memory, seconds."""
     bytes_per_s: float | None = None
+    """Bandwidth to emulate on shared memory, bytes per second; unset: no limit."""
     spares: int = 0
+    """Ranks that are started in advance and wait, without a model, to replace a lost one."""
     listen: str = ""
-    """HOST:PORT at which ranks of other machines connect; unset: a socket file of this one."""
+    """HOST:PORT at which ranks of other machines connect; unset: a socket file."""
     secret: str = ""
-    """What ranks that others start must know; unset: a random one."""
+    """The secret that ranks must know if an operator starts them; unset: a random one."""
 
 
-def comm_kind(job: RankConfig, options: GroupOptions) -> CommKind:
-    """What `auto` means for this job."""
+def comm_kind(rank_config: RankConfig, options: GroupOptions) -> CommKind:
+    """Return the kind of communicator, which for `auto` depends on the device."""
     if options.link != "auto":
         return options.link
-    return "shared_memory" if job.device == "cpu" else "nccl"
+    return "shared_memory" if rank_config.device == "cpu" else "nccl"
 
 
-def mendable(job: RankConfig, options: GroupOptions) -> bool:
-    """Whether survivors may join a new link; NCCL's communicators are lost with a rank."""
-    kind = comm_kind(job, options)
-    return kind != "nccl" and not (kind == "symmetric" and job.device != "cpu")
+def survives_rank_loss(rank_config: RankConfig, options: GroupOptions) -> bool:
+    """Return whether surviving ranks can join a new communicator.
+
+    A process that lost a peer in NCCL, or in symmetric memory on a GPU, has to be restarted.
+    """
+    kind = comm_kind(rank_config, options)
+    return kind != "nccl" and not (kind == "symmetric" and rank_config.device != "cpu")
 
 
 CreateCommSpec = Callable[
     ["RankConfig", "GroupOptions", Sequence[Address]], tuple[CommSpec, CommRegion | None]
 ]
-"""Makes the link of a group anew, as `create_comm_spec` does."""
+"""A function that creates a new communicator of a group, such as `create_comm_spec`."""
 
 
 def create_comm_spec(
-    job: RankConfig, options: GroupOptions, listening: Sequence[Address]
+    rank_config: RankConfig, options: GroupOptions, addresses: Sequence[Address]
 ) -> tuple[CommSpec, CommRegion | None]:
-    """A new link between ranks that listen at these addresses, and its memory if it has any."""
-    if job.ranks == 1:
+    """Return the spec of a new communicator, and its memory if its kind has any.
+
+    `addresses` are those on which the ranks listen for peers, in the order of the ranks.
+    """
+    if rank_config.ranks == 1:
         return SingleSpec(), None
-    kind = comm_kind(job, options)
+    kind = comm_kind(rank_config, options)
     if kind == "tcp":
-        return TcpSpec(addresses=tuple(listening), secret=secrets.token_hex(16)), None
+        return TcpSpec(addresses=tuple(addresses), secret=secrets.token_hex(16)), None
     if kind == "nccl":
-        return NcclSpec(store=listening[0]), None
+        return NcclSpec(store=addresses[0]), None
     if kind == "symmetric":
         from ladderstitch.text.comm.symmetric import SymmetricRegion
 
         folder = SymmetricRegion()
-        return SymmetricSpec(path=folder.path, store=listening[0]), folder
-    region = SharedRegion(job.ranks, job.message_bytes)
+        return SymmetricSpec(path=folder.path, store=addresses[0]), folder
+    region = SharedRegion(rank_config.ranks, rank_config.partial_bytes)
     spec = SharedMemorySpec(
         path=region.path,
         slot_bytes=region.slot_bytes,

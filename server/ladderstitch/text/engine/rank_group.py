@@ -1,4 +1,4 @@
-"""The ranks of one model as one device: runs forward passes, and mends itself when a rank dies."""
+"""The ranks of one model as one device: it runs forward passes and recovers when a rank dies."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from ladderstitch.errors import EngineRestarting, InternalError
+from ladderstitch.errors import EngineRestarting
 from ladderstitch.text.engine.rank_config import (
     Assignment,
     CommInit,
@@ -19,7 +17,7 @@ from ladderstitch.text.engine.rank_config import (
     GroupOptions,
     RankConfig,
     create_comm_spec,
-    mendable,
+    survives_rank_loss,
 )
 from ladderstitch.text.engine.rank_handle import (
     Launcher,
@@ -27,258 +25,258 @@ from ladderstitch.text.engine.rank_handle import (
     RankHandle,
     RankLost,
     launch_process,
+    raise_first_error,
+    raise_pass_error,
+    request_all,
 )
 from ladderstitch.text.engine.rank_pool import RankPool, RankStartError
-from ladderstitch.text.engine.wire import Kind, Message
-from ladderstitch.text.step import Logits, LogitsMode, Step, StepOutput, Tokens, aligned
+from ladderstitch.text.messages import (
+    Kind,
+    Logits,
+    LogitsMode,
+    Message,
+    Step,
+    StepOutput,
+    Tokens,
+    dense_step,
+)
 
 log = logging.getLogger(__name__)
 
-RECOVERY_S = 90.0
-"""So long a call waits for the group to be whole again."""
+RECOVERY_TIMEOUT_S = 90.0
+"""Seconds that `wait_ready` waits for a recovery."""
 
-LET_GO_S = 10.0
-"""So long a survivor may take to notice that its peer is gone."""
+ABORT_TIMEOUT_S = 10.0
+"""Seconds that a surviving rank has to abort its all-reduce before it is restarted."""
 
-ATTEMPTS = 5
+RECOVERY_ATTEMPTS = 5
 
 
 class RankGroup:
-    """R ranks. A call that loses a rank raises `RankLost`; then `ready` waits for the new group,
-    whose caches are empty: whoever had tokens in them feeds these again.
+    """R ranks that compute forward passes together.
+
+    A pass that loses a rank raises `RankLost`. `wait_ready` then waits until all ranks are back.
+    Their caches are empty, so the caller has to compute all earlier tokens again.
     """
 
     def __init__(
         self,
-        job: RankConfig,
+        rank_config: RankConfig,
         options: GroupOptions | None = None,
         launcher: Launcher | None = launch_process,
         on_restart: Callable[[], None] = lambda: None,
     ) -> None:
-        self.job, self.options = job, options or GroupOptions()
+        self.rank_config, self.options = rank_config, options or GroupOptions()
         self.loaded: dict[int, dict[str, Any]] = {}
         self.restarts = 0
+        self.failed = False
         self._on_restart = on_restart
-        self.given_up = False
-        self._recruiter = RankPool(
+        self._rank_pool = RankPool(
             launcher, self._on_loss, self.options.listen, self.options.secret
         )
-        self._members: list[RankHandle | None] = [None] * job.ranks
+        self._ranks: list[RankHandle | None] = [None] * rank_config.ranks
         self._region: CommRegion | None = None
-        self._whole = asyncio.Event()
-        self._mending: asyncio.Task[None] | None = None
+        self._all_ready = asyncio.Event()
+        self._recovery: asyncio.Task[None] | None = None
         self._closing = False
-        self._turn = asyncio.Lock()
-        self._arrange: CreateCommSpec = create_comm_spec
+        self._pass_lock = asyncio.Lock()
+        self._create_spec: CreateCommSpec = create_comm_spec
 
     @property
-    def whole(self) -> bool:
-        return self._whole.is_set()
+    def ready(self) -> bool:
+        """Whether all ranks are loaded and connected."""
+        return self._all_ready.is_set()
 
     @property
     def address(self) -> str:
-        """Where ranks connect."""
-        return self._recruiter.address
+        """The address at which ranks connect: `unix:PATH` or `HOST:PORT`."""
+        return self._rank_pool.address
 
     @property
     def secret(self) -> str:
-        return self._recruiter.secret
+        """The secret that ranks must know."""
+        return self._rank_pool.secret
 
     @property
     def pids(self) -> list[int]:
-        return [member.pid for member in self._members if member is not None]
+        """The process ids of the live ranks, in the order of the ranks."""
+        return [rank.pid for rank in self._ranks if rank is not None]
 
     async def start(self) -> None:
-        """Start the ranks and load their shares. Raises `EngineRestarting` with the reason if they
-        cannot be brought up."""
-        await self._recruiter.start()
-        for _ in range(self.job.ranks + self.options.spares):
-            await self._recruiter.launch()
-        try:
-            await self._assemble()
-        except (RankLost, RankFailed, RankStartError) as error:
-            raise EngineRestarting(f"the ranks did not come up: {error}") from error
-        self._whole.set()
+        """Start the ranks and wait until they are ready.
 
-    async def ready(self) -> None:
-        """Wait until all ranks are there; raises `EngineRestarting` if that takes too long."""
+        Raises `EngineRestarting` with the reason if a rank cannot start or load its shard.
+        """
+        await self._rank_pool.start()
+        for _ in range(self.rank_config.ranks + self.options.spares):
+            await self._rank_pool.launch()
         try:
-            await asyncio.wait_for(self._whole.wait(), RECOVERY_S)
+            await self._fill_group()
+        except (RankLost, RankFailed, RankStartError) as error:
+            raise EngineRestarting(f"the ranks did not start: {error}") from error
+        self._all_ready.set()
+
+    async def wait_ready(self) -> None:
+        """Wait until all ranks are ready; raises `EngineRestarting` after `RECOVERY_TIMEOUT_S`."""
+        try:
+            await asyncio.wait_for(self._all_ready.wait(), RECOVERY_TIMEOUT_S)
         except TimeoutError:
-            raise EngineRestarting(f"the ranks were not back after {RECOVERY_S:.0f} s") from None
+            raise EngineRestarting(
+                f"the ranks did not recover within {RECOVERY_TIMEOUT_S:.0f} s"
+            ) from None
 
     async def forward(
         self, tokens: Tokens, start: int, path: int = 0, *, last_only: bool = True
     ) -> Logits:
-        """Logits [B, V] of the last tokens, or [B, T, V], of tokens [B, T] at positions start.. .
+        """Return the logits of tokens [B, T] at positions from `start` on.
 
-        Sequence b has the b-th part of the cache. Raises as `run`.
+        They are [B, V] of the last tokens, or [B, T, V] of all if not `last_only`. Sequence b uses
+        the b-th part of the cache. Raises what `run` raises.
         """
-        want = LogitsMode.LAST if last_only else LogitsMode.ALL
-        outcome = await self.run(aligned(tokens, start, path, self.job.sequence_blocks, want))
-        vocabulary = outcome.logits.shape[-1]
+        mode = LogitsMode.LAST if last_only else LogitsMode.ALL
+        step = dense_step(tokens, start, path, self.rank_config.sequence_blocks, mode)
+        output = await self.run(step)
+        vocabulary = output.logits.shape[-1]
         shape = tokens.shape[:1] if last_only else tokens.shape
-        return outcome.logits.reshape(*shape, vocabulary)
+        return output.logits.reshape(*shape, vocabulary)
 
     async def run(self, step: Step) -> StepOutput:
-        """One forward pass of all ranks.
+        """Run one forward pass on all ranks and return its output.
 
-        Raises `RankLost` if a rank died (the caches are gone), `InternalError` if the pass failed.
+        Raises `RankLost` if a rank died (the caches are then lost) and `InternalError` if the pass
+        failed on a rank. A cancelled caller does not interrupt the pass.
         """
         message = Message(Kind.FORWARD, *step.pack())
-        running = asyncio.create_task(self._pass(message))
-        running.add_done_callback(_retrieve)
-        return await asyncio.shield(running)  # ranks finish what a cancelled caller began
+        running = asyncio.create_task(self._run_pass(message))
+        running.add_done_callback(_retrieve_exception)
+        return await asyncio.shield(running)  # the ranks' replies must be read in any case
 
-    async def _pass(self, message: Message) -> StepOutput:
-        async with self._turn:
-            if not self._whole.is_set():
-                raise RankLost("the group is not whole")
-            replies = await self._ask_all(self._present(), message)
-        return _merge(_passed(replies))
+    async def _run_pass(self, message: Message) -> StepOutput:
+        async with self._pass_lock:
+            if not self.ready:
+                raise RankLost("the group is recovering")
+            replies = await request_all(self._live_ranks(), message)
+        parts = raise_pass_error(replies)
+        return StepOutput.merge([(part.header, part.body) for part in parts])
 
-    @staticmethod
-    async def _ask_all(
-        members: list[RankHandle], message: Message
-    ) -> list[Message | BaseException]:
-        return await asyncio.gather(*(m.ask(message) for m in members), return_exceptions=True)
-
-    async def change_link(
-        self, options: GroupOptions, arrange: CreateCommSpec = create_comm_spec
+    async def change_comm(
+        self, options: GroupOptions, create_spec: CreateCommSpec = create_comm_spec
     ) -> None:
-        """Reach each other in another way from now on; the caches are kept. Raises `RankLost`."""
-        async with self._turn:
-            self.options, self._arrange = options, arrange
-            await self._join()
+        """Replace the communicator and keep the caches; raises `RankLost` if a rank died."""
+        async with self._pass_lock:
+            self.options, self._create_spec = options, create_spec
+            await self._init_comm()
 
     async def close(self) -> None:
-        """End all ranks."""
+        """End all ranks and remove the shared memory."""
         self._closing = True
-        if self._mending is not None:
-            self._mending.cancel()
+        if self._recovery is not None:
+            self._recovery.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._mending
-        for member in self._members:
-            if member is not None:
-                await member.close()
-        await self._recruiter.close()
+                await self._recovery
+        for rank in self._ranks:
+            if rank is not None:
+                await rank.close()
+        await self._rank_pool.close()
         if self._region is not None:
-            self._region.forget()
+            self._region.unlink()
 
-    def _on_loss(self, member: RankHandle) -> None:
+    def _on_loss(self, lost: RankHandle) -> None:
         if self._closing:
             return
-        if member in self._members:
-            self._whole.clear()
-            rank = self._members.index(member)
-            self._members[rank] = None
-            log.error("rank %d (process %d) is gone; mending the group", rank, member.pid)
+        if lost in self._ranks:
+            self._all_ready.clear()
+            number = self._ranks.index(lost)
+            self._ranks[number] = None
+            log.error("rank %d (pid %d) died; recovering", number, lost.pid)
             if self._region is not None:
                 self._region.abort()
-        if self._mending is None or self._mending.done():
-            self._mending = asyncio.create_task(self._mend(), name="mend-ranks")
+        if self._recovery is None or self._recovery.done():
+            self._recovery = asyncio.create_task(self._recover(), name="recover-ranks")
 
-    async def _mend(self) -> None:
-        """Make the group whole again, then its spares; tries for as long as callers wait."""
-        for attempt in range(ATTEMPTS):
-            if self._whole.is_set():
+    async def _recover(self) -> None:
+        """Replace the lost ranks, then the spares; stop after `RECOVERY_ATTEMPTS`."""
+        for attempt in range(RECOVERY_ATTEMPTS):
+            if self.ready:
                 break
             try:
                 await self._release_survivors()
-                await self._assemble()
+                await self._fill_group()
             except (RankLost, RankFailed, RankStartError) as error:
-                log.error("mending, attempt %d: %s", attempt + 1, error)
+                log.error("recovery attempt %d failed: %s", attempt + 1, error)
                 await asyncio.sleep(min(0.1 * 2**attempt, 2.0))
                 continue
             self.restarts += 1
             self._on_restart()
-            self._whole.set()
-            log.warning("the group is whole again")
-        if not self._whole.is_set():
-            self.given_up = True
-            log.error("giving up on the group after %d attempts", ATTEMPTS)
+            self._all_ready.set()
+            log.warning("all ranks ready")
+        if not self.ready:
+            self.failed = True
+            log.error("recovery stopped after %d attempts", RECOVERY_ATTEMPTS)
             return
-        while self._recruiter.available < self.options.spares:
-            await self._recruiter.launch()
+        while self._rank_pool.available < self.options.spares:
+            await self._rank_pool.launch()
 
     async def _release_survivors(self) -> None:
-        """Wait until those in mid-step have noticed; replace those that do not."""
-        try:
-            async with asyncio.timeout(LET_GO_S), self._turn:
+        """Wait until the running pass has ended; drop the ranks that do not abort it in time.
+
+        If the communicator does not survive the loss of a rank, drop all ranks.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ABORT_TIMEOUT_S), self._pass_lock:
                 pass
-        except TimeoutError:
-            log.error("a survivor is stuck in the link; replacing it")
-        kept = mendable(self.job, self.options)
-        for rank, member in enumerate(self._members):
-            if member is not None and (member.busy or not kept):
-                self._members[rank] = None
-                await member.close()
+        keep = survives_rank_loss(self.rank_config, self.options)
+        for number, rank in enumerate(self._ranks):
+            if rank is None:
+                continue
+            if rank.busy:
+                log.error(
+                    "rank %d did not abort its all-reduce within %.0f s; restarting it",
+                    number,
+                    ABORT_TIMEOUT_S,
+                )
+            if rank.busy or not keep:
+                self._ranks[number] = None
+                await rank.close()
 
-    async def _assemble(self) -> None:
-        """Fill the empty places, then join all ranks by a new link."""
-        empty = [rank for rank, member in enumerate(self._members) if member is None]
-        for rank in empty:
-            self._members[rank] = await self._recruiter.take()
+    async def _fill_group(self) -> None:
+        """Acquire the missing ranks and load their shards, then connect all ranks."""
+        missing = [number for number, rank in enumerate(self._ranks) if rank is None]
+        for number in missing:
+            self._ranks[number] = await self._rank_pool.acquire()
         replies = await asyncio.gather(
-            *(self._assign(rank) for rank in empty), return_exceptions=True
+            *(self._load_model(number) for number in missing), return_exceptions=True
         )
-        self.loaded |= {r: m.header for r, m in zip(empty, _good(replies), strict=True)}
-        await self._join()
+        loaded = raise_first_error(replies)
+        self.loaded |= {n: message.header for n, message in zip(missing, loaded, strict=True)}
+        await self._init_comm()
 
-    async def _join(self) -> None:
-        members = self._present()
-        spec, self._region = self._arrange(self.job, self.options, [m.listens for m in members])
-        joining = Message(Kind.JOIN, CommInit(link=spec).model_dump(mode="json"))
+    async def _init_comm(self) -> None:
+        ranks = self._live_ranks()
+        addresses = [rank.comm_address for rank in ranks]
+        spec, self._region = self._create_spec(self.rank_config, self.options, addresses)
+        message = Message(Kind.INIT_COMM, CommInit(spec=spec).model_dump(mode="json"))
         try:
-            _good(await self._ask_all(members, joining))
+            raise_first_error(await request_all(ranks, message))
         finally:
             if self._region is not None:
-                self._region.forget()
+                self._region.unlink()
 
-    def _present(self) -> list[RankHandle]:
-        present = [member for member in self._members if member is not None]
-        if len(present) < self.job.ranks:
-            raise RankLost("a rank died while the group was being made")
-        return present
+    def _live_ranks(self) -> list[RankHandle]:
+        live = [rank for rank in self._ranks if rank is not None]
+        if len(live) < self.rank_config.ranks:
+            raise RankLost("a rank died while the group was starting")
+        return live
 
-    async def _assign(self, rank: int) -> Message:
-        member = self._members[rank]
-        if member is None:
-            raise RankLost(f"rank {rank} died before it was assigned")
-        fields = Assignment(job=self.job, rank=rank).model_dump(mode="json")
-        return await member.ask(Message(Kind.ASSIGN, fields))
+    async def _load_model(self, number: int) -> Message:
+        rank = self._ranks[number]
+        if rank is None:
+            raise RankLost(f"rank {number} died before it could load its shard")
+        assignment = Assignment(rank_config=self.rank_config, rank=number)
+        return await rank.request(Message(Kind.LOAD_MODEL, assignment.model_dump(mode="json")))
 
 
-def _retrieve(done: asyncio.Task[StepOutput]) -> None:
-    """Look at the outcome, so that asyncio does not report it when the caller is gone."""
+def _retrieve_exception(done: asyncio.Task[StepOutput]) -> None:
+    """Read the exception, so that asyncio does not log it when the caller has disconnected."""
     if not done.cancelled():
         done.exception()
-
-
-def _good(replies: list[Message | BaseException]) -> list[Message]:
-    """All replies, or the first error among them."""
-    for reply in replies:
-        if isinstance(reply, BaseException):
-            raise reply
-    return [reply for reply in replies if isinstance(reply, Message)]
-
-
-def _passed(replies: list[Message | BaseException]) -> list[Message]:
-    """Every rank's part; a lost rank explains the failures of the others."""
-    for reply in replies:
-        if isinstance(reply, BaseException) and not isinstance(reply, RankFailed):
-            raise reply
-    for reply in replies:
-        if isinstance(reply, RankFailed):
-            if reply.peer_lost:
-                raise RankLost(str(reply))
-            raise InternalError(f"the forward pass failed: {reply}")
-    return _good(replies)
-
-
-def _merge(parts: list[Message]) -> StepOutput:
-    """Each rank has its rows of the vocabulary, in order of the ranks."""
-    tokens = np.array([part.header["tokens"] for part in parts], np.int64)
-    best = np.array([part.header["best"] for part in parts], np.float32).argmax(axis=0)
-    logits = [np.frombuffer(part.body, np.float32).reshape(part.header["shape"]) for part in parts]
-    return StepOutput(tokens[best, np.arange(tokens.shape[1])], np.concatenate(logits, axis=-1))

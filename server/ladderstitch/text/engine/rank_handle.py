@@ -1,4 +1,4 @@
-"""A rank as its group sees it: one socket, one question at a time."""
+"""A rank from the group's side: its connection, its errors, and how its process is started."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from ladderstitch.errors import LadderstitchError
-from ladderstitch.text.engine import wire
+from ladderstitch.errors import InternalError, LadderstitchError
 from ladderstitch.text.engine.rank import SECRET_VARIABLE
-from ladderstitch.text.engine.wire import Kind, Message
+from ladderstitch.text.messages import Kind, Message, read_message, write_message
 
 
 class RankLost(LadderstitchError):
-    """A rank's connection ended; what the group was doing has to be done again."""
+    """An error because a rank's connection ended; the group has to repeat what it was doing."""
 
 
 class RankFailed(LadderstitchError):
-    """A rank could not do what it was asked for, and says why.
+    """An error that a rank reports about the request that it could not fulfil.
 
-    `peer_lost` says that it did not hear from another rank of its group.
+    `peer_lost` is true if the reason is that the rank lost another rank of its group.
     """
 
     def __init__(self, message: str, *, peer_lost: bool = False) -> None:
@@ -30,41 +29,47 @@ class RankFailed(LadderstitchError):
 
 
 class RankHandle:
-    """A connected rank. `on_loss` is called once, when its connection ends by itself.
+    """A connected rank, which serves one request at a time.
 
-    A question must not be cancelled: the answer would be taken for the next one's.
+    `on_loss` is called once if the connection ends before `close`. A request must not be
+    cancelled, because its reply would be taken for the reply of the next request.
     """
 
     def __init__(
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        hello: dict[str, Any],
-        launched: RankProcess | None,
+        registration: dict[str, Any],
+        process: RankProcess | None,
         on_loss: Callable[[RankHandle], None],
     ) -> None:
-        self.pid: int = hello["pid"]
-        self.listens: tuple[str, int] = tuple(hello["listens"])
+        self.pid: int = registration["pid"]
+        self.comm_address: tuple[str, int] = tuple(registration["comm_address"])
         self.lost = False
-        self._launched = launched
+        self._process = process
         self._writer = writer
         self._on_loss = on_loss
         self._reply: asyncio.Future[Message] | None = None
-        self._reading = asyncio.create_task(self._read(reader), name=f"rank-{self.pid}")
+        self._reading = asyncio.create_task(self._read_replies(reader), name=f"rank-{self.pid}")
 
     @property
     def busy(self) -> bool:
+        """Whether a request has not been answered yet."""
         return self._reply is not None
 
-    async def ask(self, message: Message) -> Message:
-        """Raises `RankLost`, or `RankFailed` with the rank's reason."""
+    async def request(self, message: Message) -> Message:
+        """Send a message and return the reply.
+
+        Raises `RankLost` if the connection ends, and `RankFailed` with the reason that the rank
+        reports.
+        """
         if self.lost:
-            raise RankLost(f"rank process {self.pid} is gone")
+            raise self._loss()
         self._reply = asyncio.get_running_loop().create_future()
         try:
-            await wire.write(self._writer, message)
+            await write_message(self._writer, message)
         except OSError:
-            self._lose()
+            self._report_loss()
         try:
             reply = await self._reply
         finally:
@@ -74,51 +79,88 @@ class RankHandle:
         return reply
 
     async def close(self) -> None:
-        """Let go of the rank, which ends itself; at once, if it was started here."""
+        """Disconnect, so that the rank exits; kill its process if the group started it."""
         self._reading.cancel()
-        self._end()
-        if self._launched is not None:
-            self._launched.kill()
-            await self._launched.wait()
+        self._disconnect()
+        if self._process is not None:
+            self._process.kill()
+            await self._process.wait()
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    async def _read_replies(self, reader: asyncio.StreamReader) -> None:
         try:
             while True:
-                message = await wire.read(reader)
+                message = await read_message(reader)
                 if self._reply is not None and not self._reply.done():
                     self._reply.set_result(message)
         except (EOFError, OSError):
-            self._lose()
+            self._report_loss()
 
-    def _lose(self) -> None:
+    def _report_loss(self) -> None:
         if not self.lost:
-            self._end()
+            self._disconnect()
             self._on_loss(self)
 
-    def _end(self) -> None:
+    def _disconnect(self) -> None:
         self.lost = True
         self._writer.close()
         if self._reply is not None and not self._reply.done():
-            self._reply.set_exception(RankLost(f"rank process {self.pid} is gone"))
+            self._reply.set_exception(self._loss())
+
+    def _loss(self) -> RankLost:
+        return RankLost(f"rank process {self.pid} died")
+
+
+async def request_all(
+    ranks: Sequence[RankHandle], message: Message
+) -> list[Message | BaseException]:
+    """Send a message to all ranks and return every rank's reply or error, in order."""
+    return await asyncio.gather(*(r.request(message) for r in ranks), return_exceptions=True)
+
+
+def raise_first_error(replies: Sequence[Message | BaseException]) -> list[Message]:
+    """Return the replies, or raise the first error among them."""
+    for reply in replies:
+        if isinstance(reply, BaseException):
+            raise reply
+    return [reply for reply in replies if isinstance(reply, Message)]
+
+
+def raise_pass_error(replies: Sequence[Message | BaseException]) -> list[Message]:
+    """Return every rank's reply to a forward pass, or raise the cause of its failure.
+
+    Raises `RankLost` if a rank died, even if others report failures, since these follow from the
+    loss. Raises `InternalError` if the pass failed on a rank.
+    """
+    for reply in replies:
+        if isinstance(reply, BaseException) and not isinstance(reply, RankFailed):
+            raise reply
+    for reply in replies:
+        if isinstance(reply, RankFailed):
+            if reply.peer_lost:
+                raise RankLost(str(reply))
+            raise InternalError(f"the forward pass failed: {reply}")
+    return raise_first_error(replies)
 
 
 class RankProcess(Protocol):
-    """A rank that was started."""
+    """A process (or Ray actor) that was started for a rank."""
 
     async def wait(self) -> object:
-        """Until it has ended."""
+        """Wait until the process has ended."""
 
     def kill(self) -> None:
-        """End it at once; nothing happens if it has ended."""
+        """Kill the process; do nothing if it has ended."""
 
 
 class Launcher(Protocol):
-    """Starts one rank, which will connect to the group's address and say hello."""
+    """A function that starts one rank, which then connects to the group's address."""
 
-    async def __call__(self, address: str, secret: str) -> RankProcess: ...
+    async def __call__(self, address: str, secret: str) -> RankProcess:
+        """Start the rank and return its process, without waiting until it has registered."""
+        ...
 
 
-class _Process:
+class _SubprocessRank:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
 
@@ -131,8 +173,10 @@ class _Process:
 
 
 async def launch_process(address: str, secret: str, *, through: Sequence[str] = ()) -> RankProcess:
-    """A process of this machine; the secret is not on its command line. `through` is a command
-    that runs it elsewhere, e.g. in another network namespace."""
+    """Start a rank as a process of this machine; the secret is not on its command line.
+
+    `through` is a command that runs the process elsewhere, e.g. in another network namespace.
+    """
     process = await asyncio.create_subprocess_exec(
         *through,
         sys.executable,
@@ -142,4 +186,4 @@ async def launch_process(address: str, secret: str, *, through: Sequence[str] = 
         stdin=asyncio.subprocess.DEVNULL,
         env=os.environ | {SECRET_VARIABLE: secret},
     )
-    return _Process(process)
+    return _SubprocessRank(process)

@@ -1,4 +1,4 @@
-"""Where ranks connect to, and how many stand by: started here or on other machines."""
+"""The idle ranks of a group: a socket where ranks register, and ranks that wait to be acquired."""
 
 from __future__ import annotations
 
@@ -14,24 +14,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ladderstitch.errors import LadderstitchError
-from ladderstitch.text.engine import wire
 from ladderstitch.text.engine.rank_handle import Launcher, RankHandle, RankProcess
-from ladderstitch.text.engine.wire import Kind
+from ladderstitch.text.messages import Kind, read_message
 
 log = logging.getLogger(__name__)
 
-HELLO_S = 60.0
+REGISTER_TIMEOUT_S = 60.0
+"""Seconds that `acquire` waits until a rank has registered."""
+
+HANDSHAKE_TIMEOUT_S = 10.0
+"""Seconds that a new connection has for its `REGISTER` message."""
+
 READ_LIMIT_BYTES = 16 << 20
 
 
 class RankStartError(LadderstitchError):
-    """No rank came forward in time, or the one that was started ended at once."""
+    """An error because no rank registered in time, or a started rank exited before it did."""
 
 
 class RankPool:
-    """Listens for ranks; those that know the secret wait here until a group takes them.
+    """The listener for ranks, and the registered ranks that no group has acquired yet.
 
-    A rank that was started here says the number of its launch, so that its process is known.
+    A rank must know the secret. A rank that the pool started also sends the number of its launch,
+    by which the pool finds its process.
     """
 
     def __init__(
@@ -41,25 +46,28 @@ class RankPool:
         listen: str = "",
         secret: str = "",
     ) -> None:
-        """`listen` is HOST:PORT for ranks on other machines; otherwise a socket file is used.
-        Without a launcher ranks are started by others (`ladderstitch rank ADDRESS`)."""
+        """Prepare the pool without opening its socket.
+
+        `listen` is HOST:PORT for ranks on other machines; unset: a socket file. Without a launcher,
+        an operator starts the ranks (`ladderstitch rank ADDRESS`). `secret` unset: a random one.
+        """
         self.secret = secret or secrets.token_hex(32)
         self.address = ""
         self._launcher, self._on_loss, self._listen = launcher, on_loss, listen
         self._folder: Path | None = None
         self._server: asyncio.Server | None = None
-        self._waiting: list[RankHandle] = []
+        self._idle: list[RankHandle] = []
         self._starting: dict[int, RankProcess] = {}
-        self._numbers = itertools.count(1)
+        self._launch_numbers = itertools.count(1)
         self._changed = asyncio.Event()
-        self._watching: set[asyncio.Task[None]] = set()
+        self._watch_tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Raises `OSError` if the address is taken."""
+        """Open the socket; raises `OSError` if the address is in use."""
         if self._listen:
             host, port = self._listen.rsplit(":", 1)
             self._server = await asyncio.start_server(
-                self._welcome, host, int(port), limit=READ_LIMIT_BYTES
+                self._register, host, int(port), limit=READ_LIMIT_BYTES
             )
             host, port = self._server.sockets[0].getsockname()[:2]
             self.address = f"{host}:{port}"
@@ -67,73 +75,80 @@ class RankPool:
             self._folder = Path(tempfile.mkdtemp(prefix="lsr-"))  # mode 0700
             path = self._folder / "group"
             self._server = await asyncio.start_unix_server(
-                self._welcome, path, limit=READ_LIMIT_BYTES
+                self._register, path, limit=READ_LIMIT_BYTES
             )
             self.address = f"unix:{path}"
 
     @property
     def available(self) -> int:
-        """Ranks that wait or are on their way."""
-        return sum(not member.lost for member in self._waiting) + len(self._starting)
+        """The number of ranks that are idle or starting."""
+        return sum(not rank.lost for rank in self._idle) + len(self._starting)
 
     async def launch(self) -> None:
-        """Start one more rank, if that is up to us; it will come forward later."""
+        """Start one more rank, which registers later; do nothing without a launcher."""
         if self._launcher is None:
             return
-        number = next(self._numbers)
-        launched = await self._launcher(self.address, f"{number}:{self.secret}")
-        self._starting[number] = launched
-        watch = asyncio.create_task(self._watch(number, launched), name=f"rank-launch-{number}")
-        self._watching.add(watch)
-        watch.add_done_callback(self._watching.discard)
+        number = next(self._launch_numbers)
+        process = await self._launcher(self.address, f"{number}:{self.secret}")
+        self._starting[number] = process
+        watch = asyncio.create_task(self._watch(number, process), name=f"rank-launch-{number}")
+        self._watch_tasks.add(watch)
+        watch.add_done_callback(self._watch_tasks.discard)
 
-    async def take(self) -> RankHandle:
-        """A rank, started if none stands by. Raises `RankStartError`."""
+    async def acquire(self) -> RankHandle:
+        """Return an idle rank; start one and wait for it if none is available.
+
+        Raises `RankStartError` if no rank registers within `REGISTER_TIMEOUT_S`, or if the started
+        rank exits.
+        """
         if not self.available:
             await self.launch()
-        patience = time.monotonic() + HELLO_S
+        deadline = time.monotonic() + REGISTER_TIMEOUT_S
         while True:
-            while self._waiting:
-                member = self._waiting.pop(0)
-                if not member.lost:
-                    return member
+            while self._idle:
+                rank = self._idle.pop(0)
+                if not rank.lost:
+                    return rank
             if self._launcher is not None and not self._starting:
-                raise RankStartError("the rank that was started ended at once; its log says why")
+                raise RankStartError("the rank exited before it registered; see its log")
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), patience - time.monotonic())
+                await asyncio.wait_for(self._changed.wait(), deadline - time.monotonic())
             except TimeoutError:
-                raise RankStartError(f"no rank came forward for {HELLO_S:.0f} s") from None
+                raise RankStartError(
+                    f"no rank registered within {REGISTER_TIMEOUT_S:.0f} s"
+                ) from None
 
     async def close(self) -> None:
+        """Close the socket and end all idle and starting ranks."""
         if self._server is not None:
             self._server.close()
-        for member in self._waiting:
-            await member.close()
-        for launched in list(self._starting.values()):
-            launched.kill()
-            await launched.wait()
-        for watch in list(self._watching):
+        for rank in self._idle:
+            await rank.close()
+        for process in list(self._starting.values()):
+            process.kill()
+            await process.wait()
+        for watch in list(self._watch_tasks):
             watch.cancel()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _watch(self, number: int, launched: RankProcess) -> None:
-        """Notice a rank that ends before it comes forward."""
-        await launched.wait()
+    async def _watch(self, number: int, process: RankProcess) -> None:
+        """Wake `acquire` if a rank exits before it registers."""
+        await process.wait()
         if self._starting.pop(number, None) is not None:
             self._changed.set()
 
-    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _register(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            hello = await asyncio.wait_for(wire.read(reader), 10)
-            number, _, secret = str(hello.header.get("secret", "")).rpartition(":")
-            if hello.kind != Kind.HELLO or not hmac.compare_digest(secret, self.secret):
+            message = await asyncio.wait_for(read_message(reader), HANDSHAKE_TIMEOUT_S)
+            number, _, secret = str(message.header.get("secret", "")).rpartition(":")
+            if message.kind != Kind.REGISTER or not hmac.compare_digest(secret, self.secret):
                 raise EOFError("wrong secret")
         except (EOFError, OSError, TimeoutError, ValueError) as error:
-            log.warning("turned away a connection that is no rank of ours: %s", error)
+            log.warning("rejected a connection that did not register as a rank: %s", error)
             writer.close()
             return
-        launched = self._starting.pop(int(number), None) if number.isdigit() else None
-        self._waiting.append(RankHandle(reader, writer, hello.header, launched, self._on_loss))
+        process = self._starting.pop(int(number), None) if number.isdigit() else None
+        self._idle.append(RankHandle(reader, writer, message.header, process, self._on_loss))
         self._changed.set()

@@ -1,1 +1,1 @@
-"""The forward pass of one rank: weights, residual schemes, paged cache."""
+"""The model of one rank: configuration, weights, cache, residual schemes and forward pass."""

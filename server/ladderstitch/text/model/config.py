@@ -1,4 +1,4 @@
-"""What a Llama-architecture language model is: its sizes, and how its residual stream flows."""
+"""The configuration of a Llama-architecture language model: sizes, norms and rotary positions."""
 
 from __future__ import annotations
 
@@ -21,11 +21,17 @@ HF_NAMES = {
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tied_head",
 }
-"""`config.json` of the Hugging Face layout -> our field."""
+"""Field of Hugging Face's `config.json` -> field of `LlamaConfig`."""
 
 
 class RopeScaling(BaseModel):
-    """Longer contexts by stretched rotations: `linear` position interpolation, or Llama 3's."""
+    """Slower rotary frequencies for longer contexts.
+
+    `linear` is position interpolation (arXiv 2306.15595): all frequencies are divided by `factor`.
+    `llama3` divides those that turn at most `low_freq_factor` times within
+    `original_max_positions`, keeps those that turn at least `high_freq_factor` times and
+    interpolates between the two.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,7 +43,7 @@ class RopeScaling(BaseModel):
 
 
 class LlamaConfig(BaseModel):
-    """Grouped-query attention, rotary positions, SwiGLU and RMSNorm, as in Llama."""
+    """Sizes of a model with Llama's parts: grouped-query attention, RoPE, SwiGLU and RMSNorm."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,7 +61,7 @@ class LlamaConfig(BaseModel):
     tied_head: bool = False
 
     @model_validator(mode="after")
-    def _heads_form_groups(self) -> LlamaConfig:
+    def _check_heads(self) -> LlamaConfig:
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: expected a divisor of {self.heads}, got {self.kv_heads}")
         if self.head_dim % 2:
@@ -64,7 +70,10 @@ class LlamaConfig(BaseModel):
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any]) -> LlamaConfig:
-        """Read a Hugging Face `config.json`; raises `ConfigError` for what is not Llama's."""
+        """Return the configuration in the fields of a Hugging Face `config.json`.
+
+        Raises `ConfigError` naming the field if it is missing or not of the Llama architecture.
+        """
         for field, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
             if fields.get(field, only) != only:
                 raise ConfigError(f"{field}: expected {only!r}, got {fields[field]!r}")

@@ -1,4 +1,19 @@
-"""One rank's forward pass: reads top-down as the model is defined; a scheme is a plan per layer."""
+"""The serving forward pass of one rank of a Llama model, top-down in the order of execution.
+
+A residual scheme is data, one `LayerPlan` per layer, so all schemes share this code.
+
+The repository has three forward passes of the same architecture, because their needs differ:
+
+- Serving (this module) has a paged cache, tensor-parallel ranks and split-phase reductions, and no
+  gradients.
+- Training (`training/text/trainable_llama.py`) needs gradients over whole sequences on one rank,
+  without a cache.
+- The kernels package (`ladderstitch_kernels/decoder.py`) imports nothing of the server; it proves
+  the overlap of reductions and compute on a minimal decoder.
+
+Shapes: T new tokens of the batch, D model width, H_r query and K_r key/value heads of this rank,
+d head width, F_r feed-forward columns, V_r vocabulary rows of this rank.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +26,16 @@ from torch import Tensor
 
 from ladderstitch.runtime.linear import serving_linear
 from ladderstitch.text.comm.base import Communicator
-from ladderstitch.text.model.attention_batch import Batch
+from ladderstitch.text.model.attention import Batch, PagedCache
 from ladderstitch.text.model.config import LlamaConfig, RopeScaling
-from ladderstitch.text.model.kv_cache import PagedCache
 from ladderstitch.text.model.residual import LayerPlan, ResidualStream
 from ladderstitch.text.model.weights import LayerWeights, RankWeights, Shard
 
 
 class Attention:
-    """Causal grouped-query attention of one rank's heads: [N, D] -> [N, H_r d], which `output`
-    makes a partial [N, D].
+    """Causal grouped-query attention of one rank's heads: [T, D] -> [T, H_r d].
+
+    The product with `output` [D, H_r d] is this rank's partial [T, D].
     """
 
     def __init__(
@@ -34,6 +49,7 @@ class Attention:
     def __call__(
         self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor], cache: PagedCache
     ) -> Tensor:
+        """Return the heads' outputs [T, H_r d] of x [T, D]; adds keys and values to the cache."""
         turned = self.heads + self.kv_heads
         projected = self.linear(x, self.qkv).view(len(x), turned + self.kv_heads, self.width)
         qk = rotate(projected[:, :turned], *rotation)
@@ -42,20 +58,25 @@ class Attention:
 
 
 class Mlp:
-    """SwiGLU over one rank's columns: [N, D] -> [N, F_r], which `output` makes a partial."""
+    """SwiGLU over one rank's columns: [T, D] -> [T, F_r].
+
+    The product with `output` [D, F_r] is this rank's partial [T, D].
+    """
 
     def __init__(self, weights: LayerWeights) -> None:
         self.gate_up, self.output = weights.gate_up, weights.down
         self.linear = serving_linear(weights.gate_up, cached=False)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return silu(x @ gate.T) * (x @ up.T), [T, F_r], of x [T, D]."""
         gate, up = self.linear(x, self.gate_up).chunk(2, dim=-1)
         return F.silu(gate) * up
 
 
 class Transformer:
-    """One rank of a language model. It holds weights only: what a call works on (the cache), how
-    its stream flows (the plans) and whom it talks to (the link) are arguments.
+    """One rank of a language model; it holds weights and no state of a request.
+
+    The cache, the residual plans and the communicator are arguments of each forward pass.
     """
 
     def __init__(self, config: LlamaConfig, weights: RankWeights, shard: Shard) -> None:
@@ -71,19 +92,18 @@ class Transformer:
 
     @torch.inference_mode()
     def forward(
-        self, batch: Batch, cache: PagedCache, plans: Sequence[LayerPlan], link: Communicator
+        self, batch: Batch, cache: PagedCache, plans: Sequence[LayerPlan], comm: Communicator
     ) -> Tensor:
-        """Logits [R, V_r] of this rank's vocabulary, for the R rows of the batch that want them.
+        """Return logits [L, V_r] of this rank's vocabulary for the batch's L output rows.
 
-        The earlier tokens of the batch's sequences are in the cache. Raises `PeerLost` if a peer
-        is gone.
+        The cache must hold the earlier tokens of all sequences. Raises `PeerLost` if a peer died.
         """
         cosines, sines = self._rotation
         rotation = cosines[batch.positions], sines[batch.positions]
-        stream = ResidualStream(self._embed(batch.tokens, link), link)
+        stream = ResidualStream(self._embed(batch.tokens, comm), comm)
         for layer, plan in enumerate(plans):
             self._run_layer(layer, plan, stream, batch, rotation, cache)
-        x = stream.read()[batch.wanted]
+        x = stream.read()[batch.output_rows]
         return self._head(self._norm(x, self.weights.norm), self.weights.head)
 
     def _run_layer(
@@ -107,15 +127,15 @@ class Transformer:
         x = stream.read_normed(plan.lag, weights.ffn_norm, eps)
         _add(stream, mlp, mlp(x), plan.reduce and plan.reduce[1])
 
-    def _embed(self, tokens: Tensor, link: Communicator) -> Tensor:
-        """[N] -> [N, D]: each rank knows its rows of the vocabulary, the sum knows all."""
+    def _embed(self, tokens: Tensor, comm: Communicator) -> Tensor:
+        """Return [T, D] of tokens [T]: the sum over ranks, as each rank has a part of the rows."""
         rows = self.shard.vocabulary
         if self.shard.ranks == 1:
             return F.embedding(tokens, self.weights.embedding)
         mine = (tokens >= rows.start) & (tokens < rows.stop)
         local = (tokens - rows.start).clamp(0, len(rows) - 1)
         part = F.embedding(local, self.weights.embedding) * mine.unsqueeze(-1)
-        return link.wait(link.post(part))
+        return comm.wait(comm.all_reduce_async(part))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
@@ -133,11 +153,11 @@ def _add(stream: ResidualStream, block: Attention | Mlp, x: Tensor, reduce: bool
 
 
 def rotation_tables(config: LlamaConfig, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines [positions, head_dim], float32, for `rotate`."""
+    """Return cosines and signed sines for `rotate`, both [positions, d] float32."""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     frequencies = config.rope_theta**-half
     if config.rope_scaling is not None:
-        frequencies = _scaled(frequencies, config.rope_scaling)
+        frequencies = _scale_frequencies(frequencies, config.rope_scaling)
     angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
     sines = angles.sin()
     cosines = torch.cat((angles.cos(), angles.cos()), dim=-1)
@@ -145,12 +165,15 @@ def rotation_tables(config: LlamaConfig, positions: int) -> tuple[Tensor, Tensor
 
 
 def rotate(x: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:
-    """[N, H, d] with tables [N, 1, d]: pairs (i, i + d/2) turned by their angles."""
+    """Return x [T, H, d] with each pair (i, i + d/2) rotated; the tables are [T, 1, d]."""
     return x * cosines + x.roll(x.shape[-1] // 2, -1) * signed_sines
 
 
-def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Slower rotations: all of them, or (Llama 3) those that do not turn within the old context."""
+def _scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Return the frequencies [d/2] divided by the factor: all of them, or Llama 3's selection.
+
+    Llama 3 keeps the frequencies that turn often enough within the original context.
+    """
     slow = frequencies / scaling.factor
     if scaling.kind == "linear":
         return slow

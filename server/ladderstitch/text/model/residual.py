@@ -1,15 +1,15 @@
-"""How sub-blocks read and write the residual stream: the one thing in which schemes differ.
+"""Residual schemes, which differ only in how sub-blocks read and write the residual stream.
 
 Sub-block k (attention of layer i is 2i, its MLP 2i + 1) adds h_k to the stream x:
 
     standard   x_k = x_{k-1} + h_k(norm_k(x_{k-1}))
     ladder     x_k = x_{k-1} + h_k(norm_k(x_{k-2}))     Ladder Residual, arXiv 2501.06589
     parallel   x_i = x_{i-1} + attention_i(n) + mlp_i(n), n = norm_i(x_{i-1})
-    desync     every rank keeps a stream of its own; where a sub-block reduces,
-               x = sum over R ranks of (h + x / R), elsewhere x = x + h of this rank alone
+    desync     each rank keeps a stream of its own. Where a sub-block reduces,
+               x = sum over R ranks of (h + x / R); elsewhere x = x + h of this rank alone
 
-Under tensor parallelism each h is a sum over ranks. The ladder reads one sub-block late, so that
-the reduction of h_{k-1} runs under the computation of h_k.
+Under tensor parallelism, each h is a sum over ranks. The ladder reads the stream one sub-block
+late, so that the reduction of h_{k-1} overlaps with the computation of h_k.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Scheme = Literal["standard", "ladder", "parallel", "desync", "no_communication"]
 
 
 class ResidualScheme(BaseModel):
-    """A residual scheme as data, as it stands in a bundle."""
+    """A residual scheme as data, in the form that a bundle's manifest has."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     scheme: Scheme = "standard"
     ladder_layers: int | tuple[int, ...] | None = Field(
-        None, description="ladder: none = all layers, N = the last N, or a list of layers"
+        None, description="ladder: unset = all layers, N = the last N layers, or a list of layers"
     )
     reduce_after: tuple[tuple[bool, bool], ...] | None = Field(
         None, description="desync: for each layer, whether to reduce after attention and after MLP"
@@ -46,18 +46,21 @@ class ResidualScheme(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What one layer does with the stream."""
+    """The way in which one layer reads and writes the stream."""
 
     lag: int = 0
-    """Sub-blocks that a read may leave in flight: 0 the full stream, 1 the ladder's."""
+    """Sub-blocks whose reduction a read does not wait for: 0 for standard, 1 for the ladder."""
     fused: bool = False
-    """Attention and MLP read the same norm and share one reduction."""
+    """Whether attention and MLP read the same norm and share one reduction (parallel)."""
     reduce: tuple[bool, bool] | None = None
-    """Desync: whether attention and MLP end in a reduction of the streams."""
+    """Desync: whether attention and MLP end in a reduction of the streams. Unset: other schemes."""
 
 
 def plan_layers(residual: ResidualScheme, layers: int, ranks: int) -> tuple[LayerPlan, ...]:
-    """One plan a layer; raises `ConfigError` naming the field that does not fit the model."""
+    """Return one plan per layer.
+
+    Raises `ConfigError` naming the field if the scheme does not fit the model.
+    """
     match residual.scheme:
         case "standard" | "no_communication":
             return (LayerPlan(),) * layers
@@ -71,7 +74,10 @@ def plan_layers(residual: ResidualScheme, layers: int, ranks: int) -> tuple[Laye
 
 
 def ladder_layers(which: int | tuple[int, ...] | None, layers: int) -> frozenset[int]:
-    """The layers that read late; raises `ConfigError` for one that the model does not have."""
+    """Return the layers that read one sub-block late: all, the last N, or those listed.
+
+    Raises `ConfigError` if the model does not have one of them.
+    """
     if which is None:
         return frozenset(range(layers))
     chosen = range(layers - which, layers) if isinstance(which, int) else which
@@ -89,70 +95,73 @@ def _desync_plans(residual: ResidualScheme, layers: int, ranks: int) -> tuple[La
         raise ConfigError("reduce_after: expected the last MLP to reduce")
     if residual.ranks != ranks:
         raise ConfigError(
-            f"ranks: a desync model is defined for one rank count, here {residual.ranks}; "
+            f"ranks: expected {residual.ranks} (a desync model is defined for one rank count), "
             f"got {ranks}"
         )
     return tuple(LayerPlan(reduce=pair) for pair in pattern)
 
 
 class ResidualStream:
-    """The residual stream of one forward pass on one rank, and the reductions still in flight.
+    """The residual stream of one forward pass on one rank, and its reductions in flight.
 
-    Owns the tensor [N, D] that it starts from, of N tokens.
+    It takes over the tensor [T, D] that it starts from.
     """
 
-    def __init__(self, x: Tensor, link: Communicator) -> None:
-        self._settled = x  # without the last sub-block
-        self._full: Tensor | None = None  # with it, once a read has waited for it
-        self._flying: deque[Work] = deque()
-        self._link = link
-        self._fused = link if isinstance(link, FusedCommunicator) else None
+    def __init__(self, x: Tensor, comm: Communicator) -> None:
+        self._reduced = x  # the stream without the sub-blocks in flight
+        self._full: Tensor | None = None  # the stream with them, once a read has waited
+        self._in_flight: deque[Work] = deque()
+        self._comm = comm
+        self._fused = comm if isinstance(comm, FusedCommunicator) else None
 
     def read(self, lag: int = 0) -> Tensor:
-        """The stream [N, D], all of it or (lag 1) without the last sub-block."""
-        while len(self._flying) > 1:
-            self._settle()
-        if lag or not self._flying:
-            return self._settled
+        """Return the stream [T, D]: complete, or for lag 1 without the last sub-block.
+
+        Raises `PeerLost` if a peer died, as do all methods.
+        """
+        while len(self._in_flight) > 1:
+            self._reduce_oldest()
+        if lag or not self._in_flight:
+            return self._reduced
         if self._full is None:
-            self._full = self._settled + self._link.wait(self._flying[0])
+            self._full = self._reduced + self._comm.wait(self._in_flight[0])
         return self._full
 
     def read_normed(self, lag: int, gain: Tensor, eps: float) -> Tensor:
-        """The RMS norm [N, D] of what `read` gives; one kernel if the link can."""
-        fused, arrived = self._fused, len(self._flying) - lag
-        if fused is None or arrived <= 0 or self._full is not None:
+        """Return the RMS norm [T, D] of `read(lag)`, in one kernel if the communicator has one."""
+        fused, due = self._fused, len(self._in_flight) - lag
+        if fused is None or due <= 0 or self._full is not None:
             return F.rms_norm(self.read(lag), gain.shape, gain, eps)
-        if arrived > 1:
-            self._settle()
-        total, normed = fused.wait_add_norm(self._flying[0], self._settled, gain, eps)
+        if due > 1:
+            self._reduce_oldest()
+        total, normed = fused.wait_add_norm(self._in_flight[0], self._reduced, gain, eps)
         if lag:
-            self._flying.popleft()
-            self._settled = total
+            self._in_flight.popleft()
+            self._reduced = total
         else:
             self._full = total
         return normed
 
     def add_product(self, x: Tensor, weight: Tensor, linear: Linear) -> None:
-        """Add the sum of all ranks' x @ weight.T; returns while it is being made."""
+        """Add the sum over ranks of x @ weight.T, [T, D]; return before it is complete."""
         if self._fused is not None:
-            self._flying.append(self._fused.post_product(x, weight))
+            self._in_flight.append(self._fused.all_reduce_product_async(x, weight))
         else:
             self.add(linear(x, weight))
 
     def add(self, partial: Tensor) -> None:
-        """Add the sum of all ranks' [N, D]; returns while it is being made."""
-        self._flying.append(self._link.post(partial))
+        """Add the sum over ranks of partials [T, D]; return before it is complete."""
+        self._in_flight.append(self._comm.all_reduce_async(partial))
 
     def add_desynchronised(self, partial: Tensor, *, reduce: bool) -> None:
-        """Add this rank's [N, D] to its own stream, or make the streams one again."""
+        """Add this rank's [T, D] to its own stream, or (`reduce`) make all streams equal again."""
         if reduce:
-            mean = self._settled / self._link.ranks
-            self._settled = self._link.wait(self._link.post(partial + mean))
+            mean = self._reduced / self._comm.ranks
+            self._reduced = self._comm.wait(self._comm.all_reduce_async(partial + mean))
         else:
-            self._settled = self._settled + partial
+            self._reduced = self._reduced + partial
 
-    def _settle(self) -> None:
-        first = self._flying.popleft()
+    def _reduce_oldest(self) -> None:
+        first = self._in_flight.popleft()
         full, self._full = self._full, None
-        self._settled = self._settled + self._link.wait(first) if full is None else full
+        self._reduced = self._reduced + self._comm.wait(first) if full is None else full

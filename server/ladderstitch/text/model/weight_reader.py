@@ -1,4 +1,8 @@
-"""Where weights come from: files of which each rank reads only its slice, or tensors in memory."""
+"""Sources of weights, from which a rank reads only its slices; deltas are LoRA additions.
+
+A delta is a safetensors file with a low-rank (LoRA) addition for some tensors: `NAME.up` [N, r] and
+`NAME.down` [r, K] of a matrix [N, K], `NAME.up` [N] alone of a vector. It has no scaling factor.
+"""
 
 from __future__ import annotations
 
@@ -18,77 +22,91 @@ from ladderstitch.errors import BundleError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+UP, DOWN = ".up", ".down"
+"""Suffixes of the two factors of a delta."""
 
 
 class Weights(Protocol):
-    """Named matrices and vectors, of which a part may be read without the rest."""
+    """Named matrices and vectors, of which parts can be read separately."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Raises `BundleError` for a name that is missing."""
+        """Return the shape of a tensor; raises `BundleError` if it is missing."""
 
     def names(self) -> Sequence[str]:
-        """All tensors there are."""
+        """Return the names of all tensors."""
 
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> Tensor:
-        """Rows and columns of a tensor, or all of them."""
+        """Return the given rows and columns of a tensor; unset: all of them."""
 
 
 class MemoryWeights:
-    """Tensors that are in memory already."""
+    """Weights that are in memory already."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
 
     def names(self) -> Sequence[str]:
+        """Return the names of all tensors."""
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor; raises `BundleError` if it is missing."""
         if name not in self._tensors:
             raise BundleError(f"weights: missing {name}")
         return tuple(self._tensors[name].shape)
 
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> Tensor:
-        return self._tensors[name][_cut(rows, columns)]
+        """Return the given rows and columns of a tensor; unset: all of them."""
+        return self._tensors[name][_slices(rows, columns)]
 
 
 class RandomWeights:
-    """Made-up weights of given shapes, the same on every rank: for benchmarks only."""
+    """Random weights of given shapes, equal on all ranks; for benchmarks only."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> None:
         self._shapes, self._seed = shapes, seed
 
     def names(self) -> Sequence[str]:
+        """Return the names of all tensors."""
         return list(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
         return self._shapes[name]
 
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> Tensor:
+        """Return rows and columns of a random tensor; vectors are all ones."""
         shape = self._shapes[name]
         generator = torch.Generator().manual_seed(self._seed + list(self._shapes).index(name))
         if len(shape) == 1:
             return torch.ones(shape)
         tensor = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-        return tensor[_cut(rows, columns)]
+        return tensor[_slices(rows, columns)]
 
 
 class SafetensorsFolder:
-    """`model.safetensors`, or the shards that `model.safetensors.index.json` names."""
+    """The weights in `model.safetensors`, or in the shards that the index file names.
+
+    The index is `model.safetensors.index.json`. Raises `BundleError` if a file is missing or
+    unreadable.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Raises `BundleError` if a file is missing or unreadable."""
         self._folder = folder
         self._files: dict[str, Any] = {}
-        self._where = self._read_index()
+        self._file_of = self._read_index()
 
     def names(self) -> Sequence[str]:
-        return list(self._where)
+        """Return the names of all tensors."""
+        return list(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        """Return the shape of a tensor; raises `BundleError` if it is missing."""
+        return tuple(self._open_tensor(name).get_shape())
 
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> Tensor:
-        part: Tensor = self._slice(name)[_cut(rows, columns)]
+        """Return the given rows and columns of a tensor; unset: all of them."""
+        part: Tensor = self._open_tensor(name)[_slices(rows, columns)]
         return part
 
     def _read_index(self) -> dict[str, str]:
@@ -101,13 +119,13 @@ class SafetensorsFolder:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{index}: expected an object with weight_map: {error}") from error
 
-    def _slice(self, name: str) -> Any:
-        if name not in self._where:
+    def _open_tensor(self, name: str) -> Any:
+        if name not in self._file_of:
             raise BundleError(f"{self._folder}: missing tensor {name}")
-        file = self._open(self._where[name])
+        file = self._open(self._file_of[name])
         with contextlib.suppress(SafetensorError):
             return file.get_slice(name)
-        raise BundleError(f"{self._folder / self._where[name]}: missing tensor {name}")
+        raise BundleError(f"{self._folder / self._file_of[name]}: missing tensor {name}")
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -121,19 +139,16 @@ class SafetensorsFolder:
         return self._files[file]
 
 
-def _cut(rows: range | None, columns: range | None) -> tuple[slice, ...]:
-    cut = tuple(
+def _slices(rows: range | None, columns: range | None) -> tuple[slice, ...]:
+    both = tuple(
         slice(part.start, part.stop) if part is not None else slice(None)
         for part in (rows, columns)
     )
-    return cut if columns is not None else cut[:1]
-
-
-UP, DOWN = ".up", ".down"
+    return both if columns is not None else both[:1]
 
 
 def load_delta(path: Path) -> dict[str, Tensor]:
-    """Raises `BundleError` for a file that is missing or damaged."""
+    """Return the factors of a delta file; raises `BundleError` if it is missing or damaged."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -141,7 +156,7 @@ def load_delta(path: Path) -> dict[str, Tensor]:
 
 
 def check_delta(delta: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise `BundleError` naming every factor that does not fit the tensors of these shapes."""
+    """Raise `BundleError` naming every factor that does not fit a tensor of these shapes."""
     problems = []
     for name in sorted(delta):
         tensor, _, kind = name.rpartition(".")
@@ -161,23 +176,26 @@ def check_delta(delta: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
 
 
 def touched_layers(delta: Mapping[str, Tensor]) -> list[int]:
-    """The layers whose tensors it changes."""
+    """Return the layers of which the delta changes a tensor, in order."""
     return sorted({int(name.split(".")[2]) for name in delta if name.startswith("model.layers.")})
 
 
 class DeltaWeights:
-    """Shared weights with a path's delta added as they are read."""
+    """Shared weights to which a path's delta (LoRA) is added when they are read."""
 
     def __init__(self, weights: Weights, delta: Mapping[str, Tensor]) -> None:
         self._weights, self._delta = weights, delta
 
     def names(self) -> Sequence[str]:
+        """Return the names of all tensors."""
         return self._weights.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
         return self._weights.shape(name)
 
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> Tensor:
+        """Return rows and columns of a tensor with its delta, in the dtype of the tensor."""
         shared = self._weights.read(name, rows, columns)
         up, down = self._delta.get(name + UP), self._delta.get(name + DOWN)
         if up is None:

@@ -1,6 +1,7 @@
-"""One rank's tensors of a Llama checkpoint, read slice by slice and fused for few large products.
+"""One rank's shard of a checkpoint: which part it is, its tensors, and how they are read.
 
-Names are those of the Hugging Face layout. Nothing but the rank's share is ever in memory.
+Tensor names are those of the Hugging Face layout. Related matrices are fused into one, so that a
+layer has few large products. Only the rank's shard is ever in memory.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ FINAL_NORM = "model.norm.weight"
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """H_r query and K_r key/value heads of width d, F_r feed-forward columns; model width D.
+    """The tensors of one layer on one rank.
 
-    Matrices may be packed (`models.linear.pack`): only `serving_linear` reads those.
+    The rank has H_r query and K_r key/value heads of width d and F_r feed-forward columns; the
+    model width is D. Matrices may be packed (`runtime.linear.pack`); only `serving_linear` can
+    multiply with those.
     """
 
     attention_norm: Tensor  # [D]
@@ -39,7 +42,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class RankWeights:
-    """Everything that one rank holds; V_r vocabulary rows."""
+    """All tensors of one rank, which has V_r rows of the vocabulary."""
 
     embedding: Tensor  # [V_r, D]
     layers: tuple[LayerWeights, ...]
@@ -47,7 +50,7 @@ class RankWeights:
     head: Tensor  # [V_r, D]; the embedding itself if tied
 
     def bytes(self) -> int:
-        """Memory of the weights, a tied head counted once."""
+        """Return the memory of the weights in bytes; a tied head counts once."""
         tensors = {self.embedding, self.norm, self.head}
         for layer in self.layers:
             tensors |= {layer.attention_norm, layer.qkv, layer.output, layer.gate_up, layer.down}
@@ -59,7 +62,7 @@ class RankWeights:
 def expected_shapes(
     config: LlamaConfig, *, shared_norm: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of this model holds."""
+    """Return the name and shape of every tensor that a checkpoint of this model has."""
     d, width, ffn = config.head_dim, config.hidden_size, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, width)}
     for layer in range(config.layers):
@@ -83,7 +86,7 @@ def expected_shapes(
 
 
 def check_weights(weights: Weights, config: LlamaConfig, *, shared_norm: bool = False) -> None:
-    """Raise `BundleError` that names every missing, unknown and mis-shaped tensor."""
+    """Raise `BundleError` naming every missing, unknown and mis-shaped tensor."""
     expected, found = expected_shapes(config, shared_norm=shared_norm), set(weights.names())
     found -= {name for name in found if name.endswith("rotary_emb.inv_freq")}
     if config.tied_head:
@@ -100,7 +103,7 @@ def load_rank(
     *,
     shared_norm: bool = False,
 ) -> RankWeights:
-    """Read one rank's share. Raises `BundleError` naming every tensor that is wrong."""
+    """Return one rank's tensors; raises `BundleError` naming every tensor that does not fit."""
     check_weights(weights, config, shared_norm=shared_norm)
 
     def whole(name: str) -> Tensor:
@@ -128,7 +131,7 @@ def load_layer(
     *,
     shared_norm: bool = False,
 ) -> LayerWeights:
-    """One rank's share of one layer."""
+    """Return one rank's tensors of one layer."""
     d, prefix = config.head_dim, f"model.layers.{layer}."
     queries = range(shard.heads.start * d, shard.heads.stop * d)
     kv_rows = [range(head * d, (head + 1) * d) for head in shard.kv_heads]
@@ -166,10 +169,10 @@ def load_layer(
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Rank r's share of a model split over R ranks.
+    """The part of a model that one of R ranks holds: heads, columns and vocabulary rows.
 
-    `heads` are its query heads; `kv_heads` lists the key/value heads that it holds, each of which
-    serves `len(heads) / len(kv_heads)` consecutive query heads.
+    `heads` are query heads. `kv_heads` lists the rank's key/value heads, each of which serves
+    `len(heads) / len(kv_heads)` consecutive query heads.
     """
 
     rank: int
@@ -181,41 +184,45 @@ class Shard:
 
     @classmethod
     def of(cls, config: LlamaConfig, rank: int, ranks: int) -> Shard:
-        """Raises `ConfigError` with the reason if the heads cannot be split so.
+        """Return the shard of one rank.
 
-        Up to as many ranks as KV groups, whole groups are split, unevenly if need be (9 query and
-        3 KV heads on 2 ranks: 2 + 1 groups). Beyond that, KV heads are replicated.
+        With at most as many ranks as KV heads, each rank gets whole KV groups, if necessary an
+        unequal number of them (9 query and 3 KV heads on 2 ranks: 2 + 1 groups). With more ranks,
+        KV heads are replicated. Raises `ConfigError` if the heads cannot be split.
         """
         if not 0 <= rank < ranks:
             raise ConfigError(f"rank: expected 0 to {ranks - 1}, got {rank}")
         group = config.heads // config.kv_heads
         if ranks <= config.kv_heads:
-            groups = _part(config.kv_heads, rank, ranks)
+            groups = _split(config.kv_heads, rank, ranks)
             heads = range(groups.start * group, groups.stop * group)
             kv_heads = tuple(groups)
         elif config.heads % ranks == 0:
-            heads = _part(config.heads, rank, ranks)
-            kv_heads = _replicated(heads, group)
+            heads = _split(config.heads, rank, ranks)
+            kv_heads = _replicate_kv_heads(heads, group)
         else:
             raise ConfigError(
                 f"ranks: expected at most {config.kv_heads} (the KV heads) or a divisor of "
                 f"{config.heads} (the query heads), got {ranks}"
             )
         ffn, vocabulary = (
-            _part(size, rank, ranks) for size in (config.intermediate_size, config.vocab_size)
+            _split(size, rank, ranks) for size in (config.intermediate_size, config.vocab_size)
         )
         return cls(rank, ranks, heads, kv_heads, ffn, vocabulary)
 
 
-def _part(size: int, rank: int, ranks: int) -> range:
-    """Contiguous, in rank order; the first ranks get one more where it does not divide."""
+def _split(size: int, rank: int, ranks: int) -> range:
+    """Return the rank's contiguous part of range(size); the first parts are larger by at most 1."""
     share, rest = divmod(size, ranks)
     start = rank * share + min(rank, rest)
     return range(start, start + share + (rank < rest))
 
 
-def _replicated(heads: range, group: int) -> tuple[int, ...]:
-    """One KV head for each run of heads that share it; one a query head if runs are uneven."""
+def _replicate_kv_heads(heads: range, group: int) -> tuple[int, ...]:
+    """Return one KV head per run of query heads that share it.
+
+    If the runs have different lengths, return one KV head per query head.
+    """
     serving = [head // group for head in heads]
     distinct = tuple(dict.fromkeys(serving))
     even = all(serving.count(kv) * len(distinct) == len(serving) for kv in distinct)

@@ -1,1 +1,1 @@
-"""Continuous batching of many callers on one language model."""
+"""Scheduling of text requests: continuous batching on one language model, within token budgets."""

@@ -1,13 +1,13 @@
-"""Which tokens run in the next step. Pure: no clock, no lock, no I/O.
+"""The choice of a request's variant and of the tokens of the next step: pure, no clock, no I/O.
 
-All sequences of a step are on one path: standard rows would make ladder rows wait. What is due
-first decides on the path and goes first; decoding sequences of that path always come along, and as
-many tokens of prompts as they can afford (chunked prefill, arXiv 2308.16369).
+All sequences of a step are on one variant, because standard rows would delay ladder rows. The most
+urgent sequence decides on the variant. All decoding sequences of that variant take part, and as
+many prompt tokens as these can afford (chunked prefill, arXiv 2308.16369).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import abc
 from dataclasses import dataclass
 
 from ladderstitch.errors import (
@@ -19,149 +19,186 @@ from ladderstitch.errors import (
 from ladderstitch.scheduling.candidates import CandidateFilter
 from ladderstitch.scheduling.requests import GenerationRequest
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.text.scheduler.sequence import Sequence_
+from ladderstitch.text.messages import Step, StepOutput
+from ladderstitch.text.scheduler.sequence import Sequence
 from ladderstitch.text.scheduler.step_times import StepTimes
 
-LEAST_CHUNK = 16
-"""Tokens of prompts that a step takes even if decoding sequences fall behind by it."""
-LATE_S = 5.0
-"""A first token that cannot be on time any more lets those go first that can, for so long."""
+MIN_PREFILL_CHUNK = 16
+"""Prompt tokens that a step takes even if decoding sequences then miss their deadlines."""
+MISSED_TTFT_PENALTY_S = 5.0
+"""Seconds added to the deadline of a sequence whose TTFT target is already missed."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledChunk:
-    """The next `count` tokens of a sequence."""
+    """The next `num_tokens` pending tokens of a sequence, scheduled for a step."""
 
-    sequence: Sequence_
-    count: int
+    sequence: Sequence
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    path: int
-    parts: tuple[ScheduledChunk, ...]
+    """The chunks of one step, all on one variant."""
+
+    variant: int
+    chunks: tuple[ScheduledChunk, ...]
 
     @property
-    def tokens(self) -> int:
-        return sum(part.count for part in self.parts)
+    def num_tokens(self) -> int:
+        """The number of tokens of all chunks."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The sequences of the chunks, in order."""
+        return [chunk.sequence for chunk in self.chunks]
 
 
-def plan_step(active: Collection[Sequence_], times: StepTimes, now: float) -> StepPlan | None:
-    """The next step of sequences that hold blocks; None if there are none."""
+@dataclass(frozen=True, slots=True)
+class ExecutedStep:
+    """A step that the ranks ran, its output, and the instants at which it started and ended."""
+
+    plan: StepPlan
+    step: Step
+    output: StepOutput
+    started_at: float
+    ended_at: float
+
+
+def plan_step(active: abc.Collection[Sequence], times: StepTimes, now: float) -> StepPlan | None:
+    """Return the next step of the sequences that hold blocks; None if there are none."""
     if not active:
         return None
-    urgency = {sequence: _urgency(sequence, times, now) for sequence in active}
-    path = min(active, key=urgency.__getitem__).path
-    here = sorted((s for s in active if s.path == path), key=urgency.__getitem__)
-    decoding = [s for s in here if s.pending == 1][: times.most_tokens]
-    reading = [s for s in here if s.pending > 1]
-    parts = [ScheduledChunk(sequence, 1) for sequence in decoding]
-    left = _affordable(path, decoding, times, now) if reading else 0
-    for sequence in reading:
-        count = min(sequence.pending, left)
-        if count <= 0:
+    deadlines = {sequence: _effective_deadline(sequence, times, now) for sequence in active}
+    variant = min(active, key=deadlines.__getitem__).variant
+    chosen = sorted((s for s in active if s.variant == variant), key=deadlines.__getitem__)
+    decoding = [s for s in chosen if s.num_pending == 1][: times.max_step_tokens]
+    prefilling = [s for s in chosen if s.num_pending > 1]
+    chunks = [ScheduledChunk(sequence, 1) for sequence in decoding]
+    left = _prefill_tokens(variant, decoding, times, now) if prefilling else 0
+    for sequence in prefilling:
+        num_tokens = min(sequence.num_pending, left)
+        if num_tokens <= 0:
             break
-        parts.append(ScheduledChunk(sequence, count))
-        left -= count
-    return StepPlan(path, tuple(parts))
+        chunks.append(ScheduledChunk(sequence, num_tokens))
+        left -= num_tokens
+    return StepPlan(variant, tuple(chunks))
 
 
-def _urgency(sequence: Sequence_, times: StepTimes, now: float) -> float:
-    token_s = times.expected(sequence.path, 1)
-    due = sequence.due(token_s)
-    late = now + times.prefill_s(sequence.path, sequence.pending) > due
-    return due + LATE_S if late and sequence.first_at is None else due
+def _effective_deadline(sequence: Sequence, times: StepTimes, now: float) -> float:
+    """Return the deadline of the next token, later if it is a first token that is late anyway."""
+    deadline = sequence.token_deadline(times.expected(sequence.variant, 1))
+    is_late = now + times.prefill_s(sequence.variant, sequence.num_pending) > deadline
+    if is_late and sequence.first_token_at is None:
+        return deadline + MISSED_TTFT_PENALTY_S
+    return deadline
 
 
-def _affordable(path: int, decoding: list[Sequence_], times: StepTimes, now: float) -> int:
-    """Tokens of prompts beside one of each decoding sequence."""
-    room = times.most_tokens - len(decoding)
+def _prefill_tokens(variant: int, decoding: list[Sequence], times: StepTimes, now: float) -> int:
+    """Return the number of prompt tokens for a step that has one token per decoding sequence."""
+    room = times.max_step_tokens - len(decoding)
     if not decoding:
         return room
-    token_s = times.expected(path, 1)
-    slack = min(sequence.due(token_s) for sequence in decoding) - now
-    fits = times.fits(path, slack, len(decoding) + 1) - len(decoding)
-    return min(room, max(LEAST_CHUNK, fits))
+    token_s = times.expected(variant, 1)
+    slack_s = min(sequence.token_deadline(token_s) for sequence in decoding) - now
+    affordable = times.largest_fit(variant, slack_s, len(decoding) + 1) - len(decoding)
+    return min(room, max(MIN_PREFILL_CHUNK, affordable))
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLoad:
-    """What is on its way: decoding sequences by path, and tokens of prompts to be read."""
+    """The sequences in progress, as the load that a new request meets."""
 
-    sequences: dict[int, int]
-    unread: dict[int, int]
-    waiting: int
+    num_sequences: dict[int, int]
+    """Sequences by variant."""
+    prefill_tokens: dict[int, int]
+    """Prompt tokens that are still to be computed, by variant."""
+    num_waiting: int
 
     @classmethod
-    def of(cls, active: Collection[Sequence_], waiting: Collection[Sequence_]) -> SchedulerLoad:
-        sequences: dict[int, int] = {}
-        unread: dict[int, int] = {}
+    def from_sequences(
+        cls, active: abc.Collection[Sequence], waiting: abc.Collection[Sequence]
+    ) -> SchedulerLoad:
+        """Return the load of active and waiting sequences."""
+        num_sequences: dict[int, int] = {}
+        prefill_tokens: dict[int, int] = {}
         for sequence in (*active, *waiting):
-            sequences[sequence.path] = sequences.get(sequence.path, 0) + 1
-            if sequence.pending > 1:
-                unread[sequence.path] = unread.get(sequence.path, 0) + sequence.pending
-        return cls(sequences, unread, len(waiting))
+            variant, num_pending = sequence.variant, sequence.num_pending
+            num_sequences[variant] = num_sequences.get(variant, 0) + 1
+            if num_pending > 1:
+                prefill_tokens[variant] = prefill_tokens.get(variant, 0) + num_pending
+        return cls(num_sequences, prefill_tokens, len(waiting))
 
 
-IDLE = SchedulerLoad({}, {}, 0)
+NO_LOAD = SchedulerLoad({}, {}, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenTimeEstimate:
-    """Seconds until the first token from now, and between the others."""
+    """The expected seconds from now to the first token, and between later tokens."""
 
     first_s: float
     token_s: float
 
-    def answer_s(self, tokens: int) -> float:
-        return self.first_s + self.token_s * (tokens - 1)
+    def answer_s(self, num_tokens: int) -> float:
+        """Return the expected seconds from now to the last of `num_tokens` tokens."""
+        return self.first_s + self.token_s * (num_tokens - 1)
 
 
-def forecast(
-    path: int, fresh_tokens: int, load: SchedulerLoad, times: StepTimes
+def estimate_token_times(
+    variant: int, num_tokens: int, load: SchedulerLoad, times: StepTimes
 ) -> TokenTimeEstimate:
-    """For a request of so many tokens to compute; steps of different paths take turns."""
-    counts = dict(load.sequences)
-    counts[path] = counts.get(path, 0) + 1
-    token_s = sum(times.expected(other, n, n) for other, n in counts.items())
-    ahead = sum(times.prefill_s(other, tokens) for other, tokens in load.unread.items())
-    return TokenTimeEstimate(ahead + times.prefill_s(path, fresh_tokens), token_s)
+    """Return the estimate for a request with `num_tokens` prompt tokens to compute.
+
+    Steps of different variants take turns, so that every variant in progress adds its step.
+    """
+    num_sequences = dict(load.num_sequences)
+    num_sequences[variant] = num_sequences.get(variant, 0) + 1
+    token_s = sum(times.expected(other, n, n) for other, n in num_sequences.items())
+    ahead_s = sum(times.prefill_s(other, n) for other, n in load.prefill_tokens.items())
+    return TokenTimeEstimate(ahead_s + times.prefill_s(variant, num_tokens), token_s)
 
 
-def choose_path(
+def choose_variant(
     request: GenerationRequest,
     candidates: CandidateFilter,
     settings: SchedulerSettings,
     times: StepTimes,
     load: SchedulerLoad,
-    reusable: dict[int, int],
+    cached_tokens: dict[int, int],
     now: float,
 ) -> int:
-    """The path of highest quality that is expected to keep the budget; else the fastest.
+    """Return the variant of highest quality that is expected to meet the budget, or the fastest.
 
-    The policy `max_quality` looks at the request alone, as if nobody else were there. `reusable`
-    counts the tokens of its prompt that are in the caches, by path. Raises `VariantNotFound`,
-    `QualityUnavailable`, `BudgetInfeasible` for a limit before its first token even when idle,
-    `Overloaded` for one before it at present, or for a full queue.
+    The policy `max_quality` ignores the load of other requests. `cached_tokens` is the number of
+    the prompt's tokens in the prefix cache, by variant. Raises `VariantNotFound` or
+    `QualityUnavailable` if no variant is admissible, `BudgetInfeasible` if the hard deadline comes
+    before the first token even without load, and `Overloaded` if it does under the current load or
+    if the queue is full.
     """
-    variants = _variants(request, candidates)
-    forecasts = {
-        path: (
-            forecast(path, len(request.tokens) - reusable.get(path, 0), IDLE, times),
-            forecast(path, len(request.tokens) - reusable.get(path, 0), load, times),
+    variants = _admissible_variants(request, candidates)
+    estimates: dict[int, tuple[TokenTimeEstimate, TokenTimeEstimate]] = {}
+    for variant in variants:
+        num_tokens = len(request.tokens) - cached_tokens.get(variant, 0)
+        estimates[variant] = (
+            estimate_token_times(variant, num_tokens, NO_LOAD, times),
+            estimate_token_times(variant, num_tokens, load, times),
         )
-        for path in variants
-    }
-    _refuse_hopeless(request, settings, load, forecasts, now)
-    for path in reversed(variants):
-        alone, shared = forecasts[path]
-        if _keeps(request, alone if settings.policy == "max_quality" else shared, now):
-            return path
+    alone_s = min(alone.first_s for alone, _ in estimates.values())
+    shared_s = min(shared.first_s for _, shared in estimates.values())
+    _reject_infeasible(request, settings, load, alone_s, shared_s, now)
+    for variant in reversed(variants):
+        alone, shared = estimates[variant]
+        if _meets_budget(request, alone if settings.policy == "max_quality" else shared, now):
+            return variant
     return variants[0]
 
 
-def _variants(request: GenerationRequest, candidates: CandidateFilter) -> tuple[int, ...]:
-    """Paths to choose from, fastest first."""
+def _admissible_variants(
+    request: GenerationRequest, candidates: CandidateFilter
+) -> tuple[int, ...]:
+    """Return the variants that the request may be answered with, fastest first."""
     pin = request.variant
     if pin is not None and pin not in candidates.quality:
         raise VariantNotFound(f"variant_id: expected 0 to {len(candidates.quality) - 1}, got {pin}")
@@ -174,41 +211,46 @@ def _variants(request: GenerationRequest, candidates: CandidateFilter) -> tuple[
     return (pin,) if pin is not None else candidates.for_quality(request.min_quality)
 
 
-def _refuse_hopeless(
+def _reject_infeasible(
     request: GenerationRequest,
     settings: SchedulerSettings,
     load: SchedulerLoad,
-    forecasts: dict[int, tuple[TokenTimeEstimate, TokenTimeEstimate]],
+    alone_s: float,
+    shared_s: float,
     now: float,
 ) -> None:
-    alone_s = min(alone.first_s for alone, _ in forecasts.values())
-    shared_s = min(shared.first_s for _, shared in forecasts.values())
+    """Raise `BudgetInfeasible` or `Overloaded` if the request cannot be accepted.
+
+    `alone_s` and `shared_s` are the expected seconds to the first token of the fastest variant,
+    without load and under the current one.
+    """
     left_s = request.hard_deadline - now
     if left_s < alone_s:
         feasible_us = round(1e6 * (alone_s + now - request.arrival))
         raise BudgetInfeasible(
-            f"the first token takes {1e3 * alone_s:.1f} ms at least, the limit is in "
+            f"hard deadline: expected at least {1e3 * alone_s:.1f} ms for the first token, got "
             f"{1e3 * max(0.0, left_s):.1f} ms",
             min_feasible_us=str(feasible_us),
         )
     ahead_s = shared_s - alone_s
-    if load.waiting >= settings.queue_limit_requests or ahead_s > settings.queue_limit_s:
+    if load.num_waiting >= settings.queue_limit_requests or ahead_s > settings.queue_limit_s:
         raise Overloaded(
-            f"{load.waiting} requests wait, {ahead_s:.1f} s of prompts are to be read before this "
-            "one",
+            f"{load.num_waiting} requests are waiting, and {ahead_s:.1f} s of prefill are ahead of "
+            "this one",
             retry_after_s=max(0.1, ahead_s / 2),
         )
     if left_s < shared_s:
         raise Overloaded(
-            f"the first token is expected in {shared_s:.2f} s, the limit is in {left_s:.2f} s",
+            f"the first token is expected in {shared_s:.2f} s, after the hard deadline in "
+            f"{left_s:.2f} s",
             retry_after_s=max(0.1, shared_s - left_s),
         )
 
 
-def _keeps(request: GenerationRequest, expected: TokenTimeEstimate, now: float) -> bool:
-    budget, spent = request.budget, now - request.arrival
+def _meets_budget(request: GenerationRequest, expected: TokenTimeEstimate, now: float) -> bool:
+    budget, spent_s = request.budget, now - request.arrival
     return (
-        spent + expected.first_s <= budget.first_token_s
+        spent_s + expected.first_s <= budget.first_token_s
         and expected.token_s <= budget.per_token_s
-        and spent + expected.answer_s(request.max_tokens) <= budget.answer_s
+        and spent_s + expected.answer_s(request.max_tokens) <= budget.answer_s
     )

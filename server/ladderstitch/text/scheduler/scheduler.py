@@ -1,24 +1,19 @@
-"""Answers many callers with one group of ranks: step after step, whoever is there takes part.
+"""The text scheduler: continuous batching of many callers on one group of ranks.
 
-Continuous batching (Orca, OSDI'22): answers join and leave between steps. A rank that dies costs
-time, not tokens: what was computed is computed again, and every answer goes on where it was.
+Sequences join and leave between steps (continuous batching, Orca, OSDI'22). If a rank dies, every
+active sequence is computed again from its tokens and resumes: callers lose time, but no token.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
-from typing import Protocol
+from collections import abc
 
 from ladderstitch.errors import (
     Draining,
     EngineRestarting,
-    ExpiredInCompute,
-    ExpiredInQueue,
     InternalError,
     InvalidArgument,
     RequestError,
@@ -26,269 +21,279 @@ from ladderstitch.errors import (
 from ladderstitch.scheduling.candidates import CandidateFilter
 from ladderstitch.scheduling.load_report import HORIZONS_S, LoadReport
 from ladderstitch.scheduling.profiles import QualityTable
-from ladderstitch.scheduling.requests import GenerationRequest, TokenChunk
+from ladderstitch.scheduling.requests import GenerationRequest
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.telemetry.text_metrics import Occupancy, StepReport
+from ladderstitch.telemetry.model_metrics import (
+    NullObserver,
+    Occupancy,
+    StepReport,
+    TextObserver,
+)
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.engine.rank_handle import RankLost
+from ladderstitch.text.messages import LogitsMode, Step
 from ladderstitch.text.scheduler.block_manager import BlockManager
-from ladderstitch.text.scheduler.planner import IDLE, StepPlan, choose_path, forecast, plan_step
+from ladderstitch.text.scheduler.planner import (
+    NO_LOAD,
+    ExecutedStep,
+    StepPlan,
+    choose_variant,
+    estimate_token_times,
+    plan_step,
+)
 from ladderstitch.text.scheduler.queue import SequenceQueue
-from ladderstitch.text.scheduler.sequence import Sequence_
+from ladderstitch.text.scheduler.sequence import Sequence, TokenStream
 from ladderstitch.text.scheduler.step_times import StepTimes, measure_steps, placeholder_profile
-from ladderstitch.text.step import LogitsMode, Step, StepOutput
 from ladderstitch.text.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
 
-MAX_LOSSES = 8
-"""Lost ranks that one answer survives: more is no accident."""
-SHORT_TOKENS = 32
-"""Of a prompt, and of an answer, by which a load is told."""
-
-
-class StepObserver(Protocol):
-    """Who counts what happens between the steps."""
-
-    def stepped(self, step: StepReport, load: Occupancy) -> None:
-        """A step is done."""
-
-    def preempted(self, sequences: int) -> None:
-        """So many had to give their blocks to others."""
-
-
-class NullObserver:
-    """Nobody counts."""
-
-    def stepped(self, step: StepReport, load: Occupancy) -> None:
-        pass
-
-    def preempted(self, sequences: int) -> None:
-        pass
+MAX_RANK_LOSSES = 8
+"""Rank losses that one sequence survives; more than these are not a coincidence."""
+LOAD_REPORT_TOKENS = 32
+"""Prompt and answer length assumed when reporting load."""
 
 
 class TextScheduler:
-    """The answers of one group of ranks, of at most `max_sequences` at a time."""
+    """The scheduler of one group of ranks, with at most `max_sequences` active sequences."""
 
     def __init__(
         self,
         group: RankGroup,
         tokenizer: TextTokenizer,
-        end_tokens: Sequence[int] = (),
+        end_tokens: abc.Sequence[int] = (),
         quality: QualityTable | None = None,
-        path_names: Sequence[str] = (),
+        variant_names: abc.Sequence[str] = (),
         max_sequences: int = 32,
-        observer: StepObserver | None = None,
-        make_roster: Callable[[BlockManager, int], SequenceQueue] = SequenceQueue,
+        observer: TextObserver | None = None,
+        make_queue: abc.Callable[[BlockManager, int], SequenceQueue] = SequenceQueue,
     ) -> None:
-        job = group.job
+        config = group.rank_config
         self.group, self.tokenizer = group, tokenizer
         self.end_tokens = frozenset(end_tokens)
-        self.path_names = tuple(path_names) or tuple(path.scheme for path in job.paths)
-        self.pool = BlockManager(job.blocks, job.block_tokens)
-        self._roster = make_roster(self.pool, max_sequences)
-        self.times = StepTimes(placeholder_profile(len(job.paths), job.max_batched_tokens), 0.0)
+        self.variant_names = tuple(variant_names) or tuple(path.scheme for path in config.paths)
+        self.block_manager = BlockManager(config.blocks, config.block_tokens)
+        self.times = StepTimes(
+            placeholder_profile(len(config.paths), config.max_batched_tokens), 0.0
+        )
         self.draining = False
+        self._queue = make_queue(self.block_manager, max_sequences)
+        self._plan: StepPlan | None = None
         self._quality, self._observer = quality, observer or NullObserver()
         self._changed = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._loop: asyncio.Task[None] | None = None
-        self.apply(SchedulerSettings())
+        self.apply_settings(SchedulerSettings())
 
     @property
     def max_tokens(self) -> int:
-        """Of a prompt and its answer together."""
-        return min(self.group.job.max_model_len, self.pool.blocks * self.pool.block_tokens)
+        """The largest number of tokens of a prompt and its answer together."""
+        cached_tokens = self.block_manager.num_blocks * self.block_manager.block_tokens
+        return min(self.group.rank_config.max_model_len, cached_tokens)
 
     @property
-    def waiting(self) -> int:
-        """Requests that are not computed on."""
-        return len(self._roster.waiting)
+    def num_waiting(self) -> int:
+        """The number of requests without blocks."""
+        return len(self._queue.waiting)
 
     @property
-    def running(self) -> int:
-        return len(self._roster.active)
+    def num_running(self) -> int:
+        """The number of requests that hold blocks."""
+        return len(self._queue.active)
 
     @property
-    def cache_share(self) -> float:
-        """Share of the cache's blocks that answers hold."""
-        return self.pool.used / self.pool.blocks
+    def kv_cache_usage(self) -> float:
+        """The share of the cache's blocks that sequences hold, 0 to 1."""
+        return self.block_manager.num_used / self.block_manager.num_blocks
 
     def load_report(self) -> LoadReport:
-        """How much longer than alone a short answer would take, if it were asked for now."""
-        path, load = self.candidates.for_quality()[0], self._roster.load()
-        busy, alone = (
-            forecast(path, SHORT_TOKENS, there, self.times).answer_s(SHORT_TOKENS)
-            for there in (load, IDLE)
+        """Return the seconds that a short answer takes longer now than without load."""
+        variant = self.candidates.for_quality()[0]
+        shared_s, alone_s = (
+            estimate_token_times(variant, LOAD_REPORT_TOKENS, load, self.times).answer_s(
+                LOAD_REPORT_TOKENS
+            )
+            for load in (self._queue.load(), NO_LOAD)
         )
-        request_s = self.times.prefill_s(path, SHORT_TOKENS)
-        return LoadReport((busy - alone,) * len(HORIZONS_S), request_s)
+        request_s = self.times.prefill_s(variant, LOAD_REPORT_TOKENS)
+        return LoadReport((shared_s - alone_s,) * len(HORIZONS_S), request_s)
 
     async def measure(self) -> None:
-        """Learn what steps take; before the first request. Raises `RankLost`."""
-        self.times = await measure_steps(self.group, self.group.job.max_batched_tokens)
-        self.apply(self.settings)
+        """Measure the duration of steps; must be called before the first request.
 
-    def apply(self, settings: SchedulerSettings) -> None:
-        """Choose paths by these from now on; raises `InvalidArgument` for a path that is not there."""
-        paths = range(len(self.group.job.paths))
-        for field in ("fixed_variant", "pinned_variant"):
-            if getattr(settings, field) not in (None, *paths):
-                raise InvalidArgument(field, f"expected 0 to {len(paths) - 1}")
-        self.settings = settings
-        self.times.table.set_probability(settings.attainment_probability)
-        quality = {p: self._quality.value(p) if self._quality else 0.0 for p in paths}
-        self.candidates = CandidateFilter.from_settings(quality, self.times.table.profile, settings)
-
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk]:
-        """The answer's pieces as they are made; closing the iterator ends the work at once.
-
-        Raises `InvalidArgument`, what `choose_path` raises, `Draining`, `ExpiredInQueue` or
-        `ExpiredInCompute` past the limit, `EngineRestarting` if the ranks do not come back.
+        Raises `RankLost` if a rank died.
         """
-        sequence = self._accept(request)
+        self.times = await measure_steps(self.group, self.group.rank_config.max_batched_tokens)
+        self.apply_settings(self.settings)
+
+    def apply_settings(self, settings: SchedulerSettings) -> None:
+        """Choose variants by these settings from now on.
+
+        Raises `InvalidArgument` if they name a variant that the model does not have.
+        """
+        variants = range(len(self.group.rank_config.paths))
+        for field in ("fixed_variant", "pinned_variant"):
+            variant = getattr(settings, field)
+            if variant not in (None, *variants):
+                raise InvalidArgument(field, f"expected 0 to {len(variants) - 1}, got {variant}")
+        self.settings = settings
+        latency = self.times.latency
+        latency.set_probability(settings.attainment_probability)
+        quality = {v: self._quality.value(v) if self._quality else 0.0 for v in variants}
+        self.candidates = CandidateFilter.from_settings(quality, latency.profile, settings)
+
+    def generate(self, request: GenerationRequest) -> TokenStream:
+        """Submit a request and return the stream of its chunks; the caller must close the stream.
+
+        Raises `InvalidArgument` if the request is malformed, `Draining` after `drain` or `close`,
+        and what `choose_variant` raises. The stream raises `ExpiredInQueue` or `ExpiredInCompute`
+        once the hard deadline has passed, and `EngineRestarting` if the ranks do not come back. All
+        of these are counted.
+        """
         try:
-            async with aclosing(self._pieces(sequence)) as pieces:
-                async for piece in pieces:
-                    yield piece
-        finally:
-            self._leave(sequence)
+            sequence = self._submit(request)
+        except RequestError as error:
+            self._observer.observe_rejection(error.code, had_budget=request.budget.is_set)
+            raise
+        return TokenStream(sequence, self._remove, self._observer)
 
     async def drain(self) -> None:
-        """Refuse what is new; returns when what was accepted is answered."""
+        """Reject new requests, and return when all accepted ones have ended."""
         self.draining = True
         await self._idle.wait()
 
     async def close(self) -> None:
-        """Stop computing; answers that are on their way end with `Draining`."""
+        """Stop computing; answers in progress end with `Draining`."""
         self.draining = True
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)
         self._fail_all(Draining("the replica is shutting down"))
 
-    def _accept(self, request: GenerationRequest) -> Sequence_:
-        """Raises a `RequestError` for what cannot be answered, or not now."""
+    async def step(self) -> bool:
+        """Run one step: admit, plan, make room, execute, deliver, observe.
+
+        Return False, without a step, if no sequence is active. Raises `RankLost` if a rank died,
+        and `InternalError` if the forward pass failed.
+        """
+        now = time.monotonic()
+        self._queue.admit(self.times, now)
+        self._plan = plan_step(self._queue.active, self.times, now)
+        if self._plan is None:
+            return False
+        plan = self._make_room(self._plan)
+        if plan.chunks:
+            executed = await self._execute(plan)
+            self._deliver(executed)
+            self._observe(executed)
+        return True
+
+    async def _run_steps(self) -> None:
+        """Run steps for ever; if one fails, its sequences resume or end with an error."""
+        while True:
+            try:
+                if not await self.step():
+                    self._changed.clear()
+                    await self._changed.wait()
+            except RankLost as error:
+                await self._recover(error)
+            except RequestError as error:
+                self._fail(self._plan.sequences if self._plan else [], error)
+            except Exception as error:
+                self._fail_all(InternalError.logged("a step failed", error))
+
+    def _make_room(self, wanted: StepPlan) -> StepPlan:
+        plan, num_preempted = self._queue.make_room(wanted, self.times)
+        if num_preempted:
+            self._observer.observe_preemptions(num_preempted)
+        return plan
+
+    async def _execute(self, plan: StepPlan) -> ExecutedStep:
+        inputs = tuple(chunk.sequence.next_input(chunk.num_tokens) for chunk in plan.chunks)
+        step = Step(inputs, plan.variant)
+        started_at = time.monotonic()
+        output = await self.group.run(step)
+        return ExecutedStep(plan, step, output, started_at, time.monotonic())
+
+    def _deliver(self, executed: ExecutedStep) -> None:
+        """Append the new tokens to their sequences; remove the sequences that end."""
+        best, logits = iter(executed.output.best.tolist()), iter(executed.output.logits)
+        for chunk, fed in zip(executed.plan.chunks, executed.step.inputs, strict=True):
+            token = next(best) if fed.logits_mode == LogitsMode.BEST else None
+            row = next(logits) if fed.logits_mode == LogitsMode.LAST else None
+            sequence = chunk.sequence
+            if sequence.ended:  # its caller left during the step
+                continue
+            sequence.block_table.mark_computed(
+                self.block_manager, sequence.tokens, chunk.num_tokens
+            )
+            if fed.logits_mode != LogitsMode.NONE:
+                sequence.append_token(token, row, executed.ended_at)
+            if sequence.ended:
+                self._remove(sequence)
+
+    def _observe(self, executed: ExecutedStep) -> None:
+        plan, seconds = executed.plan, executed.ended_at - executed.started_at
+        num_sequences = len(plan.chunks)
+        error = self.times.observe(plan.variant, plan.num_tokens, num_sequences, seconds)
+        view = self.times.latency.view
+        self._observer.observe_step(
+            StepReport(plan.variant, num_sequences, seconds, error, view.slowdown, view.tail),
+            Occupancy(self.num_waiting, self.num_running, self.kv_cache_usage),
+        )
+
+    async def _recover(self, error: RankLost) -> None:
+        """Wait until all ranks are ready; the caches are lost, so all sequences start over."""
+        log.warning("rank lost, active_sequences=%d: %s", self.num_running, error)
+        self._queue.reset_all()
+        unlucky = [s for s in self._queue.waiting if s.num_rank_losses > MAX_RANK_LOSSES]
+        self._fail(unlucky, EngineRestarting(f"too many ranks were lost: {error}"))
+        try:
+            await self.group.wait_ready()
+        except EngineRestarting as failure:
+            self._fail_all(failure)
+
+    def _submit(self, request: GenerationRequest) -> Sequence:
+        """Add a request to the queue; raise a `RequestError` if it cannot be accepted."""
         if self.draining:
             raise Draining("the replica is shutting down")
-        request.check(self.group.job.config.vocab_size, self.max_tokens)
-        reusable = {
-            path: self._roster.reusable(path, request.tenant, request.tokens)
-            for path in range(len(self.group.job.paths))
-        }
-        path = choose_path(
+        request.check(self.group.rank_config.model.vocab_size, self.max_tokens)
+        variant = choose_variant(
             request,
             self.candidates,
             self.settings,
             self.times,
-            self._roster.load(),
-            reusable,
+            self._queue.load(),
+            self._queue.cached_tokens(request, len(self.variant_names)),
             time.monotonic(),
         )
-        quality = self._quality.variants[path] if self._quality else None
-        sequence = Sequence_(
-            request, path, self.path_names[path], quality, self.tokenizer, self.end_tokens
+        sequence = Sequence(
+            request,
+            variant,
+            self.variant_names[variant],
+            self._quality.variants[variant] if self._quality else None,
+            self.tokenizer,
+            self.end_tokens,
         )
-        self._roster.waiting.append(sequence)
+        self._queue.add(sequence)
         self._idle.clear()
         self._changed.set()
         if self._loop is None:
-            self._loop = asyncio.create_task(self._work(), name="generate")
+            self._loop = asyncio.create_task(self._run_steps(), name="text-scheduler")
         return sequence
 
-    @staticmethod
-    async def _pieces(sequence: Sequence_) -> AsyncGenerator[TokenChunk]:
-        limit = sequence.request.hard_deadline
-        while True:
-            left = None if math.isinf(limit) else max(0.0, limit - time.monotonic())
-            try:
-                async with asyncio.timeout(left):
-                    piece = await sequence.next_piece()
-            except TimeoutError:
-                if sequence.begun:
-                    raise ExpiredInCompute(
-                        "the limit passed before the answer was complete"
-                    ) from None
-                raise ExpiredInQueue("the limit passed before the answer was begun") from None
-            yield piece
-            if piece.finish is not None:
-                return
-
-    def _leave(self, sequence: Sequence_) -> None:
-        self._roster.leave(sequence)
+    def _remove(self, sequence: Sequence) -> None:
+        self._queue.remove(sequence)
         self._changed.set()
-        if self._roster.empty:
+        if self._queue.empty:
             self._idle.set()
 
-    async def _work(self) -> None:
-        """Step after step; whatever goes wrong ends in an answer or an error for every caller."""
-        while True:
-            now = time.monotonic()
-            self._roster.admit(self.times, now)
-            plan = plan_step(self._roster.active, self.times, now)
-            if plan is None:
-                self._changed.clear()
-                await self._changed.wait()
-                continue
-            try:
-                await self._step(plan)
-            except RankLost as error:
-                await self._start_again(error)
-            except RequestError as error:
-                self._fail([part.sequence for part in plan.parts], error)
-            except Exception as error:
-                self._fail_all(InternalError.logged("a step failed", error))
-
-    async def _step(self, wanted: StepPlan) -> None:
-        plan, preempted = self._roster.make_room(wanted, self.times)
-        if preempted:
-            self._observer.preempted(preempted)
-        if not plan.parts:
-            return
-        step = Step(tuple(part.sequence.run(part.count) for part in plan.parts), plan.path)
-        started = time.monotonic()
-        outcome = await self.group.run(step)
-        now = time.monotonic()
-        count = len(plan.parts)
-        error = self.times.observe(plan.path, plan.tokens, count, now - started)
-        self._deliver(plan, step, outcome, now)
-        view = self.times.table.view
-        self._observer.stepped(
-            StepReport(plan.path, count, now - started, error, view.slowdown, view.tail),
-            Occupancy(self.waiting, self.running, self.cache_share),
-        )
-
-    def _deliver(self, plan: StepPlan, step: Step, outcome: StepOutput, now: float) -> None:
-        best, logits = iter(outcome.best.tolist()), iter(outcome.logits)
-        for part, run in zip(plan.parts, step.runs, strict=True):
-            token = next(best) if run.want == LogitsMode.BEST else None
-            row = next(logits) if run.want == LogitsMode.LAST else None
-            sequence = part.sequence
-            if sequence.ended:  # its caller left meanwhile
-                continue
-            sequence.advance(part.count, self.pool)
-            if run.want != LogitsMode.NONE:
-                sequence.accept(token, row, now)
-            if sequence.ended:
-                self._leave(sequence)
-
-    async def _start_again(self, error: RankLost) -> None:
-        """The caches are lost: wait for the ranks, then compute everything anew."""
-        log.warning("a rank was lost under %d answers: %s", len(self._roster.active), error)
-        self._roster.start_again()
-        weary = [s for s in self._roster.waiting if s.losses > MAX_LOSSES]
-        self._fail(weary, EngineRestarting(f"too many ranks were lost: {error}"))
-        try:
-            await self.group.ready()
-        except EngineRestarting as given_up:
-            self._fail_all(given_up)
-
-    def _fail(self, sequences: Sequence[Sequence_], error: RequestError) -> None:
+    def _fail(self, sequences: abc.Iterable[Sequence], error: RequestError) -> None:
         for sequence in sequences:
             if not sequence.ended:
                 sequence.fail(error)
-            self._leave(sequence)
+            self._remove(sequence)
 
     def _fail_all(self, error: RequestError) -> None:
-        self._fail([*self._roster.active, *self._roster.waiting], error)
+        self._fail([*self._queue.active, *self._queue.waiting], error)

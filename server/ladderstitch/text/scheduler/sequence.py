@@ -1,184 +1,286 @@
-"""One answer on its way: its tokens, how many of them the caches hold, and its caller's pieces."""
+"""One answer in progress: its tokens and cache blocks, and the stream that its caller reads."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+import math
+import time
+from collections import abc
+from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ladderstitch.errors import RequestError
+from ladderstitch.errors import ExpiredInCompute, ExpiredInQueue, RequestError
 from ladderstitch.scheduling.profiles import Quality
 from ladderstitch.scheduling.requests import (
     FinishReason,
     GenerationInfo,
     GenerationRequest,
+    GenerationUsage,
+    Sampling,
     TokenChunk,
 )
-from ladderstitch.text.sampler import Sampler
-from ladderstitch.text.scheduler.block_manager import BlockManager
-from ladderstitch.text.scheduler.step_times import due
-from ladderstitch.text.step import Logits, LogitsMode, SequenceInput
+from ladderstitch.telemetry.model_metrics import NullObserver, TextObserver
+from ladderstitch.text.messages import Logits, LogitsMode, SequenceInput
+from ladderstitch.text.scheduler.block_manager import BlockManager, BlockTable
+from ladderstitch.text.scheduler.step_times import token_deadline
 from ladderstitch.text.tokenizer import StoppableText, TextStream, TextTokenizer
 
 
-class Sequence_:
-    """A request, its prompt and the tokens of its answer so far.
+class Sequence:
+    """A request with the tokens of its prompt and of its answer so far.
 
-    The first `computed` of `tokens` are in the caches, in `blocks`. A sequence that lost its
-    blocks (another one needed them, or a rank died) computes its tokens again and goes on.
+    A sequence that lost its blocks, to another sequence or because a rank died, is computed again
+    from its tokens and resumes.
     """
 
     def __init__(
         self,
         request: GenerationRequest,
-        path: int,
-        name: str,
+        variant: int,
+        variant_name: str,
         quality: Quality | None,
         tokenizer: TextTokenizer,
-        end_tokens: Collection[int],
+        end_tokens: abc.Collection[int],
     ) -> None:
-        self.request, self.path = request, path
+        self.request, self.variant = request, variant
         self.tokens = list(request.tokens)
-        self.computed = 0
-        self.blocks: list[int] = []
-        self.losses = 0
-        self.first_at: float | None = None
-        self._name, self._quality = name, quality
+        self.block_table = BlockTable()
+        self.num_rank_losses = 0
+        self.first_token_at: float | None = None
+        self.ended = False
+        self._variant_name, self._quality = variant_name, quality
         self._end_tokens = end_tokens
         self._sampler = Sampler(request.sampling)
         self._text = StoppableText(TextStream(tokenizer), request.stop)
         self._started_at: float | None = None
-        self._reused = 0
-        self._last_known = 0  # number of the last block that the pool remembers
-        self._remembered = 0
-        self._pieces: asyncio.Queue[TokenChunk | RequestError] = asyncio.Queue()
-        self.ended = False
+        self._num_reused = 0
+        self._chunks: asyncio.Queue[TokenChunk | RequestError] = asyncio.Queue()
 
     @property
-    def pending(self) -> int:
-        """Tokens that are still to be computed; one while decoding."""
-        return len(self.tokens) - self.computed
+    def num_pending(self) -> int:
+        """The number of tokens that are still to be computed; 1 while decoding."""
+        return len(self.tokens) - self.block_table.num_computed
 
     @property
-    def made(self) -> int:
+    def num_generated(self) -> int:
+        """The number of tokens of the answer so far."""
         return len(self.tokens) - len(self.request.tokens)
 
     @property
-    def begun(self) -> bool:
-        """Whether it has ever been computed on."""
+    def started(self) -> bool:
+        """Whether it has ever held blocks."""
         return self._started_at is not None
 
-    @property
-    def want(self) -> LogitsMode:
-        """Of the logits after its last token."""
-        greedy = self.request.sampling.temperature == 0 and self.request.logprobs is None
-        return LogitsMode.BEST if greedy else LogitsMode.LAST
-
-    def due(self, token_s: float) -> float:
-        """When its next token is wanted; one takes `token_s` at least."""
+    def token_deadline(self, token_s: float) -> float:
+        """Return the instant until which the next token is needed; one takes `token_s` or more."""
         request = self.request
-        return due(
-            request.budget, request.arrival, self.first_at, self.made, request.max_tokens, token_s
+        return token_deadline(
+            request.budget,
+            request.arrival,
+            self.first_token_at,
+            self.num_generated,
+            request.max_tokens,
+            token_s,
         )
 
-    def admit(self, pool: BlockManager, now: float) -> bool:
-        """Take blocks for all of its tokens, remembered ones where they fit; False without room."""
-        scope = pool.scope((self.path, self.request.tenant))
-        prefix = pool.find(scope, self.tokens)
-        pool.share(prefix)
-        fresh = pool.needed(len(self.tokens)) - len(prefix.blocks)
-        taken = pool.take(fresh, after=prefix.blocks[-1] if prefix.blocks else None)
-        if taken is None:
-            pool.release(prefix.blocks)
+    def allocate_blocks(self, block_manager: BlockManager, now: float) -> bool:
+        """Allocate blocks for all tokens, cached ones first; return False if too few are free."""
+        namespace_id = block_manager.namespace((self.variant, self.request.tenant))
+        if not self.block_table.allocate(block_manager, namespace_id, self.tokens):
             return False
-        self.blocks = [*prefix.blocks, *taken]
-        self.computed = len(prefix.blocks) * pool.block_tokens
-        self._last_known, self._remembered = prefix.last, len(prefix.blocks)
         if self._started_at is None:
-            self._started_at, self._reused = now, self.computed
+            self._started_at, self._num_reused = now, self.block_table.num_computed
         return True
 
-    def grow(self, pool: BlockManager) -> bool:
-        """Take a block for the next token if it needs one; False without room."""
-        if len(self.blocks) >= pool.needed(len(self.tokens)):
-            return True
-        taken = pool.take(1, after=self.blocks[-1])
-        self.blocks += taken or []
-        return taken is not None
+    def next_input(self, num_tokens: int) -> SequenceInput:
+        """Return the next `num_tokens` pending tokens as an input of a step."""
+        start = self.block_table.num_computed
+        end = start + num_tokens
+        mode = self._logits_mode() if end == len(self.tokens) else LogitsMode.NONE
+        return SequenceInput(self.tokens[start:end], start, self.block_table.blocks, mode)
 
-    def retreat(self, pool: BlockManager) -> None:
-        """Give up the blocks; what is full of them may be found again."""
-        pool.release(self.blocks)
-        self.blocks, self.computed = [], 0
+    def append_token(self, best: int | None, logits: Logits | None, now: float) -> None:
+        """Append `best`, or a token sampled from logits [V], and hand its chunk to the caller.
 
-    def run(self, count: int) -> SequenceInput:
-        """The next `count` of its tokens, as ranks compute them."""
-        end = self.computed + count
-        want = self.want if end == len(self.tokens) else LogitsMode.NONE
-        return SequenceInput(self.tokens[self.computed : end], self.computed, self.blocks, want)
-
-    def advance(self, count: int, pool: BlockManager) -> None:
-        """So many tokens were computed; blocks that are full now may serve others."""
-        self.computed += count
-        size = pool.block_tokens
-        while (self._remembered + 1) * size <= self.computed:
-            at = self._remembered
-            tokens = self.tokens[at * size : (at + 1) * size]
-            self._last_known = pool.remember(self.blocks[at], self._last_known, tokens)
-            self._remembered += 1
-
-    def accept(self, best: int | None, logits: Logits | None, now: float) -> None:
-        """The next token: the likeliest, or one drawn from logits [V]; hand it to the caller."""
-        token = best if best is not None else self._draw(logits)
-        if self.first_at is None:
-            self.first_at = now
-        index = self.made
+        The sequence ends if the token is an end token, completes a stop string or is the last one
+        that the request allows.
+        """
+        token = best if best is not None else self._sample(logits)
+        if self.first_token_at is None:
+            self.first_token_at = now
+        index = self.num_generated
         self.tokens.append(token)
-        ended = token in self._end_tokens
-        text = "" if ended else self._text.add(token)
+        is_end_token = token in self._end_tokens
+        text = "" if is_end_token else self._text.add(token)
         finish: FinishReason | None = None
-        if ended or self._text.stopped:
+        if is_end_token or self._text.stopped:
             finish = "stop"
         elif index + 1 == self.request.max_tokens:
             finish = "length"
         if finish is not None:
             text += self._text.finish()
             self.ended = True
-        logprob, alternatives = self._likelihoods(token, logits)
-        self._pieces.put_nowait(
-            TokenChunk(index, token, text, self._answer(), finish, logprob, alternatives)
+        logprob, alternatives = self._log_probabilities(token, logits)
+        self._chunks.put_nowait(
+            TokenChunk(index, token, text, self._info(), finish, logprob, alternatives)
         )
 
     def fail(self, error: RequestError) -> None:
         """End the answer with an error."""
         self.ended = True
-        self._pieces.put_nowait(error)
+        self._chunks.put_nowait(error)
 
-    async def next_piece(self) -> TokenChunk:
-        """The caller's next piece, or the error that the answer ended with."""
-        piece = await self._pieces.get()
-        if isinstance(piece, RequestError):
-            raise piece
-        return piece
+    async def next_chunk(self) -> TokenChunk:
+        """Return the next chunk; raise the `RequestError` that the answer ended with."""
+        chunk = await self._chunks.get()
+        if isinstance(chunk, RequestError):
+            raise chunk
+        return chunk
 
-    def _answer(self) -> GenerationInfo:
-        assert self._started_at is not None, "set when it was admitted"
+    def _logits_mode(self) -> LogitsMode:
+        greedy = self.request.sampling.temperature == 0 and self.request.logprobs is None
+        return LogitsMode.BEST if greedy else LogitsMode.LAST
+
+    def _info(self) -> GenerationInfo:
+        assert self._started_at is not None, "set when its blocks were allocated"
         queue_s = self._started_at - self.request.arrival
-        return GenerationInfo(self.path, self._name, self._quality, queue_s, self._reused)
+        return GenerationInfo(
+            self.variant, self._variant_name, self._quality, queue_s, self._num_reused
+        )
 
-    def _draw(self, logits: Logits | None) -> int:
-        assert logits is not None, "what `want` asked for"
+    def _sample(self, logits: Logits | None) -> int:
+        assert logits is not None, "the logits mode is LAST"
         return self._sampler.pick(logits)
 
-    def _likelihoods(
+    def _log_probabilities(
         self, token: int, logits: Logits | None
     ) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+        """Return the token's natural log probability, and the likeliest (token, value) pairs."""
         if self.request.logprobs is None or logits is None:
             return None, ()
         shifted = logits.astype(np.float64) - logits.max()
-        logs = shifted - np.log(np.exp(shifted).sum())
-        most = min(self.request.logprobs, len(logs))
-        top = np.argpartition(-logs, most - 1)[:most] if most else np.array([], np.int64)
-        top = top[np.argsort(-logs[top], kind="stable")]
-        return float(logs[token]), tuple((int(t), float(logs[t])) for t in top)
+        values = shifted - np.log(np.exp(shifted).sum())
+        k = min(self.request.logprobs, len(values))
+        top = np.argpartition(-values, k - 1)[:k] if k else np.array([], np.int64)
+        top = top[np.argsort(-values[top], kind="stable")]
+        return float(values[token]), tuple((int(t), float(values[t])) for t in top)
+
+
+class Sampler:
+    """The token source of one answer; two samplers with the same seed pick the same tokens."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._random = np.random.default_rng(sampling.seed)
+
+    def pick(self, logits: NDArray[np.float32]) -> int:
+        """Return a token id, picked from logits [V]."""
+        if self.sampling.temperature == 0:
+            return int(logits.argmax())
+        scaled = logits.astype(np.float64) / self.sampling.temperature
+        kept = self._candidates(scaled)
+        powers = np.exp(scaled[kept] - scaled[kept].max())
+        return int(self._random.choice(kept, p=powers / powers.sum()))
+
+    def _candidates(self, scaled: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return the `top_k` most likely tokens, cut off at `top_p` of their probability mass.
+
+        The tokens are in order of falling probability unless all of them are kept.
+        """
+        k = min(self.sampling.top_k or len(scaled), len(scaled))
+        if k == len(scaled) and self.sampling.top_p == 1:
+            return np.arange(len(scaled))
+        best = np.argpartition(-scaled, k - 1)[:k]
+        best = best[np.argsort(-scaled[best], kind="stable")]
+        powers = np.exp(scaled[best] - scaled[best[0]])
+        mass_before = np.cumsum(powers) - powers
+        return best[mass_before < self.sampling.top_p * powers.sum()]
+
+
+class TokenStream:
+    """The chunks of one sequence, as an asynchronous iterator for one caller.
+
+    The stream ends after the chunk that has a finish reason, and when it raises. A caller that
+    stops earlier closes it, e.g. through `contextlib.aclosing`, which frees the sequence's blocks
+    at once. Every stream is counted once: as complete, or with the status of its error.
+    """
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        remove: abc.Callable[[Sequence], None],
+        observer: TextObserver | None = None,
+    ) -> None:
+        """`remove` takes the sequence out of its queue; removing it again changes nothing."""
+        self._sequence, self._remove = sequence, remove
+        self._observer = observer or NullObserver()
+        self._closed = False
+        self._first_at = self._last_at = 0.0
+
+    def __aiter__(self) -> TokenStream:
+        return self
+
+    async def __anext__(self) -> TokenChunk:
+        """Return the next chunk.
+
+        Raises `ExpiredInQueue` or `ExpiredInCompute` once the request's hard deadline has passed,
+        and the error that the sequence ended with.
+        """
+        if self._closed:
+            raise StopAsyncIteration
+        try:
+            chunk = await self._chunk_before_deadline()
+        except RequestError as error:
+            self._fail(error.code)
+            raise
+        except BaseException:  # cancellation, too, ends the stream
+            await self.aclose()
+            raise
+        self._observe(chunk)
+        return chunk if chunk.finish is None else self._complete(chunk)
+
+    async def aclose(self) -> None:
+        """Stop computing the sequence and free its blocks."""
+        if not self._closed:
+            self._fail("CANCELLED")
+
+    async def _chunk_before_deadline(self) -> TokenChunk:
+        deadline = self._sequence.request.hard_deadline
+        left_s = None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
+        try:
+            async with asyncio.timeout(left_s):
+                return await self._sequence.next_chunk()
+        except TimeoutError:
+            if self._sequence.started:
+                raise ExpiredInCompute(
+                    "the hard deadline passed before the answer was complete"
+                ) from None
+            raise ExpiredInQueue("the hard deadline passed before the answer started") from None
+
+    def _observe(self, chunk: TokenChunk) -> None:
+        now, arrival = time.monotonic(), self._sequence.request.arrival
+        if chunk.index == 0:
+            self._first_at = now
+            self._observer.observe_first_token(chunk.answer.queue_s, now - arrival)
+        else:
+            self._observer.observe_next_token(now - self._last_at)
+        self._last_at = now
+
+    def _complete(self, last: TokenChunk) -> TokenChunk:
+        """Return the last chunk with the usage of the answer."""
+        self._close()
+        request = self._sequence.request
+        usage = GenerationUsage.measure(request, last, self._first_at, self._last_at)
+        self._observer.observe_completion(last.answer, usage)
+        return replace(last, usage=usage)
+
+    def _fail(self, code: str) -> None:
+        self._close()
+        had_budget = self._sequence.request.budget.is_set
+        self._observer.observe_rejection(code, had_budget=had_budget)
+
+    def _close(self) -> None:
+        self._closed = True
+        self._remove(self._sequence)

@@ -1,4 +1,4 @@
-"""How long steps take, and by when an answer needs its next token."""
+"""The duration of steps, measured and corrected online, and the deadline of the next token."""
 
 from __future__ import annotations
 
@@ -14,79 +14,94 @@ from ladderstitch.scheduling.latency_model import LatencyModel
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile
 from ladderstitch.scheduling.requests import TokenBudget
 from ladderstitch.text.engine.rank_group import RankGroup
-from ladderstitch.text.step import SequenceInput, Step
+from ladderstitch.text.messages import SequenceInput, Step
 
-RELAXED_FIRST_S = 10.0
-RELAXED_TOKEN_S = 0.25
-"""What answers without a budget are paced by: nobody waits for ever, or reads slower than this."""
+DEFAULT_TTFT_S = 10.0
+"""Time to first token that an answer without a budget is scheduled for."""
+DEFAULT_TPOT_S = 0.25
+"""Time per output token that an answer without a budget is scheduled for."""
 
 
-def due(
+def token_deadline(
     budget: TokenBudget,
     arrival: float,
-    first_at: float | None,
-    made: int,
-    most: int,
+    first_token_at: float | None,
+    num_generated: int,
+    max_tokens: int,
     token_s: float,
 ) -> float:
-    """When token number `made` (from 0) of at most `most` is due, on the clock of `arrival`.
+    """Return the instant until which an answer needs its next token, on the clock of `arrival`.
 
-    `first_at` is when token 0 came, `token_s` what one takes at least. Time that an answer has in
-    hand is kept: it may fall behind for a while and still hold its mean.
+    The next token is number `num_generated`, from 0, of at most `max_tokens`. `first_token_at` is
+    the instant of token 0, None before it; `token_s` is the shortest time of one token. An answer
+    that is ahead of its budget keeps that time: it may fall behind for a while and still meet
+    its mean time per token.
     """
     end = arrival + budget.answer_s
-    if first_at is None:
-        first = arrival + min(budget.first_token_s, RELAXED_FIRST_S)
-        return min(first, end - token_s * (most - 1))
-    paced = first_at + made * min(budget.per_token_s, RELAXED_TOKEN_S)
-    if math.isinf(end) or most < 2:
+    if first_token_at is None:
+        first = arrival + min(budget.first_token_s, DEFAULT_TTFT_S)
+        return min(first, end - token_s * (max_tokens - 1))
+    paced = first_token_at + num_generated * min(budget.per_token_s, DEFAULT_TPOT_S)
+    if math.isinf(end) or max_tokens < 2:
         return paced
-    return min(paced, first_at + (end - first_at) * made / (most - 1))
+    return min(paced, first_token_at + (end - first_token_at) * num_generated / (max_tokens - 1))
 
 
 class StepTimes:
-    """Seconds of a step: a profile over its tokens, `sequence_s` for every sequence beyond the
-    first, and what this machine does right now."""
+    """The expected seconds of a step by variant, tokens and sequences.
+
+    They are a profile over the tokens of a step, plus `sequence_s` for every sequence after the
+    first, times the current slowdown of this machine.
+    """
 
     def __init__(
         self, profile: LatencyProfile, sequence_s: float, probability: float = 0.99
     ) -> None:
-        self.table = LatencyModel(profile, probability)
+        self.latency = LatencyModel(profile, probability)
         self._sequence_s = sequence_s
 
     @property
-    def most_tokens(self) -> int:
-        return self.table.view.max_batch_size
+    def max_step_tokens(self) -> int:
+        """The largest number of tokens of one step."""
+        return self.latency.view.max_batch_size
 
-    def expected(self, path: int, tokens: int, sequences: int = 1) -> float:
-        """Seconds of one step of so many tokens, at least one."""
-        view = self.table.view
-        whole = view.expected(path, min(tokens, view.max_batch_size)) * max(
-            1.0, tokens / view.max_batch_size
+    def expected(self, variant: int, num_tokens: int, num_sequences: int = 1) -> float:
+        """Return the expected seconds of `num_tokens` tokens, at least 1.
+
+        Beyond `max_step_tokens` the seconds grow in proportion to the tokens.
+        """
+        view = self.latency.view
+        seconds = view.expected(variant, min(num_tokens, view.max_batch_size)) * max(
+            1.0, num_tokens / view.max_batch_size
         )
-        return whole + max(0, sequences - 1) * self._sequence_s * view.slowdown
+        return seconds + max(0, num_sequences - 1) * self._sequence_s * view.slowdown
 
-    def fits(self, path: int, slack_s: float, sequences: int) -> int:
-        """Tokens, those of the sequences included, that a step may have to stay within."""
-        view = self.table.view
-        left = slack_s - max(0, sequences - 1) * self._sequence_s * view.slowdown * view.tail
-        return view.largest_fit(path, left) if left > 0 else 0
+    def largest_fit(self, variant: int, slack_s: float, num_sequences: int) -> int:
+        """Return the largest number of tokens, of all sequences, of a step within the slack."""
+        view = self.latency.view
+        extra_s = max(0, num_sequences - 1) * self._sequence_s * view.slowdown * view.tail
+        left_s = slack_s - extra_s
+        return view.largest_fit(variant, left_s) if left_s > 0 else 0
 
-    def prefill_s(self, path: int, tokens: int) -> float:
-        """Seconds to read so many tokens of a prompt, in steps as large as they may be."""
-        most = self.most_tokens
-        whole, rest = divmod(tokens, most)
-        return whole * self.expected(path, most) + (self.expected(path, rest) if rest else 0.0)
+    def prefill_s(self, variant: int, num_tokens: int) -> float:
+        """Return the expected seconds of a prompt, computed in steps of `max_step_tokens`."""
+        largest = self.max_step_tokens
+        full_steps, rest = divmod(num_tokens, largest)
+        rest_s = self.expected(variant, rest) if rest else 0.0
+        return full_steps * self.expected(variant, largest) + rest_s
 
-    def observe(self, path: int, tokens: int, sequences: int, seconds: float) -> float:
-        """Learn from a step; actual over expected seconds."""
-        extra = max(0, sequences - 1) * self._sequence_s * self.table.view.slowdown
-        return self.table.observe(path, tokens, max(seconds - extra, 0.1 * seconds))
+    def observe(self, variant: int, num_tokens: int, num_sequences: int, seconds: float) -> float:
+        """Learn from one step; return its actual over its expected seconds."""
+        extra_s = max(0, num_sequences - 1) * self._sequence_s * self.latency.view.slowdown
+        return self.latency.observe(variant, num_tokens, max(seconds - extra_s, 0.1 * seconds))
 
 
-def placeholder_profile(paths: int, most_tokens: int) -> LatencyProfile:
-    """Before anything was measured: every step alike, so that order decides and not the path."""
-    sizes = (1, most_tokens) if most_tokens > 1 else (1,)
+def placeholder_profile(num_variants: int, max_step_tokens: int) -> LatencyProfile:
+    """Return the profile used before measuring: 10 ms for every step of every variant.
+
+    With equal times only the order of requests decides, not the variant.
+    """
+    sizes = (1, max_step_tokens) if max_step_tokens > 1 else (1,)
     same = Latency(median_s=(0.01,) * len(sizes), p99_s=(0.01,) * len(sizes))
     return LatencyProfile(
         device="unmeasured",
@@ -94,38 +109,42 @@ def placeholder_profile(paths: int, most_tokens: int) -> LatencyProfile:
         date="",
         versions={},
         batch_sizes=sizes,
-        variants=dict.fromkeys(range(paths), same),
+        variants=dict.fromkeys(range(num_variants), same),
     )
 
 
-SIZES = (1, 8, 64)
-"""Tokens of a step that are measured, besides the most that one may have."""
-REPEATS = 3
-SEQUENCES = 8
+MEASURED_STEP_TOKENS = (1, 8, 64)
+"""Tokens of the steps that are measured, besides the largest step."""
+NUM_REPEATS = 3
+"""Timed runs of each step, after one run that is not timed."""
+MEASURED_SEQUENCES = 8
+"""Sequences of the step that measures the seconds of an additional sequence."""
 
 
-async def measure_steps(group: RankGroup, most_tokens: int) -> StepTimes:
-    """Seconds of prompts of some sizes on every path, and of several sequences at once.
+async def measure_steps(group: RankGroup, max_step_tokens: int) -> StepTimes:
+    """Return the step times of a group, measured with prompts of several sizes on every variant.
 
-    The caches hold nonsense afterwards. Raises `RankLost`.
+    One more step measures several sequences at once. The caches hold arbitrary values afterwards.
+    Raises `RankLost` if a rank died.
     """
-    job = group.job
-    sizes = (*(size for size in SIZES if size < most_tokens), most_tokens)
+    config = group.rank_config
+    sizes = (*(size for size in MEASURED_STEP_TOKENS if size < max_step_tokens), max_step_tokens)
     variants = {}
-    for path in range(len(job.paths)):
-        samples = [await _seconds(group, path, size, 1) for size in sizes]
-        variants[path] = Latency(
+    for variant in range(len(config.paths)):
+        samples = [await _time_step(group, variant, size, 1) for size in sizes]
+        variants[variant] = Latency(
             median_s=tuple(min(seconds) for seconds in samples),
             p99_s=tuple(max(seconds) for seconds in samples),
         )
-    together = min(SEQUENCES, most_tokens, job.blocks)
+    num_sequences = min(MEASURED_SEQUENCES, max_step_tokens, config.blocks)
     sequence_s = 0.0
-    if together > 1:
-        apart = median(await _seconds(group, 0, 1, together))
-        sequence_s = max(0.0, (apart - median(await _seconds(group, 0, together, 1))) / together)
+    if num_sequences > 1:
+        separate_s = median(await _time_step(group, 0, 1, num_sequences))
+        together_s = median(await _time_step(group, 0, num_sequences, 1))
+        sequence_s = max(0.0, (separate_s - together_s) / num_sequences)
     profile = LatencyProfile(
-        device=job.device,
-        threads=job.threads,
+        device=config.device,
+        threads=config.threads,
         date=datetime.now(UTC).date().isoformat(),
         versions={"torch": torch.__version__},
         batch_sizes=sizes,
@@ -134,19 +153,23 @@ async def measure_steps(group: RankGroup, most_tokens: int) -> StepTimes:
     return StepTimes(profile, sequence_s)
 
 
-async def _seconds(group: RankGroup, path: int, tokens: int, sequences: int) -> list[float]:
-    """Of steps of `tokens` fresh tokens of each of so many sequences."""
-    step = Step(tuple(_runs(group, tokens, sequences)), path)
+async def _time_step(
+    group: RankGroup, variant: int, num_tokens: int, num_sequences: int
+) -> list[float]:
+    """Return the seconds of repeated steps of `num_tokens` new tokens of each sequence."""
+    step = Step(tuple(_prompts(group, num_tokens, num_sequences)), variant)
     seconds = []
-    await group.run(step)  # the first one of a size is slower
-    for _ in range(REPEATS):
+    await group.run(step)  # the first run of a size is slower
+    for _ in range(NUM_REPEATS):
         started = time.perf_counter()
         await group.run(step)
         seconds.append(time.perf_counter() - started)
     return seconds
 
 
-def _runs(group: RankGroup, tokens: int, sequences: int) -> Iterator[SequenceInput]:
-    each = -(-tokens // group.job.block_tokens)
-    for sequence in range(sequences):
-        yield SequenceInput([1] * tokens, 0, range(sequence * each, (sequence + 1) * each))
+def _prompts(group: RankGroup, num_tokens: int, num_sequences: int) -> Iterator[SequenceInput]:
+    """Yield sequences of `num_tokens` tokens, each with blocks of its own."""
+    blocks_each = -(-num_tokens // group.rank_config.block_tokens)
+    for number in range(num_sequences):
+        blocks = range(number * blocks_each, (number + 1) * blocks_each)
+        yield SequenceInput([1] * num_tokens, 0, blocks)

@@ -1,1 +1,1 @@
-"""Ladder conversion and training of small language models."""
+"""Conversion of language models to ladders, and training of small ones."""

@@ -1,4 +1,4 @@
-"""A standard language model becomes a family: itself, and ladders that were retrained."""
+"""Convert a standard language model to a family: the model itself and a retrained ladder."""
 
 from __future__ import annotations
 
@@ -21,15 +21,21 @@ from ladderstitch.scheduling.profiles import Quality, QualityTable
 from ladderstitch.text.bundle import TextBundle, TextManifest, TextVariant, write_manifest
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.weights import expected_shapes
+from ladderstitch.text.tokenizer import TextTokenizer
 from ladderstitch.training.text.distil import (
     Distillation,
     LadderRecipe,
-    adapt,
+    create_adapters,
     delta_tensors,
     distil,
-    prepare,
+    prepare_targets,
 )
-from ladderstitch.training.text.evaluate import CONFIDENCE, measure_path, tokenise, windows
+from ladderstitch.training.text.evaluate import (
+    CONFIDENCE,
+    measure_path,
+    read_tokens,
+    split_windows,
+)
 from ladderstitch.training.text.trainable_llama import LowRank, TrainableLlama
 
 METRIC = "next-token accuracy"
@@ -38,8 +44,11 @@ STANDARD = "standard"
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """From `source`, by a recipe, on a text; measured on held-out texts by name, of which the
-    first is what the bundle's qualities come from."""
+    """The inputs of a conversion: source bundle, recipe, training text and held-out texts by name.
+
+    The first held-out text gives the qualities of the bundle `into`. Checkpoints and targets are
+    kept in the folder `work`.
+    """
 
     source: TextBundle
     recipe: LadderRecipe
@@ -50,44 +59,40 @@ class Conversion:
 
 
 def convert(conversion: Conversion, progress: Progress) -> dict[str, object]:
-    """Write the bundle `into`; what was measured, before and after. Resumes where `work` stands.
+    """Retrain the ladder layers, write the bundle `into`, and return the report.
 
-    Raises `ConfigError` for a source that is no standard model, `DataError` for a text.
+    The report has the qualities of all paths, before and after retraining. The conversion continues
+    from the state in the folder `work`. Raises `ConfigError` for a source that is not a standard
+    model, and `DataError` for a text that cannot be read or is too short.
     """
     source, recipe = conversion.source, conversion.recipe
     config, started = source.manifest.config, time.monotonic()
-    if source.manifest.ways[0].residual.scheme != STANDARD:
+    if source.manifest.variants[0].residual.scheme != STANDARD:
         raise ConfigError("source: expected a bundle whose first path is a standard model")
     if recipe.ladder_layers > config.layers:
-        raise ConfigError(f"ladder_layers: expected at most {config.layers}")
+        raise ConfigError(
+            f"ladder_layers: expected at most {config.layers}, got {recipe.ladder_layers}"
+        )
     tokenizer = source.tokenizer()
     weights = source.weights()
     tensors = {name: weights.read(name).float() for name in expected_shapes(config)}
-    adapters = adapt(
+    adapters = create_adapters(
         expected_shapes(config),
         range(config.layers - recipe.ladder_layers, config.layers),
         recipe.rank,
         recipe.seed,
     )
     conversion.work.mkdir(parents=True, exist_ok=True)
-    text = windows(
-        tokenise(conversion.text, tokenizer),
+    text = split_windows(
+        read_tokens(conversion.text, tokenizer),
         recipe.window,
         recipe.tokens // recipe.window,
         recipe.seed,
     )
     _train(conversion, tensors, adapters, text, progress)
-    held_out = {
-        name: windows(
-            tokenise(file, tokenizer),
-            recipe.held_out_window,
-            recipe.held_out_tokens // recipe.held_out_window,
-            recipe.seed,
-        )
-        for name, file in conversion.held_out.items()
-    }
+    held_out = _read_held_out(conversion, tokenizer)
     measured = _measure(conversion, TrainableLlama(config, tensors), adapters, held_out, progress)
-    _write(conversion, adapters, measured)
+    _write_bundle(conversion, adapters, measured)
     return {
         "recipe": recipe.model_dump(mode="json"),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
@@ -102,6 +107,20 @@ def convert(conversion: Conversion, progress: Progress) -> dict[str, object]:
     }
 
 
+def _read_held_out(conversion: Conversion, tokenizer: TextTokenizer) -> dict[str, Tensor]:
+    """Return the windows [W, T + 1] of every held-out text by name."""
+    recipe = conversion.recipe
+    return {
+        name: split_windows(
+            read_tokens(file, tokenizer),
+            recipe.held_out_window,
+            recipe.held_out_tokens // recipe.held_out_window,
+            recipe.seed,
+        )
+        for name, file in conversion.held_out.items()
+    }
+
+
 def _train(
     conversion: Conversion,
     tensors: Mapping[str, Tensor],
@@ -109,12 +128,13 @@ def _train(
     text: Tensor,
     progress: Progress,
 ) -> None:
+    """Train the adapters in place, on a model with bfloat16 matrices."""
     config, recipe = conversion.source.manifest.config, conversion.recipe
     halved = {name: t.bfloat16() if t.dim() > 1 else t for name, t in tensors.items()}
-    plans = plan_layers(_ladder(recipe.ladder_layers), config.layers, 1)
+    plans = plan_layers(_ladder_scheme(recipe.ladder_layers), config.layers, 1)
     model = TrainableLlama(config, halved)
     work = Distillation(model, plans, adapters, recipe, conversion.work)
-    distil(work, prepare(work, text, progress), progress)
+    distil(work, prepare_targets(work, text, progress), progress)
 
 
 def _measure(
@@ -124,15 +144,15 @@ def _measure(
     held_out: Mapping[str, Tensor],
     progress: Progress,
 ) -> dict[str, dict[str, Quality]]:
-    """By data set and path: standard, untrained ladders, the retrained one."""
+    """Return the quality by data set and path: standard, untrained ladders, retrained ladder."""
     recipe, layers = conversion.recipe, conversion.source.manifest.config.layers
     untrained = sorted({*recipe.untrained, recipe.ladder_layers})
     paths: dict[str, tuple[ResidualScheme, Mapping[str, LowRank] | None]] = {
         STANDARD: (ResidualScheme(), None)
     }
-    paths |= {f"ladder-{n}, untrained": (_ladder(n), None) for n in untrained}
-    paths[recipe.name] = (_ladder(recipe.ladder_layers), adapters)
-    total = sum(len(windows) for windows in held_out.values()) * len(paths)
+    paths |= {f"ladder-{n}, untrained": (_ladder_scheme(n), None) for n in untrained}
+    paths[recipe.name] = (_ladder_scheme(recipe.ladder_layers), adapters)
+    total = sum(len(text) for text in held_out.values()) * len(paths)
     task = progress.add_task("measuring", total=total)
     return {
         data: {
@@ -149,16 +169,17 @@ def _measure(
     }
 
 
-def _ladder(layers: int) -> ResidualScheme:
+def _ladder_scheme(layers: int) -> ResidualScheme:
+    """Return the scheme whose last layers are ladder layers."""
     return ResidualScheme(scheme="ladder", ladder_layers=layers)
 
 
-def _write(
+def _write_bundle(
     conversion: Conversion,
     adapters: Mapping[str, LowRank],
     measured: Mapping[str, Mapping[str, Quality]],
 ) -> None:
-    """The bundle: the source's weights, the delta, paths and their qualities."""
+    """Write the bundle: the source's weights, the delta, the paths and their qualities."""
     source, recipe, into = conversion.source, conversion.recipe, conversion.into
     into.mkdir(parents=True, exist_ok=True)
     for file in source.path.iterdir():
@@ -166,13 +187,14 @@ def _write(
             shutil.copy2(file, into / file.name)
     delta = f"{recipe.name}.safetensors"
     save_file(delta_tensors(adapters), into / delta)
-    path = TextVariant(name=recipe.name, residual=_ladder(recipe.ladder_layers), delta=delta)
-    earlier = [way for way in source.manifest.ways if way.name != recipe.name]
+    residual = _ladder_scheme(recipe.ladder_layers)
+    retrained = TextVariant(name=recipe.name, residual=residual, delta=delta)
+    earlier = [v for v in source.manifest.variants if v.name != recipe.name]
     known = source.quality.variants if source.quality else {}
-    by_name = {way.name: known[n] for n, way in enumerate(source.manifest.ways) if n in known}
+    by_name = {v.name: known[n] for n, v in enumerate(source.manifest.variants) if n in known}
     data = next(iter(measured))
     by_name |= measured[data]
-    paths = (*earlier, path)
+    paths = (*earlier, retrained)
     table = QualityTable(
         metric=METRIC,
         data=data,
@@ -180,7 +202,7 @@ def _write(
         confidence=CONFIDENCE,
         date=datetime.now(UTC).date().isoformat(),
         versions={"torch": torch.__version__},
-        variants={number: by_name[way.name] for number, way in enumerate(paths)},
+        variants={number: by_name[path.name] for number, path in enumerate(paths)},
     )
     (into / "quality.json").write_text(table.model_dump_json(indent=1) + "\n")
     fields = source.manifest.model_dump() | {"paths": paths}
@@ -188,5 +210,6 @@ def _write(
 
 
 def write_report(report: Mapping[str, object], path: Path) -> None:
+    """Write the report of `convert` as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""How good a path is: next-token accuracy with its interval, and perplexity, on held-out text."""
+"""Quality of a path on held-out text: next-token accuracy with its interval, and perplexity."""
 
 from __future__ import annotations
 
@@ -26,56 +26,62 @@ def measure_path(
     plans: Sequence[LayerPlan],
     adapters: Mapping[str, LowRank] | None,
     held_out: Tensor,
-    advance: Callable[[int], None] = lambda n: None,
+    on_progress: Callable[[int], None] = lambda n: None,
 ) -> Quality:
-    """Over windows [W, T + 1], each read from its first token on."""
-    right, surprise = 0, 0.0
+    """Return the quality of a path over W windows [W, T + 1], each without earlier context.
+
+    `on_progress` is called with 1 after each window.
+    """
+    correct, loss = 0, 0.0
     for window in held_out:
         logits = model.logits(window[None, :-1], plans, adapters)[0].float()
         targets = window[1:]
-        right += int((logits.argmax(-1) == targets).sum())
-        surprise += float(F.cross_entropy(logits, targets, reduction="sum"))
-        advance(1)
+        correct += int((logits.argmax(-1) == targets).sum())
+        loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+        on_progress(1)
     count = held_out[:, 1:].numel()
-    interval = binomtest(right, count).proportion_ci(CONFIDENCE, method="wilson")
+    interval = binomtest(correct, count).proportion_ci(CONFIDENCE, method="wilson")
     return Quality(
-        value=right / count,
+        value=correct / count,
         low=interval.low,
         high=interval.high,
-        perplexity=max(1.0, math.exp(surprise / count)),
+        perplexity=max(1.0, math.exp(loss / count)),
     )
 
 
 PIECE_CHARACTERS = 200_000
-"""Texts are tokenised in pieces of about this, cut at ends of lines."""
+"""Approximate size of the pieces in which texts are tokenised, cut at ends of lines."""
 
 
-def tokenise(file: Path, tokenizer: TextTokenizer) -> Tensor:
-    """All tokens of a file [N]; raises `DataError`."""
+def read_tokens(file: Path, tokenizer: TextTokenizer) -> Tensor:
+    """Return the tokens [T] of a text file; raises `DataError` if it cannot be read."""
     try:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: {error}") from error
     ids: list[int] = []
-    at = 0
-    while at < len(text):
-        end = text.find("\n", at + PIECE_CHARACTERS)
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + PIECE_CHARACTERS)
         end = len(text) if end < 0 else end + 1
-        ids += tokenizer.encode(text[at:end])
-        at = end
+        ids += tokenizer.encode(text[start:end])
+        start = end
     return torch.tensor(ids)
 
 
-def windows(tokens: Tensor, length: int, most: int | None = None, seed: int = 0) -> Tensor:
-    """[W, length + 1]: windows whose targets do not overlap; `most` of them, drawn by the seed.
+def split_windows(
+    tokens: Tensor, length: int, max_windows: int | None = None, seed: int = 0
+) -> Tensor:
+    """Return windows [W, length + 1] of tokens [T] whose targets do not overlap.
 
-    Raises `DataError` if the text is too short for one.
+    If there are more than `max_windows`, the seed selects a random subset; unset returns all.
+    Raises `DataError` if the text is too short for one window.
     """
     count = (len(tokens) - 1) // length
     if not count:
         raise DataError(f"text: expected more than {length} tokens, got {len(tokens)}")
-    whole = tokens[: count * length + 1].unfold(0, length + 1, length)
-    if most is None or most >= count:
-        return whole.contiguous()
+    windows = tokens[: count * length + 1].unfold(0, length + 1, length)
+    if max_windows is None or max_windows >= count:
+        return windows.contiguous()
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return whole[order[:most].sort().values].contiguous()
+    return windows[order[:max_windows].sort().values].contiguous()

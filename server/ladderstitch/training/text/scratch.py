@@ -1,7 +1,7 @@
-"""Trains small language models from scratch, one for each residual scheme, side by side.
+"""Train small language models from scratch, one for each residual scheme.
 
-All see the same batches in the same order from the same first weights, so that what differs in the
-end is the scheme alone.
+All models start from the same weights and train on the same batches in the same order, so that the
+results differ by the scheme only.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from ladderstitch.text.model.residual import LayerPlan, ResidualScheme, plan_lay
 from ladderstitch.text.model.weights import expected_shapes
 from ladderstitch.training.text.trainable_llama import TrainableLlama
 
-END = "<end>"
+END_TOKEN = "<end>"
 SAVE_STEPS = 50
 
 
 class ScratchRecipe(BaseModel):
-    """Sizes, schemes and schedule."""
+    """The recipe of a comparison of residual schemes: sizes, schemes and schedule."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: LlamaConfig
-    schemes: dict[str, ResidualScheme] = Field(min_length=1, description="by name")
-    tokens: int = Field(gt=0, description="that each model is trained on, repeated text included")
+    schemes: dict[str, ResidualScheme] = Field(min_length=1, description="residual schemes by name")
+    tokens: int = Field(gt=0, description="training tokens of each model; repeated text counts")
     window: int = Field(256, gt=1)
     batch_windows: int = Field(16, gt=0)
     learning_rate: float = Field(1.5e-3, gt=0)
@@ -46,11 +46,11 @@ class ScratchRecipe(BaseModel):
     weight_decay: float = Field(0.1, ge=0)
     seed: int = 0
     held_out_tokens: int = Field(32_768, gt=0)
-    measure_steps: int = Field(100, gt=0, description="between two looks at the held-out text")
+    measure_steps: int = Field(100, gt=0, description="steps between two held-out losses")
 
     @classmethod
     def load(cls, path: Path) -> ScratchRecipe:
-        """Raises `ConfigError` that names the field."""
+        """Return the recipe in a YAML file; raises `ConfigError` that names the wrong field."""
         try:
             return cls.model_validate(yaml.safe_load(path.read_text()))
         except (OSError, yaml.YAMLError, ValidationError) as error:
@@ -58,17 +58,18 @@ class ScratchRecipe(BaseModel):
 
     @property
     def steps(self) -> int:
+        """Number of optimisation steps."""
         return self.tokens // (self.window * self.batch_windows)
 
 
 def train_tokenizer(texts: Sequence[Path], size: int) -> Tokenizer:
-    """Byte-level BPE of so many tokens, the first of which ends an answer."""
+    """Return a byte-level BPE tokenizer of `size` tokens; token 0 ends an answer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        special_tokens=[END],
+        special_tokens=[END_TOKEN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -76,32 +77,35 @@ def train_tokenizer(texts: Sequence[Path], size: int) -> Tokenizer:
     return tokenizer
 
 
-def first_weights(config: LlamaConfig, seed: int) -> dict[str, nn.Parameter]:
-    """Normal, of deviation 0.02; what a residual sub-block ends with is smaller by sqrt(2 layers),
-    as in GPT-2."""
+def initial_weights(config: LlamaConfig, seed: int) -> dict[str, nn.Parameter]:
+    """Return normally distributed weights of standard deviation 0.02; norms are 1.
+
+    The deviation of a sub-block's last matrix is divided by sqrt(2 layers), like in GPT-2.
+    """
     random = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in expected_shapes(config).items():
         if len(shape) == 1:
             tensors[name] = nn.Parameter(torch.ones(shape))
             continue
-        deeper = name.endswith(("o_proj.weight", "down_proj.weight"))
-        deviation = 0.02 / math.sqrt(2 * config.layers) if deeper else 0.02
+        ends_sub_block = name.endswith(("o_proj.weight", "down_proj.weight"))
+        deviation = 0.02 / math.sqrt(2 * config.layers) if ends_sub_block else 0.02
         tensors[name] = nn.Parameter(deviation * torch.randn(shape, generator=random))
     return tensors
 
 
 @dataclass(slots=True)
 class SchemeRun:
-    """One model in training."""
+    """The training of one model: its tensors, residual plans and optimizer."""
 
     model: TrainableLlama
     plans: Sequence[LayerPlan]
     optimizer: torch.optim.Optimizer
 
     @classmethod
-    def of(cls, recipe: ScratchRecipe, residual: ResidualScheme) -> SchemeRun:
-        tensors = first_weights(recipe.config, recipe.seed)
+    def create(cls, recipe: ScratchRecipe, residual: ResidualScheme) -> SchemeRun:
+        """Return a run with initial weights."""
+        tensors = initial_weights(recipe.config, recipe.seed)
         matrices = [t for t in tensors.values() if t.dim() > 1]
         vectors = [t for t in tensors.values() if t.dim() == 1]
         optimizer = torch.optim.AdamW(
@@ -117,12 +121,13 @@ class SchemeRun:
         return cls(TrainableLlama(recipe.config, tensors), plans, optimizer)
 
     def loss(self, batch: Tensor) -> Tensor:
-        """Mean surprise of the tokens [B, T + 1] after the first, in nats."""
+        """Return the mean cross-entropy of the tokens [B, T + 1] after the first, in nats."""
         with torch.autocast("cpu", torch.bfloat16):
             logits = self.model.logits(batch[:, :-1], self.plans)
         return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
-    def learn(self, batch: Tensor, learning_rate: float) -> float:
+    def train_step(self, batch: Tensor, learning_rate: float) -> float:
+        """Take one optimisation step on tokens [B, T + 1]; return the loss before it, in nats."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad()
@@ -133,14 +138,17 @@ class SchemeRun:
         return loss.item()
 
     @torch.inference_mode()
-    def held_out(self, windows: Tensor) -> float:
+    def held_out_loss(self, windows: Tensor) -> float:
+        """Return the mean loss over windows [W, T + 1], in nats per token."""
         losses = [self.loss(part).item() * len(part) for part in torch.split(windows, 16)]
         return sum(losses) / len(windows)
 
     def state(self) -> dict[str, object]:
+        """Return the state for a checkpoint."""
         return {"tensors": dict(self.model.tensors), "optimizer": self.optimizer.state_dict()}
 
     def restore(self, state: Mapping[str, dict[str, Tensor]]) -> None:
+        """Load the state of a checkpoint."""
         with torch.no_grad():
             for name, tensor in self.model.tensors.items():
                 tensor.copy_(state["tensors"][name])
@@ -150,53 +158,75 @@ class SchemeRun:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
-def train_side_by_side(
+def train_schemes(
     recipe: ScratchRecipe, text: Tensor, held_out: Tensor, folder: Path, progress: Progress
 ) -> dict[str, SchemeRun]:
-    """Train every scheme on windows [W, T + 1]; `log.jsonl` gets the losses. Resumes."""
+    """Train a model of every scheme on windows [W, T + 1]; return the runs by scheme.
+
+    Losses go to `log.jsonl`. Training continues from the folder's checkpoint if there is one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    apprentices = {name: SchemeRun.of(recipe, r) for name, r in recipe.schemes.items()}
+    runs = {name: SchemeRun.create(recipe, r) for name, r in recipe.schemes.items()}
     checkpoint = folder / "checkpoint.pt"
-    done = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        done = int(state["steps"])
-        for name, apprentice in apprentices.items():
-            apprentice.restore(state[name])
+    done = _load_checkpoint(checkpoint, runs)
     task = progress.add_task("training", total=recipe.steps, completed=done)
     for step in range(done, recipe.steps):
-        batch = _batch(recipe, text, step)
-        rate = _rate(recipe, step)
-        row: dict[str, object] = {"step": step + 1}
-        for name, apprentice in apprentices.items():
-            started = time.monotonic()
-            row[name] = round(apprentice.learn(batch, rate), 4)
-            row[f"{name}_s"] = round(time.monotonic() - started, 2)
+        row = _train_step(recipe, runs, text, step)
         last = step + 1 == recipe.steps
         if last or (step + 1) % recipe.measure_steps == 0:
-            for name, apprentice in apprentices.items():
-                row[f"{name}_held_out"] = round(apprentice.held_out(held_out), 4)
+            for name, run in runs.items():
+                row[f"{name}_held_out"] = round(run.held_out_loss(held_out), 4)
         with (folder / "log.jsonl").open("a") as log:
             log.write(json.dumps(row) + "\n")
-        progress.update(task, advance=1, description=" ".join(f"{n} {row[n]}" for n in apprentices))
+        progress.update(task, advance=1, description=" ".join(f"{n} {row[n]}" for n in runs))
         if last or (step + 1) % SAVE_STEPS == 0:
-            partial = checkpoint.with_suffix(".partial")
-            states = {name: apprentice.state() for name, apprentice in apprentices.items()}
-            torch.save({"steps": step + 1} | states, partial)
-            partial.replace(checkpoint)
-    return apprentices
+            _save_checkpoint(checkpoint, runs, step + 1)
+    return runs
 
 
-def _batch(recipe: ScratchRecipe, text: Tensor, step: int) -> Tensor:
-    """The same at every call: each epoch has an order of its own."""
-    each = len(text) // recipe.batch_windows
-    epoch, within = divmod(step, each)
+def _train_step(
+    recipe: ScratchRecipe, runs: Mapping[str, SchemeRun], text: Tensor, step: int
+) -> dict[str, object]:
+    """Take one step with every run; return the losses and seconds for the log."""
+    batch = _select_batch(recipe, text, step)
+    rate = _learning_rate(recipe, step)
+    row: dict[str, object] = {"step": step + 1}
+    for name, run in runs.items():
+        started = time.monotonic()
+        row[name] = round(run.train_step(batch, rate), 4)
+        row[f"{name}_s"] = round(time.monotonic() - started, 2)
+    return row
+
+
+def _load_checkpoint(checkpoint: Path, runs: Mapping[str, SchemeRun]) -> int:
+    """Restore the runs from the checkpoint, if there is one; return the number of steps done."""
+    if not checkpoint.exists():
+        return 0
+    state = torch.load(checkpoint, weights_only=True)
+    for name, run in runs.items():
+        run.restore(state[name])
+    return int(state["steps"])
+
+
+def _save_checkpoint(checkpoint: Path, runs: Mapping[str, SchemeRun], steps: int) -> None:
+    """Write the checkpoint; the previous one stays until the new one is complete."""
+    partial = checkpoint.with_suffix(".partial")
+    states = {name: run.state() for name, run in runs.items()}
+    torch.save({"steps": steps} | states, partial)
+    partial.replace(checkpoint)
+
+
+def _select_batch(recipe: ScratchRecipe, text: Tensor, step: int) -> Tensor:
+    """Return the windows of a step; the seed and the epoch determine the order of the windows."""
+    steps_per_epoch = len(text) // recipe.batch_windows
+    epoch, index = divmod(step, steps_per_epoch)
     random = torch.Generator().manual_seed(recipe.seed * 100_003 + epoch)
     order = torch.randperm(len(text), generator=random)
-    return text[order[within * recipe.batch_windows : (within + 1) * recipe.batch_windows]]
+    return text[order[index * recipe.batch_windows : (index + 1) * recipe.batch_windows]]
 
 
-def _rate(recipe: ScratchRecipe, step: int) -> float:
+def _learning_rate(recipe: ScratchRecipe, step: int) -> float:
+    """Return the rate of a step: linear warm-up, then a cosine to 5 % of the peak rate."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
     phase = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)

@@ -1,6 +1,6 @@
-"""A language model that gradients flow through: whole sequences, no cache, no ranks.
+"""A trainable language model: it runs whole sequences, without a KV cache and without ranks.
 
-The residual schemes are those of `language.residual`, spelled out for one rank.
+The residual schemes are those of `text.model.residual`, written for one rank.
 """
 
 from __future__ import annotations
@@ -20,22 +20,27 @@ from ladderstitch.text.model.weights import EMBEDDING, FINAL_NORM, HEAD
 
 @dataclass(frozen=True, slots=True)
 class StreamState:
-    """The residual stream between two layers: without its last sub-block's output, and that
-    output; both [B, T, D]. What comes after a layer depends on nothing else."""
+    """The residual stream [B, T, D] between two layers.
 
-    settled: Tensor
+    `lagged` is the stream without the last sub-block's output, `last` is that output. Later layers
+    depend on nothing else.
+    """
+
+    lagged: Tensor
     last: Tensor
 
     @property
-    def whole(self) -> Tensor:
-        return self.settled + self.last
+    def full(self) -> Tensor:
+        """The stream with the last sub-block's output."""
+        return self.lagged + self.last
 
 
 class TrainableLlama:
-    """Tensors by their names in the Hugging Face layout, and what they compute.
+    """A Llama model over tensors by their names in the Hugging Face layout.
 
-    `adapters` change some of them; everything is an argument but the tensors. The stream is in
-    float32; matrices may be in bfloat16 under `torch.autocast`.
+    Residual plans and adapters are arguments of each call, never state; an adapter adds to the
+    tensor of its name. The stream is in float32; matrices may be in bfloat16 under
+    `torch.autocast`.
     """
 
     def __init__(self, config: LlamaConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -44,18 +49,18 @@ class TrainableLlama:
         self._rotation = cosines[:, None], sines[:, None]
 
     def embed(self, tokens: Tensor) -> StreamState:
-        """[B, T] -> the stream before the first layer."""
+        """Return the stream before the first layer for tokens [B, T]."""
         x = F.embedding(tokens, self.tensors[EMBEDDING]).float()
         return StreamState(x, torch.zeros_like(x))
 
     def run(
         self,
-        flow: StreamState,
+        stream: StreamState,
         layers: Sequence[int],
         plans: Sequence[LayerPlan],
         adapters: Mapping[str, LowRank] | None = None,
     ) -> StreamState:
-        """Through some layers in order; `plans` are those of all layers."""
+        """Return the stream after these layers, in order; `plans` has an entry for every layer."""
         adapters = adapters or {}
         for layer in layers:
             plan, prefix = plans[layer], f"model.layers.{layer}."
@@ -63,21 +68,21 @@ class TrainableLlama:
                 ("input_layernorm", self._attention),
                 ("post_attention_layernorm", self._mlp),
             ):
-                whole = flow.whole
-                seen = flow.settled if plan.lag else whole
+                full = stream.full
+                x = stream.lagged if plan.lag else full
                 gain = self._gain(f"{prefix}{norm}.weight", adapters)
-                normed = F.rms_norm(seen, gain.shape, gain, self.config.norm_eps)
-                flow = StreamState(whole, block(normed, prefix, adapters))
-        return flow
+                normed = F.rms_norm(x, gain.shape, gain, self.config.norm_eps)
+                stream = StreamState(full, block(normed, prefix, adapters))
+        return stream
 
-    def finish(self, flow: StreamState) -> Tensor:
-        """The stream after the last layer, normed: [B, T, D], what `head` reads."""
+    def final_hidden(self, stream: StreamState) -> Tensor:
+        """Return the normed stream [B, T, D] after the last layer, the input of `head`."""
         gain = self.tensors[FINAL_NORM]
-        return F.rms_norm(flow.whole, gain.shape, gain, self.config.norm_eps)
+        return F.rms_norm(stream.full, gain.shape, gain, self.config.norm_eps)
 
     @property
     def head(self) -> Tensor:
-        """[V, D]."""
+        """Weight [V, D] of the output layer."""
         return self.tensors[EMBEDDING if self.config.tied_head else HEAD]
 
     def logits(
@@ -86,11 +91,12 @@ class TrainableLlama:
         plans: Sequence[LayerPlan],
         adapters: Mapping[str, LowRank] | None = None,
     ) -> Tensor:
-        """[B, T] -> [B, T, V]."""
-        flow = self.run(self.embed(tokens), range(self.config.layers), plans, adapters)
-        return F.linear(self.finish(flow), self.head)
+        """Return the logits [B, T, V] of tokens [B, T]."""
+        stream = self.run(self.embed(tokens), range(self.config.layers), plans, adapters)
+        return F.linear(self.final_hidden(stream), self.head)
 
     def _attention(self, x: Tensor, prefix: str, adapters: Mapping[str, LowRank]) -> Tensor:
+        """Return the causal attention's output [B, T, D] for the normed stream [B, T, D]."""
         config, (batch, tokens, _) = self.config, x.shape
         q, k, v = (
             self._linear(x, f"{prefix}self_attn.{name}_proj.weight", adapters).view(
@@ -111,24 +117,28 @@ class TrainableLlama:
         return self._linear(joined, f"{prefix}self_attn.o_proj.weight", adapters)
 
     def _mlp(self, x: Tensor, prefix: str, adapters: Mapping[str, LowRank]) -> Tensor:
+        """Return the MLP's output [B, T, D] for the normed stream [B, T, D]."""
         gate = self._linear(x, f"{prefix}mlp.gate_proj.weight", adapters)
         up = self._linear(x, f"{prefix}mlp.up_proj.weight", adapters)
         return self._linear(F.silu(gate) * up, f"{prefix}mlp.down_proj.weight", adapters)
 
     def _linear(self, x: Tensor, name: str, adapters: Mapping[str, LowRank]) -> Tensor:
+        """Return x [.., K] times the named matrix [N, K] and its adapter."""
         product = F.linear(x, self.tensors[name])
         adapter = adapters.get(name)
         return product if adapter is None else product + adapter(x)
 
     def _gain(self, name: str, adapters: Mapping[str, LowRank]) -> Tensor:
+        """Return the named norm weight [D] with its adapter."""
         adapter = adapters.get(name)
         return self.tensors[name] if adapter is None else self.tensors[name] + adapter.offset()
 
 
 class LowRank(nn.Module):
-    """up [N, r] @ down [r, K] beside a matrix [N, K]; of a vector [N], `up` alone.
+    """A low-rank addition (LoRA) to a tensor, initially zero.
 
-    It begins as nothing: `up` is zero.
+    The addition to a matrix [N, K] is up [N, r] @ down [r, K]. The addition to a vector [N] is `up`
+    alone, with one entry per element.
     """
 
     def __init__(self, shape: Sequence[int], rank: int, random: torch.Generator) -> None:
@@ -142,10 +152,10 @@ class LowRank(nn.Module):
         self.down = nn.Parameter(torch.randn(rank, width, generator=random) / width**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [.., K] through the addition: [.., N]."""
-        assert self.down is not None, "vectors have no product"
+        """Return the addition's product [.., N] with x [.., K]; only for matrices."""
+        assert self.down is not None, "expected the adapter of a matrix, got that of a vector"
         return F.linear(F.linear(x, self.down), self.up)
 
     def offset(self) -> Tensor:
-        """The addition itself, in the tensor's shape."""
+        """Return the addition in the tensor's shape."""
         return self.up if self.down is None else self.up @ self.down

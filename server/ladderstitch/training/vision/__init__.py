@@ -1,1 +1,1 @@
-"""Training, stitching, calibrating and profiling image families."""
+"""Training, stitching, calibration and profiling of image families."""

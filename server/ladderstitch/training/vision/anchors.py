@@ -1,4 +1,4 @@
-"""Train a family's anchors from scratch, largest first, each on its own."""
+"""Train a family's anchors from scratch, one after another, largest first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.training.vision.dataset import LabelledImages
 from ladderstitch.training.vision.learngene import (
     FeatureRecorder,
-    Maps,
+    TeacherMaps,
     distillation_loss,
     save_maps,
 )
@@ -29,38 +29,48 @@ AnyAnchor = VitConfig | Hierarchical
 
 
 def anchor_file(folder: Path, anchor: int) -> Path:
+    """Return the file of a trained anchor."""
     return folder / f"anchor-{anchor}.safetensors"
 
 
 def load_anchor(recipe: Recipe, folder: Path, anchor: int) -> Backbone:
-    """A trained anchor; raises `DataError` if `ladderstitch train` has not finished it."""
+    """Return a trained anchor in eval mode.
+
+    Raises `DataError` if `ladderstitch train` has not finished it.
+    """
     path = anchor_file(folder, anchor)
     if not path.exists():
-        raise DataError(f"{path}: no such anchor; run `ladderstitch train` first")
+        raise DataError(
+            f"{path}: expected a trained anchor, got none; run `ladderstitch train` first"
+        )
     model = recipe.family.anchors[anchor].build(recipe.family.inputs)
     model.load_state_dict(load_file(path))
     return model.eval()
 
 
 def train_anchors(recipe: Recipe, images: LabelledImages, folder: Path, progress: Progress) -> None:
-    """Write `anchor-{a}.safetensors` (float32, upstream's names) for each not yet there."""
+    """Train each anchor and write its `anchor-{a}.safetensors` (float32, upstream's names).
+
+    Anchors whose file exists are skipped. Raises `ConfigError` unless the recipe has a schedule for
+    every anchor.
+    """
     if len(recipe.anchors) != len(recipe.family.anchors):
         raise ConfigError(
-            f"anchors: expected one schedule for each of {len(recipe.family.anchors)} anchors, "
+            f"anchors: expected {len(recipe.family.anchors)} schedules, one per anchor, "
             f"got {len(recipe.anchors)}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(recipe.threads)
     trainer = Trainer(recipe, images, folder, progress)
-    teacher = None if recipe.pool is None else trainer.teacher(recipe.pool)
+    teacher = None if recipe.pool is None else trainer.train_teacher(recipe.pool)
     for anchor in reversed(range(len(recipe.anchors))):
         if not anchor_file(folder, anchor).exists():
-            trainer.train(anchor, teacher)
+            trainer.train_anchor(anchor, teacher)
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
-    """One network's training: what its files are called, what is added to the recipe's seed."""
+class TrainingJob:
+    """The training of one network: stem of its files, offset to the recipe's seed, schedule."""
 
     name: str
     seed: int
@@ -69,65 +79,67 @@ class Lesson:
 
 @dataclass(frozen=True, slots=True)
 class Trainer:
-    """What the training of all of a family's networks shares."""
+    """The trainer of all networks of a family, with the recipe and the data that they share."""
 
     recipe: Recipe
     images: LabelledImages
     folder: Path
     progress: Progress
 
-    def train(self, anchor: int, teacher: Vit | None) -> None:
-        """Write one anchor, which learns from the teacher if there is one."""
+    def train_anchor(self, anchor: int, teacher: Vit | None) -> None:
+        """Train one anchor, with distillation if there is a teacher, and write its file."""
         recipe = self.recipe
-        lesson = Lesson(f"anchor-{anchor}", anchor, recipe.anchors[anchor])
-        model = self._fresh(recipe.family.anchors[anchor], lesson)
+        job = TrainingJob(f"anchor-{anchor}", anchor, recipe.anchors[anchor])
+        model = self._create(recipe.family.anchors[anchor], job)
         if recipe.pool is None or teacher is None:
-            self._fit_alone(model, lesson)
+            self._fit_labels(model, job)
         else:
             assert isinstance(model, Vit)
-            maps = Maps(model, teacher)
-            smoothing = lesson.schedule.label_smoothing
+            maps = TeacherMaps(model, teacher)
+            smoothing = job.schedule.label_smoothing
             loss = distillation_loss(
                 FeatureRecorder(model), FeatureRecorder(teacher), maps, recipe.pool, smoothing
             )
-            self._fit(model, nn.ModuleList((model, maps)), loss, lesson)
+            self._fit(model, nn.ModuleList((model, maps)), loss, job)
             save_maps(maps, self.folder, anchor)
         save_file(model.state_dict(), anchor_file(self.folder, anchor))
 
-    def teacher(self, pool: Pool) -> Vit:
-        """The pool's larger model, trained first."""
-        lesson = Lesson("teacher", len(self.recipe.anchors), pool.schedule)
-        model = self._fresh(pool.teacher, lesson)
+    def train_teacher(self, pool: Pool) -> Vit:
+        """Return the pool's teacher, trained if its file does not exist, without gradients."""
+        job = TrainingJob("teacher", len(self.recipe.anchors), pool.schedule)
+        model = self._create(pool.teacher, job)
         assert isinstance(model, Vit)
         file = self.folder / "teacher.safetensors"
         if not file.exists():
-            self._fit_alone(model, lesson)
+            self._fit_labels(model, job)
             save_file(model.state_dict(), file)
         model.load_state_dict(load_file(file))
         return model.eval().requires_grad_(False)
 
-    def _fresh(self, config: AnyAnchor, lesson: Lesson) -> Backbone:
-        torch.manual_seed(self.recipe.seed + lesson.seed)
+    def _create(self, config: AnyAnchor, job: TrainingJob) -> Backbone:
+        """Return an anchor with seeded initial weights."""
+        torch.manual_seed(self.recipe.seed + job.seed)
         model = config.build(self.recipe.family.inputs)
         if isinstance(model, Vit):
             init_vit(model)
         return model
 
-    def _fit_alone(self, model: Backbone, lesson: Lesson) -> None:
-        smoothing = lesson.schedule.label_smoothing
+    def _fit_labels(self, model: Backbone, job: TrainingJob) -> None:
+        """Train a network on the labels only."""
+        smoothing = job.schedule.label_smoothing
 
         def loss(batch: Tensor, labels: Tensor, _rng: torch.Generator) -> Tensor:
             return F.cross_entropy(model(batch), labels, label_smoothing=smoothing)
 
-        self._fit(model, model, loss, lesson)
+        self._fit(model, model, loss, job)
 
-    def _fit(self, model: Backbone, trained: nn.Module, loss: Loss, lesson: Lesson) -> None:
-        """Fit `trained`, of which `model` is the network, or all."""
-        recipe, schedule = self.recipe, lesson.schedule
+    def _fit(self, model: Backbone, trained: nn.Module, loss: Loss, job: TrainingJob) -> None:
+        """Train `trained`, which is `model` or contains it, and validate `model`."""
+        recipe, schedule = self.recipe, job.schedule
         train, validation = self.images.split(recipe.data.validation_images)
         bfloat16 = recipe.precision == "bfloat16"
-        seed = recipe.seed + lesson.seed
-        run = TrainingRun(lesson.name, self.folder, seed, schedule, recipe.data, train, bfloat16)
+        seed = recipe.seed + job.seed
+        run = TrainingRun(job.name, self.folder, seed, schedule, recipe.data, train, bfloat16)
         fit(
             trained,
             parameter_groups(trained, schedule.learning_rate),
@@ -140,7 +152,7 @@ class Trainer:
 
 
 def init_vit(model: Vit) -> None:
-    """DeiT's start: truncated normal of 0.02 for linear maps and embeddings, zero biases."""
+    """Initialise like DeiT: truncated normal (0.02) for matrices and embeddings, zero biases."""
     nn.init.trunc_normal_(model.cls_token, std=0.02)
     nn.init.trunc_normal_(model.pos_embed, std=0.02)
     for module in model.modules():
@@ -151,15 +163,18 @@ def init_vit(model: Vit) -> None:
 
 
 def parameter_groups(module: nn.Module, learning_rate: float) -> list[dict[str, object]]:
-    """Matrices decay, vectors (biases, norms) and embeddings do not."""
+    """Return optimizer groups: weight decay for matrices, none for vectors and embeddings.
+
+    Vectors are biases and the weights of norms.
+    """
     decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         embedding = name.endswith(("cls_token", "pos_embed"))
-        (plain if parameter.ndim < 2 or embedding else decayed).append(parameter)
+        (undecayed if parameter.ndim < 2 or embedding else decayed).append(parameter)
     return [
         {"params": decayed, "lr": learning_rate},
-        {"params": plain, "lr": learning_rate, "weight_decay": 0.0},
+        {"params": undecayed, "lr": learning_rate, "weight_decay": 0.0},
     ]

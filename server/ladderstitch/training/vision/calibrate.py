@@ -1,4 +1,4 @@
-"""Measure the quality of every stitch of a bundle, with a confidence interval, resumably."""
+"""Measure the quality (with confidence intervals) and the latency of every stitch of a bundle."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from scipy.stats import binomtest
 from ladderstitch.runtime.device import device_name, versions
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile, Quality, QualityTable
 from ladderstitch.training.vision.dataset import LabelledImages, normalise
-from ladderstitch.vision.bundle import Bundle, write_table
+from ladderstitch.vision.bundle import VisionBundle, write_table
 from ladderstitch.vision.models.executor import StitchExecutor
 
 CONFIDENCE = 0.95
 
 
 def calibrate(
-    bundle: Bundle, images: LabelledImages, data_name: str, batch_size: int, progress: Progress
+    bundle: VisionBundle,
+    images: LabelledImages,
+    data_name: str,
+    batch_size: int,
+    progress: Progress,
 ) -> QualityTable:
-    """Top-1 accuracy with its Wilson interval per stitch, on the weights as they are served.
+    """Return the top-1 accuracy and its Wilson interval per stitch, measured on the served weights.
 
-    Written to the bundle after each stitch; a run on the same data goes on where the last stopped.
+    The table is written to the bundle after each stitch. A run on the same data (equal name and
+    number of images) continues after the last stitch measured.
     """
     model = StitchExecutor(bundle.load_model())
     table = QualityTable.model_construct(
@@ -34,14 +39,14 @@ def calibrate(
         confidence=CONFIDENCE,
         date=datetime.now(UTC).date().isoformat(),
         versions=versions(),
-        variants=_already_measured(bundle, data_name, len(images)),
+        variants=_read_measured(bundle, data_name, len(images)),
     )
     todo = [stitch for stitch in model.usable if stitch not in table.variants]
     for stitch in progress.track(todo, description="calibrate"):
-        right = count_right(model, stitch, images, bundle, batch_size)
-        interval = binomtest(right, len(images)).proportion_ci(CONFIDENCE, method="wilson")
+        correct = count_correct(model, stitch, images, bundle, batch_size)
+        interval = binomtest(correct, len(images)).proportion_ci(CONFIDENCE, method="wilson")
         table.variants[stitch] = Quality(
-            value=right / len(images),
+            value=correct / len(images),
             low=round(float(interval.low), 5),
             high=round(float(interval.high), 5),
         )
@@ -49,22 +54,27 @@ def calibrate(
     return table
 
 
-def count_right(
-    model: StitchExecutor, stitch: int, images: LabelledImages, bundle: Bundle, batch_size: int
+def count_correct(
+    model: StitchExecutor,
+    stitch: int,
+    images: LabelledImages,
+    bundle: VisionBundle,
+    batch_size: int,
 ) -> int:
-    """How many of the images the stitch classifies right."""
+    """Return the number of images that the stitch classifies correctly."""
     preprocessing = bundle.manifest.preprocessing
-    right = 0
+    correct = 0
     with torch.inference_mode():
         for start in range(0, len(images), batch_size):
             pixels = images.pixels[start : start + batch_size]
             inputs = normalise(pixels, preprocessing.mean, preprocessing.std)
-            answers = model(inputs, stitch).argmax(1)
-            right += int((answers == images.labels[start : start + batch_size]).sum())
-    return right
+            predicted = model(inputs, stitch).argmax(1)
+            correct += int((predicted == images.labels[start : start + batch_size]).sum())
+    return correct
 
 
-def _already_measured(bundle: Bundle, data_name: str, n: int) -> dict[int, Quality]:
+def _read_measured(bundle: VisionBundle, data_name: str, n: int) -> dict[int, Quality]:
+    """Return the qualities in the bundle if they were measured on the same data."""
     previous = bundle.quality
     if previous is None or (previous.data, previous.n) != (data_name, n):
         return {}
@@ -72,10 +82,11 @@ def _already_measured(bundle: Bundle, data_name: str, n: int) -> dict[int, Quali
 
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+"""Batch sizes that `ladderstitch profile` measures."""
 
 
 def profile(
-    bundle: Bundle,
+    bundle: VisionBundle,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -84,11 +95,11 @@ def profile(
     batch_sizes: tuple[int, ...],
     progress: Progress,
 ) -> LatencyProfile:
-    """Median and 99th percentile of `rounds` runs of each pair.
+    """Return the median and the 99th percentile of `rounds` runs per (stitch, batch size).
 
-    The pairs take turns, so that a disturbance of the machine spreads over all of them instead of
-    spoiling one. At its turn a pair runs twice and the second counts: the first pays for the caches
-    that its predecessor left cold, which depends on who that was (0.1 ms for a small stitch).
+    The pairs take turns, so that a disturbance of the machine affects all of them equally. A pair
+    runs twice per turn, and only the second run counts: the first one includes cache misses that
+    depend on the previous pair (0.1 ms for a small stitch).
     """
     torch.set_num_threads(threads)
     model = StitchExecutor(bundle.load_model(dtype).to(device))
@@ -101,7 +112,7 @@ def profile(
         for stitch, batch in pairs:
             _run_once(model, images[:batch], stitch, device)
             elapsed = _run_once(model, images[:batch], stitch, device)
-            if turn:  # the first is warm-up
+            if turn:  # the first round is warm-up
                 seconds[stitch, batch].append(elapsed)
             progress.advance(task)
     return LatencyProfile(
@@ -123,6 +134,7 @@ def profile(
 def _run_once(
     model: StitchExecutor, images: torch.Tensor, stitch: int, device: torch.device
 ) -> float:
+    """Return the seconds of one batch, including the copies to and from the device."""
     started = time.perf_counter()
     with torch.inference_mode():
         model(images.to(device), stitch).cpu()
@@ -130,4 +142,5 @@ def _run_once(
 
 
 def _quantile(seconds: list[float], q: float) -> float:
+    """Return the quantile with four significant digits."""
     return float(f"{np.quantile(seconds, q):.4g}")

@@ -1,4 +1,4 @@
-"""Labelled images for training and calibration, read from a folder of IDX files (as MNIST's)."""
+"""Images for training and calibration: IDX folders (MNIST's format), augmentation, photographs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ladderstitch.vision.preprocessing import ImageReader, centred_square
 
 @dataclass(frozen=True, slots=True)
 class LabelledImages:
-    """`pixels` uint8 [N, C, H, W] and `labels` int64 [N]."""
+    """N labelled images: `pixels` uint8 [N, C, H, W] and `labels` int64 [N]."""
 
     pixels: Tensor
     labels: Tensor
@@ -30,7 +30,7 @@ class LabelledImages:
         return len(self.labels)
 
     def split(self, last: int) -> tuple[LabelledImages, LabelledImages]:
-        """All but the `last` images, and those."""
+        """Return all images but the `last` ones, and the `last` ones."""
         cut = len(self) - last
         return (
             LabelledImages(self.pixels[:cut], self.labels[:cut]),
@@ -39,7 +39,7 @@ class LabelledImages:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The uint8 array in one gzipped IDX file; raises `DataError` for anything else."""
+    """Return the uint8 array of a gzipped IDX file; raises `DataError` for any other file."""
     try:
         raw = gzip.decompress(path.read_bytes())
     except (OSError, EOFError) as error:
@@ -50,16 +50,20 @@ def read_idx(path: Path) -> np.ndarray:
     shape = tuple(np.frombuffer(raw, ">u4", dims, offset=4).tolist())
     body = np.frombuffer(raw, np.uint8, offset=4 + 4 * dims)
     if body.size != np.prod(shape):
-        raise DataError(f"{path}: header says {shape}, body holds {body.size} bytes")
+        raise DataError(f"{path}: expected {shape} from the header, got {body.size} bytes")
     return body.reshape(shape)
 
 
 def load_idx_folder(folder: Path, split: str) -> LabelledImages:
-    """`train` or `t10k` of a folder laid out like MNIST's and Fashion-MNIST's."""
+    """Return the split `train` or `t10k` of a folder in the layout of MNIST and Fashion-MNIST.
+
+    Raises `DataError` if a file is missing or broken, or if the numbers of images and labels
+    differ.
+    """
     pixels = read_idx(folder / f"{split}-images-idx3-ubyte.gz")
     labels = read_idx(folder / f"{split}-labels-idx1-ubyte.gz")
     if len(pixels) != len(labels):
-        raise DataError(f"{folder}: {len(pixels)} {split} images but {len(labels)} labels")
+        raise DataError(f"{folder}: expected {len(pixels)} labels for {split}, got {len(labels)}")
     return LabelledImages(
         torch.from_numpy(pixels.copy()).unsqueeze(1),
         torch.from_numpy(labels.astype(np.int64)),
@@ -67,16 +71,18 @@ def load_idx_folder(folder: Path, split: str) -> LabelledImages:
 
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [B, C, H, W] -> float32 (pixel / 255 - mean) / std per channel."""
+    """Return (pixel / 255 - mean) / std per channel, in float32, of uint8 pixels [B, C, H, W]."""
     centre = torch.tensor(mean).view(1, -1, 1, 1)
     spread = torch.tensor(std).view(1, -1, 1, 1)
     return (pixels.float() / 255 - centre) / spread
 
 
 def augment(images: Tensor, rng: torch.Generator, *, shift: int, erase: int) -> Tensor:
-    """Random horizontal flip, shift by up to `shift` pixels, and one erased square of side `erase`.
+    """Return the images [B, C, H, W] with random flips, shifts and erased squares.
 
-    images [B, C, H, W], already normalised (so that 0 is the mean) -> the same shape.
+    Each image is flipped horizontally with probability 0.5 and shifted by up to `shift` pixels.
+    With probability 0.5, one square of about `erase` pixels per side is set to 0. The images are
+    already normalised, so that 0 is the mean.
     """
     batch, _, height, width = images.shape
     flip = torch.rand(batch, generator=rng) < 0.5
@@ -100,15 +106,15 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def find_photographs(folder: Path) -> list[Path]:
-    """Pictures below a folder, in order of their names; raises `DataError` if there are none."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise DataError(f"{folder}: expected PNG or JPEG files, found none")
-    return found
+    """Return the image files below a folder by name; raises `DataError` if there are none."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise DataError(f"{folder}: expected PNG or JPEG files, got none")
+    return files
 
 
 def centred_views(paths: Iterable[Path], preprocessing: Preprocessing) -> Tensor:
-    """[B, C, H, W]: each picture as a server would see it."""
+    """Return one model input per image, [B, C, H, W], preprocessed like in the server."""
     share = preprocessing.crop or 1.0
     views = []
     for path in paths:
@@ -118,14 +124,17 @@ def centred_views(paths: Iterable[Path], preprocessing: Preprocessing) -> Tensor
 
 
 def random_views(
-    paths: Sequence[Path], preprocessing: Preprocessing, each: int, seed: int
+    paths: Sequence[Path], preprocessing: Preprocessing, views_per_image: int, seed: int
 ) -> Tensor:
-    """[B, C, H, W]: squares of half the shorter side and more, from all over each picture."""
+    """Return model inputs [B, C, H, W] from random squares of each image.
+
+    A square's side is 0.5 to 1 times the shorter side; its position is uniform.
+    """
     rng = np.random.default_rng(seed)
     views = []
     for path in paths:
         with Image.open(path) as image:
-            for _ in range(each):
+            for _ in range(views_per_image):
                 side = rng.uniform(0.5, 1.0) * min(image.size)
                 left = rng.uniform(0, image.width - side)
                 upper = rng.uniform(0, image.height - side)
@@ -136,9 +145,10 @@ def random_views(
 def _view(
     image: Image.Image, box: tuple[float, float, float, float], preprocessing: Preprocessing
 ) -> Pixels:
+    """Return the model input [C, H, W] of the part of the image in the box."""
     reader = ImageReader(preprocessing, max_pixels=image.width * image.height)
     size = (preprocessing.width, preprocessing.height)
-    picture = image.convert(reader.mode).resize(size, reader.resample, box)
-    array = np.asarray(picture, np.uint8).reshape(*size[::-1], -1)
+    resized = image.convert(reader.mode).resize(size, reader.resample, box)
+    array = np.asarray(resized, np.uint8).reshape(*size[::-1], -1)
     view: Pixels = reader.normalise(np.ascontiguousarray(array.transpose(2, 0, 1))[None])[0]
     return view

@@ -1,9 +1,9 @@
 """Learngene Pool (arXiv 2312.05743): shallow anchors distilled from one deep model, block by block.
 
-Student block i of d is matched with teacher block (i + 1) D / d - 1 of D: a learned linear map
-takes the student's width to the teacher's, once for what leaves the block and once for what leaves
-its attention. Where an end anchor has the teacher's width, the mean of the front's block maps
-starts the stitching layers into it.
+Block i of a student with d blocks learns from block (i + 1) D / d - 1 of a teacher with D blocks. A
+learned linear map takes the student's width to the teacher's, one for the block's output and one
+for its attention's output. If an end anchor has the teacher's width, the stitching layers into it
+are initialised with the mean of the front anchor's block maps.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ladderstitch.vision.models.stitched import StitchedModel
 from ladderstitch.vision.models.vit import Block, Vit
 
 
-class Maps(nn.Module):
-    """Student to teacher, for each of the student's blocks."""
+class TeacherMaps(nn.Module):
+    """The linear maps from the student's width to the teacher's, two per block of the student."""
 
     def __init__(self, student: Vit, teacher: Vit) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Maps(nn.Module):
 
 
 class FeatureRecorder:
-    """A transformer that remembers, for one pass at a time, what left its blocks and attentions."""
+    """A transformer that records the outputs of its blocks and attentions in each forward pass."""
 
     def __init__(self, model: Vit) -> None:
         self.model = model
@@ -42,65 +42,82 @@ class FeatureRecorder:
         self.attentions: list[Tensor] = []
         for block in model.blocks:
             assert isinstance(block, Block)
-            block.register_forward_hook(self._remember(self.blocks))
-            block.attn.register_forward_hook(self._remember(self.attentions))
+            block.register_forward_hook(self._append_to(self.blocks))
+            block.attn.register_forward_hook(self._append_to(self.attentions))
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Return logits [B, num_classes] of images [B, C, H, W]; record this pass only."""
         self.blocks.clear()
         self.attentions.clear()
         logits: Tensor = self.model(images)
         return logits
 
     @staticmethod
-    def _remember(into: list[Tensor]) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda _module, _inputs, output: into.append(output)
+    def _append_to(outputs: list[Tensor]) -> Callable[[nn.Module, object, Tensor], None]:
+        """Return a forward hook that appends the output to the list."""
+        return lambda _module, _inputs, output: outputs.append(output)
 
 
 def distillation_loss(
-    student: FeatureRecorder, teacher: FeatureRecorder, maps: Maps, pool: Pool, smoothing: float
+    student: FeatureRecorder,
+    teacher: FeatureRecorder,
+    maps: TeacherMaps,
+    pool: Pool,
+    smoothing: float,
 ) -> Callable[[Tensor, Tensor, torch.Generator], Tensor]:
-    """(images, labels, random source) -> labels, soft answers, block and attention outputs."""
+    """Return the loss function (images, labels, random source) -> scalar.
+
+    The loss sums the cross-entropies with the labels and with the teacher's predictions, and the
+    weighted distances of block and attention outputs.
+    """
     ratio = len(teacher.model.blocks) // len(student.model.blocks)
 
     def loss(images: Tensor, labels: Tensor, _rng: torch.Generator) -> Tensor:
         with torch.no_grad():
-            wanted = teacher(images).float().softmax(1)
+            soft_targets = teacher(images).float().softmax(1)
         logits = student(images).float()
         total = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        total = total + pool.logits * F.cross_entropy(logits, wanted)
-        for weight, own, theirs, mapped in (
+        total = total + pool.logits * F.cross_entropy(logits, soft_targets)
+        for weight, outputs, targets, layers in (
             (pool.blocks, student.blocks, teacher.blocks, maps.blocks),
             (pool.attentions, student.attentions, teacher.attentions, maps.attentions),
         ):
-            total = total + weight * _apart(own, theirs[ratio - 1 :: ratio], mapped)
+            total = total + weight * _feature_distance(outputs, targets[ratio - 1 :: ratio], layers)
         return total
 
     return loss
 
 
-def _apart(own: Sequence[Tensor], theirs: Sequence[Tensor], mapped: nn.ModuleList) -> Tensor:
-    """Mean squared distance over the teacher's mean square, so that widths do not matter."""
+def _feature_distance(
+    outputs: Sequence[Tensor], targets: Sequence[Tensor], layers: nn.ModuleList
+) -> Tensor:
+    """Return the mean squared distance of mapped outputs from the targets.
+
+    It is relative to the targets' mean square, so that it does not depend on the width.
+    """
     distances = [
         F.mse_loss(layer(x.float()).float(), y.float()) / y.float().square().mean().clamp(min=1e-6)
-        for x, y, layer in zip(own, theirs, mapped, strict=True)
+        for x, y, layer in zip(outputs, targets, layers, strict=True)
     ]
     return torch.stack(distances).mean()
 
 
 def maps_file(folder: Path, anchor: int) -> Path:
+    """Return the file of an anchor's maps to the teacher."""
     return folder / f"anchor-{anchor}.maps.safetensors"
 
 
-def save_maps(maps: Maps, folder: Path, anchor: int) -> None:
+def save_maps(maps: TeacherMaps, folder: Path, anchor: int) -> None:
+    """Write an anchor's maps to the teacher."""
     save_file(maps.state_dict(), maps_file(folder, anchor))
 
 
-def start_from_maps(model: StitchedModel, pool: Pool, folder: Path) -> None:
-    """Set the stitching layers into anchors of the teacher's width from what was learned."""
-    trunks = model.trunks()
+def load_maps_into(model: StitchedModel, pool: Pool, folder: Path) -> None:
+    """Initialise the stitching layers into anchors of the teacher's width from the learned maps."""
+    backbones = model.backbones()
     for layer, pairs in stitched_pairs(model.stitches).items():
         front, _, end, _ = pairs[0]
-        target = trunks[end]
+        target = backbones[end]
         assert isinstance(target, Vit)
         if target.head.in_features != pool.teacher.embed_dim:
             continue
@@ -110,5 +127,5 @@ def start_from_maps(model: StitchedModel, pool: Pool, folder: Path) -> None:
         assert affine.bias is not None
         with torch.no_grad():
             for part, parameter in (("weight", affine.weight), ("bias", affine.bias)):
-                own = torch.stack([learned[f"blocks.{block}.{part}"] for block in blocks])
-                parameter.copy_(own.mean(0))
+                maps = torch.stack([learned[f"blocks.{block}.{part}"] for block in blocks])
+                parameter.copy_(maps.mean(0))

@@ -1,4 +1,4 @@
-"""The optimisation loop that anchors and stitched families share: seeded, resumable, logged."""
+"""The training loop of anchors and stitched families: seeded, resumable, logged."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ladderstitch.vision.models.cost import stitch_cost
 from ladderstitch.vision.models.stitched import StitchedModel
 
 Loss = Callable[[Tensor, Tensor, torch.Generator], Tensor]
-"""(images [B, C, H, W], labels [B], random source) -> scalar loss."""
+"""Function (images [B, C, H, W], labels [B], random source) -> scalar loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """What one optimisation run needs besides its model: names, files and data."""
+    """The name, files, schedule and data of one training run."""
 
     name: str
     folder: Path
@@ -37,10 +37,12 @@ class TrainingRun:
 
     @property
     def checkpoint(self) -> Path:
+        """File with the state after the last finished epoch."""
         return self.folder / f"{self.name}.checkpoint.pt"
 
     @property
     def log(self) -> Path:
+        """File with one JSON line per epoch."""
         return self.folder / f"{self.name}.log.jsonl"
 
 
@@ -52,10 +54,10 @@ def fit(
     run: TrainingRun,
     progress: Progress,
 ) -> None:
-    """Train `model` in place for the schedule's epochs, resuming where a checkpoint stands.
+    """Train `model` in place for the schedule's epochs, from the run's checkpoint if there is one.
 
-    Everything random in epoch e comes from one generator seeded by (seed, e), so a resumed run
-    ends bit for bit where an uninterrupted one does.
+    All random numbers of epoch e come from one generator seeded by (seed, e), so that a resumed run
+    ends with the same bits as an uninterrupted one.
     """
     schedule = run.schedule
     steps = len(run.images) // schedule.batch_size
@@ -63,14 +65,15 @@ def fit(
         groups, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(schedule, steps))
-    done = _resume(run, model, optimizer, scheduler)
+    done = _load_checkpoint(run, model, optimizer, scheduler)
     task = progress.add_task(run.name, total=schedule.epochs * steps, completed=done * steps)
     for epoch in range(done, schedule.epochs):
         started = time.monotonic()
         total = 0.0
         model.train()
-        for images, labels, rng in _batches(run, epoch, steps):
-            # The CPU flash kernel's backward takes over half of a step at 17 tokens: math it is.
+        for images, labels, rng in _iterate_batches(run, epoch, steps):
+            # With 17 tokens, the backward pass of the CPU flash kernel takes over half of a step;
+            # the math kernel is faster.
             with autocast(run.bfloat16), sdpa_kernel(SDPBackend.MATH):
                 value = loss(images, labels, rng)
             optimizer.zero_grad()
@@ -88,13 +91,13 @@ def fit(
         with run.log.open("a") as log:
             log.write(json.dumps(row) + "\n")
         progress.console.print(row)
-        _save(run, epoch + 1, model, optimizer, scheduler)
+        _save_checkpoint(run, epoch + 1, model, optimizer, scheduler)
 
 
-def _batches(
+def _iterate_batches(
     run: TrainingRun, epoch: int, steps: int
 ) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
-    """Augmented images, labels and the epoch's random source, for each step of an epoch."""
+    """Yield augmented images, labels and the epoch's random source for each step of an epoch."""
     rng = torch.Generator().manual_seed(run.seed * 100_003 + epoch)
     order = torch.randperm(len(run.images), generator=rng)
     size, data = run.schedule.batch_size, run.data
@@ -109,17 +112,18 @@ def _batches(
         yield images, run.images.labels[chosen], rng
 
 
-def accuracy(answer: Callable[[Tensor], Tensor], images: LabelledImages, data: DataSet) -> float:
-    """Top-1 of `answer`, which maps [B, C, H, W] to logits."""
-    right = 0
+def accuracy(model: Callable[[Tensor], Tensor], images: LabelledImages, data: DataSet) -> float:
+    """Return the top-1 accuracy of `model`, a function from [B, C, H, W] to logits."""
+    correct = 0
     with torch.inference_mode():
         for start in range(0, len(images), 500):
             pixels = normalise(images.pixels[start : start + 500], data.mean, data.std)
-            right += int((answer(pixels).argmax(1) == images.labels[start : start + 500]).sum())
-    return right / len(images)
+            correct += int((model(pixels).argmax(1) == images.labels[start : start + 500]).sum())
+    return correct / len(images)
 
 
 def _warmup_cosine(schedule: Schedule, steps: int) -> Callable[[int], float]:
+    """Return the factor on the learning rate as a function of the step."""
     warmup = max(1, round(schedule.warmup_epochs * steps))
     total = schedule.epochs * steps
 
@@ -132,13 +136,14 @@ def _warmup_cosine(schedule: Schedule, steps: int) -> Callable[[int], float]:
     return factor
 
 
-def _save(
+def _save_checkpoint(
     run: TrainingRun,
     epochs_done: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
 ) -> None:
+    """Write the run's checkpoint; the previous one stays until the new one is complete."""
     state = {
         "epochs_done": epochs_done,
         "model": model.state_dict(),
@@ -151,17 +156,20 @@ def _save(
 
 
 def autocast(bfloat16: bool) -> torch.autocast:
-    """A choice, since oneDNN's bfloat16 convolutions give infinite gradients on 1 x 1 maps."""
+    """Return the autocast context of a training step; it does nothing unless `bfloat16` is set.
+
+    bfloat16 is optional because oneDNN's convolutions give infinite gradients on 1 x 1 maps.
+    """
     return torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
 
 
-def _resume(
+def _load_checkpoint(
     run: TrainingRun,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
 ) -> int:
-    """Epochs already done according to the run's checkpoint, whose state is loaded."""
+    """Load the run's checkpoint, if there is one; return the number of finished epochs."""
     if not run.checkpoint.exists():
         return 0
     state = torch.load(run.checkpoint, weights_only=True)
@@ -172,10 +180,10 @@ def _resume(
 
 
 def groups_by_cost(macs: dict[int, int], step: float) -> list[list[int]]:
-    """Ids in order of cost; a new group opens when one costs `step` more than its first.
+    """Return the ids in order of cost, in groups that each span at most `step` MACs.
 
-    Resource-constrained sampling (SN-Netv2, arXiv 2307.00154, section 3.3): cheap and dear networks
-    come up as often as the many in between.
+    This is resource-constrained sampling (SN-Netv2, arXiv 2307.00154, section 3.3): the few cheap
+    and the few expensive networks are drawn as often as the many in between.
     """
     groups: list[list[int]] = []
     first = -float("inf")
@@ -188,7 +196,10 @@ def groups_by_cost(macs: dict[int, int], step: float) -> list[list[int]]:
 
 
 def sampling_groups(model: StitchedModel, image_size: int, step: float | None) -> list[list[int]]:
-    """Usable ids in groups that are drawn alike: all of them, or by cost."""
+    """Return the usable ids in groups of equal probability: one group, or groups by cost.
+
+    `step` is the span of a group in MACs; without it there is one group.
+    """
     usable = [stitch for stitch in model.stitches if stitch.usable]
     if step is None:
         return [[stitch.id for stitch in usable]]
@@ -196,7 +207,7 @@ def sampling_groups(model: StitchedModel, image_size: int, step: float | None) -
     return groups_by_cost(macs, step)
 
 
-def draw(groups: Sequence[Sequence[int]], rng: torch.Generator) -> int:
-    """A group, then an id in it, both uniformly."""
+def draw_stitch(groups: Sequence[Sequence[int]], rng: torch.Generator) -> int:
+    """Return an id: a group is drawn uniformly, then an id of that group."""
     group = groups[int(torch.randint(len(groups), (), generator=rng))]
     return group[int(torch.randint(len(group), (), generator=rng))]

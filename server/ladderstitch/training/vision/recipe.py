@@ -1,4 +1,4 @@
-"""The committed file that a family is made from: its shape, its data, how long it trains."""
+"""The recipe of an image family, a YAML file: shape, data and training schedules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ladderstitch.vision.models.vit import VitConfig
 
 
 class Schedule(BaseModel):
-    """One optimisation run: AdamW, linear warm-up, then a cosine to 1 % of the peak rate."""
+    """Schedule of one training run: AdamW, linear warm-up, cosine to 1 % of the peak rate."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -22,47 +22,50 @@ class Schedule(BaseModel):
     batch_size: int = Field(128, gt=0)
     learning_rate: float = Field(gt=0)
     anchor_learning_rate_factor: float = Field(
-        1.0, gt=0, description="stitching only: the anchors' rate over the stitching layers'"
+        1.0, gt=0, description="stitching only: anchors' learning rate over layers'"
     )
     warmup_epochs: float = Field(1.0, ge=0)
     weight_decay: float = Field(0.05, ge=0)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     distillation: float = Field(
-        0.5, ge=0, le=1, description="stitching only: weight of the largest anchor's soft answers"
+        0.5, ge=0, le=1, description="stitching only: weight of the largest anchor's predictions"
     )
 
 
 class Stitching(Schedule):
-    """How a family's networks are tuned together."""
+    """Schedule of the joint fine-tuning of a family's networks."""
 
     sampling: Literal["uniform", "by_cost"] = Field(
         "uniform",
-        description="which network a step trains: any, or any of a group of like cost (SN-Netv2)",
+        description="distribution of the network that a step trains: uniform over all networks, or "
+        "over groups of similar cost and then within one (SN-Netv2)",
     )
     cost_step_macs: float = Field(
-        1e9, gt=0, description="by_cost: a group spans so many multiply-accumulates"
+        1e9, gt=0, description="by_cost: multiply-accumulates that a group spans"
     )
     low_rank: int | None = Field(
         None,
         gt=0,
-        description="keep stitching layers' least-squares matrices and train their biases and "
-        "updates of this rank (SN-Netv2)",
+        description="rank of the trained updates to the stitching layers' matrices, which are "
+        "themselves kept (SN-Netv2); unset: the matrices are trained",
     )
 
 
 class Pool(BaseModel):
-    """A Learngene Pool (arXiv 2312.05743): anchors learn from one larger model, block by block."""
+    """Configuration of a Learngene Pool (arXiv 2312.05743): distillation from a larger model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     teacher: VitConfig
-    schedule: Schedule = Field(description="how the teacher is trained")
-    logits: float = Field(1.0, ge=0, description="weight of the teacher's soft answers")
-    blocks: float = Field(1.0, ge=0, description="weight of block outputs, linearly mapped")
-    attentions: float = Field(1.0, ge=0, description="weight of attention outputs, likewise")
+    schedule: Schedule = Field(description="schedule of the teacher")
+    logits: float = Field(1.0, ge=0, description="weight of the teacher's predictions")
+    blocks: float = Field(1.0, ge=0, description="weight of the mapped block outputs")
+    attentions: float = Field(1.0, ge=0, description="weight of the mapped attention outputs")
 
 
 class Augmentation(BaseModel):
+    """Sizes of the random shifts and of the erased squares, in pixels."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     shift_pixels: int = Field(2, ge=0)
@@ -70,7 +73,7 @@ class Augmentation(BaseModel):
 
 
 class DataSet(BaseModel):
-    """Which images, and how pixels become model inputs: (pixel / 255 - mean) / std."""
+    """The training data, and its preprocessing: (pixel / 255 - mean) / std per channel."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -79,31 +82,39 @@ class DataSet(BaseModel):
     labels: tuple[str, ...] = Field(min_length=2)
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    validation_images: int = Field(2000, ge=0, description="held out of training, for the log")
+    validation_images: int = Field(
+        2000, ge=0, description="images at the end that are validated, not trained on"
+    )
     augmentation: Augmentation = Augmentation()
 
 
 class Recipe(BaseModel):
-    """A YAML file; see `examples/fashion-mnist/recipe.yaml`."""
+    """The content of a recipe file; see `examples/fashion-mnist/recipe.yaml`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     seed: int = 0
-    threads: int = Field(2, gt=0, description="torch threads; part of what a seed determines")
+    threads: int = Field(
+        2, gt=0, description="torch threads; results depend on it like on the seed"
+    )
     precision: Literal["bfloat16", "float32"] = Field(
         "bfloat16",
-        description="of training; float32 for convolutions on small maps, whose gradients overflow",
+        description="number format of training; convolutions on small maps need float32, because "
+        "their bfloat16 gradients overflow",
     )
     data: DataSet
     family: FamilyConfig
     anchors: tuple[Schedule, ...]
-    pool: Pool | None = Field(None, description="distil the anchors from a larger model")
+    pool: Pool | None = Field(None, description="distillation of the anchors; unset: none")
     stitching: Stitching
-    init_images: int = Field(100, gt=0, description="images for the least-squares start")
+    init_images: int = Field(
+        100, gt=0, description="images for the initialisation by least squares"
+    )
 
     @model_validator(mode="after")
-    def _pool_fits_the_anchors(self) -> Recipe:
+    def _check_pool(self) -> Recipe:
+        """Raise `ValueError` unless the anchors are ViTs whose depths divide the teacher's."""
         if self.pool is None:
             return self
         for anchor in self.family.anchors:
@@ -116,7 +127,10 @@ class Recipe(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
-        """Raises `ConfigError` that names the field, what was expected and what came."""
+        """Return the recipe in a YAML file.
+
+        Raises `ConfigError` that names the field, the expected and the actual value.
+        """
         try:
             return cls.model_validate(yaml.safe_load(path.read_text()))
         except (OSError, yaml.YAMLError, ValidationError) as error:

@@ -1,4 +1,4 @@
-"""Turn trained anchors into a stitchable family: least squares, then joint fine-tuning."""
+"""Make a stitchable family of trained anchors: least squares, then joint fine-tuning."""
 
 from __future__ import annotations
 
@@ -14,26 +14,37 @@ from torch import Tensor
 
 from ladderstitch.training.vision.anchors import load_anchor, parameter_groups
 from ladderstitch.training.vision.dataset import LabelledImages, normalise
-from ladderstitch.training.vision.learngene import start_from_maps
-from ladderstitch.training.vision.loop import TrainingRun, accuracy, draw, fit, sampling_groups
+from ladderstitch.training.vision.learngene import load_maps_into
+from ladderstitch.training.vision.loop import (
+    Loss,
+    TrainingRun,
+    accuracy,
+    draw_stitch,
+    fit,
+    sampling_groups,
+)
 from ladderstitch.training.vision.recipe import Recipe
 from ladderstitch.training.vision.stitching_layers import (
     add_low_rank,
     fold_low_rank,
     initialise_stitching_layers,
 )
-from ladderstitch.vision.bundle import Manifest, Preprocessing, write_bundle
+from ladderstitch.vision.bundle import Preprocessing, VisionManifest, write_bundle
 from ladderstitch.vision.models.families import FamilyConfig
 from ladderstitch.vision.models.snnet_staged import StagedConfig
-from ladderstitch.vision.models.stitched import StitchedModel
+from ladderstitch.vision.models.stitched import Backbone, StitchedModel
 
 
 def family_file(folder: Path) -> Path:
+    """Return the file of the fine-tuned family."""
     return folder / "family.safetensors"
 
 
 def assemble(recipe: Recipe, images: LabelledImages, folder: Path) -> StitchedModel:
-    """The family of the run's trained anchors with stitching layers from least squares."""
+    """Return the family of the run's trained anchors, with initial stitching layers.
+
+    The layers come from least squares, or from the maps to the teacher of a Learngene Pool.
+    """
     rng = torch.Generator().manual_seed(recipe.seed)
     chosen = torch.randperm(len(images), generator=rng)[: recipe.init_images]
     sample = normalise(images.pixels[chosen], recipe.data.mean, recipe.data.std)
@@ -43,16 +54,16 @@ def assemble(recipe: Recipe, images: LabelledImages, folder: Path) -> StitchedMo
     ]
     model = assemble_family(recipe.family, anchors, sample)
     if recipe.pool is not None:
-        start_from_maps(model, recipe.pool, folder)
+        load_maps_into(model, recipe.pool, folder)
     return model.requires_grad_(True)
 
 
 def stitch_family(
     recipe: Recipe, images: LabelledImages, folder: Path, progress: Progress
 ) -> StitchedModel:
-    """Fine-tune all stitches jointly: each step draws one (SN-Net, section 3.4).
+    """Return the family after joint fine-tuning of all stitches (SN-Net, section 3.4).
 
-    The loss mixes the labels with the soft answers of the largest anchor as it was before.
+    Each step trains one random stitch. If the family's file exists, it is loaded instead.
     """
     torch.set_num_threads(recipe.threads)
     if family_file(folder).exists():
@@ -63,32 +74,19 @@ def stitch_family(
     model = assemble(recipe, train, folder)
     teacher = load_anchor(recipe, folder, len(recipe.family.anchors) - 1)
     schedule = recipe.stitching
-    by_cost = schedule.cost_step_macs if schedule.sampling == "by_cost" else None
-    groups_of_ids = sampling_groups(model, recipe.family.inputs.image_size, by_cost)
     usable = [stitch.id for stitch in model.stitches if stitch.usable]
+    loss = _stitching_loss(recipe, model, teacher)
     if schedule.low_rank is not None:
         add_low_rank(model, schedule.low_rank)
-
-    def loss(batch: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
-        stitch = draw(groups_of_ids, rng)
-        with torch.no_grad():
-            wanted = teacher(batch).float().softmax(1)
-        logits = model(batch, stitch).float()
-        by_labels = F.cross_entropy(logits, labels, label_smoothing=schedule.label_smoothing)
-        by_teacher = F.cross_entropy(logits, wanted)
-        return torch.lerp(by_labels, by_teacher, schedule.distillation)
-
-    shown = [s.id for s in model.stitches if s.is_anchor] + [
-        usable[len(usable) // 4],
-        usable[3 * len(usable) // 4],
-    ]
+    logged = [s.id for s in model.stitches if s.is_anchor]
+    logged += [usable[len(usable) // 4], usable[3 * len(usable) // 4]]
 
     def validate() -> dict[str, float]:
         return {
             f"validation_accuracy_{stitch}": accuracy(
                 partial(model, stitch=stitch), validation, recipe.data
             )
-            for stitch in shown
+            for stitch in logged
         }
 
     bfloat16 = recipe.precision == "bfloat16"
@@ -104,14 +102,35 @@ def stitch_family(
     return model.eval()
 
 
+def _stitching_loss(recipe: Recipe, model: StitchedModel, teacher: Backbone) -> Loss:
+    """Return the loss of a random stitch, on the labels and on the teacher's predictions.
+
+    The teacher is the largest anchor as it was before fine-tuning.
+    """
+    schedule = recipe.stitching
+    span = schedule.cost_step_macs if schedule.sampling == "by_cost" else None
+    groups = sampling_groups(model, recipe.family.inputs.image_size, span)
+
+    def loss(batch: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
+        stitch = draw_stitch(groups, rng)
+        with torch.no_grad():
+            soft_targets = teacher(batch).float().softmax(1)
+        logits = model(batch, stitch).float()
+        by_labels = F.cross_entropy(logits, labels, label_smoothing=schedule.label_smoothing)
+        by_teacher = F.cross_entropy(logits, soft_targets)
+        return torch.lerp(by_labels, by_teacher, schedule.distillation)
+
+    return loss
+
+
 def export_family(recipe: Recipe, model: StitchedModel, bundle: Path) -> None:
-    """Write the family as a bundle; vision transformers' stems go without their normalisation."""
+    """Write the family as a bundle, with the norms of convolutional ViT stems folded."""
     config, inputs = recipe.family, recipe.family.inputs
     if not isinstance(config, StagedConfig):
         model.fold_batch_norm()
         anchors = [a.model_copy(update={"stem_batch_norm": False}) for a in config.anchors]
         config = config.model_copy(update={"anchors": tuple(anchors)})
-    manifest = Manifest(
+    manifest = VisionManifest(
         name=recipe.name,
         family=config.family,
         config=config,
@@ -134,13 +153,14 @@ def export_family(recipe: Recipe, model: StitchedModel, bundle: Path) -> None:
 def assemble_family(
     config: FamilyConfig, anchors: Sequence[Mapping[str, Tensor]], images: Tensor
 ) -> StitchedModel:
-    """The family in eval mode; `anchors` are state dicts, `images` [B, C, H, W] preprocessed.
+    """Return the family in eval mode, with stitching layers from least squares.
 
-    Needs no labels: each stitching layer is fitted to the features of the anchors themselves.
+    `anchors` are state dicts, `images` are preprocessed [B, C, H, W]. Labels are not necessary:
+    each stitching layer is fitted to the features of the anchors themselves.
     """
     model: StitchedModel = config.build()
-    for trunk, weights in zip(model.trunks(), anchors, strict=True):
-        trunk.load_state_dict(dict(weights))
+    for backbone, weights in zip(model.backbones(), anchors, strict=True):
+        backbone.load_state_dict(dict(weights))
     model.eval().requires_grad_(False)
     with torch.inference_mode():
         initialise_stitching_layers(model, images)

@@ -1,1 +1,1 @@
-"""Runs one batch of images on one stitch, in a worker process or inline."""
+"""Engines of image models: one batch on one stitch, in a worker process or inline."""

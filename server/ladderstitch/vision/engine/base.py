@@ -1,4 +1,4 @@
-"""The seam to whatever computes: one batch in, logits out."""
+"""The engine protocol (one batch in, logits out) and the worker's messages and buffers."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ from ladderstitch.scheduling.requests import Logits, Pixels
 
 
 class EngineDied(Exception):
-    """The engine lost its worker in the middle of a batch; the batch may be run again."""
+    """The error of an engine whose worker died during a batch; the batch can be retried."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineResult:
-    """Logits of all batch_size in order, and seconds of compute."""
+    """Logits [B, K] of K classes in the order of the images, and seconds of compute."""
 
     logits: Logits
     compute_s: float
 
 
 class Engine(Protocol):
-    """Runs one batch at a time; the scheduler never overlaps calls."""
+    """The seam to the compute: runs one batch at a time; callers never overlap calls."""
 
     async def forward(self, images: Sequence[Pixels], stitch: int) -> EngineResult:
-        """`images` holds each request's [n, C, H, W].
+        """Return the logits of one batch; `images` holds each request's images [B, C, H, W].
 
-        Raises `EngineDied` if the worker is lost and `InternalError` if this batch failed in it.
+        Raises `EngineDied` if the worker died and `InternalError` if this batch failed in it.
         """
         ...
 
 
 COMMAND = struct.Struct("<ii")
-"""batch_size in the input buffer, stitch id."""
+"""Message to the worker: number of images in the input buffer, stitch id."""
 
 REPLY = struct.Struct("<Bq")
-"""0 = logits are in the output buffer, 1 = an error's text follows; compute ns."""
+"""Message from the worker: status (0 the logits are in the output buffer, 1 an error text
+follows), nanoseconds of compute."""
 
 READY = b"ready"
 MAX_MESSAGE_BYTES = 65_536
@@ -50,7 +51,7 @@ MAX_MESSAGE_BYTES = 65_536
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """What a worker process is told on its command line, as JSON."""
+    """The configuration of a worker process, passed on its command line as JSON."""
 
     bundle: str
     device: str
@@ -61,10 +62,12 @@ class WorkerConfig:
     classes: int
 
     def to_json(self) -> str:
+        """Return the fields as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> WorkerConfig:
+        """Return the configuration that `to_json` wrote."""
         fields = json.loads(text)
         fields["image_shape"] = tuple(fields["image_shape"])
         return cls(**fields)
@@ -72,20 +75,27 @@ class WorkerConfig:
 
 @dataclass(frozen=True, slots=True)
 class Buffers:
-    """Shared memory for one batch: `images` [max_batch_size, C, H, W] in, `logits` [max_batch_size, K] out."""
+    """Shared memory for one batch of at most N = `max_batch_size` images.
+
+    `images` [N, C, H, W] is the input, `logits` [N, K] of K classes the output.
+    """
 
     images: Pixels
     logits: Logits
 
     @classmethod
     def create(cls, config: WorkerConfig) -> tuple[Buffers, int]:
-        """New anonymous memory and the descriptor that the worker maps; the caller closes it."""
+        """Return buffers in new anonymous memory, and the descriptor for the worker to map.
+
+        The caller closes the descriptor.
+        """
         descriptor = os.memfd_create("ladderstitch")
         os.ftruncate(descriptor, _image_bytes(config) + config.max_batch_size * config.classes * 4)
         return cls.map(config, descriptor), descriptor
 
     @classmethod
     def map(cls, config: WorkerConfig, descriptor: int) -> Buffers:
+        """Return buffers in the memory behind the descriptor."""
         memory = mmap.mmap(descriptor, 0)
         split = _image_bytes(config)
         images = np.frombuffer(memory, np.float32, split // 4)

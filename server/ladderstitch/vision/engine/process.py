@@ -1,4 +1,4 @@
-"""The engine of a replica: one worker process, respawned when it dies."""
+"""The engines of a replica: a worker process that is respawned when it dies, and an inline one."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ from ladderstitch.vision.engine.worker import Worker
 log = logging.getLogger(__name__)
 
 RESPAWN_TIMEOUT_S = 30.0
+"""Longest wait of a batch for a new worker."""
 RESPAWN_BACKOFF_S = 1.0
+"""Delay of a respawn after a worker that died before its model was loaded."""
 
 
 class ProcessEngine:
-    """Runs batches in a worker process; `forward` calls must not overlap (the scheduler's rule).
+    """The engine that runs batches in a worker process; `forward` calls must not overlap.
 
-    A worker that dies fails the batch in flight with `EngineDied` and is respawned at once; calls
-    made meanwhile wait for the new one, up to `RESPAWN_TIMEOUT_S`.
+    When the worker dies, the batch in flight fails with `EngineDied` and a new worker is spawned
+    immediately. Calls in the meantime wait for the new worker, at most `RESPAWN_TIMEOUT_S`.
+    `restarts` counts the respawns.
     """
 
     def __init__(self, config: WorkerConfig) -> None:
@@ -53,22 +56,28 @@ class ProcessEngine:
 
     @property
     def ready(self) -> bool:
+        """Whether a worker is running and has loaded its model."""
         return self._ready.is_set()
 
     @property
     def worker_pid(self) -> int | None:
+        """Process id of the current worker; None before `start`."""
         return self._process.pid if self._process else None
 
     async def start(self) -> None:
-        """Spawn the worker and wait until its model is loaded; raises `EngineDied` if it is not."""
+        """Spawn the worker and wait until its model is loaded.
+
+        Raises `EngineDied` if the worker ends before that.
+        """
         self._started = self._loop.create_future()
         self._spawn()
         await self._started
 
     async def forward(self, images: Sequence[Pixels], stitch: int) -> EngineResult:
-        """Logits [sum of batch_size, classes] of one batch.
+        """Return the logits [B, K] of one batch, where B counts the images of all requests.
 
-        Raises `EngineDied` if the worker dies meanwhile, `InternalError` if the batch failed in it.
+        Raises `EngineDied` if the worker dies during the batch, or if no worker is ready within
+        `RESPAWN_TIMEOUT_S`; raises `InternalError` if the batch failed in the worker.
         """
         await self._wait_ready()
         batch_size = 0
@@ -80,7 +89,7 @@ class ProcessEngine:
             assert self._socket is not None
             self._socket.send(COMMAND.pack(batch_size, stitch))
         except OSError as error:
-            raise EngineDied(f"the worker is gone: {error}") from error
+            raise EngineDied(f"the worker died: {error}") from error
         message = await self._reply
         failed, compute_ns = REPLY.unpack_from(message)
         if failed:
@@ -91,7 +100,7 @@ class ProcessEngine:
         return EngineResult(logits, compute_ns / 1e9)
 
     def close(self) -> None:
-        """End the worker; nothing may be in flight."""
+        """Stop the worker; no batch may be in flight."""
         self._closed = True
         self._disconnect()
         if self._process is not None:
@@ -132,13 +141,13 @@ class ProcessEngine:
         loaded = self._ready.is_set()
         self._disconnect()
         if self._reply is not None and not self._reply.done():
-            self._reply.set_exception(EngineDied("the worker died in the middle of a batch"))
+            self._reply.set_exception(EngineDied("the worker died during a batch"))
         if not self._started.done():
-            self._started.set_exception(EngineDied("the worker ended while loading the model"))
+            self._started.set_exception(EngineDied("the worker died while loading the model"))
             return
         if self._closed:
             return
-        log.error("worker %s died; respawning", self.worker_pid)
+        log.error("worker died pid=%s; respawning", self.worker_pid)
         self.restarts += 1
         self._loop.call_later(0.0 if loaded else RESPAWN_BACKOFF_S, self._respawn)
 
@@ -154,7 +163,7 @@ class ProcessEngine:
         try:
             await asyncio.wait_for(self._ready.wait(), RESPAWN_TIMEOUT_S)
         except TimeoutError:
-            raise EngineDied(f"no worker for {RESPAWN_TIMEOUT_S:.0f} s") from None
+            raise EngineDied(f"no worker was ready within {RESPAWN_TIMEOUT_S:.0f} s") from None
 
     def _disconnect(self) -> None:
         self._ready.clear()
@@ -166,16 +175,18 @@ class ProcessEngine:
 
 
 IDLE_BEFORE_INLINE_S = 0.0003
-"""Idle time that tells a lone caller's round trip from a queue's next batch."""
+"""Engine idle time above which the next batch comes from a single caller, not from a queue."""
 
 
 class InlineEngine:
-    """A `ProcessEngine`, and a second copy of the weights in the replica's own process.
+    """A `ProcessEngine` plus a second copy of the weights in the replica's own process.
 
-    Two changes of process cost 0.2 ms at one caller, half of what a small stitch takes. After a
-    quiet moment a batch that took less than `limit_s` the last time runs on the event loop itself.
-    Any other goes to the worker: while the loop is held up no request can join the next batch, and
-    throughput would fall by a third. `inline_batches` counts the batches that ran here.
+    Two process switches take 0.2 ms with one caller, half of the time of a small stitch. A batch of
+    one request therefore runs on the event loop itself if the engine was idle before it, the
+    previous batch had one request, too, and this stitch and batch size took less than `limit_s` the
+    last time. Every other batch goes to the worker: while the event loop is blocked, no request can
+    join the next batch, and throughput would fall by a third. `inline_batches` counts the batches
+    that ran on the event loop.
     """
 
     def __init__(self, process: ProcessEngine, limit_s: float) -> None:
@@ -187,40 +198,46 @@ class InlineEngine:
             np.zeros(shape, np.float32),
             np.zeros((config.max_batch_size, config.classes), np.float32),
         )
-        self._model = Worker(config, self._buffers)
+        self._inline_worker = Worker(config, self._buffers)
         self._loop = asyncio.get_running_loop()
-        self._took: dict[tuple[int, int], float] = {}
-        self._free_since = 0.0
-        self._lone = True
+        self._last_compute_s: dict[tuple[int, int], float] = {}
+        self._idle_since = 0.0
+        self._previous_single = True
 
     @property
     def ready(self) -> bool:
-        """Whether the worker is up."""
+        """Whether a worker process is running and has loaded its model."""
         return self.process.ready
 
     async def start(self) -> None:
-        """Start the worker; raises `EngineDied` if it cannot load the model."""
+        """Start the worker process; raises `EngineDied` if it cannot load the model."""
         await self.process.start()
 
     async def forward(self, images: Sequence[Pixels], stitch: int) -> EngineResult:
-        """As `ProcessEngine.forward`; raises what the model raises if the batch ran inline."""
+        """Return the logits [B, K] of one batch, where B counts the images of all requests.
+
+        Raises the errors of `ProcessEngine.forward`, or the model's own if the batch ran inline.
+        """
         batch_size = sum(len(request) for request in images)
-        quiet = self._loop.time() - self._free_since > IDLE_BEFORE_INLINE_S
-        lone, self._lone = self._lone and len(images) == 1, len(images) == 1
-        if quiet and lone and self._took.get((stitch, batch_size), self.limit_s) < self.limit_s:
-            result = self._run_here(images, batch_size, stitch)
+        idle = self._loop.time() - self._idle_since > IDLE_BEFORE_INLINE_S
+        single_request = len(images) == 1
+        expected_s = self._last_compute_s.get((stitch, batch_size), self.limit_s)
+        inline = idle and single_request and self._previous_single and expected_s < self.limit_s
+        self._previous_single = single_request
+        if inline:
+            result = self._run_inline(images, batch_size, stitch)
         else:
             result = await self.process.forward(images, stitch)
-        self._took[stitch, batch_size] = result.compute_s
-        self._free_since = self._loop.time()
+        self._last_compute_s[stitch, batch_size] = result.compute_s
+        self._idle_since = self._loop.time()
         return result
 
     def close(self) -> None:
-        """End the worker; nothing may be in flight."""
+        """Stop the worker; no batch may be in flight."""
         self.process.close()
 
-    def _run_here(self, images: Sequence[Pixels], batch_size: int, stitch: int) -> EngineResult:
+    def _run_inline(self, images: Sequence[Pixels], batch_size: int, stitch: int) -> EngineResult:
         self.inline_batches += 1
         np.concatenate(images, out=self._buffers.images[:batch_size])
-        compute_ns = self._model.run(batch_size, stitch)
+        compute_ns = self._inline_worker.run(batch_size, stitch)
         return EngineResult(self._buffers.logits[:batch_size].copy(), compute_ns / 1e9)

@@ -1,1 +1,1 @@
-"""Stitchable networks: routes, anchors, families, the executor."""
+"""Stitchable networks: routes, anchors, families and the executor."""

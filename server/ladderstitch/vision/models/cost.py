@@ -1,9 +1,11 @@
-"""What a stitch costs on paper: multiply-accumulates for one image, and the parameters it uses.
+"""Arithmetic cost of a stitch: multiply-accumulates (MACs) per image, and parameters in use.
 
-Counted as the published tables count (fvcore): a norm as 5 operations an element, batch
-normalisation in eval mode as 2, pooling of maps as 1, nothing for activations, softmax, additions
-and means over tokens. Parameters are all that the stitch runs through (upstream's own count leaves
-out the front anchor's class token, positions and downsamplings).
+MACs are counted like in the published tables (fvcore): per element, a layer norm counts 5, batch
+normalisation in eval mode 2, and pooling of maps 1. Activations, softmax, additions and means over
+tokens count nothing. Parameters are those of every module that the stitch runs. Upstream's own
+count omits the front anchor's class token, positions and downsamplings.
+
+`size` below is the number of tokens, or the side of the map for convolutional anchors.
 """
 
 from __future__ import annotations
@@ -35,120 +37,131 @@ from ladderstitch.vision.models.swin import PatchMerging, Swin, SwinBlock
 from ladderstitch.vision.models.vit import Block, ConvStem, PatchStem, Vit
 
 LAYER_NORM, BATCH_NORM, POOLING = 5, 2, 1
+"""Operations per element, counted as MACs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one stitch."""
+    """Multiply-accumulates per image, and parameters, of one stitch."""
 
     macs: int
     parameters: int
 
 
 def stitch_cost(model: StitchedModel, stitch: Stitch, image_size: int) -> Cost:
-    """Multiply-accumulates for one image of this size, and parameters of everything that runs."""
-    trunks = model.trunks()
-    front, end = trunks[stitch.front], trunks[stitch.end]
-    macs, size = _embedding(front, image_size)
+    """Return the cost of a stitch for one image of `image_size` x `image_size` pixels.
+
+    Raises `TypeError` for a kind of anchor or step that has no counting rule.
+    """
+    backbones = model.backbones()
+    front, end = backbones[stitch.front], backbones[stitch.end]
+    macs, size = _embedding_macs(front, image_size)
     used: list[nn.Module] = []
     for segment, layer in zip(stitch.segments, (*stitch.layers, None), strict=True):
-        used.extend(list(trunks[segment.anchor].steps())[segment.first : segment.last + 1])
+        used.extend(list(backbones[segment.anchor].steps())[segment.first : segment.last + 1])
         if layer is not None:
             used.append(model.get_submodule(layer.removesuffix(".transform")))
     for step in used:
-        added, size = _step(step, size)
+        added, size = _step_macs(step, size)
         macs += added
-    macs += _classifier(end, size, final_norm=stitch.final_norm)
+    macs += _classifier_macs(end, size, final_norm=stitch.final_norm)
     parameters = sum(p.numel() for module in used for p in module.parameters())
     parameters += _embedding_parameters(front) + _classifier_parameters(end)
     return Cost(macs, parameters)
 
 
-def _embedding(trunk: Backbone, image_size: int) -> tuple[int, int]:
-    """MACs, and the tokens (or the side of the map) that enter step 0."""
-    match trunk:
+def _embedding_macs(backbone: Backbone, image_size: int) -> tuple[int, int]:
+    """Return the embedding's MACs, and the size of the input of step 0."""
+    match backbone:
         case Vit(patch_embed=PatchStem() as stem):
             side = stem.grid(image_size)
-            return _conv(stem.proj, side), side**2 + 1
+            return _conv_macs(stem.proj, side), side**2 + 1
         case Vit(patch_embed=ConvStem() as stem):
-            return _conv_stem(stem, image_size)
+            return _conv_stem_macs(stem, image_size)
         case Swin():
-            side = image_size // trunk.patch_embed.proj.stride[0]
-            norm = LAYER_NORM * side**2 * trunk.patch_embed.norm.normalized_shape[0]
-            return _conv(trunk.patch_embed.proj, side) + norm, side**2
+            side = image_size // backbone.patch_embed.proj.stride[0]
+            norm = LAYER_NORM * side**2 * backbone.patch_embed.norm.normalized_shape[0]
+            return _conv_macs(backbone.patch_embed.proj, side) + norm, side**2
         case ResNet():
             side = -(-image_size // 2)
-            return _conv(trunk.conv1, side, trunk.bn1), -(-side // 2)
+            return _conv_macs(backbone.conv1, side, backbone.bn1), -(-side // 2)
         case EfficientNetLite():
             side = -(-image_size // 2)
-            return _conv(trunk._conv_stem, side, trunk._bn0), side
+            return _conv_macs(backbone._conv_stem, side, backbone._bn0), side
         case Levit():
             macs, side = 0, image_size
-            for layer in trunk.patch_embed:
+            for layer in backbone.patch_embed:
                 if isinstance(layer, ConvNorm):
                     side = -(-side // 2)
-                    macs += _conv(layer.c, side, layer.bn)
+                    macs += _conv_macs(layer.c, side, layer.bn)
             return macs, side**2
-    raise TypeError(f"no count for {type(trunk).__name__}")
+    raise TypeError(f"anchor: expected a kind with a counting rule, got {type(backbone).__name__}")
 
 
-def _conv_stem(stem: ConvStem, side: int) -> tuple[int, int]:
+def _conv_stem_macs(stem: ConvStem, side: int) -> tuple[int, int]:
+    """Return a convolutional stem's MACs for an image side, and the number of tokens after it."""
     macs = 0
     for conv, norm in zip(stem.convs, stem.norms, strict=True):
         assert isinstance(conv, nn.Conv2d)
         side = -(-side // conv.stride[0])
-        macs += _conv(conv, side, norm)
+        macs += _conv_macs(conv, side, norm)
     return macs, side**2 + 1
 
 
-def _step(step: nn.Module, size: int) -> tuple[int, int]:
-    """MACs of a step, and the tokens (or the side of the map) that leave it."""
-    for kind, count in COUNTS.items():
+def _step_macs(step: nn.Module, size: int) -> tuple[int, int]:
+    """Return a step's MACs, and the size of its output."""
+    for kind, count in STEP_MACS.items():
         if isinstance(step, kind):
-            found: tuple[int, int] = count(step, size)
-            return found
-    raise TypeError(f"no count for {type(step).__name__}")
+            counted: tuple[int, int] = count(step, size)
+            return counted
+    raise TypeError(f"step: expected a kind with a counting rule, got {type(step).__name__}")
 
 
-def _conv(conv: nn.Conv2d, side: int, norm: nn.Module | None = None) -> int:
-    """A convolution whose output is side x side."""
+def _conv_macs(conv: nn.Conv2d, side: int, norm: nn.Module | None = None) -> int:
+    """Return the MACs of a convolution with an output of side x side, and of the norm after it."""
     macs = side**2 * conv.weight.numel()
     if isinstance(norm, nn.BatchNorm2d):
         macs += BATCH_NORM * side**2 * conv.out_channels
     return macs
 
 
-def _linear(linear: nn.Linear, tokens: int) -> int:
+def _linear_macs(linear: nn.Linear, tokens: int) -> int:
+    """Return the MACs of a linear map."""
     return tokens * linear.weight.numel()
 
 
-def _linear_norm(layer: LinearNorm, tokens: int) -> int:
+def _linear_norm_macs(layer: LinearNorm, tokens: int) -> int:
+    """Return the MACs of a linear map and its batch norm, unless the norm is folded."""
     norm = 0 if isinstance(layer.bn, nn.Identity) else BATCH_NORM * tokens * layer.c.out_features
-    return _linear(layer.c, tokens) + norm
+    return _linear_macs(layer.c, tokens) + norm
 
 
-def _vit_block(block: Block, tokens: int) -> tuple[int, int]:
+def _vit_block_macs(block: Block, tokens: int) -> tuple[int, int]:
+    """Return a ViT block's MACs and output size."""
     width = block.attn.proj.in_features
     linears = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-    macs = sum(_linear(linear, tokens) for linear in linears)
+    macs = sum(_linear_macs(linear, tokens) for linear in linears)
     return macs + 2 * tokens**2 * width + 2 * LAYER_NORM * tokens * width, tokens
 
 
-def _swin_block(block: SwinBlock, tokens: int) -> tuple[int, int]:
+def _swin_block_macs(block: SwinBlock, tokens: int) -> tuple[int, int]:
+    """Return a Swin block's MACs and output size."""
     width = block.attn.proj.in_features
     linears = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-    macs = sum(_linear(linear, tokens) for linear in linears)
+    macs = sum(_linear_macs(linear, tokens) for linear in linears)
     scores = 2 * tokens * block.window**2 * width
     return macs + scores + 2 * LAYER_NORM * tokens * width, tokens
 
 
-def _merging(step: PatchMerging, tokens: int) -> tuple[int, int]:
+def _merging_macs(step: PatchMerging, tokens: int) -> tuple[int, int]:
+    """Return a patch merging's MACs and output size."""
     fewer = tokens // 4
     norm = LAYER_NORM * fewer * step.reduction.in_features
-    return _linear(step.reduction, fewer) + norm, fewer
+    return _linear_macs(step.reduction, fewer) + norm, fewer
 
 
-def _residual_block(block: BasicBlock | Bottleneck, side: int) -> tuple[int, int]:
+def _resnet_block_macs(block: BasicBlock | Bottleneck, side: int) -> tuple[int, int]:
+    """Return a ResNet block's MACs and output size."""
     shortcut = None if block.downsample is None else block.downsample[0]
     assert shortcut is None or isinstance(shortcut, nn.Conv2d)
     after = side if shortcut is None else -(-side // shortcut.stride[0])
@@ -162,88 +175,96 @@ def _residual_block(block: BasicBlock | Bottleneck, side: int) -> tuple[int, int
         convs.append((block.conv2, block.bn2, after))
     if shortcut is not None and block.downsample is not None:
         convs.append((shortcut, block.downsample[1], after))
-    return sum(_conv(conv, at, norm) for conv, norm, at in convs), after
+    return sum(_conv_macs(conv, output, norm) for conv, norm, output in convs), after
 
 
-def _inverted_residual(block: InvertedResidual, side: int) -> tuple[int, int]:
+def _inverted_residual_macs(block: InvertedResidual, side: int) -> tuple[int, int]:
+    """Return an EfficientNet block's MACs and output size."""
     after = -(-side // block._depthwise_conv.stride[0])
-    macs = _conv(block._expand_conv, side, block._bn0) if block.expands else 0
-    macs += _conv(block._depthwise_conv, after, block._bn1)
-    return macs + _conv(block._project_conv, after, block._bn2), after
+    macs = _conv_macs(block._expand_conv, side, block._bn0) if block.expands else 0
+    macs += _conv_macs(block._depthwise_conv, after, block._bn1)
+    return macs + _conv_macs(block._project_conv, after, block._bn2), after
 
 
-def _levit_attention(step: LevitAttention, tokens: int) -> tuple[int, int]:
+def _levit_attention_macs(step: LevitAttention, tokens: int) -> tuple[int, int]:
+    """Return a LeViT attention's MACs and output size."""
     fewer = step.index.shape[0]
     scores = fewer * tokens * step.num_heads * (step.key_dim + step.value_dim)
     projection = step.proj[1]
     assert isinstance(projection, LinearNorm)
-    macs = scores + _linear_norm(projection, fewer)
+    macs = scores + _linear_norm_macs(projection, fewer)
     if hasattr(step, "qkv"):
-        return macs + _linear_norm(step.qkv, tokens), fewer
+        return macs + _linear_norm_macs(step.qkv, tokens), fewer
     queries = step.q[1]
     assert isinstance(queries, LinearNorm)
-    return macs + _linear_norm(step.kv, tokens) + _linear_norm(queries, fewer), fewer
+    return macs + _linear_norm_macs(step.kv, tokens) + _linear_norm_macs(queries, fewer), fewer
 
 
-def _residual(step: ResidualBlock, tokens: int) -> tuple[int, int]:
+def _levit_block_macs(step: ResidualBlock, tokens: int) -> tuple[int, int]:
+    """Return the MACs and the output size of a LeViT step, attention or MLP."""
     if isinstance(step.m, LevitAttention):
-        return _levit_attention(step.m, tokens)
+        return _levit_attention_macs(step.m, tokens)
     layers = [layer for layer in step.m.modules() if isinstance(layer, LinearNorm)]
-    return sum(_linear_norm(layer, tokens) for layer in layers), tokens
+    return sum(_linear_norm_macs(layer, tokens) for layer in layers), tokens
 
 
-def _map_stitch(step: MapStitchingLayer, side: int) -> tuple[int, int]:
-    return _conv(step.transform, side), side**2 if step.to_tokens else side
+def _map_stitching_macs(step: MapStitchingLayer, side: int) -> tuple[int, int]:
+    """Return a convolutional stitching layer's MACs and output size."""
+    return _conv_macs(step.transform, side), side**2 if step.to_tokens else side
 
 
-COUNTS: dict[type[nn.Module], Callable[[Any, int], tuple[int, int]]] = {
-    Block: _vit_block,
-    SwinBlock: _swin_block,
-    PatchMerging: _merging,
-    BasicBlock: _residual_block,
-    Bottleneck: _residual_block,
-    InvertedResidual: _inverted_residual,
-    ResidualBlock: _residual,
-    LevitAttention: _levit_attention,
-    StitchingLayer: lambda step, tokens: (_linear(step.transform, tokens), tokens),
-    MapStitchingLayer: _map_stitch,
+STEP_MACS: dict[type[nn.Module], Callable[[Any, int], tuple[int, int]]] = {
+    Block: _vit_block_macs,
+    SwinBlock: _swin_block_macs,
+    PatchMerging: _merging_macs,
+    BasicBlock: _resnet_block_macs,
+    Bottleneck: _resnet_block_macs,
+    InvertedResidual: _inverted_residual_macs,
+    ResidualBlock: _levit_block_macs,
+    LevitAttention: _levit_attention_macs,
+    StitchingLayer: lambda step, tokens: (_linear_macs(step.transform, tokens), tokens),
+    MapStitchingLayer: _map_stitching_macs,
     nn.Identity: lambda step, size: (0, size),
 }
+"""Counting rule of each kind of step: (step, input size) -> (MACs, output size)."""
 
 
-def _classifier(trunk: Backbone, size: int, *, final_norm: bool) -> int:
-    match trunk:
+def _classifier_macs(backbone: Backbone, size: int, *, final_norm: bool) -> int:
+    """Return the MACs of the final norm, the pooling and the heads."""
+    match backbone:
         case Vit():
-            norm = LAYER_NORM * size * trunk.norm.normalized_shape[0] if final_norm else 0
-            return norm + _linear(trunk.head, 1)
+            norm = LAYER_NORM * size * backbone.norm.normalized_shape[0] if final_norm else 0
+            return norm + _linear_macs(backbone.head, 1)
         case Swin():
-            norm = LAYER_NORM * size * trunk.head.in_features if final_norm else 0
-            return norm + _linear(trunk.head, 1)
+            norm = LAYER_NORM * size * backbone.head.in_features if final_norm else 0
+            return norm + _linear_macs(backbone.head, 1)
         case ResNet():
-            return POOLING * size**2 * trunk.fc.in_features + _linear(trunk.fc, 1)
+            return POOLING * size**2 * backbone.fc.in_features + _linear_macs(backbone.fc, 1)
         case EfficientNetLite():
-            head = _conv(trunk._conv_head, size, trunk._bn1)
-            pooled = POOLING * size**2 * trunk._fc.in_features
-            return head + pooled + _linear(trunk._fc, 1)
+            head = _conv_macs(backbone._conv_head, size, backbone._bn1)
+            pooled = POOLING * size**2 * backbone._fc.in_features
+            return head + pooled + _linear_macs(backbone._fc, 1)
         case Levit():
-            heads = [head for head in trunk.children() if isinstance(head, NormLinear)]
-            return sum(_linear(h.l, 1) + BATCH_NORM * h.l.in_features for h in heads)
-    raise TypeError(f"no count for {type(trunk).__name__}")
+            heads = [head for head in backbone.children() if isinstance(head, NormLinear)]
+            return sum(_linear_macs(h.l, 1) + BATCH_NORM * h.l.in_features for h in heads)
+    raise TypeError(f"anchor: expected a kind with a counting rule, got {type(backbone).__name__}")
 
 
-def _embedding_parameters(trunk: Backbone) -> int:
+def _embedding_parameters(backbone: Backbone) -> int:
+    """Return the number of parameters before step 0."""
     return (
-        sum(p.numel() for p in trunk.parameters())
-        - sum(p.numel() for step in trunk.steps() for p in step.parameters())
-        - _classifier_parameters(trunk)
+        sum(p.numel() for p in backbone.parameters())
+        - sum(p.numel() for step in backbone.steps() for p in step.parameters())
+        - _classifier_parameters(backbone)
     )
 
 
-def _classifier_parameters(trunk: Backbone) -> int:
+def _classifier_parameters(backbone: Backbone) -> int:
+    """Return the number of parameters after the last step."""
     names = ("norm", "head", "fc", "head_dist", "_conv_head", "_bn1", "_fc")
     return sum(
         p.numel()
-        for name, part in trunk.named_children()
+        for name, module in backbone.named_children()
         if name in names
-        for p in part.parameters()
+        for p in module.parameters()
     )

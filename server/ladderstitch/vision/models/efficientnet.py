@@ -1,7 +1,7 @@
-"""EfficientNet-Lite as an anchor: EfficientNet (arXiv 1905.11946) with ReLU6 and no squeezing.
+"""EfficientNet-Lite as an anchor: EfficientNet (arXiv 1905.11946) with ReLU6, without squeezing.
 
-Module names are those of the published state dicts. Convolutions pad as TensorFlow's "same" does:
-what is odd goes to the right and the bottom.
+Module names are those of the published state dicts. Convolutions pad like TensorFlow's "same": an
+odd pixel of padding goes to the right and to the bottom.
 """
 
 from __future__ import annotations
@@ -25,22 +25,24 @@ Seven = tuple[int, int, int, int, int, int, int]
 
 
 class EfficientNetLiteConfig(ConvConfig):
-    """Shape of one anchor: seven stages."""
+    """Shape of one EfficientNet-Lite anchor with its seven stages."""
 
     kind: Literal["efficientnet-lite"] = "efficientnet-lite"
-    widths: Seven = Field(description="channels that leave each stage")
+    widths: Seven = Field(description="output channels of each stage")
     depths: Seven = Field(description="blocks of each stage")
-    stem: int = Field(32, gt=0)
-    head: int = Field(1280, gt=0)
+    stem: int = Field(32, gt=0, description="channels of the first convolution")
+    head: int = Field(1280, gt=0, description="channels before the classifier")
 
     def build(self, inputs: InputShape) -> EfficientNetLite:
+        """Return the anchor with its initial weights."""
         return EfficientNetLite(inputs, self)
 
 
 class SameConv(nn.Conv2d):
-    """A convolution whose output is the input's size over the stride, rounded up."""
+    """A convolution whose output side is the input side divided by the stride, rounded up."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the maps [B, D_out, h', w'] of maps [B, D_in, h, w]."""
         size, step = self.kernel_size[0], self.stride[0]
         spare = [max((-(-n // step) - 1) * step + size - n, 0) for n in x.shape[-2:]]
         if any(s % 2 for s in spare):
@@ -56,7 +58,7 @@ def _conv(before: int, after: int, kernel: int, stride: int = 1, groups: int = 1
 
 
 class InvertedResidual(nn.Module):
-    """Widen, filter each channel, narrow; beside a shortcut where nothing changes size."""
+    """1x1 expansion, depthwise convolution, 1x1 projection; plus x if the shape is unchanged."""
 
     def __init__(self, before: int, after: int, stage: int, stride: int) -> None:
         super().__init__()
@@ -72,12 +74,14 @@ class InvertedResidual(nn.Module):
         self._bn2: nn.Module = nn.BatchNorm2d(after, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output maps for maps [B, D, h, w]."""
         y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
         y = F.relu6(self._bn1(self._depthwise_conv(y)))
         y = self._bn2(self._project_conv(y))
         return x + y if self.adds else y
 
     def fold_batch_norm(self) -> None:
+        """Fold the norms into the convolutions; in place."""
         if self.expands:
             self._expand_conv, self._bn0 = fold(self._expand_conv, self._bn0)
         self._depthwise_conv, self._bn1 = fold(self._depthwise_conv, self._bn1)
@@ -85,7 +89,7 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite(Backbone):
-    """One anchor; its steps work on maps [B, D, H, W]."""
+    """An EfficientNet-Lite anchor; its steps work on maps [B, D, h, w]."""
 
     def __init__(self, inputs: InputShape, config: EfficientNetLiteConfig) -> None:
         super().__init__()
@@ -103,16 +107,21 @@ class EfficientNetLite(Backbone):
         self._fc = nn.Linear(config.head, inputs.num_classes)
 
     def embed(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] images -> [B, D, H/2, W/2]."""
+        """Return maps [B, D, H/2, W/2] of images [B, C, H, W]."""
         return F.relu6(self._bn0(self._conv_stem(images)))
 
     def steps(self) -> Sequence[nn.Module]:
+        """Return the blocks of all stages in order."""
         return list(self._blocks)
 
     def classify(self, x: Tensor, *, final_norm: bool) -> Tensor:
-        """[B, D, H, W] -> [B, num_classes] logits; the norm belongs to the head's convolution."""
+        """Return the logits [B, num_classes] of maps [B, D, h, w].
+
+        The norm belongs to the head's convolution, so `final_norm` has no effect.
+        """
         return self._fc(F.relu6(self._bn1(self._conv_head(x))).mean((2, 3)))
 
     def fold_batch_norm(self) -> None:
+        """Fold the norms into the convolutions; in place."""
         self._conv_stem, self._bn0 = fold(self._conv_stem, self._bn0)
         self._conv_head, self._bn1 = fold(self._conv_head, self._bn1)

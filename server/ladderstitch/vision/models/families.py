@@ -1,4 +1,4 @@
-"""Every family that can be built: a configuration that enumerates its networks and makes them."""
+"""The union of all family configurations; each one enumerates its networks and builds the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ladderstitch.vision.models.snnet_staged import StagedConfig
 
 
 def _family(value: object) -> str:
-    """Which configuration this is; one without a name is of the first family there was."""
+    """Return the family's name; a configuration without one is `snnet`, the oldest family."""
     if isinstance(value, dict):
         return str(value.get("family", "snnet"))
     return str(getattr(value, "family", "snnet"))

@@ -1,4 +1,7 @@
-"""LeViT (arXiv 2104.01136) as an anchor; module names are upstream's."""
+"""LeViT (arXiv 2104.01136) as an anchor; module names are upstream's.
+
+Shapes use S for the side of the grid of tokens.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ STEM_STRIDE = 16
 
 
 class Subsample(BaseModel):
-    """What stands between two stages: an attention whose queries are fewer, and an MLP."""
+    """Shape of a downsampling between two stages: an attention with fewer queries, and an MLP."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,11 +45,12 @@ class LevitConfig(BaseModel):
     attn_ratio: tuple[int, ...]
     mlp_ratio: tuple[int, ...]
     subsamples: tuple[Subsample, ...]
-    distilled: bool = Field(True, description="two heads, whose logits are averaged")
+    distilled: bool = Field(True, description="two heads whose logits are averaged")
     batch_norm_eps: float = Field(1e-5, gt=0)
 
     @model_validator(mode="after")
-    def _stages_agree(self) -> LevitConfig:
+    def _check_stages(self) -> LevitConfig:
+        """Raise `ValueError` unless all lists have one entry per stage."""
         stages = len(self.embed_dim)
         for name in ("depths", "num_heads", "attn_ratio", "mlp_ratio"):
             if len(getattr(self, name)) != stages:
@@ -57,27 +61,31 @@ class LevitConfig(BaseModel):
 
     @property
     def widths(self) -> tuple[int, ...]:
+        """Width of the tokens of each stage."""
         return self.embed_dim
 
     @property
     def layout(self) -> Literal["tokens"]:
+        """Layout of the features between steps."""
         return "tokens"
 
     @property
     def total_steps(self) -> int:
+        """Number of steps: two per block and two per downsampling."""
         return 2 * sum(self.depths) + 2 * len(self.subsamples)
 
     def span(self, stage: int, block: int) -> tuple[int, int]:
-        """A block is two steps, attention and MLP; so is what stands between stages."""
+        """Return the first and the last step of a stage's block: attention and MLP."""
         first = 2 * sum(self.depths[:stage]) + 2 * stage + 2 * block
         return first, first + 1
 
     def build(self, inputs: InputShape) -> Levit:
+        """Return the anchor with its initial weights."""
         return Levit(inputs, self)
 
 
 class ConvNorm(nn.Module):
-    """A 3x3 convolution of stride 2 and its normalisation."""
+    """A 3x3 convolution of stride 2 with batch normalisation."""
 
     def __init__(self, before: int, after: int, eps: float) -> None:
         super().__init__()
@@ -85,14 +93,16 @@ class ConvNorm(nn.Module):
         self.bn: nn.Module = nn.BatchNorm2d(after, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return maps [B, D_out, h/2, w/2] of maps [B, D_in, h, w]."""
         return self.bn(self.c(x))
 
     def fold_batch_norm(self) -> None:
+        """Fold the norm into the layer before it; in place."""
         self.c, self.bn = fold(self.c, self.bn)
 
 
 class LinearNorm(nn.Module):
-    """A linear map of [B, T, D] and its normalisation over all tokens."""
+    """A linear map with batch normalisation over all tokens of the batch."""
 
     def __init__(self, before: int, after: int, eps: float) -> None:
         super().__init__()
@@ -100,30 +110,33 @@ class LinearNorm(nn.Module):
         self.bn: nn.Module = nn.BatchNorm1d(after, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return tokens [B, T, D_out] of tokens [B, T, D_in]."""
         y: Tensor = self.c(x)
         if isinstance(self.bn, nn.Identity):
             return y
         return self.bn(y.flatten(0, 1)).view_as(y)
 
     def fold_batch_norm(self) -> None:
+        """Fold the norm into the layer before it; in place."""
         self.c, self.bn = fold(self.c, self.bn)
 
 
 class ResidualBlock(nn.Module):
-    """x + m(x)."""
+    """A residual connection around a module m."""
 
     def __init__(self, m: nn.Module) -> None:
         super().__init__()
         self.m = m
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x + m(x) for tokens [B, T, D]."""
         return x + self.m(x)
 
 
 class LevitAttention(nn.Module):
-    """Attention over a grid [B, R * R, D]; queries of every `stride`-th row and column.
+    """Attention over a grid of S * S tokens, with queries at every `stride`-th row and column.
 
-    Scores are biased by how far query and key are apart, along each axis.
+    The bias of a score depends on the distances of query and key along each axis.
     """
 
     def __init__(
@@ -147,35 +160,38 @@ class LevitAttention(nn.Module):
             self.kv = LinearNorm(before, keys + values, eps)
             self.q = nn.Sequential(nn.Identity(), LinearNorm(before, keys, eps))
         self.proj = nn.Sequential(nn.Hardswish(), LinearNorm(values, after, eps))
-        self.index, offsets = _offsets(resolution, op.stride)
+        self.index, offsets = _bias_index(resolution, op.stride)
         self.attention_biases = nn.Parameter(torch.zeros(op.num_heads, offsets))
 
     def attention_bias(self) -> Tensor:
-        """[H, queries, keys]."""
+        """Return the bias [H, queries, keys] of the scores."""
         return self.attention_biases[:, self.index.to(self.attention_biases.device)]
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`bias` is `attention_bias()`, for those who keep it between calls."""
+        """Return the output [B, queries, D_out] for tokens [B, S * S, D_in].
+
+        `bias` is the result of `attention_bias()`, for callers that keep it between calls.
+        """
         if hasattr(self, "qkv"):
-            parts = self._heads(self.qkv(x), 2 * self.key_dim + self.value_dim)
+            parts = self._split_heads(self.qkv(x), 2 * self.key_dim + self.value_dim)
             q, k, v = parts.split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
         else:
-            parts = self._heads(self.kv(x), self.key_dim + self.value_dim)
+            parts = self._split_heads(self.kv(x), self.key_dim + self.value_dim)
             k, v = parts.split((self.key_dim, self.value_dim), dim=-1)
             grid = x.view(len(x), self.resolution, self.resolution, -1)
             fewer = grid[:, :: self.stride, :: self.stride].flatten(1, 2)
-            q = self._heads(self.q(fewer), self.key_dim)
+            q = self._split_heads(self.q(fewer), self.key_dim)
         bias = self.attention_bias() if bias is None else bias
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
-    def _heads(self, x: Tensor, width: int) -> Tensor:
-        """[B, T, H * w] -> [B, H, T, w]."""
+    def _split_heads(self, x: Tensor, width: int) -> Tensor:
+        """Return [B, H, T, width] of [B, T, H * width]."""
         return x.view(len(x), -1, self.num_heads, width).transpose(1, 2)
 
 
-def _offsets(resolution: int, stride: int) -> tuple[Tensor, int]:
-    """Which bias each pair of query and key gets, numbered as first met, and how many there are."""
+def _bias_index(resolution: int, stride: int) -> tuple[Tensor, int]:
+    """Return the bias number of each (query, key), in order of first use, and their count."""
     keys = list(product(range(resolution), repeat=2))
     queries = [
         (y * stride, x * stride) for y, x in product(range(-(-resolution // stride)), repeat=2)
@@ -189,6 +205,7 @@ def _offsets(resolution: int, stride: int) -> tuple[Tensor, int]:
 
 
 def _mlp(width: int, ratio: int, eps: float) -> ResidualBlock:
+    """Return a residual MLP with a Hardswish and a hidden width of `ratio` times `width`."""
     return ResidualBlock(
         nn.Sequential(
             LinearNorm(width, ratio * width, eps),
@@ -199,7 +216,7 @@ def _mlp(width: int, ratio: int, eps: float) -> ResidualBlock:
 
 
 class NormLinear(nn.Module):
-    """A classifier with a normalisation before it."""
+    """A linear classifier with a batch normalisation before it."""
 
     def __init__(self, width: int, classes: int, eps: float) -> None:
         super().__init__()
@@ -207,11 +224,12 @@ class NormLinear(nn.Module):
         self.l = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits [B, num_classes] of features [B, D]."""
         return self.l(self.bn(x))
 
 
 class Levit(Backbone):
-    """One LeViT anchor."""
+    """A LeViT anchor."""
 
     def __init__(self, inputs: InputShape, config: LevitConfig) -> None:
         super().__init__()
@@ -245,14 +263,15 @@ class Levit(Backbone):
             self.head_dist = NormLinear(widths[-1], inputs.num_classes, eps)
 
     def embed(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] images -> [B, T, D] tokens, row by row."""
+        """Return the tokens [B, T, D] of images [B, C, H, W], row by row."""
         return self.patch_embed(images).flatten(2).transpose(1, 2)
 
     def steps(self) -> Sequence[nn.Module]:
+        """Return the attentions and MLPs of all stages and downsamplings in order."""
         return list(self.blocks)
 
     def classify(self, x: Tensor, *, final_norm: bool) -> Tensor:
-        """[B, T, D] -> [B, num_classes] logits of the mean; the heads hold their own norm."""
+        """Return the logits [B, num_classes] of the tokens' mean; heads have their own norm."""
         mean = x.mean(1)
         if not hasattr(self, "head_dist"):
             return self.head(mean)

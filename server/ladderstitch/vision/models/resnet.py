@@ -24,6 +24,7 @@ class ResNetConfig(ConvConfig):
 
     @property
     def expansion(self) -> int:
+        """Ratio of the channels that leave a block to the channels within it."""
         return 1 if self.block == "BasicBlock" else 4
 
     @property
@@ -32,11 +33,12 @@ class ResNetConfig(ConvConfig):
         return tuple(self.width * self.expansion * 2**stage for stage in range(4))
 
     def build(self, inputs: InputShape) -> ResNet:
+        """Return the anchor with its initial weights."""
         return ResNet(inputs, self)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; the first one strides."""
+    """Two 3x3 convolutions, the first with the stride, plus a shortcut."""
 
     def __init__(self, before: int, width: int, stride: int, eps: float) -> None:
         super().__init__()
@@ -47,18 +49,20 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(before, width, stride, eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output maps for maps [B, D, h, w]."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
 
     def fold_batch_norm(self) -> None:
+        """Fold the norms into the convolutions; in place."""
         self.conv1, self.bn1 = fold(self.conv1, self.bn1)
         self.conv2, self.bn2 = fold(self.conv2, self.bn2)
         _fold_shortcut(self.downsample)
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (which strides) and 1x1 convolutions beside a shortcut; four times as wide."""
+    """1x1, 3x3 (with the stride) and 1x1 convolutions plus a shortcut; the output has 4 x width."""
 
     def __init__(self, before: int, width: int, stride: int, eps: float) -> None:
         super().__init__()
@@ -71,12 +75,14 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(before, 4 * width, stride, eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output maps for maps [B, D, h, w]."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
 
     def fold_batch_norm(self) -> None:
+        """Fold the norms into the convolutions; in place."""
         self.conv1, self.bn1 = fold(self.conv1, self.bn1)
         self.conv2, self.bn2 = fold(self.conv2, self.bn2)
         self.conv3, self.bn3 = fold(self.conv3, self.bn3)
@@ -84,6 +90,7 @@ class Bottleneck(nn.Module):
 
 
 def _shortcut(before: int, after: int, stride: int, eps: float) -> nn.Sequential | None:
+    """Return a 1x1 convolution with its norm, or None where the shape does not change."""
     if stride == 1 and before == after:
         return None
     return nn.Sequential(
@@ -97,7 +104,7 @@ def _fold_shortcut(shortcut: nn.Sequential | None) -> None:
 
 
 class ResNet(Backbone):
-    """One ResNet anchor; its steps work on maps [B, D, H, W]."""
+    """A ResNet anchor; its steps work on maps [B, D, h, w]."""
 
     def __init__(self, inputs: InputShape, config: ResNetConfig) -> None:
         super().__init__()
@@ -116,16 +123,18 @@ class ResNet(Backbone):
         self.fc = nn.Linear(before, inputs.num_classes)
 
     def embed(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] images -> [B, D, H/4, W/4]."""
+        """Return maps [B, D, H/4, W/4] of images [B, C, H, W]."""
         return F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
 
     def steps(self) -> Sequence[nn.Module]:
+        """Return the blocks of all stages in order."""
         stages = (self.get_submodule(f"layer{stage}") for stage in range(1, 5))
         return [block for stage in stages for block in stage.children()]
 
     def classify(self, x: Tensor, *, final_norm: bool) -> Tensor:
-        """[B, D, H, W] -> [B, num_classes] logits of the mean; there is no final norm."""
+        """Return the logits [B, num_classes] of the mean of maps [B, D, h, w]; no final norm."""
         return self.fc(x.mean((2, 3)))
 
     def fold_batch_norm(self) -> None:
+        """Fold the norms into the convolutions; in place."""
         self.conv1, self.bn1 = fold(self.conv1, self.bn1)

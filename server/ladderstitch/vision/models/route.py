@@ -1,7 +1,7 @@
-"""Routes: which blocks of which anchors an input passes, and the stitching layers between them.
+"""Routes: the blocks of the anchors that an input passes, and the stitching layers between them.
 
-Every family of the package describes its networks with these two nouns; a family adds its blocks
-and its way of enumerating routes (`snnet.py`), nothing else.
+Every family describes its networks with `Segment` and `Stitch`. A family adds only its blocks and
+the enumeration of its routes (`snnet.py`, `snnet_staged.py`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Steps `first` .. `last` (inclusive) of one anchor; empty when `last < first`.
+    """A range of steps of one anchor, `first` to `last` inclusive; empty if `last < first`.
 
-    Steps are blocks, and in hierarchical networks the downsamplings between stages too.
+    A step is a block or, in hierarchical networks, a downsampling between stages.
     """
 
     anchor: int
@@ -29,9 +29,10 @@ class Stitch:
     """One network of a family: an anchor alone, or anchors joined by stitching layers.
 
     `layers[i]` is the state-dict key of the affine map between `segments[i]` and
-    `segments[i + 1]`, or `None` for an identity. The first segment's anchor embeds the input, the
-    last one's classifies, after its final norm if `final_norm`. Numbers that a family's published
-    numbering holds but nobody trains are not `usable`: they run, but nothing plans with them.
+    `segments[i + 1]`, or `None` for an identity. The first segment's anchor embeds the input. The
+    last segment's anchor classifies, after its final norm if `final_norm` is set. A network that is
+    part of a family's published numbering but is never trained is not `usable`: it can run, but it
+    is neither calibrated nor scheduled.
     """
 
     id: int
@@ -59,11 +60,12 @@ class Stitch:
 
     @property
     def is_anchor(self) -> bool:
+        """Whether the network is a complete anchor."""
         return len(self.segments) == 1
 
     @property
     def name(self) -> str:
-        """Readable and unique within a family, e.g. `anchor-2` or `0[0..3]+1[4..7]`."""
+        """Name that is unique within the family, e.g. `anchor-2` or `0[0..3]+1[4..7]`."""
         if self.is_anchor:
             return f"anchor-{self.front}"
         return "+".join(str(segment) for segment in self.segments)

@@ -1,9 +1,9 @@
-"""The SN-Net family of vision transformers: its configuration, its stitches, its model.
+"""SN-Net and SN-Netv2 families of vision transformers: configurations, stitches and models.
 
-Paired depth (arXiv 2302.06586, section 3.3): a window of `kernel_size` blocks slides by `stride`
-over the depth. In each window all ordered pairs (j, k) not seen before become stitches "front
-blocks 0..j, then end blocks k..", and all pairs first seen in one window share that window's
-stitching layer; a window that adds nothing gets no layer.
+SN-Net pairs anchors of one depth (arXiv 2302.06586, section 3.3): a window of `kernel_size` blocks
+slides by `stride` over the depth. In each window, every new ordered pair (j, k) becomes a stitch
+"front blocks 0..j, then end blocks k..". All pairs that are new in one window share that window's
+stitching layer. A window without a new pair gets no layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ladderstitch.vision.models.vit import InputShape, Vit, VitConfig
 
 
 class SnNetConfig(BaseModel):
-    """Everything that determines an SN-Net ViT family but its weights."""
+    """Configuration of an SN-Net family of vision transformers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,28 +33,30 @@ class SnNetConfig(BaseModel):
     nearest_only: bool = Field(True, description="stitch neighbouring anchors only")
     final_norm_on_anchors: bool = True
     final_norm_on_stitches: bool = Field(
-        False, description="the published DeiT checkpoints skip the norm on stitched paths"
+        False, description="final norm on stitches; the published DeiT checkpoints skip it"
     )
     identity_between_equals: bool = Field(
-        False, description="no stitching layer between anchors of one width (Learngene Pool)"
+        False, description="no stitching layer between anchors of equal width (Learngene Pool)"
     )
     trained_pairs: tuple[tuple[int, int], ...] | None = Field(
-        None, description="pairs of anchors whose stitches, and themselves, are usable; unset: all"
+        None, description="anchor pairs that are usable, with their stitches; unset: all pairs"
     )
 
     @model_validator(mode="after")
-    def _anchors_pair_up(self) -> SnNetConfig:
+    def _check_depths(self) -> SnNetConfig:
+        """Raise `ValueError` unless all anchors have the same depth."""
         depths = [anchor.depth for anchor in self.anchors]
         if len(set(depths)) > 1:
-            raise ValueError(f"anchors: paired stitching expects one depth, got {depths}")
+            raise ValueError(f"anchors: expected anchors of one depth, got {depths}")
         return self
 
     @property
     def depth(self) -> int:
+        """Number of blocks of every anchor."""
         return self.anchors[0].depth
 
     def stitches(self) -> tuple[Stitch, ...]:
-        """Every network of the family, `id` = position."""
+        """Return every network of the family; a network's id is its position."""
         stitches = enumerate_stitches(
             anchors=len(self.anchors),
             depth=self.depth,
@@ -65,20 +67,23 @@ class SnNetConfig(BaseModel):
             final_norm_on_stitches=self.final_norm_on_stitches,
         )
         return tuple(
-            replace(stitch, layers=self._layers(stitch), usable=self._usable(stitch))
+            replace(stitch, layers=self._layer_keys(stitch), usable=self._is_usable(stitch))
             for stitch in stitches
         )
 
-    def _layers(self, stitch: Stitch) -> tuple[str | None, ...]:
-        if self._identity(stitch.front, stitch.end):
+    def _layer_keys(self, stitch: Stitch) -> tuple[str | None, ...]:
+        """Return the keys of the stitch's layers, with None for an identity."""
+        if self._is_identity(stitch.front, stitch.end):
             return (None,) * len(stitch.layers)
         return stitch.layers
 
-    def _identity(self, front: int, end: int) -> bool:
+    def _is_identity(self, front: int, end: int) -> bool:
+        """Return whether the two anchors are joined without a stitching layer."""
         same = self.anchors[front].embed_dim == self.anchors[end].embed_dim
         return self.identity_between_equals and same
 
-    def _usable(self, stitch: Stitch) -> bool:
+    def _is_usable(self, stitch: Stitch) -> bool:
+        """Return whether the stitch belongs to a trained pair of anchors."""
         if self.trained_pairs is None:
             return True
         if stitch.is_anchor:
@@ -86,7 +91,7 @@ class SnNetConfig(BaseModel):
         return (stitch.front, stitch.end) in self.trained_pairs
 
     def build(self) -> StitchedModel:
-        """The model with torch's default initialisation, on torch's default device."""
+        """Return the model with torch's default initialisation, on torch's default device."""
         layers_per_pair = len(paired_windows(self.depth, self.kernel_size, self.stride))
         pairs = anchor_pairs(len(self.anchors), nearest_only=self.nearest_only)
         return StitchedModel(
@@ -94,7 +99,7 @@ class SnNetConfig(BaseModel):
             stitch_layers=[
                 [
                     nn.Identity()
-                    if self._identity(front, end)
+                    if self._is_identity(front, end)
                     else StitchingLayer(self.anchors[front].embed_dim, self.anchors[end].embed_dim)
                     for _ in range(layers_per_pair)
                 ]
@@ -105,9 +110,10 @@ class SnNetConfig(BaseModel):
 
 
 def paired_windows(depth: int, kernel_size: int, stride: int) -> list[list[tuple[int, int]]]:
-    """Pairs (last front block, first end block) by stitching layer, in id order.
+    """Return pairs (last front block, first end block) per stitching layer, in id order.
 
-    `paired_windows(12, 2, 1)` has 11 layers and 34 pairs, as in the published DeiT family.
+    `paired_windows(12, 2, 1)` has 11 layers and 34 pairs, as in the published DeiT family. Raises
+    `ValueError` for an argument below 1.
     """
     for field, value in (("depth", depth), ("kernel_size", kernel_size), ("stride", stride)):
         if value < 1:
@@ -116,15 +122,15 @@ def paired_windows(depth: int, kernel_size: int, stride: int) -> list[list[tuple
     windows: list[list[tuple[int, int]]] = []
     for start in range(0, depth, stride):
         window = range(start, min(start + kernel_size, depth))
-        fresh = [(j, k) for j in window for k in window if (j, k) not in seen]
-        if fresh:
-            seen.update(fresh)
-            windows.append(fresh)
+        new = [(j, k) for j in window for k in window if (j, k) not in seen]
+        if new:
+            seen.update(new)
+            windows.append(new)
     return windows
 
 
 def anchor_pairs(anchors: int, *, nearest_only: bool) -> list[tuple[int, int]]:
-    """(front, end) anchor pairs, smaller to larger; only neighbours if `nearest_only`."""
+    """Return (front, end) anchor pairs, smaller to larger; only neighbours if `nearest_only`."""
     return [
         (front, end)
         for front in range(anchors)
@@ -143,10 +149,10 @@ def enumerate_stitches(
     final_norm_on_anchors: bool = True,
     final_norm_on_stitches: bool = False,
 ) -> tuple[Stitch, ...]:
-    """All stitches of a paired-depth family, `id` = position: anchors first, then pair by pair.
+    """Return all stitches of a family of equal depths: the anchors first, then pair by pair.
 
-    The published DeiT checkpoints skip the final norm on stitched paths but not on anchors: hence
-    the two flags.
+    A stitch's id is its position. There are two final-norm flags because the published DeiT
+    checkpoints skip the final norm on stitches but not on anchors.
     """
     stitches = [
         Stitch(a, (Segment(a, 0, depth - 1),), (), final_norm_on_anchors) for a in range(anchors)
@@ -170,20 +176,21 @@ def enumerate_stitches(
 
 
 Joint = tuple[int, int, str]
-"""(last step before, first step after, stitching layer)."""
+"""(last step before the stitching layer, first step after it, its state-dict key)."""
 
 
 class SnNetV2Config(BaseModel):
-    """Everything that determines an SN-Netv2 family but its weights."""
+    """Configuration of an SN-Netv2 family, whose stitches run from small to large and back."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: Literal["snnetv2"] = "snnetv2"
     inputs: InputShape
-    anchors: tuple[VitConfig, VitConfig] = Field(description="small, large")
+    anchors: tuple[VitConfig, VitConfig] = Field(description="the small one, the large one")
 
     @model_validator(mode="after")
-    def _depths_divide(self) -> SnNetV2Config:
+    def _check_depths(self) -> SnNetV2Config:
+        """Raise `ValueError` unless the large depth is a multiple of the small one."""
         small, large = self.anchors
         if large.depth % small.depth:
             raise ValueError(
@@ -193,37 +200,37 @@ class SnNetV2Config(BaseModel):
         return self
 
     def stitches(self) -> tuple[Stitch, ...]:
-        """Every network, `id` = position."""
+        """Return every network of the family; a network's id is its position."""
         return tuple(
             Stitch(number, segments, layers, final_norm=True, usable=segments[-1].first <= last)
-            for number, (segments, layers, last) in enumerate(self._routes())
+            for number, (segments, layers, last) in enumerate(self._enumerate_routes())
         )
 
-    def _routes(self) -> Iterator[tuple[tuple[Segment, ...], tuple[str, ...], int]]:
-        """Segments, stitching layers between them, and the last step of the last anchor."""
+    def _enumerate_routes(self) -> Iterator[tuple[tuple[Segment, ...], tuple[str, ...], int]]:
+        """Yield the segments, the stitching layers, and the last step of the last anchor."""
         lasts = [anchor.depth - 1 for anchor in self.anchors]
         for anchor, last in enumerate(lasts):
             yield (Segment(anchor, 0, last),), (), last
-        up, down = self._joints()
+        up, down = self._list_joints()
         for first, joints in ((0, up), (1, down)):
             for before, after, layer in joints:
                 end = Segment(1 - first, after, lasts[1 - first])
                 yield (Segment(first, 0, before), end), (layer,), lasts[1 - first]
-        whole = self.anchors[0].depth - 1
-        for first, out, back in ((1, down, up), (0, up, down)):
-            for a, b, there in out:
-                for c, d, home in back:
-                    if c < b or (first == 1 and c == whole):
+        small_last = self.anchors[0].depth - 1
+        for first, outward, back in ((1, down, up), (0, up, down)):
+            for a, b, outward_layer in outward:
+                for c, d, back_layer in back:
+                    if c < b or (first == 1 and c == small_last):
                         continue
                     segments = (
                         Segment(first, 0, a),
                         Segment(1 - first, b, c),
                         Segment(first, d, lasts[first]),
                     )
-                    yield segments, (there, home), lasts[first]
+                    yield segments, (outward_layer, back_layer), lasts[first]
 
-    def _joints(self) -> tuple[list[Joint], list[Joint]]:
-        """Small to large, and large to small."""
+    def _list_joints(self) -> tuple[list[Joint], list[Joint]]:
+        """Return the joints from small to large, and those from large to small."""
         small, large = (anchor.depth for anchor in self.anchors)
         ratio = large // small
         up = [(i, (i + 1) * ratio, f"stitch_layers.0.{i}.transform") for i in range(small)]
@@ -234,9 +241,9 @@ class SnNetV2Config(BaseModel):
         return up, down
 
     def build(self) -> StitchedModel:
-        """The model with torch's default initialisation, on torch's default device."""
+        """Return the model with torch's default initialisation, on torch's default device."""
         small, large = (anchor.embed_dim for anchor in self.anchors)
-        up, down = self._joints()
+        up, down = self._list_joints()
         return StitchedModel(
             [Vit(self.inputs, anchor) for anchor in self.anchors],
             [

@@ -1,10 +1,11 @@
-"""SN-Net families of hierarchical networks: Swin, ResNet, LeViT, EfficientNet-Lite, also mixed.
+"""SN-Net families of hierarchical networks: Swin, ResNet, LeViT, EfficientNet-Lite, and mixtures.
 
-Anchors are stitched inside a stage only, never the last (arXiv 2302.06586, section 3.3). Stages of
-one depth d: (j, j + 1) for j = 0 .. d - 2, a layer each. Of depths d1 < d2, with
-m(i) = floor(i d1 / d2): (m(i), i) for all i with m(i) < i, and the n-th of them uses layer m(n),
-not m(i): published checkpoints were trained so. Families that are not trained jointly may be
-stitched at stage boundaries instead: all of a stage, then the end anchor's next stage.
+Anchors are stitched inside a stage only, and never in the last one (arXiv 2302.06586, section 3.3).
+If both stages have depth d, the pairs (last front block, first end block) are (j, j + 1) for
+j = 0 .. d - 2, each with a layer of its own. If the depths are d1 < d2, with m(i) = floor(i d1 /
+d2), the pairs are (m(i), i) for all i with m(i) < i. The n-th pair uses layer m(n), not m(i),
+because the published checkpoints were trained so. Families that are not trained jointly may be
+stitched at stage boundaries instead: all blocks of a stage, then the end anchor's next stage.
 """
 
 from __future__ import annotations
@@ -32,20 +33,21 @@ AnchorConfig = Annotated[Hierarchical, Field(discriminator="kind")]
 
 
 class StagedConfig(BaseModel):
-    """Everything that determines a hierarchical SN-Net family but its weights."""
+    """Configuration of a hierarchical SN-Net family."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: Literal["snnet-staged"] = "snnet-staged"
     inputs: InputShape
     anchors: tuple[AnchorConfig, ...] = Field(min_length=1, description="smallest first")
-    stages: tuple[int, ...] = Field(description="the stages that are stitched in, from 0")
+    stages: tuple[int, ...] = Field(description="stages with stitches, from 0")
     joints: Literal["within", "after"] = Field(
-        "within", description="stitch within a stage (SN-Net), or after all of it"
+        "within", description="stitch within a stage (SN-Net), or after the whole stage"
     )
 
     @model_validator(mode="after")
-    def _stages_fit_the_anchors(self) -> StagedConfig:
+    def _check_stages(self) -> StagedConfig:
+        """Raise `ValueError` unless the stages exist and every front anchor is the smaller one."""
         shortest = min(len(anchor.depths) for anchor in self.anchors)
         if any(not 0 <= stage < shortest - 1 for stage in self.stages):
             raise ValueError(
@@ -54,42 +56,46 @@ class StagedConfig(BaseModel):
         for front, end in self.pairs:
             if (front.layout, end.layout) == ("tokens", "map"):
                 raise ValueError(
-                    f"anchors: expected no {end.kind} after a {front.kind}: tokens have no map"
+                    f"anchors: expected token layout after a {front.kind} (tokens), "
+                    f"got a {end.kind} (maps)"
                 )
             for stage in self.stages:
                 if front.depths[stage] > end.depths[stage]:
                     raise ValueError(
-                        f"anchors: expected the smaller first; stage {stage} has "
-                        f"{front.depths[stage]} blocks before {end.depths[stage]}"
+                        f"anchors: expected the smaller one first, got {front.depths[stage]} "
+                        f"before {end.depths[stage]} blocks in stage {stage}"
                     )
         return self
 
     @property
     def pairs(self) -> list[tuple[Hierarchical, ...]]:
-        """Neighbouring anchors."""
+        """Pairs of neighbouring anchors, (front, end)."""
         return list(zip(self.anchors, self.anchors[1:], strict=False))
 
     def stitches(self) -> tuple[Stitch, ...]:
-        """Every network, `id` = position: anchors, then stage by stage, pair by pair."""
-        found = [
+        """Return every network: the anchors, then stage by stage, pair by pair.
+
+        A network's id is its position.
+        """
+        stitches = [
             Stitch(a, (Segment(a, 0, anchor.total_steps - 1),), (), True)
             for a, anchor in enumerate(self.anchors)
         ]
         for list_index, stage in enumerate(self.stages):
             for pair, (front, end) in enumerate(self.pairs):
-                for leaving, entering, layer in self._joints(front, end, stage):
+                for leaving, entering, layer in self._list_joints(front, end, stage):
                     segments = (
                         Segment(pair, 0, leaving),
                         Segment(pair + 1, entering, end.total_steps - 1),
                     )
                     key = f"stitch_layers.{list_index}.{pair}.{layer}.transform"
-                    found.append(Stitch(len(found), segments, (key,), True))
-        return tuple(found)
+                    stitches.append(Stitch(len(stitches), segments, (key,), True))
+        return tuple(stitches)
 
-    def _joints(
+    def _list_joints(
         self, front: Hierarchical, end: Hierarchical, stage: int
     ) -> list[tuple[int, int, int]]:
-        """(last step of the front, first step of the end, stitching layer)."""
+        """Return (last step of the front, first step of the end, stitching layer) per stitch."""
         if self.joints == "after":
             leaving = front.span(stage, front.depths[stage] - 1)[1]
             return [(leaving, end.span(stage, end.depths[stage] - 1)[1] + 1, 0)]
@@ -99,16 +105,12 @@ class StagedConfig(BaseModel):
         ]
 
     def build(self) -> StitchedModel:
-        """The model with torch's default initialisation, on torch's default device."""
+        """Return the model with torch's default initialisation, on torch's default device."""
         layers: list[Layers] = [
             [
                 [
-                    _layer(front, end, stage)
-                    for _ in range(
-                        1
-                        if self.joints == "after"
-                        else layer_count(front.depths[stage], end.depths[stage])
-                    )
+                    _make_layer(front, end, stage)
+                    for _ in range(self._count_layers(front, end, stage))
                 ]
                 for front, end in self.pairs
             ]
@@ -118,9 +120,15 @@ class StagedConfig(BaseModel):
             [anchor.build(self.inputs) for anchor in self.anchors], layers, self.stitches()
         )
 
+    def _count_layers(self, front: Hierarchical, end: Hierarchical, stage: int) -> int:
+        """Return the number of stitching layers between two anchors in a stage."""
+        if self.joints == "after":
+            return 1
+        return layer_count(front.depths[stage], end.depths[stage])
+
 
 def stage_stitches(front_depth: int, end_depth: int) -> list[tuple[int, int, int]]:
-    """(last front block, first end block, stitching layer) within a stage, in id order."""
+    """Return (last front block, first end block, stitching layer) within a stage, in id order."""
     if front_depth == end_depth:
         return [(block, block + 1, block) for block in range(front_depth - 1)]
     mapped = [i * front_depth // end_depth for i in range(end_depth)]
@@ -129,11 +137,12 @@ def stage_stitches(front_depth: int, end_depth: int) -> list[tuple[int, int, int
 
 
 def layer_count(front_depth: int, end_depth: int) -> int:
-    """Stitching layers that a stage's checkpoint holds, used or not."""
+    """Return the number of stitching layers in a stage's checkpoint, including unused ones."""
     return front_depth - 1 if front_depth == end_depth else front_depth
 
 
-def _layer(front: Hierarchical, end: Hierarchical, stage: int) -> nn.Module:
+def _make_layer(front: Hierarchical, end: Hierarchical, stage: int) -> nn.Module:
+    """Return a stitching layer from the front anchor's to the end anchor's width in a stage."""
     widths = front.widths[stage], end.widths[stage]
     if front.layout == "map":
         return MapStitchingLayer(*widths, to_tokens=end.layout == "tokens")

@@ -1,4 +1,8 @@
-"""The Swin transformer (arXiv 2103.14030) as an anchor; module names are upstream's."""
+"""The Swin transformer (arXiv 2103.14030) as an anchor; module names are upstream's.
+
+Shapes use S for the side of the grid of tokens, N for the tokens of a window, and W for the number
+of windows.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,8 @@ from torch import Tensor, nn
 from ladderstitch.vision.models.stitched import Backbone
 from ladderstitch.vision.models.vit import InputShape, Mlp
 
-OUTSIDE = -100.0
-"""Added to the score of two tokens that the shift brought into one window but not together."""
+MASKED_SCORE = -100.0
+"""Added to the score of two tokens that share a window only because of the shift."""
 
 
 class SwinConfig(BaseModel):
@@ -26,14 +30,15 @@ class SwinConfig(BaseModel):
     embed_dim: int = Field(gt=0)
     depths: tuple[int, ...] = Field(min_length=1)
     num_heads: tuple[int, ...]
-    window_size: int = Field(7, gt=0, description="tokens a side")
-    patch_size: int = Field(4, gt=0, description="pixels a side")
+    window_size: int = Field(7, gt=0, description="tokens per side")
+    patch_size: int = Field(4, gt=0, description="pixels per side")
     mlp_ratio: float = Field(4.0, gt=0)
     qkv_bias: bool = True
     layer_norm_eps: float = Field(1e-5, gt=0)
 
     @model_validator(mode="after")
-    def _stages_fit(self) -> SwinConfig:
+    def _check_stages(self) -> SwinConfig:
+        """Raise `ValueError` unless every stage has a number of heads that divides its width."""
         if len(self.num_heads) != len(self.depths):
             raise ValueError(f"num_heads: expected {len(self.depths)} stages, got {self.num_heads}")
         for width, heads in zip(self.widths, self.num_heads, strict=True):
@@ -43,27 +48,31 @@ class SwinConfig(BaseModel):
 
     @property
     def widths(self) -> tuple[int, ...]:
+        """Width of the tokens of each stage."""
         return tuple(self.embed_dim * 2**stage for stage in range(len(self.depths)))
 
     @property
     def layout(self) -> Literal["tokens"]:
+        """Layout of the features between steps."""
         return "tokens"
 
     @property
     def total_steps(self) -> int:
+        """Number of steps: all blocks and the downsamplings between stages."""
         return sum(self.depths) + len(self.depths) - 1
 
     def span(self, stage: int, block: int) -> tuple[int, int]:
-        """First and last step of a stage's block; downsamplings stand between stages."""
+        """Return the first and the last step of a stage's block, counting downsamplings."""
         step = sum(self.depths[:stage]) + stage + block
         return step, step
 
     def build(self, inputs: InputShape) -> Swin:
+        """Return the anchor with its initial weights."""
         return Swin(inputs, self)
 
 
 class PatchEmbed(nn.Module):
-    """[B, C, H, W] -> [B, T, D]: a convolution over disjoint patches, then a norm."""
+    """A convolution over disjoint patches, then a norm."""
 
     def __init__(self, in_channels: int, config: SwinConfig) -> None:
         super().__init__()
@@ -72,6 +81,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return tokens [B, T, D] of images [B, C, H, W]."""
         return self.norm(self.proj(images).flatten(2).transpose(1, 2))
 
 
@@ -86,23 +96,23 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def position_bias(self) -> Tensor:
-        """[H, N, N]."""
+        """Return the bias [H, N, N] of every pair of positions in a window."""
         side = torch.arange(self.window, device=self.relative_position_bias_table.device)
         y, x = torch.meshgrid(side, side, indexing="ij")
-        at = torch.stack((y.flatten(), x.flatten()))  # [2, N]
-        apart = at[:, :, None] - at[:, None, :] + self.window - 1
-        index = apart[0] * (2 * self.window - 1) + apart[1]  # [N, N]
+        position = torch.stack((y.flatten(), x.flatten()))  # [2, N]
+        offset = position[:, :, None] - position[:, None, :] + self.window - 1
+        index = offset[0] * (2 * self.window - 1) + offset[1]  # [N, N]
         return self.relative_position_bias_table[index].permute(2, 0, 1)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """[B, W, N, D] windows; bias [W or 1, H, N, N]."""
+        """Return the attention's output for windows [B, W, N, D]; bias is [W or 1, H, N, N]."""
         return self.proj(mix_windows(self.qkv(x), bias, self.num_heads))
 
 
 def mix_windows(qkv: Tensor, bias: Tensor, heads: int) -> Tensor:
-    """Attention within windows: [B, W, N, 3 D] -> [B, W, N, D].
+    """Return the attention within windows [B, W, N, D] of projections [B, W, N, 3 D].
 
-    Windows stand beside the batch: with a dimension of their own the fast kernels do not apply.
+    Windows are folded into the batch dimension: fast kernels do not accept a separate dimension.
     """
     batch, windows, tokens, width = qkv.shape
     split = qkv.view(batch * windows, tokens, 3, heads, -1)
@@ -114,7 +124,7 @@ def mix_windows(qkv: Tensor, bias: Tensor, heads: int) -> Tensor:
 
 
 class SwinBlock(nn.Module):
-    """Pre-norm block on [B, T, D]; every second one shifts its windows by half."""
+    """A pre-norm block on tokens [B, S * S, D]; every second block shifts its windows by half."""
 
     def __init__(self, config: SwinConfig, stage: int, index: int, resolution: int) -> None:
         super().__init__()
@@ -129,55 +139,61 @@ class SwinBlock(nn.Module):
         self.mlp = Mlp(width, config.mlp_ratio)
 
     def attention_bias(self) -> Tensor:
-        """[W or 1, H, N, N]: position bias, and what keeps strangers in a shifted window apart."""
+        """Return the position bias [W or 1, H, N, N], with the mask of the shifted windows.
+
+        The mask separates tokens that are not neighbours in the image.
+        """
         bias = self.attn.position_bias().unsqueeze(0)
         if not self.shift:
             return bias
         side = torch.arange(self.resolution, device=bias.device)
         edges = torch.tensor([self.resolution - self.window, self.resolution - self.shift])
         band = torch.bucketize(side, edges.to(bias.device), right=True)  # 0, 1, 2
-        region = band[:, None] * 3 + band[None, :]  # [R, R]
-        groups = self._windows(region.view(1, -1, 1)).squeeze(0).squeeze(-1)  # [W, N]
-        apart = groups[:, :, None] != groups[:, None, :]  # [W, N, N]
-        return bias + apart.unsqueeze(1) * torch.full_like(bias[:1, :1, :1, :1], OUTSIDE)
+        region = band[:, None] * 3 + band[None, :]  # [S, S]
+        groups = self._tile(region.view(1, -1, 1)).squeeze(0).squeeze(-1)  # [W, N]
+        masked = groups[:, :, None] != groups[:, None, :]  # [W, N, N]
+        return bias + masked.unsqueeze(1) * torch.full_like(bias[:1, :1, :1, :1], MASKED_SCORE)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`bias` is `attention_bias()`, for those who keep it between calls."""
+        """Return tokens [B, S * S, D] of tokens [B, S * S, D].
+
+        `bias` is the result of `attention_bias()`, for callers that keep it between calls.
+        """
         if bias is None:
             bias = self.attention_bias()
-        x = x + self.gather(self.attn(self.spread(self.norm1(x)), bias))
+        x = x + self.join_windows(self.attn(self.split_windows(self.norm1(x)), bias))
         return x + self.mlp(self.norm2(x))
 
-    def spread(self, x: Tensor) -> Tensor:
-        """[B, R * R, D] tokens, row by row -> [B, W, N, D] windows, shifted if the block shifts."""
+    def split_windows(self, x: Tensor) -> Tensor:
+        """Return windows [B, W, N, D] of tokens [B, S * S, D], shifted if the block shifts."""
         if self.shift:
             grid = x.view(len(x), self.resolution, self.resolution, -1)
             x = grid.roll((-self.shift, -self.shift), (1, 2)).flatten(1, 2)
-        return self._windows(x)
+        return self._tile(x)
 
-    def gather(self, windows: Tensor) -> Tensor:
-        """`spread`, backwards."""
-        whole = self._whole(windows)
+    def join_windows(self, windows: Tensor) -> Tensor:
+        """Return tokens [B, S * S, D] of windows [B, W, N, D]: the inverse of `split_windows`."""
+        grid = self._untile(windows)
         if self.shift:
-            whole = whole.roll((self.shift, self.shift), (1, 2))
-        return whole.flatten(1, 2)
+            grid = grid.roll((self.shift, self.shift), (1, 2))
+        return grid.flatten(1, 2)
 
-    def _windows(self, x: Tensor) -> Tensor:
-        """[B, R * R, D] -> [B, W, N, D]."""
+    def _tile(self, x: Tensor) -> Tensor:
+        """Return windows [B, W, N, D] of tokens [B, S * S, D]."""
         count = self.resolution // self.window
         split = x.view(len(x), count, self.window, count, self.window, -1)
         return split.transpose(2, 3).reshape(len(x), count**2, self.window**2, -1)
 
-    def _whole(self, windows: Tensor) -> Tensor:
-        """[B, W, N, D] -> [B, R, R, D]."""
+    def _untile(self, windows: Tensor) -> Tensor:
+        """Return the grid [B, S, S, D] of windows [B, W, N, D]."""
         count = self.resolution // self.window
         split = windows.view(len(windows), count, count, self.window, self.window, -1)
-        whole = split.transpose(2, 3)
-        return whole.reshape(len(windows), self.resolution, self.resolution, -1)
+        rows = split.transpose(2, 3)
+        return rows.reshape(len(windows), self.resolution, self.resolution, -1)
 
 
 class PatchMerging(nn.Module):
-    """[B, R * R, D] -> [B, R * R / 4, 2 D]: four neighbours become one token."""
+    """A downsampling that merges four neighbouring tokens into one of twice the width."""
 
     def __init__(self, width: int, resolution: int, eps: float) -> None:
         super().__init__()
@@ -186,14 +202,15 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return tokens [B, S * S / 4, 2 D] of tokens [B, S * S, D]."""
         half = self.resolution // 2
         pairs = x.view(len(x), half, 2, half, 2, -1)
-        merged = pairs.permute(0, 1, 3, 4, 2, 5)  # column before row: upstream's order
+        merged = pairs.permute(0, 1, 3, 4, 2, 5)  # upstream's order: column before row
         return self.reduction(self.norm(merged.reshape(len(x), half * half, -1)))
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution, and the downsampling after them."""
+    """The blocks of one resolution, followed by a downsampling except in the last stage."""
 
     def __init__(self, config: SwinConfig, stage: int, resolution: int) -> None:
         super().__init__()
@@ -205,7 +222,7 @@ class Stage(nn.Module):
 
 
 class Swin(Backbone):
-    """One Swin anchor."""
+    """A Swin anchor."""
 
     def __init__(self, inputs: InputShape, config: SwinConfig) -> None:
         super().__init__()
@@ -219,32 +236,33 @@ class Swin(Backbone):
         self.head = nn.Linear(config.widths[-1], inputs.num_classes)
 
     def embed(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] images -> [B, T, D] tokens, row by row."""
+        """Return the tokens [B, T, D] of images [B, C, H, W], row by row."""
         return self.patch_embed(images)
 
     def steps(self) -> Sequence[nn.Module]:
-        found: list[nn.Module] = []
+        """Return the blocks and downsamplings of all stages in order."""
+        steps: list[nn.Module] = []
         for stage in self.layers:
             assert isinstance(stage, Stage)
-            found.extend(stage.blocks)
-            found.extend([stage.downsample] if hasattr(stage, "downsample") else [])
-        return found
+            steps.extend(stage.blocks)
+            steps.extend([stage.downsample] if hasattr(stage, "downsample") else [])
+        return steps
 
     def classify(self, x: Tensor, *, final_norm: bool) -> Tensor:
-        """[B, T, D] tokens -> [B, num_classes] logits of their mean."""
+        """Return the logits [B, num_classes] of the mean of tokens [B, T, D]."""
         if final_norm:
             x = self.norm(x)
         return self.head(x.mean(1))
 
 
 def _resolution(side: int, stage: int, config: SwinConfig) -> int:
-    """Tokens a side of a stage; raises `ValueError` if windows do not tile it."""
+    """Return the tokens per side of a stage; raises `ValueError` if windows do not tile it."""
     resolution = side >> stage
     if resolution << stage != side or (
         resolution > config.window_size and resolution % config.window_size
     ):
         raise ValueError(
             f"image_size: expected stages that windows of {config.window_size} tile, got "
-            f"{side / 2**stage:g} patches a side in stage {stage}"
+            f"{side / 2**stage:g} patches per side in stage {stage}"
         )
     return resolution

@@ -1,6 +1,6 @@
-"""The vision transformer that anchors are made of: DeiT's, with a patch or a convolutional stem.
+"""The vision transformer (DeiT) as an anchor, with a patch stem or a convolutional stem.
 
-Module names are timm's, so that published state dicts load without renaming.
+Module names are those of timm, so that published state dicts load without renaming.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ladderstitch.vision.models.stitched import Backbone, fold
 
 
 class InputShape(BaseModel):
-    """What the anchors of a family share: the images they see and the labels they tell apart."""
+    """Shape of a family's inputs and outputs, shared by all its anchors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -28,7 +28,7 @@ class InputShape(BaseModel):
 
 
 class VitConfig(BaseModel):
-    """Shape of one anchor."""
+    """Shape of one ViT anchor."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,25 +38,28 @@ class VitConfig(BaseModel):
     mlp_ratio: float = Field(4.0, gt=0)
     qkv_bias: bool = True
     layer_norm_eps: float = Field(1e-6, gt=0)
-    patch_size: int = Field(16, gt=0, description="pixels a side; unused with a conv stem")
+    patch_size: int = Field(
+        16, gt=0, description="pixels per side; unused with a convolutional stem"
+    )
     stem: tuple[tuple[int, int], ...] = Field(
         (),
-        description="empty: one patch convolution; else (channels, stride) of each 3x3 "
-        "convolution, the last with embed_dim channels (arXiv 2106.14881)",
+        description="(channels, stride) of each 3x3 convolution, the last with embed_dim channels "
+        "(arXiv 2106.14881); empty: one patch convolution",
     )
-    layer_scale: bool = Field(False, description="a learned factor a channel (DeiT-3)")
+    layer_scale: bool = Field(False, description="a learned factor per channel (DeiT-3)")
     class_token_position: bool = Field(
         True, description="whether the class token has a position (DeiT-3: no)"
     )
     distillation: Literal["none", "token", "heads"] = Field(
-        "none", description="a second token (DeiT); heads: with a head whose logits are averaged in"
+        "none", description="token: a second token (DeiT); heads: with a second head, averaged"
     )
     stem_batch_norm: bool = Field(
-        False, description="normalise between the stem's convolutions; folded away for serving"
+        False, description="batch normalisation between the stem's convolutions; folded for serving"
     )
 
     @model_validator(mode="after")
-    def _widths_fit(self) -> VitConfig:
+    def _check_widths(self) -> VitConfig:
+        """Raise `ValueError` unless the heads divide the width and the stem ends with it."""
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"num_heads: expected a divisor of embed_dim {self.embed_dim}, got {self.num_heads}"
@@ -70,11 +73,12 @@ class VitConfig(BaseModel):
         return self
 
     def build(self, inputs: InputShape) -> Vit:
+        """Return the anchor with its initial weights."""
         return Vit(inputs, self)
 
 
 class PatchStem(nn.Module):
-    """[B, C, H, W] -> [B, D, H/p, W/p]: one convolution over disjoint patches."""
+    """One convolution over disjoint patches of p x p pixels: [B, C, H, W] -> [B, D, H/p, W/p]."""
 
     def __init__(self, in_channels: int, config: VitConfig) -> None:
         super().__init__()
@@ -84,15 +88,17 @@ class PatchStem(nn.Module):
         )
 
     def grid(self, image_size: int) -> int:
+        """Return the number of patches per side of an image of this size."""
         return image_size // self.patch_size
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return patches [B, D, H/p, W/p] of images [B, C, H, W]."""
         patches: Tensor = self.proj(images)
         return patches
 
 
 class ConvStem(nn.Module):
-    """[B, C, H, W] -> [B, D, h, w]: 3x3 convolutions with GELU between (arXiv 2106.14881)."""
+    """3x3 convolutions with GELU between them (arXiv 2106.14881): [B, C, H, W] -> [B, D, h, w]."""
 
     def __init__(self, in_channels: int, config: VitConfig) -> None:
         super().__init__()
@@ -108,25 +114,27 @@ class ConvStem(nn.Module):
         )
 
     def grid(self, image_size: int) -> int:
+        """Return the side of the output's grid for an image of this size."""
         for stride in self.strides:
             image_size = -(-image_size // stride)
         return image_size
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return features [B, D, h, w] of images [B, C, H, W]."""
         x = images
         for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = norm(conv(F.gelu(x) if index else x))
         return x
 
     def fold_batch_norm(self) -> None:
-        """Fold the normalisation's running statistics into the convolutions, for serving."""
+        """Fold the normalisation's running statistics into the convolutions; in place."""
         for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 self.convs[index], self.norms[index] = fold(conv, norm)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection for queries, keys and values."""
+    """Multi-head self-attention with one fused projection of queries, keys and values."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
@@ -135,6 +143,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the attention's output [B, T, D] for tokens [B, T, D]."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1)  # [B, T, 3, H, D/H]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x [B, H, T, D/H]
@@ -143,7 +152,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """[B, T, D] -> [B, T, D] through `mlp_ratio` times the width, with exact (erf) GELU."""
+    """Two linear maps with an exact (erf) GELU between them; hidden width `ratio` times D."""
 
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
@@ -152,11 +161,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the MLP's output [B, T, D] for tokens [B, T, D]."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on [B, T, D]."""
+    """A pre-norm transformer block, with layer scale if configured."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
@@ -170,6 +180,7 @@ class Block(nn.Module):
         self.layer_scale = config.layer_scale
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return tokens [B, T, D] of tokens [B, T, D]."""
         attended = self.attn(self.norm1(x))
         x = x + (self.gamma_1 * attended if self.layer_scale else attended)
         mixed = self.mlp(self.norm2(x))
@@ -177,7 +188,7 @@ class Block(nn.Module):
 
 
 class Vit(Backbone):
-    """One ViT anchor."""
+    """A ViT anchor."""
 
     def __init__(self, inputs: InputShape, config: VitConfig) -> None:
         super().__init__()
@@ -197,13 +208,13 @@ class Vit(Backbone):
             self.head_dist = nn.Linear(config.embed_dim, inputs.num_classes)
 
     def first_tokens(self) -> Tensor:
-        """The tokens [1, n, D] that stand before the patches."""
+        """Return the n tokens [1, n, D] before the patches: class and distillation token."""
         if hasattr(self, "dist_token"):
             return torch.cat((self.cls_token, self.dist_token), dim=1)
         return self.cls_token
 
     def embed(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] images -> [B, T, D] tokens, the class token first."""
+        """Return the tokens [B, T, D] of images [B, C, H, W], the class token first."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, T-1, D]
         first = self.first_tokens().expand(len(images), -1, -1)
         if self.class_token_position:
@@ -211,17 +222,21 @@ class Vit(Backbone):
         return torch.cat((first, patches + self.pos_embed), dim=1)
 
     def steps(self) -> Sequence[nn.Module]:
+        """Return the blocks in order."""
         return list(self.blocks)
 
     def classify(self, x: Tensor, *, final_norm: bool) -> Tensor:
-        """[B, T, D] tokens -> [B, num_classes] logits: one head's, or the mean of both."""
+        """Return the logits [B, num_classes] of tokens [B, T, D]; with two heads, their mean."""
         logits = self.head_logits(x, final_norm=final_norm)
         return logits[0] if len(logits) == 1 else (logits[0] + logits[1]) / 2
 
     def head_logits(self, x: Tensor, *, final_norm: bool) -> list[Tensor]:
-        """Logits of the class token's head and, if there is one, of the distillation token's."""
+        """Return the logits of the class token's head and, if configured, of the distillation head.
+
+        x are tokens [B, T, D]; each entry is [B, num_classes].
+        """
         heads = [self.head, self.head_dist] if hasattr(self, "head_dist") else [self.head]
         first = x[:, : len(heads)]
         if final_norm:
             first = self.norm(first)
-        return [head(first[:, at]) for at, head in enumerate(heads)]
+        return [head(first[:, index]) for index, head in enumerate(heads)]

@@ -1,1 +1,1 @@
-"""Queue, admission, planning and dispatch of image requests."""
+"""The scheduler of image requests: queue, admission, planning and dispatch."""

@@ -1,4 +1,4 @@
-"""At the door: refuse at once what cannot be answered in time, and say what could be."""
+"""Admission control: reject a request that cannot be answered in time, and say what is feasible."""
 
 from __future__ import annotations
 
@@ -20,30 +20,32 @@ from ladderstitch.scheduling.settings import SchedulerSettings
 
 @dataclass(frozen=True, slots=True)
 class QueueLoad:
-    """The scheduler's state at one instant; `busy_s` is what the running batch still takes."""
+    """The load of a scheduler at one instant."""
 
     now: float
     busy_s: float
+    """Expected seconds until the running batch ends; 0 if the engine is idle."""
     queued_requests: int
     queued_images: int
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetCheck:
-    """Answer to "what could I have?"; variants are None where nothing fits.
+    """The best variants within a budget, and the smallest budgets that are feasible.
 
-    `now_*` counts the work that waits, `idle_*` does not; `smallest_*` are the smallest budgets
-    that the fastest variant of the quality asked for needs.
+    The `now` fields include the work that runs and waits; the `idle` fields do not. The smallest
+    budgets are those of the fastest variant that has the requested quality.
     """
 
     now_variant: int | None
+    """Variant id; None if no variant fits."""
     idle_variant: int | None
     wait_s: float
     smallest_now_s: float
     smallest_idle_s: float
 
 
-def admit(
+def check_request(
     request: Request,
     candidates: CandidateFilter,
     latency: LatencyView,
@@ -51,31 +53,43 @@ def admit(
     images_ahead: float,
     settings: SchedulerSettings,
 ) -> None:
-    """Raise the `RequestError` that says why a request is refused, if it is."""
+    """Raise the `RequestError` that rejects a request, or return if the request is admitted.
+
+    Raises `InvalidArgument`, `VariantNotFound` or `QualityUnavailable` if no variant may answer it,
+    `BudgetInfeasible` if its hard deadline is too early even on an idle engine, and `Overloaded` if
+    its hard deadline is too early now or the queue is full.
+    """
     if not 1 <= request.num_images <= latency.max_batch_size:
         raise InvalidArgument(
             "images",
-            f"expected 1 to {latency.max_batch_size} images a request, got {request.num_images}",
+            f"expected 1 to {latency.max_batch_size} images per request, got {request.num_images}",
         )
     _check_quality(request, candidates)
     fastest = candidates.for_request(request)[0]
-    # Refused is only what would more likely miss its limit than not; advice errs on the safe side.
+    # Expected seconds reject a request only if it misses its hard deadline more likely than not.
+    # Planned seconds put the feasible budget in the error on the safe side.
     alone_s = latency.expected(fastest, request.num_images) + settings.overhead_s
     left_s = request.deadlines.hard - request.arrival
     if left_s < alone_s:
-        enough_s = latency.seconds(fastest, request.num_images) + settings.overhead_s
+        feasible_s = latency.seconds(fastest, request.num_images) + settings.overhead_s
         raise BudgetInfeasible(
-            f"budget: the limit of {_us(left_s)} us ({request.deadlines.hard_source}) is below the "
-            f"{_us(enough_s)} us that the fastest admissible variant takes alone",
-            min_feasible_us=_us(enough_s),
+            f"budget: expected at least {_to_us(feasible_s)} us, which the fastest allowed variant "
+            f"takes alone, got {_to_us(left_s)} us ({request.deadlines.hard_source})",
+            min_feasible_us=_to_us(feasible_s),
         )
-    wait_s = load.busy_s + work_s(images_ahead, candidates, latency)
+    wait_s = load.busy_s + estimate_work_s(images_ahead, candidates, latency)
     if request.deadlines.hard < load.now + wait_s + alone_s:
         raise Overloaded(
-            f"budget: {_us(wait_s)} us of work come first, the limit leaves {_us(left_s)} us",
+            f"budget: {_to_us(wait_s)} us of other work come first, got {_to_us(left_s)} us",
             retry_after_s=wait_s,
         )
-    queued_s = work_s(load.queued_images, candidates, latency)
+    _check_queue_limits(candidates, latency, load, settings)
+
+
+def _check_queue_limits(
+    candidates: CandidateFilter, latency: LatencyView, load: QueueLoad, settings: SchedulerSettings
+) -> None:
+    queued_s = estimate_work_s(load.queued_images, candidates, latency)
     if load.queued_requests >= settings.queue_limit_requests or queued_s > settings.queue_limit_s:
         raise Overloaded(
             f"the queue is full: {load.queued_requests} requests, about {queued_s:.2f} s of work",
@@ -91,15 +105,18 @@ def check_budget(
     load: QueueLoad,
     settings: SchedulerSettings,
 ) -> BudgetCheck:
-    """What a single image could have; raises `QualityUnavailable` if nothing is good enough."""
+    """Return the variants that one image could get within a budget; None means any budget.
+
+    Raises `QualityUnavailable` if no variant has the requested quality.
+    """
     _check_floor(min_quality, candidates, candidates.best)
     variants = candidates.for_quality(min_quality)
-    wait_s = load.busy_s + work_s(load.queued_images, candidates, latency)
-    needs = {s: latency.seconds(s, 1) + settings.overhead_s for s in variants}
+    wait_s = load.busy_s + estimate_work_s(load.queued_images, candidates, latency)
+    needed_s = {v: latency.seconds(v, 1) + settings.overhead_s for v in variants}
     budget = float("inf") if budget_s is None else budget_s
-    idle = [variant for variant in variants if needs[variant] <= budget]
-    now = [variant for variant in variants if needs[variant] + wait_s <= budget]
-    smallest = min(needs.values())
+    idle = [variant for variant in variants if needed_s[variant] <= budget]
+    now = [variant for variant in variants if needed_s[variant] + wait_s <= budget]
+    smallest = min(needed_s.values())
     return BudgetCheck(
         now_variant=now[-1] if now else None,
         idle_variant=idle[-1] if idle else None,
@@ -109,8 +126,8 @@ def check_budget(
     )
 
 
-def work_s(num_images: float, candidates: CandidateFilter, latency: LatencyView) -> float:
-    """Seconds that this many num_images take at least: full batches on the fastest variant allowed."""
+def estimate_work_s(num_images: float, candidates: CandidateFilter, latency: LatencyView) -> float:
+    """Return the least seconds that `num_images` take: full batches on the fastest variant."""
     fastest = candidates.for_quality()[0]
     if num_images <= latency.max_batch_size:
         return latency.expected(fastest, round(num_images)) if num_images >= 1 else 0.0
@@ -118,7 +135,7 @@ def work_s(num_images: float, candidates: CandidateFilter, latency: LatencyView)
 
 
 def check_settings(settings: SchedulerSettings, quality: Mapping[int, float]) -> None:
-    """Raise `InvalidArgument` if settings name a variant or a floor that the model does not have."""
+    """Raise `InvalidArgument` if the model lacks a variant or the floor that the settings name."""
     for field in ("fixed_variant", "pinned_variant"):
         variant = getattr(settings, field)
         if variant is not None and variant not in quality:
@@ -137,22 +154,19 @@ def _check_quality(request: Request, candidates: CandidateFilter) -> None:
             f"variant_id: expected 0 to {max(candidates.quality)}, got {request.variant}",
             variant_id=str(request.variant),
         )
-    _check_floor(
-        request.min_quality,
-        candidates,
-        candidates.best if request.variant is None else request.variant,
-    )
+    best = candidates.best if request.variant is None else request.variant
+    _check_floor(request.min_quality, candidates, best)
 
 
-def _check_floor(min_quality: float, candidates: CandidateFilter, available: int) -> None:
-    """`available` is the best that the request may have."""
-    floor, most = max(min_quality, candidates.floor), candidates.quality[available]
-    if most < floor:
+def _check_floor(min_quality: float, candidates: CandidateFilter, best: int) -> None:
+    """Raise `QualityUnavailable` if `best` is below the floor of the request or the operator."""
+    floor, highest = max(min_quality, candidates.floor), candidates.quality[best]
+    if highest < floor:
         raise QualityUnavailable(
-            f"min_quality: {floor:.4f} asked for, {most:.4f} is the most there is",
-            max_quality=f"{most:.6f}",
+            f"min_quality: expected at most {highest:.4f}, got {floor:.4f}",
+            max_quality=f"{highest:.6f}",
         )
 
 
-def _us(seconds: float) -> str:
+def _to_us(seconds: float) -> str:
     return str(round(1e6 * seconds))

@@ -1,4 +1,4 @@
-"""One batch on the engine, from its decision to what becomes of each of its requests."""
+"""The run of one batch on the engine, from its decision to the end or retry of each request."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from ladderstitch.errors import EngineRestarting, InternalError, RequestError
-from ladderstitch.telemetry.metrics import VisionMetrics
+from ladderstitch.telemetry.model_metrics import VisionMetrics
 from ladderstitch.vision.engine.base import Engine, EngineDied, EngineResult
 from ladderstitch.vision.scheduler.in_flight import BatchResult, InFlightRequests, PendingRequest
 from ladderstitch.vision.scheduler.planner import Planner
@@ -15,8 +15,7 @@ from ladderstitch.vision.scheduler.policies.base import Decision
 
 
 class BatchRunner:
-    """Runs them one after the other; `running` is the present one, `alone` are survivors of a
-    batch that failed, each to be run by itself."""
+    """The runner of batches on one engine, one at a time."""
 
     def __init__(
         self,
@@ -27,40 +26,42 @@ class BatchRunner:
         clock: Callable[[], float],
     ) -> None:
         self.running: list[PendingRequest] = []
-        self.alone: deque[PendingRequest] = deque()
-        self.idled = True
-        """Whether the engine was free last for want of work, or on purpose."""
+        """Requests of the batch that runs now."""
+        self.isolated: deque[PendingRequest] = deque()
+        """Requests of a failed batch, each of which is retried in a batch of its own."""
+        self.was_idle = True
+        """Whether the engine last became idle for lack of work or because the policy deferred."""
         self._engine, self._planner, self._in_flight = engine, planner, in_flight
         self._metrics, self._clock = metrics, clock
         self._free_since = 0.0
 
     async def run(self, decision: Decision, now: float) -> None:
-        """Returns when every request of it has an answer, an error or another try ahead."""
+        """Run a batch; return when each of its requests has ended or waits for another try."""
         batch_size = sum(request.num_images for request in decision.requests)
         batch = [self._in_flight[request] for request in decision.requests]
         self.running = batch
-        self._planner.started(batch_size, decision.variant, now)
-        if not self.idled:
+        self._planner.on_batch_started(batch_size, decision.variant, now)
+        if not self.was_idle:
             self._metrics.turnaround.observe(self._clock() - self._free_since)
-        self.idled = True
-        self._metrics.dispatched(decision.requests, now, len(self._planner.queue))
+        self.was_idle = True
+        self._metrics.observe_dispatch(decision.requests, now, len(self._planner.queue))
         try:
             result = await self._engine.forward(
                 [request.images for request in decision.requests], decision.variant
             )
             self._free_since = self._clock()
-            self.idled = False
+            self.was_idle = False
             self._complete(batch, decision.variant, batch_size, now, result)
         except EngineDied as error:
             self._metrics.restarts.inc()
-            self._retry(batch, EngineRestarting(f"the engine was lost twice: {error}"))
+            self._requeue(batch, EngineRestarting(f"the engine died twice: {error}"))
         except Exception as error:
-            self._retry_alone(batch, InternalError.logged(f"a batch of {len(batch)} failed", error))
+            self._isolate(batch, InternalError.logged(f"a batch of {len(batch)} failed", error))
         finally:
             self.running = []
-            self._planner.free()
+            self._planner.on_engine_idle()
             if not self._planner.queue:
-                self.idled = True
+                self.was_idle = True
 
     def _complete(
         self,
@@ -71,15 +72,15 @@ class BatchRunner:
         result: EngineResult,
     ) -> None:
         if len(result.logits) != batch_size:
-            raise ValueError(f"logits: expected {batch_size} batch_size, got {len(result.logits)}")
+            raise ValueError(f"logits: expected {batch_size} rows, got {len(result.logits)}")
         quality = self._planner.quality[variant]
         settled = self._in_flight.settle(batch, variant, quality, started, result)
-        # Answers go out first: books are kept in the loop's next turn.
-        total_s = settled.at - started
+        # The answers leave first: metrics and the latency model follow in the loop's next turn.
+        total_s = settled.answered_at - started
         loop = asyncio.get_running_loop()
-        loop.call_soon(self._account, settled, variant, batch_size, total_s, result)
+        loop.call_soon(self._record, settled, variant, batch_size, total_s, result)
 
-    def _account(
+    def _record(
         self,
         settled: BatchResult,
         variant: int,
@@ -87,29 +88,30 @@ class BatchRunner:
         total_s: float,
         result: EngineResult,
     ) -> None:
+        """Count the answers and learn from the batch."""
         self._in_flight.count(settled)
         latency = self._planner.latency
         tail = latency.view.tail
-        error = self._planner.finished(variant, batch_size, result.compute_s, total_s)
-        self._metrics.computed(
+        error = self._planner.on_batch_finished(variant, batch_size, result.compute_s, total_s)
+        self._metrics.observe_batch(
             variant, batch_size, result.compute_s, error, latency.view.slowdown, tail
         )
-        self._in_flight.statistics.computed(batch_size, result.compute_s)
+        self._in_flight.statistics.add_batch(batch_size, result.compute_s)
 
-    def _retry(self, batch: list[PendingRequest], final: RequestError) -> None:
-        """Put the requests of a lost batch back; those lost before get the final error."""
-        for waiting in batch:
-            if waiting.lost:
-                self._in_flight.fail(waiting, final)
-            elif waiting in self._in_flight:
-                waiting.lost = True
-                self._planner.requeue(waiting.request)
+    def _requeue(self, batch: list[PendingRequest], final: RequestError) -> None:
+        """Queue the requests again after the engine died; fail those that it died with before."""
+        for pending in batch:
+            if pending.engine_died:
+                self._in_flight.fail(pending, final)
+            elif pending in self._in_flight:
+                pending.engine_died = True
+                self._planner.requeue(pending.request)
 
-    def _retry_alone(self, batch: list[PendingRequest], error: InternalError) -> None:
-        """Run the requests of a failed batch one by one, so that a bad one fails alone."""
-        for waiting in batch:
-            if waiting.failed or len(batch) == 1:
-                self._in_flight.fail(waiting, error)
-            elif waiting in self._in_flight:
-                waiting.failed = True
-                self.alone.append(waiting)
+    def _isolate(self, batch: list[PendingRequest], error: InternalError) -> None:
+        """Retry the requests of a failed batch one by one, so that a bad request fails alone."""
+        for pending in batch:
+            if pending.batch_failed or len(batch) == 1:
+                self._in_flight.fail(pending, error)
+            elif pending in self._in_flight:
+                pending.batch_failed = True
+                self.isolated.append(pending)

@@ -1,4 +1,4 @@
-"""Accepted requests until they end: each exactly once, by an answer, an error or its caller."""
+"""The accepted image requests that have not ended yet, and the statistics of those that have."""
 
 from __future__ import annotations
 
@@ -9,62 +9,66 @@ from dataclasses import dataclass, field
 
 from ladderstitch.errors import ExpiredInCompute, ExpiredInQueue, RequestError
 from ladderstitch.scheduling.requests import Completion, Request
-from ladderstitch.telemetry.metrics import VisionMetrics
+from ladderstitch.telemetry.model_metrics import VisionMetrics
 from ladderstitch.vision.engine.base import EngineResult
 
 
 @dataclass(slots=True, eq=False)
 class PendingRequest:
-    """An accepted request and where its answer goes.
+    """An accepted request and the future that receives its answer.
 
-    The scheduler sets `lost` when the engine died under it and `failed` when its batch raised: each
-    earns one more try.
+    Each of the two flags gives the request one more try.
     """
 
     request: Request
     answer: asyncio.Future[Completion]
-    lost: bool = False
-    failed: bool = False
+    engine_died: bool = False
+    """Whether the engine died once while it computed this request."""
+    batch_failed: bool = False
+    """Whether a batch with this request raised an error once."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """What a batch answered, and when."""
+    """The answers that a batch gave at the instant `answered_at`."""
 
-    at: float
+    answered_at: float
     answers: list[tuple[Request, Completion]]
 
 
 class InFlightRequests:
-    """Ending a request that has already ended is allowed and changes nothing."""
+    """The accepted requests, each until it ends once: by an answer, an error or its caller.
+
+    `settle`, `fail` and `cancel` are idempotent.
+    """
 
     def __init__(self, metrics: VisionMetrics, clock: Callable[[], float]) -> None:
         self.metrics = metrics
         self.clock = clock
         self.statistics = Statistics()
-        self._open: dict[Request, PendingRequest] = {}
+        self._pending: dict[Request, PendingRequest] = {}
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self._pending)
 
-    def __contains__(self, waiting: PendingRequest) -> bool:
-        """Whether somebody still wants the answer."""
+    def __contains__(self, pending: PendingRequest) -> bool:
+        """Return whether a caller still waits for the answer."""
         # A caller that is cancelled in this turn of the event loop has cancelled the future, but
-        # not called `leave` yet.
-        return waiting.request in self._open and not waiting.answer.done()
+        # `cancel` was not called yet.
+        return pending.request in self._pending and not pending.answer.done()
 
     def __getitem__(self, request: Request) -> PendingRequest:
-        return self._open[request]
+        return self._pending[request]
 
     def add(self, request: Request) -> PendingRequest:
-        """Accept a request; must be called in the event loop that awaits the answer."""
-        waiting = PendingRequest(request, asyncio.get_running_loop().create_future())
-        self._open[request] = waiting
-        return waiting
+        """Accept a request; call this in the event loop that awaits the answer."""
+        pending = PendingRequest(request, asyncio.get_running_loop().create_future())
+        self._pending[request] = pending
+        return pending
 
     def all(self) -> list[PendingRequest]:
-        """In order of acceptance."""
-        return list(self._open.values())
+        """Return the requests in order of acceptance."""
+        return list(self._pending.values())
 
     def settle(
         self,
@@ -74,101 +78,111 @@ class InFlightRequests:
         started: float,
         result: EngineResult,
     ) -> BatchResult:
-        """Give each request of a batch that started at `started` its batch_size of the result.
+        """Give each request of a batch its part of the logits, [B, K] for its B images.
 
-        What was answered is yet to be counted, by `count`.
+        `started` is the instant at which the batch started. The answers do not count in metrics and
+        statistics until the result is passed to `count`.
         """
         settled = BatchResult(self.clock(), [])
         first, batch_size = 0, len(result.logits)
-        for waiting in batch:
-            request = waiting.request
+        for pending in batch:
+            request = pending.request
             logits = result.logits[first : first + request.num_images]
             first += request.num_images
-            if settled.at > request.deadlines.hard:
-                self.expire_computing(waiting)
-            elif self._close(waiting):
+            if settled.answered_at > request.deadlines.hard:
+                self.expire_in_compute(pending)
+            elif self._remove(pending):
                 queue_s = started - request.arrival
                 completion = Completion(
                     logits, variant, quality, queue_s, result.compute_s, batch_size
                 )
-                waiting.answer.set_result(completion)
+                pending.answer.set_result(completion)
                 settled.answers.append((request, completion))
         return settled
 
     def count(self, settled: BatchResult) -> None:
-        """Metrics and statistics of what `settle` answered."""
+        """Count the answers of a batch in metrics and statistics."""
         for request, completion in settled.answers:
-            self.metrics.completed(request, completion, settled.at)
-            self.statistics.answered(
+            self.metrics.observe_completion(request, completion, settled.answered_at)
+            self.statistics.add_answer(
                 request.num_images,
                 completion.queue_s,
                 completion.compute_s,
-                settled.at - request.arrival,
+                settled.answered_at - request.arrival,
             )
 
-    def expire_queued(self, requests: Iterable[Request], now: float) -> None:
+    def expire_in_queue(self, requests: Iterable[Request], now: float) -> None:
+        """Fail requests that were removed from the queue for their hard deadlines."""
         for request in requests:
             waited_ms = 1e3 * (now - request.arrival)
             error = ExpiredInQueue(
-                f"the limit was out of reach after {waited_ms:.1f} ms in the queue"
+                f"the hard deadline is out of reach after {waited_ms:.1f} ms in the queue"
             )
             self.fail(self[request], error)
 
-    def expire_computing(self, waiting: PendingRequest) -> None:
-        self.fail(waiting, ExpiredInCompute("the limit passed while computing"))
+    def expire_in_compute(self, pending: PendingRequest) -> None:
+        """Fail a request whose hard deadline passed while its batch ran or failed."""
+        self.fail(pending, ExpiredInCompute("the hard deadline passed during compute"))
 
-    def fail(self, waiting: PendingRequest, error: RequestError) -> None:
-        if self._close(waiting):
-            waiting.answer.set_exception(error)
-            self.metrics.refused(error.code, waiting.request)
-            self.statistics.fail.add(self.clock() - waiting.request.arrival)
+    def fail(self, pending: PendingRequest, error: RequestError) -> None:
+        """End a request with an error."""
+        if self._remove(pending):
+            pending.answer.set_exception(error)
+            self.metrics.observe_rejection(error.code, pending.request)
+            self.statistics.fail.add(self.clock() - pending.request.arrival)
 
-    def remove(self, waiting: PendingRequest) -> bool:
-        """The caller is gone; whether the request was still open.
+    def cancel(self, pending: PendingRequest) -> bool:
+        """End a request whose caller was cancelled; return whether it had not ended before.
 
-        It counts as a missed budget only if the caller left because the time was up.
+        The request counts as a missed budget only if its soft deadline has passed.
         """
-        if self._open.pop(waiting.request, None) is None:
+        if self._pending.pop(pending.request, None) is None:
             return False
-        late = self.clock() >= waiting.request.deadlines.soft
-        self.metrics.refused("CANCELLED", waiting.request if late else None)
+        late = self.clock() >= pending.request.deadlines.soft
+        self.metrics.observe_rejection("CANCELLED", pending.request if late else None)
         return True
 
-    def _close(self, waiting: PendingRequest) -> bool:
-        """Whether it was open until now."""
-        return waiting in self and self._open.pop(waiting.request, None) is not None
+    def _remove(self, pending: PendingRequest) -> bool:
+        """Remove a request; return whether its caller still waited."""
+        return pending in self and self._pending.pop(pending.request, None) is not None
 
 
 @dataclass(slots=True)
 class Total:
-    """How often and how long in all."""
+    """A number of events and the sum of their seconds."""
 
     count: int = 0
     seconds: float = 0.0
 
     def add(self, seconds: float) -> None:
+        """Count one event."""
         self.count += 1
         self.seconds += seconds
 
 
 @dataclass(slots=True)
 class Statistics:
-    """Of one model; `inferences` counts images, `batches` is by batch size in batch_size."""
+    """The totals of one model since it was loaded."""
 
     success: Total = field(default_factory=Total)
     fail: Total = field(default_factory=Total)
     queue: Total = field(default_factory=Total)
     compute: Total = field(default_factory=Total)
     batches: dict[int, Total] = field(default_factory=dict)
+    """Batches and their seconds of compute, by batch size in images."""
     inferences: int = 0
+    """Images that were answered."""
     last_inference_ms: int = 0
+    """Unix time of the last batch in milliseconds; 0 before the first."""
 
-    def computed(self, batch_size: int, seconds: float) -> None:
-        self.batches.setdefault(batch_size, Total()).add(seconds)
+    def add_batch(self, batch_size: int, compute_s: float) -> None:
+        """Count one batch."""
+        self.batches.setdefault(batch_size, Total()).add(compute_s)
         self.last_inference_ms = time.time_ns() // 1_000_000
 
-    def answered(self, batch_size: int, queue_s: float, compute_s: float, total_s: float) -> None:
-        self.inferences += batch_size
+    def add_answer(self, num_images: int, queue_s: float, compute_s: float, total_s: float) -> None:
+        """Count one answered request."""
+        self.inferences += num_images
         self.success.add(total_s)
         self.queue.add(queue_s)
         self.compute.add(compute_s)

@@ -1,12 +1,13 @@
-"""What runs next: queue, admission, policy and latency model of one engine, without clock or I/O.
+"""The planner of one engine: queue, admission, policy and latency model, without a clock or I/O.
 
-The server's scheduler and the load test's simulator drive the same object, one by the machine's
-clock, the other by a virtual one.
+The server's scheduler and the load test's simulator drive the same object, the one with the
+machine's clock and the other with a virtual clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ladderstitch.errors import BudgetInfeasible, Overloaded, RequestError
 from ladderstitch.scheduling.candidates import CandidateFilter
@@ -17,40 +18,48 @@ from ladderstitch.scheduling.requests import Request
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.vision.scheduler import admission
 from ladderstitch.vision.scheduler.policies import make_policy
+from ladderstitch.vision.scheduler.policies.adaptive import Adaptive
 from ladderstitch.vision.scheduler.policies.base import Decision, Defer
-from ladderstitch.vision.scheduler.policies.demand import Arrivals
-from ladderstitch.vision.scheduler.policies.quality_hull import QualityHulls
+from ladderstitch.vision.scheduler.policies.baselines import ModelSwitching
+from ladderstitch.vision.scheduler.policies.demand import Arrivals, QualityHulls
 from ladderstitch.vision.scheduler.queue import DeadlineQueue
+from ladderstitch.vision.scheduler.recorder import PlannerRecorder
 
-FORECASTING = frozenset({"adaptive", "model_switching"})
-"""Policies that are told anew what to expect as requests come."""
-
-LEARNING = 0.1
-"""Weight of the newest batch in what batches take."""
+EWMA_ALPHA = 0.1
+"""Weight of the latest batch in the moving average of batch seconds."""
 
 
 class Planner:
-    """All times are seconds on the clock of the requests; `busy_until` is 0 while nothing runs.
+    """The state from which the next batch is decided.
 
-    Raises `InvalidArgument` if the settings do not fit the model.
+    All times are seconds on the clock of the requests. Raises `InvalidArgument` if the settings do
+    not fit the model.
     """
 
     def __init__(
-        self, quality: Mapping[int, float], profile: LatencyProfile, settings: SchedulerSettings
+        self,
+        quality: Mapping[int, float],
+        profile: LatencyProfile,
+        settings: SchedulerSettings,
+        recorder: PlannerRecorder | None = None,
     ) -> None:
         self.quality = quality
         self.latency = LatencyModel(profile, settings.attainment_probability)
         self.queue = DeadlineQueue(settings.priority_window_s)
         self.busy_until = 0.0
+        """Instant at which the running batch is expected to end; 0 while the engine is idle."""
         self.batch_s = 0.0
-        """What batches took of late."""
+        """Moving average of the seconds that batches took."""
         self._arrivals = Arrivals()
+        self._recorder = recorder
+        if recorder is not None:
+            recorder.on_created(quality, profile)
         self.configure(settings)
 
     def configure(self, settings: SchedulerSettings) -> None:
-        """Use other settings from the next batch on; requests that wait keep waiting.
+        """Apply other settings from the next batch on; waiting requests stay in the queue.
 
-        Raises `InvalidArgument` if they name a variant or a floor that this model does not have.
+        Raises `InvalidArgument` if the model lacks a variant or the floor that they name.
         """
         admission.check_settings(settings, self.quality)
         if settings.priority_window_s != self.queue.priority_window_s:
@@ -63,32 +72,34 @@ class Planner:
         self.candidates = CandidateFilter.from_settings(
             self.quality, self.latency.profile, settings
         )
-        self._hulls = QualityHulls.of(
+        hulls = QualityHulls.from_profile(
             self.candidates.frontier, self.quality, self.latency.view.profiled
         )
-        self._renew()
+        self.policy = make_policy(settings, self.candidates, self._arrivals.forecast, hulls)
+        if self._recorder is not None:
+            self._recorder.on_configured(settings)
 
     def load(self, now: float) -> admission.QueueLoad:
-        """What admission knows of the present."""
+        """Return the load that admission control takes into account."""
         busy_s = max(0.0, self.busy_until - now)
         return admission.QueueLoad(now, busy_s, len(self.queue), self.queue.num_images)
 
     def wait_s(self, request: Request, now: float) -> float:
-        """Seconds of other work before this request would run, if it were added now."""
+        """Return the seconds of other work before this request would run if it were added now."""
         busy_s = max(0.0, self.busy_until - now)
         if not self.queue:
             return busy_s
         ahead = self.queue.images_before(request)
-        return busy_s + admission.work_s(ahead, self.candidates, self.latency.view)
+        return busy_s + admission.estimate_work_s(ahead, self.candidates, self.latency.view)
 
     def load_report(self, now: float) -> LoadReport:
-        """What others have to wait for here, by how urgent they are."""
+        """Return the seconds that a new request would wait, for each horizon."""
         busy_s = max(0.0, self.busy_until - now)
         candidates, view = self.candidates, self.latency.view
-        batch_size = [self.queue.images_due(now + due_s) for due_s in HORIZONS_S]
+        images_due = [self.queue.images_due(now + due_s) for due_s in HORIZONS_S]
         return LoadReport(
             waits_s=tuple(
-                busy_s + admission.work_s(ahead, candidates, view) for ahead in batch_size
+                busy_s + admission.estimate_work_s(ahead, candidates, view) for ahead in images_due
             ),
             request_s=view.expected(candidates.for_quality()[0], 1),
             batch_s=self.batch_s,
@@ -97,73 +108,99 @@ class Planner:
     def check_budget(
         self, budget_s: float | None, min_quality: float, now: float
     ) -> admission.BudgetCheck:
-        """What could be had within a budget, now and when idle."""
+        """Return the variants that one image could get within a budget, now and when idle.
+
+        Raises `QualityUnavailable` if no variant has the requested quality.
+        """
         return admission.check_budget(
             budget_s, min_quality, self.candidates, self.latency.view, self.load(now), self.settings
         )
 
     def admit(self, request: Request, now: float, *, alone: bool) -> None:
-        """Raise the `RequestError` that says why a request is refused, if it is.
+        """Raise the `RequestError` that rejects a request, or return if the request is admitted.
 
-        `alone` says that nothing else waits or runs.
+        `alone` says that no other request waits or runs.
         """
         try:
             ahead = self.queue.images_before(request)
-            load = self.load(now)
-            admission.admit(request, self.candidates, self.latency.view, load, ahead, self.settings)
+            load, view = self.load(now), self.latency.view
+            admission.check_request(request, self.candidates, view, load, ahead, self.settings)
         except RequestError as error:
             if alone and isinstance(error, BudgetInfeasible | Overloaded):
                 self.latency.decay_after_idle_rejection()
+            if self._recorder is not None:
+                self._recorder.on_admission(request, now, alone=alone, rejected=True)
             raise
+        if self._recorder is not None:
+            self._recorder.on_admission(request, now, alone=alone, rejected=False)
 
     def add(self, request: Request) -> None:
-        """Queue an admitted request, and let the policy know of the traffic."""
+        """Queue an admitted request, and learn from its arrival."""
         self.queue.add(request)
-        if self._arrivals.add(request) and self.settings.policy in FORECASTING:
-            self.policy = make_policy(
-                self.settings, self.candidates, self._arrivals.forecast, self._hulls
-            )
+        has_new_forecast = self._arrivals.add(request)
+        if has_new_forecast and isinstance(self.policy, Adaptive | ModelSwitching):
+            self.policy = replace(self.policy, forecast=self._arrivals.forecast)
+        if self._recorder is not None:
+            self._recorder.on_added(request)
 
     def requeue(self, request: Request) -> None:
         """Queue a request again whose batch was lost."""
         self.queue.add(request)
+        if self._recorder is not None:
+            self._recorder.on_requeued(request)
 
     def remove(self, request: Request) -> None:
-        """Take a request off the queue; raises `ValueError` if it does not wait."""
+        """Remove a request from the queue. Raises `ValueError` if it is not there."""
         self.queue.remove(request)
+        if self._recorder is not None:
+            self._recorder.on_removed(request)
 
-    def take_expired(self, now: float) -> list[Request]:
-        """Remove and return the requests that cannot end before their limit any more.
+    def remove_expired(self, now: float) -> list[Request]:
+        """Remove and return the requests that cannot end before their hard deadline.
 
-        That is, not even alone on the fastest variant and as fast as it lately was at best.
+        Such a request would be late even alone on the fastest variant, at the lowest of the recent
+        residuals.
         """
         view = self.latency.view
         alone_s = view.expected(self.candidates.frontier[0], 1) * view.residuals[0]
-        return self.queue.take_expired(now + alone_s)
+        expired = self.queue.remove_expired(now + alone_s)
+        if expired and self._recorder is not None:
+            self._recorder.on_expired(expired, now)
+        return expired
 
     def decide(self, now: float) -> Decision | Defer:
-        """The next batch, taken off the queue, which must not be empty; or how long to wait."""
+        """Return the next batch, removed from the queue, or the seconds to defer.
+
+        The queue must not be empty.
+        """
         view = self.latency.view
         choice = self.policy(self.queue.view, view, now + view.dispatch_overhead_s)
         if isinstance(choice, Decision):
             for request in choice.requests:
                 self.queue.remove(request)
+        if self._recorder is not None:
+            self._recorder.on_decision(choice, now)
         return choice
 
-    def started(self, batch_size: int, variant: int, now: float) -> None:
-        """A batch went to the engine; `now` is when it was decided."""
+    def on_batch_started(self, batch_size: int, variant: int, now: float) -> None:
+        """Note that a batch that was decided at `now` went to the engine."""
         self.busy_until = now + self.latency.view.expected(variant, batch_size)
+        if self._recorder is not None:
+            self._recorder.on_batch_started(batch_size, variant, now)
 
-    def finished(self, variant: int, batch_size: int, compute_s: float, total_s: float) -> float:
-        """Learn from a batch that came back whole; returns actual over expected seconds."""
+    def on_batch_finished(
+        self, variant: int, batch_size: int, compute_s: float, total_s: float
+    ) -> float:
+        """Learn from a batch that was answered; return actual over expected seconds."""
         self.latency.observe_dispatch_overhead(total_s - compute_s)
-        self.batch_s += LEARNING * (total_s - self.batch_s)
-        return self.latency.observe(variant, batch_size, compute_s)
+        self.batch_s += EWMA_ALPHA * (total_s - self.batch_s)
+        error = self.latency.observe(variant, batch_size, compute_s)
+        if self._recorder is not None:
+            self._recorder.on_batch_finished(variant, batch_size, compute_s, total_s)
+        return error
 
-    def _renew(self) -> None:
-        forecast = self._arrivals.forecast
-        self.policy = make_policy(self.settings, self.candidates, forecast, self._hulls)
-
-    def free(self) -> None:
-        """The engine has nothing to do."""
+    def on_engine_idle(self) -> None:
+        """Note that no batch runs."""
         self.busy_until = 0.0
+        if self._recorder is not None:
+            self._recorder.on_engine_idle(flush=not self.queue)

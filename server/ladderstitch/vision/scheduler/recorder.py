@@ -1,110 +1,100 @@
-"""A planner that writes down all that it is told and decides, so that both can be had again.
+"""A record of every planner input and decision as JSON lines, for replay.
 
-A line of JSON each: first what the planner was made of, then `[verb, ...]` in order. Times are
-seconds on the clock of the requests. `ladderstitch-loadtest replay` reads it.
+The first line holds the model's quality and latency profile. Each further line is `[verb, ...]`, in
+order of time. Times are seconds on the clock of the requests. `ladderstitch-loadtest replay` reads
+the record.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any, TextIO
 
-from ladderstitch.errors import RequestError
 from ladderstitch.scheduling.profiles import LatencyProfile
 from ladderstitch.scheduling.requests import Deadlines, Pixels, Request
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.vision.scheduler.planner import Planner
 from ladderstitch.vision.scheduler.policies.base import Decision, Defer
 
-FORMAT = 1
+RECORD_FORMAT = 1
 
 
-class RecordingPlanner(Planner):
-    """A `Planner`; requests bear numbers in the file, what they hold is not written.
+class PlannerRecorder:
+    """The writer of one planner's record.
 
-    The file is flushed whenever nothing is left to do; whoever opened it closes it.
+    Requests have numbers in the file; their images are not written. The caller that opened the file
+    closes it.
     """
 
-    def __init__(
-        self,
-        quality: Mapping[int, float],
-        profile: LatencyProfile,
-        settings: SchedulerSettings,
-        file: TextIO,
-    ) -> None:
+    def __init__(self, file: TextIO) -> None:
         self._file = file
         self._numbers: dict[Request, int] = {}
-        self._next = count()
-        made_of = {"quality": dict(quality), "profile": profile.model_dump(mode="json")}
-        file.write(json.dumps({"format": FORMAT} | made_of) + "\n")
-        super().__init__(quality, profile, settings)
+        self._next_number = count()
 
-    def configure(self, settings: SchedulerSettings) -> None:
-        super().configure(settings)
+    def on_created(self, quality: Mapping[int, float], profile: LatencyProfile) -> None:
+        """Write the first line: what the planner was created with."""
+        model = {"quality": dict(quality), "profile": profile.model_dump(mode="json")}
+        self._file.write(json.dumps({"format": RECORD_FORMAT} | model) + "\n")
+
+    def on_configured(self, settings: SchedulerSettings) -> None:
+        """Write the settings that apply from now on."""
         self._write("configure", settings.model_dump(mode="json"))
 
-    def admit(self, request: Request, now: float, *, alone: bool) -> None:
-        try:
-            super().admit(request, now, alone=alone)
-        except RequestError:
-            self._write("admit", now, alone, True, *fields(request))
-            raise
-        self._write("admit", now, alone, False, *fields(request))
+    def on_admission(self, request: Request, now: float, *, alone: bool, rejected: bool) -> None:
+        """Write the result of an admission check."""
+        self._write("admit", now, alone, rejected, *request_fields(request))
 
-    def add(self, request: Request) -> None:
-        super().add(request)
-        self._write("add", self._number(request), *fields(request))
+    def on_added(self, request: Request) -> None:
+        """Write that a request was queued; number it."""
+        self._write("add", self._number(request), *request_fields(request))
 
-    def requeue(self, request: Request) -> None:
-        super().requeue(request)
-        self._write("put_back", self._number(request), *fields(request))
+    def on_requeued(self, request: Request) -> None:
+        """Write that a request was queued again; number it again."""
+        self._write("put_back", self._number(request), *request_fields(request))
 
-    def remove(self, request: Request) -> None:
-        super().remove(request)
+    def on_removed(self, request: Request) -> None:
+        """Write that a request left the queue."""
         self._write("withdraw", self._numbers.pop(request))
 
-    def take_expired(self, now: float) -> list[Request]:
-        expired = super().take_expired(now)
-        if expired:
-            self._write("expire", now, [self._numbers.pop(request) for request in expired])
-        return expired
+    def on_expired(self, requests: Sequence[Request], now: float) -> None:
+        """Write that requests left the queue for their hard deadlines."""
+        self._write("expire", now, [self._numbers.pop(request) for request in requests])
 
-    def decide(self, now: float) -> Decision | Defer:
-        choice = super().decide(now)
+    def on_decision(self, choice: Decision | Defer, now: float) -> None:
+        """Write a decision of the policy."""
         if isinstance(choice, Defer):
             self._write("hold", now, choice.seconds)
         else:
             numbers = [self._numbers.pop(request) for request in choice.requests]
             self._write("decide", now, choice.variant, numbers)
-        return choice
 
-    def started(self, batch_size: int, variant: int, now: float) -> None:
-        super().started(batch_size, variant, now)
+    def on_batch_started(self, batch_size: int, variant: int, now: float) -> None:
+        """Write the start of a batch."""
         self._write("started", batch_size, variant, now)
 
-    def finished(self, variant: int, batch_size: int, compute_s: float, total_s: float) -> float:
-        error = super().finished(variant, batch_size, compute_s, total_s)
+    def on_batch_finished(
+        self, variant: int, batch_size: int, compute_s: float, total_s: float
+    ) -> None:
+        """Write the end of a batch that was answered."""
         self._write("finished", variant, batch_size, compute_s, total_s)
-        return error
 
-    def free(self) -> None:
-        super().free()
+    def on_engine_idle(self, *, flush: bool) -> None:
+        """Write that the engine is idle, and flush the file if `flush` is set."""
         self._write("free")
-        if not self.queue:
+        if flush:
             self._file.flush()
 
     def _number(self, request: Request) -> int:
-        number = self._numbers[request] = next(self._next)
+        number = self._numbers[request] = next(self._next_number)
         return number
 
-    def _write(self, verb: str, *told: object) -> None:
-        self._file.write(json.dumps([verb, *told]) + "\n")
+    def _write(self, verb: str, *values: object) -> None:
+        self._file.write(json.dumps([verb, *values]) + "\n")
 
 
-def fields(request: Request) -> list[Any]:
-    """What planning knows of a request; `request_of` makes one of it."""
+def request_fields(request: Request) -> list[Any]:
+    """Return the fields of a request that planning depends on, for `request_from_fields`."""
     deadlines = request.deadlines
     return [
         request.arrival,
@@ -117,8 +107,8 @@ def fields(request: Request) -> list[Any]:
     ]
 
 
-def request_of(told: list[Any], images: Pixels) -> Request:
-    """`images` is of as many batch_size as were told, whatever it shows."""
-    arrival, target, limit, _, min_quality, variant, priority = told
-    deadlines = Deadlines(target, limit, "record", "record")
+def request_from_fields(fields: Sequence[Any], images: Pixels) -> Request:
+    """Return a request with recorded fields; `images` has their number of images, B."""
+    arrival, soft, hard, _, min_quality, variant, priority = fields
+    deadlines = Deadlines(soft, hard, "record", "record")
     return Request("", images, arrival, deadlines, min_quality, variant, priority)

@@ -1,4 +1,4 @@
-"""From accepted requests to batches on the engine; every request ends exactly once."""
+"""The scheduler of one image model: from accepted requests to batches on the engine."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ from collections.abc import Callable, Mapping
 from typing import TextIO
 
 from ladderstitch.errors import Draining, InternalError, RequestError
-from ladderstitch.scheduling.candidates import CandidateFilter
-from ladderstitch.scheduling.latency_model import LatencyModel
 from ladderstitch.scheduling.load_report import LoadReport
 from ladderstitch.scheduling.profiles import LatencyProfile
 from ladderstitch.scheduling.requests import Completion, Request
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.telemetry.metrics import VisionMetrics
+from ladderstitch.telemetry.model_metrics import VisionMetrics
 from ladderstitch.vision.engine.base import Engine
 from ladderstitch.vision.scheduler import admission
 from ladderstitch.vision.scheduler.batch_runner import BatchRunner
-from ladderstitch.vision.scheduler.in_flight import InFlightRequests, Statistics
+from ladderstitch.vision.scheduler.in_flight import InFlightRequests
 from ladderstitch.vision.scheduler.planner import Planner
 from ladderstitch.vision.scheduler.policies.base import Decision, Defer
-from ladderstitch.vision.scheduler.recorder import RecordingPlanner
+from ladderstitch.vision.scheduler.recorder import PlannerRecorder
 
-SWEEP_S = 0.05
-"""How late a passed limit may be noticed while a batch, or the engine's return, takes long."""
+EXPIRY_INTERVAL_S = 0.05
+"""Seconds between checks for passed hard deadlines, which also run while the engine computes."""
 
 
 class Scheduler:
-    """Owns the queue of one model and the dispatch loop that empties it onto the engine.
+    """The queue of one model and the dispatch loop that runs it on the engine.
 
-    Made inside a running event loop; raises `InvalidArgument` if the settings do not fit the model.
-    All that is planned goes to `record`, if there is one.
+    Every accepted request ends exactly once. A scheduler is created inside a running event loop. If
+    `record` is given, every planner input and decision is written to it as JSON lines. Raises
+    `InvalidArgument` if the settings do not fit the model.
     """
 
     def __init__(
@@ -48,202 +47,169 @@ class Scheduler:
         self.engine = engine
         self.metrics = metrics
         self.clock = clock
-        self.planner = (
-            Planner(quality, profile, settings)
-            if record is None
-            else RecordingPlanner(quality, profile, settings, record)
-        )
-        self._in_flight = InFlightRequests(metrics, clock)
-        self._batch_runner = BatchRunner(engine, self.planner, self._in_flight, metrics, clock)
+        recorder = None if record is None else PlannerRecorder(record)
+        self.planner = Planner(quality, profile, settings, recorder)
+        self.in_flight = InFlightRequests(metrics, clock)
+        self.batch_runner = BatchRunner(engine, self.planner, self.in_flight, metrics, clock)
         self._draining = False
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
-        self._timer = PeriodicTimer(self._expire_hard_deadlines, SWEEP_S)
-        self._loop = asyncio.create_task(self._dispatch(), name="dispatch")
+        self._expiry_timer: asyncio.TimerHandle | None = None
+        self._dispatch_task = asyncio.create_task(self._dispatch(), name="dispatch")
 
     def configure(self, settings: SchedulerSettings) -> None:
-        """As `Planner.configure`."""
+        """Apply other settings from the next batch on; waiting requests stay in the queue.
+
+        Raises `InvalidArgument` if the model lacks a variant or the floor that they name.
+        """
         self.planner.configure(settings)
         self._wake.set()
 
     @property
     def running(self) -> bool:
-        return not self._loop.done()
-
-    @property
-    def statistics(self) -> Statistics:
-        return self._in_flight.statistics
-
-    @property
-    def quality(self) -> Mapping[int, float]:
-        return self.planner.quality
-
-    @property
-    def latency(self) -> LatencyModel:
-        return self.planner.latency
-
-    @property
-    def candidates(self) -> CandidateFilter:
-        return self.planner.candidates
-
-    @property
-    def settings(self) -> SchedulerSettings:
-        return self.planner.settings
-
-    @property
-    def queue_requests(self) -> int:
-        return len(self.planner.queue)
-
-    @property
-    def running_requests(self) -> int:
-        return len(self._batch_runner.running)
+        """Whether the dispatch loop runs."""
+        return not self._dispatch_task.done()
 
     def load_report(self) -> LoadReport:
-        """What others have to wait for at present."""
+        """Return the seconds that a new request would wait now, for each horizon."""
         return self.planner.load_report(self.clock())
 
     def check_budget(
         self, budget_s: float | None, min_quality: float = 0.0
     ) -> admission.BudgetCheck:
-        """What could be had within a budget, now and when idle."""
+        """Return the variants that one image could get within a budget, now and when idle.
+
+        Raises `QualityUnavailable` if no variant has the requested quality.
+        """
         return self.planner.check_budget(budget_s, min_quality, self.clock())
 
     async def submit(self, request: Request) -> Completion:
-        """Answer one request; raises a `RequestError` that says why not.
+        """Return the answer to one request. Raises the `RequestError` that ends it instead.
 
-        Cancelling the caller frees the request's place at once.
+        If the caller is cancelled, the request leaves the queue at once.
         """
         self._admit(request)
-        waiting = self._in_flight.add(request)
+        pending = self.in_flight.add(request)
         self.planner.add(request)
-        self.metrics.queued(self.queue_requests)
+        self.metrics.set_queue_length(len(self.planner.queue))
         self._idle.clear()
         self._wake.set()
         if request.deadlines.hard != float("inf"):
-            self._timer.start()
+            self._start_expiry_timer()
         try:
-            return await waiting.answer
+            return await pending.answer
         except asyncio.CancelledError:
-            if self._in_flight.remove(waiting):
+            if self.in_flight.cancel(pending):
                 with contextlib.suppress(ValueError):  # it is being computed, not queued
                     self.planner.remove(request)
-                self.metrics.queued(self.queue_requests)
+                self.metrics.set_queue_length(len(self.planner.queue))
                 self._wake.set()
             raise
 
     async def drain(self) -> None:
-        """Refuse new requests and return when all accepted ones have ended."""
+        """Reject new requests, and return when all accepted requests have ended."""
         self._draining = True
         await self._idle.wait()
 
     async def close(self) -> None:
-        """Stop at once; requests that have not ended get `Draining`."""
+        """Stop at once; requests that have not ended fail with `Draining`."""
         self._draining = True
-        self._loop.cancel()
+        self._dispatch_task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await self._loop
-        self._timer.stop()
-        for waiting in self._in_flight.all():
-            self._in_flight.fail(waiting, Draining("the replica is shutting down"))
+            await self._dispatch_task
+        if self._expiry_timer is not None:
+            self._expiry_timer.cancel()
+            self._expiry_timer = None
+        for pending in self.in_flight.all():
+            self.in_flight.fail(pending, Draining("the replica is shutting down"))
 
     def _admit(self, request: Request) -> None:
         try:
             if self._draining:
                 raise Draining("the replica is draining; try another one")
-            self.planner.admit(request, self.clock(), alone=not self._in_flight)
+            self.planner.admit(request, self.clock(), alone=not self.in_flight)
         except RequestError as error:
-            self.metrics.refused(error.code, request)
+            self.metrics.observe_rejection(error.code, request)
             raise
 
     async def _dispatch(self) -> None:
+        """Run batches until the task is cancelled."""
         while True:
-            if not self.planner.queue and not self._batch_runner.alone:
-                if not self._in_flight:
+            if not self.planner.queue and not self.batch_runner.isolated:
+                if not self.in_flight:
                     self._idle.set()
                 self._wake.clear()
                 await self._wake.wait()
             now = self.clock()
-            self._expire(now)
+            self._expire_queued(now)
             match self._decide(now):
                 case Decision() as decision:
-                    await self._batch_runner.run(decision, now)
+                    await self.batch_runner.run(decision, now)
                 case Defer(seconds):
-                    await self._hold(seconds)
+                    await self._defer(seconds)
 
-    async def _hold(self, seconds: float) -> None:
-        """Wait for that long, or until something changes."""
-        self._batch_runner.idled = True
+    async def _defer(self, seconds: float) -> None:
+        """Wait for `seconds`, or until a request arrives or the settings change."""
+        self.batch_runner.was_idle = True
         self._wake.clear()
         timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
         await self._wake.wait()
         timer.cancel()
 
     def _decide(self, now: float) -> Decision | Defer | None:
-        """The next batch, taken off the queue, or how long to wait for a better one."""
-        while self._batch_runner.alone:  # survivors of a failed batch, one by one
-            waiting = self._batch_runner.alone.popleft()
-            if now > waiting.request.deadlines.hard:
-                self._in_flight.expire_computing(waiting)
-            elif waiting in self._in_flight:
-                return Decision((waiting.request,), self.candidates.for_request(waiting.request)[0])
+        """Return the next batch, removed from the queue, or the seconds to defer, if any."""
+        isolated = self._decide_isolated(now)
+        if isolated is not None:
+            return isolated
         queue = self.planner.queue
         if not queue:
             return None
         try:
             choice = self.planner.decide(now)
         except Exception as error:
-            # Whatever is wrong with the policy, the head ends here and the others get their turn.
+            # Whatever is wrong with the policy, the first request ends here and the others go on.
             head = queue.view[0]
             self.planner.remove(head)
-            self._in_flight.fail(
-                self._in_flight[head], InternalError.logged("the policy failed", error)
+            self.in_flight.fail(
+                self.in_flight[head], InternalError.logged("the policy failed", error)
             )
             return None
         if isinstance(choice, Defer):
             return choice
-        wanted = tuple(r for r in choice.requests if self._in_flight[r] in self._in_flight)
+        wanted = tuple(r for r in choice.requests if self.in_flight[r] in self.in_flight)
         return Decision(wanted, choice.variant) if wanted else None
 
-    def _expire(self, now: float) -> None:
-        expired = self.planner.take_expired(now)
+    def _decide_isolated(self, now: float) -> Decision | None:
+        """Return a batch of the next request that must run alone, or None."""
+        while self.batch_runner.isolated:
+            pending = self.batch_runner.isolated.popleft()
+            if now > pending.request.deadlines.hard:
+                self.in_flight.expire_in_compute(pending)
+            elif pending in self.in_flight:
+                fastest = self.planner.candidates.for_request(pending.request)[0]
+                return Decision((pending.request,), fastest)
+        return None
+
+    def _expire_queued(self, now: float) -> None:
+        expired = self.planner.remove_expired(now)
         if expired:
-            self._in_flight.expire_queued(expired, now)
-            self.metrics.queued(self.queue_requests)
+            self.in_flight.expire_in_queue(expired, now)
+            self.metrics.set_queue_length(len(self.planner.queue))
 
-    def _expire_hard_deadlines(self) -> bool:
-        """End what is past its limit, even if the engine does not come back for long.
-
-        Returns whether others have limits.
-        """
-        now = self.clock()
-        self._expire(now)
-        for waiting in (*self._batch_runner.running, *self._batch_runner.alone):
-            if now > waiting.request.deadlines.hard:
-                self._in_flight.expire_computing(waiting)
-        self._wake.set()
-        return any(w.request.deadlines.hard != float("inf") for w in self._in_flight.all())
-
-
-class PeriodicTimer:
-    """Calls `sweep` every `interval_s` from `start` on, until it returns that nothing is left."""
-
-    def __init__(self, sweep: Callable[[], bool], interval_s: float) -> None:
-        self._expire_hard_deadlines = sweep
-        self._interval_s = interval_s
-        self._timer: asyncio.TimerHandle | None = None
-
-    def start(self) -> None:
-        """May be called again while it runs."""
-        if self._timer is None:
+    def _start_expiry_timer(self) -> None:
+        """Start the timer of the next check for passed hard deadlines, unless it runs already."""
+        if self._expiry_timer is None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._interval_s, self._turn)
+            self._expiry_timer = loop.call_later(EXPIRY_INTERVAL_S, self._expire_hard_deadlines)
 
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _turn(self) -> None:
-        self._timer = None
-        if self._expire_hard_deadlines():
-            self.start()
+    def _expire_hard_deadlines(self) -> None:
+        """Fail the requests whose hard deadline has passed, even if the engine does not return."""
+        self._expiry_timer = None
+        now = self.clock()
+        self._expire_queued(now)
+        for pending in (*self.batch_runner.running, *self.batch_runner.isolated):
+            if now > pending.request.deadlines.hard:
+                self.in_flight.expire_in_compute(pending)
+        self._wake.set()
+        if any(p.request.deadlines.hard != float("inf") for p in self.in_flight.all()):
+            self._start_expiry_timer()

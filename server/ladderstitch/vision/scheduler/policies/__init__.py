@@ -1,4 +1,4 @@
-"""Policies: which requests run next, together, on which variant."""
+"""Policies, which choose the requests that run next as one batch and the variant they run on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from ladderstitch.vision.scheduler.policies.baselines import (
     ModelSwitching,
     SlackFit,
 )
-from ladderstitch.vision.scheduler.policies.demand import ArrivalForecast
-from ladderstitch.vision.scheduler.policies.quality_hull import QualityHulls
+from ladderstitch.vision.scheduler.policies.demand import ArrivalForecast, QualityHulls
 
 
 def make_policy(
@@ -23,7 +22,7 @@ def make_policy(
     forecast: ArrivalForecast,
     hulls: QualityHulls,
 ) -> Policy:
-    """The policy that the settings name."""
+    """Return the policy that the settings name."""
     match settings.policy:
         case "fixed":
             return Fixed(candidates, settings.overhead_s)

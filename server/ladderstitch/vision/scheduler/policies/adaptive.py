@@ -1,4 +1,8 @@
-"""The adaptive policy: the variant and batch of highest expected effective quality."""
+"""The adaptive policy, which maximises the expected quality of all requests.
+
+The value of a batch is its quality, times the probability that it is on time, plus the fluid-limit
+quality of all remaining requests.
+"""
 
 from __future__ import annotations
 
@@ -10,56 +14,69 @@ from ladderstitch.scheduling.candidates import CandidateFilter
 from ladderstitch.scheduling.latency_model import LatencyView
 from ladderstitch.scheduling.requests import Request
 from ladderstitch.vision.scheduler.policies.base import Decision, fill_batch, late_batch, slack
-from ladderstitch.vision.scheduler.policies.demand import FAR_S, ArrivalForecast, Demand
-from ladderstitch.vision.scheduler.policies.quality_hull import QualityHull, QualityHulls
+from ladderstitch.vision.scheduler.policies.demand import (
+    BUDGET_CAP_S,
+    ArrivalForecast,
+    Demand,
+    QualityHull,
+    QualityHulls,
+)
 
-SPELL = 0.5
-"""Longest batch that capacity is reckoned with, in budgets of an impatient request: who just missed
-one batch waits for it and then needs one more."""
-PATIENCE_S = 1.0
-"""A request this late is worth as much as one that is in time, and more from then on."""
-DECLINES = 2
-"""Slower variants in a row that were no better, after which none is tried."""
-TOGETHER = 0.5
-"""Share of those arriving during a batch that an impatient one among them has to run with."""
-RISKED = 4
-"""Requests of a batch whose chance to be in time is looked up; later ones have later deadlines."""
-FEW = 16
-"""Requests that are few enough to be looked at one by one."""
-TIE = 1e-6
-"""Of equals the larger batch is taken."""
+MAX_BATCH_SHARE_OF_BUDGET = 0.5
+"""Longest batch the capacity model assumes, as a fraction of the tight-budget quantile.
+
+A request that just missed a batch waits for one and needs one.
+"""
+LATE_VALUE_HORIZON_S = 1.0
+"""Lateness at which a request is worth as much as one on time; it is worth more from then on."""
+MAX_CONSECUTIVE_DECLINES = 2
+"""Number of slower variants without a better value after which the search stops."""
+ARRIVALS_SHARING_A_BATCH = 0.5
+"""Share of the arrivals during a batch that a tight one among them has to run with."""
+MAX_RISK_LOOKUPS = 4
+"""Requests of a batch whose on-time probability is looked up; the others have later deadlines."""
+EXACT_CHECK_LIMIT = 16
+"""Largest number of requests that are checked one by one."""
+TIE_EPSILON = 1e-6
+"""Quality added for each image, so that the larger of two equal batches is chosen."""
+
+BatchChoice = tuple[float, int, int, int]
+"""Value, queue index of the first request, variant and batch size of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecisionContext:
-    """What all choices of one decision share.
-
-    The first `head` requests of the queue are past saving. `pace` turns the profile's seconds into
-    the present's; `scale` turns seconds into the profile's and leaves out what is not compute;
-    `fastest_s` are the fastest variant's seconds in the profile, by batch_size, `one_s` and `two_s` its
-    present ones for one row and for two. `strained` says that not all who wait can be in time.
-    """
+    """The quantities that all choices of one decision share."""
 
     start: float
-    head: int
+    """Instant at which the batch starts."""
+    num_late: int
+    """Requests at the head of the queue that miss their soft deadline on every variant."""
     demand: Demand
     hull: QualityHull
-    scale: float
-    pace: float
+    hull_scale: float
+    """Factor from seconds to the hull's profiled seconds of compute, without dispatch overhead."""
+    planned_scale: float
+    """Factor from profiled seconds to planned seconds."""
     fastest_s: Sequence[float]
+    """Profiled seconds of the fastest variant by batch size; index 0 is unused."""
     one_s: float
+    """Planned seconds of the fastest variant for one image."""
     two_s: float
-    strained: bool
+    """Planned seconds of the fastest variant for two images."""
+    overloaded: bool
+    """Whether not all waiting requests can be on time, in the fluid limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adaptive:
-    """Weighs what a batch earns against what its time takes from everybody else.
+    """The policy that weighs the quality of a batch against the time that it takes from the others.
 
-    The value of running some requests on a variant is their quality plus what all others can earn in
-    the time that is left (`Demand`: the queue and the newcomers that the forecast expects, as a
-    fluid on the best mix of variants), less those whom the batch itself makes late: the engine is
-    not preemptive.
+    The value of running some requests on a variant is their quality, plus the quality that all
+    other requests can earn in the remaining time, minus that of the requests that the batch itself
+    makes late, because the engine is not preemptive. The other requests are those of the queue and
+    of the arrival forecast (`Demand`), a fluid on the best mix of variants. The policy sacrifices a
+    request only if the queue as a whole cannot meet its deadlines.
     """
 
     candidates: CandidateFilter
@@ -68,177 +85,198 @@ class Adaptive:
     hulls: QualityHulls
 
     def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision:
+        """Return the next batch."""
         if len(queue) == 1 and len(only := self.candidates.for_request(queue[0])) == 1:
             return Decision((queue[0],), only[0])  # nothing to choose
         start = now + self.overhead_s
-        near = list(queue[: 2 * latency.max_batch_size + 2])
-        hopeless = self._hopeless(queue, near, latency, start)
-        if hopeless == len(queue):
+        prefix = list(queue[: 2 * latency.max_batch_size + 2])
+        num_late = self._count_late(queue, prefix, latency, start)
+        if num_late == len(queue):
             return late_batch(queue, self.candidates, latency, now, self.overhead_s)
-        moment = self._moment(queue, near, hopeless, latency, start)
-        value, at, variant, batch_size = self._best(queue, near, hopeless, latency, moment)
-        if moment.strained and not self._all_in_time(queue, hopeless, latency, start):
-            # Giving up a few urgent ones may save more of the others.
+        context = self._make_context(queue, prefix, num_late, latency, start)
+        best = self._find_best(queue, prefix, num_late, latency, context)
+        if context.overloaded and not self._fits_one_by_one(queue, num_late, latency, start):
+            # Sacrificing a few urgent requests may save a larger number of the others.
             full_s = latency.seconds(self.candidates.frontier[0], latency.max_batch_size)
-            skip = _due_from(start + full_s, queue, near, hopeless)
-            if hopeless < skip < len(queue):
-                value, at, variant, batch_size = max(
-                    (value, at, variant, batch_size), self._best(queue, near, skip, latency, moment)
-                )
-        if hopeless and self._late_value(queue, latency, moment) > value:
+            skip = _first_due_from(start + full_s, queue, prefix, num_late)
+            if num_late < skip < len(queue):
+                best = max(best, self._find_best(queue, prefix, skip, latency, context))
+        value, first, variant, batch_size = best
+        if num_late and self._late_value(queue, latency, context) > value:
             return late_batch(queue, self.candidates, latency, now, self.overhead_s)
-        if at == 0:
+        if first == 0:
             return Decision(fill_batch(queue, variant, batch_size, self.candidates), variant)
-        rest = queue[at : at + 4 * batch_size]
+        rest = queue[first : first + 4 * batch_size]
         return Decision(fill_batch(rest, variant, batch_size, self.candidates), variant)
 
-    def _all_in_time(
-        self, queue: Sequence[Request], hopeless: int, latency: LatencyView, start: float
+    def _fits_one_by_one(
+        self, queue: Sequence[Request], num_late: int, latency: LatencyView, start: float
     ) -> bool:
-        """Whether a short queue can be served one by one; the fluid is no judge of so few."""
-        if len(queue) - hopeless > FEW:
+        """Return whether all requests of a short queue are on time when served one by one.
+
+        The fluid limit is not accurate for a queue of at most `EXACT_CHECK_LIMIT` requests.
+        """
+        if len(queue) - num_late > EXACT_CHECK_LIMIT:
             return False
-        for request in queue[hopeless:]:
+        for request in queue[num_late:]:
             start += latency.seconds(self.candidates.for_request(request)[0], request.num_images)
             if start > request.deadlines.soft:
                 return False
         return True
 
-    def _moment(
+    def _make_context(
         self,
         queue: Sequence[Request],
-        near: Sequence[Request],
-        hopeless: int,
+        prefix: Sequence[Request],
+        num_late: int,
         latency: LatencyView,
         start: float,
     ) -> DecisionContext:
-        demand = Demand.of(queue, near, hopeless, self.forecast, start)
-        spell_s = SPELL * demand.impatient_s
-        hull = self.hulls.hull(latency.to_profile_seconds(spell_s))
-        # The part of its time that the engine computes, if batches are as long as that.
-        scale = latency.to_profile_seconds(spell_s / (spell_s + latency.dispatch_overhead_s))
+        demand = Demand.from_queue(queue, prefix, num_late, self.forecast, start)
+        longest_s = MAX_BATCH_SHARE_OF_BUDGET * demand.tight_budget_s
+        hull = self.hulls.for_longest(latency.to_profile_seconds(longest_s))
+        # The share of its time in which the engine computes, if batches take the longest time.
+        hull_scale = latency.to_profile_seconds(
+            longest_s / (longest_s + latency.dispatch_overhead_s)
+        )
         fastest = self.candidates.frontier[0]
         one_s = latency.seconds(fastest, 1)
         two_s = latency.seconds(fastest, 2) if latency.max_batch_size > 1 else 2 * one_s
         return DecisionContext(
             start=start,
-            head=hopeless,
+            num_late=num_late,
             demand=demand,
             hull=hull,
-            scale=scale,
-            pace=latency.slowdown * latency.tail,
+            hull_scale=hull_scale,
+            planned_scale=latency.slowdown * latency.tail,
             fastest_s=latency.profiled[fastest],
             one_s=one_s,
             two_s=two_s,
-            strained=demand.each_s < hull.costs_s[0] / scale,
+            overloaded=demand.min_s_per_image < hull.costs_s[0] / hull_scale,
         )
 
-    def _hopeless(
-        self, queue: Sequence[Request], near: Sequence[Request], latency: LatencyView, start: float
-    ) -> int:
-        """How many at the head of the queue no variant saves."""
-        possible = start + latency.seconds(self.candidates.frontier[0], 1)
-        if near[0].deadlines.soft >= possible:
-            return 0
-        return _due_from(possible, queue, near, 0)
-
-    def _best(
+    def _count_late(
         self,
         queue: Sequence[Request],
-        near: Sequence[Request],
-        at: int,
+        prefix: Sequence[Request],
         latency: LatencyView,
-        moment: DecisionContext,
-    ) -> tuple[float, int, int, int]:
-        """Value, index of the head, variant and batch_size of the best batch that begins there."""
-        end = at + latency.max_batch_size + 2
-        near = near[at:end] if end <= len(near) else list(queue[at:end])
+        start: float,
+    ) -> int:
+        """Return how many requests at the head of the queue are late on every variant."""
+        possible = start + latency.seconds(self.candidates.frontier[0], 1)
+        if prefix[0].deadlines.soft >= possible:
+            return 0
+        return _first_due_from(possible, queue, prefix, 0)
+
+    def _find_best(
+        self,
+        queue: Sequence[Request],
+        prefix: Sequence[Request],
+        first: int,
+        latency: LatencyView,
+        context: DecisionContext,
+    ) -> BatchChoice:
+        """Return the batch of highest value that begins with the request at index `first`."""
+        end = first + latency.max_batch_size + 2
+        near = prefix[first:end] if end <= len(prefix) else list(queue[first:end])
         head = near[0]
         candidates = self.candidates.for_request(head)
-        slack_s = slack(near, self.candidates, latency, moment.start, 0.0)
-        left_s = [request.deadlines.soft - moment.start for request in near] + [FAR_S]
-        best = (float("-inf"), at, candidates[0], head.num_images)
+        slack_s = slack(near, self.candidates, latency, context.start, 0.0)
+        left_s = [request.deadlines.soft - context.start for request in near] + [BUDGET_CAP_S]
+        best = (float("-inf"), first, candidates[0], head.num_images)
         declines = between = 0
-        whole = True  # slower variants want no larger parts of what fits
+        whole = True  # a slower variant is not better with a larger part of what fits
         for variant in candidates:
             if variant not in self.hulls.efficient and variant != candidates[0]:
                 continue
             fits = latency.largest_fit(variant, slack_s)
             if fits < head.num_images:
-                break  # candidates rise in latency
+                break  # the latency of candidates rises
             most = max(head.num_images, min(fits, len(near)))
             half = max(head.num_images, (most + 1) // 2)
             declines += 1
             for batch_size in (half, most) if whole and half < most else (half,):
-                value = self._value(left_s, at, variant, batch_size, latency, moment)
+                value = self._value(left_s, first, variant, batch_size, latency, context)
                 if value >= best[0]:
-                    best = (value, at, variant, batch_size)
+                    best = (value, first, variant, batch_size)
                     between, declines = (half + most + 1) // 2, 0
             whole = whole and best[3] == most
-            if declines == (1 if moment.strained else DECLINES):
+            if declines == (1 if context.overloaded else MAX_CONSECUTIVE_DECLINES):
                 break
         if between > head.num_images:
-            value = self._value(left_s, at, best[2], between, latency, moment)
+            value = self._value(left_s, first, best[2], between, latency, context)
             if value > best[0]:
-                best = (value, at, best[2], between)
+                best = (value, first, best[2], between)
         return best
 
     def _value(
         self,
         left_s: Sequence[float],
-        at: int,
+        first: int,
         variant: int,
         batch_size: int,
         latency: LatencyView,
-        moment: DecisionContext,
+        context: DecisionContext,
     ) -> float:
-        """Expected quality of the batch and of all others after it.
+        """Return the expected quality of a batch and of all other requests after it.
 
-        `left_s` is the time left to those from index `at` of the queue on, and to one more.
+        `left_s` holds the seconds left to the requests from index `first` of the queue on, and one
+        more value for the end of the queue.
         """
         candidates, forecast = self.candidates, self.forecast
         profiled_s = latency.profiled[variant][batch_size]
-        busy_s = profiled_s * moment.pace + latency.dispatch_overhead_s
-        arrived = min(latency.max_batch_size, 1 + int(TOGETHER * forecast.rate * busy_s))
-        late = forecast.late(busy_s, moment.fastest_s[arrived] * moment.pace + self.overhead_s)
-        if at == moment.head and batch_size + 1 < len(left_s):  # those behind it: the next two
+        busy_s = profiled_s * context.planned_scale + latency.dispatch_overhead_s
+        arrived = min(
+            latency.max_batch_size, 1 + int(ARRIVALS_SHARING_A_BATCH * forecast.rate * busy_s)
+        )
+        late = forecast.expected_late(
+            busy_s, context.fastest_s[arrived] * context.planned_scale + self.overhead_s
+        )
+        if first == context.num_late and batch_size + 1 < len(left_s):
+            # The next two requests in the queue may become late, too.
             after_s, then_s = left_s[batch_size] - busy_s, left_s[batch_size + 1] - busy_s
-            late += after_s < moment.one_s or then_s < moment.two_s
-        in_time: float = batch_size
+            late += after_s < context.one_s or then_s < context.two_s
+        on_time: float = batch_size
         if latency.residuals[-1] * latency.slowdown * profiled_s > left_s[0]:
-            in_time -= sum(
-                1.0 - latency.chance(variant, batch_size, s) for s in left_s[:batch_size][:RISKED]
+            on_time -= sum(
+                1.0 - latency.on_time_probability(variant, batch_size, s)
+                for s in left_s[:batch_size][:MAX_RISK_LOOKUPS]
             )
-        done = batch_size + at - moment.head
-        others = moment.demand.earnings(moment.hull, busy_s, done, moment.scale)
-        earned = (candidates.quality[variant] + TIE) * in_time
+        done = batch_size + first - context.num_late
+        others = context.demand.quality_after(context.hull, busy_s, done, context.hull_scale)
+        earned = (candidates.quality[variant] + TIE_EPSILON) * on_time
         return earned - candidates.quality[candidates.frontier[0]] * late + others
 
     def _late_value(
-        self, queue: Sequence[Request], latency: LatencyView, moment: DecisionContext
+        self, queue: Sequence[Request], latency: LatencyView, context: DecisionContext
     ) -> float:
-        """As `_value`, of a batch of those that are late anyway."""
+        """Return the value of a batch of the requests that are late on every variant."""
         fastest = self.candidates.frontier[0]
-        batch_size = min(moment.head, latency.max_batch_size)
+        batch_size = min(context.num_late, latency.max_batch_size)
         busy_s = latency.seconds(fastest, batch_size) + latency.dispatch_overhead_s
-        worth = self.candidates.quality[fastest]
-        waited = max(0.0, moment.start - queue[0].deadlines.soft) / PATIENCE_S
-        late = self.forecast.late(busy_s, moment.one_s + self.overhead_s)
-        if queue[moment.head].deadlines.soft - moment.start - busy_s < latency.seconds(fastest, 1):
+        quality = self.candidates.quality[fastest]
+        lateness = max(0.0, context.start - queue[0].deadlines.soft) / LATE_VALUE_HORIZON_S
+        late = self.forecast.expected_late(busy_s, context.one_s + self.overhead_s)
+        next_soft = queue[context.num_late].deadlines.soft
+        if next_soft - context.start - busy_s < latency.seconds(fastest, 1):
             late += 1
-        others = moment.demand.earnings(moment.hull, busy_s, 0, moment.scale)
-        return worth * (batch_size * waited - late) + others
+        others = context.demand.quality_after(context.hull, busy_s, 0, context.hull_scale)
+        return quality * (batch_size * lateness - late) + others
 
 
-def _due_from(time: float, queue: Sequence[Request], near: Sequence[Request], first: int) -> int:
-    """Index, from `first` on, of the first request due by `time` or later; `near` is the queue's
-    beginning."""
-    if first < len(near):
-        index = bisect_left(near, time, lo=first, key=_target)
-        if index < len(near):
+def _first_due_from(
+    time: float, queue: Sequence[Request], prefix: Sequence[Request], first: int
+) -> int:
+    """Return the index, from `first` on, of the first request due at `time` or later.
+
+    `prefix` is the beginning of the queue as a list.
+    """
+    if first < len(prefix):
+        index = bisect_left(prefix, time, lo=first, key=_soft_deadline)
+        if index < len(prefix):
             return index
-    return bisect_left(queue, time, lo=max(first, len(near)), key=_target)
+    return bisect_left(queue, time, lo=max(first, len(prefix)), key=_soft_deadline)
 
 
-def _target(request: Request) -> float:
+def _soft_deadline(request: Request) -> float:
     return request.deadlines.soft

@@ -1,4 +1,4 @@
-"""Policies: which requests run next, together, on which variant. Pure: no clock, no lock, no I/O."""
+"""The interface of policies and the batch rules that they share, without a clock, locks or I/O."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ladderstitch.scheduling.latency_model import LatencyView
 from ladderstitch.scheduling.requests import Request
 
 SCAN_FACTOR = 4
-"""A batch of n batch_size looks at no more than this times n requests, however long the queue is."""
-NEAR = 32
-"""Requests at the head of the queue among which the tightest deadline is looked for."""
+"""Requests that a batch looks at, in batch sizes, however long the queue is."""
+SLACK_SCAN_LIMIT = 32
+"""Requests at the head of the queue among which the earliest deadline is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Run these requests (most urgent first) as one batch on one variant."""
+    """A batch to run on one variant; `requests` are ordered by urgency, most urgent first."""
 
     requests: tuple[Request, ...]
     variant: int
@@ -26,28 +26,36 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Defer:
-    """Run nothing yet: ask again when a request arrives, at the latest after so long."""
+    """A decision to run nothing yet, and to decide again after `seconds` or at the next arrival."""
 
     seconds: float
 
 
 class Policy(Protocol):
-    """`queue` is in deadline order and not empty; `now` is on the clock of the requests."""
+    """A function that decides what runs next."""
 
     def __call__(
         self, queue: Sequence[Request], latency: LatencyView, now: float
-    ) -> Decision | Defer: ...
+    ) -> Decision | Defer:
+        """Return the next batch, or the seconds to defer.
+
+        `queue` is in deadline order and not empty. `now` is on the clock of the requests.
+        """
+        ...
 
 
 def fill_batch(
     queue: Sequence[Request], variant: int, batch_size: int, candidates: CandidateFilter
 ) -> tuple[Request, ...]:
-    """The head and, in deadline order, what may share its variant and fits into `batch_size`."""
+    """Return the first request and, in deadline order, the others that fit into its batch.
+
+    A request fits if `variant` may answer it and the batch has at most `batch_size` images with it.
+    """
     head = queue[0]
     chosen, left = [head], batch_size - head.num_images
     for request in queue[1 : SCAN_FACTOR * batch_size] if left > 0 else ():
         size = request.num_images
-        if size <= left and candidates.admits(request, variant):
+        if size <= left and candidates.allows(request, variant):
             chosen.append(request)
             left -= size
             if not left:
@@ -62,16 +70,19 @@ def late_batch(
     now: float,
     overhead_s: float,
 ) -> Decision:
-    """For a head that no variant saves: the fastest it may have, shared with others as late.
+    """Return a batch for a first request that misses its soft deadline on every variant.
 
-    Requests that can still be on time are left out, so that a hopeless one does not drag them down.
+    It runs on the fastest variant that the request allows, together with other late requests.
+    Requests that can still be on time are left out, so that the late one does not delay them.
     """
     head = queue[0]
     variant = candidates.for_request(head)[0]
-    hopeless = now + overhead_s + latency.seconds(variant, 1)
+    earliest_end = now + overhead_s + latency.seconds(variant, 1)
     late = [head]
     late += [
-        r for r in queue[1 : SCAN_FACTOR * latency.max_batch_size] if r.deadlines.soft < hopeless
+        request
+        for request in queue[1 : SCAN_FACTOR * latency.max_batch_size]
+        if request.deadlines.soft < earliest_end
     ]
     return Decision(fill_batch(late, variant, latency.max_batch_size, candidates), variant)
 
@@ -83,24 +94,24 @@ def slack(
     now: float,
     overhead_s: float,
 ) -> float:
-    """Seconds of compute that make the earliest target around the head.
+    """Return the seconds of compute until the earliest soft deadline near the head of the queue.
 
-    That is the head's, unless its priority or its age put it before a tighter request: that one
-    counts if it can be on time in one batch with the head.
+    That is the deadline of the first request, unless priority or age put this request ahead of one
+    with an earlier deadline. The earlier deadline counts if a batch of the two can meet it.
     """
     head = queue[0]
     fastest = candidates.for_request(head)[0]
     start = now + overhead_s
     possible = start + latency.seconds(fastest, head.num_images)
     earliest = head.deadlines.soft
-    for request in queue[1:NEAR]:
-        target = request.deadlines.soft
-        if not possible < target < earliest or not candidates.admits(request, fastest):
+    for request in queue[1:SLACK_SCAN_LIMIT]:
+        deadline = request.deadlines.soft
+        if not possible < deadline < earliest or not candidates.allows(request, fastest):
             continue
         batch_size = head.num_images + request.num_images
         if (
             batch_size <= latency.max_batch_size
-            and start + latency.seconds(fastest, batch_size) <= target
+            and start + latency.seconds(fastest, batch_size) <= deadline
         ):
-            earliest = target
+            earliest = deadline
     return earliest - start

@@ -1,4 +1,4 @@
-"""Baseline policies: one fixed variant, the best variant first, the largest batch first."""
+"""Baseline policies: Fixed, MaxQuality, MaxBatch, ModelSwitching and SuperServe's SlackFit."""
 
 from __future__ import annotations
 
@@ -12,32 +12,37 @@ from ladderstitch.scheduling.requests import Request
 from ladderstitch.vision.scheduler.policies.base import Decision, fill_batch, late_batch, slack
 from ladderstitch.vision.scheduler.policies.demand import ArrivalForecast
 
+MAX_UTILISATION = 0.8
+"""Share of a variant's capacity that `ModelSwitching` uses at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """Always the variant that the candidates fixes, with the largest batch that makes the targets."""
+    """The policy that always uses the fixed variant, with the largest batch that is on time."""
 
     candidates: CandidateFilter
     overhead_s: float
 
     def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision:
+        """Return the next batch."""
         head = queue[0]
         variant = self.candidates.for_request(head)[0]
         left = slack(queue, self.candidates, latency, now, self.overhead_s)
         batch_size = latency.largest_fit(variant, left)
-        # A late head gains nothing from a small batch, and those behind it wait the less.
+        # A late first request gains nothing from a small batch, and a large one clears the queue.
         batch_size = batch_size if batch_size >= head.num_images else latency.max_batch_size
         return Decision(fill_batch(queue, variant, batch_size, self.candidates), variant)
 
 
 @dataclass(frozen=True, slots=True)
 class MaxQuality:
-    """The most accurate variant that fits for the head alone, then the largest batch on it."""
+    """The policy of the best variant that fits for the first request, then the largest batch."""
 
     candidates: CandidateFilter
     overhead_s: float
 
     def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision:
+        """Return the next batch."""
         head = queue[0]
         left = slack(queue, self.candidates, latency, now, self.overhead_s)
         for variant in reversed(self.candidates.for_request(head)):
@@ -49,12 +54,13 @@ class MaxQuality:
 
 @dataclass(frozen=True, slots=True)
 class MaxBatch:
-    """The largest batch that fits on the fastest variant, then the most accurate variant for it."""
+    """The policy of the largest batch that fits on the fastest variant, then the best variant."""
 
     candidates: CandidateFilter
     overhead_s: float
 
     def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision:
+        """Return the next batch."""
         head = queue[0]
         left = slack(queue, self.candidates, latency, now, self.overhead_s)
         candidates = self.candidates.for_request(head)
@@ -65,30 +71,27 @@ class MaxBatch:
         size = sum(request.num_images for request in batch)
         for variant in reversed(candidates):
             fits = latency.seconds(variant, size) <= left
-            if fits and all(self.candidates.admits(request, variant) for request in batch):
+            if fits and all(self.candidates.allows(request, variant) for request in batch):
                 return Decision(batch, variant)
         return Decision(batch, candidates[0])
 
 
-UTILISATION = 0.8
-"""Share of a variant's capacity that it is trusted with."""
-
-
 @dataclass(frozen=True, slots=True)
 class ModelSwitching:
-    """The most accurate variant whose full batches sustain the recent rate of requests."""
+    """The policy of the best variant whose full batches sustain the recent rate of requests."""
 
     candidates: CandidateFilter
     overhead_s: float
     forecast: ArrivalForecast
 
     def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision:
+        """Return the next batch."""
         head = queue[0]
         candidates = self.candidates.for_request(head)
         left_s = slack(queue, self.candidates, latency, now, self.overhead_s)
         full, variant = latency.max_batch_size, candidates[0]
         for slower in candidates:
-            if self.forecast.rate * latency.seconds(slower, full) <= UTILISATION * full:
+            if self.forecast.rate * latency.seconds(slower, full) <= MAX_UTILISATION * full:
                 variant = slower
         batch_size = latency.largest_fit(variant, left_s)
         if batch_size < head.num_images:
@@ -100,7 +103,7 @@ class ModelSwitching:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One of SlackFit's control choices, at its bucket's upper edge in profiled seconds."""
+    """A latency bucket of SlackFit: its upper edge in profiled seconds, a batch and a variant."""
 
     upper_s: float
     batch_size: int
@@ -108,11 +111,12 @@ class Bucket:
 
 
 def slackfit_buckets(candidates: Sequence[int], latency: LatencyView, count: int) -> list[Bucket]:
-    """SuperServe's table (NSDI'25): ascending buckets, empty ones left out.
+    """Return the bucket table of SuperServe (NSDI'25), ascending and without empty buckets.
 
-    [l(fastest, 1), l(slowest, max_batch_size)] is cut into `count` equal parts; every (variant, batch_size)
-    belongs to the part that holds its profiled latency; each part keeps its largest batch, of equal
-    batches the one of the highest quality (`candidates` are in order of quality).
+    [l(fastest, 1), l(slowest, max_batch_size)] is cut into `count` equal parts. Every pair of
+    variant and batch size belongs to the part that contains its profiled latency. Each part keeps
+    its largest batch, and of equal batches the one of highest quality. `candidates` are in order of
+    quality.
     """
     low = latency.profiled[candidates[0]][1]
     high = max(latency.profiled[variant][latency.max_batch_size] for variant in candidates)
@@ -129,10 +133,11 @@ def slackfit_buckets(candidates: Sequence[int], latency: LatencyView, count: int
 
 @dataclass(frozen=True, slots=True)
 class SlackFit:
-    """SuperServe's policy: the head's slack picks a latency bucket, the bucket a batch and variant.
+    """SuperServe's policy (NSDI'25): the first request's slack selects a bucket of the table.
 
-    The table is built once for each set of candidates; the online slow-down scales all latencies
-    alike, so the slack is divided by it instead.
+    The bucket gives the batch size and the variant. A table is created once for each set of
+    candidates. The online slowdown scales all latencies alike, so it divides the slack instead of
+    changing the table.
     """
 
     candidates: CandidateFilter
@@ -141,6 +146,7 @@ class SlackFit:
     _tables: dict[tuple[int, ...], tuple[list[float], list[Bucket]]] = field(default_factory=dict)
 
     def __call__(self, queue: Sequence[Request], latency: LatencyView, now: float) -> Decision:
+        """Return the next batch."""
         head = queue[0]
         candidates = self.candidates.for_request(head)
         left = slack(queue, self.candidates, latency, now, self.overhead_s)
@@ -162,6 +168,7 @@ class SlackFit:
     def _table(
         self, candidates: tuple[int, ...], latency: LatencyView
     ) -> tuple[list[float], list[Bucket]]:
+        """Return the upper edges and the buckets for a set of candidates."""
         if candidates not in self._tables:
             buckets = slackfit_buckets(candidates, latency, self.buckets)
             self._tables[candidates] = ([bucket.upper_s for bucket in buckets], buckets)

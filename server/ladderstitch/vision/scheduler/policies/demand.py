@@ -1,171 +1,285 @@
-"""How many batch_size are due by when, those still to come included, and what they can earn."""
+"""The demand that is due over time, forecast arrivals included, and the quality that it can earn.
+
+Demand counts a request as one image.
+"""
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from ladderstitch.scheduling.requests import Request
-from ladderstitch.vision.scheduler.policies.quality_hull import QualityHull
 
-AHEAD = 2.0
-"""How far ahead newcomers are expected, in typical budgets."""
-GUARD = 0.25
-"""Part of an impatient request's budget that is not planned with: batches are no fluid."""
-IMPATIENT = 0.05
-"""Share of requests whose budgets are shorter than what batches are planned around."""
-LEAST_S = 1e-6
-"""No budget is taken for shorter than this."""
+FORECAST_HORIZON = 2.0
+"""How far ahead arrivals are forecast, in mean budgets."""
+DEADLINE_MARGIN = 0.25
+"""Share of the tight budget that is kept in reserve, because batches are not a fluid."""
+TIGHT_BUDGET_QUANTILE = 0.05
+"""Share of requests whose budgets are below the tight budget, around which batches are planned."""
+MIN_BUDGET_S = 1e-6
+"""Shortest tight budget."""
+BUDGET_CAP_S = 60.0
+"""Seconds above which all budgets are equal; a request without a budget has this one, too."""
+ARRIVAL_WINDOW = 256
+"""Recent requests that the forecast is based on."""
+REFRESH_INTERVAL = 16
+"""Most requests between two forecasts, because sorting 256 budgets costs some 15 us.
+
+At first the interval is a quarter of the requests that are known, which is worth 0.5 points of
+effective quality on traces of 80 requests.
+"""
+CAPACITY_SCENARIOS = ((0.7, 0.02), (0.8, 0.05), (0.9, 0.23), (1.0, 0.4), (1.1, 0.3))
+"""Actual over expected capacity when requests arrive in bursts, each with its probability."""
+NUM_HULLS = 24
+"""Number of longest batch durations for which a hull is computed."""
+
+Point = tuple[float, float]
+"""Seconds per image, quality."""
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """A demand bound function: by `points[k][0]` seconds from now, `points[k][1]` batch_size are due.
+    """A demand bound function: the number of images that are due by a time from now.
 
-    Of the function only the points that can bind, its lower hull. `each_s` is the least time
-    a row that those who wait have, many of them together or all.
+    It is reduced to the points that can bind, which are those of its lower hull.
     """
 
     points: tuple[tuple[float, float], ...]
-    impatient_s: float
-    each_s: float
+    """Pairs of seconds from now and images due by then, both ascending."""
+    tight_budget_s: float
+    """Budget at the quantile `TIGHT_BUDGET_QUANTILE`."""
+    min_s_per_image: float
+    """Least seconds per waiting image, over the third sample of the queue and the later ones."""
 
     @classmethod
-    def of(
+    def from_queue(
         cls,
         queue: Sequence[Request],
-        near: Sequence[Request],
+        prefix: Sequence[Request],
         first: int,
         forecast: ArrivalForecast,
         start: float,
     ) -> Demand:
-        """Of newcomers and the queue from index `first` on, looked at wherever it is fourfold.
+        """Build the bound of queue[first:] plus forecast arrivals, sampled at powers of four.
 
-        `near` is the queue's beginning, as a list: looked up ten times as fast.
+        `prefix` is the beginning of the queue as a list, which is indexed ten times as fast.
         """
         waiting = len(queue) - first
-        last_s = min(queue[-1].deadlines.soft - start, FAR_S)
-        typical_s = forecast.typical_s or last_s
-        impatient_s = max(LEAST_S, forecast.quantile_s(IMPATIENT) or typical_s)
-        dues, batch_size = [], 1
-        while batch_size < waiting:
-            last = first + batch_size - 1
-            request = near[last] if last < len(near) else queue[last]
-            dues.append((min(request.deadlines.soft - start, FAR_S), batch_size))
-            batch_size *= 4
-        dues.append((last_s, waiting))
-        guard_s = GUARD * impatient_s
-        each_s = min(
-            (due - guard_s) / batch_size for due, batch_size in dues[min(2, len(dues) - 1) :]
+        last_s = min(queue[-1].deadlines.soft - start, BUDGET_CAP_S)
+        mean_s = forecast.mean_budget_s or last_s
+        tight_s = max(MIN_BUDGET_S, forecast.budget_quantile_s(TIGHT_BUDGET_QUANTILE) or mean_s)
+        samples, count = [], 1
+        while count < waiting:
+            last = first + count - 1
+            request = prefix[last] if last < len(prefix) else queue[last]
+            samples.append((min(request.deadlines.soft - start, BUDGET_CAP_S), count))
+            count *= 4
+        samples.append((last_s, waiting))
+        margin_s = DEADLINE_MARGIN * tight_s
+        min_s = min(
+            (due_s - margin_s) / count for due_s, count in samples[min(2, len(samples) - 1) :]
         )
-        if last_s < AHEAD * typical_s:
-            dues.append((AHEAD * typical_s, waiting))
-        points = [(due - guard_s, batch_size + forecast.late(due, 0.0)) for due, batch_size in dues]
-        return cls(_lower_hull(points), impatient_s, each_s)
+        if last_s < FORECAST_HORIZON * mean_s:
+            samples.append((FORECAST_HORIZON * mean_s, waiting))
+        points = [
+            (due_s - margin_s, count + forecast.expected_late(due_s, 0.0))
+            for due_s, count in samples
+        ]
+        return cls(_lower_hull(points), tight_s, min_s)
 
-    def earnings(self, hull: QualityHull, busy_s: float, done: int, scale: float) -> float:
-        """Quality that all batch_size but the first `done` can have after a busy spell.
+    def quality_after(self, hull: QualityHull, busy_s: float, done: int, scale: float) -> float:
+        """Return the quality that all images but the first `done` can earn after `busy_s` seconds.
 
-        Fluid service in order of deadlines: the greatest convex minorant of the points, each of its
-        segments at the quality that its seconds a row allow. `scale` turns seconds into the hull's.
+        The engine is busy for `busy_s` seconds and then serves a fluid in order of deadlines. The
+        seconds per image are the slopes of the greatest convex minorant of the points. `scale`
+        converts seconds to the hull's seconds.
         """
-        value = at_s = at_rows = 0.0
-        points, count, k = self.points, len(self.points), 0
-        while k < count:
+        value = at_s = at_count = 0.0
+        points, num_points, k = self.points, len(self.points), 0
+        while k < num_points:
             least, best = float("inf"), -1
-            for i in range(k, count):
-                due, batch_size = points[i]
-                batch_size -= done
-                if batch_size > at_rows:
-                    slope = (due - busy_s - at_s) / (batch_size - at_rows)
+            for i in range(k, num_points):
+                due_s, count = points[i]
+                count -= done
+                if count > at_count:
+                    slope = (due_s - busy_s - at_s) / (count - at_count)
                     if slope < least:
                         least, best = slope, i
             if best < 0:
                 break
-            due, batch_size = points[best]
-            batch_size -= done
+            due_s, count = points[best]
+            count -= done
             if least > 0:
-                value += (batch_size - at_rows) * hull.quality(least * scale)
-            at_rows, at_s, k = batch_size, max(at_s, due - busy_s), best + 1
+                value += (count - at_count) * hull.quality(least * scale)
+            at_count, at_s, k = count, max(at_s, due_s - busy_s), best + 1
         return value
 
 
 def _lower_hull(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """Those of (seconds, batch_size), both rising, between which no other has less time for its batch_size."""
+    """Return the points (seconds, images) between which no other has less time for its images.
+
+    Both coordinates are ascending.
+    """
     hull: list[tuple[float, float]] = []
-    for due, batch_size in points:
+    for due_s, count in points:
         while len(hull) > 1:
             (first_s, first), (middle_s, middle) = hull[-2:]
-            if (middle_s - first_s) * (batch_size - first) < (due - first_s) * (middle - first):
+            if (middle_s - first_s) * (count - first) < (due_s - first_s) * (middle - first):
                 break
             hull.pop()
-        hull.append((due, batch_size))
+        hull.append((due_s, count))
     return tuple(hull)
-
-
-REMEMBERED = 256
-REFRESH_EVERY = 16
-"""Requests between two forecasts at most (sorting 256 budgets costs some 15 us); at first it is a
-quarter of those that are known: 0.5 points of effective quality on traces of 80 requests."""
-
-FAR_S = 60.0
-"""Budgets beyond this, and none at all, are the same."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArrivalForecast:
-    """Requests per second, and recent budgets in ascending order with their running sums."""
+    """The rate of recent requests in 1/s and their budgets."""
 
     rate: float = 0.0
     budgets_s: tuple[float, ...] = ()
+    """Budgets of recent requests in ascending order."""
     sums_s: tuple[float, ...] = (0.0,)
+    """Running sums of the budgets, starting with 0."""
 
     @property
-    def typical_s(self) -> float:
-        """The mean budget of those that have one."""
+    def mean_budget_s(self) -> float:
+        """The mean of the recent budgets; 0 if there are none."""
         return self.sums_s[-1] / len(self.budgets_s) if self.budgets_s else 0.0
 
-    def quantile_s(self, share: float) -> float:
-        """The budget that this share of the requests fall below; 0 if nothing is known."""
+    def budget_quantile_s(self, share: float) -> float:
+        """Return the budget below which this share of the requests is; 0 if there are none."""
         return self.budgets_s[int(share * len(self.budgets_s))] if self.budgets_s else 0.0
 
-    def late(self, busy_s: float, fastest_s: float) -> float:
-        """Expected number of newcomers that a busy spell of the engine makes late.
+    def expected_late(self, busy_s: float, fastest_s: float) -> float:
+        """Return the expected number of new requests that a busy period of the engine makes late.
 
-        A newcomer with budget b that arrives t into the spell waits busy_s - t and then needs
-        fastest_s: it is late if t < busy_s + fastest_s - b. Those with b < fastest_s are late
-        whatever the engine does and do not count.
+        A new request with budget b that arrives t seconds into the period waits `busy_s - t` and
+        then needs `fastest_s`: it is late if t < busy_s + fastest_s - b. Requests with b <
+        fastest_s are late whatever the engine does, and do not count.
         """
         reach = busy_s + fastest_s
         if not self.budgets_s or reach <= self.budgets_s[0]:
             return 0.0
         first, last = bisect_left(self.budgets_s, fastest_s), bisect_left(self.budgets_s, reach)
-        spells = (last - first) * reach - (self.sums_s[last] - self.sums_s[first])
-        return self.rate * spells / len(self.budgets_s)
+        periods = (last - first) * reach - (self.sums_s[last] - self.sums_s[first])
+        return self.rate * periods / len(self.budgets_s)
 
 
 class Arrivals:
-    """Remembers the latest requests; `forecast` is replaced, never changed."""
+    """The most recent requests and the forecast from them; each refresh replaces `forecast`."""
 
     def __init__(self) -> None:
-        self._times: deque[float] = deque(maxlen=REMEMBERED)
-        self._budgets: deque[float] = deque(maxlen=REMEMBERED)
-        self._since = 0
+        self._times: deque[float] = deque(maxlen=ARRIVAL_WINDOW)
+        self._budgets: deque[float] = deque(maxlen=ARRIVAL_WINDOW)
+        self._since_refresh = 0
         self.forecast = ArrivalForecast()
 
     def add(self, request: Request) -> bool:
-        """Whether the forecast was renewed."""
+        """Add a request; return whether the forecast was replaced."""
         self._times.append(request.arrival)
-        self._budgets.append(min(request.deadlines.soft - request.arrival, FAR_S))
-        self._since += 1
-        if self._since < min(REFRESH_EVERY, max(2, len(self._times) // 4)):
+        self._budgets.append(min(request.deadlines.soft - request.arrival, BUDGET_CAP_S))
+        self._since_refresh += 1
+        if self._since_refresh < min(REFRESH_INTERVAL, max(2, len(self._times) // 4)):
             return False
-        self._since = 0
+        self._since_refresh = 0
         span = self._times[-1] - self._times[0]
         budgets = tuple(sorted(self._budgets))
         rate = (len(self._times) - 1) / span if span > 0 else 0.0
         self.forecast = ArrivalForecast(rate, budgets, tuple(accumulate(budgets, initial=0.0)))
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class QualityHull:
+    """A concave, piecewise linear function from seconds per image to quality.
+
+    Between `costs_s[i-1]` and `costs_s[i]`, u seconds per image earn `bases[i] + slopes[i] * u`.
+    """
+
+    costs_s: tuple[float, ...]
+    bases: tuple[float, ...]
+    slopes: tuple[float, ...]
+
+    def quality(self, seconds_per_image: float) -> float:
+        """Return the mean quality that `seconds_per_image` allow."""
+        place = bisect_right(self.costs_s, seconds_per_image)
+        return self.bases[place] + self.slopes[place] * seconds_per_image
+
+    def smoothed(self) -> QualityHull:
+        """Return the mean of this hull over `CAPACITY_SCENARIOS`, which is concave, too."""
+        breaks = sorted({cost / share for cost in self.costs_s for share, _ in CAPACITY_SCENARIOS})
+        return QualityHull.from_points(
+            [
+                (u, sum(w * self.quality(share * u) for share, w in CAPACITY_SCENARIOS))
+                for u in breaks
+            ]
+        )
+
+    @classmethod
+    def from_points(cls, upper: Sequence[Point]) -> QualityHull:
+        """Return the function through the points of a concave hull, cheapest point first."""
+        slopes = [0.0, *(_slope(a, b) for a, b in pairwise(upper)), 0.0]
+        slopes[0] = upper[0][1] / upper[0][0]
+        bases = [0.0, *(q - m * c for (c, q), m in zip(upper, slopes[1:], strict=True))]
+        return cls(tuple(cost for cost, _ in upper), tuple(bases), tuple(slopes))
+
+
+@dataclass(frozen=True, slots=True)
+class QualityHulls:
+    """Hulls by the longest duration of a batch, in the profile's seconds."""
+
+    longest_s: tuple[float, ...]
+    hulls: tuple[QualityHull, ...]
+    efficient: frozenset[int]
+    """Variants on at least one hull; the others are never worth their time."""
+
+    @classmethod
+    def from_profile(
+        cls,
+        frontier: Sequence[int],
+        quality: Mapping[int, float],
+        profiled: Mapping[int, tuple[float, ...]],
+    ) -> QualityHulls:
+        """Return the hulls of a frontier; `profiled` is that of a `LatencyView`."""
+        low = profiled[frontier[0]][1]
+        ratio = max(profiled[variant][-1] for variant in frontier) / low
+        longest = tuple(low * ratio ** (i / (NUM_HULLS - 1)) for i in range(NUM_HULLS))
+        hulls: list[QualityHull] = []
+        efficient: set[int] = set()
+        for longest_s in longest:
+            points = {
+                (_min_seconds_per_image(profiled[variant], longest_s), quality[variant]): variant
+                for variant in frontier
+            }
+            upper = _upper_hull(sorted(points, key=lambda point: (point[0], -point[1])))
+            hulls.append(QualityHull.from_points(upper).smoothed())
+            efficient.update(points[point] for point in upper)
+        return cls(longest, tuple(hulls), frozenset(efficient))
+
+    def for_longest(self, longest_s: float) -> QualityHull:
+        """Return the hull for batches that take at most `longest_s` profiled seconds."""
+        return self.hulls[max(0, bisect_right(self.longest_s, longest_s) - 1)]
+
+
+def _min_seconds_per_image(seconds: Sequence[float], longest_s: float) -> float:
+    """Return the least seconds per image in batches of at most `longest_s`, or of one image."""
+    fits = max(1, bisect_right(seconds, longest_s, lo=1) - 1)
+    return min(seconds[batch_size] / batch_size for batch_size in range(1, fits + 1))
+
+
+def _upper_hull(points: Sequence[Point]) -> list[Point]:
+    upper = [points[0]]
+    for point in points[1:]:
+        if point[1] <= upper[-1][1]:
+            continue
+        while len(upper) > 1 and _slope(upper[-2], upper[-1]) <= _slope(upper[-1], point):
+            upper.pop()
+        upper.append(point)
+    return upper
+
+
+def _slope(a: Point, b: Point) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])

@@ -1,4 +1,4 @@
-"""From raw images to a measured bundle by the commands of the README, on a toy data set."""
+"""Tests of the commands that make an image bundle, on a toy data set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.training.vision import loop
 from ladderstitch.training.vision.dataset import augment, load_idx_folder
 from ladderstitch.training.vision.recipe import Recipe
-from ladderstitch.vision.bundle import Bundle
+from ladderstitch.vision.bundle import VisionBundle
 
 runner = CliRunner()
 
@@ -56,13 +56,17 @@ RECIPE = {
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
+    """Write an array as a gzipped IDX file."""
     header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
     path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
 
 
 @pytest.fixture
-def workplace(tmp_path: Path) -> Path:
-    """A recipe and images whose top or bottom half is bright: flips cannot confuse the two."""
+def work_folder(tmp_path: Path) -> Path:
+    """Return a folder with a recipe, and images whose top or bottom half is bright.
+
+    Horizontal flips do not change the label.
+    """
     rng = np.random.default_rng(0)
     for split, n in (("train", 288), ("t10k", 64)):
         labels = rng.integers(0, 2, n)
@@ -76,50 +80,56 @@ def workplace(tmp_path: Path) -> Path:
 
 
 def ladderstitch(*arguments: object) -> str:
+    """Run a command that must succeed; return its output."""
     result = runner.invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     return result.output
 
 
-def make(workplace: Path, run: str) -> Path:
-    recipe, folder, bundle = workplace / "recipe.yaml", workplace / run, workplace / f"{run}-bundle"
-    ladderstitch("train", recipe, "--data", workplace, "--run", folder)
-    ladderstitch("stitch", recipe, "--data", workplace, "--run", folder, "--bundle", bundle)
+def make(work_folder: Path, run: str) -> Path:
+    """Train and stitch the recipe; return the bundle."""
+    recipe, folder, bundle = (
+        work_folder / "recipe.yaml",
+        work_folder / run,
+        work_folder / f"{run}-bundle",
+    )
+    ladderstitch("train", recipe, "--data", work_folder, "--run", folder)
+    ladderstitch("stitch", recipe, "--data", work_folder, "--run", folder, "--bundle", bundle)
     return bundle
 
 
-def test_the_commands_make_a_measured_family(workplace: Path) -> None:
-    bundle = make(workplace, "run")
-    ladderstitch("calibrate", bundle, "--data", workplace, "--name", "toy test")
+def test_commands_make_measured_family(work_folder: Path) -> None:
+    bundle = make(work_folder, "run")
+    ladderstitch("calibrate", bundle, "--data", work_folder, "--name", "toy test")
     ladderstitch("profile", bundle, "--rounds", 2)
-    picture = workplace / "frontier.png"
+    picture = work_folder / "frontier.png"
     assert "frontier of quality" in ladderstitch("frontier", bundle, "--plot", picture, "--all")
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "quality and macs" in ladderstitch("frontier", bundle, "--macs", "--plot", picture)
 
-    loaded = Bundle.load(bundle)
+    loaded = VisionBundle.load(bundle)
     assert loaded.quality is not None
     assert loaded.latency is not None
     ids = {stitch.id for stitch in loaded.manifest.config.stitches()}
     assert loaded.quality.variants.keys() == loaded.latency.variants.keys() == ids
     for quality in loaded.quality.variants.values():
         assert quality.low < quality.value <= quality.high
-        assert quality.value > 0.9  # half of the images are bright on top: easy to learn
+        assert quality.value > 0.9  # the task is easy: half of the images are bright on top
 
 
-def test_the_same_seed_makes_the_same_weights(workplace: Path) -> None:
-    first, second = make(workplace, "one"), make(workplace, "two")
+def test_train_and_stitch_same_seed_same_weights(work_folder: Path) -> None:
+    first, second = make(work_folder, "one"), make(work_folder, "two")
     assert (first / "weights.safetensors").read_bytes() == (
         second / "weights.safetensors"
     ).read_bytes()
 
 
 @pytest.mark.parametrize("stage", ["train", "stitch"])
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
-    workplace: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_run_resumes_to_same_weights(
+    work_folder: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = load_file(make(workplace, "whole") / "weights.safetensors")
-    save, name = loop._save, {"train": "anchor-1", "stitch": "family"}[stage]
+    expected = load_file(make(work_folder, "whole") / "weights.safetensors")
+    save, name = loop._save_checkpoint, {"train": "anchor-1", "stitch": "family"}[stage]
 
     def save_then_stop(run: loop.TrainingRun, epochs_done: int, *state: object) -> None:
         save(run, epochs_done, *state)  # type: ignore[arg-type] # passed through
@@ -127,22 +137,22 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "_save", save_then_stop)
+        patched.setattr(loop, "_save_checkpoint", save_then_stop)
         with pytest.raises(AssertionError):
-            make(workplace, "broken")
-    got = load_file(make(workplace, "broken") / "weights.safetensors")
-    assert all(torch.equal(got[key], tensor) for key, tensor in wanted.items())
+            make(work_folder, "broken")
+    got = load_file(make(work_folder, "broken") / "weights.safetensors")
+    assert all(torch.equal(got[key], tensor) for key, tensor in expected.items())
 
 
-def test_calibration_resumes(workplace: Path) -> None:
-    bundle = make(workplace, "run")
-    ladderstitch("calibrate", bundle, "--data", workplace, "--name", "toy test")
+def test_calibrate_resumes_after_measured_stitches(work_folder: Path) -> None:
+    bundle = make(work_folder, "run")
+    ladderstitch("calibrate", bundle, "--data", work_folder, "--name", "toy test")
     path = bundle / "quality.json"
     whole = json.loads(path.read_text())
     marked = whole | {"variants": dict(list(whole["variants"].items())[:2])}
     marked["variants"]["0"] = {"value": 0.123, "low": 0.1, "high": 0.2}
     path.write_text(json.dumps(marked))
-    ladderstitch("calibrate", bundle, "--data", workplace, "--name", "toy test")
+    ladderstitch("calibrate", bundle, "--data", work_folder, "--name", "toy test")
     resumed = json.loads(path.read_text())["variants"]
     assert resumed["0"]["value"] == 0.123
     assert {k: v for k, v in resumed.items() if k != "0"} == {
@@ -150,7 +160,7 @@ def test_calibration_resumes(workplace: Path) -> None:
     }
 
 
-def test_augmentation_is_seeded_and_keeps_shape() -> None:
+def test_augment_same_seed_same_images() -> None:
     images = torch.randn(16, 1, 8, 8)
     first, second = (
         augment(images, torch.Generator().manual_seed(3), shift=2, erase=3) for _ in range(2)
@@ -164,13 +174,13 @@ def test_augmentation_is_seeded_and_keeps_shape() -> None:
     assert 0 < int(flipped.sum()) < 16
 
 
-def test_a_recipe_names_the_wrong_field(workplace: Path) -> None:
-    path = workplace / "recipe.yaml"
+def test_recipe_wrong_field_is_named(work_folder: Path) -> None:
+    path = work_folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE | {"stitching": {"epochs": 0, "learning_rate": 1}}))
     with pytest.raises(ConfigError, match=r"stitching\.epochs"):
         Recipe.load(path)
     result = runner.invoke(
-        app, ["train", str(path), "--data", str(workplace), "--run", str(workplace / "run")]
+        app, ["train", str(path), "--data", str(work_folder), "--run", str(work_folder / "run")]
     )
     assert result.exit_code == 2
     assert "stitching.epochs" in result.output
@@ -181,11 +191,16 @@ def test_a_recipe_names_the_wrong_field(workplace: Path) -> None:
     [
         (b"not gzip", "gzipped IDX"),
         (gzip.compress(b"\x00\x00\x0d\x01\x00\x00\x00\x01\x00"), "header of unsigned bytes"),
-        (gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x09\x00"), r"header says \(9,\)"),
+        (
+            gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x09\x00"),
+            r"expected \(9,\) from the header",
+        ),
     ],
     ids=["not-gzip", "floats", "short"],
 )
-def test_broken_data_files_are_refused(workplace: Path, content: bytes, message: str) -> None:
-    (workplace / "train-images-idx3-ubyte.gz").write_bytes(content)
+def test_load_idx_folder_broken_file_raises(
+    work_folder: Path, content: bytes, message: str
+) -> None:
+    (work_folder / "train-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(DataError, match=message):
-        load_idx_folder(workplace, "train")
+        load_idx_folder(work_folder, "train")

@@ -1,4 +1,4 @@
-"""Standard models become ladders: the trained model is the served one, and training helps."""
+"""Tests of ladder conversion: served logits equal trained ones, and training reduces divergence."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.weight_reader import DeltaWeights, MemoryWeights, check_delta
 from ladderstitch.text.model.weights import expected_shapes
-from ladderstitch.training.text.distil import LadderRecipe, adapt, delta_tensors, divergence
-from ladderstitch.training.text.evaluate import windows
+from ladderstitch.training.text.distil import (
+    LadderRecipe,
+    create_adapters,
+    delta_tensors,
+    divergence,
+)
+from ladderstitch.training.text.evaluate import split_windows
 from ladderstitch.training.text.trainable_llama import LowRank, TrainableLlama
 from tests.support.language_models import TINY, made_up_quality, random_tensors, write_tiny
 
@@ -30,9 +35,9 @@ LADDER = ResidualScheme(scheme="ladder", ladder_layers=2)
 TOKENS = torch.arange(1, 25)[None]
 
 
-def disturbed_adapters() -> dict[str, LowRank]:
-    """As after training, in numbers that half precision holds."""
-    adapters = adapt(expected_shapes(TINY), range(1, 3), rank=4, seed=0)
+def random_adapters() -> dict[str, LowRank]:
+    """Return adapters with random values that half precision represents exactly."""
+    adapters = create_adapters(expected_shapes(TINY), range(1, 3), rank=4, seed=0)
     generator = torch.Generator().manual_seed(1)
     for adapter in adapters.values():
         drawn = 0.1 * torch.randn(adapter.up.shape, generator=generator)
@@ -43,24 +48,24 @@ def disturbed_adapters() -> dict[str, LowRank]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-async def test_ranks_serve_what_was_trained(tmp_path: Path, ranks: int) -> None:
-    """Shared weights on the standard path, with the delta added on the ladder's."""
+async def test_rank_group_equals_trainable_model(tmp_path: Path, ranks: int) -> None:
+    """Both paths share the weights; the ladder path adds the delta."""
     bundle = TextBundle.load(write_tiny(tmp_path / "tiny"))
-    adapters = disturbed_adapters()
+    adapters = random_adapters()
     save_file(delta_tensors(adapters), tmp_path / "delta.safetensors")
     model = TrainableLlama(TINY, random_tensors(TINY))
     with torch.inference_mode():
         standard = model.logits(TOKENS, plan_layers(ResidualScheme(), TINY.layers, 1))
         plans = plan_layers(LADDER, TINY.layers, 1)
         ladder = model.logits(TOKENS, plans, adapters)
-    job = RankConfig.of(
+    rank_config = RankConfig.of(
         bundle,
         ranks=ranks,
         max_model_len=32,
         paths=(ResidualScheme(), LADDER),
         deltas=(None, tmp_path / "delta.safetensors"),
     )
-    group = RankGroup(job)
+    group = RankGroup(rank_config)
     try:
         await group.start()
         for path, expected in enumerate((standard, ladder)):
@@ -72,16 +77,18 @@ async def test_ranks_serve_what_was_trained(tmp_path: Path, ranks: int) -> None:
     assert (standard - ladder).abs().max() > 0.1 * standard.abs().max()
 
 
-def test_the_gradient_of_the_divergence_is_its_derivative() -> None:
+def test_divergence_gradient_equals_autograd() -> None:
     generator = torch.Generator().manual_seed(2)
     head = torch.randn(31, 6, generator=generator)
     ladder = torch.randn(2, 150, 6, generator=generator, requires_grad=True)
     standard = torch.randn(2, 150, 6, generator=generator)
     value, gradient = divergence(ladder.detach(), standard, head)
-    ours, theirs = (torch.log_softmax(x @ head.T, -1) for x in (ladder, standard))
-    expected = (theirs.exp() * (theirs - ours)).sum(-1).mean()
+    log_q, log_p = (torch.log_softmax(x @ head.T, -1) for x in (ladder, standard))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     expected.backward()
-    assert value == pytest.approx(float(expected.detach()), rel=0.03)  # products in bfloat16
+    assert value == pytest.approx(
+        float(expected.detach()), rel=0.03
+    )  # matrix products are in bfloat16
     assert ladder.grad is not None
     assert (gradient - ladder.grad).norm() < 0.02 * ladder.grad.norm()
 
@@ -101,8 +108,8 @@ RECIPE = {
 }
 
 
-def converted(folder: Path, into: str = "out") -> dict[str, object]:
-    """By the command line, on text of which a tiny model can learn its teacher's ways."""
+def run_conversion(folder: Path, into: str = "out") -> dict[str, object]:
+    """Convert the tiny model by the command, on random letters; return the report."""
     write_tiny(folder / "tiny")
     (folder / "recipe.yaml").write_text(json.dumps(RECIPE))
     generator = torch.Generator().manual_seed(3)
@@ -133,33 +140,33 @@ def converted(folder: Path, into: str = "out") -> dict[str, object]:
     return report
 
 
-def test_retraining_brings_a_ladder_closer_to_its_standard_model(tmp_path: Path) -> None:
-    converted(tmp_path)
+def test_convert_ladder_reduces_divergence(tmp_path: Path) -> None:
+    run_conversion(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "work/log.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * 4096 // (8 * 32)
     first, last = rows[0]["divergence"], rows[-1]["divergence"]
     assert last < 0.8 * first
     bundle = TextBundle.load(tmp_path / "out")
-    assert [way.name for way in bundle.manifest.ways] == ["standard", "ladder-2"]
+    assert [variant.name for variant in bundle.manifest.variants] == ["standard", "ladder-2"]
     assert bundle.quality is not None
     assert bundle.quality.metric == "next-token accuracy"
     assert bundle.quality.n == 512
 
 
-def test_a_conversion_goes_on_where_it_was(tmp_path: Path) -> None:
-    """Twice is once: finished work is found, and ends in the same bytes."""
-    converted(tmp_path)
+def test_convert_ladder_again_reuses_finished_work(tmp_path: Path) -> None:
+    """A second conversion trains no step and writes the same delta."""
+    run_conversion(tmp_path)
     first = load_file(tmp_path / "out/ladder-2.safetensors")
     lines = (tmp_path / "work/log.jsonl").read_text()
-    converted(tmp_path, "again")
+    run_conversion(tmp_path, "again")
     again = load_file(tmp_path / "again/ladder-2.safetensors")
     assert (tmp_path / "work/log.jsonl").read_text() == lines
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_a_delta_is_cut_like_the_tensor_it_belongs_to() -> None:
+def test_delta_weights_slice_equals_slice_of_sum() -> None:
     tensors = random_tensors(TINY)
-    adapters = disturbed_adapters()
+    adapters = random_adapters()
     delta = delta_tensors(adapters)
     weights = DeltaWeights(MemoryWeights(tensors), delta)
     name = "model.layers.2.mlp.down_proj.weight"
@@ -180,33 +187,33 @@ def test_a_delta_is_cut_like_the_tensor_it_belongs_to() -> None:
         ({"model.layers.1.input_layernorm.weight.up": (3,)}, r"expected \(48,\), got \(3,\)"),
     ],
 )
-def test_a_delta_that_does_not_fit_is_refused(
+def test_check_delta_wrong_shapes_raise(
     tmp_path: Path, change: dict[str, tuple[int, ...]], message: str
 ) -> None:
-    delta = delta_tensors(disturbed_adapters())
+    delta = delta_tensors(random_adapters())
     delta |= {name: torch.zeros(shape) for name, shape in change.items()}
     with pytest.raises(BundleError, match=message):
         check_delta(delta, expected_shapes(TINY))
 
 
-def test_windows_are_drawn_by_the_seed_and_do_not_overlap() -> None:
+def test_split_windows_do_not_overlap_and_use_seed() -> None:
     tokens = torch.arange(101)
-    whole = windows(tokens, 10)
-    assert whole[:, 1:].flatten().tolist() == list(range(1, 101))
-    some = windows(tokens, 10, most=4, seed=1)
-    assert len(some) == 4
-    assert torch.equal(some, windows(tokens, 10, most=4, seed=1))
+    windows = split_windows(tokens, 10)
+    assert windows[:, 1:].flatten().tolist() == list(range(1, 101))
+    subset = split_windows(tokens, 10, max_windows=4, seed=1)
+    assert len(subset) == 4
+    assert torch.equal(subset, split_windows(tokens, 10, max_windows=4, seed=1))
     with pytest.raises(DataError, match="expected more than 200 tokens, got 101"):
-        windows(tokens, 200)
+        split_windows(tokens, 200)
 
 
-def test_a_wrong_recipe_names_its_field(tmp_path: Path) -> None:
+def test_ladder_recipe_wrong_field_is_named(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE | {"rank": 0}))
     with pytest.raises(ConfigError, match="rank"):
         LadderRecipe.load(tmp_path / "recipe.yaml")
 
 
-def test_strings_of_an_r_package() -> None:
+def test_read_lazy_load_returns_strings() -> None:
     def vector(*lines: bytes) -> bytes:
         packed = b"X\n" + struct.pack(">IIII", 3, 0x40201, 0x30500, 5) + b"UTF-8"
         packed += struct.pack(">II", 16, len(lines))
@@ -219,7 +226,7 @@ def test_strings_of_an_r_package() -> None:
         read_lazy_load(b"\0\0\0\4what")
 
 
-def test_a_family_is_added_to_a_bundle_or_refused(tmp_path: Path) -> None:
+def test_add_paths_adds_family_or_raises(tmp_path: Path) -> None:
     family = tmp_path / "family"
     family.mkdir()
     (family / "paths.yaml").write_text(
@@ -227,10 +234,10 @@ def test_a_family_is_added_to_a_bundle_or_refused(tmp_path: Path) -> None:
         "residual: {scheme: ladder, ladder_layers: 2}}]"
     )
     (family / "quality.json").write_text(made_up_quality(2).model_dump_json())
-    save_file(delta_tensors(disturbed_adapters()), family / "d.safetensors")
+    save_file(delta_tensors(random_adapters()), family / "d.safetensors")
     add_paths(write_tiny(tmp_path / "tiny"), family)
     bundle = TextBundle.load(tmp_path / "tiny")
-    assert [way.name for way in bundle.manifest.ways] == ["standard", "ladder-2"]
+    assert [variant.name for variant in bundle.manifest.variants] == ["standard", "ladder-2"]
     assert bundle.delta_files() == (None, bundle.path / "d.safetensors")
     (family / "quality.json").write_text(made_up_quality(1).model_dump_json())
     with pytest.raises(BundleError, match=r"expected paths \[0, 1\], got \[0\]"):

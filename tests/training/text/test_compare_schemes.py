@@ -1,4 +1,4 @@
-"""Small models from scratch: they learn, and a run that was stopped ends as one that was not."""
+"""Tests of training small language models from scratch, for each residual scheme."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "slept")
 
 
 def train(folder: Path, run: str, **changes: object) -> Path:
+    """Write texts and a recipe, run the command, and return the run's folder."""
     rng = random.Random(0)
     for name, count in (("train", 4000), ("held", 600)):
-        # Of each word only the two after it may follow.
-        at, words = 0, []
+        # Each word is followed by one of the two words after it in the list.
+        index, words = 0, []
         for _ in range(count):
-            at = (at + rng.randint(1, 2)) % len(WORDS)
-            words.append(WORDS[at])
+            index = (index + rng.randint(1, 2)) % len(WORDS)
+            words.append(WORDS[index])
         (folder / f"{name}.txt").write_text(" ".join(words) + "\n")
     (folder / "recipe.yaml").write_text(json.dumps(RECIPE | changes))
     done = CliRunner().invoke(
@@ -65,33 +66,33 @@ def train(folder: Path, run: str, **changes: object) -> Path:
     return folder / run
 
 
-def test_both_schemes_learn_and_become_bundles(tmp_path: Path) -> None:
+def test_train_language_schemes_learn_and_write_bundles(tmp_path: Path) -> None:
     run = train(tmp_path, "run")
-    found = json.loads((run / "pair.json").read_text())
-    for name, loss in found["held_out_loss"].items():
-        assert loss < 1.3  # a fair choice of two words is 0.69, of all tokens 5.7
+    report = json.loads((run / "pair.json").read_text())
+    for name, loss in report["held_out_loss"].items():
+        assert loss < 1.3  # a uniform choice of two words has 0.69, of all tokens 5.7
         bundle = TextBundle.load(run / name)
         assert bundle.manifest.residual.scheme == name
     assert (run / "losses.png").stat().st_size > 1000
 
 
-def test_a_stopped_run_ends_as_one_that_was_not(
+def test_train_language_stopped_run_resumes_to_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(tmp_path, "whole")
     from ladderstitch.training.text import scratch
 
     monkeypatch.setattr(scratch, "SAVE_STEPS", 50)
-    original, calls = scratch.SchemeRun.learn, []
+    original, calls = scratch.SchemeRun.train_step, []
 
-    def learn(self: scratch.SchemeRun, *arguments: object) -> float:
+    def train_step(self: scratch.SchemeRun, *arguments: object) -> float:
         calls.append(1)
         if len(calls) == 150:
             raise KeyboardInterrupt
-        return original(self, *arguments)  # type: ignore[arg-type] # as they came
+        return original(self, *arguments)  # type: ignore[arg-type] # passed through
 
     with monkeypatch.context() as patched:
-        patched.setattr(scratch.SchemeRun, "learn", learn)
+        patched.setattr(scratch.SchemeRun, "train_step", train_step)
         with pytest.raises(AssertionError):
             train(tmp_path, "stopped")
     stopped = train(tmp_path, "stopped")

@@ -1,4 +1,4 @@
-"""Least squares against the reference solver's recorded solutions."""
+"""Tests of least squares against recorded solutions of the reference solver."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tests.conftest import GOLDEN
 
 
 @pytest.mark.parametrize("case", ["tall", "wide", "square"])
-def test_solver_equals_the_reference(case: str) -> None:
+def test_solve_affine_equals_reference(case: str) -> None:
     tensors = load_file(GOLDEN / "lsq_raw.safetensors")
     weight, bias = solve_affine(tensors[f"feature.{case}.x"], tensors[f"feature.{case}.y"])
     for got, name in ((weight, "weight"), (bias, "bias")):
-        wanted = tensors[f"solution.{case}.{name}"]
-        torch.testing.assert_close(got, wanted, atol=1e-4 * float(wanted.abs().max()), rtol=0)
+        expected = tensors[f"solution.{case}.{name}"]
+        torch.testing.assert_close(got, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)

@@ -1,0 +1,259 @@
+"""The metrics of one model, and the reports of schedulers that they count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ladderstitch.scheduling.requests import (
+    Completion,
+    GenerationInfo,
+    GenerationUsage,
+    Request,
+)
+from ladderstitch.telemetry.metrics import Metrics
+
+CALLER_ERROR_CODES = frozenset({"INVALID_ARGUMENT", "NOT_FOUND"})
+"""Statuses that do not show whether a budget could have been met."""
+
+
+class ModelMetrics:
+    """The metrics that models of every kind have.
+
+    The children of `Metrics` for this model are looked up once, because `labels()` costs
+    microseconds a call. `variants` are the ids that answers may name.
+    """
+
+    def __init__(self, metrics: Metrics, model: str, variants: Iterable[int]) -> None:
+        self._all_requests, self._model = metrics.requests, model
+        self._requests = {
+            (str(variant), "OK"): metrics.requests.labels(model, str(variant), "OK")
+            for variant in variants
+        }
+        self._slo_requests = {
+            met: metrics.slo_requests.labels(model, str(met).lower()) for met in (True, False)
+        }
+        self._latency_predictions = {
+            within: metrics.latency_predictions.labels(model, str(within).lower())
+            for within in (True, False)
+        }
+        self._frontier_quality = {
+            end: metrics.frontier_quality.labels(model, end) for end in ("fastest", "best", "floor")
+        }
+        self._switches = metrics.switches.labels(model)
+        self._queue_requests = metrics.queue_requests.labels(model)
+        self._latency_slowdown = metrics.latency_slowdown_ratio.labels(model)
+        self._latency_tail = metrics.latency_tail_ratio.labels(model)
+        self._latency_error = metrics.latency_actual_over_predicted_ratio.labels(model)
+        self._queue_seconds = metrics.queue_seconds.labels(model)
+        self._compute_seconds = metrics.compute_seconds.labels(model)
+        self._request_duration_seconds = metrics.request_duration_seconds.labels(model)
+        self._batch_size = metrics.batch_size.labels(model)
+        self._served_quality = metrics.served_quality.labels(model)
+        self._last_variant: int | None = None
+        self.running = metrics.running_requests.labels(model)
+        self.ready = metrics.model_ready.labels(model)
+        self.restarts = metrics.engine_restarts.labels(model)
+
+    def set_quality_range(self, fastest: float, best: float, floor: float) -> None:
+        """Set the quality of the fastest and of the best candidate, and the operator's floor."""
+        for end, quality in (("fastest", fastest), ("best", best), ("floor", floor)):
+            self._frontier_quality[end].set(quality)
+
+    def set_queue_length(self, num_waiting: int) -> None:
+        """Set the number of waiting requests."""
+        self._queue_requests.set(num_waiting)
+
+    def observe_batch(
+        self,
+        variant: int,
+        batch_size: int,
+        compute_s: float,
+        error: float,
+        slowdown: float,
+        tail: float,
+    ) -> None:
+        """Count a computed batch; `error` is its actual over its expected seconds.
+
+        The batch was within the plan if `error` is at most `tail`.
+        """
+        self._latency_predictions[error <= tail].inc()
+        self._batch_size.observe(batch_size)
+        self._compute_seconds.observe(compute_s)
+        self._latency_error.observe(error)
+        self._latency_slowdown.set(slowdown)
+        self._latency_tail.set(tail)
+        if self._last_variant not in (None, variant):
+            self._switches.inc()
+        self._last_variant = variant
+
+    def _count_request(self, variant: str, code: str) -> None:
+        key = (variant, code)
+        if key not in self._requests:
+            self._requests[key] = self._all_requests.labels(self._model, variant, code)
+        self._requests[key].inc()
+
+    def _count_budget(self, *, met: bool) -> None:
+        self._slo_requests[met].inc()
+
+
+class VisionMetrics(ModelMetrics):
+    """The metrics of one image model."""
+
+    def __init__(self, metrics: Metrics, model: str, variants: Iterable[int]) -> None:
+        super().__init__(metrics, model, variants)
+        self._dispatch_slack_seconds = metrics.dispatch_slack_seconds.labels(model)
+        self.turnaround = metrics.turnaround_seconds.labels(model)
+
+    def observe_dispatch(self, requests: Sequence[Request], now: float, num_waiting: int) -> None:
+        """Count a batch that goes to the engine while `num_waiting` requests stay in the queue."""
+        self.set_queue_length(num_waiting)
+        for request in requests:
+            self._queue_seconds.observe(now - request.arrival)
+            if request.deadlines.soft != float("inf"):
+                self._dispatch_slack_seconds.observe(request.deadlines.soft - now)
+
+    def observe_completion(self, request: Request, completion: Completion, now: float) -> None:
+        """Count an answered request."""
+        self._count_request(str(completion.variant), "OK")
+        self._request_duration_seconds.observe(now - request.arrival)
+        self._served_quality.observe(completion.quality)
+        if request.deadlines.soft != float("inf"):
+            self._count_budget(met=now <= request.deadlines.soft)
+
+    def observe_rejection(self, code: str, request: Request | None = None) -> None:
+        """Count a request that ended with a status instead of an answer.
+
+        Its budget counts as missed unless the caller caused the error.
+        """
+        self._count_request("none", code)
+        if request is None or code in CALLER_ERROR_CODES:
+            return
+        if request.deadlines.soft != float("inf"):
+            self._count_budget(met=False)
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """The cost of one step: its variant, its sequences and its seconds of compute.
+
+    `error` is actual over expected seconds; `slowdown` and `tail` are the correction of the
+    latency model after the step.
+    """
+
+    variant: int
+    num_sequences: int
+    compute_s: float
+    error: float
+    slowdown: float
+    tail: float
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """The numbers of waiting and running requests, and the used share of cache blocks, 0 to 1."""
+
+    num_waiting: int
+    num_running: int
+    kv_cache_usage: float
+
+
+class TextObserver(Protocol):
+    """A counter of the steps and answers of a text scheduler."""
+
+    def observe_step(self, step: StepReport, occupancy: Occupancy) -> None:
+        """Count a finished step."""
+
+    def observe_preemptions(self, num_sequences: int) -> None:
+        """Count sequences whose blocks were given to others."""
+
+    def observe_first_token(self, queue_s: float, seconds: float) -> None:
+        """Count a first token, `seconds` after the arrival; `queue_s` of them were in the queue."""
+
+    def observe_next_token(self, gap_s: float) -> None:
+        """Count a later token, `gap_s` after the token before it."""
+
+    def observe_completion(self, answer: GenerationInfo, usage: GenerationUsage) -> None:
+        """Count a complete answer."""
+
+    def observe_rejection(self, code: str, *, had_budget: bool) -> None:
+        """Count a request that ended with a status, before or after its first token."""
+
+
+class NullObserver:
+    """No-op observer."""
+
+    def observe_step(self, step: StepReport, occupancy: Occupancy) -> None:
+        """Do nothing."""
+
+    def observe_preemptions(self, num_sequences: int) -> None:
+        """Do nothing."""
+
+    def observe_first_token(self, queue_s: float, seconds: float) -> None:
+        """Do nothing."""
+
+    def observe_next_token(self, gap_s: float) -> None:
+        """Do nothing."""
+
+    def observe_completion(self, answer: GenerationInfo, usage: GenerationUsage) -> None:
+        """Do nothing."""
+
+    def observe_rejection(self, code: str, *, had_budget: bool) -> None:
+        """Do nothing."""
+
+
+class TextMetrics(ModelMetrics):
+    """The metrics of one language model; a `TextObserver`."""
+
+    def __init__(self, metrics: Metrics, model: str, variants: Iterable[int]) -> None:
+        super().__init__(metrics, model, variants)
+        self._generated_tokens = metrics.generated_tokens.labels(model)
+        self._prefix_cache_hit_tokens = metrics.prefix_cache_hit_tokens.labels(model)
+        self._preemptions = metrics.preemptions.labels(model)
+        self._time_to_first_token_seconds = metrics.time_to_first_token_seconds.labels(model)
+        self._inter_token_latency_seconds = metrics.inter_token_latency_seconds.labels(model)
+        self._kv_cache_usage = metrics.kv_cache_usage_ratio.labels(model)
+
+    def observe_step(self, step: StepReport, occupancy: Occupancy) -> None:
+        """Count a finished step as a batch of its sequences."""
+        self.set_queue_length(occupancy.num_waiting)
+        self.running.set(occupancy.num_running)
+        self._kv_cache_usage.set(occupancy.kv_cache_usage)
+        self.observe_batch(
+            step.variant, step.num_sequences, step.compute_s, step.error, step.slowdown, step.tail
+        )
+
+    def observe_preemptions(self, num_sequences: int) -> None:
+        """Count sequences whose blocks were given to others."""
+        self._preemptions.inc(num_sequences)
+
+    def observe_first_token(self, queue_s: float, seconds: float) -> None:
+        """Count a first token, `seconds` after the arrival; `queue_s` of them were in the queue."""
+        self._generated_tokens.inc()
+        self._queue_seconds.observe(queue_s)
+        self._time_to_first_token_seconds.observe(seconds)
+
+    def observe_next_token(self, gap_s: float) -> None:
+        """Count a later token, `gap_s` after the token before it."""
+        self._generated_tokens.inc()
+        self._inter_token_latency_seconds.observe(gap_s)
+
+    def observe_completion(self, answer: GenerationInfo, usage: GenerationUsage) -> None:
+        """Count a complete answer."""
+        self._count_request(str(answer.variant), "OK")
+        self._request_duration_seconds.observe(usage.total_s)
+        self._prefix_cache_hit_tokens.inc(answer.reused_tokens)
+        if answer.quality is not None:
+            self._served_quality.observe(answer.quality.value)
+        if usage.met is not None:
+            self._count_budget(met=usage.met)
+
+    def observe_rejection(self, code: str, *, had_budget: bool) -> None:
+        """Count a request that ended with a status, before or after its first token.
+
+        Its budget counts as missed unless the caller caused the error.
+        """
+        self._count_request("none", code)
+        if had_budget and code not in CALLER_ERROR_CODES:
+            self._count_budget(met=False)

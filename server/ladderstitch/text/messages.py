@@ -1,0 +1,215 @@
+"""The messages between a group and its ranks: steps, their outputs, and the frames that carry them.
+
+A frame is a kind, a small JSON header and raw bytes, over one socket per rank. The socket is also
+the liveness check: if it closes, the other side has died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int64]
+Logits = NDArray[np.float32]
+
+FRAME = struct.Struct("<BII")
+"""The kind, the number of bytes of the header, and the number of bytes of the body."""
+
+MAX_MESSAGE_BYTES = 1 << 30
+
+
+class LogitsMode(IntEnum):
+    """The logits that a sequence needs of its new tokens."""
+
+    NONE = 0
+    BEST = 1  # only the most likely token after the last new token
+    LAST = 2  # the logits of the last new token
+    ALL = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceInput:
+    """The new tokens of one sequence, and the cache blocks that hold the whole sequence.
+
+    The tokens stand at positions `start`, `start` + 1, ...; the earlier ones are in the cache.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+    logits_mode: LogitsMode = LogitsMode.BEST
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass over sequences that all take the same path."""
+
+    inputs: tuple[SequenceInput, ...]
+    path: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of new tokens of all sequences."""
+        return sum(len(sequence.tokens) for sequence in self.inputs)
+
+    def pack(self) -> tuple[dict[str, Any], bytes]:
+        """Return the header and the body of a `FORWARD` message."""
+        header = {
+            "path": self.path,
+            "counts": [len(sequence.tokens) for sequence in self.inputs],
+            "starts": [sequence.start for sequence in self.inputs],
+            "blocks": [len(sequence.blocks) for sequence in self.inputs],
+            "logits_modes": [int(sequence.logits_mode) for sequence in self.inputs],
+        }
+        numbers = [n for sequence in self.inputs for n in (*sequence.tokens, *sequence.blocks)]
+        return header, np.array(numbers, np.int32).tobytes()
+
+    @classmethod
+    def unpack(cls, header: dict[str, Any], body: bytes | memoryview) -> Step:
+        """Return the step of a `FORWARD` message, the inverse of `pack`."""
+        numbers = np.frombuffer(body, np.int32).tolist()
+        counts, blocks = header["counts"], header["blocks"]
+        sizes = [a + b for a, b in zip(counts, blocks, strict=True)]
+        begins = [0, *accumulate(sizes)][:-1]
+        inputs = tuple(
+            SequenceInput(
+                numbers[at : at + n], start, numbers[at + n : at + n + m], LogitsMode(mode)
+            )
+            for at, n, m, start, mode in zip(
+                begins, counts, blocks, header["starts"], header["logits_modes"], strict=True
+            )
+        )
+        return cls(inputs, header["path"])
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """The result of a step, in the order of its inputs.
+
+    `best` has the most likely token of each sequence whose mode is `BEST`. `logits` [L, V] has the
+    L rows of the sequences whose mode is `LAST` or `ALL`.
+    """
+
+    best: Tokens
+    logits: Logits
+
+    @classmethod
+    def merge(cls, parts: Sequence[tuple[dict[str, Any], bytes | memoryview]]) -> StepOutput:
+        """Return the output over the whole vocabulary.
+
+        `parts` are the header and body of each rank's `LOGITS` message, in the order of the ranks.
+        """
+        headers = [header for header, _ in parts]
+        tokens = np.array([header["tokens"] for header in headers], np.int64)
+        best = np.array([header["best"] for header in headers], np.float32).argmax(axis=0)
+        logits = [
+            np.frombuffer(body, np.float32).reshape(header["shape"]) for header, body in parts
+        ]
+        return cls(tokens[best, np.arange(tokens.shape[1])], np.concatenate(logits, axis=-1))
+
+
+def dense_step(
+    tokens: Tokens,
+    start: int,
+    path: int,
+    blocks_each: int,
+    logits_mode: LogitsMode = LogitsMode.LAST,
+) -> Step:
+    """Return a step over sequences of equal length, tokens [B, T] at positions from `start` on.
+
+    Sequence b uses the blocks from b * `blocks_each` to (b + 1) * `blocks_each` - 1.
+    """
+    return Step(
+        tuple(
+            SequenceInput(
+                row.tolist(), start, range(i * blocks_each, (i + 1) * blocks_each), logits_mode
+            )
+            for i, row in enumerate(tokens)
+        ),
+        path,
+    )
+
+
+class Kind(IntEnum):
+    """The kinds of messages, with their sender and content."""
+
+    REGISTER = 1  # rank: the secret, its process id, the address on which it listens for peers
+    LOAD_MODEL = 2  # group: the rank configuration and the rank's number
+    MODEL_LOADED = 3  # rank: bytes of weights and cache, seconds of loading
+    INIT_COMM = 4  # group: the communicator spec
+    READY = 5  # rank: the communicator is connected
+    FORWARD = 6  # group: the new tokens of a step
+    LOGITS = 7  # rank: the best tokens and the logits of its part of the vocabulary
+    FAILED = 8  # rank: the reason why the last request failed
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message; the body is empty except for `FORWARD` and `LOGITS`."""
+
+    kind: Kind
+    header: dict[str, Any] = field(default_factory=dict)
+    body: bytes | memoryview = b""
+
+    def frame(self) -> bytes:
+        """Return the bytes that precede the body on the wire."""
+        header = json.dumps(self.header).encode()
+        return FRAME.pack(self.kind, len(header), len(self.body)) + header
+
+
+def send_message(connection: socket.socket, message: Message) -> None:
+    """Send a message and block until it is sent; raises `OSError` if the connection has ended."""
+    connection.sendall(message.frame())
+    if message.body:
+        connection.sendall(message.body)
+
+
+def receive_message(connection: socket.socket) -> Message:
+    """Block until a message arrives and return it; raises `EOFError` if the connection ends."""
+    kind, header_bytes, body_bytes = _unpack_frame(_read_exactly(connection, FRAME.size))
+    header = json.loads(_read_exactly(connection, header_bytes)) if header_bytes else {}
+    return Message(Kind(kind), header, memoryview(_read_exactly(connection, body_bytes)))
+
+
+async def write_message(writer: asyncio.StreamWriter, message: Message) -> None:
+    """Send a message; raises `OSError` if the connection has ended."""
+    writer.write(message.frame())
+    if message.body:
+        writer.write(message.body)
+    await writer.drain()
+
+
+async def read_message(reader: asyncio.StreamReader) -> Message:
+    """Wait for a message and return it; raises `EOFError` or `OSError` if the connection ends."""
+    kind, header_bytes, body_bytes = _unpack_frame(await reader.readexactly(FRAME.size))
+    header = json.loads(await reader.readexactly(header_bytes)) if header_bytes else {}
+    return Message(Kind(kind), header, await reader.readexactly(body_bytes))
+
+
+def _unpack_frame(frame: bytes | bytearray) -> tuple[int, int, int]:
+    kind, header_bytes, body_bytes = FRAME.unpack(frame)
+    size = max(header_bytes, body_bytes)
+    if size > MAX_MESSAGE_BYTES:
+        raise EOFError(f"frame: expected at most {MAX_MESSAGE_BYTES} bytes, got {size}")
+    return kind, header_bytes, body_bytes
+
+
+def _read_exactly(connection: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        got = connection.recv_into(view)
+        if not got:
+            raise EOFError("the connection has ended")
+        view = view[got:]
+    return data

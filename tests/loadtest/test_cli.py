@@ -1,0 +1,38 @@
+"""The command line as a whole: which commands there are, and the panels of the help page."""
+
+from __future__ import annotations
+
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from ladderstitch_loadtest.cli import PANELS, app
+
+NAMES = [
+    "agree",
+    "burst",
+    "compare",
+    "decisions",
+    "generation",
+    "hop",
+    "kills",
+    "malformed",
+    "memory",
+    "mixed",
+    "overhead",
+    "overlap",
+    "real-sizes",
+    "replay",
+    "run",
+    "smollm2",
+    "soak",
+    "stream",
+    "switching",
+]
+
+
+def test_every_command_is_in_one_panel_of_the_help_page() -> None:
+    names = get_command(app).commands  # type: ignore[attr-defined] # a group
+    assert sorted(names) == NAMES
+    page = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"}).output
+    places = [page.index(f"─ {panel} ─") for panel in PANELS]
+    assert places == sorted(places)
