@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from ladderstitch.api.native.generation import tenant_of
 from ladderstitch.api.openai.requests import (
     ChatRequest,
     CompletionRequest,
+    StreamOptions,
     build_generation_request,
 )
 from ladderstitch.api.openai.responses import (
@@ -121,6 +122,23 @@ class MaxBodySizeMiddleware:
         await self.app(scope, receive_bounded, send)
 
 
+class EventStreamResponse(StreamingResponse):
+    """A stream of server-sent events that owns resources and closes them however it ends.
+
+    The generator of the events alone cannot close them: if the client disconnects before the head
+    of the response is sent, the generator is never started.
+    """
+
+    def __init__(self, events: AsyncGenerator[str], resources: AsyncExitStack) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._events, self._resources = events, resources
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the head and the events."""
+        async with self._resources, aclosing(self._events):
+            await super().__call__(scope, receive, send)
+
+
 def _authorize(auth: AuthInterceptor | None, request: Request) -> AsyncExitStack:
     """Check the caller's token, and count the request as in flight until the stack is closed.
 
@@ -140,29 +158,23 @@ async def _respond(
     request: Request,
 ) -> Response:
     arrival = time.monotonic()
-    in_flight = _authorize(auth, request)
-    try:
+    async with _authorize(auth, request) as resources:
         model, accepted = _accept(registry, body, request, arrival)
         builder = ResponseBuilder(
             model, isinstance(body, ChatRequest), accepted.logprobs is not None
         )
         if not body.stream:
-            async with in_flight:
-                work = _collect(model, accepted, builder)
-                whole = await _run_until_disconnect(work, request)
-                return CLIENT_CLOSED_REQUEST if whole is None else JSONResponse(whole)
+            whole = await _run_until_disconnect(_collect(model, accepted, builder), request)
+            return CLIENT_CLOSED_REQUEST if whole is None else JSONResponse(whole)
+        stream = await resources.enter_async_context(aclosing(model.scheduler.generate(accepted)))
         # An error before the first token still gets its own HTTP status.
-        stream = model.scheduler.generate(accepted)
-        first = await _run_until_disconnect(_read_first(stream), request)
-    except BaseException:
-        await in_flight.aclose()
-        raise
-    if first is None:
-        await in_flight.aclose()
-        return CLIENT_CLOSED_REQUEST
-    include_usage = body.stream_options is not None and body.stream_options.include_usage
-    events = _events(first, stream, builder, in_flight, include_usage=include_usage)
-    return StreamingResponse(events, media_type="text/event-stream")
+        first = await _run_until_disconnect(stream.__anext__(), request)
+        if first is None:
+            return CLIENT_CLOSED_REQUEST
+        options, owned = body.stream_options or StreamOptions(), resources.pop_all()
+        include_usage = bool(options.include_usage)
+        events = _events(first, stream, builder, owned, include_usage=include_usage)
+        return EventStreamResponse(events, owned)
 
 
 def _accept(
@@ -180,25 +192,20 @@ def _accept(
         raise
 
 
-async def _read_first(stream: TokenStream) -> TokenChunk:
-    try:
-        return await anext(stream)
-    except BaseException:
-        await stream.aclose()
-        raise
-
-
 async def _events(
     first: TokenChunk,
     stream: TokenStream,
     builder: ResponseBuilder,
-    in_flight: AsyncExitStack,
+    resources: AsyncExitStack,
     *,
     include_usage: bool,
-) -> AsyncIterator[str]:
-    """Yield the events of a stream; the last one is [DONE] or the error that ended it."""
-    async with in_flight, aclosing(stream):
-        try:
+) -> AsyncGenerator[str]:
+    """Yield the events of a stream; the last one is [DONE] or the error that ended it.
+
+    The resources are closed before the last event: the client may send its next request then.
+    """
+    try:
+        async with resources:
             chunk = first
             while chunk.usage is None:
                 yield server_sent_event(builder.chunk(chunk))
@@ -206,11 +213,12 @@ async def _events(
             yield server_sent_event(builder.chunk(chunk))
             if include_usage:
                 yield server_sent_event(builder.usage_chunk(chunk.usage, chunk))
-            yield DONE
-        except RequestError as error:
-            yield server_sent_event(error_body(error))
-        except Exception as error:
-            yield server_sent_event(error_body(InternalError.logged("HTTP stream", error)))
+        last_event = DONE
+    except RequestError as error:
+        last_event = server_sent_event(error_body(error))
+    except Exception as error:
+        last_event = server_sent_event(error_body(InternalError.logged("HTTP stream", error)))
+    yield last_event
 
 
 async def _run_until_disconnect(work: Coroutine[Any, Any, T], request: Request) -> T | None:

@@ -1,14 +1,14 @@
 """The requests of OpenAI's API, and their translation to generation requests.
 
-A field that is not supported is rejected if it would change the answer. Unknown fields are ignored,
-as other servers of this API do.
+An option that is not supported is rejected if it would change the answer. Fields that do not change
+the answer (`user`, `metadata`) and unknown ones are ignored, as other servers of this API do.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -25,19 +25,82 @@ from ladderstitch.scheduling.requests import GenerationRequest, Sampling, TokenB
 from ladderstitch.text.tokenizer import ChatTurn, render_chat
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "tools": (None, []),
-    "functions": (None, []),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "repetition_detection": (),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "watermarking": (False,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "max_completion_tokens": (),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "logprob_token_ids": (),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "structural_tag": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "reasoning_effort": ("none",),
+    "thinking_token_budget": (-1,),
+    "verbosity": ("medium",),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "moderation": (),
+    "prompt_embeds": (),
+    "documents": ([],),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "add_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "return_prompt_text": (False,),
+    "stream_interval": (1,),
+    "stream_options.continuous_usage_stats": (False,),
+    "priority": (0,),
+    "cache_salt": (),
+    "kv_transfer_params": ({},),
+    "ec_transfer_params": ({},),
+    "vllm_xargs": ({},),
+    "messages.tool_calls": ([],),
+    "messages.tool_call_id": (),
+    "messages.function_call": (),
+    "messages.audio": (),
 }
-"""Unsupported fields, each with the values that change nothing and are accepted."""
+"""The options of OpenAI's API and of vLLM that are not supported.
+
+Each has the values that change nothing: these and null are accepted.
+"""
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for completions; the answer of a chat may fill the context."""
@@ -59,19 +122,35 @@ def _check_unicode(text: str) -> str:
 Text = Annotated[str, AfterValidator(_check_unicode)]
 
 
-class StreamOptions(BaseModel):
+class OpenFields(BaseModel):
+    """A part of a request that may have more fields than are supported."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def check_unsupported(self, path: str = "") -> None:
+        """Raise `InvalidArgument` if an unsupported option would change the answer.
+
+        `path` precedes the names of the fields.
+        """
+        for field, value in (self.model_extra or {}).items():
+            neutral = UNSUPPORTED.get(path + field)
+            if neutral is None or value is None or value in neutral:
+                continue
+            expected = " or ".join([*map(repr, neutral), "no value"])
+            raise InvalidArgument(path + field, f"expected {expected}, got {repr(value)[:60]}")
+
+
+class StreamOptions(OpenFields):
     """Options of a streamed answer."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
-class SamplingFields(BaseModel):
+class SamplingFields(OpenFields):
     """The fields of completion and chat requests; `min_quality` and `variant_id` are extensions."""
 
-    model_config = ConfigDict(extra="allow", strict=False)
-
     model: Text
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -82,12 +161,11 @@ class SamplingFields(BaseModel):
     min_quality: float = Field(0.0, ge=0, le=1)
     variant_id: int | None = None
 
-    def check_unsupported(self) -> None:
-        """Raise `InvalidArgument` if an unsupported field would change the answer."""
-        for name, value in (self.model_extra or {}).items():
-            if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
-                neutral = UNSUPPORTED[name][1]
-                raise InvalidArgument(name, f"expected {neutral!r} or no value, got {value!r:.60}")
+    def check_unsupported(self, path: str = "") -> None:
+        """Raise `InvalidArgument` if an unsupported option would change the answer."""
+        super().check_unsupported(path)
+        if self.stream_options is not None:
+            self.stream_options.check_unsupported("stream_options.")
 
     def stop_texts(self) -> tuple[str, ...]:
         """Return the stop texts; raises `InvalidArgument` for more than 16."""
@@ -102,7 +180,7 @@ class SamplingFields(BaseModel):
             raise InvalidArgument("seed", f"expected 0 or more, got {self.seed}")
         return Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=self.top_k or 0,
+            top_k=0 if self.top_k in (None, -1) else self.top_k,  # vLLM's default is -1
             top_p=1.0 if self.top_p is None else self.top_p,
             seed=self.seed,
         )
@@ -149,7 +227,7 @@ class TextPart(BaseModel):
     text: Text = ""
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(OpenFields):
     """A message of a chat."""
 
     role: Text
@@ -171,8 +249,15 @@ class ChatRequest(SamplingFields):
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = None
-    logprobs: bool = False
+    logprobs: bool | None = None
     top_logprobs: int | None = None
+    add_special_tokens: Literal[False] | None = None  # in a chat, the template adds them
+
+    def check_unsupported(self, path: str = "") -> None:
+        """Raise `InvalidArgument` if an unsupported option would change the answer."""
+        super().check_unsupported(path)
+        for message in self.messages:
+            message.check_unsupported("messages.")
 
     def prompt_tokens(self, model: TextModel) -> tuple[int, ...]:
         """Return the tokens of the chat, rendered by the model's chat template.

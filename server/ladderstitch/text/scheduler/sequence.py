@@ -238,13 +238,14 @@ class TokenStream:
         except BaseException:  # cancellation, too, ends the stream
             await self.aclose()
             raise
+        if self._closed:  # by another task, while this one waited
+            raise StopAsyncIteration
         self._observe(chunk)
         return chunk if chunk.finish is None else self._complete(chunk)
 
     async def aclose(self) -> None:
-        """Stop computing the sequence and free its blocks."""
-        if not self._closed:
-            self._fail("CANCELLED")
+        """Stop computing the sequence and free its blocks; closing it again changes nothing."""
+        self._fail("CANCELLED")
 
     async def _chunk_before_deadline(self) -> TokenChunk:
         deadline = self._sequence.request.hard_deadline
@@ -277,6 +278,9 @@ class TokenStream:
         return replace(last, usage=usage)
 
     def _fail(self, code: str) -> None:
+        """Close the stream with a status, unless it is closed: every stream is counted once."""
+        if self._closed:
+            return
         self._close()
         had_budget = self._sequence.request.budget.is_set
         self._observer.observe_rejection(code, had_budget=had_budget)
