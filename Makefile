@@ -91,7 +91,7 @@ verify-generation: install ## about 10 minutes: streams under token budgets, pre
 	$(BIN)/ladderstitch fetch smollm2
 	$(BIN)/ladderstitch fetch smollm2-ladder
 	$(BIN)/ladderstitch fetch brown --into data/brown
-	$(BIN)/ladderstitch-loadtest generation --text data/brown/heldout.txt --family smollm2-ladder --out loadtest/results
+	$(BIN)/ladderstitch-loadtest generation --text data/brown/heldout.txt --ladder-model smollm2-ladder --out loadtest/results
 	$(BIN)/ladderstitch-loadtest malformed --text --out loadtest/results
 
 verify-kernels: install ## about 3 minutes: long ladders, machine code for three GPUs; check and bench if there is a GPU

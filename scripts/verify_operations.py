@@ -27,7 +27,7 @@ from fake_nodes import fake_cluster
 from matplotlib import pyplot as plt
 
 from ladderstitch.client import infer_request
-from ladderstitch_loadtest.load.open_loop import RequestSample, open_loop, poisson
+from ladderstitch_loadtest.load.in_process import RequestSample, poisson, send_open_loop
 from ladderstitch_loadtest.load.traces import BudgetClass
 
 APP = "ladderstitch"
@@ -115,7 +115,7 @@ async def scale(client: BalancingClient, phases: Sequence[Phase]) -> dict[str, A
         while True:
             offset = time.perf_counter() - started
             part = poisson_requests(phase.rate, phase.seconds, rng)
-            samples += await open_loop(client.call, part)
+            samples += await send_open_loop(client.call, part)
             requests += [(offset + at, *rest) for at, *rest in part]
             size = client.sizes[-1]
             if phase.wanted is None or size.replicas == size.nodes == phase.wanted:
@@ -140,7 +140,7 @@ async def roll(client: BalancingClient, rate: float, seconds: float) -> dict[str
     """Replace both of two replicas by a new version under load; return the summary."""
     requests = poisson_requests(rate, seconds, np.random.default_rng(2))
     before = set(client.addresses)
-    loading = asyncio.create_task(open_loop(client.call, requests))
+    loading = asyncio.create_task(send_open_loop(client.call, requests))
     await asyncio.sleep(2.0)
     await asyncio.to_thread(deploy, {"num_replicas": 2}, drain_s=19)
     samples = await loading

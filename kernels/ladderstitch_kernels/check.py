@@ -26,7 +26,7 @@ from ladderstitch_kernels.comm.all_reduce import AllReduce
 from ladderstitch_kernels.comm.split_phase import Exchange, gemv_post, post, wait_add_norm, wait_sum
 from ladderstitch_kernels.comm.symmetric import StreamRanks
 from ladderstitch_kernels.decoder import Decoder, DecoderShape, Scheme, random_layers
-from ladderstitch_kernels.device import captured, describe, missing_gpu
+from ladderstitch_kernels.device import capture_graph, describe, missing_gpu
 from ladderstitch_kernels.launch import interpreted
 from ladderstitch_kernels.ops.add_rms_norm import add_rms_norm
 from ladderstitch_kernels.ops.decode_attention import paged_decode_attention
@@ -102,7 +102,7 @@ def single_rank(sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Compa
     gate_up = random(m, 2 * f)
     yield Comparison("swiglu", dtype, largest_error([swiglu(gate_up)], [reference.swiglu(gate_up)]))
     weight, bias, down, up = random(f, d), random(f), random(16, d), random(f, 16)
-    for rows in (1, min(m, 40), m):
+    for rows in (1, min(m - 1, 40), m):
         arguments = (x[:rows], residual[:rows], weight / d**0.5, bias, down / d**0.5, up / 4)
         yield Comparison(
             f"stitch_pending, {rows} rows",
@@ -159,14 +159,18 @@ def split_phase(sizes: Sizes, dtype: torch.dtype, device: str, ranks: int) -> It
         total = (residual[:rows].float() + sum(part.float() for part in partials)).to(dtype)
         expected = (total, reference.rms_norm(total, gain, 1e-5))
         errors = [largest_error(pair, expected) for pair in got]
-        yield Comparison(f"gemv_post + wait_add_norm, {rows} rows", dtype, max(errors))
+        yield Comparison(
+            f"gemv_post + wait_add_norm, {ranks} ranks, {rows} rows", dtype, max(errors)
+        )
         for rank in range(ranks):
             post(partials[rank], exchanges[rank])
         sums = [wait_sum(rows, exchange) for exchange in exchanges]
         summed = sum(part.float() for part in partials)
         assert isinstance(summed, Tensor)
         yield Comparison(
-            f"post + wait_sum, {rows} rows", dtype, largest_error(sums, [summed.to(dtype)] * ranks)
+            f"post + wait_sum, {ranks} ranks, {rows} rows",
+            dtype,
+            largest_error(sums, [summed.to(dtype)] * ranks),
         )
 
 
@@ -175,7 +179,7 @@ def all_reduces(dtype: torch.dtype, ranks: int) -> Iterator[Comparison]:
     for elements in (1000, 2**16, 2**22):
         memories = StreamRanks.group(ranks, "cuda")
         parts = torch.randn(ranks, elements, device="cuda").to(dtype)
-        graph, sums = captured(
+        graph, sums = capture_graph(
             [
                 partial(AllReduce(memory, elements, dtype, "cuda", programs=8), part)
                 for memory, part in zip(memories, parts, strict=True)
@@ -195,7 +199,7 @@ def decoders(dtype: torch.dtype) -> Iterator[Comparison]:
     schemes: tuple[Scheme, ...] = ("standard", "ladder")
     for pinned, scheme in itertools.product((False, True), schemes):
         pair = StreamPair(shape, dtype, 2, 64, pinned=pinned)
-        graph, outputs = captured(pair.steps(scheme))
+        graph, outputs = capture_graph(pair.steps(scheme))
         pair.rewind()
         whole = Decoder(shape, list(random_layers(shape, 0, dtype, "cuda")), 2, 64)
         own = Exchange(StreamRanks.group(1, "cuda")[0], 2, shape.width, dtype, "cuda")

@@ -72,7 +72,9 @@ def medians_us(
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def captured(calls: Sequence[Callable[[], Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+def capture_graph(
+    calls: Sequence[Callable[[], Tensor]],
+) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     """Capture calls into a CUDA graph, each on its own stream, and return graph and outputs.
 
     All calls run concurrently in the graph. They run once before the capture, so that everything is

@@ -22,7 +22,7 @@ from ladderstitch_kernels.decoder import (
     random_layers,
     shard_layer,
 )
-from ladderstitch_kernels.device import captured, medians_us
+from ladderstitch_kernels.device import capture_graph, medians_us
 
 RANKS = 2
 SHAPE = DecoderShape(layers=8, width=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336)
@@ -76,9 +76,9 @@ def measure_hidden(rows: int, *, pinned: bool, rounds: int = 50) -> dict[str, fl
     """
     pair = StreamPair(SHAPE, torch.bfloat16, rows, tokens=16 * (rounds + 8), pinned=pinned)
     graphs = {
-        "standard": captured(pair.steps("standard"))[0],
-        "ladder": captured(pair.steps("ladder"))[0],
-        "no_communication": captured(pair.steps("standard", communicate=False))[0],
+        "standard": capture_graph(pair.steps("standard"))[0],
+        "ladder": capture_graph(pair.steps("ladder"))[0],
+        "no_communication": capture_graph(pair.steps("standard", communicate=False))[0],
     }
     pair.rewind()
     times = medians_us({name: graph.replay for name, graph in graphs.items()}, rounds)

@@ -1,7 +1,7 @@
 """Load tests, policy simulation, benchmarks and fault injection for ladderstitch servers.
 
-A command starts the server that it needs, unless an address is given. It prints a table, and with
-`--out FOLDER` writes NAME.json with the figures, the machine and the load.
+A command starts the server that it needs, unless an address is given, and prints its figures.
+With `--out FOLDER` it also writes NAME.json with the figures, the machine and the load.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ from collections.abc import Callable
 import typer
 
 from ladderstitch_loadtest.benchmarks import cli as benchmarks
+from ladderstitch_loadtest.benchmarks.burst_cli import burst
 from ladderstitch_loadtest.benchmarks.generation_cli import generation
 from ladderstitch_loadtest.benchmarks.overlap_cli import overlap
 from ladderstitch_loadtest.faults import cli as faults
 from ladderstitch_loadtest.faults.soak_cli import soak
-from ladderstitch_loadtest.load import cli as load
+from ladderstitch_loadtest.load.cli import run
 from ladderstitch_loadtest.load.stream_cli import stream
 from ladderstitch_loadtest.simulation import cli as simulation
 
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Load": (load.run, stream, load.burst, load.agree),
-    "Simulation": (simulation.compare, simulation.decisions, simulation.replay),
+    "Load": (run, stream),
+    "Simulation": (simulation.compare, simulation.agree, simulation.decisions, simulation.replay),
     "Benchmarks": (
         benchmarks.overhead,
         benchmarks.switching,
         benchmarks.mixed,
+        burst,
         benchmarks.hop,
         benchmarks.memory,
         benchmarks.real_sizes,

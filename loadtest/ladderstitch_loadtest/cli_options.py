@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from ladderstitch.cli.console import err
 from ladderstitch_loadtest.load.targets import TargetKind
-from ladderstitch_loadtest.servers.processes import ladderstitch_server
+from ladderstitch_loadtest.servers.processes import StartedServer, ladderstitch_server
 
 RunningServer = Annotated[str, typer.Argument(help="host:port of a running server.")]
 Address = Annotated[
@@ -37,6 +38,13 @@ MinAttainment = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="Exit with 1 if attainment is below this share."),
 ]
+Cpu = Annotated[
+    int | None,
+    typer.Option(help="CPU reserved for the generator; the started server gets the others."),
+]
+Policies = Annotated[
+    list[str], typer.Option(help="Policy to compare, or `fixed N` for one variant; repeatable.")
+]
 
 
 @contextmanager
@@ -48,3 +56,16 @@ def running_server(address: str | None, ray: bool) -> Iterator[str]:
     with ladderstitch_server("--ray" if ray else "--no-ray") as server:
         err.print(server.ready_line)
         yield server.address
+
+
+@contextmanager
+def embedded_server(cpu: int | None) -> Iterator[StartedServer]:
+    """Run a server of the embedded model on all CPUs but `cpu` during the `with` block."""
+    before = os.sched_getaffinity(0)
+    if cpu is not None:
+        os.sched_setaffinity(0, before - {cpu} or before)
+    try:
+        with ladderstitch_server("--no-ray") as server:
+            yield server
+    finally:
+        os.sched_setaffinity(0, before)

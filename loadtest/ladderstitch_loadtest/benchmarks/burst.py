@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from ladderstitch.client import AsyncClient
 from ladderstitch_loadtest.benchmarks.mixed import set_policy
 from ladderstitch_loadtest.load import traces
-from ladderstitch_loadtest.load.generator import LoadRun, measure
+from ladderstitch_loadtest.load.image_load import LoadRun, measure
 from ladderstitch_loadtest.load.targets import Target
 from ladderstitch_loadtest.load.traces import BudgetClass, Trace
 from ladderstitch_loadtest.servers.processes import StartedServer, histogram_quantile
 
 BEFORE_S, BURST_S, AFTER_S = 2.0, 2.0, 3.0
+BURST_END_S = BEFORE_S + BURST_S
 FACTOR = 10.0
 CAPACITY_SHARE = 0.8
 """The rate in the burst, as a share of the server's capacity."""
@@ -80,7 +81,6 @@ async def measure_burst(
     """
     address = server.address
     runs: dict[str, list[tuple[float, ...]]] = {policy: [] for policy in policies}
-    budget = BudgetClass("burst", budget_s)
     async with AsyncClient(address) as client:
         model = await client.get_model()
         await set_policy(client, f"fixed {model.frontier[0]}")
@@ -88,10 +88,7 @@ async def measure_burst(
         capacity = await _measure_capacity(address, target, budget_s=10.0)
         base = CAPACITY_SHARE * capacity / FACTOR
         for seed in range(rounds):
-            rng = np.random.default_rng(seed)
-            end = BEFORE_S + BURST_S
-            times = traces.step(base, FACTOR * base, BEFORE_S, end, end + AFTER_S, rng)
-            trace = Trace.draw("burst", times, [budget], rng)
+            trace = _draw_trace(base, budget_s, seed)
             for policy in policies:
                 advance(policy)
                 await set_policy(client, policy)
@@ -105,17 +102,23 @@ async def measure_burst(
     return found
 
 
+def _draw_trace(base_rps: float, budget_s: float, seed: int) -> Trace:
+    rng = np.random.default_rng(seed)
+    times = traces.step(
+        base_rps, FACTOR * base_rps, BEFORE_S, BURST_END_S, BURST_END_S + AFTER_S, rng
+    )
+    return Trace.draw("burst", times, [BudgetClass("burst", budget_s)], rng)
+
+
 def _figures(run: LoadRun) -> tuple[float, ...]:
     """Return the fields of a `BurstRow` after its policy."""
     outcome = run.outcome
     at, met, value = outcome.trace.arrivals_s, outcome.met, outcome.value
     quality = np.array(outcome.quality)
-    answered = quality > 0
-    end = BEFORE_S + BURST_S
-    burst = (at >= BEFORE_S) & (at < end)
+    burst = (at >= BEFORE_S) & (at < BURST_END_S)
 
     def mean_quality(phase: NDArray[np.bool_]) -> float:
-        return float(quality[phase & answered].mean())
+        return float(quality[phase & (quality > 0)].mean())
 
     return (
         float(met[burst].mean()),
@@ -123,7 +126,7 @@ def _figures(run: LoadRun) -> tuple[float, ...]:
         float(value.mean()),
         mean_quality(at < BEFORE_S),
         mean_quality(burst),
-        mean_quality(at >= end + RECOVERY_S),
+        mean_quality(at >= BURST_END_S + RECOVERY_S),
         1e3 * run.lag_p99_s,
     )
 

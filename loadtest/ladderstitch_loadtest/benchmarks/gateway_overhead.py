@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
 
 import grpc
 
-from ladderstitch_loadtest.benchmarks.overhead import INFER, make_payload, time_calls
+from ladderstitch_loadtest.benchmarks.overhead import INFER, Call, make_payload, time_calls
 
 CALLS = 200
 
@@ -50,22 +50,30 @@ async def measure(direct: str, gateway: str, rounds: int) -> GatewayOverhead:
             "direct": direct_channel.unary_unary(INFER),
             "gateway": gateway_channel.unary_unary(INFER),
         }
-        for call in calls.values():
-            await time_calls(call, payload, CALLS)
-        p50: dict[str, list[float]] = {name: [] for name in calls}
-        p95: dict[str, list[float]] = {name: [] for name in calls}
-        for turn in range(rounds):
-            for name in sorted(calls, reverse=bool(turn % 2)):
-                times = sorted(ms for ms, _ in await time_calls(calls[name], payload, CALLS))
-                p50[name].append(median(times))
-                p95[name].append(times[int(0.95 * CALLS)])
-            await asyncio.sleep(0)
-    return _combine(p50, p95, len(payload), rounds)
+        times = await _time_in_turn(calls, payload, rounds)
+    return _combine(times, len(payload), rounds)
+
+
+async def _time_in_turn(
+    calls: Mapping[str, Call], payload: bytes, rounds: int
+) -> dict[str, list[list[float]]]:
+    """Return the sorted milliseconds of the calls of each round, by name."""
+    for call in calls.values():
+        await time_calls(call, payload, CALLS)
+    times: dict[str, list[list[float]]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        for name in sorted(calls, reverse=bool(turn % 2)):
+            times[name].append(
+                sorted(ms for ms, _ in await time_calls(calls[name], payload, CALLS))
+            )
+    return times
 
 
 def _combine(
-    p50: dict[str, list[float]], p95: dict[str, list[float]], request_bytes: int, rounds: int
+    times: dict[str, list[list[float]]], request_bytes: int, rounds: int
 ) -> GatewayOverhead:
+    p50 = {name: [median(one) for one in each] for name, each in times.items()}
+    p95 = {name: [one[int(0.95 * CALLS)] for one in each] for name, each in times.items()}
     added = [b - a for a, b in zip(p50["direct"], p50["gateway"], strict=True)]
     added_p95 = [b - a for a, b in zip(p95["direct"], p95["gateway"], strict=True)]
     return GatewayOverhead(

@@ -23,9 +23,12 @@ RATES = "0.5,1,1.5,2,3,4,6,8"
 def generation(
     text: Annotated[Path, typer.Option(help="Text file that prompts are taken from.")],
     model: Annotated[str, typer.Option(help="Bundle of a language model.")] = "smollm2",
-    family: Annotated[
+    ladder_model: Annotated[
         str | None,
-        typer.Option(help="Bundle with several variants, e.g. smollm2-ladder; default: none."),
+        typer.Option(
+            help="Bundle with several variants to choose by token budget, e.g. smollm2-ladder; "
+            "unset: skip that part."
+        ),
     ] = None,
     rates: Annotated[str, typer.Option(help="Offered requests/s, rising.")] = RATES,
     seconds: Annotated[float, typer.Option(help="Length of each run in seconds.")] = 20.0,
@@ -37,8 +40,7 @@ def generation(
 ) -> None:
     """Measure batching under open-loop load, prefix reuse, and variants by token budget.
 
-    The command needs a text and the bundle of `ladderstitch fetch smollm2`. It takes about 10
-    minutes.
+    Needs a text and the bundle of `ladderstitch fetch smollm2`, and takes about 10 minutes.
     """
     from ladderstitch_loadtest.benchmarks import generation_load, generation_parts
 
@@ -47,16 +49,12 @@ def generation(
     parts: dict[str, Coroutine[Any, Any, dict[str, object]]] = {
         "prefix": generation_parts.prefix_reuse(bundle, dtype),
     }
-    if family is not None:
-        several = TextBundle.load(find_bundle(family))
-        parts["paths"] = generation_parts.variants_by_budget(several, 1e-3, dtype)
+    if ladder_model is not None:
+        ladder = TextBundle.load(find_bundle(ladder_model))
+        parts["variants"] = generation_parts.variants_by_budget(ladder, 1e-3, dtype)
+    offered = [float(rate) for rate in rates.split(",")]
     parts["batching"] = generation_load.compare_batching(
-        bundle,
-        text.read_text(),
-        [float(rate) for rate in rates.split(",")],
-        seconds,
-        dtype,
-        lambda row: err.print(row),
+        bundle, text.read_text(), offered, seconds, dtype, on_row=err.print
     )
     with tempfile.TemporaryDirectory() as packages:
         if transformers:

@@ -68,7 +68,7 @@ VARIANTS = (
 class BatchingRow:
     """The result of one variant at one rate.
 
-    `attainment` is the share of requests whose answer was complete and met its budgets; `refused`
+    `attainment` is the share of requests whose answer was complete and met its budgets; `rejected`
     is the number of requests that ended with an error.
     """
 
@@ -79,7 +79,7 @@ class BatchingRow:
     tokens_per_s: float
     first_token_p50_s: float
     first_token_p95_s: float
-    refused: int
+    rejected: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,16 +155,22 @@ async def run_plan(
         task.cancel()
     await asyncio.gather(*late, return_exceptions=True)
     outcomes = [task.result() for task in tasks if not task.cancelled()]
+    return _summarise(variant, outcomes, len(plan), rate, took)
+
+
+def _summarise(
+    variant: str, outcomes: Sequence[Outcome], offered: int, rate: float, took_s: float
+) -> BatchingRow:
     firsts = np.array([o.first_s for o in outcomes if o.tokens] or [float("nan")])
     return BatchingRow(
         variant=variant,
         offered_per_s=round(rate, 2),
-        offered=len(plan),
-        attainment=round(sum(o.met for o in outcomes) / max(1, len(plan)), 4),
-        tokens_per_s=round(sum(o.tokens for o in outcomes) / took, 1),
+        offered=offered,
+        attainment=round(sum(o.met for o in outcomes) / max(1, offered), 4),
+        tokens_per_s=round(sum(o.tokens for o in outcomes) / took_s, 1),
         first_token_p50_s=round(float(np.quantile(firsts, 0.5)), 3),
         first_token_p95_s=round(float(np.quantile(firsts, 0.95)), 3),
-        refused=sum(o.rejected for o in outcomes),
+        rejected=sum(o.rejected for o in outcomes),
     )
 
 
@@ -197,7 +203,10 @@ async def compare_batching(
         for number, rate in enumerate(rates):
             plan = arrivals(prompts, rate, seconds, seed=number)
             for variant in tuple(remaining):
-                row = await _measure(group, bundle, variant, plan, rate, seconds)
+                scheduler = _make_scheduler(group, bundle, variant)
+                await scheduler.measure()
+                row = await run_plan(scheduler, variant.name, plan, rate, seconds)
+                await scheduler.close()
                 rows.append(row)
                 on_row(row)
                 if row.attainment < MIN_ATTAINMENT:
@@ -207,15 +216,10 @@ async def compare_batching(
     return {"dtype": dtype, "rows": [asdict(row) for row in rows]} | sustained(rows)
 
 
-async def _measure(
-    group: RankGroup,
-    bundle: TextBundle,
-    variant: BatchingVariant,
-    plan: Sequence[Arrival],
-    rate: float,
-    seconds: float,
-) -> BatchingRow:
-    scheduler = TextScheduler(
+def _make_scheduler(
+    group: RankGroup, bundle: TextBundle, variant: BatchingVariant
+) -> TextScheduler:
+    return TextScheduler(
         group,
         bundle.tokenizer(),
         (),
@@ -224,10 +228,6 @@ async def _measure(
         variant.max_sequences,
         make_queue=variant.make_queue,
     )
-    await scheduler.measure()
-    row = await run_plan(scheduler, variant.name, plan, rate, seconds)
-    await scheduler.close()
-    return row
 
 
 def sustained(rows: Sequence[BatchingRow]) -> dict[str, object]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.scheduler.scheduler import TextScheduler
 
+T = TypeVar("T")
 PREFIX_TOKENS = 512
 PREFIX_ROUNDS = 5
 PROMPTS_PER_PREFIX = 4
@@ -62,6 +64,31 @@ def _random_prompt(rng: np.random.Generator, num_tokens: int, vocab_size: int) -
     return tuple(int(token) for token in rng.integers(0, vocab_size, num_tokens))
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixTimes:
+    """Seconds to the first token of prompts whose prefix is new, and of later ones."""
+
+    first_s: list[float]
+    later_s: list[float]
+    reused_tokens: set[int]
+
+    def add(self, new_prefix: bool, chunks: list[TokenChunk], first_token_s: float) -> None:
+        """Add one answer."""
+        (self.first_s if new_prefix else self.later_s).append(first_token_s)
+        if not new_prefix:
+            self.reused_tokens.add(chunks[0].answer.reused_tokens)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the medians, their ratio, and the distinct numbers of reused tokens."""
+        first, later = median(self.first_s), median(self.later_s)
+        return {
+            "first_token_s": round(first, 4),
+            "first_token_of_later_s": round(later, 4),
+            "ratio": round(first / later, 1),
+            "reused_tokens": sorted(self.reused_tokens),
+        }
+
+
 async def prefix_reuse(
     bundle: TextBundle, dtype: str, prefix_tokens: int = PREFIX_TOKENS
 ) -> dict[str, object]:
@@ -72,9 +99,7 @@ async def prefix_reuse(
     """
     max_model_len = prefix_tokens + 32
     rng, vocab_size = np.random.default_rng(0), bundle.manifest.config.vocab_size
-    fresh: list[float] = []
-    shared: list[float] = []
-    reused: set[int] = set()
+    found = PrefixTimes([], [], set())
     async with _measured_scheduler(
         bundle,
         dtype=dtype,
@@ -87,17 +112,8 @@ async def prefix_reuse(
             for number in range(PROMPTS_PER_PREFIX):
                 prompt = prefix + _random_prompt(rng, 16, vocab_size)
                 request = GenerationRequest(prompt, time.monotonic(), max_tokens=2)
-                chunks, first_s = await _collect(scheduler, request)
-                (shared if number else fresh).append(first_s)
-                if number:
-                    reused.add(chunks[0].answer.reused_tokens)
-    return {
-        "dtype": dtype,
-        "first_token_s": round(median(fresh), 4),
-        "first_token_of_later_s": round(median(shared), 4),
-        "ratio": round(median(fresh) / median(shared), 1),
-        "reused_tokens": sorted(reused),
-    }
+                found.add(number == 0, *await _collect(scheduler, request))
+    return {"dtype": dtype} | found.to_dict()
 
 
 async def variants_by_budget(bundle: TextBundle, latency_s: float, dtype: str) -> dict[str, object]:
@@ -106,8 +122,6 @@ async def variants_by_budget(bundle: TextBundle, latency_s: float, dtype: str) -
     The tight budget per token lies between the seconds per token of two variants without load.
     """
     names = [variant.name for variant in bundle.manifest.variants]
-    rng, vocab_size = np.random.default_rng(0), bundle.manifest.config.vocab_size
-    answers: dict[str, list[dict[str, Any]]] = {"tight": [], "relaxed": []}
     async with _measured_scheduler(
         bundle,
         GroupOptions(latency_s=latency_s),
@@ -119,17 +133,28 @@ async def variants_by_budget(bundle: TextBundle, latency_s: float, dtype: str) -
     ) as scheduler:
         planned = [scheduler.times.expected(variant, 1) for variant in range(len(names))]
         tight = TokenBudget(per_token_s=(min(planned) + planned[0]) / 2)
-        for _ in range(8):
-            for kind, budget in (("tight", tight), ("relaxed", TokenBudget(per_token_s=1.0))):
-                prompt = _random_prompt(rng, 32, vocab_size)
-                answers[kind].append(await _measure_answer(scheduler, prompt, budget))
+        budgets = {"tight": tight, "relaxed": TokenBudget(per_token_s=1.0)}
+        answers = await _answer_in_turn(scheduler, budgets, bundle.manifest.config.vocab_size)
     return {
         "dtype": dtype,
         "ranks": 2,
         "emulated_link_ms": 1e3 * latency_s,
         "planned_token_ms": {n: round(1e3 * s, 2) for n, s in zip(names, planned, strict=True)},
         "tight_budget_ms": round(1e3 * tight.per_token_s, 2),
-    } | {kind: _summarise(rows) for kind, rows in answers.items()}
+    } | {name: _summarise(rows) for name, rows in answers.items()}
+
+
+async def _answer_in_turn(
+    scheduler: TextScheduler, budgets: Mapping[str, TokenBudget], vocab_size: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Return eight answers for each budget, which take turns."""
+    rng = np.random.default_rng(0)
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in budgets}
+    for _ in range(8):
+        for name, budget in budgets.items():
+            prompt = _random_prompt(rng, 32, vocab_size)
+            answers[name].append(await _measure_answer(scheduler, prompt, budget))
+    return answers
 
 
 async def _measure_answer(
@@ -140,7 +165,7 @@ async def _measure_answer(
     mean_s = (time.monotonic() - request.arrival - first_s) / (len(chunks) - 1)
     info = chunks[-1].answer
     return {
-        "path": info.name,
+        "variant": info.name,
         "perplexity": info.quality.perplexity if info.quality else None,
         "token_ms": 1e3 * mean_s,
         "met": mean_s <= budget.per_token_s,
@@ -148,11 +173,11 @@ async def _measure_answer(
 
 
 def _summarise(rows: list[dict[str, Any]]) -> dict[str, object]:
-    paths = [row["path"] for row in rows]
+    names = [row["variant"] for row in rows]
     return {
         "answers": len(rows),
-        "paths": {name: paths.count(name) for name in sorted(set(paths))},
-        "perplexity_told": sorted({round(row["perplexity"], 2) for row in rows}),
+        "variants": {name: names.count(name) for name in sorted(set(names))},
+        "perplexity_reported": sorted({round(row["perplexity"], 2) for row in rows}),
         "token_ms_p50": round(median(row["token_ms"] for row in rows), 2),
         "met": sum(row["met"] for row in rows),
     }
@@ -168,35 +193,44 @@ async def compare_with_transformers(
     """
     rng, vocab_size = np.random.default_rng(0), bundle.manifest.config.vocab_size
     prompts = [list(_random_prompt(rng, 40, vocab_size)) for _ in range(OFFLINE_PROMPTS)]
-    seconds: list[float] = []
-    reference_seconds: list[float] = []
+    seconds: list[tuple[float, float]] = []
     agree = 0
     async with _measured_scheduler(
         bundle, dtype=dtype, max_model_len=128, kv_cache_tokens=2048, max_batched_tokens=256
     ) as scheduler:
-        for round_number in range(2):
-            started = time.monotonic()
-            answers = await asyncio.gather(
-                *(_answer(scheduler, prompt, str(round_number)) for prompt in prompts)
+        for tenant in ("first", "second"):
+            answers, ours_s = await _timed(_answer_all(scheduler, prompts, tenant))
+            expected, theirs_s = await _timed(
+                asyncio.to_thread(_reference_answers, reference, prompts)
             )
-            seconds.append(time.monotonic() - started)
-            started = time.monotonic()
-            expected = await asyncio.to_thread(_reference_answers, reference, prompts)
-            reference_seconds.append(time.monotonic() - started)
+            seconds.append((ours_s, theirs_s))
             agree = sum(a == b for a, b in zip(answers, expected, strict=True))
-    tokens = OFFLINE_PROMPTS * OFFLINE_TOKENS
+    rates = [
+        OFFLINE_PROMPTS * OFFLINE_TOKENS / min(column) for column in zip(*seconds, strict=True)
+    ]
     return {
         "dtype": dtype,
         "prompts": OFFLINE_PROMPTS,
         "tokens_each": OFFLINE_TOKENS,
-        "tokens_per_s": round(tokens / min(seconds), 1),
-        "transformers_tokens_per_s": round(tokens / min(reference_seconds), 1),
+        "tokens_per_s": round(rates[0], 1),
+        "transformers_tokens_per_s": round(rates[1], 1),
         "answers_that_agree": agree,
     }
 
 
+async def _timed(work: Awaitable[T]) -> tuple[T, float]:
+    started = time.monotonic()
+    return await work, time.monotonic() - started
+
+
+async def _answer_all(
+    scheduler: TextScheduler, prompts: list[list[int]], tenant: str
+) -> list[list[int]]:
+    """Return the tokens of greedy answers; a new tenant reuses no prefix of another one."""
+    return await asyncio.gather(*(_answer(scheduler, prompt, tenant) for prompt in prompts))
+
+
 async def _answer(scheduler: TextScheduler, prompt: list[int], tenant: str) -> list[int]:
-    """Return the tokens of a greedy answer; a new tenant reuses no prefix of another one."""
     request = GenerationRequest(tuple(prompt), time.monotonic(), OFFLINE_TOKENS, tenant=tenant)
     chunks, _ = await _collect(scheduler, request)
     return [chunk.token for chunk in chunks]

@@ -43,6 +43,12 @@ PROMPTS = (
     "The longest river in the world",
 )
 NEW_TOKENS = 64
+RANK_COUNT_PATHS = {
+    "standard": ResidualScheme(),
+    "ladder": ResidualScheme(scheme="ladder"),
+    "ladder, last 8 layers": ResidualScheme(scheme="ladder", ladder_layers=8),
+}
+"""Paths whose logits are compared between rank counts."""
 LADDER_LAYERS = (None, 4, 8, 15, 30)
 """Numbers of last layers that are ladder layers; none: standard."""
 
@@ -64,15 +70,7 @@ async def agreement(bundle: TextBundle, reference: Any) -> dict[str, object]:
         for prompt in PROMPTS:
             tokens = tokenizer.encode(prompt)
             ours = await greedy(group, tokens, NEW_TOKENS)
-            with torch.inference_mode():
-                theirs = reference.generate(
-                    torch.tensor([tokens]),
-                    do_sample=False,
-                    max_new_tokens=NEW_TOKENS,
-                    eos_token_id=None,
-                    pad_token_id=0,
-                )[0, len(tokens) :].tolist()
-            if ours != theirs:
+            if ours != _reference_greedy(reference, tokens):
                 differing.append(prompt)
     finally:
         await group.close()
@@ -82,6 +80,20 @@ async def agreement(bundle: TextBundle, reference: Any) -> dict[str, object]:
         "prompts_that_agree": len(PROMPTS) - len(differing),
         "differing": differing,
     }
+
+
+@torch.inference_mode()
+def _reference_greedy(reference: Any, tokens: list[int]) -> list[int]:
+    """Return the most likely tokens after the prompt, as `transformers` computes them."""
+    generated = reference.generate(
+        torch.tensor([tokens]),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    answer: list[int] = generated[0, len(tokens) :].tolist()
+    return answer
 
 
 async def greedy(group: RankGroup, prompt: Sequence[int], count: int) -> list[int]:
@@ -95,30 +107,28 @@ async def greedy(group: RankGroup, prompt: Sequence[int], count: int) -> list[in
 
 async def rank_counts(bundle: TextBundle) -> dict[str, object]:
     """Return the largest relative difference of the logits on 2 and 3 ranks from those on one."""
-    paths = (
-        ResidualScheme(),
-        ResidualScheme(scheme="ladder"),
-        ResidualScheme(scheme="ladder", ladder_layers=8),
-    )
-    tokens = np.array([bundle.tokenizer().encode(" ".join(PROMPTS))[:128]])
-    logits = {}
-    for ranks in (1, 2, 3):
-        group = RankGroup(RankConfig.of(bundle, ranks=ranks, paths=paths, max_model_len=128))
-        try:
-            await group.start()
-            logits[ranks] = [
-                await group.forward(tokens, 0, path, last_only=False) for path in range(len(paths))
-            ]
-        finally:
-            await group.close()
-    names = ("standard", "ladder", "ladder, last 8 layers")
+    logits = {ranks: await _logits_by_path(bundle, ranks) for ranks in (1, 2, 3)}
     return {
         f"{name}, {ranks} ranks": float(
-            np.abs(logits[ranks][path] - logits[1][path]).max() / np.abs(logits[1][path]).max()
+            np.abs(logits[ranks][name] - logits[1][name]).max() / np.abs(logits[1][name]).max()
         )
-        for path, name in enumerate(names)
+        for name in RANK_COUNT_PATHS
         for ranks in (2, 3)
     }
+
+
+async def _logits_by_path(bundle: TextBundle, ranks: int) -> dict[str, np.ndarray]:
+    tokens = np.array([bundle.tokenizer().encode(" ".join(PROMPTS))[:128]])
+    paths = tuple(RANK_COUNT_PATHS.values())
+    group = RankGroup(RankConfig.of(bundle, ranks=ranks, paths=paths, max_model_len=128))
+    try:
+        await group.start()
+        return {
+            name: await group.forward(tokens, 0, path, last_only=False)
+            for path, name in enumerate(RANK_COUNT_PATHS)
+        }
+    finally:
+        await group.close()
 
 
 async def perplexities(

@@ -96,16 +96,12 @@ async def rank_losses(bundle: TextBundle) -> dict[str, object]:
 async def _lose_a_rank(bundle: TextBundle, spares: int) -> dict[str, object]:
     rank_config = RankConfig.of(bundle, ranks=2, max_model_len=512)
     group = RankGroup(rank_config, GroupOptions(spares=spares))
+    tokens = tuple(bundle.tokenizer().encode(PROMPT))
     try:
         await group.start()
         scheduler = TextScheduler(group, bundle.tokenizer(), ())
-        tokens = tuple(bundle.tokenizer().encode(PROMPT))
         undisturbed = await _stream(scheduler, tokens, asyncio.Event())
-        started = asyncio.Event()
-        streams = [asyncio.create_task(_stream(scheduler, tokens, started)) for _ in range(8)]
-        await started.wait()
-        os.kill(group.pids[1], signal.SIGKILL)
-        answers = await asyncio.gather(*streams, return_exceptions=True)
+        answers = await _kill_under_streams(group, scheduler, tokens)
     finally:
         await group.close()
     complete = [answer for answer in answers if not isinstance(answer, BaseException)]
@@ -113,9 +109,20 @@ async def _lose_a_rank(bundle: TextBundle, spares: int) -> dict[str, object]:
         "accepted": len(answers),
         "lost": len(answers) - len(complete),
         "with_other_tokens": sum(answer[0] != undisturbed[0] for answer in complete),
-        "longest_hole_s": round(max(answer[1] for answer in complete), 2),
-        "longest_hole_undisturbed_s": round(undisturbed[1], 3),
+        "longest_gap_s": round(max(answer[1] for answer in complete), 2),
+        "longest_gap_undisturbed_s": round(undisturbed[1], 3),
     }
+
+
+async def _kill_under_streams(
+    group: RankGroup, scheduler: TextScheduler, tokens: tuple[int, ...]
+) -> list[tuple[list[int], float] | BaseException]:
+    """Kill a rank when the first of eight streams has eight tokens; return how each ended."""
+    started = asyncio.Event()
+    streams = [asyncio.create_task(_stream(scheduler, tokens, started)) for _ in range(8)]
+    await started.wait()
+    os.kill(group.pids[1], signal.SIGKILL)
+    return await asyncio.gather(*streams, return_exceptions=True)
 
 
 async def _stream(

@@ -11,6 +11,7 @@ import torch
 
 from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.snnet import SnNetConfig
+from ladderstitch.vision.models.stitched import StitchedModel
 from ladderstitch.vision.models.vit import InputShape, VitConfig
 
 MIB = 1 << 20
@@ -58,29 +59,41 @@ def measure() -> Memory:
     storages = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
     }
-    tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    serving = StitchExecutor(model)
-    plans = tracemalloc.get_traced_memory()[0] - before
-    tracemalloc.stop()
-    images = torch.randn(1, 3, 32, 32)
-    with torch.inference_mode():
-        serving(images, len(model.stitches) - 1)
-        serving(images, 0), serving(images, 1), serving(images, 2)
-        gc.collect()
-        one_stitch = _resident_mib()
-        for stitch in model.stitches:
-            serving(images, stitch.id)
-    gc.collect()
+    executor, plan_bytes = _make_executor(model)
+    one_stitch, all_stitches = _resident_while_running(executor, model)
     return Memory(
         "SN-Net DeiT Ti/S/B",
         len(model.stitches),
         round(expected / MIB, 2),
         round(sum(storages.values()) / MIB, 2),
-        round(plans / MIB, 3),
+        round(plan_bytes / MIB, 3),
         round(one_stitch, 1),
-        round(_resident_mib(), 1),
+        round(all_stitches, 1),
     )
+
+
+def _make_executor(model: StitchedModel) -> tuple[StitchExecutor, int]:
+    """Return an executor and the bytes of the plans that it makes."""
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    executor = StitchExecutor(model)
+    plan_bytes = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    return executor, plan_bytes
+
+
+def _resident_while_running(executor: StitchExecutor, model: StitchedModel) -> tuple[float, float]:
+    """Return the resident MiB after the anchors and one stitch ran, and after all stitches ran."""
+    images = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        for stitch in (len(model.stitches) - 1, 0, 1, 2):
+            executor(images, stitch)
+        gc.collect()
+        one_stitch = _resident_mib()
+        for each in model.stitches:
+            executor(images, each.id)
+    gc.collect()
+    return one_stitch, _resident_mib()
 
 
 def _resident_mib() -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 
@@ -11,11 +11,11 @@ import numpy as np
 from ladderstitch.client import AsyncClient, infer_request
 from ladderstitch.v1 import inference_pb2 as pb
 from ladderstitch_loadtest.benchmarks.overhead import INFER
-from ladderstitch_loadtest.load.open_loop import (
+from ladderstitch_loadtest.load.in_process import (
     PlannedRequest,
     RequestSample,
-    open_loop,
     poisson,
+    send_open_loop,
 )
 from ladderstitch_loadtest.load.traces import BudgetClass
 
@@ -83,8 +83,7 @@ async def measure(
     """
     async with AsyncClient(address) as client:
         model = await client.get_model()
-        anchors = sorted((v for v in model.variants if v.is_anchor), key=lambda v: v.latency_us)
-        unloaded = [await _measure_unloaded(client, model, anchor.id) for anchor in anchors]
+        unloaded = await _measure_anchors(client, model)
         classes = budget_classes(unloaded[0], unloaded[len(unloaded) // 2], unloaded[-1])
         rate = LOAD / unloaded[-1].compute_median_s
         found = MixedResult(
@@ -94,19 +93,27 @@ async def measure(
             seconds_per_run=seconds,
             rounds=rounds,
         )
-        names = [*policies, *(f"fixed {variant}" for variant in model.frontier)]
-        samples: dict[str, list[RequestSample]] = {name: [] for name in names}
+        contenders = [*policies, *(f"fixed {variant}" for variant in model.frontier)]
+        samples: dict[str, list[RequestSample]] = {name: [] for name in contenders}
         for turn in range(rounds):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            requests = _draw_requests(model, classes, rate, seconds, seed + turn)
+            for name in rotate(contenders, turn):
                 advance(name)
                 await set_policy(client, name)
-                requests = _draw_requests(model, classes, rate, seconds, seed + turn)
-                samples[name] += await open_loop(client.channel.unary_unary(INFER), requests)
+                samples[name] += await send_open_loop(client.channel.unary_unary(INFER), requests)
         await set_policy(client, "adaptive")
     found.rows = [_policy_row(name, own, classes) for name, own in samples.items()]
     lags = [sample.send_lag_s for own in samples.values() for sample in own]
     found.send_lag_p99_ms = round(1e3 * float(np.quantile(lags, 0.99)), 3)
     return found
+
+
+async def _measure_anchors(
+    client: AsyncClient, model: pb.GetModelResponse
+) -> list[UnloadedLatency]:
+    """Return the unloaded latency of each anchor, the fastest first."""
+    anchors = sorted((v for v in model.variants if v.is_anchor), key=lambda v: v.latency_us)
+    return [await _measure_unloaded(client, model, anchor.id) for anchor in anchors]
 
 
 def budget_classes(
@@ -128,6 +135,12 @@ def budget_classes(
         BudgetClass(name, round(budget_s, 6))
         for name, budget_s in zip(CLASSES, sorted(budgets_s), strict=True)
     ]
+
+
+def rotate(names: Sequence[str], turn: int) -> list[str]:
+    """Return the names in their order, beginning with another one in each turn."""
+    cut = turn % len(names)
+    return [*names[cut:], *names[:cut]]
 
 
 async def set_policy(client: AsyncClient, name: str) -> None:

@@ -78,9 +78,8 @@ async def measure(
         rates: dict[int, list[tuple[float, float]]] = {n: [] for n in callers}
         for _ in range(rounds):
             medians.append(await _medians_ms(echo, infer, payload))
-            for n in callers:
-                echo_rps = await _measure_rate(echo, payload, n, seconds)
-                rates[n].append((echo_rps, await _measure_rate(infer, payload, n, seconds)))
+            for n, pairs in rates.items():
+                pairs.append(await _measure_rates(echo, infer, payload, n, seconds))
     throughput = [_throughput(n, pairs) for n, pairs in rates.items()]
     return Overhead(_latency(medians), throughput, image, variant, rounds)
 
@@ -151,6 +150,14 @@ async def time_calls(call: Call, payload: bytes, n: int) -> list[tuple[float, by
 
 def _compute_ms(reply: bytes) -> float:
     return inference_pb2.InferResponse.FromString(reply).accounting.compute_us / 1e3
+
+
+async def _measure_rates(
+    echo: Call, infer: Call, payload: bytes, callers: int, seconds: float
+) -> tuple[float, float]:
+    """Return the replies/s of the echo and of the server."""
+    echo_rps = await _measure_rate(echo, payload, callers, seconds)
+    return echo_rps, await _measure_rate(infer, payload, callers, seconds)
 
 
 async def _measure_rate(call: Call, payload: bytes, callers: int, seconds: float) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -117,26 +118,34 @@ class OverlapRow:
 async def measure(plan: OverlapPlan, on_progress: ProgressCallback) -> list[OverlapRow]:
     """Return one row per latency; raises `EngineRestarting` if the ranks do not start."""
     group = RankGroup(plan.rank_config(), GroupOptions(link="tcp" if plan.tcp else "shared_memory"))
-    rows = []
-    total = len(plan.latencies_s) * plan.rounds * len(SCHEMES)
+    steps = plan.rounds * len(SCHEMES)
+    total = len(plan.latencies_s) * steps
+
+    def report(before: int, done: int) -> None:
+        on_progress(before + done, total)
+
     try:
         await group.start()
-        for number, latency_s in enumerate(plan.latencies_s):
-            proxy = DelayProxy(latency_s) if plan.tcp and latency_s else None
-            options = replace(group.options, latency_s=0.0 if plan.tcp else latency_s)
-            await group.change_comm(options, _route_through(proxy) if proxy else create_comm_spec)
-            before = number * plan.rounds * len(SCHEMES)
-
-            def report(done: int, before: int = before) -> None:
-                on_progress(before + done, total)
-
-            rounds = await _measure_rounds(group, plan, report)
-            rows.append(_summarise(plan, latency_s, proxy, rounds))
-            if proxy:
-                proxy.close()
+        return [
+            await _measure_latency(group, plan, latency_s, partial(report, number * steps))
+            for number, latency_s in enumerate(plan.latencies_s)
+        ]
     finally:
         await group.close()
-    return rows
+
+
+async def _measure_latency(
+    group: RankGroup, plan: OverlapPlan, latency_s: float, on_progress: Callable[[int], None]
+) -> OverlapRow:
+    """Give the link of a started group this latency and measure all rounds."""
+    proxy = DelayProxy(latency_s) if plan.tcp and latency_s else None
+    options = replace(group.options, latency_s=0.0 if plan.tcp else latency_s)
+    await group.change_comm(options, _route_through(proxy) if proxy else create_comm_spec)
+    rounds = await _measure_rounds(group, plan, on_progress)
+    row = _summarise(plan, latency_s, proxy, rounds)
+    if proxy:
+        proxy.close()
+    return row
 
 
 def _route_through(proxy: DelayProxy) -> CreateCommSpec:
@@ -188,12 +197,6 @@ def _summarise(
     rounds: Sequence[dict[str, float]],
 ) -> OverlapRow:
     step = {scheme: median(r[scheme] for r in rounds) for scheme in SCHEMES}
-    exposed = [r["standard"] - r["no_communication"] for r in rounds]
-    hidden = [
-        (r["standard"] - r["ladder"]) / cost
-        for r, cost in zip(rounds, exposed, strict=True)
-        if cost > 0.02 * r["standard"]  # below that the ratio is noise over noise
-    ]
     return OverlapRow(
         link="tcp" if plan.tcp else "shared memory, emulated latency",
         latency_ms=1e3 * latency_s,
@@ -202,6 +205,20 @@ def _summarise(
         tokens_per_s={scheme: round(plan.batch / s, 1) for scheme, s in step.items()},
         ladder_over_standard=round(median(r["standard"] / r["ladder"] for r in rounds), 3),
         parallel_over_standard=round(median(r["standard"] / r["parallel"] for r in rounds), 3),
-        hidden=round(median(hidden), 3) if len(hidden) > len(rounds) // 2 else None,
+        hidden=_hidden_share(rounds),
         bound=round(median(r["standard"] / r["no_communication"] for r in rounds), 3),
     )
+
+
+def _hidden_share(rounds: Sequence[dict[str, float]]) -> float | None:
+    """Return the share of the communication that the ladder hides.
+
+    Rounds whose communication takes at most 2 % of a step do not count: their ratio is noise over
+    noise. The result is None if they are half of the rounds or more.
+    """
+    hidden = [
+        (r["standard"] - r["ladder"]) / cost
+        for r in rounds
+        if (cost := r["standard"] - r["no_communication"]) > 0.02 * r["standard"]
+    ]
+    return round(median(hidden), 3) if len(hidden) > len(rounds) // 2 else None

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -63,13 +63,7 @@ def measure(family: str) -> RealSize:
     """Import random weights of the published sizes, load them in a new process, and serve them."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = write_random(family, Path(folder))
-        loading = subprocess.run(
-            [sys.executable, "-m", "ladderstitch_loadtest.benchmarks.real_sizes", str(bundle)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        resident, load_s, *anchors = (float(word) for word in loading.stdout.split())
+        resident, load_s, *anchors = _load_in_new_process(bundle)
         config = VisionBundle.load(bundle).manifest.config
         with torch.device("meta"):
             model = config.build()
@@ -90,27 +84,24 @@ def measure(family: str) -> RealSize:
     )
 
 
+def _load_in_new_process(bundle: Path) -> list[float]:
+    """Return the figures of `print_load_cost`."""
+    loading = subprocess.run(
+        [sys.executable, "-m", "ladderstitch_loadtest.benchmarks.real_sizes", str(bundle)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [float(word) for word in loading.stdout.split()]
+
+
 def serve_bundle(bundle: Path, model: StitchedModel) -> tuple[float, tuple[str, ...]]:
     """Return the seconds until the server is ready, and a line for one request per budget.
 
     The warm-up runs every network at batch size 1. Random weights have no quality, so the quality
     is a placeholder that grows with the MACs.
     """
-    macs = {s.id: stitch_cost(model, s, 224).macs for s in model.stitches}
-    largest = max(macs.values())
-    placeholder = {s: Quality(value=n / largest, low=0.0, high=1.0) for s, n in macs.items()}
-    write_table(
-        bundle / "quality.json",
-        QualityTable(
-            metric="placeholder",
-            data="none",
-            n=1,
-            confidence=0.95,
-            date="",
-            versions={},
-            variants=placeholder,
-        ),
-    )
+    write_table(bundle / "quality.json", _placeholder_quality(model))
     (bundle.parent / "serve.yaml").write_text("max_batch_size: 1\n")
     started = time.perf_counter()
     flags = ("--no-ray", "--bundle", str(bundle), "--config", str(bundle.parent / "serve.yaml"))
@@ -122,6 +113,20 @@ def serve_bundle(bundle: Path, model: StitchedModel) -> tuple[float, tuple[str, 
             answer = client.predict(image, budget_s=budget_s)
             answers.append(f"{budget_s} s: {answer.variant_name} in {answer.total_s:.3f} s")
     return ready_s, tuple(answers)
+
+
+def _placeholder_quality(model: StitchedModel) -> QualityTable:
+    macs = {s.id: stitch_cost(model, s, 224).macs for s in model.stitches}
+    largest = max(macs.values())
+    return QualityTable(
+        metric="placeholder",
+        data="none",
+        n=1,
+        confidence=0.95,
+        date="",
+        versions={},
+        variants={s: Quality(value=n / largest, low=0.0, high=1.0) for s, n in macs.items()},
+    )
 
 
 def write_random(family: str, folder: Path) -> Path:
@@ -179,16 +184,21 @@ def executor_overhead() -> dict[str, object]:
     model.backbones()[1].load_state_dict(vit.state_dict())
     serving = StitchExecutor(model)
     images = torch.randn(1, 3, 224, 224)
-    ratios = []
     with torch.inference_mode():
         torch.testing.assert_close(serving(images, 1), straight_line(vit, images))
-        for number in range(PAIRS + 10):
-            calls = [lambda: serving(images, 1), lambda: straight_line(vit, images)]
-            order = (0, 1) if number % 2 else (1, 0)
-            seconds: Mapping[int, float] = {index: _seconds(calls[index]) for index in order}
-            if number >= 10:  # the first pairs are warm-up
-                ratios.append(seconds[0] / seconds[1])
-    return {"pairs": PAIRS, "median_ratio": round(statistics.median(ratios), 4)}
+        ratio = _median_ratio(lambda: serving(images, 1), lambda: straight_line(vit, images))
+    return {"pairs": PAIRS, "median_ratio": round(ratio, 4)}
+
+
+def _median_ratio(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> float:
+    """Return the median over `PAIRS` pairs of the first call's seconds over the second's."""
+    calls, ratios = (first, second), []
+    for number in range(PAIRS + 10):
+        order = (0, 1) if number % 2 else (1, 0)
+        seconds = {index: _seconds(calls[index]) for index in order}
+        if number >= 10:  # the first pairs are warm-up
+            ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios)
 
 
 def _seconds(call: Callable[[], Tensor]) -> float:

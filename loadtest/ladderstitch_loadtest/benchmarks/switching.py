@@ -15,6 +15,7 @@ from statistics import median
 import numpy as np
 
 from ladderstitch.client import AsyncClient
+from ladderstitch.v1 import inference_pb2 as pb
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +54,7 @@ async def measure(
     compute_s: dict[tuple[int, bool], list[float]] = defaultdict(list)
     async with AsyncClient(address) as client:
         model = await client.get_model()
-        inputs = model.preprocessing
-        image = np.zeros((1, inputs.channels, inputs.height, inputs.width), np.uint8)
-        last = model.frontier[0]
+        image, last = _make_image(model), model.frontier[0]
         await client.predict(image, variant=last)
         for _ in range(calls):
             variant = last if rng.random() < 0.5 else rng.choice(list(model.frontier))
@@ -64,6 +63,11 @@ async def measure(
             last = variant
             advance()
     return _compare(calls, compute_s)
+
+
+def _make_image(model: pb.GetModelResponse) -> np.ndarray:
+    inputs = model.preprocessing
+    return np.zeros((1, inputs.channels, inputs.height, inputs.width), np.uint8)
 
 
 def _compare(calls: int, compute_s: Mapping[tuple[int, bool], Sequence[float]]) -> SwitchingResult:

@@ -14,11 +14,11 @@ import numpy as np
 from ladderstitch.client import infer_request
 from ladderstitch.client.channel import RETRY_POLICY, retry_options
 from ladderstitch_loadtest.benchmarks.overhead import INFER, get_image_shape
-from ladderstitch_loadtest.load.open_loop import (
+from ladderstitch_loadtest.load.in_process import (
     PlannedRequest,
     RequestSample,
-    open_loop,
     poisson,
+    send_open_loop,
 )
 from ladderstitch_loadtest.load.traces import BudgetClass
 
@@ -93,7 +93,7 @@ async def kill_under_load(
         requests = await _draw_requests(callers, rate, seconds, seed)
         for channel in callers.channels:
             await channel.channel_ready()
-        load = asyncio.create_task(open_loop(callers.call, requests))
+        load = asyncio.create_task(send_open_loop(callers.call, requests))
         await asyncio.sleep(KILL_AT_SHARE * seconds)
         await asyncio.to_thread(kill)
         samples = await load

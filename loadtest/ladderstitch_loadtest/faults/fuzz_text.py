@@ -42,7 +42,7 @@ class TextCases:
         self._stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
         self._vocabulary = model.language.vocabulary_size
         self._context = model.language.max_model_len
-        self._paths = len(model.language.variants)
+        self._variants = len(model.language.variants)
         self._rng = random.Random(seed)
         self._makers: list[Callable[[], FuzzCase]] = [
             self._no_prompt,
@@ -163,8 +163,8 @@ class TextCases:
         return FuzzCase("quality", self._request(min_quality=value), expected)
 
     def _variant(self) -> FuzzCase:
-        value = self._rng.choice([-1, self._paths, 2**31 - 1])
-        return FuzzCase("unknown path", self._request(variant_id=value), NO_VARIANT)
+        value = self._rng.choice([-1, self._variants, 2**31 - 1])
+        return FuzzCase("unknown variant", self._request(variant_id=value), NO_VARIANT)
 
     def _name(self) -> FuzzCase:
         wrong = self._rng.choice([{"model_name": "x" * 5000}, {"model_version": "latest"}])

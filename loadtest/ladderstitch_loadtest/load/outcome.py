@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import isnan
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ladderstitch_loadtest.load.traces import Trace
 
@@ -62,6 +64,12 @@ class LoadOutcome:
         """The quality of answers within the budget, 0 for all other requests, [N]."""
         return np.where(self.met, self.quality, 0.0)
 
+    @property
+    def span_s(self) -> float:
+        """The time from the first arrival to the last one in seconds; 1 for a single request."""
+        arrivals = self.trace.arrivals_s
+        return float(arrivals[-1] - arrivals[0]) if len(arrivals) > 1 else 1.0
+
     def summary(self) -> Summary:
         """Return the figures over all requests and per budget class."""
         return Summary.of(self)
@@ -69,7 +77,10 @@ class LoadOutcome:
 
 @dataclass(frozen=True, slots=True)
 class ClassSummary:
-    """One budget class; `latency_ms` holds quantiles of each part, over answered requests."""
+    """One budget class; `latency_ms` holds quantiles of each part, over answered requests.
+
+    Shares are NaN if the class has no requests, and quantiles if none of them was answered.
+    """
 
     name: str
     budget_ms: float
@@ -96,17 +107,15 @@ class Summary:
     def of(cls, outcome: LoadOutcome) -> Summary:
         """Return the summary of an outcome."""
         met, value = outcome.met, outcome.value
-        arrivals, total = outcome.trace.arrivals_s, np.array(outcome.total_s)
-        answered = ~np.isnan(total)
+        answered = ~np.isnan(np.array(outcome.total_s))
         sizes = np.array(outcome.batch_size)[answered]
-        span = float(arrivals[-1] - arrivals[0]) if len(arrivals) > 1 else 1.0
         variants, counts = np.unique(np.array(outcome.variant)[answered], return_counts=True)
         return cls(
-            offered=len(total),
+            offered=len(answered),
             answered=int(answered.sum()),
             attainment=float(met.mean()),
             effective_quality=float(value.mean()),
-            goodput_rps=float(met.sum() / span),
+            goodput_rps=float(met.sum() / outcome.span_s),
             # A batch of n has n requests: weights of 1/n count each batch once.
             mean_batch=float(1 / np.mean(1 / sizes)) if len(sizes) else 0.0,
             variants=dict(zip(variants.tolist(), counts.tolist(), strict=True)),
@@ -125,20 +134,31 @@ def _class_summary(
 ) -> ClassSummary:
     budget_class, own = outcome.trace.classes[k], outcome.trace.picks == k
     parts = {"total": outcome.total_s, "queue": outcome.queue_s, "compute": outcome.compute_s}
-    count = int(own.sum())
     return ClassSummary(
         budget_class.name,
         round(1e3 * budget_class.budget_s, 4),
-        count,
-        float(met[own].mean()) if count else float("nan"),
-        float(value[own].mean()) if count else float("nan"),
-        {part: _quantiles_ms(np.array(column)[own]) for part, column in parts.items()},
+        int(own.sum()),
+        mean(met[own]),
+        mean(value[own]),
+        {part: quantiles_ms(np.array(column)[own]) for part, column in parts.items()},
     )
 
 
-def _quantiles_ms(seconds: NDArray[np.float64]) -> dict[str, float]:
-    answered = seconds[~np.isnan(seconds)]
+def mean(values: Sequence[float] | NDArray[np.float64] | NDArray[np.bool_]) -> float:
+    """Return the mean, or NaN if there are no values."""
+    return float(np.mean(values)) if len(values) else float("nan")
+
+
+def quantiles_ms(seconds: ArrayLike) -> dict[str, float]:
+    """Return the `QUANTILES` of seconds in milliseconds, without NaN; NaN if nothing remains."""
+    known = np.asarray(seconds, np.float64)
+    known = known[~np.isnan(known)]
     return {
-        name: round(1e3 * float(np.quantile(answered, q)), 4) if len(answered) else float("nan")
+        name: round(1e3 * float(np.quantile(known, q)), 4) if len(known) else float("nan")
         for name, q in QUANTILES.items()
     }
+
+
+def format_figure(value: float, form: str = ".2f", unit: str = "") -> str:
+    """Return a figure with its unit, or `-` if it is NaN because it was not measured."""
+    return "-" if isnan(value) else f"{value:{form}}{unit}"

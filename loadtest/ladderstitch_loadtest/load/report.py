@@ -13,8 +13,8 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
-from ladderstitch_loadtest.load.generator import LoadRun
-from ladderstitch_loadtest.load.outcome import QUANTILES, Summary
+from ladderstitch_loadtest.load.image_load import LoadRun
+from ladderstitch_loadtest.load.outcome import QUANTILES, Summary, format_figure
 
 BINS = 60
 TEMPLATE = """<!doctype html>
@@ -68,9 +68,8 @@ def write_report(
         "sent late, p99": f"{1e3 * run.lag_p99_s:.2f} ms",
         "statuses": json.dumps(run.statuses()),
     }
-    late_s = run.lag_p99_s if run.late else None
     plots = {"over time": _plot_timeline(run), "latency": _plot_latency(run)}
-    write_page(file, title, late_s, headline | dict(facts), _class_table(summary), plots)
+    write_page(file, title, run.late_s, headline | dict(facts), _class_table(summary), plots)
 
 
 def write_page(
@@ -100,9 +99,10 @@ def _class_table(summary: Summary) -> ReportTable:
     rows = []
     for one in summary.classes:
         for part, quantiles in one.latency_ms.items():
-            figures = [f"{quantiles[name]:.3f}" for name in QUANTILES]
-            share = [f"{100 * one.attainment:.2f} %", f"{100 * one.effective_quality:.2f} %"]
-            rows.append([f"{one.name}, {one.budget_ms:g} ms", *share, part, *figures])
+            figures = [format_figure(quantiles[name], ".3f") for name in QUANTILES]
+            shares = [one.attainment, one.effective_quality]
+            percents = [format_figure(100 * share, unit=" %") for share in shares]
+            rows.append([f"{one.name}, {one.budget_ms:g} ms", *percents, part, *figures])
     return ReportTable(
         ["budget class", "attainment", "effective quality", "ms of", *QUANTILES], rows
     )

@@ -20,12 +20,12 @@ from ladderstitch_loadtest.cli_options import (
 )
 from ladderstitch_loadtest.load.arrival_options import (
     ArrivalFile,
-    ArrivalProcess,
     Arrivals,
     Cv2,
     arrival_times,
 )
-from ladderstitch_loadtest.load.cli import report_late_generator
+from ladderstitch_loadtest.load.cli import exit_status
+from ladderstitch_loadtest.load.outcome import format_figure
 from ladderstitch_loadtest.load.prompts import (
     Lengths,
     StreamTrace,
@@ -34,7 +34,12 @@ from ladderstitch_loadtest.load.prompts import (
     fit_context,
 )
 from ladderstitch_loadtest.load.stream_report import write_stream_report
-from ladderstitch_loadtest.load.streams import StreamRun, StreamSummary, measure_streams
+from ladderstitch_loadtest.load.text_load import (
+    StreamClassSummary,
+    StreamRun,
+    StreamSummary,
+    measure_streams,
+)
 from ladderstitch_loadtest.load.text_targets import find_text_target
 from ladderstitch_loadtest.load.traces import read_lengths
 from ladderstitch_loadtest.servers.results_io import write
@@ -91,9 +96,8 @@ def stream(
     try:
         server = find_text_target(address, target, model)
         classes = [TokenClass.parse(text) for text in budget]
-        prompt, answer = _draw_lengths(
-            prompt_tokens, answer_tokens, arrivals, file, len(times), rng
-        )
+        recorded = file if arrivals == "replay" else None
+        prompt, answer = _draw_lengths(prompt_tokens, answer_tokens, recorded, len(times), rng)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     prompt, answer = fit_context(prompt, answer, server.max_model_len)
@@ -114,22 +118,21 @@ def stream(
         "answer tokens": _describe_lengths(answer),
     }
     _write_results(folder, f"Streams from {address}", done, summary, facts)
-    raise typer.Exit(_exit_status(done, summary, min_attainment, min_goodput))
+    minimums = {
+        "attainment": (min_attainment, summary.attainment),
+        "goodput": (min_goodput, summary.goodput_tokens_per_s),
+    }
+    raise typer.Exit(exit_status(done.late_s, minimums))
 
 
 def _draw_lengths(
-    prompt: str | None,
-    answer: str | None,
-    arrivals: ArrivalProcess,
-    file: Path | None,
-    count: int,
-    rng: np.random.Generator,
+    prompt: str | None, answer: str | None, file: Path | None, count: int, rng: np.random.Generator
 ) -> tuple[Lengths, Lengths]:
-    """Return prompt and answer lengths [count], from the options or the replayed file.
+    """Return prompt and answer lengths [count], from the options or the replayed `file`.
 
     Raises `ValueError` for an option or a file that cannot be read.
     """
-    if arrivals == "replay" and file is not None and None in (prompt, answer):
+    if file is not None and None in (prompt, answer):
         recorded = np.resize(np.maximum(read_lengths(file), 1), (count, 2))
         lengths = recorded[:, 0], recorded[:, 1]
     else:
@@ -158,6 +161,7 @@ def _write_results(
 
 
 def _summary_table(summary: StreamSummary) -> Table:
+    """Return a row for each budget class; `-` is a figure that was not measured."""
     table = Table(
         "budget class",
         "offered",
@@ -168,36 +172,23 @@ def _summary_table(summary: StreamSummary) -> Table:
         title=f"attainment {100 * summary.attainment:.2f} %, {summary.tokens_per_s:.1f} tokens/s, "
         f"{summary.goodput_tokens_per_s:.1f} of them on time",
         caption=", ".join(
-            f"{count} {name}" for name, count in (summary.statuses | summary.paths).items()
+            f"{count} {name}" for name, count in (summary.statuses | summary.variants).items()
         ),
     )
     for one in summary.classes:
-        parts = [
-            f"{one.latency_ms[part]['p50']:.1f}, {one.latency_ms[part]['p99']:.1f} ms"
-            for part in ("first token", "between tokens")
-        ]
-        table.add_row(
-            f"{one.name}, {one.first_token_ms:g} + {one.token_ms:g} ms",
-            str(one.offered),
-            f"{100 * one.attainment:.2f}",
-            f"{100 * one.effective_quality:.2f}",
-            *parts,
-        )
+        table.add_row(*_class_cells(one))
     return table
 
 
-def _exit_status(
-    done: StreamRun, summary: StreamSummary, min_attainment: float | None, min_goodput: float | None
-) -> int:
-    status = 0
-    for name, minimum, got in (
-        ("attainment", min_attainment, summary.attainment),
-        ("goodput", min_goodput, summary.goodput_tokens_per_s),
-    ):
-        if minimum is not None and got < minimum:
-            err.print(f"{name}: expected at least {minimum:g}, got {got:.4f}")
-            status = 1
-    if done.late:
-        report_late_generator(done.lag_p99_s)
-        status = 2
-    return status
+def _class_cells(one: StreamClassSummary) -> list[str]:
+    quantiles = [
+        ", ".join(format_figure(one.latency_ms[part][q], ".1f") for q in ("p50", "p99"))
+        for part in ("first token", "between tokens")
+    ]
+    return [
+        f"{one.name}, {one.first_token_ms:g} + {one.token_ms:g} ms",
+        str(one.offered),
+        format_figure(100 * one.attainment),
+        format_figure(100 * one.effective_quality),
+        *(f"{pair} ms" for pair in quantiles),
+    ]

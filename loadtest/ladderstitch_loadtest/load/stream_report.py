@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ladderstitch_loadtest.load.outcome import QUANTILES
+from ladderstitch_loadtest.load.outcome import QUANTILES, format_figure
 from ladderstitch_loadtest.load.report import ReportTable, plot_steps, write_page
-from ladderstitch_loadtest.load.streams import StreamRun, StreamSummary
+from ladderstitch_loadtest.load.text_load import StreamRun, StreamSummary
 
 BINS = 40
 
@@ -23,16 +23,15 @@ def write_stream_report(
     headline = {
         "offered": summary.offered,
         "attainment": f"{100 * summary.attainment:.2f} %",
-        "effective quality": f"{100 * summary.effective_quality:.2f} %",
+        "effective quality": format_figure(100 * summary.effective_quality, unit=" %"),
         "tokens": f"{summary.tokens_per_s:.1f} /s",
         "goodput": f"{summary.goodput_tokens_per_s:.1f} tokens/s",
         "sent late, p99": f"{1e3 * run.lag_p99_s:.2f} ms",
-        "paths": json.dumps(summary.paths),
+        "variants": json.dumps(summary.variants),
         "statuses": json.dumps(summary.statuses),
     }
-    late_s = run.lag_p99_s if run.late else None
     plots = {"over time": _plot_timeline(run), "latency": _plot_latency(run)}
-    write_page(file, title, late_s, headline | dict(facts), _class_table(summary), plots)
+    write_page(file, title, run.late_s, headline | dict(facts), _class_table(summary), plots)
 
 
 def _class_table(summary: StreamSummary) -> ReportTable:
@@ -41,8 +40,9 @@ def _class_table(summary: StreamSummary) -> ReportTable:
         name = f"{one.name}, {one.first_token_ms:g} + {one.token_ms:g} ms"
         shares = [one.attainment, one.server_attainment, one.effective_quality]
         for part, quantiles in one.latency_ms.items():
-            figures = [f"{quantiles[q]:.2f}" for q in QUANTILES]
-            rows.append([name, *(f"{100 * share:.2f} %" for share in shares), part, *figures])
+            percents = [format_figure(100 * share, unit=" %") for share in shares]
+            figures = [format_figure(quantiles[q]) for q in QUANTILES]
+            rows.append([name, *percents, part, *figures])
     head = ["budget class", "attainment", "counted by the server", "effective quality", "ms of"]
     return ReportTable([*head, *QUANTILES], rows)
 

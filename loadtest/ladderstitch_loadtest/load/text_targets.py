@@ -11,8 +11,10 @@ import numpy as np
 
 from ladderstitch.client.messages import generate_request
 from ladderstitch.oip import grpc_service_pb2 as oip
+from ladderstitch.oip.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from ladderstitch.v1 import generation_pb2
 from ladderstitch.v1 import inference_pb2 as pb
+from ladderstitch.v1.generation_pb2_grpc import GenerationServiceStub
 from ladderstitch_loadtest.load.prompts import TokenClass
 from ladderstitch_loadtest.load.targets import TIMEOUT_S, TargetKind
 
@@ -25,12 +27,12 @@ WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life"
 class ServerReport:
     """What a server reports with the last chunk of a stream; None where it reports nothing.
 
-    `met` is whether the server counts both budgets as met. `quality` is that of the path.
+    `met` is whether the server counts both budgets as met. `quality` is that of the variant.
     """
 
     queue_s: float | None = None
     met: bool | None = None
-    path: str = ""
+    variant: str = ""
     quality: float | None = None
 
 
@@ -83,12 +85,8 @@ class NativeTextTarget:
             first_token_budget_s=budgets.first_s,
             token_budget_s=budgets.per_token_s,
         )
-        call = channel.unary_stream(
-            "/ladderstitch.v1.GenerationService/Generate",
-            request_serializer=generation_pb2.GenerateRequest.SerializeToString,
-            response_deserializer=generation_pb2.GenerateResponse.FromString,
-        )
-        async for chunk in call(request):
+        stub: Any = GenerationServiceStub(channel)
+        async for chunk in stub.Generate(request):
             yield _server_report(chunk.accounting) if chunk.finish_reason else None
 
 
@@ -97,7 +95,7 @@ def _server_report(accounting: generation_pb2.GenerationAccounting) -> ServerRep
     return ServerReport(
         queue_s=accounting.queue_us / 1e6,
         met=accounting.first_token_budget_met and (single or accounting.token_budget_met),
-        path=accounting.variant_name,
+        variant=accounting.variant_name,
         quality=accounting.quality if accounting.HasField("quality") else None,
     )
 
@@ -126,16 +124,8 @@ class OipTextTarget:
         tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
         tensor.contents.bytes_contents.append(words.encode())
         request.parameters["max_tokens"].int64_param = answer_tokens
-
-        async def requests() -> AsyncIterator[oip.ModelInferRequest]:
-            yield request
-
-        call: Any = channel.stream_stream(
-            "/inference.GRPCInferenceService/ModelStreamInfer",
-            request_serializer=oip.ModelInferRequest.SerializeToString,
-            response_deserializer=oip.ModelStreamInferResponse.FromString,
-        )(requests())
-        async for chunk in call:
+        stub: Any = GRPCInferenceServiceStub(channel)
+        async for chunk in stub.ModelStreamInfer(iter([request])):
             if chunk.error_message:
                 raise StreamError(chunk.error_message)
             final = chunk.infer_response.parameters["triton_final_response"].bool_param

@@ -67,20 +67,23 @@ def ladderstitch_server(*flags: str) -> Iterator[StartedServer]:
     process = subprocess.Popen(
         command + list(flags), stdout=subprocess.PIPE, text=True, env=environment
     )
-    assert process.stdout is not None
     try:
-        line = ""
-        while not (ready := READY.search(line)):
-            line = process.stdout.readline()
-            if not line:
-                raise StartError(f"`{' '.join(command)}` ended with status {process.wait()}")
-        yield StartedServer(ready[1], ready[2], process.pid, line.strip())
+        yield _wait_until_ready(process)
     finally:
         process.send_signal(signal.SIGINT)
         status = process.wait(timeout=STOP_TIMEOUT_S)
+        assert process.stdout is not None
         process.stdout.close()
     if status:
         raise StartError(f"the server stopped with status {status}")
+
+
+def _wait_until_ready(process: subprocess.Popen[str]) -> StartedServer:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if ready := READY.search(line):
+            return StartedServer(ready[1], ready[2], process.pid, line.strip())
+    raise StartError(f"`ladderstitch serve` ended with status {process.wait()}")
 
 
 @contextmanager

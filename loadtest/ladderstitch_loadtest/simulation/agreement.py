@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import TypeVar
 
 import numpy as np
 
 from ladderstitch.client import AsyncClient
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile
-from ladderstitch_loadtest.benchmarks.mixed import set_policy
+from ladderstitch_loadtest.benchmarks.mixed import rotate, set_policy
 from ladderstitch_loadtest.load import traces
-from ladderstitch_loadtest.load.generator import LoadRun, measure
+from ladderstitch_loadtest.load.image_load import LoadRun, measure
 from ladderstitch_loadtest.load.targets import Target
 from ladderstitch_loadtest.load.traces import BudgetClass, Times, Trace
 from ladderstitch_loadtest.simulation.policy_sweep import policy_settings
@@ -23,7 +22,6 @@ from ladderstitch_loadtest.simulation.simulator import Machine, simulate
 MIXED = (BudgetClass("tight", 0.008, 0.3), BudgetClass("relaxed", 0.04, 0.7))
 SHARED = (BudgetClass("shared", 0.02),)
 CALIBRATION_SEED = 999
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,20 +112,15 @@ async def compare_with_simulator(
     a run on arrivals of its own calibrates the simulator's machine. `advance` is called with what
     runs next.
     """
+    runs: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     async with AsyncClient(address) as client:
         await set_policy(client, "adaptive")
         advance("calibrating")
-        before = measure(
-            address, target, draw_traces(rate, seconds, CALIBRATION_SEED)[1], cpus=cpus
-        )
-        machine_family, machine = calibrate(family, before)
-        slowdown = machine_family.profile.alone_s(0) / family.profile.alone_s(0)
-        overhead_ms = round(1e3 * machine.dispatch_overhead_s, 3)
-        found = Agreement(rate, rounds, seconds, round(slowdown, 3), overhead_ms)
-        runs: dict[tuple[str, str], list[tuple[float, float, float, float, float]]] = {}
+        trace = draw_traces(rate, seconds, CALIBRATION_SEED)[1]
+        machine_family, machine = calibrate(family, measure(address, target, trace, cpus=cpus))
         for seed in range(rounds):
             for trace in draw_traces(rate, seconds, seed):
-                for policy in _rotate(policies, seed):
+                for policy in rotate(policies, seed):
                     advance(f"{trace.name}, {policy}")
                     await set_policy(client, policy)
                     real = measure(address, target, trace, cpus=cpus)
@@ -135,10 +128,15 @@ async def compare_with_simulator(
                     figures = _pair_figures(real, simulated)
                     runs.setdefault((trace.name, policy), []).append(figures)
         await set_policy(client, "adaptive")
-    for (name, policy), results in runs.items():
-        medians = [round(median(column), 5) for column in zip(*results, strict=True)]
-        found.pairs.append(AgreementPair(name, policy, *medians))
-    return found
+    slowdown = machine_family.profile.alone_s(0) / family.profile.alone_s(0)
+    overhead_ms = round(1e3 * machine.dispatch_overhead_s, 3)
+    pairs = [_median_pair(*key, results) for key, results in runs.items()]
+    return Agreement(rate, rounds, seconds, round(slowdown, 3), overhead_ms, pairs)
+
+
+def _median_pair(trace: str, policy: str, results: list[tuple[float, ...]]) -> AgreementPair:
+    medians = [round(median(column), 5) for column in zip(*results, strict=True)]
+    return AgreementPair(trace, policy, *medians)
 
 
 def calibrate(family: Family, run: LoadRun) -> tuple[Family, Machine]:
@@ -189,9 +187,7 @@ def _simulate(
     return summary.attainment, summary.effective_quality
 
 
-def _pair_figures(
-    real: LoadRun, simulated: tuple[float, float]
-) -> tuple[float, float, float, float, float]:
+def _pair_figures(real: LoadRun, simulated: tuple[float, float]) -> tuple[float, ...]:
     """Return the figures of an `AgreementPair` in its order."""
     summary = real.outcome.summary()
     return (
@@ -201,8 +197,3 @@ def _pair_figures(
         simulated[1],
         1e3 * real.lag_p99_s,
     )
-
-
-def _rotate(names: Sequence[T], turn: int) -> list[T]:
-    cut = turn % len(names)
-    return [*names[cut:], *names[:cut]]

@@ -1,7 +1,8 @@
-"""Commands `compare`, `decisions` and `replay`: policy sweep, decision times, replay of records."""
+"""Commands `compare`, `agree`, `decisions` and `replay` around the simulator."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,14 +14,25 @@ from rich.table import Table
 from ladderstitch.bundles import find_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.vision.bundle import VisionBundle
-from ladderstitch_loadtest.cli_options import OutFolder, Seed
+from ladderstitch_loadtest.cli_options import (
+    Cpu,
+    OutFolder,
+    Policies,
+    Rounds,
+    Seed,
+    embedded_server,
+)
+from ladderstitch_loadtest.load.targets import find_target
 from ladderstitch_loadtest.servers.results_io import write
+from ladderstitch_loadtest.simulation import agreement as agreements
 from ladderstitch_loadtest.simulation import decisions as decision_times
 from ladderstitch_loadtest.simulation import plots, policy_sweep, scenarios
 from ladderstitch_loadtest.simulation import replay as replays
 from ladderstitch_loadtest.simulation.comparison_table import column_names, format_page, row_cells
 from ladderstitch_loadtest.simulation.profiles import Family, supernet
 
+EMBEDDED = "fashion-mnist"
+"""The family of the embedded bundle."""
 Grid = Literal["full", "short"]
 Families = Annotated[
     list[str],
@@ -81,6 +93,48 @@ def compare(
         write(folder, name, {"comparisons": [comparison.to_dict() for comparison in found]})
         (folder / f"{name}.md").write_text(format_page(found), encoding="utf-8")
         plots.plot_comparisons(found, folder / f"{name}.png")
+
+
+def agree(
+    rate: Annotated[float, typer.Option(help="Mean requests/s.")] = 250.0,
+    seconds: Annotated[float, typer.Option(help="Length of each run.")] = 3.0,
+    rounds: Rounds = 5,
+    policy: Policies = ["adaptive", "slackfit"],  # noqa: B006 # typer reads it only
+    cpu: Cpu = None,
+    folder: OutFolder = None,
+) -> None:
+    """Validate the simulator against a server of the embedded model: policies on five traces."""
+    family = _find_family(EMBEDDED)
+    with embedded_server(cpu) as server, err.status("starting") as status:
+        found = asyncio.run(
+            agreements.compare_with_simulator(
+                server.address,
+                find_target(server.address, "ladderstitch", "", hard=True),
+                family,
+                policies=policy,
+                rate=rate,
+                seconds=seconds,
+                rounds=rounds,
+                cpus=None if cpu is None else [cpu],
+                advance=status.update,
+            )
+        )
+    out.print(_agreement_table(found))
+    write(folder, "agreement", found.to_dict())
+
+
+def _agreement_table(found: agreements.Agreement) -> Table:
+    table = Table("trace", "policy", "attainment", "simulated", "effective quality", "simulated")
+    for pair in found.pairs:
+        table.add_row(
+            pair.trace,
+            pair.policy,
+            f"{100 * pair.attainment:.2f}",
+            f"{100 * pair.simulated_attainment:.2f} ({pair.attainment_error:+.2f})",
+            f"{100 * pair.effective_quality:.2f}",
+            f"{100 * pair.simulated_quality:.2f} ({pair.quality_error:+.2f})",
+        )
+    return table
 
 
 def decisions(

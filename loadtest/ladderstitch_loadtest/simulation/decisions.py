@@ -49,14 +49,7 @@ def measure(family: Family, policy: str, decisions: int, seed: int) -> list[Deci
     for length in QUEUE_LENGTHS:
         rng = Random(seed)
         planner = Planner(family.quality, family.profile, policy_settings(policy))
-        now = 0.0
-        for _ in range(HISTORY_REQUESTS):
-            now += rng.expovariate(RATE)
-            request = _make_request(now, rng.choice(BUDGETS_S))
-            planner.add(request)
-            planner.queue.remove(request)
-        for _ in range(length):
-            planner.queue.add(_make_request(now, rng.uniform(0.002, 0.1 + length / RATE)))
+        now = _fill_planner(planner, length, rng)
         instants = [now + rng.uniform(-0.001, 0.002) for _ in range(decisions)]
         seconds = [min(_time_decision(planner, at) for _ in range(REPEATS)) for at in instants]
         p50, p99 = np.quantile(seconds, [0.5, 0.99]).tolist()
@@ -64,6 +57,19 @@ def measure(family: Family, policy: str, decisions: int, seed: int) -> list[Deci
             DecisionTimes(family.name, policy, length, round(1e6 * p50, 1), round(1e6 * p99, 1))
         )
     return times
+
+
+def _fill_planner(planner: Planner, length: int, rng: Random) -> float:
+    """Give a planner its history and a queue of `length` requests; return the time afterwards."""
+    now = 0.0
+    for _ in range(HISTORY_REQUESTS):
+        now += rng.expovariate(RATE)
+        request = _make_request(now, rng.choice(BUDGETS_S))
+        planner.add(request)
+        planner.queue.remove(request)
+    for _ in range(length):
+        planner.queue.add(_make_request(now, rng.uniform(0.002, 0.1 + length / RATE)))
+    return now
 
 
 def _time_decision(planner: Planner, at: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
@@ -104,19 +104,24 @@ def sweep_policies(
     each comparison.
     """
     with ProcessPoolExecutor(workers) as pool:
-        waiting = []
-        for family, scenario in pairs:
-            names = _contenders(family, scenario)
-            runs = [
-                SweepRun(family, scenario, name, seed) for name in names for seed in range(seeds)
-            ]
-            futures = [pool.submit(run) for run in runs]
-            waiting.append((family, scenario, names, futures))
-        for family, scenario, names, futures in waiting:
-            results = [future.result() for future in futures]
-            advance(len(results))
-            by_name = {n: results[i * seeds : (i + 1) * seeds] for i, n in enumerate(names)}
-            yield _compare(family, scenario, by_name)
+        waiting = [
+            (family, scenario, _submit_runs(pool, family, scenario, seeds))
+            for family, scenario in pairs
+        ]
+        for family, scenario, futures in waiting:
+            results = {name: [run.result() for run in runs] for name, runs in futures.items()}
+            advance(seeds * len(results))
+            yield _compare(family, scenario, results)
+
+
+def _submit_runs(
+    pool: ProcessPoolExecutor, family: Family, scenario: Scenario, seeds: int
+) -> dict[str, list[Future[RunResult]]]:
+    """Return the runs of each contender, one for each seed."""
+    return {
+        name: [pool.submit(SweepRun(family, scenario, name, seed)) for seed in range(seeds)]
+        for name in _contenders(family, scenario)
+    }
 
 
 def count_runs(family: Family, scenario: Scenario, seeds: int) -> int:

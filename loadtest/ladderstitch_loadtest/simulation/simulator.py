@@ -87,20 +87,25 @@ class Simulation:
             soft = at + budget
             deadlines = Deadlines(soft, soft if hard else inf, "trace", "trace")
             request = Request("", ONE_IMAGE, at, deadlines)
-            number = self._route(request, at)
-            replica = self.replicas[number]
-            idle = not replica.running
-            try:
-                replica.planner.admit(request, at, alone=idle and not replica.planner.queue)
-            except RequestError:
-                continue
-            replica.tickets[request] = replica.load.on_sent(soft)
-            index[request] = i
-            replica.planner.add(request)
-            if idle:
-                self._dispatch(number, at)
+            if self._submit(request, at):
+                index[request] = i
         self._advance(inf, outcome, index)
         return outcome
+
+    def _submit(self, request: Request, now: float) -> bool:
+        """Send a request to a replica, and return whether the replica admits it."""
+        number = self._route(request, now)
+        replica = self.replicas[number]
+        idle = not replica.running
+        try:
+            replica.planner.admit(request, now, alone=idle and not replica.planner.queue)
+        except RequestError:
+            return False
+        replica.tickets[request] = replica.load.on_sent(request.deadlines.soft)
+        replica.planner.add(request)
+        if idle:
+            self._dispatch(number, now)
+        return True
 
     def _route(self, request: Request, now: float) -> int:
         """Return the replica with the most slack for a request, by the gateway's own rule.

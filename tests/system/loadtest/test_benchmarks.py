@@ -15,7 +15,7 @@ from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.telemetry.model_metrics import VisionMetrics
 from ladderstitch_loadtest.benchmarks import memory, mixed, overhead, switching
 from ladderstitch_loadtest.cli import app
-from ladderstitch_loadtest.load.open_loop import poisson
+from ladderstitch_loadtest.load.in_process import poisson
 from ladderstitch_loadtest.servers.processes import echo_server, histogram_quantile
 from tests.support.servers import RunningServer
 

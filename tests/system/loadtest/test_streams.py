@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from ladderstitch_loadtest.cli import app
 from ladderstitch_loadtest.load.prompts import StreamTrace, TokenClass, draw_lengths, fit_context
-from ladderstitch_loadtest.load.streams import StreamResult, StreamRun, measure_streams
 from ladderstitch_loadtest.load.targets import TargetKind
+from ladderstitch_loadtest.load.text_load import StreamResult, StreamRun, measure_streams
 from ladderstitch_loadtest.load.text_targets import ServerReport, find_text_target
 from ladderstitch_loadtest.load.traces import poisson
 from ladderstitch_loadtest.servers.tiny_language import write_tiny
@@ -51,7 +51,7 @@ def test_measure_streams_two_processes_reads_every_stream(
     assert summary.attainment == 1.0
     assert [one.offered for one in summary.classes] == np.bincount(trace.picks).tolist()
     if kind == "ladderstitch":
-        assert summary.paths == {"standard": len(trace)}
+        assert summary.variants == {"standard": len(trace)}
         assert {one.server_attainment for one in summary.classes} == {1.0}
 
 
@@ -116,8 +116,8 @@ def test_stream_malformed_budget_exits_with_2(text_server: RunningServer, text: 
 def test_attainment_requires_both_budgets_and_a_complete_stream() -> None:
     """Five streams: on time, first token late, slow, cut off, rejected."""
     budgets = TokenClass("a", first_s=1.0, per_token_s=0.1)
-    ladder = ServerReport(met=True, path="ladder", quality=0.8)
-    standard = ServerReport(met=False, path="standard", quality=0.9)
+    ladder = ServerReport(met=True, variant="ladder", quality=0.8)
+    standard = ServerReport(met=False, variant="standard", quality=0.9)
     results = [
         StreamResult("OK", 0.0, 0.9, 1.3, 5, ladder),
         StreamResult("OK", 0.0, 1.1, 1.5, 5, ladder),

@@ -1,4 +1,4 @@
-"""Worker processes of the load generator: they start together and send when requests are due.
+"""Worker processes that send the load of `image_load` and `text_load`, and start together.
 
 Each worker receives its share of the load pickled, connects to the server, reports that it is
 ready, receives the start time, and returns the result of each of its requests.
@@ -14,15 +14,16 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
+T = TypeVar("T")
 START_DELAY_S = 0.5
 """Time between the last worker's report and the first request."""
 SPIN_S = 0.0012
-"""The event loop sleeps in whole milliseconds; the rest of a wait is spent turning it."""
+"""Time that a worker spins before each request is due, as in `pacing.due_times`."""
 CONNECT_TIMEOUT_S = 30.0
 READY = b"ready\n"
 
@@ -62,8 +63,14 @@ def run_workers(loads: Sequence[WorkerLoad]) -> list[list[Any]]:
             worker.communicate()
 
 
+def merge_in_turn(parts: Sequence[list[T]]) -> list[T]:
+    """Return the results of a load that was dealt to workers in turn, in its own order."""
+    count = sum(len(part) for part in parts)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
+
+
 def _start_worker(load: WorkerLoad) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "ladderstitch_loadtest.load.sending"]
+    command = [sys.executable, "-m", "ladderstitch_loadtest.load.workers"]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     _write(worker, pickle.dumps(load))
     return worker
@@ -86,15 +93,6 @@ async def wait_until_connected(channel: grpc.aio.Channel) -> None:
     await asyncio.wait_for(channel.channel_ready(), CONNECT_TIMEOUT_S)
 
 
-async def due_times(start: float, offsets_s: Iterable[float]) -> AsyncIterator[float]:
-    """Yield `start` plus each offset, each as soon as that time has come."""
-    for offset in offsets_s:
-        due = start + offset
-        while (delay := due - time.monotonic()) > 0:  # noqa: ASYNC110 # time is the event
-            await asyncio.sleep(max(0.0, delay - SPIN_S))
-        yield due
-
-
 def main() -> None:
     """Run a worker: read its load from standard input, write the results to standard output."""
     load: WorkerLoad = pickle.load(sys.stdin.buffer)
@@ -114,4 +112,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     # The module runs under its importable name, so that the parent can read what is pickled here.
-    importlib.import_module("ladderstitch_loadtest.load.sending").main()
+    importlib.import_module("ladderstitch_loadtest.load.workers").main()

@@ -1,14 +1,12 @@
-"""Open-loop load of images from several processes: each request is sent when it is due.
+"""Image load from several worker processes, and the outcome of every request.
 
-Latency counts from the time at which a request was due, so a stall of the generator shows in the
-figures instead of hiding in them (coordinated omission). A run reports whether the generator was
-the bottleneck.
+Any server of a `Target` can be loaded, at rates that one process could not send. A run reports
+whether the generator was the bottleneck.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,20 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ladderstitch_loadtest.load.outcome import LoadOutcome
-from ladderstitch_loadtest.load.sending import (
+from ladderstitch_loadtest.load.pacing import TimedReply, due_times, send_timed
+from ladderstitch_loadtest.load.targets import Target, TargetReply
+from ladderstitch_loadtest.load.traces import Trace
+from ladderstitch_loadtest.load.workers import (
+    SPIN_S,
     WaitForStart,
-    due_times,
+    merge_in_turn,
     run_workers,
     wait_until_connected,
 )
-from ladderstitch_loadtest.load.targets import Target, TargetReply
-from ladderstitch_loadtest.load.traces import Trace
 
 MAX_LAG_SHARE = 0.1
 """Lag of the generator at p99, as a share of the shortest budget, above which a run is late."""
 
-RequestResult = tuple[str, float, float, TargetReply | None]
-"""Status, seconds from due to reply, seconds that it was sent late, and the server's reply."""
+RequestResult = TimedReply[TargetReply]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +52,10 @@ class ImageLoad:
         async with grpc.aio.insecure_channel(self.address) as channel:
             await wait_until_connected(channel)
             call = channel.unary_unary(self.target.method)
-
-            async def send_one(due: float, message: bytes) -> RequestResult:
-                lag = time.monotonic() - due
-                try:
-                    reply = await call(message)
-                except grpc.aio.AioRpcError as error:
-                    return error.code().name, time.monotonic() - due, lag, None
-                took = time.monotonic() - due
-                return "OK", took, lag, self.target.parse(reply)
-
             messages = (self.messages[pick] for pick in self.picks)
             tasks = [
-                asyncio.create_task(send_one(due, next(messages)))
-                async for due in due_times(wait_for_start(), self.due_s)
+                asyncio.create_task(send_timed(call, next(messages), due, self.target.parse))
+                async for due in due_times(wait_for_start(), self.due_s, spin_s=SPIN_S)
             ]
             return await asyncio.gather(*tasks)
 
@@ -88,6 +77,11 @@ class LoadRun:
         """Whether the generator was the bottleneck."""
         shortest_s = min(one.budget_s for one in self.outcome.trace.classes)
         return self.lag_p99_s > MAX_LAG_SHARE * shortest_s
+
+    @property
+    def late_s(self) -> float | None:
+        """The lag at p99 in seconds if the generator was the bottleneck; None if it was not."""
+        return self.lag_p99_s if self.late else None
 
     @property
     def lag_p99_s(self) -> float:
@@ -118,20 +112,19 @@ def measure(
         due_s, picks = trace.arrivals_s[k::processes].tolist(), trace.picks[k::processes].tolist()
         cpu = None if cpus is None else cpus[k % len(cpus)]
         loads.append(ImageLoad(address, target, messages, due_s, picks, cpu))
-    results: list[RequestResult | None] = [None] * len(trace)
-    for k, part in enumerate(run_workers(loads)):
-        results[k::processes] = part
-    return _combine(trace, [result for result in results if result is not None])
+    return _combine(trace, merge_in_turn(run_workers(loads)))
 
 
 def _combine(trace: Trace, results: list[RequestResult]) -> LoadRun:
     outcome = LoadOutcome.unanswered(trace)
-    for i, (_, client_s, _, reply) in enumerate(results):
+    for i, result in enumerate(results):
+        reply = result.reply
         if reply is None:
             continue
-        outcome.total_s[i] = client_s if np.isnan(reply.total_s) else reply.total_s
+        outcome.total_s[i] = result.took_s if np.isnan(reply.total_s) else reply.total_s
         outcome.queue_s[i], outcome.compute_s[i] = reply.queue_s, reply.compute_s
         outcome.variant[i], outcome.quality[i] = reply.variant, reply.quality
         outcome.batch_size[i] = reply.batch_size
-    columns = [np.array([result[k] for result in results], np.float64) for k in (1, 2)]
-    return LoadRun(outcome, tuple(result[0] for result in results), columns[0], columns[1])
+    client_s = np.array([result.took_s for result in results], np.float64)
+    lag_s = np.array([result.lag_s for result in results], np.float64)
+    return LoadRun(outcome, tuple(result.code for result in results), client_s, lag_s)

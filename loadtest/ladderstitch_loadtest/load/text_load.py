@@ -1,6 +1,6 @@
-"""Open-loop load of text streams from several processes, and the result of each stream.
+"""Load of text streams from several worker processes, and the result of each stream.
 
-Time to the first token counts from when the request was due, not from when it was sent.
+`image_load` does the same for images, which have one budget and one answer each.
 """
 
 from __future__ import annotations
@@ -8,23 +8,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 
 import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from ladderstitch_loadtest.load.generator import MAX_LAG_SHARE
-from ladderstitch_loadtest.load.outcome import QUANTILES
+from ladderstitch_loadtest.load.image_load import MAX_LAG_SHARE
+from ladderstitch_loadtest.load.outcome import mean, quantiles_ms
+from ladderstitch_loadtest.load.pacing import due_times
 from ladderstitch_loadtest.load.prompts import StreamTrace, TokenClass
-from ladderstitch_loadtest.load.sending import (
+from ladderstitch_loadtest.load.text_targets import ServerReport, StreamError, TextTarget
+from ladderstitch_loadtest.load.workers import (
+    SPIN_S,
     WaitForStart,
-    due_times,
+    merge_in_turn,
     run_workers,
     wait_until_connected,
 )
-from ladderstitch_loadtest.load.text_targets import ServerReport, StreamError, TextTarget
 
 
 @dataclass(slots=True)
@@ -70,25 +72,19 @@ class StreamLoad:
         async with grpc.aio.insecure_channel(self.address) as channel:
             await wait_until_connected(channel)
             numbers = iter(range(len(self.trace)))
+            times = self.trace.arrivals_s.tolist()
             tasks = [
                 asyncio.create_task(self._read_stream(channel, next(numbers), due))
-                async for due in due_times(wait_for_start(), self.trace.arrivals_s.tolist())
+                async for due in due_times(wait_for_start(), times, spin_s=SPIN_S)
             ]
             return await asyncio.gather(*tasks)
 
     async def _read_stream(
         self, channel: grpc.aio.Channel, number: int, due: float
     ) -> StreamResult:
-        trace, result = self.trace, StreamResult(lag_s=time.monotonic() - due)
-        chunks = self.target.generate(
-            channel,
-            int(trace.prompt_tokens[number]),
-            int(trace.answer_tokens[number]),
-            trace.classes[trace.picks[number]],
-            seed=self.seed + number,
-        )
+        result = StreamResult(lag_s=time.monotonic() - due)
         try:
-            async for report in chunks:
+            async for report in self._start_stream(channel, number):
                 result.total_s = time.monotonic() - due
                 if not result.tokens:
                     result.first_s = result.total_s
@@ -100,14 +96,26 @@ class StreamLoad:
             result.code = "ERROR"
         return result
 
+    def _start_stream(
+        self, channel: grpc.aio.Channel, number: int
+    ) -> AsyncIterator[ServerReport | None]:
+        trace = self.trace
+        return self.target.generate(
+            channel,
+            int(trace.prompt_tokens[number]),
+            int(trace.answer_tokens[number]),
+            trace.classes[trace.picks[number]],
+            seed=self.seed + number,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class StreamClassSummary:
     """One budget class; `latency_ms` holds quantiles over streams that brought a token.
 
-    `attainment` is what callers saw, `server_attainment` what the server counted (NaN if it reports
-    nothing). `effective_quality` is the mean quality of the paths, where a path without a reported
-    quality counts 1 and a stream that missed a budget counts 0.
+    `attainment` is what callers saw, `server_attainment` what the server counted.
+    `effective_quality` is the mean quality of the variants, where a stream that missed a budget
+    counts 0. A figure is NaN if the server does not report it, or if the class has no streams.
     """
 
     name: str
@@ -124,7 +132,8 @@ class StreamClassSummary:
 class StreamSummary:
     """Figures of a run; shares are of offered streams.
 
-    Goodput counts the tokens of streams that met their budgets.
+    Goodput counts the tokens of streams that met their budgets. `effective_quality` is NaN if the
+    quality of a variant is not known.
     """
 
     offered: int
@@ -132,7 +141,7 @@ class StreamSummary:
     effective_quality: float
     tokens_per_s: float
     goodput_tokens_per_s: float
-    paths: dict[str, int]
+    variants: dict[str, int]
     statuses: dict[str, int]
     classes: list[StreamClassSummary]
 
@@ -147,6 +156,11 @@ class StreamRun:
 
     trace: StreamTrace
     results: list[StreamResult]
+
+    @property
+    def late_s(self) -> float | None:
+        """The lag at p99 in seconds if the generator was the bottleneck; None if it was not."""
+        return self.lag_p99_s if self.late else None
 
     @property
     def lag_p99_s(self) -> float:
@@ -166,9 +180,9 @@ class StreamRun:
 
     @property
     def value(self) -> NDArray[np.float64]:
-        """The quality of each stream that met its budgets, 1 if not reported; 0 otherwise, [N]."""
-        reported = [result.report.quality for result in self.results]
-        return np.where(self.met, [1.0 if q is None else q for q in reported], 0.0)
+        """The quality of streams that met their budgets, NaN if not reported; 0 for others, [N]."""
+        reported = np.array([result.report.quality for result in self.results], np.float64)
+        return np.where(self.met, reported, 0.0)
 
     @property
     def seconds(self) -> float:
@@ -180,14 +194,14 @@ class StreamRun:
         """Return the figures over all streams and per budget class."""
         met, tokens = self.met, np.array([result.tokens for result in self.results])
         seconds = max(self.seconds, 1e-9)
-        paths = [result.report.path for result in self.results]
+        variants = [result.report.variant for result in self.results]
         return StreamSummary(
             offered=len(self.results),
             attainment=float(met.mean()),
             effective_quality=float(self.value.mean()),
             tokens_per_s=float(tokens.sum() / seconds),
             goodput_tokens_per_s=float(tokens[met].sum() / seconds),
-            paths=dict(Counter(path for path in paths if path)),
+            variants=dict(Counter(variant for variant in variants if variant)),
             statuses=dict(Counter(result.code for result in self.results)),
             classes=[self._class_summary(k) for k in range(len(self.trace.classes))],
         )
@@ -195,34 +209,26 @@ class StreamRun:
     def _class_summary(self, k: int) -> StreamClassSummary:
         budgets, own = self.trace.classes[k], self.trace.picks == k
         results = [result for result, mine in zip(self.results, own, strict=True) if mine]
-        began = [result for result in results if result.tokens]
         return StreamClassSummary(
             name=budgets.name,
             first_token_ms=1e3 * budgets.first_s,
             token_ms=1e3 * budgets.per_token_s,
             offered=len(results),
-            attainment=_mean(self.met[own]),
-            server_attainment=_mean([r.report.met for r in results if r.report.met is not None]),
-            effective_quality=_mean(self.value[own]),
-            latency_ms={
-                "first token": _quantiles_ms([r.first_s for r in began]),
-                "between tokens": _quantiles_ms([r.gap_s for r in began]),
-                "whole answer": _quantiles_ms([r.total_s for r in began]),
-                "queue": _quantiles_ms(
-                    [r.report.queue_s for r in began if r.report.queue_s is not None]
-                ),
-            },
+            attainment=mean(self.met[own]),
+            server_attainment=mean([r.report.met for r in results if r.report.met is not None]),
+            effective_quality=mean(self.value[own]),
+            latency_ms=_latency_ms([result for result in results if result.tokens]),
         )
 
 
-def _mean(values: Sequence[float] | NDArray[np.float64] | NDArray[np.bool_]) -> float:
-    return float(np.mean(values)) if len(values) else float("nan")
-
-
-def _quantiles_ms(seconds: Sequence[float]) -> dict[str, float]:
+def _latency_ms(began: list[StreamResult]) -> dict[str, dict[str, float]]:
+    """Return the quantiles of each part of the streams that brought a token."""
+    queued_s = [r.report.queue_s for r in began if r.report.queue_s is not None]
     return {
-        name: round(1e3 * float(np.quantile(seconds, q)), 3) if seconds else float("nan")
-        for name, q in QUANTILES.items()
+        "first token": quantiles_ms([r.first_s for r in began]),
+        "between tokens": quantiles_ms([r.gap_s for r in began]),
+        "whole answer": quantiles_ms([r.total_s for r in began]),
+        "queue": quantiles_ms(queued_s),
     }
 
 
@@ -237,7 +243,4 @@ def measure_streams(
         StreamLoad(address, target, trace.split(processes, k), seed * 1_000_003 + k * 100_003)
         for k in range(processes)
     ]
-    results: list[StreamResult] = [StreamResult()] * len(trace)
-    for k, part in enumerate(run_workers(loads)):
-        results[k::processes] = part
-    return StreamRun(trace, results)
+    return StreamRun(trace, merge_in_turn(run_workers(loads)))
