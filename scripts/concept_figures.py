@@ -14,6 +14,8 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 OUT = Path(__file__).resolve().parents[1] / "docs" / "images"
 BLUE, ORANGE, GREEN, GREY = "#4477aa", "#ee7733", "#228833", "#bbbbbb"
 BLOCKS = 6
+ARROW = {"arrowprops": {"arrowstyle": "-|>", "color": "black"}}
+ARROW_BACK = {"arrowprops": {"arrowstyle": "<|-", "color": "black"}}
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, colour: str) -> None:
@@ -42,10 +44,10 @@ def stitches() -> None:
         arrowprops={"arrowstyle": "-|>", "color": ORANGE, "lw": 2.5},
     )
     axes.text(4.35, 1.2, "stitching layer\n(one affine map)", color=ORANGE, fontsize=9, va="center")
-    axes.text(0.4, 0.05, "image", fontsize=9, ha="center")
-    axes.text(6.1, 2.5, "label", fontsize=9, va="center")
+    axes.annotate("image", xy=(0.4, 0.36), xytext=(0.4, -0.3), ha="center", fontsize=9, **ARROW)
+    axes.annotate("label", xytext=(6.2, 2.5), xy=(5.84, 2.5), va="center", fontsize=9, **ARROW_BACK)
     axes.set_title("One stitch: 4 blocks of the small anchor, then 2 of the large one", fontsize=10)
-    finish(axes, (-2.0, 6.8), (-0.4, 3.2))
+    finish(axes, (-2.0, 6.8), (-0.5, 3.2))
     figure.tight_layout()
     figure.savefig(OUT / "stitches.svg")
 
@@ -63,6 +65,7 @@ def timeline(axes: Axes, y: float, name: str, *, ladder: bool) -> None:
         start += 1.0
         done.append(start + 0.8)
     axes.plot([done[-1]] * 2, [y - 0.1, y + 1.1], color=GREEN, lw=2)
+    axes.text(done[-1] + 0.1, y + 0.5, "done", color=GREEN, fontsize=9, va="center")
 
 
 def ladder() -> None:
@@ -70,10 +73,11 @@ def ladder() -> None:
     figure, axes = plt.subplots(figsize=(7.2, 2.9))
     timeline(axes, 1.6, "standard", ladder=False)
     timeline(axes, 0.0, "ladder", ladder=True)
-    axes.text(7.6, 0.8, "compute", color=BLUE, fontsize=9, va="center")
-    axes.text(7.6, 0.2, "all-reduce", color=ORANGE, fontsize=9, va="center")
+    axes.text(8.6, 0.8, "compute of sub-block h1 ... h6", color=BLUE, fontsize=9, va="center")
+    axes.text(8.6, 0.2, "its all-reduce", color=ORANGE, fontsize=9, va="center")
+    axes.annotate("time", xy=(11.2, -0.35), xytext=(0.0, -0.35), va="center", fontsize=9, **ARROW)
     axes.set_title("One rank: a ladder layer computes while the all-reduce runs", fontsize=10)
-    finish(axes, (-1.6, 11.2), (-0.3, 2.9))
+    finish(axes, (-1.6, 13.2), (-0.6, 2.9))
     figure.tight_layout()
     figure.savefig(OUT / "ladder.svg")
 

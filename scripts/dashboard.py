@@ -76,10 +76,10 @@ OVERVIEW = [
 SCALING = [
     Panel("Autoscaler state", "short", [("ray_ladderstitch_scaling", "{{state}}")]),
     Panel(
-        "Replicas wanted and ready",
+        "Desired and ready replicas",
         "short",
         [
-            ("ray_ladderstitch_wanted_replicas", "wanted"),
+            ("ray_ladderstitch_desired_replicas", "desired"),
             ("sum by (model) (ladderstitch_model_ready@)", "ready {{model}}"),
         ],
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import yaml
@@ -18,3 +20,5 @@ def test_example_config_shows_every_field_with_its_default() -> None:
     assert shown.keys() == ServerConfig.model_fields.keys() - hidden
     scheduling = type(ServerConfig().scheduling).model_fields.keys()
     assert shown["scheduling"].keys() == scheduling
+    command = [sys.executable, "scripts/example_config.py", "--check"]
+    assert subprocess.run(command, cwd=EXAMPLE.parents[1]).returncode == 0, "run make manifests"

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ladderstitch.scheduling.profiles import Quality, QualityTable
 from ladderstitch.text.bundle import TextBundle, TextManifest, TextVariant, write_manifest
-from ladderstitch.text.comm.base import SingleRank
+from ladderstitch.text.comm.base import SingleRankCommunicator
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.model.attention import Batch, PagedCache
 from ladderstitch.text.model.config import LlamaConfig
@@ -96,7 +96,7 @@ def one_rank_logits(config: LlamaConfig, weights: Weights, tokens: list[int]) ->
     cache = PagedCache(config, shard, 1, len(tokens))
     step = Step((SequenceInput(tokens, 0, [0], LogitsMode.ALL),))
     plans = plan_layers(ResidualScheme(), config.layers, 1)
-    return model.forward(Batch(step, len(tokens)), cache, plans, SingleRank())
+    return model.forward(Batch(step, len(tokens)), cache, plans, SingleRankCommunicator())
 
 
 def greedy(bundle: TextBundle, prompt: str, count: int) -> list[int]:

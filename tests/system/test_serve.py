@@ -111,7 +111,7 @@ def test_predict_without_a_server_prints_advice(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["predict", "absent.png"], "No such file"),
-        (["predict", __file__, "--budget", "fast"], "budget: expected e.g. 800us, 5ms or 0.5s"),
+        (["predict", __file__, "--budget", "fast"], "budget: expected a number with a unit"),
         (["serve", "--model", "nowhere"], "expected a bundle, got 'nowhere'"),
         (["serve", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ladderstitch.scheduling.requests import Completion, Deadlines, Request
+from ladderstitch.scheduling.requests import Deadlines, ImageAnswer, Request
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.telemetry.model_metrics import VisionMetrics
 
@@ -35,7 +35,7 @@ def test_vision_metrics_of_answered_requests_are_counted() -> None:
     model.observe_batch(2, batch_size=1, compute_s=0.001, error=1.0, slowdown=1.5, tail=1.2)
     for request in (on_time, late, free):
         model.observe_completion(
-            request, Completion(NO_LOGITS, 1, 0.9, 0.002, 0.004, 3), now=10.007
+            request, ImageAnswer(NO_LOGITS, 1, 0.9, 0.002, 0.004, 3), now=10.007
         )
     assert value(metrics, "requests_total", variant="1", code="OK") == 3
     assert value(metrics, "slo_requests_total", met="true") == 1
@@ -47,7 +47,7 @@ def test_vision_metrics_of_answered_requests_are_counted() -> None:
     assert value(metrics, "batch_size_sum") == 4
     assert value(metrics, "latency_predictions_total", within_plan="false") == 1
     assert value(metrics, "served_quality_sum") == pytest.approx(2.7)
-    assert value(metrics, "switches_total") == 1
+    assert value(metrics, "variant_switches_total") == 1
     assert value(metrics, "latency_actual_over_predicted_ratio_sum") == pytest.approx(2.25)
     assert value(metrics, "latency_slowdown_ratio") == 1.5
     # The slack is 18 ms and -1 ms; a request without a deadline has none.
@@ -90,7 +90,7 @@ def test_metrics_of_two_replicas_are_separate() -> None:
 def test_expose_serves_a_page_that_prometheus_reads() -> None:
     metrics = Metrics()
     model = VisionMetrics(metrics, "m", range(3))
-    model.observe_completion(make_request(), Completion(NO_LOGITS, 1, 0.9, 0.0, 0.0, 1), now=10.1)
+    model.observe_completion(make_request(), ImageAnswer(NO_LOGITS, 1, 0.9, 0.0, 0.0, 1), now=10.1)
     port, close = metrics.expose(0, "127.0.0.1")
     address = f"http://127.0.0.1:{port}/metrics"
     try:

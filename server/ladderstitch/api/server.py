@@ -14,7 +14,7 @@ from ladderstitch.api.listener import ListenerConfig, bind
 from ladderstitch.api.native.admin import AdminService
 from ladderstitch.api.native.generation import GenerationService
 from ladderstitch.api.native.inference import InferenceService
-from ladderstitch.api.native.load import ReplicaService
+from ladderstitch.api.native.replica import ReplicaService
 from ladderstitch.api.oip.service import OipService
 from ladderstitch.hosting.registry import AdminActions, ModelRegistry
 from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc

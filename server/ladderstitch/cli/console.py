@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,16 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ladderstitch.client import Client, Credentials, RequestFailed
 from ladderstitch.client.calls import DEFAULT_TIMEOUT_S
+from ladderstitch.client.channel import read_token
 from ladderstitch.errors import ConfigError, UserError
+from ladderstitch.scheduling.requests import MAX_PRIORITY
 
 out = Console()
 err = Console(stderr=True)
@@ -27,6 +31,12 @@ PANEL = "Connection to a server (before the command)"
 Address = Annotated[str, typer.Option(help="HOST:PORT of the server's gRPC endpoint.")]
 ModelName = Annotated[str, typer.Option(help="Name of the model (default: the server's only one).")]
 Variant = Annotated[int | None, typer.Option(help="Id of the variant to run, whatever the budget.")]
+Priority = Annotated[
+    int,
+    typer.Option(
+        min=0, max=MAX_PRIORITY, help="Priority, 1 (highest) to 255 (lowest); 0: normal (128)."
+    ),
+]
 MinQuality = Annotated[
     float | None,
     typer.Option(help="Minimum quality, 0 to 1; fail if no variant has it."),
@@ -76,7 +86,7 @@ TokenFile = Annotated[
     Path | None,
     typer.Option(
         envvar="LADDERSTITCH_TOKEN_FILE",
-        help="File that holds the bearer token.",
+        help="File that holds one bearer token and nothing else.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -94,8 +104,11 @@ class ConnectionOptions:
     server_name: str | None
 
     def credentials(self) -> Credentials:
-        """Return the client's credentials; raises `OSError` if the token cannot be read."""
-        token = self.token_file.read_text().strip() if self.token_file else None
+        """Return the client's credentials.
+
+        Raises `OSError` or `ValueError` if the token file cannot be read or holds no token.
+        """
+        token = read_token(self.token_file) if self.token_file else None
         return Credentials(self.ca, self.certificate, self.key, token, self.tls, self.server_name)
 
 
@@ -119,7 +132,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        err.print(f"[bold red]error:[/] {error}", highlight=False)
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from None
 
 
@@ -135,7 +148,7 @@ def exit_on_failure(address: str) -> Iterator[None]:
 
 
 def format_failure(error: RequestFailed, address: str) -> str:
-    """Return a message that states the failure and what to do next."""
+    """Return a message, in Rich's markup, that states the failure and what to do next."""
     if error.code.name == "UNAVAILABLE" and not error.reason:
         return f"[red]no server at {address}[/]; start one with `ladderstitch serve`"
     advice = ""
@@ -144,7 +157,7 @@ def format_failure(error: RequestFailed, address: str) -> str:
     if error.retry_after_s is not None:
         advice = f"; try again in {1e3 * error.retry_after_s:.0f} ms"
     message = error.message.removeprefix(f"{error.code.name}: ")
-    return f"[red]{error.code.name}[/] {message}{advice}"
+    return f"[red]{error.code.name}[/] {escape(message)}{advice}"
 
 
 def progress_bar() -> Progress:
@@ -158,26 +171,40 @@ def progress_bar() -> Progress:
     )
 
 
-def plain_table(*columns: str, text: Collection[str]) -> Table:
-    """Return a table without borders, which fits a terminal of 80 columns.
+def plain_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, text: Collection[str]
+) -> Table:
+    """Return a table without borders whose cells never wrap.
 
-    Columns in `text` may wrap. The others hold numbers, which are aligned and never wrap.
+    Cells of the columns in `text` are cut off with an ellipsis where the table would be wider than
+    the terminal. The other columns hold numbers, which are aligned and always complete. A cell that
+    is a `str` is printed as it is, without markup.
     """
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     for name in columns:
         if name in text:
-            table.add_column(name, overflow="fold")
+            table.add_column(name, overflow="ellipsis")
         else:
             table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [Text(cell) if isinstance(cell, str) else cell for cell in row]
+        for name, cell in zip(columns, cells, strict=True):
+            cell.no_wrap = name in text or None
+        table.add_row(*cells)
     return table
 
 
 def parse_duration(text: str, option: str = "budget") -> float:
-    """Return the seconds of "800us", "5ms", "0.5s" or a plain number of seconds.
+    """Return the seconds of a duration such as "800us", "5ms", "0.5s" or "0".
 
-    Raises `ConfigError` that names `option`.
+    Raises `ConfigError`, which names `option`, for another text; only zero needs no unit.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(us|ms|s)?", text.strip())
-    if not match:
-        raise ConfigError(f"{option}: expected e.g. 800us, 5ms or 0.5s, got {text!r}")
-    return float(match[1]) * UNITS[match[2] or "s"]
+    if match and match[2]:
+        return float(match[1]) * UNITS[match[2]]
+    if match and float(match[1]) == 0:
+        return 0.0
+    raise ConfigError(
+        f"{option}: expected a number with a unit (us, ms or s) such as 800us, 5ms or 0.5s, got "
+        f"{text!r}"
+    )

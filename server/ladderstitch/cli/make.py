@@ -12,6 +12,8 @@ from ladderstitch.bundles import find_bundle, models_home
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.errors import ConfigError
 
+DATA = ("fashion-mnist", "brown", "austen")
+MODELS = ("smollm2", "smollm2-ladder", "efficientnet-lite")
 RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe, e.g. examples/*/recipe.yaml.")]
 DataFolder = Annotated[Path, typer.Option("--data", help="Folder of gzipped IDX files.")]
 RunFolder = Annotated[Path, typer.Option("--run", help="Folder for checkpoints, logs and weights.")]
@@ -20,10 +22,7 @@ RunFolder = Annotated[Path, typer.Option("--run", help="Folder for checkpoints, 
 def fetch(
     what: Annotated[
         str,
-        typer.Argument(
-            help="Data: fashion-mnist, brown or austen; or a model: smollm2 (language model) or "
-            "efficientnet-lite (photographs, 1,000 labels)."
-        ),
+        typer.Argument(help=f"Data set ({', '.join(DATA)}) or model ({', '.join(MODELS)})."),
     ],
     into: Annotated[
         Path | None,
@@ -33,12 +32,15 @@ def fetch(
     ] = None,
 ) -> None:
     """Download a data set that a recipe names, or a model to serve; no root access is needed."""
-    from ladderstitch.importers.fetch import MODELS, fetch_data, fetch_model
-    from ladderstitch.importers.fetch_efficientnet import NAME, fetch_efficientnet
+    from ladderstitch.importers.fetch import fetch_data, fetch_model
+    from ladderstitch.importers.fetch_efficientnet import fetch_efficientnet
 
-    folder = into or (models_home() if what in (*MODELS, NAME) else Path("data")) / what
     with user_errors():
-        if what == NAME:
+        if what not in (*DATA, *MODELS):
+            names = ", ".join((*DATA, *MODELS))
+            raise ConfigError(f"what: expected one of {names}, got {what!r}")
+        folder = into or (Path("data") if what in DATA else models_home()) / what
+        if what == "efficientnet-lite":
             with progress_bar() as progress:
                 num_correct = fetch_efficientnet(folder, progress)
             _print_correct(num_correct)

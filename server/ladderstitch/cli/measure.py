@@ -106,9 +106,8 @@ def frontier(
 
 def _frontier_table(rows: list[FrontierRow]) -> Table:
     columns = ("id", "stitch", "quality", "95 % interval", "batch 1", "p99", "MMACs", "weights")
-    table = plain_table(*columns, "frontier", text=("stitch", "frontier"))
-    for row in rows:
-        table.add_row(
+    cells = [
+        (
             str(row.stitch),
             row.name,
             f"{row.quality.value:.4f}",
@@ -119,7 +118,9 @@ def _frontier_table(rows: list[FrontierRow]) -> Table:
             f"{row.parameters / 1e6:.2f} M",
             "yes" if row.on_frontier else "",
         )
-    return table
+        for row in rows
+    ]
+    return plain_table((*columns, "frontier"), cells, text=("stitch",))
 
 
 def verify(

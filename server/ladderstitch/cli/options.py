@@ -17,16 +17,21 @@ FieldPath = tuple[str, ...]
 
 
 def with_config_options(
-    model: type[BaseModel], *, skip: Collection[str] = (), panels: Mapping[str, str] | None = None
+    model: type[BaseModel],
+    *,
+    skip: Collection[str] = (),
+    panels: Mapping[str, str] | None = None,
+    show_defaults: bool = True,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that adds one option per field of `model` to a command.
 
     The command's parameter `given` is a dictionary of the options that the user gave, nested like
     the model. Fields in `skip` have no option. A field's `json_schema_extra` may hold `panel`, the
     heading of the option on the help page, and `flags`, the names of the option instead of the
-    field's own. `panels` holds the heading of each nested model's fields.
+    field's own. `panels` holds the heading of each nested model's fields. `show_defaults` is false
+    where an option that is not given leaves the field as it is.
     """
-    options = _build_options(model, skip, panels or {})
+    options = _build_options(model, skip, panels or {}, show_defaults)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())
@@ -50,7 +55,7 @@ def with_config_options(
 
 
 def _build_options(
-    model: type[BaseModel], skip: Collection[str], panels: Mapping[str, str]
+    model: type[BaseModel], skip: Collection[str], panels: Mapping[str, str], show_defaults: bool
 ) -> list[tuple[inspect.Parameter, FieldPath]]:
     """Return a parameter for each field, and the path of the field."""
     options: list[tuple[inspect.Parameter, FieldPath]] = []
@@ -61,13 +66,17 @@ def _build_options(
         if inspect.isclass(nested) and issubclass(nested, BaseModel):
             panel = panels.get(name, MAIN_PANEL)
             for inner, inner_field in nested.model_fields.items():
-                options.append((_build_parameter(inner, inner_field, panel), (name, inner)))
+                parameter = _build_parameter(inner, inner_field, panel, show_defaults)
+                options.append((parameter, (name, inner)))
         else:
-            options.append((_build_parameter(name, field, MAIN_PANEL), (name,)))
+            parameter = _build_parameter(name, field, MAIN_PANEL, show_defaults)
+            options.append((parameter, (name,)))
     return options
 
 
-def _build_parameter(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
+def _build_parameter(
+    name: str, field: FieldInfo, panel: str, show_default: bool
+) -> inspect.Parameter:
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     kind = _option_type(field.annotation)
     default = field.get_default(call_default_factory=True)
@@ -78,7 +87,9 @@ def _build_parameter(name: str, field: FieldInfo, panel: str) -> inspect.Paramet
     assert isinstance(flags, list), "names of options"
     option = typer.Option(
         *map(str, flags),
-        help=_format_help(field.description or name.replace("_", " "), default),
+        help=_format_help(
+            field.description or name.replace("_", " "), default if show_default else None
+        ),
         show_default=False,
         rich_help_panel=str(extra.get("panel", panel)),
     )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from ladderstitch.cli.console import (
     Address,
     MinQuality,
     ModelName,
+    Priority,
     Variant,
     connect,
     err,
@@ -20,16 +22,17 @@ from ladderstitch.cli.console import (
     parse_duration,
     plain_table,
 )
-from ladderstitch.client import Prediction, RequestFailed
+from ladderstitch.cli.options import with_config_options
+from ladderstitch.client import Prediction, RequestFailed, scheduling_settings
 from ladderstitch.client.calls import DEFAULT_ADDRESS
 from ladderstitch.errors import ConfigError
-from ladderstitch.scheduling.settings import PolicyName
+from ladderstitch.scheduling.settings import SchedulerSettings
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ladderstitch.client.messages import InferOptions
-    from ladderstitch.v1 import inference_pb2
+    from ladderstitch.v1 import admin_pb2, inference_pb2
 
 WIDE_COLUMNS = 100
 """Width of the terminal, in columns, from which `predict` prints all columns."""
@@ -47,6 +50,7 @@ def predict(
     ] = False,
     min_quality: MinQuality = None,
     variant: Variant = None,
+    priority: Priority = 0,
     model: ModelName = "",
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
@@ -58,6 +62,7 @@ def predict(
             "hard": hard,
             "min_quality": min_quality,
             "variant": variant,
+            "priority": priority,
             "model": model,
         }
         for path in images:
@@ -84,27 +89,30 @@ def _answer_table(answers: list[tuple[str, Prediction]]) -> Table:
     wide = out.width >= WIDE_COLUMNS
     latencies = ("queue", "compute", "total") if wide else ("total",)
     columns = ("image", "label", "p", "variant", "quality", *latencies, "budget")
-    table = plain_table(*columns, text=("image", "label", "variant"))
-    for name, answer in answers:
-        variant = f"{answer.variant} ({answer.variant_name})" if wide else answer.variant_name
-        parts = (answer.queue_s, answer.compute_s) if wide else ()
-        table.add_row(
-            name,
-            f"[bold]{answer.label}[/]",
-            f"{answer.probability:.2f}",
-            variant,
-            f"{answer.quality:.4f}",
-            *(f"{1e3 * seconds:.2f} ms" for seconds in (*parts, answer.total_s)),
-            _format_budget(answer),
-        )
-    return table
+    cells = [_answer_cells(name, answer, wide=wide) for name, answer in answers]
+    return plain_table(columns, cells, text=("image", "label", "variant"))
 
 
-def _format_budget(answer: Prediction) -> str:
-    if answer.budget_s is None:
-        return "-"
-    result = "[green]met[/]" if answer.budget_met else "[red]missed[/]"
-    return f"{1e3 * answer.budget_s:.1f} ms {result}"
+def _answer_cells(name: str, answer: Prediction, *, wide: bool) -> tuple[str | Text, ...]:
+    variant = f"{answer.variant} ({answer.variant_name})" if wide else answer.variant_name
+    parts = (answer.queue_s, answer.compute_s) if wide else ()
+    return (
+        name,
+        Text(answer.label, style="bold"),
+        f"{answer.probability:.2f}",
+        variant,
+        f"{answer.quality:.4f}",
+        *(f"{1e3 * seconds:.2f} ms" for seconds in (*parts, answer.total_s)),
+        _format_budget(answer),
+    )
+
+
+def _format_budget(answer: Prediction) -> Text:
+    """Return the caller's budget and whether it was met; `-` if the caller gave none."""
+    if answer.budget_s is None or answer.budget_source != "field":
+        return Text("-")
+    result = ("met", "green") if answer.budget_met else ("missed", "red")
+    return Text.assemble(f"{1e3 * answer.budget_s:.1f} ms ", result)
 
 
 def models(context: typer.Context, address: Address = DEFAULT_ADDRESS) -> None:
@@ -132,70 +140,72 @@ def _describe(model: inference_pb2.GetModelResponse) -> str:
 
 def _vision_variants(model: inference_pb2.GetModelResponse) -> Table:
     """Return a table of the variants on the frontier of quality over latency."""
-    table = plain_table("variant", "name", "quality", "expected", "planned", text=("name",))
+    columns = ("variant", "name", "quality", "expected", "planned")
     variants = {variant.id: variant for variant in model.variants}
-    for variant in (variants[number] for number in model.frontier):
-        table.add_row(
+    cells = [
+        (
             str(variant.id),
             variant.name,
             f"{variant.quality:.4f}",
             f"{variant.latency_us / 1e3:.2f} ms",
             f"{variant.planned_latency_us / 1e3:.2f} ms",
         )
-    return table
+        for variant in (variants[number] for number in model.frontier)
+    ]
+    return plain_table(columns, cells, text=("name",))
 
 
 def _text_variants(model: inference_pb2.GetModelResponse) -> Table:
     """Return a table of the variants of a language model."""
     columns = ("variant", "name", "residual", "quality", "per token")
-    table = plain_table(*columns, text=("name", "residual"))
-    for variant in model.language.variants:
-        table.add_row(
+    cells = [
+        (
             str(variant.variant_id),
             variant.name,
             variant.residual,
             f"{variant.quality:.4f}" if variant.HasField("quality") else "-",
             f"{variant.planned_token_us / 1e3:.2f} ms",
         )
-    return table
+        for variant in model.language.variants
+    ]
+    return plain_table(columns, cells, text=("name", "residual"))
 
 
+@with_config_options(SchedulerSettings, skip=("pinned_variant",), show_defaults=False)
 def schedule(
     context: typer.Context,
-    policy: Annotated[
-        PolicyName | None, typer.Option(help="How variants and batches are chosen.")
-    ] = None,
-    fixed_variant: Annotated[
-        int | None,
-        typer.Option(help="Id of the variant of the policy `fixed`; implies that policy."),
-    ] = None,
+    given: dict[str, Any],
     pin: Annotated[
         int | None, typer.Option(help="Id of a variant that overrides the policy.")
     ] = None,
     unpin: Annotated[bool, typer.Option("--unpin", help="Remove the pinned variant.")] = False,
-    min_quality: Annotated[
-        float | None, typer.Option(help="Minimum quality of every answer, 0 to 1.")
-    ] = None,
-    model: ModelName = "",
+    model: Annotated[
+        str,
+        typer.Option(help="Model whose variants are meant (default: the server's only one)."),
+    ] = "",
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
-    """Show or change how a running server chooses variants; changes apply to the next batch."""
-    if fixed_variant is not None and policy is None:
-        policy = "fixed"
-    changes = (policy, pin, min_quality)
+    """Show the scheduling settings of a running server, or change those that are given.
+
+    They apply to all models and all replicas of a deployment, from the next batch on.
+    `--fixed-variant` implies the policy `fixed`.
+    """
+    if "fixed_variant" in given:
+        given.setdefault("policy", "fixed")
     with exit_on_failure(address), connect(context, address) as client:
-        if not unpin and all(change is None for change in changes):
-            out.print(client.get_scheduling(model))
-            return
-        scheduling = client.update_scheduling(
-            model,
-            policy=f"POLICY_NAME_{policy.upper()}" if policy else None,
-            fixed_variant=fixed_variant,
-            pinned_variant=pin,
-            unpin=unpin,
-            min_quality=min_quality,
-        )
-        out.print(scheduling)
+        if given or unpin or pin is not None:
+            scheduling = client.update_scheduling(model, **given, pinned_variant=pin, unpin=unpin)
+        else:
+            scheduling = client.get_scheduling(model)
+    _print_settings(scheduling)
+
+
+def _print_settings(scheduling: admin_pb2.Scheduling) -> None:
+    for name, value in scheduling_settings(scheduling).items():
+        out.print(f"{name}: {'-' if value is None else value}", highlight=False)
+    if scheduling.unfit_models:
+        names = ", ".join(scheduling.unfit_models)
+        err.print(f"these settings do not fit {names}: the last ones that did apply there")
 
 
 def register(app: typer.Typer) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -31,9 +33,7 @@ GATEWAY_PORTS = ("port", "metrics_port")
 """Fields of the ports that all gateways of one machine share."""
 
 
-@with_config_options(
-    ServerConfig, skip=("bundle",), panels={"scheduling": "Scheduling of image models"}
-)
+@with_config_options(ServerConfig, skip=("bundle",), panels={"scheduling": "Scheduling"})
 def serve(
     given: dict[str, Any],
     config: Annotated[
@@ -118,7 +118,7 @@ async def _serve_alone(config: ServerConfig, started: float) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    replica = Replica(config)
+    replica = Replica(config, name=f"{socket.gethostname()}-{os.getpid()}")
     with progress_bar() as progress:
         task = progress.add_task("warming up", total=None)
         await replica.start(lambda done, total: progress.update(task, completed=done, total=total))

@@ -7,6 +7,7 @@ with Client("127.0.0.1:8001") as client:
 """
 
 from ladderstitch.client.async_client import AsyncClient
+from ladderstitch.client.calls import scheduling_settings
 from ladderstitch.client.channel import RETRY_POLICY, Credentials
 from ladderstitch.client.client import Client
 from ladderstitch.client.messages import (
@@ -29,4 +30,5 @@ __all__ = [
     "TextChunk",
     "generate_request",
     "infer_request",
+    "scheduling_settings",
 ]

@@ -101,13 +101,24 @@ class AsyncClient(calls.BaseClient):
         return await self._call(calls.check_budget(budget_s, min_quality, model))
 
     async def get_scheduling(self, model: str = "") -> admin_pb2.Scheduling:
-        """Return the active scheduling settings."""
+        """Return the scheduling settings of the replica, which apply to all its models.
+
+        `model` must name one of its models if it is set. `unfit_models` of the reply lists the
+        models that the settings do not fit, which keep their previous ones.
+        """
         return await self._call(calls.get_scheduling(model))
 
     async def update_scheduling(
         self, model: str = "", **changes: Unpack[calls.SchedulingChanges]
     ) -> admin_pb2.Scheduling:
-        """Change scheduling settings, e.g. `pinned_variant=3`; returns the active ones."""
+        """Change scheduling settings, e.g. `pinned_variant=3`; returns the active ones.
+
+        The change applies to all models of the replica. `model` names the model whose variants and
+        qualities the change is checked against; it may be unset if the server has only one model,
+        or if the change names neither a variant nor a quality. Other models that the settings do
+        not fit keep theirs: `unfit_models` of the reply lists them. `SchedulingChanges` explains
+        the changes. Raises `ValueError` for an unknown policy.
+        """
         return await self._call(calls.update_scheduling(model, **changes))
 
     async def load_model(self, bundle: str, *, timeout_s: float = calls.LOAD_TIMEOUT_S) -> str:

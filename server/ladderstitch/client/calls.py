@@ -18,6 +18,7 @@ from ladderstitch.client.messages import (
     infer_request,
     microseconds,
 )
+from ladderstitch.scheduling.settings import POLICY_NAMES, PolicyName, SchedulerSettings
 from ladderstitch.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -30,6 +31,11 @@ DEFAULT_ADDRESS = "127.0.0.1:8001"
 DEFAULT_TIMEOUT_S = 30.0
 LOAD_TIMEOUT_S = 600.0
 """Default gRPC deadline of `load_model`, which warms the model up."""
+POLICY_PREFIX = "POLICY_NAME_"
+POLICY_NUMBERS: dict[PolicyName, admin_pb2.PolicyName.ValueType] = {
+    name: admin_pb2.PolicyName.Value(POLICY_PREFIX + name.upper()) for name in POLICY_NAMES
+}
+"""The numbers of the policies in messages, by name."""
 
 Result = TypeVar("Result")
 
@@ -104,26 +110,59 @@ def get_scheduling(model: str) -> UnaryCall[admin_pb2.Scheduling]:
 
 
 class SchedulingChanges(TypedDict, total=False):
-    """The changes of `update_scheduling`: fields of `UpdateSchedulingRequest`.
+    """The changes of `update_scheduling`: fields of `SchedulerSettings`, and `unpin`.
 
-    `policy` is the name or the number of a `PolicyName`.
+    A field that is None stays as it is. `policy` is a `PolicyName` such as `adaptive`; the name and
+    the number of the message's enum (`POLICY_NAME_ADAPTIVE`, 5) are accepted, too. The policy
+    `fixed` needs `fixed_variant`. `unpin` removes the pinned variant.
     """
 
-    policy: str | int | None
+    policy: PolicyName | str | int | None
     fixed_variant: int | None
     pinned_variant: int | None
     unpin: bool
     min_quality: float | None
     slackfit_buckets: int | None
+    queue_limit_requests: int | None
+    queue_limit_s: float | None
+    attainment_probability: float | None
+    priority_window_s: float | None
+    overhead_s: float | None
 
 
 def update_scheduling(
     model: str, **changes: Unpack[SchedulingChanges]
 ) -> UnaryCall[admin_pb2.Scheduling]:
-    """Return a call of `AdminService.UpdateScheduling`."""
+    """Return a call of `AdminService.UpdateScheduling`.
+
+    Raises `ValueError` for an unknown policy.
+    """
     fields: dict[str, Any] = dict(changes)
+    if isinstance(policy := changes.get("policy"), str):
+        fields["policy"] = _find_policy_number(policy)
     request = admin_pb2.UpdateSchedulingRequest(model_name=model, **fields)
     return UnaryCall("admin", "UpdateScheduling", request, _scheduling)
+
+
+def _find_policy_number(policy: str) -> int:
+    for name, number in POLICY_NUMBERS.items():
+        if policy in (name, POLICY_PREFIX + name.upper()):
+            return number
+    raise ValueError(f"policy: expected one of {', '.join(POLICY_NUMBERS)}, got {policy!r}")
+
+
+def scheduling_settings(scheduling: admin_pb2.Scheduling) -> dict[str, object]:
+    """Return the settings in a message by the names of `SchedulerSettings`; unset ones are None."""
+    policies = {number: name for name, number in POLICY_NUMBERS.items()}
+    present = {field.name for field, _ in scheduling.ListFields()}
+    fields = scheduling.DESCRIPTOR.fields_by_name
+    values = {
+        name: getattr(scheduling, name)
+        for name in SchedulerSettings.model_fields
+        if name in present or not fields[name].has_presence
+    }
+    values["policy"] = policies.get(scheduling.policy, scheduling.policy)
+    return {name: values.get(name) for name in SchedulerSettings.model_fields}
 
 
 def load_model(bundle: str) -> UnaryCall[str]:

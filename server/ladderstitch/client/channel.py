@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ RETRY_POLICY = json.dumps(
 )
 """The default retry policy: a gRPC service config, in JSON."""
 
+TOKEN = re.compile(rb"[!-~]+")
+"""What a bearer token consists of."""
 RETRY_BUFFER_BYTES = 64 << 20
 """Maximum size of a request that gRPC keeps for a retry; gRPC's own default is 256 KiB."""
 
@@ -90,6 +93,21 @@ class Credentials:
 
 
 PLAINTEXT = Credentials()
+
+
+def read_token(path: Path) -> str:
+    """Return the bearer token in a file, without the white space around it.
+
+    Raises `OSError` if the file cannot be read and `ValueError` if it holds no token, or text that
+    cannot be sent in a header.
+    """
+    token = path.read_bytes().strip()
+    if not TOKEN.fullmatch(token):
+        raise ValueError(
+            f"token_file: expected one bearer token of printable ASCII characters in {path}, got "
+            + ("an empty file" if not token else f"{len(token)} bytes of other text")
+        )
+    return token.decode()
 
 
 def open_channel(

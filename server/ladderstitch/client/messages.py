@@ -26,6 +26,14 @@ FINISH_REASONS = {
 }
 
 
+BUDGET_SOURCES = {
+    inference_pb2.BUDGET_SOURCE_GRPC_DEADLINE: "grpc_deadline",
+    inference_pb2.BUDGET_SOURCE_FIELD: "field",
+    inference_pb2.BUDGET_SOURCE_METADATA: "metadata",
+    inference_pb2.BUDGET_SOURCE_MODEL_DEFAULT: "model_default",
+}
+
+
 class RequestFailed(Exception):
     """A call that ended with an error status; `code` is the gRPC status.
 
@@ -113,8 +121,9 @@ def infer_request(
 class Prediction:
     """The answer to a `predict` call: the classes of its images and what the answer cost.
 
-    `label` and `probability` are those of the first image's most probable class. `all` holds up to
-    five (label, probability) pairs of each image, `logits` is [B, classes].
+    `label` and `probability` are those of the first image's most probable class. `budget_source` is
+    grpc_deadline, field, metadata or model_default; without a budget, all three budget fields are
+    None. `all` holds up to five (label, probability) pairs of each image, `logits` is [B, classes].
     """
 
     label: str
@@ -127,6 +136,7 @@ class Prediction:
     compute_s: float
     total_s: float
     budget_s: float | None
+    budget_source: str | None
     budget_met: bool | None
     batch_size: int
     all: list[list[tuple[str, float]]] = field(repr=False)
@@ -149,6 +159,7 @@ class Prediction:
             compute_s=cost.compute_us / 1e6,
             total_s=cost.total_us / 1e6,
             budget_s=cost.budget_us / 1e6 if cost.HasField("budget_us") else None,
+            budget_source=BUDGET_SOURCES.get(cost.budget_source),
             budget_met=cost.budget_met if cost.HasField("budget_met") else None,
             batch_size=cost.batch_size,
             all=classes,

@@ -158,8 +158,8 @@ async def _forward_with_retries(
         except UpstreamFailure as failed:
             if failed.counts_against_replica:
                 replica.record_failure()
-            others = failed.code == NOT_FOUND and attempts.exclude_same_models(replica)
-            if failed.response_started or not (others or failed.code == UNAVAILABLE):
+            retry_elsewhere = failed.code == NOT_FOUND and attempts.exclude_same_models(replica)
+            if failed.response_started or not (retry_elsewhere or failed.code == UNAVAILABLE):
                 raise
             failure = failed
         else:

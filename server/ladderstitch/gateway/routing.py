@@ -27,7 +27,7 @@ class ReplicaLoad:
     """The replica's last report."""
     reported_at: float = 0.0
     """When the last report arrived."""
-    reports: int = 0
+    num_reports: int = 0
     """Number of reports received."""
     outstanding: int = 0
     """Number of requests sent to the replica and not answered."""
@@ -37,20 +37,20 @@ class ReplicaLoad:
     def on_report(self, report: LoadReport, now: float) -> None:
         """Take over a report, which includes every request sent before it."""
         self.report, self.reported_at = report, now
-        self.reports += 1
+        self.num_reports += 1
         self.unreported.clear()
 
     def on_sent(self, deadline: float) -> RequestTicket:
         """Count a request that is sent to the replica; return the ticket for `on_ended`."""
         self.outstanding += 1
         insort(self.unreported, deadline)
-        return self.reports, deadline
+        return self.num_reports, deadline
 
     def on_ended(self, ticket: RequestTicket) -> None:
         """Stop counting a request, whether it succeeded or failed."""
-        reports, deadline = ticket
+        num_reports, deadline = ticket
         self.outstanding -= 1
-        if reports == self.reports:
+        if num_reports == self.num_reports:
             del self.unreported[bisect_left(self.unreported, deadline)]
 
     def delay_s(self, budget_s: float, now: float) -> float:

@@ -45,6 +45,11 @@ class VisionModel:
         """The quality of each variant that an answer may use."""
         return self.scheduler.planner.quality
 
+    @property
+    def settings(self) -> SchedulerSettings:
+        """The settings that the scheduler uses: the last ones that fitted the model."""
+        return self.scheduler.planner.settings
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextModel:
@@ -69,6 +74,11 @@ class TextModel:
     def qualities(self) -> Mapping[int, float]:
         """The quality of each variant that an answer may use."""
         return self.scheduler.candidates.quality
+
+    @property
+    def settings(self) -> SchedulerSettings:
+        """The settings that the scheduler uses: the last ones that fitted the model."""
+        return self.scheduler.settings
 
     def tokenise(self, field: str, text: str) -> tuple[int, ...]:
         """Return the tokens of a prompt.
@@ -126,6 +136,7 @@ class ModelRegistry:
     active_settings: ActiveSettings = field(
         default_factory=lambda: ActiveSettings(0, SchedulerSettings())
     )
+    """The settings of all models, except of those in `unfit_models`."""
 
     @property
     def serving(self) -> bool:
@@ -137,6 +148,12 @@ class ModelRegistry:
         """All models by name, sorted by name."""
         models: dict[str, LoadedModel] = {**self.vision_models, **self.text_models}
         return dict(sorted(models.items()))
+
+    @property
+    def unfit_models(self) -> list[str]:
+        """Names of the models that the active settings do not fit; they keep their last ones."""
+        active = self.active_settings.settings
+        return [name for name, model in self.models_by_name.items() if model.settings != active]
 
     def add(self, model: LoadedModel) -> None:
         """Add a model; it replaces a model of the same name."""

@@ -37,8 +37,8 @@ class SlackPolicy:
             "1 for the state that the autoscaler is in, 0 for the others.",
             tag_keys=("state",),
         )
-        self._wanted = Gauge(
-            "ladderstitch_wanted_replicas", "Number of replicas that the load needs."
+        self._desired = Gauge(
+            "ladderstitch_desired_replicas", "Number of replicas that the load needs."
         )
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
@@ -57,7 +57,7 @@ class SlackPolicy:
         if decision.state != self._state:
             log.info("scaling state=%s replicas=%d", decision.state, decision.replicas)
             self._state = decision.state
-        self._wanted.set(decision.replicas)
+        self._desired.set(decision.replicas)
         for state in get_args(State):
             self._states.set(int(state == decision.state), {"state": state})
 

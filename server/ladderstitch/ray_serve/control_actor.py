@@ -52,12 +52,14 @@ class ControlActor:
         return self.active
 
     async def update_settings(self, changes: dict[str, Any]) -> ActiveSettings:
-        """Change some fields for all replicas; return the new settings.
+        """Change some fields for all replicas; return the active settings.
 
-        Raises pydantic's `ValidationError` for an invalid value.
+        A change that a gateway sends to all replicas arrives once from each of them, and only the
+        first one makes a revision. Raises pydantic's `ValidationError` for an invalid value.
         """
-        self.active = self.active.with_changes(changes)
-        await self._notify()
+        before, self.active = self.active, self.active.with_changes(changes)
+        if self.active.revision != before.revision:
+            await self._notify()
         return self.active
 
     async def apply_user_config(self, user_config: dict[str, Any]) -> ActiveSettings:

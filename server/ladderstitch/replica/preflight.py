@@ -94,7 +94,7 @@ def check_processors(config: ServerConfig) -> Iterator[CheckResult]:
     yield _result(
         "processors",
         needed <= cores,
-        f"{cores} cores, {needed} computing threads",
+        f"cores: {cores}, computing threads: {needed}",
         "lower `threads` or `tensor_parallel_size`: the threads would share cores",
         failure="warning",
     )

@@ -137,7 +137,7 @@ class LatencyModel:
         """Lower the slowdown after a request was rejected for its time on an idle engine.
 
         Without running batches there is nothing to observe, so one slow period could cause
-        rejections for ever. Each rejection on an idle engine decays the slowdown estimate, until
+        rejections forever. Each rejection on an idle engine decays the slowdown estimate, until
         a request is admitted. Then that request's batch alone determines the slowdown.
         """
         self._ratios.clear()

@@ -80,7 +80,7 @@ def check_priority(priority: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class ImageAnswer:
     """The answer to one request: logits [B, K] of its B images, and the seconds that it took.
 
     `batch_size` counts the images of the whole batch that the request ran in.

@@ -16,7 +16,11 @@ class SchedulerSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    policy: PolicyName = Field("adaptive", description="how variants and batches are chosen")
+    policy: PolicyName = Field(
+        "adaptive",
+        description="how variants and batches are chosen; for language models all policies but "
+        "`fixed` and `max_quality` are the same",
+    )
     fixed_variant: int | None = Field(
         None, ge=0, description="variant id that the policy `fixed` always uses"
     )
@@ -27,7 +31,7 @@ class SchedulerSettings(BaseModel):
         0.0, ge=0, le=1, description="lowest quality that any request is answered with"
     )
     slackfit_buckets: int = Field(
-        64, ge=1, le=4096, description="latency buckets of the policy `slackfit`"
+        64, ge=1, le=4096, description="latency buckets of the policy `slackfit`; image models only"
     )
     queue_limit_requests: int = Field(1024, ge=1, description="requests that may wait")
     queue_limit_s: float = Field(10.0, gt=0, description="seconds of estimated work that may wait")
@@ -35,9 +39,17 @@ class SchedulerSettings(BaseModel):
         0.99, gt=0, lt=1, description="probability that a batch planned to fit a budget does fit"
     )
     priority_window_s: float = Field(
-        0.1, ge=0, description="seconds that the highest priority moves a deadline forward"
+        0.1,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds that the highest priority moves a deadline forward; image models only",
     )
-    overhead_s: float = Field(0.0005, ge=0, description="seconds reserved for writing an answer")
+    overhead_s: float = Field(
+        0.0005,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds reserved for writing an answer; image models only",
+    )
 
     @model_validator(mode="after")
     def _check_fixed_variant(self) -> SchedulerSettings:
@@ -58,7 +70,9 @@ class ActiveSettings:
     def with_changes(self, changes: dict[str, Any]) -> ActiveSettings:
         """Return the settings after a change of the given fields, one revision later.
 
-        Raises pydantic's `ValidationError` if a field or a value is not valid.
+        A change that leaves all fields as they are returns these settings and counts no revision: a
+        gateway sends every change to all replicas, which may share their settings. Raises
+        pydantic's `ValidationError` if a field or a value is not valid.
         """
-        fields = self.settings.model_dump() | changes
-        return ActiveSettings(self.revision + 1, SchedulerSettings.model_validate(fields))
+        settings = SchedulerSettings.model_validate(self.settings.model_dump() | changes)
+        return self if settings == self.settings else ActiveSettings(self.revision + 1, settings)

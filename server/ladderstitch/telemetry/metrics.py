@@ -123,7 +123,7 @@ class Metrics:
             buckets=RATIO_BUCKETS,
         )
         self.switches = self._counter(
-            "switches", "Batches on another variant than the batch before.", model
+            "variant_switches", "Batches on another variant than the batch before.", model
         )
         self.engine_restarts = self._counter(
             "engine_restarts", "Workers and ranks that died and were replaced.", model

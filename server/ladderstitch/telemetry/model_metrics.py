@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ladderstitch.scheduling.requests import (
-    Completion,
     GenerationInfo,
     GenerationUsage,
+    ImageAnswer,
     Request,
 )
 from ladderstitch.telemetry.metrics import Metrics
@@ -114,7 +114,7 @@ class VisionMetrics(ModelMetrics):
             if request.deadlines.soft != float("inf"):
                 self._dispatch_slack_seconds.observe(request.deadlines.soft - now)
 
-    def observe_completion(self, request: Request, completion: Completion, now: float) -> None:
+    def observe_completion(self, request: Request, completion: ImageAnswer, now: float) -> None:
         """Count an answered request."""
         self._count_request(str(completion.variant), "OK")
         self._request_duration_seconds.observe(now - request.arrival)

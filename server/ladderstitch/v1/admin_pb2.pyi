@@ -3,9 +3,11 @@
 isort:skip_file
 Administration of a running server: scheduling, models, draining."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
@@ -40,7 +42,10 @@ class _PolicyNameEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PolicyName
     """The variant by the rate of requests, the batch by the slack."""
 
 class PolicyName(_PolicyName, metaclass=_PolicyNameEnumTypeWrapper):
-    """How the variant and the batch of a request are chosen."""
+    """How the variant and the batch of a request are chosen. For language models only FIXED and
+    MAX_QUALITY differ from the others, all of which choose the most accurate variant that is expected
+    to meet the budgets under the current load.
+    """
 
 POLICY_NAME_UNSPECIFIED: PolicyName.ValueType  # 0
 """Not set: the policy stays as it is."""
@@ -60,7 +65,7 @@ Global___PolicyName: _TypeAlias = PolicyName  # noqa: Y015
 
 @_typing.final
 class Scheduling(_message.Message):
-    """The scheduling settings of a model."""
+    """The scheduling settings of a replica, which apply to all its models."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -70,6 +75,12 @@ class Scheduling(_message.Message):
     MIN_QUALITY_FIELD_NUMBER: _builtins.int
     SLACKFIT_BUCKETS_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    QUEUE_LIMIT_REQUESTS_FIELD_NUMBER: _builtins.int
+    QUEUE_LIMIT_S_FIELD_NUMBER: _builtins.int
+    ATTAINMENT_PROBABILITY_FIELD_NUMBER: _builtins.int
+    PRIORITY_WINDOW_S_FIELD_NUMBER: _builtins.int
+    OVERHEAD_S_FIELD_NUMBER: _builtins.int
+    UNFIT_MODELS_FIELD_NUMBER: _builtins.int
     policy: Global___PolicyName.ValueType
     """Active policy."""
     fixed_variant: _builtins.int
@@ -81,7 +92,25 @@ class Scheduling(_message.Message):
     slackfit_buckets: _builtins.int
     """Number of latency buckets of the policy SLACKFIT, 1 to 4096."""
     revision: _builtins.int
-    """Number of changes so far; all replicas of a model reach the same number."""
+    """Number of changes so far; all replicas of a deployment on Ray reach the same number. A change
+    that leaves all settings as they are is not counted.
+    """
+    queue_limit_requests: _builtins.int
+    """Maximum number of requests that may wait; further ones are rejected."""
+    queue_limit_s: _builtins.float
+    """Maximum estimated seconds of work that may wait; further requests are rejected."""
+    attainment_probability: _builtins.float
+    """Probability that a batch planned to fit a budget does fit, between 0 and 1."""
+    priority_window_s: _builtins.float
+    """Seconds that the highest priority moves a deadline forward; image classifiers only."""
+    overhead_s: _builtins.float
+    """Seconds reserved for writing an answer; image classifiers only."""
+    @_builtins.property
+    def unfit_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the models that these settings do not fit, e.g. that lack the pinned variant, sorted.
+        They keep the last settings that fitted them.
+        """
+
     def __init__(
         self,
         *,
@@ -91,10 +120,16 @@ class Scheduling(_message.Message):
         min_quality: _builtins.float = ...,
         slackfit_buckets: _builtins.int = ...,
         revision: _builtins.int = ...,
+        queue_limit_requests: _builtins.int = ...,
+        queue_limit_s: _builtins.float = ...,
+        attainment_probability: _builtins.float = ...,
+        priority_window_s: _builtins.float = ...,
+        overhead_s: _builtins.float = ...,
+        unfit_models: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant", "_pinned_variant", b"_pinned_variant", "fixed_variant", b"fixed_variant", "pinned_variant", b"pinned_variant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant", "_pinned_variant", b"_pinned_variant", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "pinned_variant", b"pinned_variant", "policy", b"policy", "revision", b"revision", "slackfit_buckets", b"slackfit_buckets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant", "_pinned_variant", b"_pinned_variant", "attainment_probability", b"attainment_probability", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "overhead_s", b"overhead_s", "pinned_variant", b"pinned_variant", "policy", b"policy", "priority_window_s", b"priority_window_s", "queue_limit_requests", b"queue_limit_requests", "queue_limit_s", b"queue_limit_s", "revision", b"revision", "slackfit_buckets", b"slackfit_buckets", "unfit_models", b"unfit_models"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__fixed_variant: _TypeAlias = _typing.Literal["fixed_variant"]  # noqa: Y015
     _WhichOneofArgType__fixed_variant: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant"]  # noqa: Y015
@@ -109,13 +144,13 @@ Global___Scheduling: _TypeAlias = Scheduling  # noqa: Y015
 
 @_typing.final
 class GetSchedulingRequest(_message.Message):
-    """Asks for a model's scheduling settings."""
+    """Asks for the scheduling settings."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_NAME_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
-    """Name of the model; unset: the server's only model, if it has just one."""
+    """Name of a model that the replica must have; the settings are those of the replica. Unset: any."""
     def __init__(
         self,
         *,
@@ -131,7 +166,7 @@ Global___GetSchedulingRequest: _TypeAlias = GetSchedulingRequest  # noqa: Y015
 
 @_typing.final
 class GetSchedulingResponse(_message.Message):
-    """A model's scheduling settings."""
+    """The scheduling settings."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -155,7 +190,7 @@ Global___GetSchedulingResponse: _TypeAlias = GetSchedulingResponse  # noqa: Y015
 
 @_typing.final
 class UpdateSchedulingRequest(_message.Message):
-    """Changes a model's scheduling settings; unset fields stay as they are."""
+    """Changes the scheduling settings of a replica; unset fields stay as they are."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -166,8 +201,15 @@ class UpdateSchedulingRequest(_message.Message):
     UNPIN_FIELD_NUMBER: _builtins.int
     MIN_QUALITY_FIELD_NUMBER: _builtins.int
     SLACKFIT_BUCKETS_FIELD_NUMBER: _builtins.int
+    QUEUE_LIMIT_REQUESTS_FIELD_NUMBER: _builtins.int
+    QUEUE_LIMIT_S_FIELD_NUMBER: _builtins.int
+    ATTAINMENT_PROBABILITY_FIELD_NUMBER: _builtins.int
+    PRIORITY_WINDOW_S_FIELD_NUMBER: _builtins.int
+    OVERHEAD_S_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
-    """Name of the model; unset: the server's only model, if it has just one."""
+    """Name of the model whose variants and qualities the change is checked against; the change applies
+    to all models. Unset: the server's only model, if it has just one.
+    """
     policy: Global___PolicyName.ValueType
     """New policy; unset: as it is."""
     fixed_variant: _builtins.int
@@ -180,6 +222,18 @@ class UpdateSchedulingRequest(_message.Message):
     """Minimum quality of every answer, 0 to 1; unset: as it is."""
     slackfit_buckets: _builtins.int
     """Number of latency buckets of the policy SLACKFIT, 1 to 4096; unset: as it is."""
+    queue_limit_requests: _builtins.int
+    """Maximum number of requests that may wait, 1 or more; unset: as it is."""
+    queue_limit_s: _builtins.float
+    """Maximum estimated seconds of work that may wait, above 0; unset: as it is."""
+    attainment_probability: _builtins.float
+    """Probability that a batch planned to fit a budget does fit, between 0 and 1, both excluded;
+    unset: as it is.
+    """
+    priority_window_s: _builtins.float
+    """Seconds that the highest priority moves a deadline forward, 0 or more; unset: as it is."""
+    overhead_s: _builtins.float
+    """Seconds reserved for writing an answer, 0 or more; unset: as it is."""
     def __init__(
         self,
         *,
@@ -190,25 +244,50 @@ class UpdateSchedulingRequest(_message.Message):
         unpin: _builtins.bool = ...,
         min_quality: _builtins.float | None = ...,
         slackfit_buckets: _builtins.int | None = ...,
+        queue_limit_requests: _builtins.int | None = ...,
+        queue_limit_s: _builtins.float | None = ...,
+        attainment_probability: _builtins.float | None = ...,
+        priority_window_s: _builtins.float | None = ...,
+        overhead_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant", "_min_quality", b"_min_quality", "_pinned_variant", b"_pinned_variant", "_slackfit_buckets", b"_slackfit_buckets", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "pinned_variant", b"pinned_variant", "slackfit_buckets", b"slackfit_buckets"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_attainment_probability", b"_attainment_probability", "_fixed_variant", b"_fixed_variant", "_min_quality", b"_min_quality", "_overhead_s", b"_overhead_s", "_pinned_variant", b"_pinned_variant", "_priority_window_s", b"_priority_window_s", "_queue_limit_requests", b"_queue_limit_requests", "_queue_limit_s", b"_queue_limit_s", "_slackfit_buckets", b"_slackfit_buckets", "attainment_probability", b"attainment_probability", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "overhead_s", b"overhead_s", "pinned_variant", b"pinned_variant", "priority_window_s", b"priority_window_s", "queue_limit_requests", b"queue_limit_requests", "queue_limit_s", b"queue_limit_s", "slackfit_buckets", b"slackfit_buckets"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant", "_min_quality", b"_min_quality", "_pinned_variant", b"_pinned_variant", "_slackfit_buckets", b"_slackfit_buckets", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "model_name", b"model_name", "pinned_variant", b"pinned_variant", "policy", b"policy", "slackfit_buckets", b"slackfit_buckets", "unpin", b"unpin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attainment_probability", b"_attainment_probability", "_fixed_variant", b"_fixed_variant", "_min_quality", b"_min_quality", "_overhead_s", b"_overhead_s", "_pinned_variant", b"_pinned_variant", "_priority_window_s", b"_priority_window_s", "_queue_limit_requests", b"_queue_limit_requests", "_queue_limit_s", b"_queue_limit_s", "_slackfit_buckets", b"_slackfit_buckets", "attainment_probability", b"attainment_probability", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "model_name", b"model_name", "overhead_s", b"overhead_s", "pinned_variant", b"pinned_variant", "policy", b"policy", "priority_window_s", b"priority_window_s", "queue_limit_requests", b"queue_limit_requests", "queue_limit_s", b"queue_limit_s", "slackfit_buckets", b"slackfit_buckets", "unpin", b"unpin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__attainment_probability: _TypeAlias = _typing.Literal["attainment_probability"]  # noqa: Y015
+    _WhichOneofArgType__attainment_probability: _TypeAlias = _typing.Literal["_attainment_probability", b"_attainment_probability"]  # noqa: Y015
     _WhichOneofReturnType__fixed_variant: _TypeAlias = _typing.Literal["fixed_variant"]  # noqa: Y015
     _WhichOneofArgType__fixed_variant: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant"]  # noqa: Y015
     _WhichOneofReturnType__min_quality: _TypeAlias = _typing.Literal["min_quality"]  # noqa: Y015
     _WhichOneofArgType__min_quality: _TypeAlias = _typing.Literal["_min_quality", b"_min_quality"]  # noqa: Y015
+    _WhichOneofReturnType__overhead_s: _TypeAlias = _typing.Literal["overhead_s"]  # noqa: Y015
+    _WhichOneofArgType__overhead_s: _TypeAlias = _typing.Literal["_overhead_s", b"_overhead_s"]  # noqa: Y015
     _WhichOneofReturnType__pinned_variant: _TypeAlias = _typing.Literal["pinned_variant"]  # noqa: Y015
     _WhichOneofArgType__pinned_variant: _TypeAlias = _typing.Literal["_pinned_variant", b"_pinned_variant"]  # noqa: Y015
+    _WhichOneofReturnType__priority_window_s: _TypeAlias = _typing.Literal["priority_window_s"]  # noqa: Y015
+    _WhichOneofArgType__priority_window_s: _TypeAlias = _typing.Literal["_priority_window_s", b"_priority_window_s"]  # noqa: Y015
+    _WhichOneofReturnType__queue_limit_requests: _TypeAlias = _typing.Literal["queue_limit_requests"]  # noqa: Y015
+    _WhichOneofArgType__queue_limit_requests: _TypeAlias = _typing.Literal["_queue_limit_requests", b"_queue_limit_requests"]  # noqa: Y015
+    _WhichOneofReturnType__queue_limit_s: _TypeAlias = _typing.Literal["queue_limit_s"]  # noqa: Y015
+    _WhichOneofArgType__queue_limit_s: _TypeAlias = _typing.Literal["_queue_limit_s", b"_queue_limit_s"]  # noqa: Y015
     _WhichOneofReturnType__slackfit_buckets: _TypeAlias = _typing.Literal["slackfit_buckets"]  # noqa: Y015
     _WhichOneofArgType__slackfit_buckets: _TypeAlias = _typing.Literal["_slackfit_buckets", b"_slackfit_buckets"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__attainment_probability) -> _WhichOneofReturnType__attainment_probability | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__fixed_variant) -> _WhichOneofReturnType__fixed_variant | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_quality) -> _WhichOneofReturnType__min_quality | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__overhead_s) -> _WhichOneofReturnType__overhead_s | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__pinned_variant) -> _WhichOneofReturnType__pinned_variant | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority_window_s) -> _WhichOneofReturnType__priority_window_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__queue_limit_requests) -> _WhichOneofReturnType__queue_limit_requests | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__queue_limit_s) -> _WhichOneofReturnType__queue_limit_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__slackfit_buckets) -> _WhichOneofReturnType__slackfit_buckets | None: ...
 

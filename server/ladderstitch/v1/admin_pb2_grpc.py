@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class AdminServiceStub:
-    """For operators: reads and changes a model's scheduling on all its replicas, loads and unloads
-    models, and takes this replica out of service.
+    """For operators: reads and changes the scheduling settings, loads and unloads models, and takes this
+    replica out of service.
     """
 
     def __init__(self, channel):
@@ -64,26 +64,31 @@ class AdminServiceStub:
 
 
 class AdminServiceServicer:
-    """For operators: reads and changes a model's scheduling on all its replicas, loads and unloads
-    models, and takes this replica out of service.
+    """For operators: reads and changes the scheduling settings, loads and unloads models, and takes this
+    replica out of service.
     """
 
     def GetScheduling(self, request, context):
-        """Returns the active scheduling settings.
+        """Returns the active scheduling settings. A replica has one set of settings for all its models,
+        image classifiers and language models.
 
-        NOT_FOUND MODEL_NOT_FOUND: no such model.
+        NOT_FOUND MODEL_NOT_FOUND: the request names a model that the replica does not have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateScheduling(self, request, context):
-        """Changes the fields that are set, from the next batch on; no request is lost. Of two concurrent
-        changes the later one applies, and it also overrides the deployment's configuration.
+        """Changes the fields that are set, for all models of the replica, from the next batch on; no
+        request is lost. On Ray the change applies to all replicas of the deployment. `model_name` names
+        the model whose variants and qualities the change is checked against; `unfit_models` of the
+        response lists the other models that the settings do not fit. Of two concurrent changes the
+        later one applies, and it also overrides the deployment's configuration.
 
         INVALID_ARGUMENT INVALID_ARGUMENT with field violations: a value out of range, a variant that
-        the model does not have, both `pinned_variant` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such
-        model.
+        the named model does not have, a minimum quality above that of its best variant, both
+        `pinned_variant` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model, or the change has a
+        variant or a quality and no model while the replica has several.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -159,8 +164,8 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService:
-    """For operators: reads and changes a model's scheduling on all its replicas, loads and unloads
-    models, and takes this replica out of service.
+    """For operators: reads and changes the scheduling settings, loads and unloads models, and takes this
+    replica out of service.
     """
 
     @staticmethod

@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """For operators: reads and changes a model's scheduling on all its replicas, loads and unloads
-    models, and takes this replica out of service.
+    """For operators: reads and changes the scheduling settings, loads and unloads models, and takes this
+    replica out of service.
     """
 
     @_typing.overload
@@ -36,17 +36,22 @@ class AdminServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     GetScheduling: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetSchedulingRequest, _admin_pb2.GetSchedulingResponse]
-    """Returns the active scheduling settings.
+    """Returns the active scheduling settings. A replica has one set of settings for all its models,
+    image classifiers and language models.
 
-    NOT_FOUND MODEL_NOT_FOUND: no such model.
+    NOT_FOUND MODEL_NOT_FOUND: the request names a model that the replica does not have.
     """
     UpdateScheduling: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UpdateSchedulingRequest, _admin_pb2.UpdateSchedulingResponse]
-    """Changes the fields that are set, from the next batch on; no request is lost. Of two concurrent
-    changes the later one applies, and it also overrides the deployment's configuration.
+    """Changes the fields that are set, for all models of the replica, from the next batch on; no
+    request is lost. On Ray the change applies to all replicas of the deployment. `model_name` names
+    the model whose variants and qualities the change is checked against; `unfit_models` of the
+    response lists the other models that the settings do not fit. Of two concurrent changes the
+    later one applies, and it also overrides the deployment's configuration.
 
     INVALID_ARGUMENT INVALID_ARGUMENT with field violations: a value out of range, a variant that
-    the model does not have, both `pinned_variant` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such
-    model.
+    the named model does not have, a minimum quality above that of its best variant, both
+    `pinned_variant` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model, or the change has a
+    variant or a quality and no model while the replica has several.
     """
     Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]
     """Takes this replica out of service permanently. Health reports NOT_SERVING immediately; requests
@@ -72,23 +77,28 @@ class AdminServiceStub:
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
-    """For operators: reads and changes a model's scheduling on all its replicas, loads and unloads
-    models, and takes this replica out of service.
+    """For operators: reads and changes the scheduling settings, loads and unloads models, and takes this
+    replica out of service.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetScheduling: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetSchedulingRequest, _admin_pb2.GetSchedulingResponse]  # type: ignore[assignment]
-    """Returns the active scheduling settings.
+    """Returns the active scheduling settings. A replica has one set of settings for all its models,
+    image classifiers and language models.
 
-    NOT_FOUND MODEL_NOT_FOUND: no such model.
+    NOT_FOUND MODEL_NOT_FOUND: the request names a model that the replica does not have.
     """
     UpdateScheduling: _aio.UnaryUnaryMultiCallable[_admin_pb2.UpdateSchedulingRequest, _admin_pb2.UpdateSchedulingResponse]  # type: ignore[assignment]
-    """Changes the fields that are set, from the next batch on; no request is lost. Of two concurrent
-    changes the later one applies, and it also overrides the deployment's configuration.
+    """Changes the fields that are set, for all models of the replica, from the next batch on; no
+    request is lost. On Ray the change applies to all replicas of the deployment. `model_name` names
+    the model whose variants and qualities the change is checked against; `unfit_models` of the
+    response lists the other models that the settings do not fit. Of two concurrent changes the
+    later one applies, and it also overrides the deployment's configuration.
 
     INVALID_ARGUMENT INVALID_ARGUMENT with field violations: a value out of range, a variant that
-    the model does not have, both `pinned_variant` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such
-    model.
+    the named model does not have, a minimum quality above that of its best variant, both
+    `pinned_variant` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model, or the change has a
+    variant or a quality and no model while the replica has several.
     """
     Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]  # type: ignore[assignment]
     """Takes this replica out of service permanently. Health reports NOT_SERVING immediately; requests
@@ -113,8 +123,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """For operators: reads and changes a model's scheduling on all its replicas, loads and unloads
-    models, and takes this replica out of service.
+    """For operators: reads and changes the scheduling settings, loads and unloads models, and takes this
+    replica out of service.
     """
 
     @_abc_1.abstractmethod
@@ -123,9 +133,10 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.GetSchedulingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetSchedulingResponse, _abc.Awaitable[_admin_pb2.GetSchedulingResponse]]:
-        """Returns the active scheduling settings.
+        """Returns the active scheduling settings. A replica has one set of settings for all its models,
+        image classifiers and language models.
 
-        NOT_FOUND MODEL_NOT_FOUND: no such model.
+        NOT_FOUND MODEL_NOT_FOUND: the request names a model that the replica does not have.
         """
 
     @_abc_1.abstractmethod
@@ -134,12 +145,16 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.UpdateSchedulingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.UpdateSchedulingResponse, _abc.Awaitable[_admin_pb2.UpdateSchedulingResponse]]:
-        """Changes the fields that are set, from the next batch on; no request is lost. Of two concurrent
-        changes the later one applies, and it also overrides the deployment's configuration.
+        """Changes the fields that are set, for all models of the replica, from the next batch on; no
+        request is lost. On Ray the change applies to all replicas of the deployment. `model_name` names
+        the model whose variants and qualities the change is checked against; `unfit_models` of the
+        response lists the other models that the settings do not fit. Of two concurrent changes the
+        later one applies, and it also overrides the deployment's configuration.
 
         INVALID_ARGUMENT INVALID_ARGUMENT with field violations: a value out of range, a variant that
-        the model does not have, both `pinned_variant` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such
-        model.
+        the named model does not have, a minimum quality above that of its best variant, both
+        `pinned_variant` and `unpin`. NOT_FOUND MODEL_NOT_FOUND: no such model, or the change has a
+        variant or a quality and no model while the replica has several.
         """
 
     @_abc_1.abstractmethod

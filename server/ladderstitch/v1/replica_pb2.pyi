@@ -76,7 +76,9 @@ class WatchLoadResponse(_message.Message):
     REQUEST_US_FIELD_NUMBER: _builtins.int
     BATCH_US_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
-    """Name of the replica, unique to each process."""
+    """Name of the replica, unique to each process: the id of the Serve replica on Ray, otherwise
+    HOSTNAME-PID.
+    """
     version: _builtins.str
     """Version of the server."""
     serving: _builtins.bool

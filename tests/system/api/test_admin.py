@@ -27,7 +27,7 @@ def _restore_scheduling(client: Client) -> Iterator[None]:
 
 def test_update_scheduling_applies_to_the_next_request(client: Client) -> None:
     start = client.get_scheduling().revision
-    client.update_scheduling(policy="POLICY_NAME_FIXED", fixed_variant=4)
+    client.update_scheduling(policy="fixed", fixed_variant=4)
     assert client.predict(pixels()).variant == 4
     client.update_scheduling(pinned_variant=6)
     assert client.predict(pixels()).variant == 6
@@ -53,6 +53,11 @@ def test_update_scheduling_applies_to_the_next_request(client: Client) -> None:
         ({"min_quality": 0.99}, "min_quality"),
         ({"min_quality": float("nan")}, "min_quality"),
         ({"slackfit_buckets": 0}, "slackfit_buckets"),
+        ({"queue_limit_requests": 0}, "queue_limit_requests"),
+        ({"queue_limit_s": 0.0}, "queue_limit_s"),
+        ({"attainment_probability": 1.0}, "attainment_probability"),
+        ({"priority_window_s": -0.1}, "priority_window_s"),
+        ({"overhead_s": float("inf")}, "overhead_s"),
     ],
 )
 def test_update_scheduling_invalid_change_is_rejected(
@@ -64,6 +69,19 @@ def test_update_scheduling_invalid_change_is_rejected(
     assert failed.value.code == grpc.StatusCode.INVALID_ARGUMENT
     assert list(failed.value.violations) == [field]
     assert client.get_scheduling() == before
+
+
+def test_update_scheduling_same_values_make_no_revision(client: Client) -> None:
+    first = client.update_scheduling(queue_limit_requests=77, overhead_s=0.001)
+    assert (first.queue_limit_requests, first.overhead_s) == (77, 0.001)
+    assert client.update_scheduling(queue_limit_requests=77) == first
+    second = client.update_scheduling(queue_limit_requests=1024, overhead_s=0.0005)
+    assert second.revision == first.revision + 1
+
+
+def test_update_scheduling_unknown_policy_is_named(client: Client) -> None:
+    with pytest.raises(ValueError, match=r"policy: expected one of fixed, .*, got 'best'"):
+        client.update_scheduling(policy="best")
 
 
 def test_schedule_fixed_variant_alone_sets_the_fixed_policy(
@@ -152,7 +170,7 @@ def test_metrics_count_requests_budgets_and_batches(server: RunningServer, clien
     assert grown("requests_total", variant="none", code="INVALID_ARGUMENT") == 1
     assert grown("slo_requests_total", met="true") == 2  # the third has the client's 30 s deadline
     assert grown("slo_requests_total", met="false") == 1
-    assert grown("switches_total") >= 1
+    assert grown("variant_switches_total") >= 1
     assert grown("batch_size_sum") == 4
     for name in (
         "queue_seconds",

@@ -17,7 +17,13 @@ from typing import Any
 import grpc
 import pytest
 
-from ladderstitch.client import AsyncClient, Client, RequestFailed, TextChunk
+from ladderstitch.client import (
+    AsyncClient,
+    Client,
+    RequestFailed,
+    TextChunk,
+    scheduling_settings,
+)
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import grpc_service_pb2_grpc
 from ladderstitch.text.bundle import TextBundle, TextVariant
@@ -201,6 +207,13 @@ def test_generate_reports_log_probabilities(client: Client) -> None:
     for chunk in client.generate(PROMPT, max_tokens=4, logprobs=2):
         assert len(chunk.alternatives) == 2
         assert chunk.alternatives[0] == (chunk.token, chunk.logprob)  # greedy sampling
+
+
+def test_get_scheduling_of_a_text_server_names_its_settings(client: Client) -> None:
+    settings = scheduling_settings(client.get_scheduling())
+    assert settings["policy"] == "adaptive"
+    assert settings["pinned_variant"] is None
+    assert settings["min_quality"] == 0.0
 
 
 def test_update_scheduling_pins_a_text_variant(client: Client) -> None:

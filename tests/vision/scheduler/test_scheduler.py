@@ -25,7 +25,7 @@ from ladderstitch.errors import (
     RequestError,
     VariantNotFound,
 )
-from ladderstitch.scheduling.requests import Completion, Pixels
+from ladderstitch.scheduling.requests import ImageAnswer, Pixels
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.telemetry.model_metrics import VisionMetrics
@@ -59,7 +59,7 @@ class Bench:
 
     def submit(
         self, mark: int, budget_s: float = math.inf, *, hard: bool = False, **fields: object
-    ) -> asyncio.Task[Completion]:
+    ) -> asyncio.Task[ImageAnswer]:
         now = self.clock.now
         request = make_request(
             now + budget_s, arrival=now, hard=now + budget_s if hard else math.inf, **fields
@@ -374,7 +374,7 @@ async def test_bad_request_fails_alone(clock: FakeClock, caplog: pytest.LogCaptu
     answers = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(answers[3], InternalError)
     assert answers[3].metadata["error_id"] in caplog.text
-    others = [a.logits[0, 1] for i, a in enumerate(answers) if isinstance(a, Completion)]
+    others = [a.logits[0, 1] for i, a in enumerate(answers) if isinstance(a, ImageAnswer)]
     assert others == [0, 11, 12, 14]
     await bench.scheduler.close()
 
@@ -503,11 +503,11 @@ async def test_random_events_end_every_request_once(clock: FakeClock, name: str,
     ends = await asyncio.gather(*tasks, return_exceptions=True)
     await bench.scheduler.drain()
     for mark, end in enumerate(ends):
-        if isinstance(end, Completion):
+        if isinstance(end, ImageAnswer):
             assert set(end.logits[:, 1].tolist()) == {mark}
         else:
             assert isinstance(end, RequestError | asyncio.CancelledError)
-    assert sum(isinstance(end, Completion) for end in ends) > 100
+    assert sum(isinstance(end, ImageAnswer) for end in ends) > 100
     assert len(bench.scheduler.planner.queue) == 0
     ended = sum(
         sample.value

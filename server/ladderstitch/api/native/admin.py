@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from ladderstitch.api.deadlines import announce_seconds
 from ladderstitch.api.status import Context, translate_errors
+from ladderstitch.client.calls import POLICY_NUMBERS
 from ladderstitch.errors import InvalidArgument
-from ladderstitch.hosting.registry import AdminActions, ModelRegistry
-from ladderstitch.scheduling.requests import check_quality
-from ladderstitch.scheduling.settings import POLICY_NAMES, ActiveSettings
+from ladderstitch.hosting.registry import AdminActions, LoadedModel, ModelRegistry
+from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.v1 import admin_pb2 as pb
 from ladderstitch.v1 import admin_pb2_grpc
 
-POLICY_BY_NUMBER = {
-    pb.PolicyName.Value(f"POLICY_NAME_{name.upper()}"): name for name in POLICY_NAMES
-}
-NUMBER_BY_POLICY = {name: number for number, name in POLICY_BY_NUMBER.items()}
-MAX_SLACKFIT_BUCKETS = 4096
+POLICY_BY_NUMBER = {number: name for name, number in POLICY_NUMBERS.items()}
+FIELDS_OF_A_MODEL = ("fixed_variant", "pinned_variant", "min_quality")
+"""Settings that are checked against the variants and qualities of one model."""
 
 
 class AdminService(admin_pb2_grpc.AdminServiceServicer):
@@ -31,30 +31,23 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def GetScheduling(
         self, request: pb.GetSchedulingRequest, context: Context
     ) -> pb.GetSchedulingResponse:
-        """Return the active scheduling settings."""
-        self.registry.vision_model(request.model_name)
-        return pb.GetSchedulingResponse(scheduling=_build_message(self.registry.active_settings))
+        """Return the active scheduling settings, which are those of all models."""
+        if request.model_name:
+            self.registry.find(request.model_name)
+        return pb.GetSchedulingResponse(scheduling=_build_message(self.registry))
 
     @translate_errors
     async def UpdateScheduling(
         self, request: pb.UpdateSchedulingRequest, context: Context
     ) -> pb.UpdateSchedulingResponse:
-        """Change the scheduling settings that are set; returns the active ones."""
-        model = self.registry.find(request.model_name)
+        """Change the scheduling settings that are set, for all models; returns the active ones."""
         changes = _read_changes(request)
-        for field in ("fixed_variant", "pinned_variant"):
-            variant = changes.get(field)
-            if variant is not None and variant not in model.qualities:
-                raise InvalidArgument(field, f"expected a variant of {model.name!r}, got {variant}")
-        best = max(model.qualities.values())
-        if changes.get("min_quality", 0) > best:
-            raise InvalidArgument(
-                "min_quality",
-                f"expected at most {best:.4f}, the quality of the best variant, got "
-                f"{changes['min_quality']}",
-            )
-        active = await self.actions.update(changes)
-        return pb.UpdateSchedulingResponse(scheduling=_build_message(active))
+        self._check_ranges(changes)
+        needs_model = any(changes.get(field) is not None for field in FIELDS_OF_A_MODEL)
+        if request.model_name or needs_model:
+            _check_model(self.registry.find(request.model_name), changes)
+        await self.actions.update(changes)
+        return pb.UpdateSchedulingResponse(scheduling=_build_message(self.registry))
 
     @translate_errors
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
@@ -78,60 +71,76 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         await self.actions.unload(request.model_name)
         return pb.UnloadModelResponse()
 
+    def _check_ranges(self, changes: dict[str, Any]) -> None:
+        """Raise `InvalidArgument`, which names the field, if a value is out of range."""
+        try:
+            self.registry.active_settings.with_changes(changes)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = str(first["loc"][0]) if first["loc"] else "policy"
+            expected = first["msg"].replace("Input should be", "expected")
+            raise InvalidArgument(field, f"{expected}, got {first['input']}") from None
+
+
+def _check_model(model: LoadedModel, changes: dict[str, Any]) -> None:
+    """Raise `InvalidArgument` if a change names a variant or a quality that the model lacks."""
+    for field in ("fixed_variant", "pinned_variant"):
+        variant = changes.get(field)
+        if variant is not None and variant not in model.qualities:
+            raise InvalidArgument(field, f"expected a variant of {model.name!r}, got {variant}")
+    best = max(model.qualities.values())
+    if changes.get("min_quality", 0) > best:
+        raise InvalidArgument(
+            "min_quality",
+            f"expected at most {best:.4f}, the quality of the best variant, got "
+            f"{changes['min_quality']}",
+        )
+
 
 def _read_changes(request: pb.UpdateSchedulingRequest) -> dict[str, Any]:
     """Return the fields of `SchedulerSettings` that a request sets.
 
-    Raises `InvalidArgument` for a value out of range and for fields that exclude each other.
+    Raises `InvalidArgument` for an unknown policy and for fields that exclude each other.
     """
-    changes: dict[str, Any] = _read_policy(request)
-    if request.unpin and request.HasField("pinned_variant"):
+    settings = SchedulerSettings.model_fields.keys() - {"policy"}
+    present = {field.name: value for field, value in request.ListFields()}
+    changes = {name: present[name] for name in present.keys() & settings}
+    if request.unpin and "pinned_variant" in changes:
         raise InvalidArgument("unpin", "expected either unpin or pinned_variant, got both")
     if request.unpin:
         changes["pinned_variant"] = None
-    if request.HasField("pinned_variant"):
-        changes["pinned_variant"] = request.pinned_variant
-    if request.HasField("min_quality"):
-        check_quality(request.min_quality)
-        changes["min_quality"] = request.min_quality
-    if request.HasField("slackfit_buckets"):
-        buckets = request.slackfit_buckets
-        if not 1 <= buckets <= MAX_SLACKFIT_BUCKETS:
-            raise InvalidArgument(
-                "slackfit_buckets", f"expected 1 to {MAX_SLACKFIT_BUCKETS}, got {buckets}"
-            )
-        changes["slackfit_buckets"] = buckets
-    return changes
-
-
-def _read_policy(request: pb.UpdateSchedulingRequest) -> dict[str, Any]:
-    changes: dict[str, Any] = {}
-    if request.policy != pb.POLICY_NAME_UNSPECIFIED:
-        if request.policy not in POLICY_BY_NUMBER:
-            raise InvalidArgument(
-                "policy", f"expected one of {sorted(NUMBER_BY_POLICY)}, got {request.policy}"
-            )
-        changes["policy"] = POLICY_BY_NUMBER[request.policy]
-    fixed = changes.get("policy") == "fixed"
-    if fixed and not request.HasField("fixed_variant"):
+    policy = _read_policy(request)
+    if policy == "fixed" and "fixed_variant" not in changes:
         raise InvalidArgument("fixed_variant", "expected a variant for the policy fixed, got none")
-    if not fixed and request.HasField("fixed_variant"):
+    if policy != "fixed" and "fixed_variant" in changes:
         raise InvalidArgument(
-            "fixed_variant",
-            f"expected the policy fixed along with it, got {changes.get('policy', 'none')}",
+            "fixed_variant", f"expected the policy fixed along with it, got {policy or 'none'}"
         )
-    if fixed:
-        changes["fixed_variant"] = request.fixed_variant
-    return changes
+    if policy is None:
+        return changes
+    return {"fixed_variant": None} | changes | {"policy": policy}
 
 
-def _build_message(active: ActiveSettings) -> pb.Scheduling:
+def _read_policy(request: pb.UpdateSchedulingRequest) -> str | None:
+    """Return the policy that a request sets; None if it leaves the policy as it is."""
+    if request.policy == pb.POLICY_NAME_UNSPECIFIED:
+        return None
+    if request.policy not in POLICY_BY_NUMBER:
+        raise InvalidArgument(
+            "policy", f"expected one of {', '.join(POLICY_NUMBERS)}, got {request.policy}"
+        )
+    return POLICY_BY_NUMBER[request.policy]
+
+
+def _build_message(registry: ModelRegistry) -> pb.Scheduling:
+    """Return the active settings, and the models that they do not fit."""
+    active = registry.active_settings
     settings = active.settings
+    fields = settings.model_dump(exclude={"policy", "fixed_variant"})
     return pb.Scheduling(
-        policy=NUMBER_BY_POLICY[settings.policy],
+        policy=POLICY_NUMBERS[settings.policy],
         fixed_variant=settings.fixed_variant if settings.policy == "fixed" else None,
-        pinned_variant=settings.pinned_variant,
-        min_quality=settings.min_quality,
-        slackfit_buckets=settings.slackfit_buckets,
         revision=active.revision,
+        unfit_models=registry.unfit_models,
+        **fields,
     )

@@ -18,7 +18,7 @@ from ladderstitch.errors import InvalidArgument, RequestError
 from ladderstitch.hosting.registry import LoadedModel, ModelRegistry, TextModel, VisionModel
 from ladderstitch.scheduling.profiles import Quality
 from ladderstitch.scheduling.requests import (
-    Completion,
+    ImageAnswer,
     Logits,
     Pixels,
     Request,
@@ -126,7 +126,7 @@ def _build_response(
     request: pb.InferRequest,
     model: VisionModel,
     accepted: Request,
-    completion: Completion,
+    completion: ImageAnswer,
     replica: str,
 ) -> pb.InferResponse:
     table = model.bundle.quality

@@ -24,7 +24,7 @@ from ladderstitch.errors import InvalidArgument
 from ladderstitch.hosting.registry import VisionModel
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import model_config_pb2
-from ladderstitch.scheduling.requests import Completion, Logits, Pixels, Request, check_id
+from ladderstitch.scheduling.requests import ImageAnswer, Logits, Pixels, Request, check_id
 from ladderstitch.vision.scheduler.in_flight import Total
 
 INPUT = "images"
@@ -98,7 +98,7 @@ def requested_outputs(request: pb.ModelInferRequest) -> tuple[str, ...]:
 def build_response(
     model: VisionModel,
     request: Request,
-    completion: Completion,
+    completion: ImageAnswer,
     outputs: tuple[str, ...],
     replica: str,
 ) -> pb.ModelInferResponse:
@@ -131,7 +131,7 @@ def build_response(
 
 
 def _add_output(
-    response: pb.ModelInferResponse, name: str, completion: Completion, labels: tuple[str, ...]
+    response: pb.ModelInferResponse, name: str, completion: ImageAnswer, labels: tuple[str, ...]
 ) -> None:
     if name == "labels":
         best = [labels[i].encode() for i in completion.logits.argmax(axis=1)]

@@ -28,7 +28,7 @@ class PeerLost(LadderstitchError):
 class Communicator(Protocol):
     """One rank's end of the sums over all ranks of a group.
 
-    Parts are added in the order of the ranks, so that all ranks get the same bits. At most two
+    Partials are added in the order of the ranks, so that all ranks get the same bits. At most two
     reductions may be in flight, and `wait` is called in the order in which they were started. All
     ranks start reductions of the same shapes in the same order.
     """
@@ -68,20 +68,20 @@ class FusedCommunicator(Communicator, Protocol):
         """
 
 
-def sum_in_rank_order(parts: Sequence[Tensor]) -> Tensor:
+def sum_in_rank_order(partials: Sequence[Tensor]) -> Tensor:
     """Return the sum of the ranks' partials, the same bits on all ranks.
 
-    The parts are added in float32 and in the order of the ranks; the result has the first one's
+    The partials are added in float32 and in the order of the ranks; the result has the first one's
     dtype.
     """
-    first, *others = parts
+    first, *others = partials
     total = first.float()
     for other in others:
         total = total + other
     return total.to(first.dtype)
 
 
-class SingleRank:
+class SingleRankCommunicator:
     """The communicator of a group of one rank.
 
     Benchmarks also use it for ranks that do not communicate (scheme `no_communication`).
@@ -142,7 +142,7 @@ class SymmetricSpec(BaseModel):
 
 
 class SingleSpec(BaseModel):
-    """The parameters of a `SingleRank`, which needs none."""
+    """The parameters of a `SingleRankCommunicator`, which needs none."""
 
     kind: Literal["single"] = "single"
 

@@ -24,7 +24,7 @@ from ladderstitch.text.comm.base import (
     NcclSpec,
     PeerLost,
     SharedMemorySpec,
-    SingleRank,
+    SingleRankCommunicator,
     SingleSpec,
     SymmetricSpec,
     TcpSpec,
@@ -67,8 +67,8 @@ class Rank:
             config.device,
         )
         self.comm: Communicator | None = None
-        self.paths: list[tuple[tuple[LayerPlan, ...], Communicator]] = []
-        self.loaded = {
+        self.path_plans: list[tuple[tuple[LayerPlan, ...], Communicator]] = []
+        self.load_stats = {
             "weight_bytes": self.models[0].weights.bytes(),
             "cache_bytes": self.cache.bytes,
             "memory_bytes": anonymous_bytes() - anonymous,
@@ -81,9 +81,9 @@ class Rank:
             self.comm.close()
         config = self.rank_config
         comm = create_communicator(spec, config, self.shard, listener)
-        silent = SingleRank(self.shard.rank, self.shard.ranks)
+        silent = SingleRankCommunicator(self.shard.rank, self.shard.ranks)
         self.comm = comm
-        self.paths = [
+        self.path_plans = [
             (
                 plan_layers(residual, config.model.layers, config.ranks),
                 silent if residual.scheme == "no_communication" else comm,
@@ -99,7 +99,7 @@ class Rank:
         """
         step = Step.unpack(message.header, message.body)
         batch = Batch(step, self.rank_config.block_tokens, self.rank_config.device)
-        plans, comm = self.paths[step.path]
+        plans, comm = self.path_plans[step.path]
         logits = self.models[step.path].forward(batch, self.cache, plans, comm).float()
         best = logits[batch.best_rows].max(dim=-1) if batch.best_rows else None
         whole = np.ascontiguousarray(logits[batch.logits_rows].cpu().numpy())
@@ -178,7 +178,7 @@ def create_communicator(
             rows, width = config.max_batched_tokens, config.model.hidden_size
             return SymmetricCommunicator(memory, spec.path, rows, width, config.torch_dtype, device)
         case SingleSpec():
-            return SingleRank()
+            return SingleRankCommunicator()
 
 
 def serve(group: socket.socket, listener: socket.socket) -> None:
@@ -195,7 +195,7 @@ def serve(group: socket.socket, listener: socket.socket) -> None:
         try:
             if message.kind == Kind.LOAD_MODEL:
                 rank = Rank(Assignment.model_validate(message.header))
-                reply = Message(Kind.MODEL_LOADED, rank.loaded)
+                reply = Message(Kind.MODEL_LOADED, rank.load_stats)
             elif rank is None:
                 reply = Message(Kind.FAILED, {"error": "expected LOAD_MODEL first"})
             elif message.kind == Kind.INIT_COMM:

@@ -130,17 +130,23 @@ class TextScheduler:
     def apply_settings(self, settings: SchedulerSettings) -> None:
         """Choose variants by these settings from now on.
 
-        Raises `InvalidArgument` if they name a variant that the model does not have.
+        Raises `InvalidArgument` if the model lacks a variant or the floor that they name.
         """
         variants = range(len(self.group.rank_config.paths))
+        quality = {v: self._quality.value(v) if self._quality else 0.0 for v in variants}
         for field in ("fixed_variant", "pinned_variant"):
             variant = getattr(settings, field)
             if variant not in (None, *variants):
                 raise InvalidArgument(field, f"expected 0 to {len(variants) - 1}, got {variant}")
+        best = max(quality.values())
+        if settings.min_quality > best:
+            raise InvalidArgument(
+                "min_quality",
+                f"expected at most {best:.4f}, the best variant's, got {settings.min_quality}",
+            )
         self.settings = settings
         latency = self.times.latency
         latency.set_probability(settings.attainment_probability)
-        quality = {v: self._quality.value(v) if self._quality else 0.0 for v in variants}
         self.candidates = CandidateFilter.from_settings(quality, latency.profile, settings)
 
     def generate(self, request: GenerationRequest) -> TokenStream:
@@ -190,7 +196,7 @@ class TextScheduler:
         return True
 
     async def _run_steps(self) -> None:
-        """Run steps for ever; if one fails, its sequences resume or end with an error."""
+        """Run steps forever; if one fails, its sequences resume or end with an error."""
         while True:
             try:
                 if not await self.step():
@@ -219,16 +225,16 @@ class TextScheduler:
     def _deliver(self, executed: ExecutedStep) -> None:
         """Append the new tokens to their sequences; remove the sequences that end."""
         best, logits = iter(executed.output.best.tolist()), iter(executed.output.logits)
-        for chunk, fed in zip(executed.plan.chunks, executed.step.inputs, strict=True):
-            token = next(best) if fed.logits_mode == LogitsMode.BEST else None
-            row = next(logits) if fed.logits_mode == LogitsMode.LAST else None
+        for chunk, step_input in zip(executed.plan.chunks, executed.step.inputs, strict=True):
+            token = next(best) if step_input.logits_mode == LogitsMode.BEST else None
+            row = next(logits) if step_input.logits_mode == LogitsMode.LAST else None
             sequence = chunk.sequence
             if sequence.ended:  # its caller left during the step
                 continue
             sequence.block_table.mark_computed(
                 self.block_manager, sequence.tokens, chunk.num_tokens
             )
-            if fed.logits_mode != LogitsMode.NONE:
+            if step_input.logits_mode != LogitsMode.NONE:
                 sequence.append_token(token, row, executed.ended_at)
             if sequence.ended:
                 self._remove(sequence)
@@ -247,8 +253,8 @@ class TextScheduler:
         """Wait until all ranks are ready; the caches are lost, so all sequences start over."""
         log.warning("rank lost, active_sequences=%d: %s", self.num_running, error)
         self._queue.reset_all()
-        unlucky = [s for s in self._queue.waiting if s.num_rank_losses > MAX_RANK_LOSSES]
-        self._fail(unlucky, EngineRestarting(f"too many ranks were lost: {error}"))
+        exhausted = [s for s in self._queue.waiting if s.num_rank_losses > MAX_RANK_LOSSES]
+        self._fail(exhausted, EngineRestarting(f"too many ranks were lost: {error}"))
         try:
             await self.group.wait_ready()
         except EngineRestarting as failure:

@@ -73,14 +73,15 @@ def check_request(
     if left_s < alone_s:
         feasible_s = latency.seconds(fastest, request.num_images) + settings.overhead_s
         raise BudgetInfeasible(
-            f"budget: expected at least {_to_us(feasible_s)} us, which the fastest allowed variant "
-            f"takes alone, got {_to_us(left_s)} us ({request.deadlines.hard_source})",
-            min_feasible_us=_to_us(feasible_s),
+            f"budget: expected at least {_format_us(feasible_s)} us, which the fastest allowed "
+            f"variant takes alone, got {_format_us(left_s)} us ({request.deadlines.hard_source})",
+            min_feasible_us=_format_us(feasible_s),
         )
     wait_s = load.busy_s + estimate_work_s(images_ahead, candidates, latency)
     if request.deadlines.hard < load.now + wait_s + alone_s:
         raise Overloaded(
-            f"budget: {_to_us(wait_s)} us of other work come first, got {_to_us(left_s)} us",
+            f"budget: {_format_us(wait_s)} us of other work come first, "
+            f"got {_format_us(left_s)} us",
             retry_after_s=wait_s,
         )
     _check_queue_limits(candidates, latency, load, settings)
@@ -168,5 +169,5 @@ def _check_floor(min_quality: float, candidates: CandidateFilter, best: int) -> 
         )
 
 
-def _to_us(seconds: float) -> str:
+def _format_us(seconds: float) -> str:
     return str(round(1e6 * seconds))

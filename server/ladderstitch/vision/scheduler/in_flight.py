@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from ladderstitch.errors import ExpiredInCompute, ExpiredInQueue, RequestError
-from ladderstitch.scheduling.requests import Completion, Request
+from ladderstitch.scheduling.requests import ImageAnswer, Request
 from ladderstitch.telemetry.model_metrics import VisionMetrics
 from ladderstitch.vision.engine.base import EngineResult
 
@@ -21,7 +21,7 @@ class PendingRequest:
     """
 
     request: Request
-    answer: asyncio.Future[Completion]
+    answer: asyncio.Future[ImageAnswer]
     engine_died: bool = False
     """Whether the engine died once while it computed this request."""
     batch_failed: bool = False
@@ -33,7 +33,7 @@ class BatchResult:
     """The answers that a batch gave at the instant `answered_at`."""
 
     answered_at: float
-    answers: list[tuple[Request, Completion]]
+    answers: list[tuple[Request, ImageAnswer]]
 
 
 class InFlightRequests:
@@ -93,7 +93,7 @@ class InFlightRequests:
                 self.expire_in_compute(pending)
             elif self._remove(pending):
                 queue_s = started - request.arrival
-                completion = Completion(
+                completion = ImageAnswer(
                     logits, variant, quality, queue_s, result.compute_s, batch_size
                 )
                 pending.answer.set_result(completion)

@@ -48,7 +48,7 @@ class Planner:
         self.queue = DeadlineQueue(settings.priority_window_s)
         self.busy_until = 0.0
         """Instant at which the running batch is expected to end; 0 while the engine is idle."""
-        self.batch_s = 0.0
+        self.mean_batch_s = 0.0
         """Moving average of the seconds that batches took."""
         self._arrivals = Arrivals()
         self._recorder = recorder
@@ -102,7 +102,7 @@ class Planner:
                 busy_s + admission.estimate_work_s(ahead, candidates, view) for ahead in images_due
             ),
             request_s=view.expected(candidates.for_quality()[0], 1),
-            batch_s=self.batch_s,
+            batch_s=self.mean_batch_s,
         )
 
     def check_budget(
@@ -193,7 +193,7 @@ class Planner:
     ) -> float:
         """Learn from a batch that was answered; return actual over expected seconds."""
         self.latency.observe_dispatch_overhead(total_s - compute_s)
-        self.batch_s += EWMA_ALPHA * (total_s - self.batch_s)
+        self.mean_batch_s += EWMA_ALPHA * (total_s - self.mean_batch_s)
         error = self.latency.observe(variant, batch_size, compute_s)
         if self._recorder is not None:
             self._recorder.on_batch_finished(variant, batch_size, compute_s, total_s)

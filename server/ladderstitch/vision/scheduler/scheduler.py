@@ -11,7 +11,7 @@ from typing import TextIO
 from ladderstitch.errors import Draining, InternalError, RequestError
 from ladderstitch.scheduling.load_report import LoadReport
 from ladderstitch.scheduling.profiles import LatencyProfile
-from ladderstitch.scheduling.requests import Completion, Request
+from ladderstitch.scheduling.requests import ImageAnswer, Request
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.model_metrics import VisionMetrics
 from ladderstitch.vision.engine.base import Engine
@@ -83,7 +83,7 @@ class Scheduler:
         """
         return self.planner.check_budget(budget_s, min_quality, self.clock())
 
-    async def submit(self, request: Request) -> Completion:
+    async def submit(self, request: Request) -> ImageAnswer:
         """Return the answer to one request. Raises the `RequestError` that ends it instead.
 
         If the caller is cancelled, the request leaves the queue at once.
