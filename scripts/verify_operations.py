@@ -34,6 +34,8 @@ APP = "ladderstitch"
 BUDGET = BudgetClass("all", 0.1)
 HIGH = 150.0
 """Requests per second at high load, on a machine that is fast enough."""
+RATE_STEP = 1.5
+"""Ratio of the rates of two repetitions of a phase that waits for replicas."""
 LOW_SHARE = 0.1
 """Low load as a share of the high one."""
 MAX_UTILIZATION = 0.2
@@ -44,7 +46,11 @@ GOALS = {"quality": 0.915, "utilization": 0.03}
 
 @dataclass(frozen=True)
 class Phase:
-    """Load of one rate for `seconds`, repeated until `wanted` replicas and nodes exist."""
+    """Load of one rate for `seconds`, repeated until `wanted` replicas and nodes exist.
+
+    While there are fewer than that, each repetition has a higher rate, up to `HIGH`: on a busy
+    machine the first rate may be too low to need another replica.
+    """
 
     rate: float
     seconds: float
@@ -112,14 +118,17 @@ async def scale(client: BalancingClient, phases: Sequence[Phase]) -> dict[str, A
     client.sizes.clear()
     started = time.perf_counter()
     for phase in phases:
+        rate = phase.rate
         while True:
             offset = time.perf_counter() - started
-            part = poisson_requests(phase.rate, phase.seconds, rng)
+            part = poisson_requests(rate, phase.seconds, rng)
             samples += await send_open_loop(client.call, part)
             requests += [(offset + at, *rest) for at, *rest in part]
             size = client.sizes[-1]
             if phase.wanted is None or size.replicas == size.nodes == phase.wanted:
                 break
+            if size.replicas < phase.wanted:
+                rate = min(HIGH, RATE_STEP * rate)
             if time.perf_counter() - started > EVENT_TIMEOUT_S:
                 raise TimeoutError(f"expected {phase.wanted} replicas and nodes, got {size}")
     seconds = int(time.perf_counter() - started)
