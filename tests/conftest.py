@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from ladderstitch.runtime.device import device_name, versions
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile, Quality, QualityTable
 from ladderstitch.vision.bundle import (
     Preprocessing,
@@ -26,6 +28,13 @@ __all__ = ["tiny_language_bundle"]
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = (1, 2, 4, 8, 16, 32)
 """All batch sizes of a server's default profile, so that scaling keeps the fake latencies."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _use_a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LADDERSTITCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -93,10 +102,10 @@ def make_tiny_bundle(path: Path) -> VisionBundle:
     write_table(
         path / "latency.json",
         LatencyProfile(
-            device="fake",
+            device=device_name(torch.device("cpu")),  # so that servers do not measure
             threads=1,
             date="2026-01-01",
-            versions={},
+            versions=versions(),
             batch_sizes=SIZES,
             variants={
                 i: Latency(

@@ -31,9 +31,12 @@ class ServerConfig(ListenConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="number format; auto: float32 on CPUs, bfloat16 on GPUs"
     )
-    threads: int = Field(
-        1, ge=1, description="number of torch threads in each process that computes"
+    runtime: Literal["auto", "onnx", "torch"] = Field(
+        "auto",
+        description="what runs image models: onnx (compiled, on CPUs in float32) or torch; "
+        "auto: onnx where it can",
     )
+    threads: int = Field(1, ge=1, description="number of threads that compute one batch")
     replicas: int = Field(
         1,
         ge=1,

@@ -57,6 +57,12 @@ def test_predict_prints_the_cost_of_each_answer(server: RunningServer, tmp_path:
     assert done.returncode == 0, done.stderr
     assert re.search(r"a\.png.*(ankle|bag|coat|dress).*0\.6600.*800\.0 ms met", done.stdout)
     assert "b.jpg" in done.stdout
+    assert "missed" not in done.stderr
+
+    late = ladderstitch("predict", files[0], "--budget", "1us", "--address", server.address)
+    assert late.returncode == 0, late.stderr
+    said = " ".join(late.stderr.split())
+    assert re.search(r"1 of 1 budgets were missed; an idle server keeps [\d.]+ ms with", said)
 
     rejected = ladderstitch(
         "predict", files[0], "--budget", "10us", "--hard", "--address", server.address
@@ -130,7 +136,18 @@ def test_serve_taken_port_is_named_in_the_error(server: RunningServer, tmp_path:
     assert f"port: expected a free port, got 127.0.0.1:{port}" in done.stderr
 
 
-def test_serve_killed_worker_loses_no_request(server: RunningServer) -> None:
+@pytest.fixture
+def torch_server(tmp_path: Path) -> Iterator[RunningServer]:
+    """Start a server without Ray that computes in a worker process."""
+    bundle = make_tiny_bundle(tmp_path / "tiny").path
+    running = start_server(bundle, tmp_path / "log", "--runtime", "torch")
+    yield running
+    if running.process.poll() is None:
+        assert stop_server(running) == 0
+
+
+def test_serve_killed_worker_loses_no_request(torch_server: RunningServer) -> None:
+    server = torch_server
     _, worker = process_tree(server.process.pid)
     with Client(server.address) as client:
         client.predict(pixels())
@@ -140,7 +157,8 @@ def test_serve_killed_worker_loses_no_request(server: RunningServer) -> None:
     assert worker not in process_tree(server.process.pid)
 
 
-def test_serve_killed_server_leaves_no_worker(server: RunningServer) -> None:
+def test_serve_killed_server_leaves_no_worker(torch_server: RunningServer) -> None:
+    server = torch_server
     _, worker = process_tree(server.process.pid)
     server.process.kill()
     server.process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,31 +51,31 @@ def profile(
     dtype: Annotated[
         str, typer.Option(help="Number format: float32, bfloat16, float16 or auto.")
     ] = "auto",
-    threads: Annotated[int, typer.Option(min=1, help="Number of torch threads.")] = 1,
+    runtime: Annotated[str, typer.Option(help="Runtime, as for `serve`: auto, onnx or torch.")] = (
+        "auto"
+    ),
+    threads: Annotated[int, typer.Option(min=1, help="Number of threads of one batch.")] = 1,
     rounds: Annotated[
         int, typer.Option(min=2, help="Measurements of each stitch and batch size.")
     ] = 40,
 ) -> None:
     """Measure the latency of every stitch and batch size on this device; write latency.json."""
-    import torch
-
-    from ladderstitch.runtime.device import resolve_device, resolve_dtype
     from ladderstitch.training.vision.calibrate import BATCH_SIZES
     from ladderstitch.training.vision.calibrate import profile as run
+    from ladderstitch.vision.engine.startup import make_config
 
     with user_errors(), progress_bar() as progress:
         bundle = find_bundle(str(bundle))
         loaded = VisionBundle.load(bundle)
-        where = resolve_device(device)
-        table = run(
+        config = make_config(
             loaded,
-            device=torch.device(where),
-            dtype=resolve_dtype(dtype, where),
+            runtime=runtime,
+            device=device,
+            dtype=dtype,
             threads=threads,
-            rounds=rounds,
-            batch_sizes=BATCH_SIZES,
-            progress=progress,
+            max_batch_size=BATCH_SIZES[-1],
         )
+        table = asyncio.run(run(loaded, config, rounds, progress))
         write_table(bundle / "latency.json", table)
     err.print(f"wrote {bundle / 'latency.json'}; next: ladderstitch frontier {bundle}")
 

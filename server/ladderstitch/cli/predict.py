@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,7 +24,7 @@ from ladderstitch.cli.console import (
     plain_table,
 )
 from ladderstitch.cli.options import with_config_options
-from ladderstitch.client import Prediction, RequestFailed, scheduling_settings
+from ladderstitch.client import Client, Prediction, RequestFailed, scheduling_settings
 from ladderstitch.client.calls import DEFAULT_ADDRESS
 from ladderstitch.errors import ConfigError
 from ladderstitch.scheduling.settings import SchedulerSettings
@@ -72,9 +73,29 @@ def predict(
                 err.print(f"{path.name}: {format_failure(error, address)}", highlight=False)
                 if error.code.name == "UNAVAILABLE":
                     break
+        advice = _advise(client, model, [answer for _, answer in answers])
     if answers:
         out.print(_answer_table(answers))
+    if advice:
+        err.print(advice, highlight=False)
     raise typer.Exit(int(len(answers) < len(images)))
+
+
+def _advise(client: Client, model: str, answers: list[Prediction]) -> str:
+    """Return what would have been possible if budgets were missed, and nothing otherwise."""
+    missed = [answer for answer in answers if answer.budget_met is False]
+    if not missed:
+        return ""
+    details = client.get_model(model)
+    planned_us = {v.id: v.planned_latency_us for v in details.variants if v.id in details.frontier}
+    around_s = median(answer.total_s - answer.compute_s for answer in answers)
+    fastest_ms, best_ms = (
+        us / 1e3 + 1e3 * around_s for us in (min(planned_us.values()), max(planned_us.values()))
+    )
+    return (
+        f"{len(missed)} of {len(answers)} budgets were missed; an idle server keeps "
+        f"{fastest_ms:.1f} ms with its fastest variant and {best_ms:.1f} ms with its best one"
+    )
 
 
 def _read(path: Path) -> bytes:

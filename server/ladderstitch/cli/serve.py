@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from ladderstitch.api.listener import ListenerConfig
 from ladderstitch.bundles import EMBEDDED, find_bundle, is_language_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.cli.options import with_config_options
+from ladderstitch.client import Client
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import ConfigError
 from ladderstitch.hosting.model_manager import make_runner
@@ -29,6 +31,8 @@ from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.text.engine.rank_handle import launch_process
 
 EXAMPLE_IMAGES = Path("examples/fashion-mnist/images")
+AROUND_COMPUTE_MS = 2
+"""Milliseconds of a suggested budget for everything but the model."""
 GATEWAY_PORTS = ("port", "metrics_port")
 """Fields of the ports that all gateways of one machine share."""
 
@@ -95,7 +99,7 @@ def _serve_on_ray(config: ServerConfig, started: float) -> None:
     from ladderstitch.ray_serve.local_cluster import local_ray
 
     stop = threading.Event()
-    status = err.status("starting Ray and Serve, then warming every variant and batch size ...")
+    status = err.status("starting Ray and Serve, then loading the model ...")
     actors = config.replicas * (1 + config.tensor_parallel_size + config.spare_ranks)
     if config.replicas > 1:  # restarted gateways need the same ports
         ports = {name: getattr(config, name) or free_port(config.host) for name in GATEWAY_PORTS}
@@ -124,7 +128,8 @@ async def _serve_alone(config: ServerConfig, started: float) -> None:
         await replica.start(lambda done, total: progress.update(task, completed=done, total=total))
     freeze_gc()
     http_port = replica.http.port if replica.http is not None else None
-    _print_ready(config, replica.port, replica.metrics_port, http_port, started)
+    ports = (replica.port, replica.metrics_port, http_port)
+    await asyncio.to_thread(_print_ready, config, *ports, started)
     await stop.wait()
     err.print("draining ...")
     await replica.stop()
@@ -145,11 +150,20 @@ def _print_ready(
         command = f'{sys.argv[0]} generate "The capital of France is"{address}'
     else:
         has_examples = EXAMPLE_IMAGES.is_dir() and config.bundle == EMBEDDED
-        images = (
-            f"{EXAMPLE_IMAGES}/*.png --budget 5ms" if has_examples else "IMAGE.png --budget 100ms"
-        )
-        command = f"{sys.argv[0]} predict {images}{address}"
+        images = f"{EXAMPLE_IMAGES}/*.png" if has_examples else "IMAGE.png"
+        budget = _suggest_budget(config, port)
+        command = f"{sys.argv[0]} predict {images} --budget {budget}{address}"
     out.print(f"try:  {command}", soft_wrap=True, highlight=False)
+
+
+def _suggest_budget(config: ServerConfig, port: int) -> str:
+    """Return a latency budget that this machine keeps with the most accurate variant."""
+    if config.tls_certificate is not None or config.token_file is not None:
+        return "100ms"  # only callers with credentials may ask for more
+    with Client(f"{config.host}:{port}") as client:
+        model = client.get_model()
+    planned_us = {v.id: v.planned_latency_us for v in model.variants if v.id in model.frontier}
+    return f"{math.ceil(2 * max(planned_us.values()) / 1e3 + AROUND_COMPUTE_MS)}ms"
 
 
 def rank(

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import os
+import time
+from collections.abc import Mapping
 from typing import TextIO
+
+from PIL import Image
 
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import BundleError, ConfigError, InvalidArgument
 from ladderstitch.hosting.registry import ModelRegistry, ProgressCallback, VisionModel
-from ladderstitch.runtime.device import resolve_device, resolve_dtype
-from ladderstitch.scheduling.profiles import QualityTable
+from ladderstitch.scheduling.profiles import LatencyProfile, QualityTable
+from ladderstitch.scheduling.requests import Deadlines, Request
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.telemetry.model_metrics import VisionMetrics
 from ladderstitch.vision.bundle import VisionBundle
-from ladderstitch.vision.engine.base import Engine, WorkerConfig
-from ladderstitch.vision.engine.process import InlineEngine, ProcessEngine
-from ladderstitch.vision.engine.warmup import warm_up
+from ladderstitch.vision.engine.base import Engine, EngineConfig
+from ladderstitch.vision.engine.compiled import CompiledEngine
+from ladderstitch.vision.engine.process import ProcessEngine
+from ladderstitch.vision.engine.startup import make_config, open_engine, prepare
 from ladderstitch.vision.preprocessing import ImageReader
 from ladderstitch.vision.scheduler.scheduler import Scheduler
 
-MAX_INLINE_BYTES = 32 << 20
-"""Largest bundle that is held twice, in the worker and in the replica's process."""
+REHEARSALS = 10
+"""Requests of each image format that a runner answers before it is ready."""
 
 
 class VisionRunner:
@@ -35,7 +41,7 @@ class VisionRunner:
         self.config, self.registry, self.metrics = config, registry, metrics
         self.bundle = VisionBundle.load(config.bundle)
         self.quality = quality_table(self.bundle)
-        self._engine: ProcessEngine | InlineEngine | None = None
+        self._engine: ProcessEngine | CompiledEngine | None = None
         self._model: VisionModel | None = None
         self._record: TextIO | None = None
 
@@ -55,15 +61,22 @@ class VisionRunner:
         return self._model is not None and self._model.scheduler.running
 
     async def start(self, on_progress: ProgressCallback) -> None:
-        """Start the engine, warm it up and add the model to the registry.
+        """Start the engine, measure it and add the model to the registry.
 
-        The warm-up runs every variant with every batch size. Raises `EngineDied` if the worker
-        cannot load the model, and `ConfigError` if the scheduling settings do not fit it.
+        Raises `BundleError` or `EngineDied` if the weights cannot be loaded, and `ConfigError` if
+        the scheduling settings do not fit the model.
         """
-        worker = self._worker_config()
-        self._engine = self._make_engine(worker)
-        await self._engine.start()
-        self._model = await self._make_model(self._engine, worker, on_progress)
+        config = make_config(
+            self.bundle,
+            runtime=self.config.runtime,
+            device=self.config.device,
+            dtype=self.config.dtype,
+            threads=self.config.threads,
+            max_batch_size=self.config.max_batch_size,
+        )
+        inline_limit_s = self.config.inline_batch_limit_ms / 1e3
+        self._engine = await open_engine(self.bundle, config, inline_limit_s, on_progress)
+        self._model = await self._make_model(self._engine, config, on_progress)
         self.registry.add(self._model)
 
     def set_ready(self, ready: bool) -> None:
@@ -108,30 +121,11 @@ class VisionRunner:
         except OSError as error:
             raise ConfigError(f"record: {error}") from error
 
-    def _make_engine(self, worker: WorkerConfig) -> ProcessEngine | InlineEngine:
-        fits_twice = worker.device == "cpu" and self.bundle.weight_bytes <= MAX_INLINE_BYTES
-        if fits_twice and self.config.inline_batch_limit_ms > 0:
-            return InlineEngine(ProcessEngine(worker), self.config.inline_batch_limit_ms / 1e3)
-        return ProcessEngine(worker)
-
-    def _worker_config(self) -> WorkerConfig:
-        manifest, inputs = self.bundle.manifest, self.bundle.manifest.preprocessing
-        device = resolve_device(self.config.device)
-        return WorkerConfig(
-            bundle=str(self.bundle.path.resolve()),
-            device=device,
-            dtype=str(resolve_dtype(self.config.dtype, device)).removeprefix("torch."),
-            threads=self.config.threads,
-            max_batch_size=self.config.max_batch_size,
-            image_shape=(inputs.channels, inputs.height, inputs.width),
-            classes=len(manifest.labels),
-        )
-
     async def _make_model(
-        self, engine: Engine, worker: WorkerConfig, on_progress: ProgressCallback
+        self, engine: Engine, config: EngineConfig, on_progress: ProgressCallback
     ) -> VisionModel:
         variants = {variant.id: variant for variant in self.bundle.manifest.config.stitches()}
-        profile = await warm_up(engine, self.bundle, worker, on_progress)
+        profile = await prepare(engine, self.bundle, self.quality, config, on_progress)
         name = self.bundle.manifest.name
         metrics = VisionMetrics(self.metrics, name, variants)
         quality = {variant: score.value for variant, score in self.quality.variants.items()}
@@ -145,8 +139,33 @@ class VisionRunner:
         metrics.running.set_function(lambda: len(scheduler.batch_runner.running))
         _report_quality_range(scheduler)
         reader = ImageReader(self.bundle.manifest.preprocessing, self.config.max_image_pixels)
+        await self._rehearse(engine, reader, quality, profile)
         names = {variant: stitch.name for variant, stitch in variants.items()}
         return VisionModel(self.bundle, scheduler, reader, variants, names)
+
+    async def _rehearse(
+        self,
+        engine: Engine,
+        reader: ImageReader,
+        quality: Mapping[int, float],
+        profile: LatencyProfile,
+    ) -> None:
+        """Answer some requests that no metrics count.
+
+        Otherwise the first caller would wait for image formats to be imported and for code that
+        runs for the first time, 5 ms in all.
+        """
+        metrics = VisionMetrics(Metrics(), self.name, quality)
+        scheduler = Scheduler(engine, quality, profile, SchedulerSettings(), metrics)
+        for file_format in ("JPEG", "PNG"):
+            file = io.BytesIO()
+            Image.new(reader.mode, reader.shape[:0:-1]).save(file, file_format)
+            for number in range(REHEARSALS):
+                images = await reader.read_encoded("image", file.getvalue())
+                now = time.monotonic()
+                deadlines = Deadlines(soft=now + number / 1e3)
+                await scheduler.submit(Request("rehearsal", images, now, deadlines))
+        await scheduler.close()
 
 
 def _report_quality_range(scheduler: Scheduler) -> None:

@@ -18,7 +18,6 @@ import torch
 from packaging.requirements import Requirement
 
 from ladderstitch.api.listener import ListenerConfig
-from ladderstitch.bundles import is_language_bundle
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import UserError
 from ladderstitch.hosting.model_manager import make_runner
@@ -27,7 +26,6 @@ from ladderstitch.runtime.device import device_name, resolve_device
 from ladderstitch.runtime.process import port_is_free
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.text.engine.rank_handle import launch_process
-from ladderstitch.vision.bundle import VisionBundle
 
 State = Literal["ok", "warning", "failed"]
 
@@ -186,28 +184,13 @@ def check_ports(config: ServerConfig) -> Iterator[CheckResult]:
 
 
 def check_bundle(config: ServerConfig) -> Iterator[CheckResult]:
-    """Check that the bundle can be loaded, and that its profile is from this machine."""
+    """Check that the bundle can be loaded."""
     try:
         make_runner(config, ModelRegistry("doctor"), Metrics(), launch_process)
     except UserError as error:
         yield CheckResult("bundle", "failed", str(error), "choose another bundle with --model")
         return
     yield CheckResult("bundle", "ok", str(config.bundle))
-    if is_language_bundle(config.bundle):
-        return
-    profile = VisionBundle.load(config.bundle).latency
-    try:
-        here = device_name(torch.device(resolve_device(config.device)))
-    except UserError:
-        return  # check_gpu reports it
-    measured_on = profile.device if profile is not None else "no machine"
-    yield _result(
-        "latency profile",
-        measured_on == here,
-        f"measured on {measured_on}",
-        f"this is {here}; the profile is scaled at start, or measured by `ladderstitch profile`",
-        failure="warning",
-    )
 
 
 def check_access(config: ServerConfig) -> Iterator[CheckResult]:

@@ -17,7 +17,7 @@ from ladderstitch.hosting.registry import (
     ProgressCallback,
     UpdateSettings,
 )
-from ladderstitch.runtime.process import tune_malloc
+from ladderstitch.runtime.process import shorten_lock_waits, tune_malloc
 from ladderstitch.scheduling.settings import ActiveSettings
 from ladderstitch.telemetry.logs import RecordSink, log_request, trace_sink
 from ladderstitch.telemetry.metrics import Metrics
@@ -54,6 +54,7 @@ class Replica:
         for certificates or tokens that cannot be used.
         """
         tune_malloc()
+        shorten_lock_waits()
         self.config = config
         self.registry = ModelRegistry(name, active_settings=ActiveSettings(0, config.scheduling))
         self.metrics = Metrics()

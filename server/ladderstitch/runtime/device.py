@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -41,21 +43,41 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def resolve_runtime(name: str, device: str, dtype: str) -> Literal["onnx", "torch"]:
+    """Return what runs image models; `auto` is `onnx` on CPUs in float32, else `torch`.
+
+    Raises `ConfigError` for `onnx` on another device or in another number format.
+    """
+    can_compile = torch.device(device).type == "cpu" and dtype == "float32"
+    if name == "torch" or (name == "auto" and not can_compile):
+        return "torch"
+    if not can_compile:
+        raise ConfigError(f"runtime: expected torch on {device} in {dtype}, got {name!r}")
+    return "onnx"
+
+
 def versions() -> dict[str, str]:
-    """Return the versions of ladderstitch, torch and Python, as recorded in measurements."""
+    """Return the versions that measurements record: ours, the runtimes' and Python's."""
     return {
         "ladderstitch": ladderstitch.__version__,
         "torch": torch.__version__,
+        "onnxruntime": version("onnxruntime"),
         "python": platform.python_version(),
     }
 
 
 def device_name(device: torch.device) -> str:
-    """Return the GPU's name, or the processor's name with its number of cores."""
+    """Return the GPU's name, or the processor's name, generation and number of cores.
+
+    The generation is that of x86 processors: in virtual machines their name alone says little.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = models[0] if models else platform.processor() or platform.machine()
+    pairs = (line.partition(":") for line in reversed(lines))
+    fields = {name.strip(): value.strip() for name, _, value in pairs}  # of the first processor
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in fields and "model" in fields:
+        name = f"{name} (family {fields['cpu family']}, model {fields['model']})"
     return f"{name}, {torch.multiprocessing.cpu_count()} cores"

@@ -10,6 +10,7 @@ Nothing is unpickled. An inconsistent bundle is rejected with an error that name
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,7 @@ class VisionBundle:
         Batch normalisation is folded into the layers before it. Raises `BundleError` if the weights
         cannot be read, or if a tensor is missing, unknown or has another shape.
         """
-        weights = self.path / "weights.safetensors"
+        weights = self.weights_path
         try:
             tensors = load_file(weights)
         except (OSError, SafetensorError) as error:
@@ -148,10 +149,23 @@ class VisionBundle:
         model.eval().requires_grad_(False).fold_batch_norm()
         return model.to(dtype)
 
+    def digest(self) -> str:
+        """Return a SHA-256 of the weights and the architecture, in hexadecimal digits.
+
+        Raises `BundleError` if the weights cannot be read.
+        """
+        try:
+            with self.weights_path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256")
+        except OSError as error:
+            raise BundleError(f"{self.weights_path}: {error}") from error
+        digest.update(self.manifest.config.model_dump_json().encode())
+        return digest.hexdigest()
+
     @property
-    def weight_bytes(self) -> int:
-        """Size of the weights file in bytes."""
-        return (self.path / "weights.safetensors").stat().st_size
+    def weights_path(self) -> Path:
+        """The file of the weights."""
+        return self.path / "weights.safetensors"
 
 
 def write_bundle(path: Path, manifest: VisionManifest, model: StitchedModel) -> None:

@@ -99,9 +99,7 @@ def image_server(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Iter
     """Start a server with limits so low that each alert can be provoked."""
     folder = tmp_path_factory.mktemp("image")
     config = folder / "serve.yaml"
-    config.write_text(
-        "inline_batch_limit_ms: 0\nmax_batch_size: 8\nscheduling: {queue_limit_requests: 8}\n"
-    )
+    config.write_text("runtime: torch\nmax_batch_size: 8\nscheduling: {queue_limit_requests: 8}\n")
     flags = ["--config", str(config), "--token-file", str(tokens)]
     server = start_server(make_tiny_bundle(folder / "tiny").path, folder / "log", *flags)
     yield server

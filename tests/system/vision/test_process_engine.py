@@ -14,15 +14,15 @@ import torch
 from ladderstitch.errors import ConfigError, InternalError
 from ladderstitch.runtime.device import resolve_device, resolve_dtype
 from ladderstitch.vision.bundle import VisionBundle
-from ladderstitch.vision.engine.base import EngineDied, WorkerConfig
+from ladderstitch.vision.engine.base import EngineConfig, EngineDied
 from ladderstitch.vision.engine.process import ProcessEngine
-from ladderstitch.vision.engine.warmup import batch_sizes, warm_up
 
 
-def worker_config(bundle: VisionBundle, **changes: object) -> WorkerConfig:
+def worker_config(bundle: VisionBundle, **changes: object) -> EngineConfig:
     """Return the configuration of a CPU worker for the tiny bundle."""
     fields = {
         "bundle": str(bundle.path),
+        "runtime": "torch",
         "device": "cpu",
         "dtype": "float32",
         "threads": 1,
@@ -30,7 +30,7 @@ def worker_config(bundle: VisionBundle, **changes: object) -> WorkerConfig:
         "image_shape": (1, 8, 8),
         "classes": 4,
     }
-    return WorkerConfig(**(fields | changes))  # type: ignore[arg-type] # fields of mixed type
+    return EngineConfig(**(fields | changes))  # type: ignore[arg-type] # fields of mixed type
 
 
 @pytest.fixture
@@ -106,45 +106,6 @@ async def test_start_without_weights_raises_engine_died(tiny_bundle: VisionBundl
     with pytest.raises(EngineDied, match="loading the model"):
         await engine.start()
     engine.close()
-
-
-async def test_warm_up_with_profile_scales_it(
-    engine: ProcessEngine, tiny_bundle: VisionBundle
-) -> None:
-    shipped = tiny_bundle.latency
-    assert shipped is not None
-    reported: list[tuple[int, int]] = []
-    profile = await warm_up(
-        engine, tiny_bundle, engine.config, lambda done, total: reported.append((done, total))
-    )
-    assert reported[-1] == (2 * 17 * 4, 2 * 17 * 4)
-    ratios = {
-        round(measured / profiled, 6)
-        for stitch, latency in profile.variants.items()
-        for measured, profiled in zip(
-            latency.median_s, shipped.variants[stitch].median_s[:4], strict=True
-        )
-    }
-    assert profile.batch_sizes == (1, 2, 4, 8)
-    assert len(ratios) == 1
-    assert 0 < ratios.pop() < 100
-
-
-async def test_warm_up_without_profile_measures_one(
-    engine: ProcessEngine, tiny_bundle: VisionBundle
-) -> None:
-    (tiny_bundle.path / "latency.json").unlink()
-    profile = await warm_up(
-        engine, VisionBundle.load(tiny_bundle.path), engine.config, lambda done, total: None
-    )
-    assert profile.batch_sizes == (1, 2, 4, 8)
-    assert profile.variants.keys() == set(range(17))
-
-
-def test_batch_sizes_end_with_max_batch_size() -> None:
-    assert batch_sizes(1) == (1,)
-    assert batch_sizes(8) == (1, 2, 4, 8)
-    assert batch_sizes(12) == (1, 2, 4, 8, 12)
 
 
 def test_resolve_device_and_dtype_wrong_names_raise() -> None:

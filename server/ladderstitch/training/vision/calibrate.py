@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime
 
-import numpy as np
 import torch
 from rich.progress import Progress
 from scipy.stats import binomtest
 
-from ladderstitch.runtime.device import device_name, versions
-from ladderstitch.scheduling.profiles import Latency, LatencyProfile, Quality, QualityTable
+from ladderstitch.runtime.device import versions
+from ladderstitch.scheduling.profiles import LatencyProfile, Quality, QualityTable
 from ladderstitch.training.vision.dataset import LabelledImages, normalise
 from ladderstitch.vision.bundle import VisionBundle, write_table
+from ladderstitch.vision.engine.base import EngineConfig
+from ladderstitch.vision.engine.startup import measure_profile, open_engine
 from ladderstitch.vision.models.executor import StitchExecutor
 
 CONFIDENCE = 0.95
@@ -85,62 +85,23 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 """Batch sizes that `ladderstitch profile` measures."""
 
 
-def profile(
-    bundle: VisionBundle,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    threads: int,
-    rounds: int,
-    batch_sizes: tuple[int, ...],
-    progress: Progress,
+async def profile(
+    bundle: VisionBundle, config: EngineConfig, rounds: int, progress: Progress
 ) -> LatencyProfile:
-    """Return the median and the 99th percentile of `rounds` runs per (stitch, batch size).
+    """Return the median and the 99th percentile of `rounds` runs of the served networks.
 
-    The pairs take turns, so that a disturbance of the machine affects all of them equally. A pair
-    runs twice per turn, and only the second run counts: the first one includes cache misses that
-    depend on the previous pair (0.1 ms for a small stitch).
+    Stitches that are not on the frontier are measured twice.
     """
-    torch.set_num_threads(threads)
-    model = StitchExecutor(bundle.load_model(dtype).to(device))
-    inputs = bundle.manifest.config.inputs
-    images = torch.randn(batch_sizes[-1], inputs.in_channels, inputs.image_size, inputs.image_size)
-    pairs = [(stitch, batch) for batch in batch_sizes for stitch in model.usable]
-    seconds: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
-    task = progress.add_task("profile", total=(rounds + 1) * len(pairs))
-    for turn in range(rounds + 1):
-        for stitch, batch in pairs:
-            _run_once(model, images[:batch], stitch, device)
-            elapsed = _run_once(model, images[:batch], stitch, device)
-            if turn:  # the first round is warm-up
-                seconds[stitch, batch].append(elapsed)
-            progress.advance(task)
-    return LatencyProfile(
-        device=device_name(device),
-        threads=threads,
-        date=datetime.now(UTC).date().isoformat(),
-        versions=versions(),
-        batch_sizes=batch_sizes,
-        variants={
-            stitch: Latency(
-                median_s=tuple(_quantile(seconds[stitch, batch], 0.5) for batch in batch_sizes),
-                p99_s=tuple(_quantile(seconds[stitch, batch], 0.99) for batch in batch_sizes),
-            )
-            for stitch in model.usable
-        },
-    )
+    task = progress.add_task("profile")
 
+    def report(done: int, total: int) -> None:
+        progress.update(task, completed=done, total=total)
 
-def _run_once(
-    model: StitchExecutor, images: torch.Tensor, stitch: int, device: torch.device
-) -> float:
-    """Return the seconds of one batch, including the copies to and from the device."""
-    started = time.perf_counter()
-    with torch.inference_mode():
-        model(images.to(device), stitch).cpu()
-    return time.perf_counter() - started
-
-
-def _quantile(seconds: list[float], q: float) -> float:
-    """Return the quantile with four significant digits."""
-    return float(f"{np.quantile(seconds, q):.4g}")
+    engine = await open_engine(bundle, config, 0.0, report)
+    stitches = [s.id for s in bundle.manifest.config.stitches() if s.usable]
+    try:
+        return await measure_profile(
+            engine, stitches, bundle.quality, config, BATCH_SIZES, rounds, report
+        )
+    finally:
+        engine.close()

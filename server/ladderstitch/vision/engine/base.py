@@ -8,7 +8,7 @@ import os
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -37,6 +37,10 @@ class Engine(Protocol):
         """
         ...
 
+    async def join(self, stitches: Sequence[int]) -> None:
+        """Spend memory on these stitches, the most important first, so that they run faster."""
+        ...
+
 
 COMMAND = struct.Struct("<ii")
 """Message to the worker: number of images in the input buffer, stitch id."""
@@ -50,10 +54,11 @@ MAX_MESSAGE_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerConfig:
-    """The configuration of a worker process, passed on its command line as JSON."""
+class EngineConfig:
+    """The configuration of an engine; a worker process gets it on its command line, as JSON."""
 
     bundle: str
+    runtime: Literal["onnx", "torch"]
     device: str
     dtype: str
     threads: int
@@ -66,7 +71,7 @@ class WorkerConfig:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> WorkerConfig:
+    def from_json(cls, text: str) -> EngineConfig:
         """Return the configuration that `to_json` wrote."""
         fields = json.loads(text)
         fields["image_shape"] = tuple(fields["image_shape"])
@@ -84,7 +89,7 @@ class Buffers:
     logits: Logits
 
     @classmethod
-    def create(cls, config: WorkerConfig) -> tuple[Buffers, int]:
+    def create(cls, config: EngineConfig) -> tuple[Buffers, int]:
         """Return buffers in new anonymous memory, and the descriptor for the worker to map.
 
         The caller closes the descriptor.
@@ -94,7 +99,7 @@ class Buffers:
         return cls.map(config, descriptor), descriptor
 
     @classmethod
-    def map(cls, config: WorkerConfig, descriptor: int) -> Buffers:
+    def map(cls, config: EngineConfig, descriptor: int) -> Buffers:
         """Return buffers in the memory behind the descriptor."""
         memory = mmap.mmap(descriptor, 0)
         split = _image_bytes(config)
@@ -106,5 +111,5 @@ class Buffers:
         )
 
 
-def _image_bytes(config: WorkerConfig) -> int:
+def _image_bytes(config: EngineConfig) -> int:
     return config.max_batch_size * int(np.prod(config.image_shape)) * 4

@@ -1,4 +1,4 @@
-"""The engines of a replica: a worker process that is respawned when it dies, and an inline one."""
+"""The engine of GPUs and of eager torch: a worker process that is respawned when it dies."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-import numpy as np
-
 from ladderstitch.errors import InternalError
 from ladderstitch.scheduling.requests import Pixels
 from ladderstitch.vision.engine.base import (
@@ -20,11 +18,10 @@ from ladderstitch.vision.engine.base import (
     READY,
     REPLY,
     Buffers,
+    EngineConfig,
     EngineDied,
     EngineResult,
-    WorkerConfig,
 )
-from ladderstitch.vision.engine.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +39,7 @@ class ProcessEngine:
     `restarts` counts the respawns.
     """
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.buffers, self._memory = Buffers.create(config)
         self._loop = asyncio.get_running_loop()
@@ -98,6 +95,9 @@ class ProcessEngine:
             )
         logits = self.buffers.logits[:batch_size].copy()
         return EngineResult(logits, compute_ns / 1e9)
+
+    async def join(self, stitches: Sequence[int]) -> None:
+        """Do nothing: the worker runs all stitches from the same weights."""
 
     def close(self) -> None:
         """Stop the worker; no batch may be in flight."""
@@ -172,72 +172,3 @@ class ProcessEngine:
                 self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
             self._socket = None
-
-
-IDLE_BEFORE_INLINE_S = 0.0003
-"""Engine idle time above which the next batch comes from a single caller, not from a queue."""
-
-
-class InlineEngine:
-    """A `ProcessEngine` plus a second copy of the weights in the replica's own process.
-
-    Two process switches take 0.2 ms with one caller, half of the time of a small stitch. A batch of
-    one request therefore runs on the event loop itself if the engine was idle before it, the
-    previous batch had one request, too, and this stitch and batch size took less than `limit_s` the
-    last time. Every other batch goes to the worker: while the event loop is blocked, no request can
-    join the next batch, and throughput would fall by a third. `inline_batches` counts the batches
-    that ran on the event loop.
-    """
-
-    def __init__(self, process: ProcessEngine, limit_s: float) -> None:
-        config = process.config
-        shape = (config.max_batch_size, *config.image_shape)
-        self.process, self.limit_s = process, limit_s
-        self.inline_batches = 0
-        self._buffers = Buffers(
-            np.zeros(shape, np.float32),
-            np.zeros((config.max_batch_size, config.classes), np.float32),
-        )
-        self._inline_worker = Worker(config, self._buffers)
-        self._loop = asyncio.get_running_loop()
-        self._last_compute_s: dict[tuple[int, int], float] = {}
-        self._idle_since = 0.0
-        self._previous_single = True
-
-    @property
-    def ready(self) -> bool:
-        """Whether a worker process is running and has loaded its model."""
-        return self.process.ready
-
-    async def start(self) -> None:
-        """Start the worker process; raises `EngineDied` if it cannot load the model."""
-        await self.process.start()
-
-    async def forward(self, images: Sequence[Pixels], stitch: int) -> EngineResult:
-        """Return the logits [B, K] of one batch, where B counts the images of all requests.
-
-        Raises the errors of `ProcessEngine.forward`, or the model's own if the batch ran inline.
-        """
-        batch_size = sum(len(request) for request in images)
-        idle = self._loop.time() - self._idle_since > IDLE_BEFORE_INLINE_S
-        single_request = len(images) == 1
-        expected_s = self._last_compute_s.get((stitch, batch_size), self.limit_s)
-        inline = idle and single_request and self._previous_single and expected_s < self.limit_s
-        self._previous_single = single_request
-        if inline:
-            result = self._run_inline(images, batch_size, stitch)
-        else:
-            result = await self.process.forward(images, stitch)
-        self._last_compute_s[stitch, batch_size] = result.compute_s
-        self._idle_since = self._loop.time()
-        return result
-
-    def close(self) -> None:
-        """Stop the worker; no batch may be in flight."""
-        self.process.close()
-
-    def _run_inline(self, images: Sequence[Pixels], batch_size: int, stitch: int) -> EngineResult:
-        self.inline_batches += 1
-        np.concatenate(images, out=self._buffers.images[:batch_size])
-        compute_ns = self._inline_worker.run(batch_size, stitch)
-        return EngineResult(self._buffers.logits[:batch_size].copy(), compute_ns / 1e9)

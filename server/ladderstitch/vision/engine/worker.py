@@ -17,14 +17,14 @@ import torch
 from ladderstitch.runtime.device import DTYPES
 from ladderstitch.runtime.process import freeze_gc
 from ladderstitch.vision.bundle import VisionBundle
-from ladderstitch.vision.engine.base import COMMAND, READY, REPLY, Buffers, WorkerConfig
+from ladderstitch.vision.engine.base import COMMAND, READY, REPLY, Buffers, EngineConfig
 from ladderstitch.vision.models.executor import StitchExecutor
 
 
 class Worker:
     """The model on its device, between shared input and output buffers."""
 
-    def __init__(self, config: WorkerConfig, buffers: Buffers) -> None:
+    def __init__(self, config: EngineConfig, buffers: Buffers) -> None:
         torch.set_num_threads(config.threads)
         self.device = torch.device(config.device)
         model = VisionBundle.load(Path(config.bundle)).load_model(DTYPES[config.dtype])
@@ -59,7 +59,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     descriptor, memory, config = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     with socket.socket(fileno=descriptor) as commands:
-        parsed = WorkerConfig.from_json(config)
+        parsed = EngineConfig.from_json(config)
         serve(commands, Worker(parsed, Buffers.map(parsed, memory)))
 
 

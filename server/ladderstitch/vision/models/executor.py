@@ -116,7 +116,7 @@ def bind_embedding(backbone: Backbone) -> Step:
 
     def embed(images: Tensor) -> Tensor:
         patches = stem(images).flatten(2).transpose(1, 2)  # [B, T-n, D]
-        return torch.cat((first.expand(len(images), -1, -1), patches + positions), dim=1)
+        return torch.cat((first.expand(images.shape[0], -1, -1), patches + positions), dim=1)
 
     return embed
 

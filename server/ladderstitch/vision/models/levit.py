@@ -178,7 +178,7 @@ class LevitAttention(nn.Module):
         else:
             parts = self._split_heads(self.kv(x), self.key_dim + self.value_dim)
             k, v = parts.split((self.key_dim, self.value_dim), dim=-1)
-            grid = x.view(len(x), self.resolution, self.resolution, -1)
+            grid = x.view(x.shape[0], self.resolution, self.resolution, -1)
             fewer = grid[:, :: self.stride, :: self.stride].flatten(1, 2)
             q = self._split_heads(self.q(fewer), self.key_dim)
         bias = self.attention_bias() if bias is None else bias
@@ -187,7 +187,7 @@ class LevitAttention(nn.Module):
 
     def _split_heads(self, x: Tensor, width: int) -> Tensor:
         """Return [B, H, T, width] of [B, T, H * width]."""
-        return x.view(len(x), -1, self.num_heads, width).transpose(1, 2)
+        return x.view(x.shape[0], -1, self.num_heads, width).transpose(1, 2)
 
 
 def _bias_index(resolution: int, stride: int) -> tuple[Tensor, int]:

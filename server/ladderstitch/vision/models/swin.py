@@ -167,7 +167,7 @@ class SwinBlock(nn.Module):
     def split_windows(self, x: Tensor) -> Tensor:
         """Return windows [B, W, N, D] of tokens [B, S * S, D], shifted if the block shifts."""
         if self.shift:
-            grid = x.view(len(x), self.resolution, self.resolution, -1)
+            grid = x.view(x.shape[0], self.resolution, self.resolution, -1)
             x = grid.roll((-self.shift, -self.shift), (1, 2)).flatten(1, 2)
         return self._tile(x)
 
@@ -181,15 +181,15 @@ class SwinBlock(nn.Module):
     def _tile(self, x: Tensor) -> Tensor:
         """Return windows [B, W, N, D] of tokens [B, S * S, D]."""
         count = self.resolution // self.window
-        split = x.view(len(x), count, self.window, count, self.window, -1)
-        return split.transpose(2, 3).reshape(len(x), count**2, self.window**2, -1)
+        split = x.view(x.shape[0], count, self.window, count, self.window, -1)
+        return split.transpose(2, 3).reshape(x.shape[0], count**2, self.window**2, -1)
 
     def _untile(self, windows: Tensor) -> Tensor:
         """Return the grid [B, S, S, D] of windows [B, W, N, D]."""
         count = self.resolution // self.window
-        split = windows.view(len(windows), count, count, self.window, self.window, -1)
+        split = windows.view(windows.shape[0], count, count, self.window, self.window, -1)
         rows = split.transpose(2, 3)
-        return rows.reshape(len(windows), self.resolution, self.resolution, -1)
+        return rows.reshape(windows.shape[0], self.resolution, self.resolution, -1)
 
 
 class PatchMerging(nn.Module):
@@ -204,9 +204,9 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return tokens [B, S * S / 4, 2 D] of tokens [B, S * S, D]."""
         half = self.resolution // 2
-        pairs = x.view(len(x), half, 2, half, 2, -1)
+        pairs = x.view(x.shape[0], half, 2, half, 2, -1)
         merged = pairs.permute(0, 1, 3, 4, 2, 5)  # upstream's order: column before row
-        return self.reduction(self.norm(merged.reshape(len(x), half * half, -1)))
+        return self.reduction(self.norm(merged.reshape(x.shape[0], half * half, -1)))
 
 
 class Stage(nn.Module):

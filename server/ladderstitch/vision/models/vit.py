@@ -216,7 +216,7 @@ class Vit(Backbone):
     def embed(self, images: Tensor) -> Tensor:
         """Return the tokens [B, T, D] of images [B, C, H, W], the class token first."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, T-1, D]
-        first = self.first_tokens().expand(len(images), -1, -1)
+        first = self.first_tokens().expand(images.shape[0], -1, -1)
         if self.class_token_position:
             return torch.cat((first, patches), dim=1) + self.pos_embed
         return torch.cat((first, patches + self.pos_embed), dim=1)
