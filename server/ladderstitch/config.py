@@ -53,7 +53,8 @@ class ServerConfig(ListenConfig):
         1.0,
         ge=0,
         le=10,
-        description="batches that take at most this long run in the process of the replica",
+        description="batches of a single caller that take at most this long run on the event loop, "
+        "not in a thread; image models on CPUs only",
         json_schema_extra=LIMITS,
     )
     max_batch_size: int = Field(
