@@ -83,8 +83,9 @@ def _embedding_macs(backbone: Backbone, image_size: int) -> tuple[int, int]:
             norm = LAYER_NORM * side**2 * backbone.patch_embed.norm.normalized_shape[0]
             return _conv_macs(backbone.patch_embed.proj, side) + norm, side**2
         case ResNet():
-            side = -(-image_size // 2)
-            return _conv_macs(backbone.conv1, side, backbone.bn1), -(-side // 2)
+            side = -(-image_size // backbone.conv1.stride[0])
+            macs = _conv_macs(backbone.conv1, side, backbone.bn1)
+            return macs, -(-side // 2) if backbone.pools else side
         case EfficientNetLite():
             side = -(-image_size // 2)
             return _conv_macs(backbone._conv_stem, side, backbone._bn0), side

@@ -21,6 +21,11 @@ class ResNetConfig(ConvConfig):
     depths: tuple[int, int, int, int]
     width: int = Field(64, gt=0, description="channels within the first stage's blocks")
     batch_norm_eps: float = Field(1e-5, gt=0)
+    stem: Literal["large", "small"] = Field(
+        "large",
+        description="large: 7x7 convolution and pooling, a quarter of the image's side; small: 3x3 "
+        "convolution at full size, for images of about 32 pixels (section 4.2)",
+    )
 
     @property
     def expansion(self) -> int:
@@ -110,7 +115,11 @@ class ResNet(Backbone):
         super().__init__()
         eps, block = config.batch_norm_eps, BasicBlock
         kind = block if config.block == "BasicBlock" else Bottleneck
-        self.conv1 = nn.Conv2d(inputs.in_channels, config.width, 7, stride=2, padding=3, bias=False)
+        self.pools = config.stem == "large"
+        size, stride = (7, 2) if self.pools else (3, 1)
+        self.conv1 = nn.Conv2d(
+            inputs.in_channels, config.width, size, stride=stride, padding=size // 2, bias=False
+        )
         self.bn1: nn.Module = nn.BatchNorm2d(config.width, eps=eps)
         before = config.width
         for stage, depth in enumerate(config.depths):
@@ -123,8 +132,9 @@ class ResNet(Backbone):
         self.fc = nn.Linear(before, inputs.num_classes)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return maps [B, D, H/4, W/4] of images [B, C, H, W]."""
-        return F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
+        """Return maps [B, D, H/4, W/4] of images [B, C, H, W], or [B, D, H, W] of small ones."""
+        x = F.relu(self.bn1(self.conv1(images)))
+        return F.max_pool2d(x, 3, stride=2, padding=1) if self.pools else x
 
     def steps(self) -> Sequence[nn.Module]:
         """Return the blocks of all stages in order."""
