@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 .PHONY: help install serve test unit lint format types protos tools manifests figures \
 	verify-models verify-serving verify-scheduling verify-training verify-language \
-	verify-generation verify-kernels verify-operations verify-gateway soak clean
+	verify-generation verify-kernels verify-operations verify-gateway verify-peers soak clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -108,6 +108,9 @@ verify-gateway: install ## about 4 minutes: latency added by the gateway; kill -
 	$(BIN)/ladderstitch-loadtest hop --out loadtest/results
 	$(BIN)/ladderstitch-loadtest kills --no-ray --out loadtest/results
 	$(BIN)/ladderstitch-loadtest kills --ray --out loadtest/results
+
+verify-peers: install ## about 4 minutes: the same network behind NVIDIA Triton, here, and a bare echo
+	$(BIN)/ladderstitch-loadtest peers --out loadtest/results
 
 soak: install ## one hour of mixed load with cancels, bad input and restarted replicas
 	$(BIN)/ladderstitch-loadtest soak --out loadtest/results

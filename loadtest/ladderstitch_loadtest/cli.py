@@ -12,8 +12,10 @@ import typer
 
 from ladderstitch_loadtest.benchmarks import cli as benchmarks
 from ladderstitch_loadtest.benchmarks.burst_cli import burst
+from ladderstitch_loadtest.benchmarks.compiled_cli import compiled
 from ladderstitch_loadtest.benchmarks.generation_cli import generation
 from ladderstitch_loadtest.benchmarks.overlap_cli import overlap
+from ladderstitch_loadtest.benchmarks.peers_cli import peers
 from ladderstitch_loadtest.faults import cli as faults
 from ladderstitch_loadtest.faults.soak_cli import soak
 from ladderstitch_loadtest.load.cli import run
@@ -25,6 +27,8 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Simulation": (simulation.compare, simulation.agree, simulation.decisions, simulation.replay),
     "Benchmarks": (
         benchmarks.overhead,
+        peers,
+        compiled,
         benchmarks.switching,
         benchmarks.mixed,
         burst,

@@ -189,6 +189,7 @@ def real_sizes(folder: OutFolder = None) -> None:
         "ratio",
         "load",
         "anchors at batch 1",
+        "over whole graphs",
         title="random weights, 224 x 224, one thread",
     )
     for row in found:
@@ -201,6 +202,7 @@ def real_sizes(folder: OutFolder = None) -> None:
             f"{row.resident_ratio}",
             f"{row.load_s} s",
             ", ".join(f"{ms:.0f} ms" for ms in row.anchors_ms),
+            ", ".join(f"{ratio:.2f}x" for ratio in row.whole_ratios),
         )
     out.print(table)
     out.print(f"route executor over straight line, DeiT-S: {executor['median_ratio']}x")

@@ -1,11 +1,12 @@
 """Benchmark of published families at their real sizes: loading, memory and speed.
 
 Random weights of SN-Net's DeiT Ti/S/B (118.4 M parameters) and Swin Ti/S/B (170.0 M) are written as
-a checkpoint, imported, and loaded like in a server. Their anchors run on one 224 x 224 image.
+a checkpoint, imported, and served. Their anchors run on one 224 x 224 image.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +25,17 @@ from torch import Tensor, nn
 from ladderstitch.client import Client
 from ladderstitch.importers.import_bundle import RELEASED_CONFIGS, BundleInfo, import_released
 from ladderstitch.importers.stitched_families import read_config
+from ladderstitch.runtime.process import tune_malloc
 from ladderstitch.scheduling.profiles import Quality, QualityTable
+from ladderstitch.scheduling.requests import Pixels
 from ladderstitch.vision.bundle import VisionBundle, write_table
+from ladderstitch.vision.engine.compiled import CompiledExecutor
 from ladderstitch.vision.models.cost import stitch_cost
 from ladderstitch.vision.models.executor import StitchExecutor
+from ladderstitch.vision.models.graphs import cached_units
 from ladderstitch.vision.models.stitched import StitchedModel
 from ladderstitch.vision.models.vit import Block, InputShape, Vit, VitConfig
+from ladderstitch_loadtest.benchmarks.compiled import time_in_turns
 from ladderstitch_loadtest.servers.processes import ladderstitch_server
 
 FAMILIES = ("snnet-deit", "snnet-swin")
@@ -36,11 +43,17 @@ MIB = 1 << 20
 PAIRS = 200
 RUNS = 15
 BUDGETS_S = (0.1, 0.4, 3.0)
+SHAPE = (3, 224, 224)
 
 
 @dataclass(frozen=True, slots=True)
 class RealSize:
-    """The measurements of one family; `resident_mib` is the memory that a new process gains."""
+    """The measurements of one family.
+
+    `resident_mib` is the memory that a new process gains by the sessions of all networks, after
+    each of them ran. `anchors_ms` are the anchors' milliseconds as served, and `whole_ratios` those
+    over a session of the anchor's whole graph.
+    """
 
     family: str
     parameters_m: float
@@ -50,6 +63,7 @@ class RealSize:
     resident_ratio: float
     load_s: float
     anchors_ms: tuple[float, ...]
+    whole_ratios: tuple[float, ...]
     ready_s: float
     answers: tuple[str, ...]
     """One line per budget: budget, network, total time."""
@@ -63,8 +77,10 @@ def measure(family: str) -> RealSize:
     """Import random weights of the published sizes, load them in a new process, and serve them."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = write_random(family, Path(folder))
-        resident, load_s, *anchors = _load_in_new_process(bundle)
-        config = VisionBundle.load(bundle).manifest.config
+        loaded = VisionBundle.load(bundle)
+        config = loaded.manifest.config
+        cached_units(loaded.digest(), loaded.load_model, SHAPE, lambda done, total: None)
+        cost = json.loads(_load_in_new_process(bundle))
         with torch.device("meta"):
             model = config.build()
         ready_s, answers = serve_bundle(bundle, model)
@@ -75,24 +91,25 @@ def measure(family: str) -> RealSize:
         round(parameters / 1e6, 1),
         len(model.stitches),
         round(mib, 1),
-        round(resident, 1),
-        round(resident / mib, 3),
-        round(load_s, 2),
-        tuple(anchors),
+        round(cost["mib"], 1),
+        round(cost["mib"] / mib, 3),
+        round(cost["seconds"], 2),
+        tuple(cost["anchors_ms"]),
+        tuple(cost["whole_ratios"]),
         ready_s,
         answers,
     )
 
 
-def _load_in_new_process(bundle: Path) -> list[float]:
-    """Return the figures of `print_load_cost`."""
+def _load_in_new_process(bundle: Path) -> str:
+    """Return what `print_load_cost` prints."""
     loading = subprocess.run(
         [sys.executable, "-m", "ladderstitch_loadtest.benchmarks.real_sizes", str(bundle)],
         capture_output=True,
         text=True,
         check=True,
     )
-    return [float(word) for word in loading.stdout.split()]
+    return loading.stdout
 
 
 def serve_bundle(bundle: Path, model: StitchedModel) -> tuple[float, tuple[str, ...]]:
@@ -116,7 +133,7 @@ def serve_bundle(bundle: Path, model: StitchedModel) -> tuple[float, tuple[str, 
 
 
 def _placeholder_quality(model: StitchedModel) -> QualityTable:
-    macs = {s.id: stitch_cost(model, s, 224).macs for s in model.stitches}
+    macs = _macs(model)
     largest = max(macs.values())
     return QualityTable(
         metric="placeholder",
@@ -141,25 +158,40 @@ def write_random(family: str, folder: Path) -> Path:
 
 
 def print_load_cost(path: Path) -> None:
-    """Print the MiB gained by loading, its seconds, and milliseconds per anchor at batch size 1."""
-    torch.set_num_threads(1)
-    images = torch.randn(1, 3, 224, 224)
-    nn.Linear(8, 8)(torch.randn(1, 8))  # loads the libraries, so that they are not counted
+    """Print, as JSON, what the served networks of a bundle cost; their units are in the cache.
+
+    The networks are joined in the order of their MACs, as far as the memory for copies lasts.
+    """
+    tune_malloc()
+    bundle = VisionBundle.load(path)
+    folder = cached_units(bundle.digest(), bundle.load_model, SHAPE, lambda done, total: None)
+    stitches = bundle.manifest.config.stitches()
+    with torch.device("meta"):
+        macs = _macs(bundle.manifest.config.build())
+    images = np.random.default_rng(0).standard_normal((1, *SHAPE), np.float32)
     before, started = resident_mib(), time.perf_counter()
-    model = VisionBundle.load(path).load_model()
-    serving = StitchExecutor(model)
+    executor = CompiledExecutor(stitches, folder, threads=1)
+    executor.join(sorted(macs, key=macs.__getitem__))
     seconds = time.perf_counter() - started
-    with torch.inference_mode():
-        for anchor in range(len(model.backbones())):
-            serving(images, anchor)
-        gained = resident_mib() - before
-        anchors = [_median_ms(lambda a=anchor: serving(images, a)) for anchor in range(3)]  # type: ignore[misc]
-    print(gained, seconds, *anchors)  # noqa: T201
+    for stitch in stitches:
+        executor(images, stitch.id)
+    cost: dict[str, Any] = {"mib": resident_mib() - before, "seconds": seconds}
+    anchors = [_compare_anchor(executor, anchor, images) for anchor in range(3)]
+    cost["anchors_ms"] = [round(served, 2) for served, _ in anchors]
+    cost["whole_ratios"] = [round(served / whole, 3) for served, whole in anchors]
+    print(json.dumps(cost))  # noqa: T201
 
 
-def _median_ms(call: Callable[[], Tensor]) -> float:
-    """Return the median milliseconds of the call."""
-    return round(statistics.median(_seconds(call) for _ in range(RUNS)) * 1e3, 2)
+def _compare_anchor(executor: CompiledExecutor, anchor: int, images: Pixels) -> tuple[float, float]:
+    """Return the milliseconds of an anchor as served, and in a session of its whole graph."""
+    whole = executor.open_whole(anchor)
+    calls = {"served": lambda: executor(images, anchor), "whole": lambda: whole(images)}
+    ms = time_in_turns(calls, RUNS)
+    return ms["served"], ms["whole"]
+
+
+def _macs(model: StitchedModel) -> dict[int, int]:
+    return {stitch.id: stitch_cost(model, stitch, SHAPE[-1]).macs for stitch in model.stitches}
 
 
 def resident_mib() -> float:

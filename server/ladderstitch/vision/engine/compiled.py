@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,17 +55,20 @@ class CompiledExecutor:
             (x,) = session.run((OUTPUT,), {INPUT: x})
         return x
 
+    def open_whole(self, stitch: int) -> Callable[[Pixels], Logits]:
+        """Return a function that runs a stitch as one graph with its own copy of the weights."""
+        session = self._open_whole(stitch)
+        return lambda images: session.run((OUTPUT,), {INPUT: images})[0]
+
     def join(self, stitches: Iterable[int]) -> list[int]:
         """Join the networks, in this order, while the memory for copies lasts; return which."""
         left = max(MIN_JOINED_BYTES, MAX_JOINED_SHARE * self.weight_bytes)
         joined = []
         for stitch in stitches:
-            paths = [self._path(name) for name in self._routes[stitch]]
-            left -= sum(path.stat().st_size for path in paths)
+            left -= sum(self._path(name).stat().st_size for name in self._routes[stitch])
             if left < 0:
                 break
-            graph = join_units(paths).SerializeToString()
-            self._sessions[stitch] = (self._open(graph),)
+            self._sessions[stitch] = (self._open_whole(stitch),)
             joined.append(stitch)
         return joined
 
@@ -75,6 +78,10 @@ class CompiledExecutor:
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.onnx"
+
+    def _open_whole(self, stitch: int) -> onnxruntime.InferenceSession:
+        paths = [self._path(name) for name in self._routes[stitch]]
+        return self._open(join_units(paths).SerializeToString())
 
     def _open(self, graph: str | bytes) -> onnxruntime.InferenceSession:
         _register_arena()
