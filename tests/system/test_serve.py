@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from ladderstitch.client import Client, RequestFailed
+from ladderstitch.runtime.process import free_port
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch_loadtest.faults.fuzz_runner import process_tree
 from tests.conftest import make_tiny_bundle
@@ -167,12 +168,6 @@ def test_serve_killed_server_leaves_no_worker(torch_server: RunningServer) -> No
     wait_until(lambda: not Path(f"/proc/{worker}").exists())
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def served_on_ray(bundle: Path, folder: Path, *flags: str) -> Iterator[tuple[RunningServer, Path]]:
     """Run a server on Ray Serve, on fixed ports; yields it and the temporary directory of Ray.
@@ -186,9 +181,9 @@ def served_on_ray(bundle: Path, folder: Path, *flags: str) -> Iterator[tuple[Run
         *flags,
         "--ray",
         "--port",
-        str(free_port()),
+        str(free_port("127.0.0.1")),
         "--metrics-port",
-        str(free_port()),
+        str(free_port("127.0.0.1")),
         environment={"TMPDIR": str(temporary)},
     )
     yield running, temporary
@@ -278,10 +273,10 @@ def test_on_ray_replaced_replica_has_the_active_settings(
         assert client.get_scheduling().pinned_variant == 7
 
 
-def test_on_ray_killed_rank_actor_loses_no_token(tmp_path: Path) -> None:
+def test_on_ray_text_server_survives_killed_rank_and_replica(tmp_path: Path) -> None:
     bundle = write_tiny(tmp_path / "tiny")
     with (
-        served_on_ray(bundle, tmp_path, "--tensor-parallel-size", "2") as (server, _),
+        served_on_ray(bundle, tmp_path, "--tensor-parallel-size", "2") as (server, temporary),
         Client(server.address) as client,
     ):
         expected = [chunk.token for chunk in client.generate("a prompt", max_tokens=30)]
@@ -290,4 +285,21 @@ def test_on_ray_killed_rank_actor_loses_no_token(tmp_path: Path) -> None:
         rank, _ = find_process(server, "RankActor")
         os.kill(rank, signal.SIGKILL)
         got += [chunk.token for chunk in stream]
-    assert got == expected
+        assert got == expected
+
+        client.update_scheduling(pinned_variant=0)
+        replica, _ = find_process(server, "ServeReplica")
+        (sockets,) = temporary.glob("lsr-*")
+        os.kill(replica, signal.SIGKILL)  # its placement group ends with it
+        wait_until(lambda: not Path(f"/proc/{replica}").exists())
+        shutil.rmtree(sockets)  # which a killed process leaves
+
+        def answers_again() -> bool:
+            try:
+                chunks = list(client.generate("a prompt", max_tokens=30, timeout_s=20.0))
+            except RequestFailed:
+                return False
+            return [chunk.token for chunk in chunks] == expected
+
+        wait_until(answers_again)
+        assert client.get_scheduling().pinned_variant == 0

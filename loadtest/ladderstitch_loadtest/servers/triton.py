@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +16,7 @@ from pathlib import Path
 import grpc
 
 from ladderstitch.oip import grpc_service_pb2 as oip
+from ladderstitch.runtime.process import free_port
 from ladderstitch_loadtest.servers.peer_packages import PeerError, tail
 from ladderstitch_loadtest.servers.processes import STOP_TIMEOUT_S
 
@@ -37,7 +37,7 @@ def triton_server(packages: Path, repository: Path, model: str) -> Iterator[str]
     home = packages / "pytriton" / "tritonserver"
     environment = _environment(packages)
     _prepare_backend(home, environment)
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port('127.0.0.1')}"
     with tempfile.NamedTemporaryFile(prefix="ladderstitch-triton-", suffix=".log") as log:
         process = subprocess.Popen(
             format_command(home, repository, address),
@@ -105,13 +105,6 @@ def _check_libraries(program: Path, environment: dict[str, str]) -> None:
             f"{program.name} on {platform.platform()} lacks {', '.join(missing)}; "
             f"on Debian, `apt-get install libpython{PYTHON}` brings the library of Python"
         )
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _wait_until_ready(

@@ -122,6 +122,7 @@ class ReplicaDeployment:
     async def __init__(  # type: ignore[misc] # Serve awaits asynchronous constructors
         self, fields: dict[str, Any]
     ) -> None:
+        self._following: asyncio.Task[None] | None = None
         self.config = ServerConfig.model_validate(fields)
         configure_logs(self.config.log_format)
         self.control = control_actor(self.config.scheduling)
@@ -159,7 +160,12 @@ class ReplicaDeployment:
         return self.replica.port, self.replica.metrics_port
 
     async def __del__(self) -> None:
-        """Finish the accepted requests. Serve awaits this when it stops a replica."""
+        """Finish the accepted requests. Serve awaits this when it stops a replica.
+
+        A replica whose start failed has none, and its process ends now.
+        """
+        if self._following is None:
+            return
         self._following.cancel()
         await self.control.unregister.remote(self.replica.registry.replica)
         await self.replica.stop()

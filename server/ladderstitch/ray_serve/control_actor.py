@@ -139,6 +139,9 @@ def control_actor(settings: SchedulerSettings) -> Any:
         num_cpus=0,
         max_restarts=-1,
         max_concurrency=1000,
+        # Otherwise it would be in the placement group of the replica that starts it, and end with
+        # that replica: the group's resources would be gone, so that it could never start again.
+        scheduling_strategy="DEFAULT",
     )
     return actor.remote(settings.model_dump())
 

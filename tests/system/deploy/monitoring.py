@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import socket
 import subprocess
 import threading
 import time
@@ -56,13 +55,6 @@ def wait_until_empty(missing: Callable[[], object], timeout_s: float = 300.0) ->
     while left := missing():
         assert time.monotonic() < deadline, f"still missing: {left}"
         time.sleep(0.1)
-
-
-def free_port() -> int:
-    """Return a free TCP port of loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Inbox:

@@ -20,6 +20,7 @@ import yaml
 
 from ladderstitch.client import Client, Credentials, RequestFailed
 from ladderstitch.gateway.metrics import GatewayMetrics
+from ladderstitch.runtime.process import free_port
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch_loadtest.faults.fuzz_runner import process_tree
 from ladderstitch_loadtest.servers.process_supervisor import SupervisedProcess
@@ -34,7 +35,6 @@ from tests.system.deploy.monitoring import (
     Prometheus,
     alerts,
     draw,
-    free_port,
     queries,
     running,
     shorten_intervals,
@@ -160,7 +160,10 @@ def prometheus(
 ) -> Iterator[Prometheus]:
     folder = tmp_path_factory.mktemp("prometheus")
     binary, alertmanager = tool("prometheus"), TEMPLATE.is_file()
-    ports = free_port(), free_port() if alertmanager else inbox.server.server_port
+    ports = (
+        free_port("127.0.0.1"),
+        free_port("127.0.0.1") if alertmanager else inbox.server.server_port,
+    )
     (folder / "rules.yaml").write_text(shorten_intervals(RULES.read_text()))
     pages = (image_server.metrics, text_server.metrics, gateway.metrics)
     targets = [urllib.parse.urlparse(page).netloc for page in pages]

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ladderstitch.runtime.process import free_port
 from tests.conftest import make_tiny_bundle
-from tests.system.test_serve import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -22,8 +22,8 @@ def test_user_config_and_admin_change_last_write_wins(tmp_path: Path) -> None:
             "-m",
             "tests.system.ray_serve.deployment_probe",
             str(bundle),
-            str(free_port()),
-            str(free_port()),
+            str(free_port("127.0.0.1")),
+            str(free_port("127.0.0.1")),
         ],
         capture_output=True,
         text=True,
