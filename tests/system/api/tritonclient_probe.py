@@ -62,7 +62,7 @@ def probe(address: str) -> dict[str, object]:
         return ["OK", ""]
 
     seen["hard"] = failure(timeout=10)
-    seen["client_timeout"] = failure(client_timeout=1e-9)
+    seen["client_timeout"] = failure(client_timeout=-1.0)
     seen["bad_parameter"] = failure(parameters={"wrong": 1})
     seen["statistics"] = client.get_inference_statistics("tiny", as_json=True)
     client.close()
