@@ -195,11 +195,8 @@ async def test_predict_concurrent_callers_get_their_own_answers(
 async def test_predict_client_deadline_ends_the_call(server: RunningServer) -> None:
     async with AsyncClient(server.address) as client:
         with pytest.raises(RequestFailed) as late:
-            await client.predict(pixels(), timeout_s=1e-4)
-    assert late.value.code in (
-        grpc.StatusCode.DEADLINE_EXCEEDED,
-        grpc.StatusCode.FAILED_PRECONDITION,
-    )
+            await client.predict(pixels(), timeout_s=-1.0)  # passed, however fast the server
+    assert late.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def test_predict_array_of_another_type_raises_type_error(client: Client) -> None:
