@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +27,10 @@ from ladderstitch.vision.engine.compiled import (
 from ladderstitch.vision.engine.startup import make_config, open_engine
 from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.graphs import cache_home, export_units, route_units
+from ladderstitch.vision.models.stitched import StitchedModel
+from ladderstitch.vision.models.vit import InputShape
 from tests.conftest import tiny_config
+from tests.vision.models.test_efficientnet import family
 from tests.vision.models.test_families import SHEETS, build_with_random_norms
 
 LONG_S = 60.0
@@ -42,8 +45,19 @@ def ignore_progress(done: int, total: int) -> None:
 @pytest.mark.parametrize("sheet", SHEETS.values(), ids=SHEETS.keys())
 def test_every_stitch_equals_eager(sheet: dict, tmp_path: Path) -> None:
     model = build_with_random_norms(read_config(sheet["family"], sheet["config"]))
+    check_every_stitch(model, sheet["input_shape"][1:], tmp_path)
+
+
+@pytest.mark.parametrize("size", [56, 61])
+def test_efficientnet_equals_eager_on_every_stitch(size: int, tmp_path: Path) -> None:
+    inputs = InputShape(image_size=size, num_classes=5)
+    config = family().model_copy(update={"inputs": inputs})
+    check_every_stitch(build_with_random_norms(config), [3, size, size], tmp_path)
+
+
+def check_every_stitch(model: StitchedModel, shape: Sequence[int], tmp_path: Path) -> None:
+    """Compare every network with eager torch, as a sequence of units and joined."""
     model.fold_batch_norm()
-    shape = sheet["input_shape"][1:]
     export_units(model, tmp_path, shape, ignore_progress)
     executor, eager = CompiledExecutor(model.stitches, tmp_path, 1), StitchExecutor(model)
     images = torch.randn(3, *shape)
