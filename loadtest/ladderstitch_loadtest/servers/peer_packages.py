@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from ladderstitch.errors import UserError
-from ladderstitch.vision.models.graphs import cache_home
+from ladderstitch.runtime.cache import cached_folder
 
 PACKAGES = ("nvidia-pytriton==0.7.0", "onnxruntime==1.32.0", "numpy==1.26.4")
 """NVIDIA Triton 2.51 and what its Python backend needs.
@@ -31,20 +29,7 @@ def installed_packages() -> Path:
     Raises `PeerError` with the end of pip's output if pip fails.
     """
     key = f"{sys.version_info[:2]} {' '.join(PACKAGES)}"
-    folder = cache_home() / "peers" / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
-    try:
-        _install(partial)
-        partial.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # another process was not faster
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+    return cached_folder("peers", hashlib.sha256(key.encode()).hexdigest()[:16], _install)
 
 
 def _install(folder: Path) -> None:

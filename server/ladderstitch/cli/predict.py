@@ -73,11 +73,10 @@ def predict(
                 err.print(f"{path.name}: {format_failure(error, address)}", highlight=False)
                 if error.code.name == "UNAVAILABLE":
                     break
-        advice = _advise(client, model, [answer for _, answer in answers])
-    if answers:
-        out.print(_answer_table(answers))
-    if advice:
-        err.print(advice, highlight=False)
+        if answers:
+            out.print(_answer_table(answers))
+        if advice := _advise(client, model, [answer for _, answer in answers]):
+            err.print(advice, highlight=False)
     raise typer.Exit(int(len(answers) < len(images)))
 
 

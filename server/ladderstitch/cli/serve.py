@@ -19,7 +19,7 @@ from ladderstitch.api.listener import ListenerConfig
 from ladderstitch.bundles import EMBEDDED, find_bundle, is_language_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.cli.options import with_config_options
-from ladderstitch.client import Client
+from ladderstitch.client import Client, RequestFailed
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import ConfigError
 from ladderstitch.hosting.model_manager import make_runner
@@ -31,6 +31,8 @@ from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.text.engine.rank_handle import launch_process
 
 EXAMPLE_IMAGES = Path("examples/fashion-mnist/images")
+UNKNOWN_BUDGET = "100ms"
+HINT_TIMEOUT_S = 5.0
 AROUND_COMPUTE_MS = 2
 """Milliseconds of a suggested budget for everything but the model."""
 GATEWAY_PORTS = ("port", "metrics_port")
@@ -157,11 +159,18 @@ def _print_ready(
 
 
 def _suggest_budget(config: ServerConfig, port: int) -> str:
-    """Return a latency budget that this machine keeps with the most accurate variant."""
+    """Return a latency budget that this machine keeps with the most accurate variant.
+
+    Without an answer, e.g. because only callers with credentials get one, it is 100 ms: a server
+    that has started does not end because of a hint.
+    """
     if config.tls_certificate is not None or config.token_file is not None:
-        return "100ms"  # only callers with credentials may ask for more
-    with Client(f"{config.host}:{port}") as client:
-        model = client.get_model()
+        return UNKNOWN_BUDGET
+    try:
+        with Client(f"{config.host}:{port}", timeout_s=HINT_TIMEOUT_S) as client:
+            model = client.get_model()
+    except RequestFailed:
+        return UNKNOWN_BUDGET
     planned_us = {v.id: v.planned_latency_us for v in model.variants if v.id in model.frontier}
     return f"{math.ceil(2 * max(planned_us.values()) / 1e3 + AROUND_COMPUTE_MS)}ms"
 

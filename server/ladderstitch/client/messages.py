@@ -26,11 +26,10 @@ FINISH_REASONS = {
 }
 
 
-BUDGET_SOURCES = {
-    inference_pb2.BUDGET_SOURCE_GRPC_DEADLINE: "grpc_deadline",
-    inference_pb2.BUDGET_SOURCE_FIELD: "field",
-    inference_pb2.BUDGET_SOURCE_METADATA: "metadata",
-    inference_pb2.BUDGET_SOURCE_MODEL_DEFAULT: "model_default",
+BUDGET_SOURCES: dict[int, str] = {
+    value: name.removeprefix("BUDGET_SOURCE_").lower()
+    for name, value in inference_pb2.BudgetSource.items()
+    if value != inference_pb2.BUDGET_SOURCE_UNSPECIFIED
 }
 
 

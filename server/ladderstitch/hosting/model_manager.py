@@ -11,9 +11,10 @@ from collections.abc import Callable
 from ladderstitch.bundles import find_bundle, is_language_bundle
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import Draining, InvalidArgument, ModelNotFound, UserError
-from ladderstitch.hosting.registry import LoadedModel, ModelRegistry, ProgressCallback, Runner
+from ladderstitch.hosting.registry import LoadedModel, ModelRegistry, Runner
 from ladderstitch.hosting.text_runner import TextRunner
 from ladderstitch.hosting.vision_runner import VisionRunner
+from ladderstitch.runtime import ProgressCallback
 from ladderstitch.scheduling.settings import ActiveSettings
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.text.engine.rank_handle import Launcher

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ladderstitch.errors import InvalidArgument, ModelNotFound, NotReady
+from ladderstitch.runtime import ProgressCallback
 from ladderstitch.scheduling.settings import ActiveSettings, SchedulerSettings
 from ladderstitch.telemetry.model_metrics import TextMetrics
 from ladderstitch.text.bundle import TextBundle
@@ -205,10 +206,6 @@ class ModelRegistry:
         if not isinstance(model, TextModel):
             raise InvalidArgument("model_name", f"{model.name!r} classifies images: call Infer")
         return model
-
-
-ProgressCallback = Callable[[int, int], None]
-"""Called with the finished and the total number of warm-up runs."""
 
 
 class Runner(Protocol):

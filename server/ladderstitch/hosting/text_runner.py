@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import ConfigError, EngineRestarting, InvalidArgument
-from ladderstitch.hosting.registry import ModelRegistry, ProgressCallback, TextModel
+from ladderstitch.hosting.registry import ModelRegistry, TextModel
+from ladderstitch.runtime import ProgressCallback
 from ladderstitch.runtime.device import resolve_device, resolve_dtype
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.metrics import Metrics

@@ -12,7 +12,8 @@ from PIL import Image
 
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import BundleError, ConfigError, InvalidArgument
-from ladderstitch.hosting.registry import ModelRegistry, ProgressCallback, VisionModel
+from ladderstitch.hosting.registry import ModelRegistry, VisionModel
+from ladderstitch.runtime import ProgressCallback
 from ladderstitch.scheduling.profiles import LatencyProfile, QualityTable
 from ladderstitch.scheduling.requests import Deadlines, Request
 from ladderstitch.scheduling.settings import SchedulerSettings
@@ -157,15 +158,17 @@ class VisionRunner:
         """
         metrics = VisionMetrics(Metrics(), self.name, quality)
         scheduler = Scheduler(engine, quality, profile, SchedulerSettings(), metrics)
-        for file_format in ("JPEG", "PNG"):
-            file = io.BytesIO()
-            Image.new(reader.mode, reader.shape[:0:-1]).save(file, file_format)
-            for number in range(REHEARSALS):
-                images = await reader.read_encoded("image", file.getvalue())
-                now = time.monotonic()
-                deadlines = Deadlines(soft=now + number / 1e3)
-                await scheduler.submit(Request("rehearsal", images, now, deadlines))
-        await scheduler.close()
+        try:
+            for file_format in ("JPEG", "PNG"):
+                file = io.BytesIO()
+                Image.new(reader.mode, reader.shape[:0:-1]).save(file, file_format)
+                for number in range(REHEARSALS):
+                    images = await reader.read_encoded("image", file.getvalue())
+                    now = time.monotonic()
+                    deadlines = Deadlines(soft=now + number / 1e3)
+                    await scheduler.submit(Request("rehearsal", images, now, deadlines))
+        finally:
+            await scheduler.close()
 
 
 def _report_quality_range(scheduler: Scheduler) -> None:

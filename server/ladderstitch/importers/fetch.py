@@ -20,7 +20,8 @@ from pathlib import Path
 import yaml
 
 from ladderstitch.errors import DataError
-from ladderstitch.importers.gguf import ProgressCallback, import_gguf
+from ladderstitch.importers.gguf import import_gguf
+from ladderstitch.runtime import ProgressCallback
 from ladderstitch.text.bundle import TextBundle, TextManifest, write_manifest
 
 

@@ -13,11 +13,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from ladderstitch.errors import DataError
+from ladderstitch.runtime import ProgressCallback
 from ladderstitch.text.bundle import TextManifest, write_manifest
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.weight_reader import SINGLE
 
-ProgressCallback = Callable[[int, int], None]
 """A function that is called with the number of finished tensors and of all tensors."""
 
 CONTROL, USER_DEFINED = 3, 4

@@ -14,9 +14,9 @@ from ladderstitch.hosting.registry import (
     AdminActions,
     LoadedModel,
     ModelRegistry,
-    ProgressCallback,
     UpdateSettings,
 )
+from ladderstitch.runtime import ProgressCallback
 from ladderstitch.runtime.process import shorten_lock_waits, tune_malloc
 from ladderstitch.scheduling.settings import ActiveSettings
 from ladderstitch.telemetry.logs import RecordSink, log_request, trace_sink

@@ -6,7 +6,6 @@ import asyncio
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +25,7 @@ from ladderstitch.vision.engine.compiled import (
 )
 from ladderstitch.vision.engine.startup import make_config, open_engine
 from ladderstitch.vision.models.executor import StitchExecutor
-from ladderstitch.vision.models.graphs import cache_home, export_units, route_units
+from ladderstitch.vision.models.graphs import export_units, route_units
 from ladderstitch.vision.models.stitched import StitchedModel
 from ladderstitch.vision.models.vit import InputShape
 from tests.conftest import tiny_config
@@ -227,19 +226,6 @@ async def test_open_engine_makes_damaged_graphs_again(
     assert (await engine.forward([images(1)], 0)).logits.shape == (1, 4)
     engine.close()
     assert "making them again" in caplog.text
-
-
-def test_cache_home_without_a_writable_home_is_private(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("LADDERSTITCH_CACHE")
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    home = cache_home()
-    assert home == cache_home() == tmp_path / f"ladderstitch-{os.getuid()}"
-    home.chmod(0o777)  # another user may have written to it
-    assert cache_home() not in (home, cache_home())
 
 
 def test_import_keeps_onnxruntime_from_reporting_its_use(tmp_path: Path) -> None:

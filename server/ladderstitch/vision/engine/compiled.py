@@ -89,7 +89,8 @@ class CompiledExecutor:
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.log_severity_level = ERRORS_ONLY
-        # threads that wait would take the processor from the event loop
+        # Threads that wait would take the processor from the event loop. ONNX Runtime's pool for
+        # all sessions always spins: with other work on the cores, two threads take twice as long.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.use_env_allocators", "1")
         # weights outside of the arena, which would keep the memory of a model that is unloaded

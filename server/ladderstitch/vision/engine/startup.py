@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,8 @@ from statistics import median
 import numpy as np
 import torch
 
+from ladderstitch.runtime import ProgressCallback
+from ladderstitch.runtime.cache import cache_home
 from ladderstitch.runtime.device import (
     device_name,
     resolve_device,
@@ -29,7 +31,7 @@ from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.engine.base import Engine, EngineConfig
 from ladderstitch.vision.engine.compiled import CompiledEngine, CompiledExecutor
 from ladderstitch.vision.engine.process import ProcessEngine
-from ladderstitch.vision.models.graphs import cache_home, cached_units
+from ladderstitch.vision.models.graphs import cached_units
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,6 @@ SLACK = 0.15
 START_ROUNDS = 5
 """Timed runs of each network on the frontier when a server measures its machine."""
 
-ProgressCallback = Callable[[int, int], None]
 Pair = tuple[int, int]
 """A stitch and a batch size."""
 
@@ -178,21 +179,22 @@ async def measure_profile(
 
 
 def _find_candidates(quality: QualityTable, profile: LatencyProfile) -> list[int]:
-    """Return the stitches that are on the frontier or less than `SLACK` from it, fastest first.
+    """Return the stitches on the frontier, then those less than `SLACK` from it, fastest first.
 
     What joining saves differs between stitches, and a few runs are not exact.
     """
     seconds = {stitch: profile.alone_s(stitch) for stitch in profile.variants}
     points = find_frontier(quality, profile)
 
-    def is_candidate(stitch: int) -> bool:
+    def is_near(stitch: int) -> bool:
         return not any(
             quality.value(other) >= quality.value(stitch)
             and seconds[other] < (1 - SLACK) * seconds[stitch]
             for other in points
         )
 
-    return sorted(filter(is_candidate, seconds), key=seconds.__getitem__)
+    near = sorted(filter(is_near, seconds.keys() - points), key=seconds.__getitem__)
+    return [*points, *near]
 
 
 def find_frontier(quality: QualityTable, profile: LatencyProfile) -> list[int]:

@@ -8,11 +8,6 @@ number of networks therefore has the weights of a family once on the disk.
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
-import shutil
-import stat
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,10 +17,10 @@ import torch
 from onnx.compose import add_prefix
 from torch import Tensor, nn
 
+from ladderstitch.runtime import ProgressCallback
+from ladderstitch.runtime.cache import cached_folder
 from ladderstitch.vision.models.route import Stitch
 from ladderstitch.vision.models.stitched import Backbone, StitchedModel
-
-log = logging.getLogger(__name__)
 
 INPUT, OUTPUT = "x", "y"
 """Names of the only input and output of every graph; their first axis is the batch."""
@@ -34,9 +29,6 @@ LAYOUT = 1
 """Version of the cached files; a change makes older ones unused."""
 TRACED_BATCH = 2
 """Batch size of the traced example; the tracer would take 1 for a constant."""
-
-UnitProgress = Callable[[int, int], None]
-"""Function that is called with the number of finished units and of all units."""
 
 
 def route_units(stitch: Stitch) -> tuple[str, ...]:
@@ -90,7 +82,7 @@ def _find_unit(model: StitchedModel, name: str) -> nn.Module:
 
 
 def export_units(
-    model: StitchedModel, folder: Path, image_shape: Sequence[int], on_progress: UnitProgress
+    model: StitchedModel, folder: Path, image_shape: Sequence[int], on_progress: ProgressCallback
 ) -> None:
     """Write `NAME.onnx` for every unit of a float32 model in eval mode into a folder.
 
@@ -133,58 +125,18 @@ def cached_units(
     digest: str,
     load: Callable[[], StitchedModel],
     image_shape: Sequence[int],
-    on_progress: UnitProgress,
+    on_progress: ProgressCallback,
 ) -> Path:
     """Return the folder of a model's exported units; export them if the cache lacks them.
 
-    `digest` identifies the weights and the architecture; `load` returns the float32 model. The
-    folder appears at once, so that processes that export at the same time do not disturb each
-    other.
+    `digest` identifies the weights and the architecture; `load` returns the float32 model.
     """
     key = hashlib.sha256(f"{digest} {torch.__version__} {OPSET} {LAYOUT}".encode())
-    folder = cache_home() / "graphs" / key.hexdigest()[:24]
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
-    try:
-        export_units(load(), partial, image_shape, on_progress)
-        partial.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # another process was not faster
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
 
+    def export(folder: Path) -> None:
+        export_units(load(), folder, image_shape, on_progress)
 
-def cache_home() -> Path:
-    """Return the folder of cached files, which can be made again at any time.
-
-    It is LADDERSTITCH_CACHE, or `ladderstitch` in the user's cache folder; if that cannot be
-    written, a folder of this user in the system's temporary one.
-    """
-    if home := os.environ.get("LADDERSTITCH_CACHE"):
-        return Path(home)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ladderstitch"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache):
-            return cache
-    except OSError as error:
-        fallback = _temporary_home()
-        log.warning("cache folder %s cannot be written (%s); using %s", cache, error, fallback)
-        return fallback
-
-
-def _temporary_home() -> Path:
-    """Return a folder that only this user can write: its graphs decide what is computed."""
-    path = Path(tempfile.gettempdir()) / f"ladderstitch-{os.getuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
-    status = path.lstat()
-    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
-        return path
-    return Path(tempfile.mkdtemp(prefix="ladderstitch-"))
+    return cached_folder("graphs", key.hexdigest()[:24], export)
 
 
 def join_units(paths: Sequence[Path]) -> onnx.ModelProto:
