@@ -31,6 +31,20 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def use_device(name: str, rank: int = 0) -> torch.device:
+    """Return a device, and make it the current one if it is a GPU.
+
+    Streams, graphs and Triton's kernels run on the current device. `cuda` without a number is the
+    GPU number `rank`, modulo their count.
+    """
+    device = torch.device(name)
+    if device.type == "cuda":
+        index = rank % torch.cuda.device_count() if device.index is None else device.index
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
 def resolve_dtype(name: str, device: str) -> torch.dtype:
     """Return the torch type; `auto` is bfloat16 on GPUs, and float32 on CPUs.
 

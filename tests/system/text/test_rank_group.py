@@ -221,7 +221,7 @@ def test_block_table_kernel_attends_like_torch() -> None:
     shard = Shard.of(TINY, 0, 1)
     rng = np.random.default_rng(0)
     caches = [PagedCache(TINY, shard, 12, 4) for _ in range(2)]
-    caches[1].uses_block_table = True
+    caches[1].uses_kernels = True
     inputs = (
         SequenceInput([1], 9, [3, 11, 0]),
         SequenceInput([1], 0, [5]),

@@ -27,6 +27,7 @@ from ladderstitch_kernels import (
     PeerMemory,
     SharedMapping,
     SymmetricMemory,
+    add_rms_norm,
     gemv_post,
     post,
     wait_add_norm,
@@ -139,15 +140,15 @@ class SymmetricCommunicator:
     def wait_add_norm(
         self, work: Work, residual: Tensor, gain: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """Return r = residual + the sum, and rms_norm(r) * gain, for few rows in one kernel.
+        """Return r = residual + the sum, and rms_norm(r) * gain, in one kernel.
 
-        Raises `PeerLost` after an abort.
+        For few rows, the kernel also waits for the sum. Raises `PeerLost` after an abort.
         """
         shape, total = work
-        if total is not None:
-            whole = residual + total.view(shape)
-            return whole, F.rms_norm(whole, gain.shape, gain, eps)
         flat = residual.reshape(-1, shape[-1])
+        if total is not None:
+            whole, normed = add_rms_norm(total.view(flat.shape), flat, gain, eps)
+            return whole.view(shape), normed.view(shape)
         whole, normed = wait_add_norm(flat, gain, eps, self._exchange)
         self._check_aborted()
         return whole.view(shape), normed.view(shape)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ladderstitch.runtime.device import use_device
 from ladderstitch.text.comm.base import (
     CommSpec,
     Communicator,
@@ -54,6 +55,7 @@ class Rank:
         """Load the shard; raises `BundleError` or `ConfigError` if that is not possible."""
         config = assignment.rank_config
         torch.set_num_threads(config.threads)
+        use_device(config.device, assignment.rank)
         started, anonymous = time.monotonic(), anonymous_bytes()
         self.rank_config = config
         self.shard = Shard.of(config.model, assignment.rank, config.ranks)

@@ -79,6 +79,13 @@ class Batch:
         lengths = [sequence.start + len(sequence.tokens) for sequence in self._inputs]
         return torch.tensor(lengths, dtype=torch.int32, device=self.device)
 
+    @cached_property
+    def new_slot_numbers(self) -> Tensor:
+        """[T] int64: the cache slots of the new tokens, for kernels that read them."""
+        if isinstance(self.new_slots, Tensor):
+            return self.new_slots
+        return torch.arange(self.new_slots.start, self.new_slots.stop, device=self.device)
+
     def _split_sequences(self) -> tuple[tuple[Span, ...], tuple[DecodeGroup, ...]]:
         """Return the sequences attended to one by one, and those attended to together.
 
@@ -188,7 +195,8 @@ class PagedCache:
 
     A block has P tokens; the rank has K_r key/value heads of width d. Source: paged attention
     (arXiv 2309.06180). On a CPU, blocks are copied into one tensor, except for a sequence that is
-    attended to by itself and whose blocks are adjacent. On a GPU, a kernel reads the block table.
+    attended to by itself and whose blocks are adjacent. On a GPU, kernels write the slots and read
+    the block table.
     """
 
     def __init__(
@@ -206,7 +214,7 @@ class PagedCache:
         self._layers = [(layer[0], layer[1]) for layer in self._memory.unbind(0)]
         self.block_tokens = block_tokens
         self._gathered = (self._memory.new_empty(0), self._memory.new_empty(0))
-        self.uses_block_table = self._memory.is_cuda
+        self.uses_kernels = self._memory.is_cuda
 
     @property
     def bytes(self) -> int:
@@ -219,16 +227,28 @@ class PagedCache:
         keys[batch.new_slots] = k
         values[batch.new_slots] = v
 
+    def rotate_and_append(
+        self, layer: int, batch: Batch, qkv: Tensor, tables: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Return the rotated queries [T, H_r, d] of qkv [T, H_r + 2 K_r, d], and store the rest.
+
+        One kernel rotates queries and keys by `tables`, cosines and sines [positions, d / 2], and
+        stores keys and values like `append`.
+        """
+        from ladderstitch_kernels.ops.rope_append import rope_append
+
+        return rope_append(
+            qkv, *tables, batch.positions, batch.new_slot_numbers, *self._pages(layer)
+        )
+
     def attend(self, layer: int, batch: Batch, q: Tensor) -> Tensor:
         """Return the causal attention of queries q [T, H_r, d] over their sequences; as q."""
         keys, values = self._layers[layer]
-        if self.uses_block_table and batch.is_decode_only:
+        if self.uses_kernels and batch.is_decode_only:
             from ladderstitch_kernels.ops.decode_attention import paged_decode_attention
 
-            paged = (-1, self.block_tokens, *keys.shape[1:])
-            return paged_decode_attention(
-                q, keys.view(paged), values.view(paged), batch.block_table, batch.sequence_lengths
-            )
+            pages = self._pages(layer)
+            return paged_decode_attention(q, *pages, batch.block_table, batch.sequence_lengths)
         mixed = torch.empty_like(q)
         for group in batch.groups:
             mixed[group.rows] = self._attend_group(keys, values, q[group.rows], group)
@@ -236,6 +256,12 @@ class PagedCache:
             rows = slice(span.begin, span.end)
             mixed[rows] = _attend_span(q[rows], keys[span.slots], values[span.slots], span)
         return mixed
+
+    def _pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and the values of a layer by block, both [blocks, P, K_r, d]."""
+        keys, values = self._layers[layer]
+        paged = (-1, self.block_tokens, *keys.shape[1:])
+        return keys.view(paged), values.view(paged)
 
     def _attend_group(self, keys: Tensor, values: Tensor, q: Tensor, group: DecodeGroup) -> Tensor:
         """Return the attention of q [b, H_r, d] over the blocks of b sequences; as q."""

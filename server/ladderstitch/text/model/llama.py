@@ -13,12 +13,16 @@ The repository has three forward passes of the same architecture, because their 
 
 Shapes: T new tokens of the batch, D model width, H_r query and K_r key/value heads of this rank,
 d head width, F_r feed-forward columns, V_r vocabulary rows of this rank.
+
+On CUDA, Triton kernels rotate and store keys, attend, gate the MLP, and add before a norm. They
+compute the formulas of the CPU's code in float32 and round once, to the dtype of the model.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -49,12 +53,20 @@ class Attention:
     def __call__(
         self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor], cache: PagedCache
     ) -> Tensor:
-        """Return the heads' outputs [T, H_r d] of x [T, D]; adds keys and values to the cache."""
+        """Return the heads' outputs [T, H_r d] of x [T, D]; adds keys and values to the cache.
+
+        `rotation` has the rows of the batch's tokens for `rotate`, or whole tables for
+        `PagedCache.rotate_and_append` if the cache uses kernels.
+        """
         turned = self.heads + self.kv_heads
         projected = self.linear(x, self.qkv).view(len(x), turned + self.kv_heads, self.width)
-        qk = rotate(projected[:, :turned], *rotation)
-        cache.append(self.layer, batch, qk[:, self.heads :], projected[:, turned:])
-        return cache.attend(self.layer, batch, qk[:, : self.heads]).reshape(len(x), -1)
+        if cache.uses_kernels:
+            q = cache.rotate_and_append(self.layer, batch, projected, rotation)
+        else:
+            qk = rotate(projected[:, :turned], *rotation)
+            cache.append(self.layer, batch, qk[:, self.heads :], projected[:, turned:])
+            q = qk[:, : self.heads]
+        return cache.attend(self.layer, batch, q).reshape(len(x), -1)
 
 
 class Mlp:
@@ -66,10 +78,16 @@ class Mlp:
     def __init__(self, weights: LayerWeights) -> None:
         self.gate_up, self.output = weights.gate_up, weights.down
         self.linear = serving_linear(weights.gate_up, cached=False)
+        self.uses_kernels = weights.gate_up.is_cuda
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return silu(x @ gate.T) * (x @ up.T), [T, F_r], of x [T, D]."""
-        gate, up = self.linear(x, self.gate_up).chunk(2, dim=-1)
+        gate_up = self.linear(x, self.gate_up)
+        if self.uses_kernels:
+            from ladderstitch_kernels.ops.swiglu import swiglu
+
+            return swiglu(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
 
@@ -99,12 +117,23 @@ class Transformer:
         The cache must hold the earlier tokens of all sequences. Raises `PeerLost` if a peer died.
         """
         cosines, sines = self._rotation
-        rotation = cosines[batch.positions], sines[batch.positions]
+        rotation = (
+            self._kernel_rotation
+            if cache.uses_kernels
+            else (cosines[batch.positions], sines[batch.positions])
+        )
         stream = ResidualStream(self._embed(batch.tokens, comm), comm)
         for layer, plan in enumerate(plans):
             self._run_layer(layer, plan, stream, batch, rotation, cache)
         x = stream.read()[batch.output_rows]
         return self._head(self._norm(x, self.weights.norm), self.weights.head)
+
+    @cached_property
+    def _kernel_rotation(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [positions, d / 2]: kernels index them by position themselves."""
+        cosines, signed_sines = self._rotation
+        half = self.config.head_dim // 2
+        return cosines[:, 0, :half].contiguous(), signed_sines[:, 0, half:].contiguous()
 
     def _run_layer(
         self,

@@ -113,6 +113,7 @@ class ResidualStream:
         self._in_flight: deque[Work] = deque()
         self._comm = comm
         self._fused = comm if isinstance(comm, FusedCommunicator) else None
+        self.uses_kernels = x.is_cuda
 
     def read(self, lag: int = 0) -> Tensor:
         """Return the stream [T, D]: complete, or for lag 1 without the last sub-block.
@@ -128,13 +129,18 @@ class ResidualStream:
         return self._full
 
     def read_normed(self, lag: int, gain: Tensor, eps: float) -> Tensor:
-        """Return the RMS norm [T, D] of `read(lag)`, in one kernel if the communicator has one."""
-        fused, due = self._fused, len(self._in_flight) - lag
-        if fused is None or due <= 0 or self._full is not None:
+        """Return the RMS norm [T, D] of `read(lag)`.
+
+        If the read adds a reduction, one kernel does both: the communicator's own, which also
+        waits, or on CUDA `add_rms_norm`.
+        """
+        due = len(self._in_flight) - lag
+        adds_in_kernel = self._fused is not None or self.uses_kernels
+        if not adds_in_kernel or due <= 0 or self._full is not None:
             return F.rms_norm(self.read(lag), gain.shape, gain, eps)
         if due > 1:
             self._reduce_oldest()
-        total, normed = fused.wait_add_norm(self._in_flight[0], self._reduced, gain, eps)
+        total, normed = self._wait_add_norm(self._in_flight[0], gain, eps)
         if lag:
             self._in_flight.popleft()
             self._reduced = total
@@ -160,6 +166,14 @@ class ResidualStream:
             self._reduced = self._comm.wait(self._comm.all_reduce_async(partial + mean))
         else:
             self._reduced = self._reduced + partial
+
+    def _wait_add_norm(self, work: Work, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Return the stream plus a reduction, and the norm of this sum, both [T, D]."""
+        if self._fused is not None:
+            return self._fused.wait_add_norm(work, self._reduced, gain, eps)
+        from ladderstitch_kernels.ops.add_rms_norm import add_rms_norm
+
+        return add_rms_norm(self._comm.wait(work), self._reduced, gain, eps)
 
     def _reduce_oldest(self) -> None:
         first = self._in_flight.popleft()

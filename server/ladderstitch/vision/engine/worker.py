@@ -10,15 +10,19 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ladderstitch.runtime.device import DTYPES
+from ladderstitch.runtime.device import DTYPES, use_device
 from ladderstitch.runtime.process import freeze_gc
 from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.engine.base import COMMAND, READY, REPLY, Buffers, EngineConfig
+from ladderstitch.vision.engine.cuda_graphs import CudaGraphs, GraphedExecutor
 from ladderstitch.vision.models.executor import StitchExecutor
+from ladderstitch.vision.models.stitched import StitchedModel
 
 
 class Worker:
@@ -26,9 +30,8 @@ class Worker:
 
     def __init__(self, config: EngineConfig, buffers: Buffers) -> None:
         torch.set_num_threads(config.threads)
-        self.device = torch.device(config.device)
         model = VisionBundle.load(Path(config.bundle)).load_model(DTYPES[config.dtype])
-        self.model = StitchExecutor(model.to(self.device))
+        self.execute = make_executor(model, config)
         self.images = torch.from_numpy(buffers.images)
         self.logits = torch.from_numpy(buffers.logits)
 
@@ -36,9 +39,22 @@ class Worker:
         """Compute the logits of the first `batch_size` images; return nanoseconds of compute."""
         started = time.perf_counter_ns()
         with torch.inference_mode():
-            logits = self.model(self.images[:batch_size].to(self.device, non_blocking=True), stitch)
+            logits = self.execute(self.images[:batch_size], stitch)
             self.logits[:batch_size].copy_(logits)  # synchronises with the device
         return time.perf_counter_ns() - started
+
+
+def make_executor(model: StitchedModel, config: EngineConfig) -> Callable[[Tensor, int], Tensor]:
+    """Return the function from images [B, C, H, W] on the CPU and a stitch to logits [B, K].
+
+    On CUDA it replays captured graphs, elsewhere it runs eagerly.
+    """
+    device = use_device(config.device)
+    executor = StitchExecutor(model.to(device))
+    if device.type == "cuda":
+        input_shape = (config.max_batch_size, *config.image_shape)
+        return GraphedExecutor(executor, CudaGraphs(), input_shape, device)
+    return lambda images, stitch: executor(images.to(device), stitch)
 
 
 def serve(commands: socket.socket, worker: Worker) -> None:

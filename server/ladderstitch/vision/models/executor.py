@@ -83,6 +83,25 @@ def bind_linear(linear: nn.Linear) -> Step:
     return lambda x: multiply(x, weight, bias)
 
 
+def bind_stitching_layer(linear: nn.Linear, *, uses_kernel: bool) -> Step:
+    """Return a stitching layer's map [B, T, K] -> [B, T, N], by a Triton kernel or by a library.
+
+    A `MapStitchingLayer` has no such form: its maps are [B, D, h, w] in this order of memory, while
+    the kernel needs rows of D values. It would add two transpositions to cuDNN's one convolution.
+    """
+    if not uses_kernel:
+        return bind_linear(linear)
+    from ladderstitch_kernels.ops.stitch_linear import stitch_linear
+
+    weight, bias = linear.weight, linear.bias
+
+    def convert(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()  # [B * T, K]
+        return stitch_linear(rows, weight, bias).view(*x.shape[:-1], -1)
+
+    return convert
+
+
 def bind_step(step: nn.Module) -> Step:
     """Return a block, stitching layer or downsampling as a function.
 
@@ -91,7 +110,7 @@ def bind_step(step: nn.Module) -> Step:
     if isinstance(step, Block):
         return bind_block(step)
     if isinstance(step, StitchingLayer):
-        return bind_linear(step.transform)
+        return bind_stitching_layer(step.transform, uses_kernel=step.transform.weight.is_cuda)
     if isinstance(step, SwinBlock):
         return bind_swin_block(step)
     if isinstance(step, LevitAttention):

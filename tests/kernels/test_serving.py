@@ -1,0 +1,175 @@
+"""Places in the server that call kernels: in the interpreter, compared with the CPU's code."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ladderstitch.text.comm.base import SingleRankCommunicator
+from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
+from ladderstitch.text.model import llama
+from ladderstitch.text.model.attention import Batch, PagedCache
+from ladderstitch.text.model.llama import Mlp, Transformer
+from ladderstitch.text.model.residual import ResidualScheme, ResidualStream, plan_layers
+from ladderstitch.text.model.weight_reader import MemoryWeights
+from ladderstitch.text.model.weights import Shard, load_rank
+from ladderstitch.vision.models import executor as executors
+from ladderstitch.vision.models.executor import StitchExecutor, bind_stitching_layer
+from tests.conftest import tiny_config
+from tests.kernels.tolerances import DTYPES, assert_close
+from tests.support.language_models import TINY, random_tensors
+
+SHARD = Shard.of(TINY, 0, 1)
+BLOCK_TOKENS, BLOCKS = 4, 12
+
+
+class KernelStream(ResidualStream):
+    """A residual stream as on a GPU."""
+
+    def __init__(self, x: Tensor, comm: SingleRankCommunicator) -> None:
+        super().__init__(x, comm)
+        self.uses_kernels = True
+
+
+OPS = ("add_rms_norm", "paged_decode_attention", "rope_append", "swiglu")
+
+
+def make_model() -> Transformer:
+    """Return a tiny model with random weights."""
+    return Transformer(TINY, load_rank(MemoryWeights(random_tensors(TINY)), TINY, SHARD), SHARD)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Return the names of the language model's ops that have been called, as a set that grows."""
+    names: set[str] = set()
+    for name in OPS:
+        file = "decode_attention" if name == "paged_decode_attention" else name
+        module = importlib.import_module(f"ladderstitch_kernels.ops.{file}")
+
+        def record(*args: object, op: Callable[..., object], name: str) -> object:
+            names.add(name)
+            return op(*args)
+
+        monkeypatch.setattr(module, name, partial(record, op=getattr(module, name), name=name))
+    return names
+
+
+def steps() -> list[Step]:
+    """Return a prefill of two sequences in scattered blocks, a mixed step and a decoding step."""
+    first, second = list(range(3, 10)), [200, 7, 7]
+    return [
+        Step(
+            (
+                SequenceInput(first, 0, [9, 2], LogitsMode.ALL),
+                SequenceInput(second, 0, [5], LogitsMode.LAST),
+            )
+        ),
+        Step(
+            (
+                SequenceInput([11, 12, 13], 7, [9, 2, 0], LogitsMode.ALL),
+                SequenceInput([8], 3, [5], LogitsMode.LAST),
+            )
+        ),
+        Step(
+            (
+                SequenceInput([14], 10, [9, 2, 0], LogitsMode.LAST),
+                SequenceInput([9], 4, [5, 6], LogitsMode.LAST),
+            )
+        ),
+        Step((SequenceInput([21], 5, [5, 6], LogitsMode.LAST),)),
+    ]
+
+
+def run_steps(
+    model: Transformer, residual: ResidualScheme, *, uses_kernels: bool
+) -> tuple[list[Tensor], PagedCache]:
+    """Return the logits of all steps, and the cache after them."""
+    cache = PagedCache(TINY, SHARD, BLOCKS, BLOCK_TOKENS)
+    cache.uses_kernels = uses_kernels
+    for mlp in model.mlps:
+        mlp.uses_kernels = uses_kernels
+    plans, comm = plan_layers(residual, TINY.layers, 1), SingleRankCommunicator()
+    logits = [model.forward(Batch(step, BLOCK_TOKENS), cache, plans, comm) for step in steps()]
+    return logits, cache
+
+
+@pytest.mark.parametrize("scheme", ["standard", "ladder", "parallel"])
+def test_language_model_with_kernels_equals_torch(
+    scheme: str, called: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    residual = ResidualScheme.model_validate({"scheme": scheme})
+    expected, seen = run_steps(model, residual, uses_kernels=False)
+    assert called == set()
+    monkeypatch.setattr(llama, "ResidualStream", KernelStream)
+    got, cache = run_steps(model, residual, uses_kernels=True)
+    assert called == set(OPS)
+    for part, whole in zip(got, expected, strict=True):
+        assert_close(part, whole)
+    assert_close(cache._memory, seen._memory)
+
+
+@pytest.mark.parametrize("lags", [(0, 0, 0, 0), (1, 1, 1, 1), (0, 1, 1, 0)])
+def test_stream_with_kernels_reads_and_norms_like_torch(lags: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start, gain, *parts = (torch.randn(3, 37, generator=generator) for _ in range(6))
+    comm = SingleRankCommunicator()
+    streams = [KernelStream(start, comm), ResidualStream(start, comm)]
+    for lag, part in zip(lags, parts, strict=True):
+        normed = [stream.read_normed(lag, gain[0], 1e-5) for stream in streams]
+        assert_close(*normed)
+        assert_close(*(stream.read_normed(lag, gain[0], 1e-5) for stream in streams))
+        for stream in streams:
+            stream.add(part)
+    assert_close(*(stream.read() for stream in streams))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
+def test_mlp_with_kernel_equals_torch(dtype: torch.dtype) -> None:
+    weights = make_model().weights.layers[0]
+    mlp = Mlp(weights)
+    x = torch.randn(5, TINY.hidden_size, generator=torch.Generator().manual_seed(1))
+    expected = mlp(x)
+    mlp.gate_up, mlp.linear = mlp.gate_up.to(dtype), torch.nn.functional.linear
+    mlp.uses_kernels = True
+    got = mlp(x.to(dtype))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05 * float(expected.max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
+@pytest.mark.parametrize("layout", ["rows", "transposed", "one token"])
+def test_stitching_layer_with_kernel_equals_torch(layout: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(37, 19).to(dtype).requires_grad_(False)
+    x = torch.randn(2, 37, 5).transpose(1, 2) if layout == "transposed" else torch.randn(2, 5, 37)
+    x = (x[:, :1] if layout == "one token" else x).to(dtype)
+    got = bind_stitching_layer(linear, uses_kernel=True)(x)
+    assert got.shape == (2, x.shape[1], 19)
+    assert_close(got, linear.float()(x.float()).to(dtype))
+
+
+def test_every_stitch_with_kernels_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = tiny_config(depth=2).build().eval().requires_grad_(False)
+    plain, bound = StitchExecutor(model), 0
+
+    def bind(linear: nn.Linear, *, uses_kernel: bool) -> executors.Step:
+        nonlocal bound
+        bound += 1
+        assert not uses_kernel
+        return bind_stitching_layer(linear, uses_kernel=True)
+
+    monkeypatch.setattr(executors, "bind_stitching_layer", bind)
+    with_kernels = StitchExecutor(model)
+    images = torch.randn(3, 1, 8, 8)
+    assert bound
+    with torch.inference_mode():
+        for stitch in model.stitches:
+            assert_close(with_kernels(images, stitch.id), plain(images, stitch.id))
