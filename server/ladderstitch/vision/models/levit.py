@@ -201,7 +201,8 @@ def _bias_index(resolution: int, stride: int) -> tuple[Tensor, int]:
         [numbers.setdefault((abs(qy - ky), abs(qx - kx)), len(numbers)) for ky, kx in keys]
         for qy, qx in queries
     ]
-    return torch.tensor(index), len(numbers)
+    # on the CPU, because weights are loaded into models that are built on the meta device
+    return torch.tensor(index, device="cpu"), len(numbers)
 
 
 def _mlp(width: int, ratio: int, eps: float) -> ResidualBlock:
