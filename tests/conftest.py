@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from ladderstitch.runtime.device import device_name, versions
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile, Quality, QualityTable
@@ -24,6 +25,10 @@ from ladderstitch.vision.models.vit import InputShape, VitConfig
 from tests.support.language_models import tiny_language_bundle
 
 __all__ = ["tiny_language_bundle"]
+
+# By default an example may take 200 ms; no test may depend on how fast the machine is.
+settings.register_profile("ladderstitch", deadline=None)
+settings.load_profile("ladderstitch")
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = (1, 2, 4, 8, 16, 32)

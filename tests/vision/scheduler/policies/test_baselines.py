@@ -62,7 +62,7 @@ def queues(draw: st.DrawFn) -> list[Request]:
 
 @pytest.mark.parametrize("name", NAMES)
 @given(requests=queues(), tail=st.sampled_from([1.0, 1.5]), pinned=st.sampled_from([None, 3]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_decision_is_pure_and_admissible(
     name: str, requests: list[Request], tail: float, pinned: int | None
 ) -> None:
@@ -86,7 +86,7 @@ def test_every_decision_is_pure_and_admissible(
 
 @pytest.mark.parametrize("name", ["max_quality", "max_batch", "slackfit", "adaptive"])
 @given(requests=queues())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_first_request_is_on_time_if_possible(name: str, requests: list[Request]) -> None:
     candidates, view, queue = make_candidates(), plain_view(), in_deadline_order(requests)
     got = build_policy(name, candidates)(queue, view, NOW)
