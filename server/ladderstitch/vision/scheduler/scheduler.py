@@ -25,6 +25,14 @@ from ladderstitch.vision.scheduler.recorder import PlannerRecorder
 EXPIRY_INTERVAL_S = 0.05
 """Seconds between checks for passed hard deadlines, which also run while the engine computes."""
 
+MAX_TURNS_WITHOUT_ARRIVAL = 3
+"""Turns of the event loop without a new request after which a batch is not waited for."""
+DECAY = 0.8
+"""Factor per batch on the number of requests that were in flight."""
+MAX_COLLECTING_S = 0.003
+COLLECTING_SHARE = 0.1
+"""A batch waits for requests that long at most, and for this share of the first one's budget."""
+
 
 class Scheduler:
     """The queue of one model and the dispatch loop that runs it on the engine.
@@ -52,6 +60,7 @@ class Scheduler:
         self.in_flight = InFlightRequests(metrics, clock)
         self.batch_runner = BatchRunner(engine, self.planner, self.in_flight, metrics, clock)
         self._draining = False
+        self._recent_in_flight = 1.0
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._expiry_timer: asyncio.TimerHandle | None = None
@@ -140,6 +149,7 @@ class Scheduler:
                     self._idle.set()
                 self._wake.clear()
                 await self._wake.wait()
+            await self._collect()
             now = self.clock()
             self._expire_queued(now)
             match self._decide(now):
@@ -147,6 +157,35 @@ class Scheduler:
                     await self.batch_runner.run(decision, now)
                 case Defer(seconds):
                     await self._defer(seconds)
+
+    async def _collect(self) -> None:
+        """Let requests that have reached this process join the next batch.
+
+        gRPC passes on one request in each turn of the event loop. If the loop, not the engine, is
+        the bottleneck, the engine would get batches of one or two requests, and each batch costs
+        the loop as much as one to two answers do. So the loop goes on while requests arrive, until
+        as many wait as were recently in flight. A single caller does not wait.
+        """
+        queue, started = self.planner.queue, self.clock()
+        self._recent_in_flight = max(len(self.in_flight), DECAY * self._recent_in_flight)
+        wanted = min(self._recent_in_flight, self.planner.latency.view.max_batch_size)
+        turns_without_arrival, seen = 0, len(queue)
+        while len(queue) < wanted and turns_without_arrival < MAX_TURNS_WITHOUT_ARRIVAL:
+            await asyncio.sleep(0)
+            turns_without_arrival = 0 if len(queue) > seen else turns_without_arrival + 1
+            seen = len(queue)
+            if self._is_urgent(started):
+                return
+
+    def _is_urgent(self, since: float) -> bool:
+        """Return whether the first request has waited for its share of its budget."""
+        queue = self.planner.queue.view
+        if not queue:
+            return True
+        waited_s = self.clock() - since
+        return waited_s > MAX_COLLECTING_S or waited_s > COLLECTING_SHARE * (
+            queue[0].deadlines.soft - since
+        )
 
     async def _defer(self, seconds: float) -> None:
         """Wait for `seconds`, or until a request arrives or the settings change."""
