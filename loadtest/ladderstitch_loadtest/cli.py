@@ -11,6 +11,7 @@ from collections.abc import Callable
 import typer
 
 from ladderstitch_loadtest.benchmarks import cli as benchmarks
+from ladderstitch_loadtest.benchmarks.breakdown_cli import breakdown
 from ladderstitch_loadtest.benchmarks.burst_cli import burst
 from ladderstitch_loadtest.benchmarks.compiled_cli import compiled
 from ladderstitch_loadtest.benchmarks.generation_cli import generation
@@ -28,6 +29,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Benchmarks": (
         benchmarks.overhead,
         peers,
+        breakdown,
         compiled,
         benchmarks.switching,
         benchmarks.mixed,

@@ -57,13 +57,16 @@ def histogram_quantile(page: str, name: str, quantile: float) -> float:
 
 
 @contextmanager
-def ladderstitch_server(*flags: str) -> Iterator[StartedServer]:
+def ladderstitch_server(*flags: str, source: Path | None = None) -> Iterator[StartedServer]:
     """Run `ladderstitch serve` on free ports during the `with` block and stop it by Ctrl-C.
 
+    `source` is a checkout of the project that runs instead of the installed one.
     Raises `StartError` if the server ends before it is ready, or with a status other than 0.
     """
     command = [sys.executable, "-m", "ladderstitch", "serve", "--port", "0", "--metrics-port", "0"]
     environment = os.environ | {"COLUMNS": "240", "PYTHONUNBUFFERED": "1"}
+    if source is not None:
+        environment["PYTHONPATH"] = str(source / "server")
     process = subprocess.Popen(
         command + list(flags), stdout=subprocess.PIPE, text=True, env=environment
     )
