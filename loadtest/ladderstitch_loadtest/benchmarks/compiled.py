@@ -6,11 +6,13 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ladderstitch.scheduling.requests import Logits, Pixels
 from ladderstitch.vision.bundle import VisionBundle
@@ -26,10 +28,10 @@ class Compute:
     """Median milliseconds of one network and batch size; `whole` is a session of its own.
 
     `ratio` is `served` over `whole`, `speedup` is `eager` over `served`, and `difference` is the
-    largest one of a logit from eager float32.
+    largest one of a logit from eager float32, of 8-bit variants, too.
     """
 
-    stitch: int
+    variant: int
     batch_size: int
     served_ms: float
     whole_ms: float
@@ -60,6 +62,7 @@ def measure(path: Path, rounds: int) -> list[Compute]:
     """Return the compute of every network on the frontier of a bundle, on one thread each."""
     torch.set_num_threads(1)
     bundle = VisionBundle.load(path)
+    count = len(bundle.manifest.config.stitches())
     engine, best = open_served(bundle)
     eager = StitchExecutor(bundle.load_model())
     preprocessing = bundle.manifest.preprocessing
@@ -67,37 +70,43 @@ def measure(path: Path, rounds: int) -> list[Compute]:
     rng = np.random.default_rng(0)
     images = {size: rng.standard_normal((size, *shape), np.float32) for size in BATCH_SIZES}
     return [
-        compare(engine.executor, eager, stitch, images[size], rounds)
-        for stitch in best
+        compare(
+            engine.executor, partial(eager, stitch=variant % count), variant, images[size], rounds
+        )
+        for variant in best
         for size in BATCH_SIZES
     ]
 
 
 def compare(
-    served: CompiledExecutor, eager: StitchExecutor, stitch: int, images: Pixels, rounds: int
+    served: CompiledExecutor,
+    eager: Callable[[Tensor], Tensor],
+    variant: int,
+    images: Pixels,
+    rounds: int,
 ) -> Compute:
     """Return the compute of one network, measured in turns."""
-    whole = served.open_whole(stitch)
+    whole = served.open_whole(variant)
 
     def run_eager() -> Logits:
         with torch.inference_mode():
-            return eager(torch.from_numpy(images), stitch).numpy()
+            return eager(torch.from_numpy(images)).numpy()
 
     calls: dict[str, Callable[[], Logits]] = {
-        "served": lambda: served(images, stitch),
+        "served": lambda: served(images, variant),
         "whole": lambda: whole(images),
         "eager": run_eager,
     }
     ms = time_in_turns(calls, rounds)
     return Compute(
-        stitch,
+        variant,
         len(images),
         round(ms["served"], 4),
         round(ms["whole"], 4),
         round(ms["eager"], 4),
         round(ms["served"] / ms["whole"], 3),
         round(ms["eager"] / ms["served"], 2),
-        float(np.abs(served(images, stitch) - run_eager()).max()),
+        float(np.abs(served(images, variant) - run_eager()).max()),
     )
 
 

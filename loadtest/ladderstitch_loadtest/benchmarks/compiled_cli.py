@@ -39,7 +39,7 @@ def _compute_table(rows: Sequence[Compute]) -> Table:
     columns = ("id", "batch", "served", "whole", "eager", "ratio", "speed-up", "difference")
     cells = [
         (
-            str(row.stitch),
+            str(row.variant),
             str(row.batch_size),
             f"{row.served_ms:.3f} ms",
             f"{row.whole_ms:.3f} ms",

@@ -30,6 +30,7 @@ from ladderstitch.scheduling.profiles import Quality, QualityTable
 from ladderstitch.scheduling.requests import Pixels
 from ladderstitch.vision.bundle import VisionBundle, write_table
 from ladderstitch.vision.engine.compiled import CompiledExecutor
+from ladderstitch.vision.engine.startup import open_executor
 from ladderstitch.vision.models.cost import stitch_cost
 from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.graphs import cached_units
@@ -164,13 +165,12 @@ def print_load_cost(path: Path) -> None:
     """
     tune_malloc()
     bundle = VisionBundle.load(path)
-    folder = cached_units(bundle.digest(), bundle.load_model, SHAPE, lambda done, total: None)
     stitches = bundle.manifest.config.stitches()
     with torch.device("meta"):
         macs = _macs(bundle.manifest.config.build())
     images = np.random.default_rng(0).standard_normal((1, *SHAPE), np.float32)
     before, started = resident_mib(), time.perf_counter()
-    executor = CompiledExecutor(stitches, folder, threads=1)
+    executor = open_executor(bundle, 1, lambda done, total: None)
     executor.join(sorted(macs, key=macs.__getitem__))
     seconds = time.perf_counter() - started
     for stitch in stitches:

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.models import graphs
-from ladderstitch.vision.models.graphs import cached_units, join_units, route_units
+from ladderstitch.vision.models.graphs import cached_units, join_units, unit_paths
 from ladderstitch.vision.preprocessing import ImageReader
 
 MODEL_CODE = Path(__file__).with_name("triton_model.py")
@@ -44,8 +44,8 @@ def _read_network(
 ) -> onnx.ModelProto:
     """Return the graph of a variant, from float32 images [B, C, H, W] to logits [B, K]."""
     units = cached_units(bundle.digest(), bundle.load_model, shape, lambda done, total: None)
-    (stitch,) = (one for one in bundle.manifest.config.stitches() if one.id == variant)
-    return join_units([units / f"{unit}.onnx" for unit in route_units(stitch)])
+    (network,) = (one for one in bundle.manifest.variants() if one.id == variant)
+    return join_units(unit_paths(network, units, bundle.int8_folder))
 
 
 def add_preprocessing(model: onnx.ModelProto, scale: NDArray[Any], shift: NDArray[Any]) -> None:

@@ -1,4 +1,4 @@
-"""The commands that make a model: fetch data, train anchors, stitch, import and convert."""
+"""The commands that make a model: fetch data, train, stitch, quantise, import and convert."""
 
 from __future__ import annotations
 
@@ -96,6 +96,37 @@ def stitch(
         model = stitch_family(parsed, load_idx_folder(data, "train"), run, progress)
         export_family(parsed, model, bundle)
     err.print(f"wrote {bundle}; next: ladderstitch calibrate {bundle} --data {data}")
+
+
+def quantize(
+    bundle: Annotated[Path, typer.Argument(help="Directory of a bundle, or name of a model.")],
+    data: DataFolder,
+    split: Annotated[str, typer.Option(help="Split of the data to take images from.")] = "train",
+    images: Annotated[
+        int, typer.Option(min=1, help="Number of images that the ranges are measured on.")
+    ] = 256,
+) -> None:
+    """Add an int8 form of every network of a bundle, as further variants.
+
+    Weights and the inputs of products get 8 bits; the ranges of activations are measured on images
+    of the data. The new variants have the ids after the present ones. `calibrate` measures their
+    quality, and the frontier contains those of them that are worth it.
+    """
+    from ladderstitch.training.vision.dataset import load_idx_folder, normalise
+    from ladderstitch.training.vision.quantize import quantize as run
+    from ladderstitch.vision.bundle import VisionBundle
+
+    with user_errors(), progress_bar() as progress:
+        loaded = VisionBundle.load(find_bundle(str(bundle)))
+        inputs = loaded.manifest.preprocessing
+        pixels = load_idx_folder(data, split).pixels[:images]
+        task = progress.add_task("quantize", total=None)
+        run(
+            loaded,
+            normalise(pixels, inputs.mean, inputs.std).numpy(),
+            lambda done, all_: progress.update(task, completed=done, total=all_),
+        )
+    err.print(f"wrote {loaded.int8_folder}; next: ladderstitch calibrate {bundle} --data {data}")
 
 
 Checkpoints = Annotated[
@@ -279,6 +310,7 @@ def register(app: typer.Typer) -> None:
     app.command(rich_help_panel=group)(fetch)
     app.command(rich_help_panel=group)(train)
     app.command(rich_help_panel=group)(stitch)
+    app.command(rich_help_panel=group)(quantize)
     app.command("import", rich_help_panel=group)(import_)
     app.command("convert-ladder", rich_help_panel=group)(convert_ladder)
     app.command("train-language", rich_help_panel=group)(train_language)

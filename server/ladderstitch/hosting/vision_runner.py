@@ -23,7 +23,12 @@ from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.engine.base import Engine, EngineConfig
 from ladderstitch.vision.engine.compiled import CompiledEngine
 from ladderstitch.vision.engine.process import ProcessEngine
-from ladderstitch.vision.engine.startup import make_config, open_engine, prepare
+from ladderstitch.vision.engine.startup import (
+    make_config,
+    open_engine,
+    prepare,
+    served_variants,
+)
 from ladderstitch.vision.preprocessing import ImageReader
 from ladderstitch.vision.scheduler.scheduler import Scheduler
 
@@ -125,11 +130,15 @@ class VisionRunner:
     async def _make_model(
         self, engine: Engine, config: EngineConfig, on_progress: ProgressCallback
     ) -> VisionModel:
-        variants = {variant.id: variant for variant in self.bundle.manifest.config.stitches()}
+        variants = {variant.id: variant for variant in served_variants(self.bundle, config)}
         profile = await prepare(engine, self.bundle, self.quality, config, on_progress)
         name = self.bundle.manifest.name
         metrics = VisionMetrics(self.metrics, name, variants)
-        quality = {variant: score.value for variant, score in self.quality.variants.items()}
+        quality = {
+            variant: score.value
+            for variant, score in self.quality.variants.items()
+            if variant in variants
+        }
         settings = self.registry.active_settings.settings
         self._record = self._open_record()
         scheduler = Scheduler(engine, quality, profile, settings, metrics, record=self._record)
@@ -186,7 +195,7 @@ def quality_table(bundle: VisionBundle) -> QualityTable:
     """
     if bundle.quality is None:
         raise BundleError(f"{bundle.path}: no quality.json; run `ladderstitch calibrate` first")
-    variants = {s.id for s in bundle.manifest.config.stitches() if s.usable}
+    variants = {variant.id for variant in bundle.manifest.variants() if variant.usable}
     if missing := variants - bundle.quality.variants.keys():
         raise BundleError(
             f"{bundle.path / 'quality.json'}: variants {sorted(missing)} are not calibrated; "

@@ -4,6 +4,7 @@
     weights.safetensors   every anchor and stitching layer, under the published key names
     quality.json          optional: score per stitch (`ladderstitch calibrate`)
     latency.json          optional: seconds per stitch and batch size (`ladderstitch profile`)
+    int8/UNIT.onnx        optional: graphs with 8-bit weights (`ladderstitch quantize`)
 
 Nothing is unpickled. An inconsistent bundle is rejected with an error that names the reason.
 """
@@ -13,13 +14,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,6 +38,7 @@ from ladderstitch.bundles import check_tensors, shapes_of
 from ladderstitch.errors import BundleError
 from ladderstitch.scheduling.profiles import LatencyProfile, QualityTable
 from ladderstitch.vision.models.families import FamilyConfig
+from ladderstitch.vision.models.route import Precision, Stitch
 from ladderstitch.vision.models.stitched import StitchedModel
 
 Table = TypeVar("Table", QualityTable, LatencyProfile)
@@ -73,6 +84,9 @@ class VisionManifest(BaseModel):
     version: str = Field("1", pattern=r"^[0-9]{1,9}$")
     family: Literal["snnet", "snnet-staged", "snnetv2"] = "snnet"
     config: FamilyConfig
+    precisions: tuple[Precision, ...] = Field(
+        ("float32",), description="number formats in which every network is offered"
+    )
     labels: tuple[str, ...]
     preprocessing: Preprocessing
     origin: str = Field(description="where the weights come from, as free text")
@@ -87,6 +101,28 @@ class VisionManifest(BaseModel):
             family = fields.get("family", config.get("family", "snnet"))
             return fields | {"family": family, "config": {"family": family} | config}
         return fields
+
+    @field_validator("precisions")
+    @classmethod
+    def _check_precisions(cls, precisions: tuple[Precision, ...]) -> tuple[Precision, ...]:
+        """Raise `ValueError` unless float32 is the first and each format is listed once."""
+        if precisions[:1] != ("float32",) or len(set(precisions)) < len(precisions):
+            raise ValueError(f"expected float32 first and each format once, got {precisions}")
+        return precisions
+
+    def variants(self, among: Collection[Precision] | None = None) -> tuple[Stitch, ...]:
+        """Return every network in every number format, or only in those `among` them.
+
+        The ids of float32 are the family's own; with K networks, the n-th further format has the
+        ids from n * K on.
+        """
+        stitches = self.config.stitches()
+        return tuple(
+            replace(stitch, id=number * len(stitches) + stitch.id, precision=precision)
+            for number, precision in enumerate(self.precisions)
+            if among is None or precision in among
+            for stitch in stitches
+        )
 
     @model_validator(mode="after")
     def _check_model_fits(self) -> VisionManifest:
@@ -125,11 +161,14 @@ class VisionBundle:
             raise BundleError(f"{path / 'model.yaml'}: {error}") from error
         quality = _read_table(path / "quality.json", QualityTable)
         latency = _read_table(path / "latency.json", LatencyProfile)
-        known = {stitch.id for stitch in manifest.config.stitches()}
+        known = {variant.id for variant in manifest.variants()}
         for name, table in (("quality", quality), ("latency", latency)):
             if table is not None and (unknown := table.variants.keys() - known):
                 raise BundleError(f"{path / name}.json: unknown variants {sorted(unknown)}")
-        return cls(path, manifest, quality, latency)
+        bundle = cls(path, manifest, quality, latency)
+        if "int8" in manifest.precisions and not any(bundle.int8_folder.glob("*.onnx")):
+            raise BundleError(f"{bundle.int8_folder}: expected graphs, got none")
+        return bundle
 
     def load_model(self, dtype: torch.dtype = torch.float32) -> StitchedModel:
         """Return the model on the CPU in `dtype`, in eval mode and without gradients.
@@ -162,12 +201,19 @@ class VisionBundle:
             raise BundleError(f"{self.weights_path}: {error}") from error
         digest = hashlib.sha256(weights)
         digest.update(self.manifest.config.model_dump_json().encode())
+        for path in sorted(self.int8_folder.glob("*.onnx")):
+            digest.update(path.name.encode() + path.read_bytes())
         return digest.hexdigest()
 
     @property
     def weights_path(self) -> Path:
         """The file of the weights."""
         return self.path / "weights.safetensors"
+
+    @property
+    def int8_folder(self) -> Path:
+        """The folder of the graphs with 8-bit weights, which exists in quantised bundles only."""
+        return self.path / "int8"
 
 
 @functools.cache
@@ -198,6 +244,7 @@ def write_bundle(path: Path, manifest: VisionManifest, model: StitchedModel) -> 
     (path / "model.yaml").write_text(yaml.safe_dump(fields, sort_keys=False, width=100))
     for stale in ("quality.json", "latency.json"):
         (path / stale).unlink(missing_ok=True)
+    shutil.rmtree(path / "int8", ignore_errors=True)
 
 
 def write_table(path: Path, table: QualityTable | LatencyProfile) -> None:

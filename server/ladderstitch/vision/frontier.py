@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -12,6 +12,10 @@ from ladderstitch.errors import BundleError
 from ladderstitch.scheduling.profiles import LatencyProfile, Quality, QualityTable, frontier
 from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.models.cost import stitch_cost
+from ladderstitch.vision.models.route import Precision
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CostMetric = Literal["latency", "macs"]
 
@@ -23,6 +27,7 @@ class FrontierRow:
     stitch: int
     name: str
     is_anchor: bool
+    precision: Precision
     quality: Quality
     median_s: float
     p99_s: float
@@ -44,7 +49,8 @@ def frontier_rows(bundle: VisionBundle, metric: CostMetric = "latency") -> list[
     config = bundle.manifest.config
     with torch.device("meta"):
         model = config.build()
-    costs = {s.id: stitch_cost(model, s, config.inputs.image_size) for s in model.stitches}
+    size = config.inputs.image_size
+    costs = {s.id: stitch_cost(model, s, size) for s in bundle.manifest.variants()}
     values = {stitch: quality.value(stitch) for stitch in quality.variants}
     alone_s = {stitch: latency.alone_s(stitch) for stitch in latency.variants}
     cost = alone_s if metric == "latency" else {s: float(costs[s].macs) for s in alone_s}
@@ -54,6 +60,7 @@ def frontier_rows(bundle: VisionBundle, metric: CostMetric = "latency") -> list[
             stitch=stitch.id,
             name=stitch.name,
             is_anchor=stitch.is_anchor,
+            precision=stitch.precision,
             quality=quality.variants[stitch.id],
             median_s=alone_s[stitch.id],
             p99_s=latency.variants[stitch.id].p99_s[0],
@@ -61,7 +68,7 @@ def frontier_rows(bundle: VisionBundle, metric: CostMetric = "latency") -> list[
             parameters=costs[stitch.id].parameters,
             on_frontier=stitch.id in best,
         )
-        for stitch in config.stitches()
+        for stitch in bundle.manifest.variants()
         if stitch.id in values and stitch.id in alone_s
     ]
     return sorted(rows, key=lambda row: row.cost(metric))
@@ -89,17 +96,8 @@ def plot_frontier(bundle: VisionBundle, path: Path, metric: CostMetric = "latenc
     axes = figure.subplots()
     best = [row for row in rows if row.on_frontier]
     axes.step(*_points(best, metric), where="post", color="tab:blue", linewidth=1, label="frontier")
-    for group, style, label in (
-        ([r for r in rows if not r.is_anchor and not r.on_frontier], "0.7", "dominated stitch"),
-        ([r for r in best if not r.is_anchor], "tab:blue", "stitch on the frontier"),
-        ([r for r in rows if r.is_anchor], "tab:red", "anchor"),
-    ):
-        x, y = _points(group, metric)
-        interval = [
-            [100 * (r.quality.value - r.quality.low) for r in group],
-            [100 * (r.quality.high - r.quality.value) for r in group],
-        ]
-        axes.errorbar(x, y, yerr=interval, fmt="o", ms=4, lw=0.6, color=style, label=label)
+    for precision, marker in (("float32", "o"), ("int8", "^")):
+        _plot_points(axes, [row for row in rows if row.precision == precision], metric, marker)
     threads = "1 thread" if latency.threads == 1 else f"{latency.threads} threads"
     device = f"{latency.device}, {threads}"
     axes.set_xlabel(
@@ -112,6 +110,26 @@ def plot_frontier(bundle: VisionBundle, path: Path, metric: CostMetric = "latenc
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path)
+
+
+def _plot_points(axes: Axes, rows: list[FrontierRow], metric: CostMetric, marker: str) -> None:
+    """Draw the networks of one number format with their confidence intervals."""
+    suffix = ", int8" if marker == "^" else ""
+    for group, colour, label in (
+        ([r for r in rows if not r.is_anchor and not r.on_frontier], "0.7", "dominated stitch"),
+        ([r for r in rows if not r.is_anchor and r.on_frontier], "tab:blue", "stitch on frontier"),
+        ([r for r in rows if r.is_anchor], "tab:red", "anchor"),
+    ):
+        if not group:
+            continue
+        x, y = _points(group, metric)
+        interval = [
+            [100 * (r.quality.value - r.quality.low) for r in group],
+            [100 * (r.quality.high - r.quality.value) for r in group],
+        ]
+        axes.errorbar(
+            x, y, yerr=interval, fmt=marker, ms=4, lw=0.6, color=colour, label=label + suffix
+        )
 
 
 def _points(rows: list[FrontierRow], metric: CostMetric) -> tuple[list[float], list[float]]:

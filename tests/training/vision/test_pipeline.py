@@ -116,6 +116,15 @@ def test_commands_make_measured_family(work_folder: Path) -> None:
         assert quality.low < quality.value <= quality.high
         assert quality.value > 0.9  # the task is easy: half of the images are bright on top
 
+    ladderstitch("quantize", bundle, "--data", work_folder)
+    ladderstitch("calibrate", bundle, "--data", work_folder, "--name", "toy test")
+    ladderstitch("profile", bundle, "--rounds", 2)
+    assert "-int8" in ladderstitch("frontier", bundle, "--plot", picture, "--all")
+    quantised = VisionBundle.load(bundle)
+    assert quantised.quality is not None
+    assert quantised.quality.variants.keys() == {v.id for v in quantised.manifest.variants()}
+    assert min(quality.value for quality in quantised.quality.variants.values()) > 0.9
+
 
 def test_train_and_stitch_same_seed_same_weights(work_folder: Path) -> None:
     first, second = make(work_folder, "one"), make(work_folder, "two")

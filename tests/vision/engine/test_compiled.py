@@ -25,7 +25,7 @@ from ladderstitch.vision.engine.compiled import (
 )
 from ladderstitch.vision.engine.startup import make_config, open_engine
 from ladderstitch.vision.models.executor import StitchExecutor
-from ladderstitch.vision.models.graphs import export_units, route_units
+from ladderstitch.vision.models.graphs import export_units, route_units, unit_paths
 from ladderstitch.vision.models.stitched import StitchedModel
 from ladderstitch.vision.models.vit import InputShape
 from tests.conftest import tiny_config
@@ -58,7 +58,7 @@ def check_every_stitch(model: StitchedModel, shape: Sequence[int], tmp_path: Pat
     """Compare every network with eager torch, as a sequence of units and joined."""
     model.fold_batch_norm()
     export_units(model, tmp_path, shape, ignore_progress)
-    executor, eager = CompiledExecutor(model.stitches, tmp_path, 1), StitchExecutor(model)
+    executor, eager = open_units(model, tmp_path), StitchExecutor(model)
     images = torch.randn(3, *shape)
     with torch.inference_mode():
         expected = {s.id: eager(images, s.id).numpy() for s in model.stitches}
@@ -68,6 +68,11 @@ def check_every_stitch(model: StitchedModel, shape: Sequence[int], tmp_path: Pat
     assert joined
     for stitch in joined:
         check_equal(executor(images.numpy(), stitch), expected[stitch])
+
+
+def open_units(model: StitchedModel, folder: Path) -> CompiledExecutor:
+    """Return the executor of a model whose units are in `folder`."""
+    return CompiledExecutor({s.id: unit_paths(s, folder, folder) for s in model.stitches}, 1)
 
 
 def check_equal(got: np.ndarray, expected: np.ndarray) -> None:
@@ -82,7 +87,7 @@ def executor(tmp_path: Path) -> CompiledExecutor:
     torch.manual_seed(0)
     model = tiny_config().build().eval().requires_grad_(False)
     export_units(model, tmp_path, (1, 8, 8), ignore_progress)
-    return CompiledExecutor(model.stitches, tmp_path, 1)
+    return open_units(model, tmp_path)
 
 
 def images(count: int, seed: int = 0) -> np.ndarray:

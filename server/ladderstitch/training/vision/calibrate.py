@@ -13,8 +13,13 @@ from ladderstitch.scheduling.profiles import LatencyProfile, Quality, QualityTab
 from ladderstitch.training.vision.dataset import LabelledImages, normalise
 from ladderstitch.vision.bundle import VisionBundle, write_table
 from ladderstitch.vision.engine.base import EngineConfig
-from ladderstitch.vision.engine.startup import measure_profile, open_engine
-from ladderstitch.vision.models.executor import StitchExecutor
+from ladderstitch.vision.engine.compiled import CompiledExecutor
+from ladderstitch.vision.engine.startup import (
+    measure_profile,
+    open_engine,
+    open_executor,
+    served_variants,
+)
 
 CONFIDENCE = 0.95
 
@@ -26,12 +31,12 @@ def calibrate(
     batch_size: int,
     progress: Progress,
 ) -> QualityTable:
-    """Return the top-1 accuracy and its Wilson interval per stitch, measured on the served weights.
+    """Return the top-1 accuracy and its Wilson interval per variant, measured as it is served.
 
-    The table is written to the bundle after each stitch. A run on the same data (equal name and
-    number of images) continues after the last stitch measured.
+    The table is written to the bundle after each variant. A run on the same data (equal name and
+    number of images) continues after the last variant measured.
     """
-    model = StitchExecutor(bundle.load_model())
+    executor = open_executor(bundle, torch.get_num_threads(), lambda done, total: None)
     table = QualityTable.model_construct(
         metric="top-1 accuracy",
         data=data_name,
@@ -41,11 +46,12 @@ def calibrate(
         versions=versions(),
         variants=_read_measured(bundle, data_name, len(images)),
     )
-    todo = [stitch for stitch in model.usable if stitch not in table.variants]
-    for stitch in progress.track(todo, description="calibrate"):
-        correct = count_correct(model, stitch, images, bundle, batch_size)
+    usable = [variant.id for variant in bundle.manifest.variants() if variant.usable]
+    todo = [variant for variant in usable if variant not in table.variants]
+    for variant in progress.track(todo, description="calibrate"):
+        correct = count_correct(executor, variant, images, bundle, batch_size)
         interval = binomtest(correct, len(images)).proportion_ci(CONFIDENCE, method="wilson")
-        table.variants[stitch] = Quality(
+        table.variants[variant] = Quality(
             value=correct / len(images),
             low=round(float(interval.low), 5),
             high=round(float(interval.high), 5),
@@ -55,21 +61,20 @@ def calibrate(
 
 
 def count_correct(
-    model: StitchExecutor,
-    stitch: int,
+    executor: CompiledExecutor,
+    variant: int,
     images: LabelledImages,
     bundle: VisionBundle,
     batch_size: int,
 ) -> int:
-    """Return the number of images that the stitch classifies correctly."""
+    """Return the number of images that the variant classifies correctly."""
     preprocessing = bundle.manifest.preprocessing
     correct = 0
-    with torch.inference_mode():
-        for start in range(0, len(images), batch_size):
-            pixels = images.pixels[start : start + batch_size]
-            inputs = normalise(pixels, preprocessing.mean, preprocessing.std)
-            predicted = model(inputs, stitch).argmax(1)
-            correct += int((predicted == images.labels[start : start + batch_size]).sum())
+    for start in range(0, len(images), batch_size):
+        pixels = images.pixels[start : start + batch_size]
+        inputs = normalise(pixels, preprocessing.mean, preprocessing.std)
+        predicted = executor(inputs.numpy(), variant).argmax(1)
+        correct += int((predicted == images.labels[start : start + batch_size].numpy()).sum())
     return correct
 
 
@@ -98,7 +103,7 @@ async def profile(
         progress.update(task, completed=done, total=total)
 
     engine = await open_engine(bundle, config, 0.0, report)
-    stitches = [s.id for s in bundle.manifest.config.stitches() if s.usable]
+    stitches = [variant.id for variant in served_variants(bundle, config) if variant.usable]
     try:
         return await measure_profile(
             engine, stitches, bundle.quality, config, BATCH_SIZES, rounds, report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,8 +15,7 @@ import onnxruntime
 from ladderstitch.errors import InternalError
 from ladderstitch.scheduling.requests import Logits, Pixels
 from ladderstitch.vision.engine.base import EngineResult
-from ladderstitch.vision.models.graphs import INPUT, OUTPUT, join_units, route_units
-from ladderstitch.vision.models.route import Stitch
+from ladderstitch.vision.models.graphs import INPUT, OUTPUT, join_units
 
 ERRORS_ONLY = 3
 """ONNX Runtime's log level."""
@@ -34,16 +33,18 @@ class CompiledExecutor:
     while they compute.
     """
 
-    def __init__(self, stitches: Iterable[Stitch], folder: Path, threads: int) -> None:
-        """Open the sessions of all units in `folder`, each computing on `threads` threads."""
-        self._folder, self._threads = folder, threads
-        self._routes = {stitch.id: route_units(stitch) for stitch in stitches}
-        names = {name for route in self._routes.values() for name in route}
-        units = {name: self._open(str(self._path(name))) for name in names}
+    def __init__(self, routes: Mapping[int, Sequence[Path]], threads: int) -> None:
+        """Open the sessions of all units, each computing on `threads` threads.
+
+        `routes` has the files of each stitch's units in order, by the stitch's id.
+        """
+        self._routes, self._threads = routes, threads
+        paths = {path for route in routes.values() for path in route}
+        units = {path: open_session(str(path), threads) for path in paths}
         self._sessions: dict[int, tuple[onnxruntime.InferenceSession, ...]] = {
-            stitch: tuple(units[name] for name in route) for stitch, route in self._routes.items()
+            stitch: tuple(units[path] for path in route) for stitch, route in routes.items()
         }
-        self.weight_bytes = sum(self._path(name).stat().st_size for name in names)
+        self.weight_bytes = sum(path.stat().st_size for path in paths)
 
     def __call__(self, images: Pixels, stitch: int) -> Logits:
         """Return float32 logits [B, K] of images [B, C, H, W] on a stitch.
@@ -65,7 +66,7 @@ class CompiledExecutor:
         left = max(MIN_JOINED_BYTES, MAX_JOINED_SHARE * self.weight_bytes)
         joined = []
         for stitch in stitches:
-            left -= sum(self._path(name).stat().st_size for name in self._routes[stitch])
+            left -= sum(path.stat().st_size for path in self._routes[stitch])
             if left < 0:
                 break
             self._sessions[stitch] = (self._open_whole(stitch),)
@@ -76,26 +77,25 @@ class CompiledExecutor:
         """Free the sessions now, although the garbage collector may not find this object soon."""
         self._sessions.clear()
 
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.onnx"
-
     def _open_whole(self, stitch: int) -> onnxruntime.InferenceSession:
-        paths = [self._path(name) for name in self._routes[stitch]]
-        return self._open(join_units(paths).SerializeToString())
+        graph = join_units(self._routes[stitch])
+        return open_session(graph.SerializeToString(), self._threads)
 
-    def _open(self, graph: str | bytes) -> onnxruntime.InferenceSession:
-        _register_arena()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = ERRORS_ONLY
-        # Threads that wait would take the processor from the event loop. ONNX Runtime's pool for
-        # all sessions always spins: with other work on the cores, two threads take twice as long.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.use_env_allocators", "1")
-        # weights outside of the arena, which would keep the memory of a model that is unloaded
-        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+def open_session(graph: str | bytes, threads: int) -> onnxruntime.InferenceSession:
+    """Return the session of a graph, given by its file or as bytes, on `threads` threads."""
+    _register_arena()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = ERRORS_ONLY
+    # Threads that wait would take the processor from the event loop. ONNX Runtime's pool for
+    # all sessions always spins: with other work on the cores, two threads take twice as long.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    # weights outside of the arena, which would keep the memory of a model that is unloaded
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from ladderstitch.errors import BundleError
 from ladderstitch.runtime import ProgressCallback
 from ladderstitch.runtime.cache import cache_home
 from ladderstitch.runtime.device import (
@@ -31,7 +32,8 @@ from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.engine.base import Engine, EngineConfig
 from ladderstitch.vision.engine.compiled import CompiledEngine, CompiledExecutor
 from ladderstitch.vision.engine.process import ProcessEngine
-from ladderstitch.vision.models.graphs import cached_units
+from ladderstitch.vision.models.graphs import cached_units, unit_paths
+from ladderstitch.vision.models.route import Precision, Stitch
 
 log = logging.getLogger(__name__)
 
@@ -102,23 +104,44 @@ async def open_engine(
             process.close()
             raise
         return process
-    executor = await asyncio.to_thread(_open_executor, bundle, config, on_progress)
+    executor = await asyncio.to_thread(open_executor, bundle, config.threads, on_progress)
     return CompiledEngine(executor, inline_limit_s)
 
 
-def _open_executor(
-    bundle: VisionBundle, config: EngineConfig, on_progress: ProgressCallback
+def open_executor(
+    bundle: VisionBundle, threads: int, on_progress: ProgressCallback
 ) -> CompiledExecutor:
-    """Return the executor of a bundle; graphs in the cache that cannot be read are made again."""
-    stitches, digest = bundle.manifest.config.stitches(), bundle.digest()
-    folder = cached_units(digest, bundle.load_model, config.image_shape, on_progress)
+    """Return the executor of a bundle; graphs in the cache that cannot be read are made again.
+
+    Raises `BundleError` if the weights do not fit.
+    """
+    inputs = bundle.manifest.preprocessing
+    shape = (inputs.channels, inputs.height, inputs.width)
+
+    def open_routes() -> CompiledExecutor:
+        folder = cached_units(bundle.digest(), bundle.load_model, shape, on_progress)
+        folders.append(folder)
+        return CompiledExecutor(
+            {v.id: unit_paths(v, folder, bundle.int8_folder) for v in bundle.manifest.variants()},
+            threads,
+        )
+
+    folders: list[Path] = []
     try:
-        return CompiledExecutor(stitches, folder, config.threads)
+        return open_routes()
+    except BundleError:
+        raise
     except Exception:  # the errors of ONNX Runtime have no common class
-        log.exception("cached graphs %s cannot be read, making them again", folder)
-        shutil.rmtree(folder)
-    folder = cached_units(digest, bundle.load_model, config.image_shape, on_progress)
-    return CompiledExecutor(stitches, folder, config.threads)
+        log.exception("cached graphs %s cannot be read, making them again", folders)
+        for folder in folders:
+            shutil.rmtree(folder)
+    return open_routes()
+
+
+def served_variants(bundle: VisionBundle, config: EngineConfig) -> tuple[Stitch, ...]:
+    """Return the variants that this engine can run: torch has no 8-bit graphs."""
+    among: tuple[Precision, ...] = ("float32",)
+    return bundle.manifest.variants(None if config.runtime == "onnx" else among)
 
 
 async def prepare(
@@ -139,7 +162,7 @@ async def prepare(
     sizes = batch_sizes(config.max_batch_size)
     known = _select(bundle.latency, config, sizes) or _read_profile(path)
     if known is None:
-        stitches = [s.id for s in bundle.manifest.config.stitches() if s.usable]
+        stitches = [variant.id for variant in served_variants(bundle, config) if variant.usable]
         profile = await measure_profile(
             engine, stitches, quality, config, sizes, START_ROUNDS, on_progress
         )

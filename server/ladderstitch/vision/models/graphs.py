@@ -43,6 +43,18 @@ def route_units(stitch: Stitch) -> tuple[str, ...]:
     return tuple(names)
 
 
+def unit_paths(stitch: Stitch, folder: Path, int8_folder: Path) -> tuple[Path, ...]:
+    """Return the files of the units that a stitch runs, in order.
+
+    `folder` has all units in float32. Units that `int8_folder` lacks stay in float32.
+    """
+    paths = [folder / f"{name}.onnx" for name in route_units(stitch)]
+    if stitch.precision == "int8":
+        quantised = [int8_folder / path.name for path in paths]
+        paths = [q if q.exists() else p for q, p in zip(quantised, paths, strict=True)]
+    return tuple(paths)
+
+
 class _Embedding(nn.Module):
     """`Backbone.embed` as a module."""
 

@@ -7,6 +7,10 @@ the enumeration of its routes (`snnet.py`, `snnet_staged.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Precision = Literal["float32", "int8"]
+"""Number format in which a network computes: weights, and the inputs of its products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ class Stitch:
     layers: tuple[str | None, ...]
     final_norm: bool
     usable: bool = True
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         if not self.segments or len(self.layers) != len(self.segments) - 1:
@@ -65,7 +70,8 @@ class Stitch:
 
     @property
     def name(self) -> str:
-        """Name that is unique within the family, e.g. `anchor-2` or `0[0..3]+1[4..7]`."""
+        """Name that is unique within the family, e.g. `anchor-2` or `0[0..3]+1[4..7]-int8`."""
+        suffix = "" if self.precision == "float32" else f"-{self.precision}"
         if self.is_anchor:
-            return f"anchor-{self.front}"
-        return "+".join(str(segment) for segment in self.segments)
+            return f"anchor-{self.front}{suffix}"
+        return "+".join(str(segment) for segment in self.segments) + suffix
