@@ -98,7 +98,7 @@ def make_comparison() -> PeerComparison:
         "ladderstitch": [make_run(value) for value in (3.0, 5.0, 8.0)],
     }
     runs = {(callers, name): found for callers in (1, 8) for name, found in rounds.items()}
-    return PeerComparison(summarise(runs), "grpc", ("triton==1",), 1e-6, 3, 2.0, 0.5)
+    return PeerComparison(summarise(7, runs), "grpc", ("triton==1",), 1e-6, 3, 2.0, 0.5)
 
 
 def test_summarise_takes_medians_of_values_and_of_ratios() -> None:
@@ -129,13 +129,13 @@ def test_format_table_has_latency_for_one_caller_only() -> None:
         if line.startswith("│")
     ]
     assert rows == [
-        ["1: mean latency, ms", "2.00", "4.00", "5.00", "1.50", "2.50"],
-        ["1: p50 latency, ms", "2.00", "4.00", "5.00", "1.50", "2.50"],
-        ["1: compute, ms", "-", "4.00", "5.00", "1.50", "-"],
-        ["1: total - compute, ms", "-", "4.00", "5.00", "1.50", "-"],
-        ["8: answers/s", "2", "4", "5", "1.50", "2.50"],
-        ["8: compute, ms", "-", "4.00", "5.00", "1.50", "-"],
-        ["8: total - compute, ms", "-", "4.00", "5.00", "1.50", "-"],
+        ["7, 1: mean latency, ms", "2.00", "4.00", "5.00", "1.50", "2.50"],
+        ["7, 1: p50 latency, ms", "2.00", "4.00", "5.00", "1.50", "2.50"],
+        ["7, 1: compute, ms", "-", "4.00", "5.00", "1.50", "-"],
+        ["7, 1: total - compute, ms", "-", "4.00", "5.00", "1.50", "-"],
+        ["7, 8: answers/s", "2", "4", "5", "1.50", "2.50"],
+        ["7, 8: compute, ms", "-", "4.00", "5.00", "1.50", "-"],
+        ["7, 8: total - compute, ms", "-", "4.00", "5.00", "1.50", "-"],
     ]
 
 

@@ -15,13 +15,14 @@ from ladderstitch.bundles import EMBEDDED
 from ladderstitch.oip import grpc_service_pb2 as oip
 from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch_loadtest.benchmarks.echo import METHOD
-from ladderstitch_loadtest.benchmarks.peer_servers import INFER, VARIANT, call, make_request
+from ladderstitch_loadtest.benchmarks.peer_servers import INFER, call, make_request
 from ladderstitch_loadtest.benchmarks.peers import STATISTICS
 from ladderstitch_loadtest.load.closed_loop import Generator, LoopTarget, run_loop
 from ladderstitch_loadtest.servers.processes import StartedServer, echo_server, ladderstitch_server
 
 CALLERS = (1, 8, 32)
 WARM_UP_S = 1.0
+VARIANT = 0
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 GRPC_THREADS = ("event_engine", "grpc", "timer", "resolver")
 """Beginnings of the names that gRPC gives its threads."""

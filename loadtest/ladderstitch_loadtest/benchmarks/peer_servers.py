@@ -23,7 +23,6 @@ from ladderstitch_loadtest.servers.processes import echo_server, ladderstitch_se
 from ladderstitch_loadtest.servers.triton import triton_server
 from ladderstitch_loadtest.servers.triton_repository import INPUT, write_repository
 
-VARIANT = 0
 CHECKED_IMAGES = 8
 TOLERANCE = 1e-3
 """Largest difference of two logits that counts as agreement."""
@@ -43,8 +42,8 @@ class Peer:
 
 
 @contextmanager
-def start_peers(packages: Path) -> Iterator[tuple[list[Peer], float]]:
-    """Run echo, Triton and ladderstitch during the `with` block.
+def start_peers(packages: Path, variant: int) -> Iterator[tuple[list[Peer], float]]:
+    """Run echo, Triton and ladderstitch with one network during the `with` block.
 
     Yields them, and the largest difference between the logits of Triton and ladderstitch.
     """
@@ -54,15 +53,15 @@ def start_peers(packages: Path) -> Iterator[tuple[list[Peer], float]]:
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     with ExitStack() as stack:
         repository = Path(stack.enter_context(TemporaryDirectory(prefix="ladderstitch-peers-")))
-        write_repository(repository, model, bundle, VARIANT)
+        write_repository(repository, model, bundle, variant)
         echo = stack.enter_context(echo_server())
         triton = stack.enter_context(triton_server(packages, repository, model))
         ours = stack.enter_context(ladderstitch_server("--no-ray", "--bundle", str(EMBEDDED)))
         largest = find_difference(
             [infer(triton, make_request(model, one)) for one in images],
-            [infer(ours.address, make_request(model, one, VARIANT)) for one in images],
+            [infer(ours.address, make_request(model, one, variant)) for one in images],
         )
-        pinned = make_request(model, images[0], VARIANT)
+        pinned = make_request(model, images[0], variant)
         if call(echo, METHOD, pinned) != pinned:
             raise PeerError("echo: expected the request, got another answer")
         yield (

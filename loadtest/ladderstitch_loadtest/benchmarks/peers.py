@@ -34,12 +34,13 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One quantity at a number of callers: medians over the rounds by the peer's name.
+    """One quantity of one variant at a number of callers: medians over the rounds by peer.
 
     `over_triton` and `over_echo` are medians of ladderstitch's ratio in each round. A quantity that
     a peer does not report is NaN.
     """
 
+    variant: int
     callers: int
     quantity: str
     values: dict[str, float]
@@ -71,22 +72,30 @@ Runs = dict[tuple[int, str], list[Run]]
 
 
 def compare(
-    rounds: int, seconds: float, generator: Generator, advance: Callable[[str], None]
+    variants: Sequence[int],
+    rounds: int,
+    seconds: float,
+    generator: Generator,
+    advance: Callable[[str], None],
 ) -> PeerComparison:
     """Start all peers, check that they agree, and measure each at 1, 8 and 32 callers.
 
-    All runs of a round follow each other, and the order of the peers changes from round to round.
-    `advance` is called with what is being done. Raises `PeerError` if a peer cannot be started or
-    fails, or if the logits of a network differ.
+    The variants follow one another. All runs of a round follow each other, and the order of the
+    peers changes from round to round. `advance` is called with what is being done. Raises
+    `PeerError` if a peer cannot be started or fails, or if the logits of a network differ.
     """
     load = os.getloadavg()[0]
     advance("installing")
     packages = installed_packages()
-    advance("starting")
-    with start_peers(packages) as (peers, largest):
-        runs = measure(peers, rounds, seconds, generator, advance)
+    figures, differences = [], []
+    for variant in variants:
+        advance(f"variant {variant}: starting")
+        with start_peers(packages, variant) as (peers, difference):
+            runs = measure(peers, rounds, seconds, generator, advance)
+        figures += summarise(variant, runs)
+        differences.append(difference)
     return PeerComparison(
-        summarise(runs), generator, PACKAGES, largest, rounds, seconds, round(load, 2)
+        figures, generator, PACKAGES, max(differences), rounds, seconds, round(load, 2)
     )
 
 
@@ -149,7 +158,7 @@ def _read_times(peer: Peer) -> Times:
     )
 
 
-def summarise(runs: Runs) -> list[Figure]:
+def summarise(variant: int, runs: Runs) -> list[Figure]:
     """Return the medians over the rounds, and ladderstitch's ratios to the others."""
     figures = []
     for callers in dict.fromkeys(callers for callers, _ in runs):
@@ -158,6 +167,7 @@ def summarise(runs: Runs) -> list[Figure]:
             series = {name: [run[quantity] for run in found] for name, found in rows.items()}
             figures.append(
                 Figure(
+                    variant,
                     callers,
                     quantity,
                     {name: round(median(values), 3) for name, values in series.items()},

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from ladderstitch.cli.console import err, out, user_errors
+from ladderstitch.errors import ConfigError
 from ladderstitch_loadtest.benchmarks.peers import Figure, PeerComparison, compare
 from ladderstitch_loadtest.cli_options import OutFolder
 from ladderstitch_loadtest.load.closed_loop import find_generator
@@ -27,6 +28,9 @@ ONE_CALLER, MANY_CALLERS = ("mean_ms", "p50_ms"), ("answers_per_s",)
 
 
 def peers(
+    variants: Annotated[
+        str, typer.Option(help="Variants of the embedded model, pinned one after another.")
+    ] = "0,2,3",
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.5, help="Length of each run.")] = 3.0,
     generator: Annotated[
@@ -42,13 +46,20 @@ def peers(
     """
     chosen = find_generator() if generator == "auto" else generator
     with user_errors(), err.status("starting") as status:
-        found = compare(rounds, seconds, chosen, status.update)
+        found = compare(_parse_ids(variants), rounds, seconds, chosen, status.update)
     out.print(format_table(found))
     out.print(
         f"largest difference of two logits {found.largest_difference:.1e}; generator "
         f"{found.generator}; load average before the start {found.load_before:g}"
     )
     write(folder, "peers", found.to_dict())
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"variants: expected ids such as 0,2,3, got {text!r}") from None
 
 
 def format_table(found: PeerComparison) -> Table:
@@ -60,7 +71,7 @@ def format_table(found: PeerComparison) -> Table:
         "ladderstitch",
         "/Triton",
         "/echo",
-        title=f"callers: quantity; medians of {found.rounds} rounds of {found.seconds:g} s",
+        title=f"variant, callers: medians of {found.rounds} rounds of {found.seconds:g} s",
     )
     for figure in found.figures:
         if figure.quantity not in (MANY_CALLERS if figure.callers == 1 else ONE_CALLER):
@@ -72,7 +83,7 @@ def _format_row(figure: Figure) -> list[str]:
     digits = 0 if figure.quantity == "answers_per_s" else 2
     values = [figure.values[name] for name in ("echo", "triton", "ladderstitch")]
     return [
-        f"{figure.callers}: {PRINTED[figure.quantity]}",
+        f"{figure.variant}, {figure.callers}: {PRINTED[figure.quantity]}",
         *(_format(value, digits) for value in values),
         *(_format(ratio, 2) for ratio in (figure.over_triton, figure.over_echo)),
     ]
