@@ -11,12 +11,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ladderstitch.api.listener import ListenerConfig
-from ladderstitch.api.server import Server
+from ladderstitch.api.server import ACCEPTORS, Server
 from ladderstitch.client import AsyncClient, RequestFailed
 from ladderstitch.config import ServerConfig
 from ladderstitch.hosting.registry import AdminActions, ModelRegistry
 from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc
 from ladderstitch.replica.replica import Replica
+from ladderstitch.runtime.process import free_port
 from ladderstitch.scheduling.settings import ActiveSettings
 from tests.conftest import VisionBundle
 from tests.support.servers import pixels
@@ -47,6 +48,28 @@ async def loading() -> AsyncIterator[Server]:
     await server.start("127.0.0.1", 0)
     yield server
     await server.stop(0)
+
+
+async def test_second_server_on_the_same_port_is_rejected(loading: Server) -> None:
+    port = free_port("127.0.0.1")
+    first, second = (Server(ModelRegistry("r"), NO_ACTIONS, ListenerConfig()) for _ in range(2))
+    assert await first.start("127.0.0.1", port) == port
+    with pytest.raises(OSError, match="in use"):
+        await second.start("127.0.0.1", port)
+    await first.stop(0)
+    third = Server(ModelRegistry("r"), NO_ACTIONS, ListenerConfig())
+    assert await third.start("127.0.0.1", port) == port
+    await third.stop(0)
+
+
+async def test_every_connection_reaches_the_same_replica(loading: Server) -> None:
+    await loading.set_serving(True)
+    own_connection = (("grpc.use_local_subchannel_pool", 1),)
+    for _ in range(4 * ACCEPTORS):
+        address = f"127.0.0.1:{loading.port}"
+        async with grpc.aio.insecure_channel(address, options=own_connection) as channel:
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            assert (await health.Check(health_pb2.HealthCheckRequest())).status == SERVING
 
 
 async def test_server_while_loading_is_live_but_not_ready(loading: Server) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from ladderstitch.security.tls import CertificateData, CertificateFiles, Certifi
 from ladderstitch.security.tokens import RateLimiter, Token, TokenFile
 from ladderstitch.telemetry.logs import RecordSink
 
+REUSE_PORT = "grpc.so_reuseport"
 Address = tuple[str, int]
 """Host and port."""
 
@@ -78,10 +81,14 @@ class ListenerConfig:
             health=health,
         )
 
-    def create_server(self) -> grpc.aio.Server:
-        """Return a server with these limits, the request log and authentication."""
+    def create_server(self, *, share_port: bool = False) -> grpc.aio.Server:
+        """Return a server with these limits, the request log and authentication.
+
+        With `share_port`, further servers may bind to its port.
+        """
         interceptors = [found for found in (self.request_log, self.auth) if found is not None]
-        return grpc.aio.server(options=self.server_options(), interceptors=interceptors)
+        options = [*self.server_options(), (REUSE_PORT, int(share_port or self.share_port))]
+        return grpc.aio.server(options=options, interceptors=interceptors)
 
     def server_options(self) -> list[tuple[str, int]]:
         """Return the gRPC options of the limits."""
@@ -92,7 +99,6 @@ class ListenerConfig:
             ("grpc.keepalive_time_ms", round(1e3 * self.keepalive_s)),
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.so_reuseport", int(self.share_port)),
         ]
         if self.max_connection_age_s is not None:
             options += [
@@ -100,6 +106,27 @@ class ListenerConfig:
                 ("grpc.max_connection_age_grace_ms", round(1e3 * self.max_connection_grace_s)),
             ]
         return options
+
+
+def reserve(address: Address) -> socket.socket | None:
+    """Return a lock on an address whose port several servers of this process are about to share.
+
+    Sockets that share a port do not see each other, so that nothing else would tell a second
+    process that the port is taken. Close the lock when the servers have stopped; it is None on
+    systems without abstract sockets. Raises `OSError` if the address is taken.
+    """
+    host, port = address
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    socket.create_server((host.strip("[]"), port), family=family).close()
+    if sys.platform != "linux":
+        return None
+    lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        lock.bind(f"\0ladderstitch {host}:{port}")
+    except OSError:
+        lock.close()
+        raise
+    return lock
 
 
 def bind(
