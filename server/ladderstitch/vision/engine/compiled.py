@@ -6,8 +6,11 @@ import asyncio
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import TypeVar, cast
 
 import numpy as np
 import onnxruntime
@@ -17,6 +20,7 @@ from ladderstitch.scheduling.requests import Logits, Pixels
 from ladderstitch.vision.engine.base import EngineResult
 from ladderstitch.vision.models.graphs import INPUT, OUTPUT, join_units
 
+Result = TypeVar("Result")
 ERRORS_ONLY = 3
 """ONNX Runtime's log level."""
 MIN_JOINED_BYTES = 96 << 20
@@ -111,6 +115,52 @@ def _register_arena() -> None:
     onnxruntime.create_and_register_allocator(memory, None)
 
 
+class ComputeThread:
+    """A thread that runs functions one after another for coroutines of one event loop.
+
+    `loop.run_in_executor` does the same with two futures that are chained, and takes 18 us more of
+    the event loop and 50 us longer for each call.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = Thread(target=self._work, name="compute", daemon=True)
+        self._thread.start()
+
+    async def run(self, function: Callable[[], Result]) -> Result:
+        """Return what `function` returns in the thread; raises what it raises."""
+        future: asyncio.Future[Result] = self._loop.create_future()
+
+        def settle(result: Result | None, error: Exception | None) -> None:
+            if future.done():  # the coroutine was cancelled
+                return
+            if error is None:
+                future.set_result(cast(Result, result))
+            else:
+                future.set_exception(error)
+
+        def job() -> None:
+            result, error = None, None
+            try:
+                result = function()
+            except Exception as raised:
+                error = raised
+            self._loop.call_soon_threadsafe(settle, result, error)
+
+        self._jobs.put(job)
+        return await future
+
+    def close(self) -> None:
+        """End the thread after the functions that it already has."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+
 IDLE_BEFORE_INLINE_S = 0.0003
 """Engine idle time above which the next batch comes from a single caller, not from a queue."""
 
@@ -128,8 +178,8 @@ class CompiledEngine:
     def __init__(self, executor: CompiledExecutor, inline_limit_s: float) -> None:
         self.executor, self.inline_limit_s = executor, inline_limit_s
         self.inline_batches = 0
-        self._thread = ThreadPoolExecutor(1, "compute")
         self._loop = asyncio.get_running_loop()
+        self._compute = ComputeThread(self._loop)
         self._last_compute_s: dict[tuple[int, int], float] = {}
         self._idle_since = 0.0
         self._previous_single = True
@@ -149,18 +199,18 @@ class CompiledEngine:
             self.inline_batches += 1
             result = self._run(batch, stitch)
         else:
-            result = await self._loop.run_in_executor(self._thread, self._run, batch, stitch)
+            result = await self._compute.run(partial(self._run, batch, stitch))
         self._last_compute_s[stitch, len(batch)] = result.compute_s
         self._idle_since = self._loop.time()
         return result
 
     async def join(self, stitches: Sequence[int]) -> None:
         """Turn these stitches into one session each, while the memory for copies lasts."""
-        await self._loop.run_in_executor(self._thread, self.executor.join, stitches)
+        await self._compute.run(partial(self.executor.join, stitches))
 
     def close(self) -> None:
         """End the thread and free the sessions; no batch may be in flight."""
-        self._thread.shutdown()
+        self._compute.close()
         self.executor.close()
 
     def _is_inline(self, images: Sequence[Pixels], stitch: int) -> bool:
