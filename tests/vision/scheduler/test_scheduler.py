@@ -31,7 +31,7 @@ from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.telemetry.model_metrics import VisionMetrics
 from ladderstitch.vision.engine.base import EngineDied, EngineResult
 from ladderstitch.vision.scheduler.policies.base import Decision
-from ladderstitch.vision.scheduler.scheduler import Scheduler
+from ladderstitch.vision.scheduler.scheduler import MAX_COLLECTING_S, Scheduler
 from tests.support.image_scheduling import (
     QUALITY,
     FakeClock,
@@ -75,6 +75,36 @@ async def settle() -> None:
     """Let the event loop run until tasks have started or ended."""
     for _ in range(10):
         await asyncio.sleep(0)
+
+
+async def submit_in_turns(bench: Bench, count: int, seconds_per_turn: float) -> list[int]:
+    """Submit requests one per turn of the event loop, like gRPC; return their batch sizes."""
+    tasks = []
+    for mark in range(count):
+        tasks.append(bench.submit(mark))
+        await asyncio.sleep(0)
+        bench.clock.now += seconds_per_turn
+    return [answer.batch_size for answer in await asyncio.gather(*tasks)]
+
+
+async def test_batch_waits_for_requests_that_have_arrived(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    first = await asyncio.gather(*(bench.submit(i) for i in range(4)))
+    assert [answer.batch_size for answer in first] == [4] * 4
+    assert await submit_in_turns(bench, 4, seconds_per_turn=0.0) == [4] * 4
+
+
+async def test_single_caller_does_not_wait_for_others(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    assert (await bench.submit(0)).batch_size == 1
+    assert (await submit_in_turns(bench, 4, seconds_per_turn=0.0))[0] == 1
+
+
+async def test_batch_waits_for_arrivals_only_briefly(clock: FakeClock) -> None:
+    bench = Bench(clock)
+    await asyncio.gather(*(bench.submit(i) for i in range(8)))
+    sizes = await submit_in_turns(bench, 8, seconds_per_turn=MAX_COLLECTING_S)
+    assert sizes[0] <= 3
 
 
 async def test_submit_returns_the_logits_of_its_own_images(clock: FakeClock) -> None:
