@@ -82,14 +82,20 @@ def test_int8_variants_are_close_to_float32(sheet: dict, tmp_path: Path) -> None
 def test_joined_edges_have_one_range() -> None:
     ranges = {
         "a": {"x": (-1.0, 1.0), "y": (0.0, 2.0)},
-        "b": {"x": (-3.0, 1.0), "y": (0.0, 5.0)},
+        "b": {"x": (0.0, 1.0), "y": (0.0, 5.0)},
         "c": {"x": (0.0, 4.0)},
         "d": {"z": (0.0, 9.0)},
     }
     equalise_ranges(ranges, [("a", "b", "c"), ("a", "c", "d")])
-    assert ranges["a"]["y"] == ranges["b"]["x"] == ranges["b"]["y"] == ranges["c"]["x"] == (-3, 5)
+    assert ranges["a"]["y"] == ranges["b"]["x"] == ranges["b"]["y"] == ranges["c"]["x"] == (0, 5)
     assert ranges["a"]["x"] == (-1, 1)
     assert ranges["d"] == {"z": (0, 9)}
+
+
+def test_output_of_an_activation_stays_non_negative() -> None:
+    ranges = {"a": {"y": (0.0, 2.0)}, "layer": {"y": (-3.0, 4.0)}, "b": {"x": (-3.0, 5.0)}}
+    equalise_ranges(ranges, [("a", "b"), ("layer", "b")])
+    assert ranges == {"a": {"y": (0, 2)}, "layer": {"y": (-3, 5)}, "b": {"x": (-3, 5)}}
 
 
 def test_torch_runtime_serves_float32_only(tiny_bundle: VisionBundle) -> None:

@@ -130,12 +130,18 @@ def _read_ranges(data: TensorsData) -> Ranges:
 
 
 def equalise_ranges(ranges: dict[str, Ranges], routes: Sequence[tuple[str, ...]]) -> None:
-    """Give the output of each unit and the inputs of those after it one range; in place."""
+    """Give the output of each unit and the inputs of those after it one range; in place.
+
+    An output that is never negative keeps its range if an input after it may be negative: the
+    quantizer removes an activation whose range starts at 0, and would let negative values pass.
+    """
     edges = {(a, b) for route in routes for a, b in pairwise(route)}
     joined = [
         ((a, OUTPUT), (b, INPUT))
         for a, b in sorted(edges)
-        if OUTPUT in ranges.get(a, ()) and INPUT in ranges.get(b, ())
+        if OUTPUT in ranges.get(a, ())
+        and INPUT in ranges.get(b, ())
+        and (ranges[a][OUTPUT][0] < 0) == (ranges[b][INPUT][0] < 0)
     ]
     for _ in range(EDGE_PASSES):
         before = {unit: dict(tensors) for unit, tensors in ranges.items()}
