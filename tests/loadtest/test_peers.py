@@ -56,7 +56,8 @@ class FakeTriton:
     def statistics(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         """Return the statistics of the model `net`."""
         response = oip.ModelStatisticsResponse()
-        stats = response.model_stats.add(name="net").inference_stats
+        model = response.model_stats.add(name="net", execution_count=self.answers // 2)
+        stats = model.inference_stats
         if self.counted == "success":
             stats.success.count, stats.success.ns = self.answers, 3_000_000 * self.answers
             stats.compute_infer.ns = 2_000_000 * self.answers

@@ -11,7 +11,6 @@ from statistics import median
 
 import numpy as np
 
-from ladderstitch.bundles import EMBEDDED
 from ladderstitch.oip import grpc_service_pb2 as oip
 from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch_loadtest.benchmarks.echo import METHOD
@@ -73,27 +72,26 @@ class Counters:
 
 
 def measure(
+    path: Path,
     rounds: int,
     seconds: float,
     generator: Generator,
     source: Path | None,
     advance: Callable[[str], None],
 ) -> list[Breakdown]:
-    """Return the breakdown at 1, 8 and 32 callers of the embedded model's first network.
+    """Return the breakdown at 1, 8 and 32 callers of the first network of a bundle.
 
     `source` is a checkout of the project whose server is measured instead of the installed one.
     """
-    inputs = VisionBundle.load(EMBEDDED).manifest.preprocessing
+    manifest = VisionBundle.load(path).manifest
+    inputs = manifest.preprocessing
     shape = (inputs.channels, inputs.height, inputs.width)
     image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    message = make_request(EMBEDDED.name, image, VARIANT)
-    folder = EMBEDDED
-    if source is not None:
-        folder = source / "server" / "ladderstitch" / "bundles" / EMBEDDED.name
+    message = make_request(manifest.name, image, VARIANT)
     advance("starting")
     with (
         echo_server() as echo,
-        ladderstitch_server("--no-ray", "--bundle", str(folder), source=source) as server,
+        ladderstitch_server("--no-ray", "--bundle", str(path), source=source) as server,
     ):
         run_loop(LoopTarget(server.address, INFER, message), 8, WARM_UP_S, generator)
         runs: dict[int, list[Breakdown]] = defaultdict(list)
@@ -147,9 +145,8 @@ def measure_run(
 
 
 def read_counters(server: StartedServer) -> Counters:
-    """Return the statistics of the embedded model and the processor time of the server."""
-    request = oip.ModelStatisticsRequest(name=EMBEDDED.name).SerializeToString()
-    reply = call(server.address, STATISTICS, request)
+    """Return the statistics of the server's only model and the processor time of the server."""
+    reply = call(server.address, STATISTICS, oip.ModelStatisticsRequest().SerializeToString())
     (model,) = oip.ModelStatisticsResponse.FromString(reply).model_stats
     stats = model.inference_stats
     return Counters(

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ladderstitch.bundles import EMBEDDED, find_bundle
 from ladderstitch.cli.console import err, out, plain_table, user_errors
 from ladderstitch_loadtest.benchmarks.breakdown import Breakdown, measure
 from ladderstitch_loadtest.cli_options import OutFolder
@@ -34,24 +35,31 @@ ROWS = {
 
 
 def breakdown(
+    bundle: Annotated[
+        Path,
+        typer.Argument(
+            help="Directory of a bundle, or name of a model.", show_default="fashion-mnist"
+        ),
+    ] = EMBEDDED,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of echo and server.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.5, help="Length of each run.")] = 2.0,
     source: Annotated[
         Path | None,
-        typer.Option(help="Checkout of another version, whose server and model are measured."),
+        typer.Option(help="Checkout of another version, whose server is measured."),
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the result file.")] = "breakdown",
     folder: OutFolder = None,
 ) -> None:
     """Show where the time of one answer goes, at 1, 8 and 32 callers.
 
-    All requests are pinned to the embedded model's first network and have no budget.
+    All requests are pinned to the model's first network and have no budget.
     """
     generator = find_generator()
     with user_errors(), err.status("starting") as status:
-        found = measure(rounds, seconds, generator, source, status.update)
+        path = find_bundle(str(bundle))
+        found = measure(path, rounds, seconds, generator, source, status.update)
     out.print(format_table(found))
-    figures = {"generator": generator, "rounds": rounds, "seconds": seconds}
+    figures = {"bundle": path.name, "generator": generator, "rounds": rounds, "seconds": seconds}
     write(folder, name, figures | {"callers": [row.to_dict() for row in found]})
 
 

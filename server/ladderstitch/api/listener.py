@@ -111,8 +111,8 @@ class ListenerConfig:
 def reserve(address: Address) -> socket.socket | None:
     """Return a lock on an address whose port several servers of this process are about to share.
 
-    Sockets that share a port do not see each other, so that nothing else would tell a second
-    process that the port is taken. Close the lock when the servers have stopped; it is None on
+    Sockets that share a port do not exclude each other, so that a second process could listen on
+    it unnoticed. Close the lock when the servers have stopped; it is None on
     systems without abstract sockets. Raises `OSError` if the address is taken.
     """
     host, port = address
