@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.training.vision.loop import draw_stitch, groups_by_cost
+from ladderstitch.training.vision.loop import draw_stitch, groups_by_cost, groups_by_pair
 from ladderstitch.training.vision.recipe import Recipe
 from ladderstitch.training.vision.stitching_layers import add_low_rank, fold_low_rank
 from ladderstitch.vision.bundle import VisionBundle
@@ -120,6 +120,34 @@ def test_recipe_pool_with_wrong_depth_raises(work_folder: Path) -> None:
     folder = write_recipe(work_folder, pool=POOL | {"teacher": teacher})
     with pytest.raises(ConfigError, match="pool: expected vision transformers whose depths divide"):
         Recipe.load(folder / "recipe.yaml")
+
+
+def test_frozen_batch_norm_keeps_the_statistics_of_the_anchors(work_folder: Path) -> None:
+    write_recipe(work_folder, stitching={"sampling": "per_pair", "frozen_batch_norm": True})
+    make(work_folder, "run")
+    family = load_file(work_folder / "run" / "family.safetensors")
+    changed = 0
+    for number in range(2):
+        anchor = load_file(work_folder / "run" / f"anchor-{number}.safetensors")
+        statistics = [name for name in anchor if "running" in name]
+        assert statistics
+        for name in statistics:
+            torch.testing.assert_close(family[f"anchors.{number}.{name}"], anchor[name])
+        changed += sum(not torch.equal(family[f"anchors.{number}.{n}"], anchor[n]) for n in anchor)
+    assert changed  # the weights were trained
+
+
+def test_groups_by_pair_have_both_anchors_and_their_stitches() -> None:
+    config = tiny_config()
+    groups = groups_by_pair(config.build())
+    stitches = {stitch.id: stitch for stitch in config.stitches()}
+    assert len(groups) == len(config.anchors) - 1
+    assert {stitch for group in groups for stitch in group} == stitches.keys()
+    for front, group in enumerate(groups):
+        anchors = [{segment.anchor for segment in stitches[i].segments} for i in group]
+        assert {front} in anchors
+        assert {front + 1} in anchors
+        assert all(found <= {front, front + 1} for found in anchors)
 
 
 def test_groups_by_cost_span_one_step() -> None:

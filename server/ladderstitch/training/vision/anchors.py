@@ -89,7 +89,9 @@ class Trainer:
     def train_anchor(self, anchor: int, teacher: Vit | None) -> None:
         """Train one anchor, with distillation if there is a teacher, and write its file."""
         recipe = self.recipe
-        job = TrainingJob(f"anchor-{anchor}", anchor, recipe.anchors[anchor])
+        schedule = recipe.anchors[anchor]
+        offset = anchor if schedule.seed_offset is None else schedule.seed_offset
+        job = TrainingJob(f"anchor-{anchor}", offset, schedule)
         model = self._create(recipe.family.anchors[anchor], job)
         if recipe.pool is None or teacher is None:
             self._fit_labels(model, job)

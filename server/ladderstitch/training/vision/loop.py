@@ -13,6 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ladderstitch.training.vision.dataset import LabelledImages, augment, normalise
 from ladderstitch.training.vision.recipe import DataSet, Schedule
@@ -34,6 +35,7 @@ class TrainingRun:
     data: DataSet
     images: LabelledImages
     bfloat16: bool = True
+    frozen_batch_norm: bool = False
 
     @property
     def checkpoint(self) -> Path:
@@ -61,6 +63,8 @@ def fit(
     """
     schedule = run.schedule
     steps = len(run.images) // schedule.batch_size
+    # oneDNN's convolutions need 15 to 25 % less time in this layout; matrices are not affected.
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         groups, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
     )
@@ -71,6 +75,8 @@ def fit(
         started = time.monotonic()
         total = 0.0
         model.train()
+        if run.frozen_batch_norm:
+            _freeze_batch_norm(model)
         for images, labels, rng in _iterate_batches(run, epoch, steps):
             # With 17 tokens, the backward pass of the CPU flash kernel takes over half of a step;
             # the math kernel is faster.
@@ -92,6 +98,14 @@ def fit(
             log.write(json.dumps(row) + "\n")
         progress.console.print(row)
         _save_checkpoint(run, epoch + 1, model, optimizer, scheduler)
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+def _freeze_batch_norm(model: nn.Module) -> None:
+    """Let batch normalisation use its running statistics, and leave them as they are."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
 
 
 def _iterate_batches(
@@ -205,6 +219,17 @@ def sampling_groups(model: StitchedModel, image_size: int, step: float | None) -
         return [[stitch.id for stitch in usable]]
     macs = {stitch.id: stitch_cost(model, stitch, image_size).macs for stitch in usable}
     return groups_by_cost(macs, step)
+
+
+def groups_by_pair(model: StitchedModel) -> list[list[int]]:
+    """Return, per set of anchors that are stitched to each other, these anchors and stitches."""
+    usable = [stitch for stitch in model.stitches if stitch.usable]
+    sets = {frozenset(segment.anchor for segment in stitch.segments) for stitch in usable}
+    pairs = sorted(sorted(anchors) for anchors in sets if len(anchors) > 1)
+    return [
+        [s.id for s in usable if {segment.anchor for segment in s.segments} <= set(pair)]
+        for pair in pairs
+    ]
 
 
 def draw_stitch(groups: Sequence[Sequence[int]], rng: torch.Generator) -> int:

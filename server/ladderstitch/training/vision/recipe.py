@@ -24,6 +24,9 @@ class Schedule(BaseModel):
     anchor_learning_rate_factor: float = Field(
         1.0, gt=0, description="stitching only: anchors' learning rate over layers'"
     )
+    seed_offset: int | None = Field(
+        None, ge=0, description="anchors only: added to the recipe's seed; unset: the position"
+    )
     warmup_epochs: float = Field(1.0, ge=0)
     weight_decay: float = Field(0.05, ge=0)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
@@ -35,13 +38,19 @@ class Schedule(BaseModel):
 class Stitching(Schedule):
     """Schedule of the joint fine-tuning of a family's networks."""
 
-    sampling: Literal["uniform", "by_cost"] = Field(
+    sampling: Literal["uniform", "by_cost", "per_pair"] = Field(
         "uniform",
-        description="distribution of the network that a step trains: uniform over all networks, or "
-        "over groups of similar cost and then within one (SN-Netv2)",
+        description="what a step trains: one network, uniform over all or over groups of similar "
+        "cost and then within one (SN-Netv2); or one network of every pair of stitched anchors, "
+        "so that small networks, which cost little, are trained as often as if they were alone",
     )
     cost_step_macs: float = Field(
         1e9, gt=0, description="by_cost: multiply-accumulates that a group spans"
+    )
+    frozen_batch_norm: bool = Field(
+        False,
+        description="keep the running statistics of the anchors, as in serving; a block gets other "
+        "features in each network, and their mixture fits none of them",
     )
     low_rank: int | None = Field(
         None,

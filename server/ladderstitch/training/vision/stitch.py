@@ -21,6 +21,7 @@ from ladderstitch.training.vision.loop import (
     accuracy,
     draw_stitch,
     fit,
+    groups_by_pair,
     sampling_groups,
 )
 from ladderstitch.training.vision.recipe import Recipe
@@ -91,7 +92,16 @@ def stitch_family(
 
     bfloat16 = recipe.precision == "bfloat16"
     seed = recipe.seed + len(usable)
-    run = TrainingRun("family", folder, seed, schedule, recipe.data, train, bfloat16)
+    run = TrainingRun(
+        "family",
+        folder,
+        seed,
+        schedule,
+        recipe.data,
+        train,
+        bfloat16,
+        frozen_batch_norm=schedule.frozen_batch_norm,
+    )
     anchor_rate = schedule.learning_rate * schedule.anchor_learning_rate_factor
     groups = parameter_groups(model.anchors, anchor_rate)
     groups += parameter_groups(model.stitch_layers, schedule.learning_rate)
@@ -103,22 +113,27 @@ def stitch_family(
 
 
 def _stitching_loss(recipe: Recipe, model: StitchedModel, teacher: Backbone) -> Loss:
-    """Return the loss of a random stitch, on the labels and on the teacher's predictions.
+    """Return the loss of random stitches, on the labels and on the teacher's predictions.
 
     The teacher is the largest anchor as it was before fine-tuning.
     """
     schedule = recipe.stitching
     span = schedule.cost_step_macs if schedule.sampling == "by_cost" else None
     groups = sampling_groups(model, recipe.family.inputs.image_size, span)
+    choices = [[group] for group in groups_by_pair(model)]
+    if schedule.sampling != "per_pair":
+        choices = [groups]
 
     def loss(batch: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
-        stitch = draw_stitch(groups, rng)
         with torch.no_grad():
             soft_targets = teacher(batch).float().softmax(1)
-        logits = model(batch, stitch).float()
-        by_labels = F.cross_entropy(logits, labels, label_smoothing=schedule.label_smoothing)
-        by_teacher = F.cross_entropy(logits, soft_targets)
-        return torch.lerp(by_labels, by_teacher, schedule.distillation)
+        losses = []
+        for choice in choices:
+            logits = model(batch, draw_stitch(choice, rng)).float()
+            by_labels = F.cross_entropy(logits, labels, label_smoothing=schedule.label_smoothing)
+            by_teacher = F.cross_entropy(logits, soft_targets)
+            losses.append(torch.lerp(by_labels, by_teacher, schedule.distillation))
+        return torch.stack(losses).mean()
 
     return loss
 
