@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ladderstitch.client import AsyncClient
-from ladderstitch_loadtest.benchmarks.mixed import set_policy
+from ladderstitch_loadtest.benchmarks.mixed import rotate, set_policy
 from ladderstitch_loadtest.load import traces
 from ladderstitch_loadtest.load.image_load import LoadRun, measure
+from ladderstitch_loadtest.load.paired import paired_difference
 from ladderstitch_loadtest.load.targets import Target
 from ladderstitch_loadtest.load.traces import BudgetClass, Trace
 from ladderstitch_loadtest.servers.processes import StartedServer, histogram_quantile
@@ -28,11 +29,17 @@ CAPACITY_SHARE = 0.8
 RECOVERY_S = 1.0
 """Time after the burst from which quality counts as recovered."""
 CALLERS = 32
+EFFECTIVE_QUALITY = 2
+"""Position of the effective quality in the figures of one run."""
 
 
 @dataclass(frozen=True, slots=True)
 class BurstRow:
-    """One policy: medians over the rounds; a phase's quality is the mean over its answers."""
+    """One policy: medians over the rounds; a phase's quality is the mean over its answers.
+
+    `behind` is adaptive's effective quality minus this one's in points, the mean over the rounds,
+    and `behind_half_width` the half width of its 95 % interval.
+    """
 
     policy: str
     attainment_burst: float
@@ -42,6 +49,8 @@ class BurstRow:
     quality_burst: float
     quality_recovered: float
     lag_p99_ms: float
+    behind: float
+    behind_half_width: float
 
 
 @dataclass(slots=True)
@@ -75,30 +84,34 @@ async def measure_burst(
     cpus: Sequence[int] | None,
     advance: Callable[[str], None],
 ) -> BurstResult:
-    """Measure policies on a server; they take turns on the same arrivals.
+    """Measure policies and all fixed frontier variants; they take turns on the same arrivals.
 
     `cpus` are the CPUs of the generator, and `advance` gets the name of the current step.
     """
     address = server.address
-    runs: dict[str, list[tuple[float, ...]]] = {policy: [] for policy in policies}
     async with AsyncClient(address) as client:
         model = await client.get_model()
+        contenders = [*policies, *(f"fixed {variant}" for variant in model.frontier)]
+        runs: dict[str, list[tuple[float, ...]]] = {policy: [] for policy in contenders}
         await set_policy(client, f"fixed {model.frontier[0]}")
         advance("capacity")
         capacity = await _measure_capacity(address, target, budget_s=10.0)
         base = CAPACITY_SHARE * capacity / FACTOR
         for seed in range(rounds):
             trace = _draw_trace(base, budget_s, seed)
-            for policy in policies:
+            for policy in rotate(contenders, seed):
                 advance(policy)
                 await set_policy(client, policy)
                 runs[policy].append(_figures(measure(address, target, trace, cpus=cpus)))
         await set_policy(client, "adaptive")
     dispatch_s = histogram_quantile(server.read_metrics(), "ladderstitch_turnaround_seconds", 0.99)
     found = BurstResult(round(capacity), round(base, 1), 1e3 * budget_s, rounds, 1e3 * dispatch_s)
+    ours = [figures[EFFECTIVE_QUALITY] for figures in runs["adaptive"]]
     for policy, rows in runs.items():
         medians = [round(median(column), 5) for column in zip(*rows, strict=True)]
-        found.rows.append(BurstRow(policy, *medians))
+        behind = paired_difference(ours, [figures[EFFECTIVE_QUALITY] for figures in rows])
+        points = (round(100 * value, 3) for value in behind)
+        found.rows.append(BurstRow(policy, *medians, *points))
     return found
 
 
@@ -111,7 +124,7 @@ def _draw_trace(base_rps: float, budget_s: float, seed: int) -> Trace:
 
 
 def _figures(run: LoadRun) -> tuple[float, ...]:
-    """Return the fields of a `BurstRow` after its policy."""
+    """Return the fields of a `BurstRow` between its policy and the differences."""
     outcome = run.outcome
     at, met, value = outcome.trace.arrivals_s, outcome.met, outcome.value
     quality = np.array(outcome.quality)

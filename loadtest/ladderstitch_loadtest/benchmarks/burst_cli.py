@@ -23,14 +23,11 @@ def burst(
     policy: Policies = [  # noqa: B006 # typer reads it only
         "adaptive",
         "slackfit",
-        "fixed 0",
-        "fixed 1",
-        "fixed 27",
     ],
     cpu: Cpu = None,
     folder: OutFolder = None,
 ) -> None:
-    """Compare policies in a tenfold burst of 2 s on a server of the embedded model.
+    """Compare policies and fixed variants in a tenfold burst of 2 s on the embedded model.
 
     The burst's rate is 0.8 of the server's capacity on its fastest variant.
     """
@@ -59,6 +56,7 @@ def _burst_table(found: BurstResult) -> Table:
         "quality before",
         "in the burst",
         "1 s after",
+        "adaptive ahead",
         title=f"{found.base_rps:g} -> {10 * found.base_rps:g} requests/s",
     )
     for row in found.rows:
@@ -69,5 +67,6 @@ def _burst_table(found: BurstResult) -> Table:
             row.quality_burst,
             row.quality_recovered,
         )
-        table.add_row(row.policy, *(f"{100 * figure:.2f}" for figure in figures))
+        ahead = f"{row.behind:+.2f} ± {row.behind_half_width:.2f}"
+        table.add_row(row.policy, *(f"{100 * figure:.2f}" for figure in figures), ahead)
     return table

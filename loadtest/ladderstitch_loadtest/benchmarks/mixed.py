@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from statistics import fmean, median
 
 import numpy as np
@@ -17,6 +18,7 @@ from ladderstitch_loadtest.load.in_process import (
     poisson,
     send_open_loop,
 )
+from ladderstitch_loadtest.load.paired import paired_difference
 from ladderstitch_loadtest.load.traces import BudgetClass
 
 POLICIES = ("adaptive", "slackfit", "max_quality", "max_batch")
@@ -37,7 +39,11 @@ class UnloadedLatency:
 
 @dataclass(frozen=True, slots=True)
 class PolicyRow:
-    """One policy over all rounds; attainment and quality are over offered requests."""
+    """One policy over all rounds; attainment and quality are over offered requests.
+
+    `behind` is adaptive's effective quality minus this one's in points, the mean over the rounds,
+    and `behind_half_width` the half width of its 95 % interval.
+    """
 
     policy: str
     offered: int
@@ -48,6 +54,8 @@ class PolicyRow:
     client_p99_ms: float
     mean_batch: float
     rejected: int
+    behind: float
+    behind_half_width: float
 
 
 @dataclass(slots=True)
@@ -94,16 +102,18 @@ async def measure(
             rounds=rounds,
         )
         contenders = [*policies, *(f"fixed {variant}" for variant in model.frontier)]
-        samples: dict[str, list[RequestSample]] = {name: [] for name in contenders}
+        samples: dict[str, list[list[RequestSample]]] = {name: [] for name in contenders}
         for turn in range(rounds):
             requests = _draw_requests(model, classes, rate, seconds, seed + turn)
             for name in rotate(contenders, turn):
                 advance(name)
                 await set_policy(client, name)
-                samples[name] += await send_open_loop(client.channel.unary_unary(INFER), requests)
+                call = client.channel.unary_unary(INFER)
+                samples[name].append(await send_open_loop(call, requests))
         await set_policy(client, "adaptive")
-    found.rows = [_policy_row(name, own, classes) for name, own in samples.items()]
-    lags = [sample.send_lag_s for own in samples.values() for sample in own]
+    ours = samples["adaptive"]
+    found.rows = [_policy_row(name, own, ours, classes) for name, own in samples.items()]
+    lags = [sample.send_lag_s for own in samples.values() for run in own for sample in run]
     found.send_lag_p99_ms = round(1e3 * float(np.quantile(lags, 0.99)), 3)
     return found
 
@@ -181,7 +191,21 @@ def _make_image(model: pb.GetModelResponse) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
 
 
-def _policy_row(name: str, samples: list[RequestSample], classes: list[BudgetClass]) -> PolicyRow:
+def _effective_quality(samples: Iterable[RequestSample]) -> float:
+    return fmean(sample.quality * sample.met for sample in samples)
+
+
+def _policy_row(
+    name: str,
+    runs: list[list[RequestSample]],
+    ours: list[list[RequestSample]],
+    classes: list[BudgetClass],
+) -> PolicyRow:
+    """Return the figures of a policy's runs; `ours` are those of the policy adaptive."""
+    behind, half_width = paired_difference(
+        [_effective_quality(run) for run in ours], [_effective_quality(run) for run in runs]
+    )
+    samples = list(chain.from_iterable(runs))
     answered = [sample for sample in samples if sample.code == "OK"]
     latencies = [1e3 * sample.latency_s for sample in answered]
     by_class = {
@@ -192,9 +216,11 @@ def _policy_row(name: str, samples: list[RequestSample], classes: list[BudgetCla
         offered=len(samples),
         attainment=round(fmean(sample.met for sample in samples), 4),
         by_class=by_class,
-        effective_quality=round(fmean(s.quality * s.met for s in samples), 4),
+        effective_quality=round(_effective_quality(samples), 4),
         client_p50_ms=round(float(np.quantile(latencies, 0.5)), 2),
         client_p99_ms=round(float(np.quantile(latencies, 0.99)), 2),
         mean_batch=round(fmean(sample.batch_size for sample in answered), 2),
         rejected=len(samples) - len(answered),
+        behind=round(100 * behind, 3),
+        behind_half_width=round(100 * half_width, 3),
     )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
-import numpy as np
-from scipy import stats
-
 from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch_loadtest.load.paired import paired_difference
 from ladderstitch_loadtest.simulation.oracle import oracle
 from ladderstitch_loadtest.simulation.profiles import Family
 from ladderstitch_loadtest.simulation.scenarios import Scenario
@@ -136,24 +134,20 @@ def _contenders(family: Family, scenario: Scenario) -> list[str]:
 
 
 def _compare(family: Family, scenario: Scenario, results: dict[str, list[RunResult]]) -> Comparison:
-    ours = np.array([quality for _, quality, _ in results["adaptive"]])
+    ours = [quality for _, quality, _ in results["adaptive"]]
     figures = [_policy_figures(name, ends, ours) for name, ends in results.items()]
     figures.sort(key=lambda one: -one.effective_quality)
     seeds = len(ours)
     return Comparison(family.name, scenario.name, scenario.mixed, scenario.replicas, seeds, figures)
 
 
-def _policy_figures(
-    policy: str, results: list[RunResult], ours: np.ndarray[tuple[int], np.dtype[np.float64]]
-) -> PolicyFigures:
-    gaps = 100 * (ours - np.array([quality for _, quality, _ in results]))
-    error = float(stats.sem(gaps)) if len(gaps) > 1 else 0.0
-    half_width = error * float(stats.t.ppf(0.975, len(gaps) - 1)) if error else 0.0
+def _policy_figures(policy: str, results: list[RunResult], ours: Sequence[float]) -> PolicyFigures:
+    behind, half_width = paired_difference(ours, [quality for _, quality, _ in results])
     return PolicyFigures(
         policy=policy,
         attainment=round(fmean(result[0] for result in results), 5),
         effective_quality=round(fmean(result[1] for result in results), 5),
         by_class={c: round(fmean(r[2][c] for r in results), 5) for c in results[0][2]},
-        behind=round(float(gaps.mean()), 3),
-        behind_half_width=round(half_width, 3),
+        behind=round(100 * behind, 3),
+        behind_half_width=round(100 * half_width, 3),
     )
