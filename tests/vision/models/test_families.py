@@ -223,6 +223,42 @@ def test_staged_config_wrong_stages_raises(fields: dict[str, Any], message: str)
         )
 
 
+def four_resnets(**fields: Any) -> StagedConfig:
+    """Return a family of four small ResNets that are stitched after their stages."""
+    anchors = [
+        {"kind": "resnet", "block": "BasicBlock", "depths": [1, 1, 1, 1], "width": width}
+        for width in (2, 3, 4, 6)
+    ]
+    inputs = {"image_size": 32, "in_channels": 1, "num_classes": 3}
+    shape = {"inputs": inputs, "anchors": anchors, "stages": [0, 2], "joints": "after"}
+    return StagedConfig.model_validate(shape | fields)
+
+
+def test_stitched_pairs_limit_the_stitches() -> None:
+    some, every = four_resnets(stitched_pairs=[1]), four_resnets()
+    assert [stitch.id for stitch in some.stitches()] == list(range(6))
+    assert [s.segments for s in some.stitches() if not s.is_anchor] == [
+        s.segments for s in every.stitches() if s.front == 1 and s.end == 2
+    ]
+    model = some.build().eval()
+    layers = [name for name in model.state_dict() if name.startswith("stitch_layers")]
+    assert {name.rpartition(".")[0] for name in layers} == {
+        layer.rpartition(".transform")[0] + ".transform"
+        for stitch in some.stitches()
+        for layer in stitch.layers
+        if layer is not None
+    }
+    images = torch.randn(2, 1, 32, 32)
+    for stitch in some.stitches():
+        assert model(images, stitch.id).shape == (2, 3)
+
+
+@pytest.mark.parametrize("pair", [-1, 3])
+def test_stitched_pairs_out_of_range_raise(pair: int) -> None:
+    with pytest.raises(ValueError, match=f"stitched_pairs: expected 0 to 2, got {pair}"):
+        four_resnets(stitched_pairs=[pair])
+
+
 def test_staged_config_map_anchor_after_tokens_raises() -> None:
     sheet = SHEETS["snnet_levit"]
     levit = read_config("snnet-levit", sheet["config"]).anchors[0]

@@ -44,6 +44,11 @@ class StagedConfig(BaseModel):
     joints: Literal["within", "after"] = Field(
         "within", description="stitch within a stage (SN-Net), or after the whole stage"
     )
+    stitched_pairs: tuple[int, ...] | None = Field(
+        None,
+        description="positions of the anchors that are stitched to the next one; unset: all but "
+        "the last. Anchors of nearly equal quality gain nothing from stitches between them",
+    )
 
     @model_validator(mode="after")
     def _check_stages(self) -> StagedConfig:
@@ -53,6 +58,11 @@ class StagedConfig(BaseModel):
             raise ValueError(
                 f"stages: expected stages 0 to {shortest - 2} (never the last), got {self.stages}"
             )
+        for pair in self.stitched_pairs or ():
+            if not 0 <= pair < len(self.anchors) - 1:
+                raise ValueError(
+                    f"stitched_pairs: expected 0 to {len(self.anchors) - 2}, got {pair}"
+                )
         for front, end in self.pairs:
             if (front.layout, end.layout) == ("tokens", "map"):
                 raise ValueError(
@@ -83,6 +93,8 @@ class StagedConfig(BaseModel):
         ]
         for list_index, stage in enumerate(self.stages):
             for pair, (front, end) in enumerate(self.pairs):
+                if not self._is_stitched(pair):
+                    continue
                 for leaving, entering, layer in self._list_joints(front, end, stage):
                     segments = (
                         Segment(pair, 0, leaving),
@@ -111,14 +123,18 @@ class StagedConfig(BaseModel):
                 [
                     _make_layer(front, end, stage)
                     for _ in range(self._count_layers(front, end, stage))
+                    if self._is_stitched(pair)
                 ]
-                for front, end in self.pairs
+                for pair, (front, end) in enumerate(self.pairs)
             ]
             for stage in self.stages
         ]
         return StitchedModel(
             [anchor.build(self.inputs) for anchor in self.anchors], layers, self.stitches()
         )
+
+    def _is_stitched(self, pair: int) -> bool:
+        return self.stitched_pairs is None or pair in self.stitched_pairs
 
     def _count_layers(self, front: Hierarchical, end: Hierarchical, stage: int) -> int:
         """Return the number of stitching layers between two anchors in a stage."""
