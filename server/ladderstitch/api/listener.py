@@ -36,7 +36,7 @@ class ListenerConfig:
     max_connection_age_s: float | None = None
     max_connection_grace_s: float = 30.0
     share_port: bool = False  # in a rolling update, the old and the new process listen for a while
-    credentials: grpc.ServerCredentials | None = None
+    certificates: CertificateFiles | None = None
     request_log: RequestLogInterceptor | None = None
     auth: AuthInterceptor | None = None
     admin: Address | None = None
@@ -68,13 +68,15 @@ class ListenerConfig:
         if config.health_port is not None:
             health = (config.host, config.health_port)
         files = certificate_files(config)
+        if files is not None:
+            server_credentials(files)  # an error is raised now, not when the server starts
         return cls(
             max_message_bytes=config.max_message_mb << 20,
             max_streams=config.max_streams,
             max_connection_age_s=config.max_connection_age_s,
             max_connection_grace_s=config.max_connection_grace_s,
             share_port=share_port,
-            credentials=None if files is None else server_credentials(files),
+            certificates=files,
             request_log=RequestLogInterceptor(sinks) if sinks else None,
             auth=auth,
             admin=admin,
@@ -129,15 +131,17 @@ def reserve(address: Address) -> socket.socket | None:
     return lock
 
 
-def bind(
-    server: grpc.aio.Server, address: Address, credentials: grpc.ServerCredentials | None
-) -> int:
-    """Bind a server to an address; returns the bound port. Raises `OSError` if it is taken."""
+def bind(server: grpc.aio.Server, address: Address, certificates: CertificateFiles | None) -> int:
+    """Bind a server to an address; returns the bound port.
+
+    Without `certificates` it speaks plaintext. Raises `OSError` if the address is taken, and
+    `ConfigError` if the certificates cannot be used.
+    """
     target = f"{address[0]}:{address[1]}"
     try:
-        if credentials is None:
+        if certificates is None:
             return int(server.add_insecure_port(target))
-        return int(server.add_secure_port(target, credentials))
+        return int(server.add_secure_port(target, server_credentials(certificates)))
     except RuntimeError as error:
         raise OSError(f"cannot listen on {target}: another process may listen there") from error
 
@@ -152,8 +156,8 @@ def certificate_files(config: ListenConfig) -> CertificateFiles | None:
 def server_credentials(files: CertificateFiles) -> grpc.ServerCredentials:
     """Return credentials that use the current certificate files in every handshake.
 
-    Open connections keep the certificate that they started with. Raises `ConfigError` if the files
-    cannot be used.
+    Open connections keep the certificate that they started with. The credentials are for one port:
+    gRPC reads the first certificate only once. Raises `ConfigError` if the files cannot be used.
     """
     watcher = CertificateWatcher(files)
 

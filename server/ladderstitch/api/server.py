@@ -108,15 +108,15 @@ class Server:
 
     async def start(self, host: str, port: int) -> int:
         """Bind and listen; returns the bound port. Raises `OSError` if an address is taken."""
-        credentials = self.listener.credentials
+        certificates = self.listener.certificates
         first, *others = self._acceptors
         if port and not self.listener.share_port:
             self._port_lock = reserve((host, port))
-        self.port = bind(first, (host, port), credentials)
+        self.port = bind(first, (host, port), certificates)
         for server in others:
-            bind(server, (host, self.port), credentials)
+            bind(server, (host, self.port), certificates)
         if self._admin is not None and self.listener.admin is not None:
-            self.admin_port = bind(self._admin, self.listener.admin, credentials)
+            self.admin_port = bind(self._admin, self.listener.admin, certificates)
         if self._probes is not None and self.listener.health is not None:
             self.health_port = bind(self._probes, self.listener.health, None)
         await self.set_serving(False)

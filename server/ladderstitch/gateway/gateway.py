@@ -114,7 +114,7 @@ class Gateway:
     async def start(self) -> None:
         """Listen, and start to discover replicas; raises `OSError` if a port is taken."""
         for server, address, encrypted in self._servers:
-            bound = bind(server, address, self._listener.credentials if encrypted else None)
+            bound = bind(server, address, self._listener.certificates if encrypted else None)
             self.port = self.port or bound
         self._expose_metrics()
         await self._update_health()
