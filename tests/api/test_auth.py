@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import generate_latest
 
 from ladderstitch.api.listener import ListenerConfig
-from ladderstitch.api.server import Server
+from ladderstitch.api.server import ACCEPTORS, Server
 from ladderstitch.client import AsyncClient, Credentials, RequestFailed
 from ladderstitch.client.channel import PLAINTEXT
 from ladderstitch.config import ServerConfig
@@ -106,6 +106,13 @@ async def test_tls_client_connects_only_if_it_trusts_the_authority(
         assert await call_status(server.port, Credentials(ca=authority.path)) == Code.OK
         assert await call_status(server.port, Credentials(ca=stranger.path)) == Code.UNAVAILABLE
         assert await call_status(server.port) == Code.UNAVAILABLE
+
+
+async def test_tls_serves_the_certificate_on_every_port(authority: Authority) -> None:
+    async with serving(**tls_fields(authority.issue("server"), admin_port=0)) as server:
+        ports = [server.port] * 4 * ACCEPTORS + [server.admin_port]
+        serials = [await asyncio.to_thread(served_serial, port) for port in ports]
+    assert len(set(serials)) == 1
 
 
 async def test_tls_expired_server_certificate_is_rejected(authority: Authority) -> None:
