@@ -109,8 +109,9 @@ verify-gateway: install ## about 4 minutes: latency added by the gateway; kill -
 	$(BIN)/ladderstitch-loadtest kills --no-ray --out loadtest/results
 	$(BIN)/ladderstitch-loadtest kills --ray --out loadtest/results
 
-verify-peers: install ## about 4 minutes: the same network behind NVIDIA Triton, here, and a bare echo
-	$(BIN)/ladderstitch-loadtest peers --out loadtest/results
+verify-peers: install ## about 5 minutes: one network behind NVIDIA Triton, here, and a bare echo; where the time goes
+	$(BIN)/ladderstitch-loadtest peers --variants 0 --out loadtest/results
+	$(BIN)/ladderstitch-loadtest breakdown --out loadtest/results
 
 soak: install ## one hour of mixed load with cancels, bad input and restarted replicas
 	$(BIN)/ladderstitch-loadtest soak --out loadtest/results

@@ -18,6 +18,10 @@ RunningServer = Annotated[str, typer.Argument(help="host:port of a running serve
 Address = Annotated[
     str | None, typer.Option(help="host:port of a running server; unset: start one.")
 ]
+Bundle = Annotated[
+    Path,
+    typer.Argument(help="Directory of a bundle, or name of a model.", show_default="fashion-mnist"),
+]
 OutFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for NAME.json; unset: print only.")
 ]

@@ -12,7 +12,7 @@ from rich.table import Table
 from ladderstitch.bundles import EMBEDDED, find_bundle
 from ladderstitch.cli.console import err, out, plain_table, user_errors
 from ladderstitch_loadtest.benchmarks.breakdown import Breakdown, measure
-from ladderstitch_loadtest.cli_options import OutFolder
+from ladderstitch_loadtest.cli_options import Bundle, OutFolder
 from ladderstitch_loadtest.load.closed_loop import find_generator
 from ladderstitch_loadtest.servers.results_io import write
 
@@ -35,12 +35,7 @@ ROWS = {
 
 
 def breakdown(
-    bundle: Annotated[
-        Path,
-        typer.Argument(
-            help="Directory of a bundle, or name of a model.", show_default="fashion-mnist"
-        ),
-    ] = EMBEDDED,
+    bundle: Bundle = EMBEDDED,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of echo and server.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.5, help="Length of each run.")] = 2.0,
     source: Annotated[

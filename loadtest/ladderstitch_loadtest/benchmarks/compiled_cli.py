@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,17 +12,12 @@ from rich.table import Table
 from ladderstitch.bundles import EMBEDDED, find_bundle
 from ladderstitch.cli.console import out, plain_table, user_errors
 from ladderstitch_loadtest.benchmarks.compiled import Compute, measure
-from ladderstitch_loadtest.cli_options import OutFolder
+from ladderstitch_loadtest.cli_options import Bundle, OutFolder
 from ladderstitch_loadtest.servers.results_io import write
 
 
 def compiled(
-    bundle: Annotated[
-        Path,
-        typer.Argument(
-            help="Directory of a bundle, or name of a model.", show_default="fashion-mnist"
-        ),
-    ] = EMBEDDED,
+    bundle: Bundle = EMBEDDED,
     rounds: Annotated[int, typer.Option(min=3, help="Timed runs of each network.")] = 100,
     folder: OutFolder = None,
 ) -> None:

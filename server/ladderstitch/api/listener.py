@@ -11,6 +11,7 @@ import grpc
 
 from ladderstitch.api.auth import AuthInterceptor
 from ladderstitch.api.request_log import RequestLogInterceptor
+from ladderstitch.runtime.process import port_is_free
 from ladderstitch.security.listen_config import ListenConfig
 from ladderstitch.security.tls import CertificateData, CertificateFiles, CertificateWatcher
 from ladderstitch.security.tokens import RateLimiter, Token, TokenFile
@@ -114,20 +115,20 @@ def reserve(address: Address) -> socket.socket | None:
     """Return a lock on an address whose port several servers of this process are about to share.
 
     Sockets that share a port do not exclude each other, so that a second process could listen on
-    it unnoticed. Close the lock when the servers have stopped; it is None on
-    systems without abstract sockets. Raises `OSError` if the address is taken.
+    it unnoticed. Close the lock when the servers have stopped; it is None on systems without
+    abstract sockets. Raises `OSError` if the address is taken.
     """
     host, port = address
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    socket.create_server((host.strip("[]"), port), family=family).close()
+    if not port_is_free(host, port):
+        raise OSError(f"cannot listen on {host}:{port}: another process listens there")
     if sys.platform != "linux":
         return None
     lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         lock.bind(f"\0ladderstitch {host}:{port}")
-    except OSError:
+    except OSError as error:
         lock.close()
-        raise
+        raise OSError(f"cannot listen on {host}:{port}: another server has just started") from error
     return lock
 
 

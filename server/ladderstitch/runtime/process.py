@@ -66,13 +66,16 @@ def free_port(address: str) -> int:
 
 
 def port_is_free(address: str, port: int) -> bool:
-    """Return whether no process listens on the port; 0 is always free.
+    """Return whether no process listens on the port of an IPv4 or IPv6 address; 0 is always free.
 
     The check is needed because gRPC itself would share a port with another process.
     """
     if port == 0:
         return True
-    with socket.socket() as probe:
+    family, address = socket.AF_INET, address.strip("[]")
+    if ":" in address:
+        family = socket.AF_INET6
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, port))

@@ -202,7 +202,9 @@ class VisionBundle:
         digest = hashlib.sha256(weights)
         digest.update(self.manifest.config.model_dump_json().encode())
         for path in sorted(self.int8_folder.glob("*.onnx")):
-            digest.update(path.name.encode() + path.read_bytes())
+            status = path.stat()
+            digest.update(path.name.encode())
+            digest.update(_file_digest(path, status.st_mtime_ns, status.st_size))
         return digest.hexdigest()
 
     @property

@@ -127,6 +127,14 @@ def test_int8_without_graphs_is_rejected(tiny_bundle: VisionBundle) -> None:
         VisionBundle.load(tiny_bundle.path)
 
 
+def test_unreadable_int8_graph_is_rejected(tiny_bundle: VisionBundle) -> None:
+    quantize(tiny_bundle, random_images(tiny_bundle, 8, seed=0), ignore_progress)
+    bundle = VisionBundle.load(tiny_bundle.path)
+    sorted(bundle.int8_folder.glob("*.onnx"))[0].write_bytes(b"no graph")
+    with pytest.raises(BundleError, match="expected readable graphs"):
+        open_executor(bundle, 1, ignore_progress)
+
+
 @pytest.mark.parametrize("formats", ["[int8]", "[float32, float32]", "[float32, int4]", "[]"])
 def test_wrong_precisions_are_rejected(tiny_bundle: VisionBundle, formats: str) -> None:
     manifest = tiny_bundle.path / "model.yaml"

@@ -118,11 +118,11 @@ def _stitching_loss(recipe: Recipe, model: StitchedModel, teacher: Backbone) -> 
     The teacher is the largest anchor as it was before fine-tuning.
     """
     schedule = recipe.stitching
-    span = schedule.cost_step_macs if schedule.sampling == "by_cost" else None
-    groups = sampling_groups(model, recipe.family.inputs.image_size, span)
-    choices = [[group] for group in groups_by_pair(model)]
-    if schedule.sampling != "per_pair":
-        choices = [groups]
+    if schedule.sampling == "per_pair":
+        choices = [[group] for group in groups_by_pair(model)]
+    else:
+        span = schedule.cost_step_macs if schedule.sampling == "by_cost" else None
+        choices = [sampling_groups(model, recipe.family.inputs.image_size, span)]
 
     def loss(batch: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
         with torch.no_grad():

@@ -113,29 +113,33 @@ def open_executor(
 ) -> CompiledExecutor:
     """Return the executor of a bundle; graphs in the cache that cannot be read are made again.
 
-    Raises `BundleError` if the weights do not fit.
+    Raises `BundleError` if the weights do not fit, or if the bundle's own graphs cannot be read.
     """
+    folder = _export(bundle, on_progress)
+    try:
+        return _open_units(bundle, folder, threads)
+    except Exception:  # the errors of ONNX Runtime have no common class
+        log.exception("graphs in %s cannot be read, making them again", folder)
+        shutil.rmtree(folder)
+    folder = _export(bundle, on_progress)
+    try:
+        return _open_units(bundle, folder, threads)
+    except Exception as error:
+        raise BundleError(f"{bundle.path}: expected readable graphs: {error}") from error
+
+
+def _export(bundle: VisionBundle, on_progress: ProgressCallback) -> Path:
+    """Return the folder of the bundle's units in float32, which are exported if necessary."""
     inputs = bundle.manifest.preprocessing
     shape = (inputs.channels, inputs.height, inputs.width)
+    return cached_units(bundle.digest(), bundle.load_model, shape, on_progress)
 
-    def open_routes() -> CompiledExecutor:
-        folder = cached_units(bundle.digest(), bundle.load_model, shape, on_progress)
-        folders.append(folder)
-        return CompiledExecutor(
-            {v.id: unit_paths(v, folder, bundle.int8_folder) for v in bundle.manifest.variants()},
-            threads,
-        )
 
-    folders: list[Path] = []
-    try:
-        return open_routes()
-    except BundleError:
-        raise
-    except Exception:  # the errors of ONNX Runtime have no common class
-        log.exception("cached graphs %s cannot be read, making them again", folders)
-        for folder in folders:
-            shutil.rmtree(folder)
-    return open_routes()
+def _open_units(bundle: VisionBundle, folder: Path, threads: int) -> CompiledExecutor:
+    variants = bundle.manifest.variants()
+    return CompiledExecutor(
+        {v.id: unit_paths(v, folder, bundle.int8_folder) for v in variants}, threads
+    )
 
 
 def served_variants(bundle: VisionBundle, config: EngineConfig) -> tuple[Stitch, ...]:
