@@ -29,6 +29,7 @@ Ray = Annotated[
     bool, typer.Option("--ray/--no-ray", help="Whether the started server runs on Ray Serve.")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
+Images = Annotated[int, typer.Option(min=1, help="Number of images in a request.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Interleaved runs of each contender.")]
 Target = Annotated[
     TargetKind, typer.Option("--target", help="API of the server; `oip` for any OIP server.")

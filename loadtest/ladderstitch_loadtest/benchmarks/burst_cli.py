@@ -10,12 +10,20 @@ from rich.table import Table
 
 from ladderstitch.cli.console import err, out
 from ladderstitch_loadtest.benchmarks.burst import BurstResult, measure_burst
-from ladderstitch_loadtest.cli_options import Cpu, OutFolder, Policies, Rounds, embedded_server
+from ladderstitch_loadtest.cli_options import (
+    Cpu,
+    Images,
+    OutFolder,
+    Policies,
+    Rounds,
+    embedded_server,
+)
 from ladderstitch_loadtest.load.targets import find_target
 from ladderstitch_loadtest.servers.results_io import write
 
 
 def burst(
+    images: Images = 16,
     budget_ms: Annotated[
         float, typer.Option(help="Budget of every request, as a hard deadline.")
     ] = 50.0,
@@ -35,7 +43,7 @@ def burst(
         found = asyncio.run(
             measure_burst(
                 server,
-                find_target(server.address, "ladderstitch", "", hard=True),
+                find_target(server.address, "ladderstitch", "", hard=True, images=images),
                 policies=policy,
                 budget_s=budget_ms / 1e3,
                 rounds=rounds,
@@ -43,12 +51,12 @@ def burst(
                 advance=status.update,
             )
         )
-    out.print(_burst_table(found))
+    out.print(_burst_table(found, images))
     out.print(f"free engine to next batch: at most {found.dispatch_p99_ms:g} ms at p99")
-    write(folder, "burst", found.to_dict())
+    write(folder, "burst", {"images": images, **found.to_dict()})
 
 
-def _burst_table(found: BurstResult) -> Table:
+def _burst_table(found: BurstResult, images: int) -> Table:
     table = Table(
         "policy",
         "attainment in the burst",
@@ -57,7 +65,7 @@ def _burst_table(found: BurstResult) -> Table:
         "in the burst",
         "1 s after",
         "adaptive ahead",
-        title=f"{found.base_rps:g} -> {10 * found.base_rps:g} requests/s",
+        title=f"{found.base_rps:g} -> {10 * found.base_rps:g} requests/s of {images} images",
     )
     for row in found.rows:
         figures = (

@@ -20,7 +20,14 @@ from ladderstitch_loadtest.benchmarks import mixed as mixed_budgets
 from ladderstitch_loadtest.benchmarks import overhead as server_overhead
 from ladderstitch_loadtest.benchmarks import real_sizes as published_sizes
 from ladderstitch_loadtest.benchmarks import switching as switch_cost
-from ladderstitch_loadtest.cli_options import Address, OutFolder, Ray, Seed, running_server
+from ladderstitch_loadtest.cli_options import (
+    Address,
+    Images,
+    OutFolder,
+    Ray,
+    Seed,
+    running_server,
+)
 from ladderstitch_loadtest.servers.process_supervisor import (
     replicas_and_gateways,
     wait_until_serving,
@@ -109,16 +116,22 @@ def switching(
 def mixed(
     address: Address = None,
     ray: Ray = False,
+    images: Images = 16,
+    load: Annotated[
+        float, typer.Option(help="Offered rate over what the best variant can answer.")
+    ] = 2.0,
     seconds: Annotated[float, typer.Option(help="Length of each run.")] = 6.0,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each policy.")] = 3,
     seed: Seed = 1,
     folder: OutFolder = None,
 ) -> None:
     """Compare policies and fixed variants under Poisson load with three budgets."""
-    with running_server(address, ray) as server, err.status("measuring anchors ...") as status:
+    with running_server(address, ray) as server, err.status("measuring variants ...") as status:
         found = asyncio.run(
             mixed_budgets.measure(
                 server,
+                images=images,
+                load=load,
                 seconds=seconds,
                 rounds=rounds,
                 seed=seed,
@@ -142,7 +155,7 @@ def _mixed_table(found: mixed_budgets.MixedResult) -> Table:
         "p50",
         "p99",
         "batch",
-        title=f"{found.rate:.0f} requests/s, budgets {budgets}",
+        title=f"{found.rate:.0f} requests/s of {found.images} images, budgets {budgets}",
     )
     for row in sorted(found.rows, key=lambda row: -row.effective_quality):
         table.add_row(

@@ -8,6 +8,7 @@ from itertools import chain
 from statistics import fmean, median
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ladderstitch.client import AsyncClient, infer_request
 from ladderstitch.v1 import inference_pb2 as pb
@@ -21,11 +22,11 @@ from ladderstitch_loadtest.load.in_process import (
 from ladderstitch_loadtest.load.paired import paired_difference
 from ladderstitch_loadtest.load.traces import BudgetClass
 
+Uint8Pixels = NDArray[np.uint8]
+"""[N, C, H, W]."""
 POLICIES = ("adaptive", "slackfit", "max_quality", "max_batch")
 CLASSES = ("tight", "middle", "relaxed")
 UNLOADED_CALLS = 400
-LOAD = 0.5
-"""The offered rate, as a share of the largest anchor's capacity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,12 @@ class PolicyRow:
 
 @dataclass(slots=True)
 class MixedResult:
-    """The whole measurement: the offered rate, the budget of each class, a row for each policy."""
+    """The whole measurement: requests per second, their budgets, a row for each policy.
 
+    Each request has `images` images.
+    """
+
+    images: int
     rate: float
     budgets_ms: dict[str, float]
     unloaded_p99_ms: dict[str, float]
@@ -78,6 +83,8 @@ class MixedResult:
 async def measure(
     address: str,
     *,
+    images: int,
+    load: float,
     seconds: float,
     rounds: int,
     seed: int,
@@ -86,15 +93,19 @@ async def measure(
 ) -> MixedResult:
     """Measure policies and all fixed frontier variants; they take turns on the same arrivals.
 
-    One third of the requests has each of the budgets of `budget_classes`. The rate is half of the
-    largest anchor's capacity. `advance` gets the name of the current policy.
+    A request has `images` images, and each third of the requests one of the budgets of
+    `budget_classes`. The rate is `load` times what the best frontier variant can answer one by one.
+    `advance` gets the name of the current policy.
     """
     async with AsyncClient(address) as client:
         model = await client.get_model()
-        unloaded = await _measure_anchors(client, model)
-        classes = budget_classes(unloaded[0], unloaded[len(unloaded) // 2], unloaded[-1])
-        rate = LOAD / unloaded[-1].compute_median_s
+        pixels, frontier = _make_images(model, images), model.frontier
+        chosen = (frontier[0], frontier[len(frontier) // 2], frontier[-1])
+        unloaded = [await _measure_unloaded(client, pixels, variant) for variant in chosen]
+        classes = budget_classes(*unloaded)
+        rate = load / unloaded[-1].compute_median_s
         found = MixedResult(
+            images=images,
             rate=round(rate, 1),
             budgets_ms={c.name: round(1e3 * c.budget_s, 3) for c in classes},
             unloaded_p99_ms={str(u.variant): round(1e3 * u.total_p99_s, 3) for u in unloaded},
@@ -104,7 +115,7 @@ async def measure(
         contenders = [*policies, *(f"fixed {variant}" for variant in model.frontier)]
         samples: dict[str, list[list[RequestSample]]] = {name: [] for name in contenders}
         for turn in range(rounds):
-            requests = _draw_requests(model, classes, rate, seconds, seed + turn)
+            requests = _draw_requests(pixels, classes, rate, seconds, seed + turn)
             for name in rotate(contenders, turn):
                 advance(name)
                 await set_policy(client, name)
@@ -118,28 +129,20 @@ async def measure(
     return found
 
 
-async def _measure_anchors(
-    client: AsyncClient, model: pb.GetModelResponse
-) -> list[UnloadedLatency]:
-    """Return the unloaded latency of each anchor, the fastest first."""
-    anchors = sorted((v for v in model.variants if v.is_anchor), key=lambda v: v.latency_us)
-    return [await _measure_unloaded(client, model, anchor.id) for anchor in anchors]
-
-
 def budget_classes(
-    fastest: UnloadedLatency, middle: UnloadedLatency, largest: UnloadedLatency
+    fastest: UnloadedLatency, middle: UnloadedLatency, best: UnloadedLatency
 ) -> list[BudgetClass]:
     """Return three budget classes, named tight, middle and relaxed in ascending order.
 
-    The budgets, in whole microseconds, are twice the fastest anchor's p99 plus one compute time of
-    the largest anchor, twice the middle anchor's p99, and three times the largest anchor's p99. The
-    compute time lets a request wait for a batch that runs already. Which of the first two budgets
-    is shorter depends on the family, so the names follow the order and not the formula.
+    The variants are those of the frontier. The budgets, in whole microseconds, are twice the
+    fastest one's p99 plus one compute time of the best, twice the middle one's p99, and three times
+    the best one's p99. The compute time lets a request wait for a batch that runs already. Which of
+    the first two budgets is shorter depends on the family, so the names follow the order.
     """
     budgets_s = (
-        2 * fastest.total_p99_s + largest.compute_median_s,
+        2 * fastest.total_p99_s + best.compute_median_s,
         2 * middle.total_p99_s,
-        3 * largest.total_p99_s,
+        3 * best.total_p99_s,
     )
     return [
         BudgetClass(name, round(budget_s, 6))
@@ -164,10 +167,9 @@ async def set_policy(client: AsyncClient, name: str) -> None:
 
 
 async def _measure_unloaded(
-    client: AsyncClient, model: pb.GetModelResponse, variant: int
+    client: AsyncClient, pixels: Uint8Pixels, variant: int
 ) -> UnloadedLatency:
-    image = _make_image(model)
-    answers = [await client.predict(image, variant=variant) for _ in range(UNLOADED_CALLS)]
+    answers = [await client.predict(pixels, variant=variant) for _ in range(UNLOADED_CALLS)]
     return UnloadedLatency(
         variant,
         float(np.quantile([a.total_s for a in answers], 0.99)),
@@ -176,18 +178,17 @@ async def _measure_unloaded(
 
 
 def _draw_requests(
-    model: pb.GetModelResponse, classes: list[BudgetClass], rate: float, seconds: float, seed: int
+    pixels: Uint8Pixels, classes: list[BudgetClass], rate: float, seconds: float, seed: int
 ) -> list[PlannedRequest]:
     rng = np.random.default_rng(seed)
-    image = _make_image(model)
-    messages = [infer_request(image, budget_s=c.budget_s).SerializeToString() for c in classes]
+    messages = [infer_request(pixels, budget_s=c.budget_s).SerializeToString() for c in classes]
     picks = [(at, int(rng.integers(len(classes)))) for at in poisson(rate, seconds, rng)]
     return [(at, classes[pick], messages[pick]) for at, pick in picks]
 
 
-def _make_image(model: pb.GetModelResponse) -> np.ndarray:
+def _make_images(model: pb.GetModelResponse, images: int) -> Uint8Pixels:
     inputs = model.preprocessing
-    shape = (1, inputs.channels, inputs.height, inputs.width)
+    shape = (images, inputs.channels, inputs.height, inputs.width)
     return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
 
 

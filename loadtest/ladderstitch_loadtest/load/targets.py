@@ -51,7 +51,7 @@ class Target(Protocol):
         """The full name of the gRPC method."""
 
     def message(self, budget_s: float) -> bytes:
-        """Return the serialised request for one image with this budget."""
+        """Return the serialised request with this budget."""
 
     def parse(self, reply: bytes) -> TargetReply:
         """Return what the server reports with its answer."""
@@ -61,7 +61,7 @@ class Target(Protocol):
 class NativeTarget:
     """A `ladderstitch.v1` server; each request carries its budget, as a hard deadline if `hard`.
 
-    `shape` is that of the image, [1, C, H, W].
+    `shape` is that of the images, [N, C, H, W].
     """
 
     shape: tuple[int, ...]
@@ -69,9 +69,9 @@ class NativeTarget:
     method: str = "/ladderstitch.v1.InferenceService/Infer"
 
     def message(self, budget_s: float) -> bytes:
-        """Return the serialised request for one image with this budget."""
-        image = np.random.default_rng(0).integers(0, 256, self.shape).astype(np.uint8)
-        return infer_request(image, budget_s=budget_s, hard=self.hard).SerializeToString()
+        """Return the serialised request for the images with this budget."""
+        images = np.random.default_rng(0).integers(0, 256, self.shape).astype(np.uint8)
+        return infer_request(images, budget_s=budget_s, hard=self.hard).SerializeToString()
 
     def parse(self, reply: bytes) -> TargetReply:
         """Return the accounting of the answer."""
@@ -112,23 +112,25 @@ class OipTarget:
         return TargetReply(float("nan"), float("nan"), float("nan"), -1, 1.0, 1)
 
 
-def find_target(address: str, kind: TargetKind, model: str, *, hard: bool) -> Target:
+def find_target(
+    address: str, kind: TargetKind, model: str, *, hard: bool, images: int = 1
+) -> Target:
     """Return the target for a model, with the input shapes that the server reports.
 
-    An empty `model` is a ladderstitch server's only model. Raises `ValueError` for an input data
+    A request has `images` images if the target is a ladderstitch server, else one. An empty `model` is a ladderstitch server's only model. Raises `ValueError` for an input data
     type that has no zeros of fixed size, and `grpc.RpcError` if the server does not answer.
     """
     with grpc.insecure_channel(address) as channel:
         if kind == "ladderstitch":
-            return _native_target(channel, model, hard)
+            return _native_target(channel, model, hard, images)
         return _oip_target(channel, model)
 
 
-def _native_target(channel: grpc.Channel, model: str, hard: bool) -> NativeTarget:
+def _native_target(channel: grpc.Channel, model: str, hard: bool, images: int) -> NativeTarget:
     call = channel.unary_unary("/ladderstitch.v1.InferenceService/GetModel")
     request = pb.GetModelRequest(model_name=model).SerializeToString()
     inputs = pb.GetModelResponse.FromString(call(request, timeout=TIMEOUT_S)).preprocessing
-    return NativeTarget((1, inputs.channels, inputs.height, inputs.width), hard)
+    return NativeTarget((images, inputs.channels, inputs.height, inputs.width), hard)
 
 
 def _oip_target(channel: grpc.Channel, model: str) -> OipTarget:

@@ -32,6 +32,8 @@ def test_poisson_arrivals_have_rate_and_depend_on_seed() -> None:
 async def test_mixed_reports_every_request_of_every_policy(server: RunningServer) -> None:
     found = await mixed.measure(
         server.address,
+        images=2,
+        load=0.5,
         seconds=0.3,
         rounds=1,
         seed=2,
