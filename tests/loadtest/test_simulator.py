@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ladderstitch.scheduling.load_report import PUSH_S
-from ladderstitch_loadtest.load.traces import BudgetClass, Trace, gamma
+from ladderstitch_loadtest.load.traces import BudgetClass, Trace, gamma, step
 from ladderstitch_loadtest.simulation.oracle import MAX_REQUESTS, oracle
 from ladderstitch_loadtest.simulation.policy_sweep import (
     count_runs,
@@ -20,6 +20,8 @@ from ladderstitch_loadtest.simulation.profiles import Family, supernet
 from ladderstitch_loadtest.simulation.scenarios import Scenario, grid, short_grid
 from ladderstitch_loadtest.simulation.simulator import Machine, simulate
 
+DISPATCH_S = 0.001
+"""Overhead of a batch in addition to compute."""
 FAMILY = supernet()
 
 
@@ -195,3 +197,22 @@ def noisy(family: Family) -> Family:
         for variant, latency in family.profile.variants.items()
     }
     return replace(family, profile=family.profile.model_copy(update={"variants": variants}))
+
+
+@pytest.mark.parametrize("images", [1, 4, 16])
+def test_adaptive_keeps_budgets_of_requests_with_several_images(images: int) -> None:
+    """A tenfold burst to 0.7 of the fastest variant's capacity, which counts images."""
+    profile = FAMILY.profile
+    fastest = min(profile.variants, key=lambda v: profile.variants[v].median_s[0])
+    batch_s = profile.variants[fastest].median_s[-1] + DISPATCH_S
+    peak = 0.7 * profile.max_batch_size / images / batch_s
+    rng = np.random.default_rng(2)
+    times = step(0.1 * peak, peak, 1.0, 2.0, 3.0, rng)
+    trace = Trace.draw("burst", times, [BudgetClass("all", 0.2)], rng)
+    machine = Machine(dispatch_overhead_s=DISPATCH_S, images=images)
+    ours, lowest = (
+        simulate(FAMILY, trace, policy_settings(policy), machine).summary()
+        for policy in ("adaptive", f"fixed {fastest}")
+    )
+    assert ours.attainment > 0.99
+    assert ours.effective_quality > lowest.effective_quality + 0.01

@@ -21,10 +21,10 @@ from ladderstitch_loadtest.load.targets import Target
 from ladderstitch_loadtest.load.traces import BudgetClass, Trace
 from ladderstitch_loadtest.servers.processes import StartedServer, histogram_quantile
 
-BEFORE_S, BURST_S, AFTER_S = 2.0, 2.0, 3.0
+BEFORE_S, BURST_S, AFTER_S = 4.0, 2.0, 6.0
 BURST_END_S = BEFORE_S + BURST_S
 FACTOR = 10.0
-CAPACITY_SHARE = 0.8
+CAPACITY_SHARE = 0.6
 """The rate in the burst, as a share of the server's capacity."""
 RECOVERY_S = 1.0
 """Time after the burst from which quality counts as recovered."""

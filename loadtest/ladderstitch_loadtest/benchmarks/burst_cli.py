@@ -37,7 +37,7 @@ def burst(
 ) -> None:
     """Compare policies and fixed variants in a tenfold burst of 2 s on the embedded model.
 
-    The burst's rate is 0.8 of the server's capacity on its fastest variant.
+    The burst's rate is 0.6 of the server's capacity on its fastest variant.
     """
     with embedded_server(cpu) as server, err.status("starting") as status:
         found = asyncio.run(

@@ -117,8 +117,9 @@ def find_target(
 ) -> Target:
     """Return the target for a model, with the input shapes that the server reports.
 
-    A request has `images` images if the target is a ladderstitch server, else one. An empty `model` is a ladderstitch server's only model. Raises `ValueError` for an input data
-    type that has no zeros of fixed size, and `grpc.RpcError` if the server does not answer.
+    A request has `images` images if the target is a ladderstitch server, else one. An empty `model`
+    is a ladderstitch server's only model. Raises `ValueError` for an input data type that has no
+    zeros of fixed size, and `grpc.RpcError` if the server does not answer.
     """
     with grpc.insecure_channel(address) as channel:
         if kind == "ladderstitch":

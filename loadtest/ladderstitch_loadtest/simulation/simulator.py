@@ -5,6 +5,7 @@ It is deterministic: the same family, trace, settings and seed give the same out
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import exp, inf
@@ -29,7 +30,7 @@ P99_SIGMAS = 2.326
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The machine that simulated replicas run on."""
+    """The machine that simulated replicas run on, and the requests that it gets."""
 
     replicas: int = 1
     spread: float = 1.0
@@ -40,6 +41,8 @@ class Machine:
     """Seconds between two load reports to the router; 0: the router always knows the load."""
     slow: tuple[tuple[float, float, float], ...] = ()
     """Periods (from, to, factor) in which a noisy neighbour slows everything by the factor."""
+    images: int = 1
+    """Images of a request."""
 
     def factor(self, now: float) -> float:
         """Return the factor by which batches are slower at `now`."""
@@ -80,13 +83,14 @@ class Simulation:
         """Return the outcome of every request; with `hard`, late requests are dropped."""
         outcome = LoadOutcome.unanswered(trace)
         index: dict[Request, int] = {}
+        images = np.zeros((self.machine.images, 0, 0, 0), np.float32)
         for i, (at, budget) in enumerate(
             zip(trace.arrivals_s.tolist(), trace.budgets_s.tolist(), strict=True)
         ):
             self._advance(at, outcome, index)
             soft = at + budget
             deadlines = Deadlines(soft, soft if hard else inf, "trace", "trace")
-            request = Request("", ONE_IMAGE, at, deadlines)
+            request = Request("", images, at, deadlines)
             if self._submit(request, at):
                 index[request] = i
         self._advance(inf, outcome, index)
@@ -136,7 +140,7 @@ class Simulation:
     def _finish(
         self, replica: SimulatedReplica, now: float, outcome: LoadOutcome, index: dict[Request, int]
     ) -> None:
-        batch, batch_size = replica.running, len(replica.running)
+        batch, batch_size = replica.running, _num_images(replica.running)
         variant, started, compute_s = replica.variant, replica.started, replica.compute_s
         quality = self.family.quality[variant]
         for request in batch:
@@ -159,7 +163,7 @@ class Simulation:
         if not isinstance(choice, Decision):
             self._schedule(now + choice.seconds, number, replica.num_decisions)
             return
-        variant, batch_size = choice.variant, len(choice.requests)
+        variant, batch_size = choice.variant, _num_images(choice.requests)
         replica.running, replica.variant, replica.started = choice.requests, variant, now
         planner.on_batch_started(batch_size, variant, now)
         replica.compute_s = self._draw_compute_s(planner, variant, batch_size, now)
@@ -174,6 +178,10 @@ class Simulation:
     def _schedule(self, time: float, number: int, decision: int) -> None:
         self._num_events += 1
         heappush(self._events, (time, self._num_events, number, decision))
+
+
+def _num_images(requests: Iterable[Request]) -> int:
+    return sum(request.num_images for request in requests)
 
 
 def _log_normal_sigmas(family: Family, spread: float) -> dict[int, float]:

@@ -10,6 +10,7 @@ from ladderstitch.vision.scheduler.policies.demand import (
     CAPACITY_SCENARIOS,
     DEADLINE_MARGIN,
     ArrivalForecast,
+    Capacity,
     Demand,
     QualityHull,
     QualityHulls,
@@ -69,13 +70,14 @@ def test_demand_counts_the_queue_and_forecast_arrivals() -> None:
 def test_quality_after_gives_images_their_remaining_time() -> None:
     """Two images are due in 2 ms and two in 14 ms: they get 1 ms and 6 ms each."""
     hull = QualityHull.from_points(POINTS)
+    plain, half = Capacity(1.0, 1.0, 0.0), Capacity(0.5, 1.0, 0.0)
     demand = Demand(((0.002, 2.0), (0.014, 4.0)), tight_budget_s=0.1, min_s_per_image=0.001)
-    assert demand.quality_after(hull, 0.0, 0, 1.0) == pytest.approx(2 * 0.7 + 2 * 0.9)
+    assert demand.quality_after(hull, 0.0, 0, plain) == pytest.approx(2 * 0.7 + 2 * 0.9)
     # The engine is busy for 4 ms with the first two: 10 ms are left for the other two.
-    assert demand.quality_after(hull, 0.004, 2, 1.0) == pytest.approx(2 * hull.quality(0.005))
+    assert demand.quality_after(hull, 0.004, 2, plain) == pytest.approx(2 * hull.quality(0.005))
     # The engine is busy for 3 ms with none of them: those due in 2 ms are lost.
-    assert demand.quality_after(hull, 0.003, 0, 1.0) < 2 * 0.9 + 0.7
+    assert demand.quality_after(hull, 0.003, 0, plain) < 2 * 0.9 + 0.7
     # A machine of half the speed has half of the time in the profile's seconds.
-    assert demand.quality_after(hull, 0.0, 0, 0.5) == pytest.approx(
+    assert demand.quality_after(hull, 0.0, 0, half) == pytest.approx(
         2 * hull.quality(0.0005) + 2 * hull.quality(0.003)
     )

@@ -17,6 +17,7 @@ from ladderstitch.vision.scheduler.policies.base import Decision, fill_batch, la
 from ladderstitch.vision.scheduler.policies.demand import (
     BUDGET_CAP_S,
     ArrivalForecast,
+    Capacity,
     Demand,
     QualityHull,
     QualityHulls,
@@ -54,16 +55,18 @@ class DecisionContext:
     """Requests at the head of the queue that miss their soft deadline on every variant."""
     demand: Demand
     hull: QualityHull
-    hull_scale: float
-    """Factor from seconds to the hull's profiled seconds of compute, without dispatch overhead."""
+    capacity: Capacity
+    """Conversion between the engine's seconds and the hull's."""
+    images: float
+    """Images of a request, on average."""
     planned_scale: float
     """Factor from profiled seconds to planned seconds."""
     fastest_s: Sequence[float]
     """Profiled seconds of the fastest variant by batch size; index 0 is unused."""
     one_s: float
-    """Planned seconds of the fastest variant for one image."""
+    """Planned seconds of the fastest variant for one request."""
     two_s: float
-    """Planned seconds of the fastest variant for two images."""
+    """Planned seconds of the fastest variant for two requests."""
     overloaded: bool
     """Whether not all waiting requests can be on time, in the fluid limit."""
 
@@ -135,24 +138,26 @@ class Adaptive:
         demand = Demand.from_queue(queue, prefix, num_late, self.forecast, start)
         longest_s = MAX_BATCH_SHARE_OF_BUDGET * demand.tight_budget_s
         hull = self.hulls.for_longest(latency.to_profile_seconds(longest_s))
-        # The share of its time in which the engine computes, if batches take the longest time.
-        hull_scale = latency.to_profile_seconds(
-            longest_s / (longest_s + latency.dispatch_overhead_s)
+        most, overhead_s = latency.max_batch_size, latency.dispatch_overhead_s
+        capacity = Capacity(
+            latency.to_profile_seconds(1.0), longest_s / (longest_s + overhead_s), overhead_s / most
         )
-        fastest = self.candidates.frontier[0]
-        one_s = latency.seconds(fastest, 1)
-        two_s = latency.seconds(fastest, 2) if latency.max_batch_size > 1 else 2 * one_s
+        fastest, images = self.candidates.frontier[0], self.forecast.images_per_request
+        one_s = latency.seconds(fastest, min(most, round(images)))
+        two = round(2 * images)
+        two_s = latency.seconds(fastest, two) if two <= most else 2 * one_s
         return DecisionContext(
             start=start,
             num_late=num_late,
             demand=demand,
             hull=hull,
-            hull_scale=hull_scale,
+            capacity=capacity,
+            images=images,
             planned_scale=latency.slowdown * latency.tail,
             fastest_s=latency.profiled[fastest],
             one_s=one_s,
             two_s=two_s,
-            overloaded=demand.min_s_per_image < hull.costs_s[0] / hull_scale,
+            overloaded=demand.min_s_per_image < capacity.engine_s(hull.costs_s[0]),
         )
 
     def _count_late(
@@ -192,7 +197,7 @@ class Adaptive:
             fits = latency.largest_fit(variant, slack_s)
             if fits < head.num_images:
                 break  # the latency of candidates rises
-            most = max(head.num_images, min(fits, len(near)))
+            most = max(head.num_images, min(fits, round(len(near) * context.images)))
             half = max(head.num_images, (most + 1) // 2)
             declines += 1
             for batch_size in (half, most) if whole and half < most else (half,):
@@ -224,6 +229,8 @@ class Adaptive:
         more value for the end of the queue.
         """
         candidates, forecast = self.candidates, self.forecast
+        images = context.images
+        requests = max(1, round(batch_size / images))
         profiled_s = latency.profiled[variant][batch_size]
         busy_s = profiled_s * context.planned_scale + latency.dispatch_overhead_s
         arrived = min(
@@ -232,18 +239,18 @@ class Adaptive:
         late = forecast.expected_late(
             busy_s, context.fastest_s[arrived] * context.planned_scale + self.overhead_s
         )
-        if first == context.num_late and batch_size + 1 < len(left_s):
+        if first == context.num_late and requests + 1 < len(left_s):
             # The next two requests in the queue may become late, too.
-            after_s, then_s = left_s[batch_size] - busy_s, left_s[batch_size + 1] - busy_s
-            late += after_s < context.one_s or then_s < context.two_s
+            after_s, then_s = left_s[requests] - busy_s, left_s[requests + 1] - busy_s
+            late += images * (after_s < context.one_s or then_s < context.two_s)
         on_time: float = batch_size
         if latency.residuals[-1] * latency.slowdown * profiled_s > left_s[0]:
-            on_time -= sum(
+            on_time -= images * sum(
                 1.0 - latency.on_time_probability(variant, batch_size, s)
-                for s in left_s[:batch_size][:MAX_RISK_LOOKUPS]
+                for s in left_s[:requests][:MAX_RISK_LOOKUPS]
             )
-        done = batch_size + first - context.num_late
-        others = context.demand.quality_after(context.hull, busy_s, done, context.hull_scale)
+        done = batch_size + images * (first - context.num_late)
+        others = context.demand.quality_after(context.hull, busy_s, done, context.capacity)
         earned = (candidates.quality[variant] + TIE_EPSILON) * on_time
         return earned - candidates.quality[candidates.frontier[0]] * late + others
 
@@ -252,15 +259,15 @@ class Adaptive:
     ) -> float:
         """Return the value of a batch of the requests that are late on every variant."""
         fastest = self.candidates.frontier[0]
-        batch_size = min(context.num_late, latency.max_batch_size)
+        batch_size = min(round(context.images * context.num_late), latency.max_batch_size)
         busy_s = latency.seconds(fastest, batch_size) + latency.dispatch_overhead_s
         quality = self.candidates.quality[fastest]
         lateness = max(0.0, context.start - queue[0].deadlines.soft) / LATE_VALUE_HORIZON_S
         late = self.forecast.expected_late(busy_s, context.one_s + self.overhead_s)
         next_soft = queue[context.num_late].deadlines.soft
         if next_soft - context.start - busy_s < latency.seconds(fastest, 1):
-            late += 1
-        others = context.demand.quality_after(context.hull, busy_s, 0, context.hull_scale)
+            late += context.images
+        others = context.demand.quality_after(context.hull, busy_s, 0, context.capacity)
         return quality * (batch_size * lateness - late) + others
 
 

@@ -1,6 +1,6 @@
 """The demand that is due over time, forecast arrivals included, and the quality that it can earn.
 
-Demand counts a request as one image.
+Demand counts images, and takes every waiting request to have as many as recent ones had on average.
 """
 
 from __future__ import annotations
@@ -67,35 +67,37 @@ class Demand:
 
         `prefix` is the beginning of the queue as a list, which is indexed ten times as fast.
         """
-        waiting = len(queue) - first
+        waiting, images = len(queue) - first, forecast.images_per_request
         last_s = min(queue[-1].deadlines.soft - start, BUDGET_CAP_S)
         mean_s = forecast.mean_budget_s or last_s
         tight_s = max(MIN_BUDGET_S, forecast.budget_quantile_s(TIGHT_BUDGET_QUANTILE) or mean_s)
-        samples, count = [], 1
+        samples: list[tuple[float, float]] = []
+        count = 1
         while count < waiting:
             last = first + count - 1
             request = prefix[last] if last < len(prefix) else queue[last]
-            samples.append((min(request.deadlines.soft - start, BUDGET_CAP_S), count))
+            samples.append((min(request.deadlines.soft - start, BUDGET_CAP_S), images * count))
             count *= 4
-        samples.append((last_s, waiting))
+        samples.append((last_s, images * waiting))
         margin_s = DEADLINE_MARGIN * tight_s
         min_s = min(
             (due_s - margin_s) / count for due_s, count in samples[min(2, len(samples) - 1) :]
         )
         if last_s < FORECAST_HORIZON * mean_s:
-            samples.append((FORECAST_HORIZON * mean_s, waiting))
+            samples.append((FORECAST_HORIZON * mean_s, images * waiting))
         points = [
             (due_s - margin_s, count + forecast.expected_late(due_s, 0.0))
             for due_s, count in samples
         ]
         return cls(_lower_hull(points), tight_s, min_s)
 
-    def quality_after(self, hull: QualityHull, busy_s: float, done: int, scale: float) -> float:
+    def quality_after(
+        self, hull: QualityHull, busy_s: float, done: float, capacity: Capacity
+    ) -> float:
         """Return the quality that all images but the first `done` can earn after `busy_s` seconds.
 
         The engine is busy for `busy_s` seconds and then serves a fluid in order of deadlines. The
-        seconds per image are the slopes of the greatest convex minorant of the points. `scale`
-        converts seconds to the hull's seconds.
+        seconds per image are the slopes of the greatest convex minorant of the points.
         """
         value = at_s = at_count = 0.0
         points, num_points, k = self.points, len(self.points), 0
@@ -113,9 +115,30 @@ class Demand:
             due_s, count = points[best]
             count -= done
             if least > 0:
-                value += (count - at_count) * hull.quality(least * scale)
+                value += (count - at_count) * hull.quality(capacity.compute_s(least))
             at_count, at_s, k = count, max(at_s, due_s - busy_s), best + 1
         return value
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """How much of the engine's time is compute, as every batch has an overhead in addition."""
+
+    scale: float
+    """Factor from seconds to the hull's profiled seconds."""
+    share: float
+    """Largest share of compute in the engine's time: that of the longest batch."""
+    overhead_s: float
+    """Least overhead per image: that of the largest batch."""
+
+    def compute_s(self, seconds: float) -> float:
+        """Return the profiled seconds of compute in the engine's seconds for one image."""
+        return max(0.0, min(seconds * self.share, seconds - self.overhead_s)) * self.scale
+
+    def engine_s(self, profiled_s: float) -> float:
+        """Return the engine's seconds for an image of so much compute; inverse of `compute_s`."""
+        compute_s = profiled_s / self.scale
+        return max(compute_s / self.share, compute_s + self.overhead_s)
 
 
 def _lower_hull(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
@@ -136,13 +159,14 @@ def _lower_hull(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, flo
 
 @dataclass(frozen=True, slots=True)
 class ArrivalForecast:
-    """The rate of recent requests in 1/s and their budgets."""
+    """The rate of recent images in 1/s, and the budgets of their requests."""
 
     rate: float = 0.0
     budgets_s: tuple[float, ...] = ()
     """Budgets of recent requests in ascending order."""
     sums_s: tuple[float, ...] = (0.0,)
     """Running sums of the budgets, starting with 0."""
+    images_per_request: float = 1.0
 
     @property
     def mean_budget_s(self) -> float:
@@ -154,7 +178,7 @@ class ArrivalForecast:
         return self.budgets_s[int(share * len(self.budgets_s))] if self.budgets_s else 0.0
 
     def expected_late(self, busy_s: float, fastest_s: float) -> float:
-        """Return the expected number of new requests that a busy period of the engine makes late.
+        """Return the expected number of new images that a busy period of the engine makes late.
 
         A new request with budget b that arrives t seconds into the period waits `busy_s - t` and
         then needs `fastest_s`: it is late if t < busy_s + fastest_s - b. Requests with b <
@@ -174,6 +198,7 @@ class Arrivals:
     def __init__(self) -> None:
         self._times: deque[float] = deque(maxlen=ARRIVAL_WINDOW)
         self._budgets: deque[float] = deque(maxlen=ARRIVAL_WINDOW)
+        self._images: deque[int] = deque(maxlen=ARRIVAL_WINDOW)
         self._since_refresh = 0
         self.forecast = ArrivalForecast()
 
@@ -181,14 +206,17 @@ class Arrivals:
         """Add a request; return whether the forecast was replaced."""
         self._times.append(request.arrival)
         self._budgets.append(min(request.deadlines.soft - request.arrival, BUDGET_CAP_S))
+        self._images.append(request.num_images)
         self._since_refresh += 1
         if self._since_refresh < min(REFRESH_INTERVAL, max(2, len(self._times) // 4)):
             return False
         self._since_refresh = 0
         span = self._times[-1] - self._times[0]
         budgets = tuple(sorted(self._budgets))
-        rate = (len(self._times) - 1) / span if span > 0 else 0.0
-        self.forecast = ArrivalForecast(rate, budgets, tuple(accumulate(budgets, initial=0.0)))
+        images = sum(self._images) / len(self._images)
+        rate = images * (len(self._times) - 1) / span if span > 0 else 0.0
+        sums = tuple(accumulate(budgets, initial=0.0))
+        self.forecast = ArrivalForecast(rate, budgets, sums, images)
         return True
 
 
