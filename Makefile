@@ -110,7 +110,7 @@ verify-gateway: install ## about 4 minutes: latency added by the gateway; kill -
 	$(BIN)/ladderstitch-loadtest kills --ray --out loadtest/results
 
 verify-peers: install ## about 5 minutes: one network behind NVIDIA Triton, here, and a bare echo; where the time goes
-	$(BIN)/ladderstitch-loadtest peers --variants 0 --out loadtest/results
+	$(BIN)/ladderstitch-loadtest peers --out loadtest/results
 	$(BIN)/ladderstitch-loadtest breakdown --out loadtest/results
 
 soak: install ## one hour of mixed load with cancels, bad input and restarted replicas

@@ -30,7 +30,7 @@ ONE_CALLER, MANY_CALLERS = ("mean_ms", "p50_ms"), ("answers_per_s",)
 def peers(
     variants: Annotated[
         str, typer.Option(help="Variants of the embedded model, pinned one after another.")
-    ] = "0,1,2",
+    ] = "0,5,7",
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.5, help="Length of each run.")] = 3.0,
     generator: Annotated[
@@ -59,7 +59,7 @@ def _parse_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"variants: expected ids such as 0,1,2, got {text!r}") from None
+        raise ConfigError(f"variants: expected ids such as 0,5,7, got {text!r}") from None
 
 
 def format_table(found: PeerComparison) -> Table:
