@@ -11,7 +11,8 @@ No file is unpickled. A bundle that does not fit is rejected with the reason.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ladderstitch.bundles import LANGUAGE_FAMILY
-from ladderstitch.errors import BundleError
+from ladderstitch.errors import BundleError, ConfigError
 from ladderstitch.runtime.low_bit import LowBitPrecision
 from ladderstitch.scheduling.profiles import QualityTable
 from ladderstitch.text.model.config import LlamaConfig
@@ -139,6 +140,23 @@ class TextBundle:
         """Return the precision of each path, or an empty tuple if no path has one."""
         found = tuple(variant.precision for variant in self.manifest.variants)
         return found if any(found) else ()
+
+    def with_paths(self, names: Sequence[str]) -> TextBundle:
+        """Return the bundle with only the paths of these names, in their own order.
+
+        Raises `ConfigError` for a name that the bundle lacks.
+        """
+        present = {variant.name: number for number, variant in enumerate(self.manifest.variants)}
+        if unknown := [name for name in names if name not in present]:
+            raise ConfigError(f"paths: expected some of {list(present)}, got {unknown}")
+        kept = sorted({present[name] for name in names})
+        paths = tuple(self.manifest.variants[number] for number in kept)
+        quality = self.quality
+        if quality is not None:
+            variants = {new: quality.variants[old] for new, old in enumerate(kept)}
+            quality = quality.model_copy(update={"variants": variants})
+        manifest = self.manifest.model_copy(update={"paths": paths})
+        return replace(self, manifest=manifest, quality=quality)
 
     def tokenizer(self) -> TextTokenizer:
         """Return the tokenizer.
