@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 
 .PHONY: help install serve test unit lint format types protos tools manifests figures \
 	verify-models verify-serving verify-scheduling verify-training verify-language \
-	verify-generation verify-kernels verify-operations verify-gateway verify-peers soak clean
+	verify-generation verify-kernels verify-operations verify-gateway verify-peers \
+	verify-language-peers soak clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -108,6 +109,12 @@ verify-gateway: install ## about 4 minutes: latency added by the gateway; kill -
 	$(BIN)/ladderstitch-loadtest hop --out loadtest/results
 	$(BIN)/ladderstitch-loadtest kills --no-ray --out loadtest/results
 	$(BIN)/ladderstitch-loadtest kills --ray --out loadtest/results
+
+verify-language-peers: install ## about 5 minutes: SmolLM2 with 4 bits behind llama.cpp and here
+	$(BIN)/ladderstitch fetch smollm2
+	$(BIN)/ladderstitch fetch brown --into data/brown
+	$(BIN)/ladderstitch quantize smollm2 --text data/brown/heldout.txt
+	$(BIN)/ladderstitch-loadtest language-peers --out loadtest/results
 
 verify-peers: install ## about 5 minutes: one network behind NVIDIA Triton, here, and a bare echo; where the time goes
 	$(BIN)/ladderstitch-loadtest peers --out loadtest/results

@@ -83,6 +83,11 @@ class ServerConfig(ListenConfig):
         description="ranks: number of processes that a language model is split over",
         json_schema_extra=TEXT,
     )
+    paths: tuple[str, ...] = Field(
+        (),
+        description="paths of a language model to load, by name; empty: all of its bundle",
+        json_schema_extra={**TEXT, "flags": ["--path"]},
+    )
     spare_ranks: int = Field(
         0,
         ge=0,

@@ -19,7 +19,7 @@ from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.models import graphs
 from ladderstitch.vision.preprocessing import ImageReader
 from ladderstitch_loadtest.servers import peer_packages
-from ladderstitch_loadtest.servers.peer_packages import PACKAGES, PeerError, installed_packages
+from ladderstitch_loadtest.servers.peer_packages import TRITON, PeerError, installed_packages
 from ladderstitch_loadtest.servers.triton import PYTHON, format_command, triton_server
 from ladderstitch_loadtest.servers.triton_repository import (
     MODEL_CODE,
@@ -115,7 +115,7 @@ def test_model_code_answers_each_request_of_a_batch(
 
 def test_packages_have_the_onnx_runtime_of_the_server() -> None:
     pins = [line.split("#")[0].strip() for line in CONSTRAINTS.read_text().splitlines()]
-    (runtime,) = (package for package in PACKAGES if package.startswith("onnxruntime"))
+    (runtime,) = (package for package in TRITON if package.startswith("onnxruntime"))
     assert runtime in pins
 
 
@@ -128,7 +128,7 @@ def test_installed_packages_if_pip_fails_reports_its_output(
     monkeypatch.setattr(peer_packages.sys, "executable", str(python))
     monkeypatch.setenv("LADDERSTITCH_CACHE", str(tmp_path / "cache"))
     with pytest.raises(PeerError, match=r"could not install nvidia-pytriton(.|\n)*no matching"):
-        installed_packages()
+        installed_packages(TRITON)
     assert not list((tmp_path / "cache" / "peers").iterdir())
 
 

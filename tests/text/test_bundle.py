@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from ladderstitch.errors import BundleError, ConfigError, DataError
 from ladderstitch.importers.gguf import import_gguf
-from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.bundle import TextBundle, TextVariant
 from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.weight_reader import MemoryWeights, SafetensorsFolder
 from ladderstitch.text.model.weights import check_weights
 from ladderstitch.text.tokenizer import TextStream
@@ -165,3 +166,15 @@ def test_config_of_another_architecture_raises(change: dict[str, object], messag
     assert LlamaConfig.from_hf(fields).kv_heads == 8
     with pytest.raises(ConfigError, match=message):
         LlamaConfig.from_hf(fields | change)
+
+
+def test_with_paths_keeps_the_named_ones_and_their_qualities(tmp_path: Path) -> None:
+    names = ("standard", "standard-int8", "ladder")
+    paths = tuple(TextVariant(name=name, residual=ResidualScheme()) for name in names)
+    bundle = TextBundle.load(write_tiny(tmp_path / "tiny", paths=paths))
+    kept = bundle.with_paths(["ladder", "standard"])
+    assert [variant.name for variant in kept.manifest.variants] == ["standard", "ladder"]
+    assert kept.quality is not None
+    assert [kept.quality.value(n) for n in (0, 1)] == pytest.approx([0.6, 0.4])
+    with pytest.raises(ConfigError, match=r"paths: expected some of .*, got \['int4'\]"):
+        bundle.with_paths(["int4"])

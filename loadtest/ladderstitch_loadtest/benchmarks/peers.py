@@ -10,7 +10,7 @@ from statistics import median
 from ladderstitch.oip import grpc_service_pb2 as oip
 from ladderstitch_loadtest.benchmarks.peer_servers import Peer, call, start_peers
 from ladderstitch_loadtest.load.closed_loop import Generator, LoopError, run_loop
-from ladderstitch_loadtest.servers.peer_packages import PACKAGES, PeerError, installed_packages
+from ladderstitch_loadtest.servers.peer_packages import TRITON, PeerError, installed_packages
 
 CALLERS = (1, 8, 32)
 WARM_UP_S = 0.7
@@ -86,7 +86,7 @@ def compare(
     """
     load = os.getloadavg()[0]
     advance("installing")
-    packages = installed_packages()
+    packages = installed_packages(TRITON)
     figures, differences = [], []
     for variant in variants:
         advance(f"variant {variant}: starting")
@@ -95,7 +95,7 @@ def compare(
         figures += summarise(variant, runs)
         differences.append(difference)
     return PeerComparison(
-        figures, generator, PACKAGES, max(differences), rounds, seconds, round(load, 2)
+        figures, generator, TRITON, max(differences), rounds, seconds, round(load, 2)
     )
 
 

@@ -16,6 +16,8 @@ from urllib.request import urlopen
 from prometheus_client.parser import text_string_to_metric_families
 
 READY = re.compile(r"ready after .* gRPC on (\S+), metrics on (\S+)")
+OPENAI_URL = re.compile(r"OpenAI API on http://(\S+)/v1")
+"""The HTTP address in a ready line."""
 STOP_TIMEOUT_S = 60.0
 
 

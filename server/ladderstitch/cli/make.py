@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ladderstitch.bundles import find_bundle, models_home
+from ladderstitch.bundles import find_bundle, is_language_bundle, models_home
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
+from ladderstitch.cli.measure import quality_table
 from ladderstitch.errors import ConfigError
 
 DATA = ("fashion-mnist", "brown", "austen")
@@ -99,25 +100,56 @@ def stitch(
 
 
 def quantize(
-    bundle: Annotated[Path, typer.Argument(help="Directory of a bundle, or name of a model.")],
-    data: DataFolder,
-    split: Annotated[str, typer.Option(help="Split of the data to take images from.")] = "train",
+    bundle: Annotated[str, typer.Argument(help="Directory of a bundle, or name of a model.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Image models: folder of gzipped IDX files.")
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Image models: split of the data to take images from.")
+    ] = "train",
     images: Annotated[
-        int, typer.Option(min=1, help="Number of images that the ranges are measured on.")
+        int, typer.Option(min=1, help="Image models: images that the ranges are measured on.")
     ] = 256,
+    text: Annotated[
+        Path | None, typer.Option(help="Language models: held-out text to measure all paths on.")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="Language models: int4 or int8; image models have int8 only.")
+    ] = "int4",
 ) -> None:
-    """Add an int8 form of every network of a bundle, as further variants.
+    """Add low-bit forms of all variants of a bundle, as further variants.
 
-    Weights and the inputs of products get 8 bits; the ranges of activations are measured on images
-    of the data. The new variants have the ids after the present ones. `calibrate` measures their
-    quality, and the frontier contains those of them that are worth it.
+    Image models: weights and the inputs of products get 8 bits; the ranges of activations are
+    measured on images of the data. The new variants have the ids after the present ones.
+    `calibrate` measures their quality, and the frontier contains those of them that are worth it.
+
+    Language models: weights get 4 or 8 bits when the model is loaded, and activations 8. All paths
+    are measured on the text.
+
+    Example: `ladderstitch quantize smollm2 --text data/brown/heldout.txt`
     """
+    with user_errors():
+        path = find_bundle(bundle)
+        if is_language_bundle(path):
+            if text is None:
+                raise ConfigError("text: expected a held-out text for a language model, got none")
+            _quantize_language(path, precision, text)
+            err.print(f"wrote {path}; next: ladderstitch serve --model {bundle}")
+        else:
+            if data is None:
+                raise ConfigError("data: expected a folder of images for an image model, got none")
+            folder = _quantize_vision(path, data, split, images)
+            err.print(f"wrote {folder}; next: ladderstitch calibrate {bundle} --data {data}")
+
+
+def _quantize_vision(path: Path, data: Path, split: str, images: int) -> Path:
+    """Add the int8 variants of an image model; returns their folder."""
     from ladderstitch.training.vision.dataset import load_idx_folder, normalise
     from ladderstitch.training.vision.quantize import quantize as run
     from ladderstitch.vision.bundle import VisionBundle
 
-    with user_errors(), progress_bar() as progress:
-        loaded = VisionBundle.load(find_bundle(str(bundle)))
+    with progress_bar() as progress:
+        loaded = VisionBundle.load(path)
         inputs = loaded.manifest.preprocessing
         pixels = load_idx_folder(data, split).pixels[:images]
         task = progress.add_task("quantize", total=None)
@@ -126,7 +158,22 @@ def quantize(
             normalise(pixels, inputs.mean, inputs.std).numpy(),
             lambda done, all_: progress.update(task, completed=done, total=all_),
         )
-    err.print(f"wrote {loaded.int8_folder}; next: ladderstitch calibrate {bundle} --data {data}")
+    return loaded.int8_folder
+
+
+def _quantize_language(path: Path, precision: str, text: Path) -> None:
+    from ladderstitch.runtime.low_bit import BITS
+    from ladderstitch.text.bundle import TextBundle
+    from ladderstitch.training.text.calibrate import DEFAULT_SAMPLE, quantise
+
+    found = next((known for known in BITS if known == precision), None)
+    if found is None:
+        raise ConfigError(f"precision: expected one of {sorted(BITS)}, got {precision!r}")
+    bundle = TextBundle.load(path)
+    with progress_bar() as progress:
+        table = quantise(bundle, found, text, DEFAULT_SAMPLE, 1, progress)
+    names = [variant.name for variant in TextBundle.load(path).manifest.variants]
+    out.print(quality_table(names, table))
 
 
 Checkpoints = Annotated[

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ladderstitch.bundles import EMBEDDED, find_bundle
+from ladderstitch.bundles import EMBEDDED, find_bundle, is_language_bundle
 from ladderstitch.cli.console import err, out, plain_table, progress_bar, user_errors
+from ladderstitch.errors import ConfigError
 from ladderstitch.vision.bundle import VisionBundle, write_table
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
     from rich.table import Table
 
+    from ladderstitch.scheduling.profiles import QualityTable
     from ladderstitch.vision.frontier import FrontierRow
 
 BundleFolder = Annotated[
@@ -24,25 +28,69 @@ BundleFolder = Annotated[
 
 
 def calibrate(
-    data: Annotated[Path, typer.Option(help="Folder of gzipped IDX files.")],
     bundle: BundleFolder = EMBEDDED,
-    split: Annotated[str, typer.Option(help="Split of the data to measure on.")] = "t10k",
+    data: Annotated[
+        Path | None, typer.Option(help="Image models: folder of gzipped IDX files.")
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Image models: split of the data to measure on.")
+    ] = "t10k",
     name: Annotated[
-        str, typer.Option(help="Name of the data in quality.json.")
+        str, typer.Option(help="Image models: name of the data in quality.json.")
     ] = "Fashion-MNIST test",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Image models: images per batch.")] = 100,
+    text: Annotated[
+        Path | None, typer.Option(help="Language models: held-out text file to measure on.")
+    ] = None,
 ) -> None:
-    """Measure the quality of every stitch with 95 % intervals, and write quality.json.
+    """Measure the quality of every variant with 95 % intervals, and write quality.json.
 
-    Resumes if it was interrupted.
+    The measurement of an image model resumes if it was interrupted.
     """
     from ladderstitch.training.vision.calibrate import calibrate as run
     from ladderstitch.training.vision.dataset import load_idx_folder
 
     with user_errors(), progress_bar() as progress:
-        bundle = find_bundle(str(bundle))
-        run(VisionBundle.load(bundle), load_idx_folder(data, split), name, batch_size, progress)
-    err.print(f"wrote {bundle / 'quality.json'}; next: ladderstitch profile {bundle}")
+        path = find_bundle(str(bundle))
+        if is_language_bundle(path):
+            _calibrate_language(path, text, progress)
+            following = f"ladderstitch serve --model {bundle}"
+        else:
+            if data is None:
+                raise ConfigError("data: expected a folder of images for an image model, got none")
+            run(VisionBundle.load(path), load_idx_folder(data, split), name, batch_size, progress)
+            following = f"ladderstitch profile {bundle}"
+    err.print(f"wrote {path / 'quality.json'}; next: {following}")
+
+
+def _calibrate_language(path: Path, text: Path | None, progress: Progress) -> None:
+    from ladderstitch.text.bundle import TextBundle
+    from ladderstitch.training.text.calibrate import DEFAULT_SAMPLE
+    from ladderstitch.training.text.calibrate import calibrate as run
+
+    if text is None:
+        raise ConfigError("text: expected a held-out text for a language model, got none")
+    loaded = TextBundle.load(path, calibrated=False)
+    table = run(loaded, text, DEFAULT_SAMPLE, 1, progress)
+    out.print(quality_table([v.name for v in loaded.manifest.variants], table))
+
+
+def quality_table(names: Sequence[str], table: QualityTable) -> Table:
+    """Return the qualities of a language model's paths, by their names in order of their ids."""
+    rows = [
+        (
+            str(number),
+            name,
+            f"{quality.value:.4f}",
+            f"{quality.low:.4f}-{quality.high:.4f}",
+            f"{quality.perplexity:.2f}",
+        )
+        for number, (name, quality) in enumerate(
+            zip(names, (table.variants[n] for n in range(len(names))), strict=True)
+        )
+    ]
+    columns = ("id", "path", table.metric, "95 % interval", "perplexity")
+    return plain_table(columns, rows, text=("path",))
 
 
 def profile(

@@ -26,11 +26,12 @@ class TextRunner:
     ) -> None:
         """Load the bundle's manifest and tokenizer; `launcher` starts the ranks.
 
-        Raises `BundleError` if the bundle is invalid, and `ConfigError` if the model cannot be
-        split over `tensor_parallel_size` ranks.
+        Raises `BundleError` if the bundle is invalid, and `ConfigError` if it lacks a path or cannot
+        be split over `tensor_parallel_size` ranks.
         """
         self.config, self.registry = config, registry
-        self.bundle = TextBundle.load(config.bundle)
+        bundle = TextBundle.load(config.bundle)
+        self.bundle = bundle.with_paths(config.paths) if config.paths else bundle
         self.tokenizer = self.bundle.tokenizer()
         for rank in range(config.tensor_parallel_size):
             Shard.of(self.bundle.manifest.config, rank, config.tensor_parallel_size)

@@ -9,13 +9,20 @@ longer, so small products of cached weights run on MKL. Results differ by roundi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ladderstitch.runtime.low_bit import LowBitMatrix, LowBitProduct, quantise
+
 Linear = Callable[..., Tensor]
 """Function with the signature of `F.linear`: (x, weight, bias=None) -> product."""
+Matrix: TypeAlias = Tensor | LowBitMatrix
+"""A matrix [N, K] in any precision; a tensor may come from `pack`."""
+Product = Callable[[Tensor], Tensor]
+"""Function that multiplies x [T, K] with one matrix [N, K]: [T, N]."""
 
 ONEDNN_MIN_MACS = 3_000_000
 """Products of fewer multiply-accumulates run on MKL if their weights are likely to be cached."""
@@ -32,6 +39,19 @@ def serving_linear(weight: Tensor, *, cached: bool = True) -> Linear:
     if not on_cpu or not torch.backends.mkldnn.is_available():
         return F.linear
     return _by_size if cached else _onednn
+
+
+def open_product(matrix: Matrix, threads: int) -> Product:
+    """Return the product with a matrix that no cache holds, by the fastest library for it."""
+    if isinstance(matrix, LowBitMatrix):
+        return LowBitProduct(matrix, threads)
+    linear = serving_linear(matrix, cached=False)
+    return lambda x: linear(x, matrix)
+
+
+def store(weight: Tensor, bits: int | None) -> Matrix:
+    """Return a matrix [N, K] with `bits` bits per weight, or `pack` it in its dtype if unset."""
+    return pack(weight) if bits is None else quantise(weight, bits)
 
 
 def pack(weight: Tensor) -> Tensor:

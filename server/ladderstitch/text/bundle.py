@@ -11,7 +11,8 @@ No file is unpickled. A bundle that does not fit is rejected with the reason.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ladderstitch.bundles import LANGUAGE_FAMILY
-from ladderstitch.errors import BundleError
+from ladderstitch.errors import BundleError, ConfigError
+from ladderstitch.runtime.low_bit import LowBitPrecision
 from ladderstitch.scheduling.profiles import QualityTable
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.residual import ResidualScheme
@@ -29,7 +31,7 @@ from ladderstitch.text.tokenizer import TextTokenizer
 
 
 class TextVariant(BaseModel):
-    """A path of a language model: a residual scheme and, optionally, a low-rank delta."""
+    """A path of a language model: a residual scheme, a low-rank delta if any, and a precision."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,6 +41,9 @@ class TextVariant(BaseModel):
         None,
         pattern=r"^[^/]+\.safetensors$",
         description="file with the low-rank (LoRA) additions to some tensors; unset: no additions",
+    )
+    precision: LowBitPrecision | None = Field(
+        None, description="number format of the matrices; unset: the server's `dtype`"
     )
 
 
@@ -95,8 +100,8 @@ class TextBundle:
     quality: QualityTable | None = None
 
     @classmethod
-    def load(cls, path: Path) -> TextBundle:
-        """Return the bundle of a folder.
+    def load(cls, path: Path, *, calibrated: bool = True) -> TextBundle:
+        """Return the bundle of a folder; without `calibrated`, its qualities are not read.
 
         Raises `BundleError` that names the file, the field, the expected and the actual value.
         """
@@ -105,7 +110,8 @@ class TextBundle:
             manifest = TextManifest.model_validate(raw)
         except (OSError, yaml.YAMLError, ValidationError) as error:
             raise BundleError(f"{path / 'model.yaml'}: {error}") from error
-        bundle = cls(path, manifest, _read_quality(path / "quality.json", manifest))
+        quality = _read_quality(path / "quality.json", manifest) if calibrated else None
+        bundle = cls(path, manifest, quality)
         check_weights(bundle.weights(), manifest.config, shared_norm=bundle.shared_norm)
         shapes = expected_shapes(manifest.config, shared_norm=bundle.shared_norm)
         for variant in manifest.variants:
@@ -129,6 +135,28 @@ class TextBundle:
             for variant in self.manifest.variants
         )
         return files if any(files) else ()
+
+    def precisions(self) -> tuple[LowBitPrecision | None, ...]:
+        """Return the precision of each path, or an empty tuple if no path has one."""
+        found = tuple(variant.precision for variant in self.manifest.variants)
+        return found if any(found) else ()
+
+    def with_paths(self, names: Sequence[str]) -> TextBundle:
+        """Return the bundle with only the paths of these names, in their own order.
+
+        Raises `ConfigError` for a name that the bundle lacks.
+        """
+        present = {variant.name: number for number, variant in enumerate(self.manifest.variants)}
+        if unknown := [name for name in names if name not in present]:
+            raise ConfigError(f"paths: expected some of {list(present)}, got {unknown}")
+        kept = sorted({present[name] for name in names})
+        paths = tuple(self.manifest.variants[number] for number in kept)
+        quality = self.quality
+        if quality is not None:
+            variants = {new: quality.variants[old] for new, old in enumerate(kept)}
+            quality = quality.model_copy(update={"variants": variants})
+        manifest = self.manifest.model_copy(update={"paths": paths})
+        return replace(self, manifest=manifest, quality=quality)
 
     def tokenizer(self) -> TextTokenizer:
         """Return the tokenizer.

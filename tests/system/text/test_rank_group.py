@@ -100,6 +100,20 @@ async def test_several_ranks_give_the_logits_of_one(
     assert max(shares) < 0.7 * whole
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+async def test_paths_of_two_precisions(
+    tiny_language_bundle: TextBundle, expected: np.ndarray, ranks: int
+) -> None:
+    options = GroupOptions(link="shared_memory")
+    precisions = (None, "int8", "int8")
+    async with running(tiny_language_bundle, options, ranks=ranks, precisions=precisions) as group:
+        got = await all_logits(group)
+    assert np.abs(got[0] - expected[0]).max() <= 1e-5 * np.abs(expected).max()
+    for path in (1, 2):
+        error = np.linalg.norm(got[path] - expected[path])
+        assert 0 < error < 0.08 * np.linalg.norm(expected[path])
+
+
 @pytest.mark.parametrize(("link", "spares"), [("shared_memory", 1), ("tcp", 0)])
 async def test_killed_rank_is_replaced(
     tiny_language_bundle: TextBundle, expected: np.ndarray, link: str, spares: int

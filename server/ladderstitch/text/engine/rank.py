@@ -12,13 +12,15 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ladderstitch.runtime.device import use_device
+from ladderstitch.runtime.low_bit import BITS, LowBitPrecision
 from ladderstitch.text.comm.base import (
     CommSpec,
     Communicator,
@@ -35,14 +37,28 @@ from ladderstitch.text.messages import Kind, Message, Step, receive_message, sen
 from ladderstitch.text.model.attention import Batch, PagedCache
 from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import LayerPlan, plan_layers
-from ladderstitch.text.model.weight_reader import DeltaWeights, load_delta, touched_layers
-from ladderstitch.text.model.weights import Shard, load_layer, load_rank
+from ladderstitch.text.model.segments import SEGMENT_SCHEMES, SegmentedTransformer
+from ladderstitch.text.model.weight_reader import (
+    DeltaWeights,
+    Weights,
+    load_delta,
+    touched_layers,
+)
+from ladderstitch.text.model.weights import (
+    LayerWeights,
+    RankWeights,
+    Shard,
+    load_layer,
+    load_rank,
+)
 
 log = logging.getLogger(__name__)
 
 SECRET_VARIABLE = "LADDERSTITCH_RANK_SECRET"
 CONNECT_TIMEOUT_S = 20.0
 MAX_ERROR_CHARACTERS = 4096
+RankModel = Transformer | SegmentedTransformer
+"""A model of one rank; both kinds have the same `forward`."""
 
 
 class Rank:
@@ -65,13 +81,13 @@ class Rank:
             self.shard,
             config.blocks,
             config.block_tokens,
-            config.torch_dtype,
+            config.cache_dtype,
             config.device,
         )
         self.comm: Communicator | None = None
         self.path_plans: list[tuple[tuple[LayerPlan, ...], Communicator]] = []
         self.load_stats = {
-            "weight_bytes": self.models[0].weights.bytes(),
+            "weight_bytes": self.models[0].weight_bytes,
             "cache_bytes": self.cache.bytes,
             "memory_bytes": anonymous_bytes() - anonymous,
             "seconds": time.monotonic() - started,
@@ -113,14 +129,20 @@ class Rank:
         return Message(Kind.LOGITS, header, whole.data.cast("B") if whole.size else b"")
 
 
-def load_models(config: RankConfig, shard: Shard) -> list[Transformer]:
-    """Return one rank's model of every path; paths share the tensors that no delta changes."""
+def load_models(config: RankConfig, shard: Shard) -> list[RankModel]:
+    """Return one rank's model of every path.
+
+    Paths of one precision share the tensors that no delta changes.
+    """
     reader = config.weights()
-    dtype, device, shared_norm = config.torch_dtype, config.device, config.shared_norm
-    weights = load_rank(reader, config.model, shard, dtype, device, shared_norm=shared_norm)
-    base = Transformer(config.model, weights, shard)
-    models = []
-    for file in config.deltas or (None,) * len(config.paths):
+    models: list[RankModel] = []
+    bases: dict[str | None, tuple[RankWeights, RankModel]] = {}
+    for precision, file in zip(config.path_precisions, config.path_deltas, strict=True):
+        options = ShardOptions(config, shard, precision)
+        if precision not in bases:
+            weights = options.load_rank(reader)
+            bases[precision] = weights, options.make_model(weights)
+        weights, base = bases[precision]
         if file is None:
             models.append(base)
             continue
@@ -128,11 +150,48 @@ def load_models(config: RankConfig, shard: Shard) -> list[Transformer]:
         changed = DeltaWeights(reader, delta)
         layers = list(weights.layers)
         for layer in touched_layers(delta):
-            layers[layer] = load_layer(
-                changed, layer, config.model, shard, dtype, device, shared_norm=shared_norm
-            )
-        models.append(Transformer(config.model, replace(weights, layers=tuple(layers)), shard))
+            layers[layer] = options.load_layer(changed, layer)
+        models.append(options.make_model(replace(weights, layers=tuple(layers))))
     return models
+
+
+@dataclass(frozen=True, slots=True)
+class ShardOptions:
+    """The way in which one rank loads and runs the paths of one precision."""
+
+    config: RankConfig
+    shard: Shard
+    precision: LowBitPrecision | None
+
+    @property
+    def _common(self) -> dict[str, Any]:
+        config, bits = self.config, BITS[self.precision] if self.precision else None
+        return {
+            "config": config.model,
+            "shard": self.shard,
+            "dtype": torch.float32 if bits else config.torch_dtype,
+            "device": config.device,
+            "shared_norm": config.shared_norm,
+            "bits": bits,
+        }
+
+    def load_rank(self, reader: Weights) -> RankWeights:
+        """Return this rank's tensors."""
+        return load_rank(reader, **self._common)
+
+    def load_layer(self, reader: Weights, layer: int) -> LayerWeights:
+        """Return this rank's tensors of one layer."""
+        return load_layer(reader, layer, **self._common)
+
+    def make_model(self, weights: RankWeights) -> RankModel:
+        """Return the model: of segments if it is low-bit, on one rank, and its schemes fit."""
+        config = self.config
+        pairs = zip(config.path_precisions, config.paths, strict=True)
+        schemes = {path.scheme for precision, path in pairs if precision == self.precision}
+        if self.precision is None or config.ranks > 1 or not schemes <= SEGMENT_SCHEMES:
+            return Transformer(config.model, weights, self.shard, config.threads)
+        lagged = "ladder" in schemes
+        return SegmentedTransformer(config.model, weights, config.threads, lagged=lagged)
 
 
 def anonymous_bytes() -> int:

@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ladderstitch.runtime.device import DTYPES
+from ladderstitch.runtime.low_bit import LowBitPrecision
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.comm.base import (
     CommChoice,
@@ -44,6 +45,9 @@ class RankConfig(BaseModel):
     deltas: tuple[Path | None, ...] = Field(
         (), description="the delta (LoRA) file of each path; empty: no path has one"
     )
+    precisions: tuple[LowBitPrecision | None, ...] = Field(
+        (), description="the precision of each path's matrices; unset: `dtype`; empty: all of them"
+    )
     bundle: Path | None = None
     shared_norm: bool = False
     ranks: int = Field(1, gt=0)
@@ -69,6 +73,7 @@ class RankConfig(BaseModel):
                 "model": manifest.config,
                 "paths": tuple(variant.residual for variant in manifest.variants),
                 "deltas": bundle.delta_files(),
+                "precisions": bundle.precisions(),
                 "bundle": bundle.path.resolve(),
                 "shared_norm": bundle.shared_norm,
                 "max_model_len": manifest.config.max_positions,
@@ -77,15 +82,39 @@ class RankConfig(BaseModel):
         )
 
     @model_validator(mode="after")
-    def _check_deltas(self) -> RankConfig:
+    def _check_paths(self) -> RankConfig:
         if len(self.deltas) not in (0, len(self.paths)):
             raise ValueError(f"deltas: expected {len(self.paths)}, got {len(self.deltas)}")
+        if len(self.precisions) not in (0, len(self.paths)):
+            raise ValueError(f"precisions: expected {len(self.paths)}, got {len(self.precisions)}")
+        if any(self.precisions) and self.device != "cpu":
+            raise ValueError(
+                f"device: expected cpu, the only one for int8 and int4 paths, got {self.device}"
+            )
         return self
 
     @property
+    def path_precisions(self) -> tuple[LowBitPrecision | None, ...]:
+        """The precision of each path's matrices; None stands for `dtype`."""
+        return self.precisions or (None,) * len(self.paths)
+
+    @property
+    def path_deltas(self) -> tuple[Path | None, ...]:
+        """The delta file of each path."""
+        return self.deltas or (None,) * len(self.paths)
+
+    @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of weights, cache and partials."""
+        """The dtype of weights and partials of paths without a precision of their own."""
         return DTYPES[self.dtype]
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of keys and values, which all paths share: float32 if a path has low-bit ones.
+
+        Products with low-bit matrices take and return float32.
+        """
+        return torch.float32 if any(self.precisions) else self.torch_dtype
 
     @property
     def sequence_blocks(self) -> int:
@@ -102,7 +131,7 @@ class RankConfig(BaseModel):
     @property
     def partial_bytes(self) -> int:
         """The size of the largest partial that ranks exchange: [max_batched_tokens, D]."""
-        return self.max_batched_tokens * self.model.hidden_size * self.torch_dtype.itemsize
+        return self.max_batched_tokens * self.model.hidden_size * self.cache_dtype.itemsize
 
     def weights(self) -> Weights:
         """Return the weights of the bundle, or random weights if there is no bundle.
@@ -110,7 +139,7 @@ class RankConfig(BaseModel):
         Raises `BundleError` if the bundle cannot be loaded.
         """
         if self.bundle is not None:
-            return TextBundle.load(self.bundle).weights()
+            return TextBundle.load(self.bundle, calibrated=False).weights()
         return RandomWeights(expected_shapes(self.model, shared_norm=self.shared_norm))
 
 

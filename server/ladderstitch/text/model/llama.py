@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladderstitch.runtime.linear import serving_linear
+from ladderstitch.runtime.linear import Matrix, open_product
+from ladderstitch.runtime.low_bit import LowBitMatrix
 from ladderstitch.text.comm.base import Communicator
 from ladderstitch.text.model.attention import Batch, PagedCache
 from ladderstitch.text.model.config import LlamaConfig, RopeScaling
@@ -43,12 +44,18 @@ class Attention:
     """
 
     def __init__(
-        self, layer: int, weights: LayerWeights, config: LlamaConfig, shard: Shard
+        self,
+        layer: int,
+        weights: LayerWeights,
+        config: LlamaConfig,
+        shard: Shard,
+        threads: int,
     ) -> None:
         self.layer, self.width = layer, config.head_dim
         self.heads, self.kv_heads = len(shard.heads), len(shard.kv_heads)
-        self.qkv, self.output = weights.qkv, weights.output
-        self.linear = serving_linear(weights.qkv, cached=False)
+        self.output_matrix = tensor_or_none(weights.output)
+        self.project = open_product(weights.qkv, threads)
+        self.output = open_product(weights.output, threads)
 
     def __call__(
         self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor], cache: PagedCache
@@ -59,7 +66,7 @@ class Attention:
         `PagedCache.rotate_and_append` if the cache uses kernels.
         """
         turned = self.heads + self.kv_heads
-        projected = self.linear(x, self.qkv).view(len(x), turned + self.kv_heads, self.width)
+        projected = self.project(x).view(len(x), turned + self.kv_heads, self.width)
         if cache.uses_kernels:
             q = cache.rotate_and_append(self.layer, batch, projected, rotation)
         else:
@@ -75,14 +82,15 @@ class Mlp:
     The product with `output` [D, F_r] is this rank's partial [T, D].
     """
 
-    def __init__(self, weights: LayerWeights) -> None:
-        self.gate_up, self.output = weights.gate_up, weights.down
-        self.linear = serving_linear(weights.gate_up, cached=False)
-        self.uses_kernels = weights.gate_up.is_cuda
+    def __init__(self, weights: LayerWeights, threads: int) -> None:
+        self.output_matrix = tensor_or_none(weights.down)
+        self.gate_up = open_product(weights.gate_up, threads)
+        self.output = open_product(weights.down, threads)
+        self.uses_kernels = weights.attention_norm.is_cuda
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return silu(x @ gate.T) * (x @ up.T), [T, F_r], of x [T, D]."""
-        gate_up = self.linear(x, self.gate_up)
+        gate_up = self.gate_up(x)
         if self.uses_kernels:
             from ladderstitch_kernels.ops.swiglu import swiglu
 
@@ -97,11 +105,18 @@ class Transformer:
     The cache, the residual plans and the communicator are arguments of each forward pass.
     """
 
-    def __init__(self, config: LlamaConfig, weights: RankWeights, shard: Shard) -> None:
-        self.config, self.weights, self.shard = config, weights, shard
-        self.attentions = [Attention(i, w, config, shard) for i, w in enumerate(weights.layers)]
-        self.mlps = [Mlp(layer) for layer in weights.layers]
-        self._head = serving_linear(weights.head, cached=False)
+    def __init__(
+        self, config: LlamaConfig, weights: RankWeights, shard: Shard, threads: int = 1
+    ) -> None:
+        """Prepare the products with all matrices; those of low-bit matrices use `threads`."""
+        self.config, self.shard, self.weight_bytes = config, shard, weights.bytes()
+        self._embedding, self._norm_gain = weights.embedding, weights.norm
+        self._norms = [(layer.attention_norm, layer.ffn_norm) for layer in weights.layers]
+        self.attentions = [
+            Attention(i, layer, config, shard, threads) for i, layer in enumerate(weights.layers)
+        ]
+        self.mlps = [Mlp(layer, threads) for layer in weights.layers]
+        self._head = open_product(weights.head, threads)
         dtype, device = weights.norm.dtype, weights.norm.device
         self._rotation = tuple(
             table.to(device, dtype)[:, None]
@@ -126,7 +141,7 @@ class Transformer:
         for layer, plan in enumerate(plans):
             self._run_layer(layer, plan, stream, batch, rotation, cache)
         x = stream.read()[batch.output_rows]
-        return self._head(self._norm(x, self.weights.norm), self.weights.head)
+        return self._head(self._norm(x, self._norm_gain))
 
     @cached_property
     def _kernel_rotation(self) -> tuple[Tensor, Tensor]:
@@ -144,41 +159,49 @@ class Transformer:
         rotation: tuple[Tensor, Tensor],
         cache: PagedCache,
     ) -> None:
-        weights, eps = self.weights.layers[layer], self.config.norm_eps
+        (attention_norm, ffn_norm), eps = self._norms[layer], self.config.norm_eps
         attention, mlp = self.attentions[layer], self.mlps[layer]
-        x = stream.read_normed(plan.lag, weights.attention_norm, eps)
+        x = stream.read_normed(plan.lag, attention_norm, eps)
         mixed = attention(x, batch, rotation, cache)
         if plan.fused:
-            stream.add(_partial(attention, mixed) + _partial(mlp, mlp(x)))
+            stream.add(attention.output(mixed) + mlp.output(mlp(x)))
             return
-        assert weights.ffn_norm is not None, "only fused layers share a norm"
+        assert ffn_norm is not None, "only fused layers share a norm"
         _add(stream, attention, mixed, plan.reduce and plan.reduce[0])
-        x = stream.read_normed(plan.lag, weights.ffn_norm, eps)
+        x = stream.read_normed(plan.lag, ffn_norm, eps)
         _add(stream, mlp, mlp(x), plan.reduce and plan.reduce[1])
 
     def _embed(self, tokens: Tensor, comm: Communicator) -> Tensor:
         """Return [T, D] of tokens [T]: the sum over ranks, as each rank has a part of the rows."""
         rows = self.shard.vocabulary
         if self.shard.ranks == 1:
-            return F.embedding(tokens, self.weights.embedding)
+            return look_up(self._embedding, tokens)
         mine = (tokens >= rows.start) & (tokens < rows.stop)
         local = (tokens - rows.start).clamp(0, len(rows) - 1)
-        part = F.embedding(local, self.weights.embedding) * mine.unsqueeze(-1)
+        part = look_up(self._embedding, local) * mine.unsqueeze(-1)
         return comm.wait(comm.all_reduce_async(part))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
 
 
-def _partial(block: Attention | Mlp, x: Tensor) -> Tensor:
-    return block.linear(x, block.output)
+def tensor_or_none(matrix: Matrix) -> Tensor | None:
+    """Return a matrix that kernels can read; low-bit ones belong to their sessions alone."""
+    return matrix if isinstance(matrix, Tensor) else None
+
+
+def look_up(embedding: Matrix, tokens: Tensor) -> Tensor:
+    """Return the rows [T, D] of an embedding."""
+    if isinstance(embedding, LowBitMatrix):
+        return embedding.rows(tokens)
+    return F.embedding(tokens, embedding)
 
 
 def _add(stream: ResidualStream, block: Attention | Mlp, x: Tensor, reduce: bool | None) -> None:
     if reduce is None:
-        stream.add_product(x, block.output, block.linear)
+        stream.add_product(x, block.output_matrix, block.output)
     else:
-        stream.add_desynchronised(_partial(block, x), reduce=reduce)
+        stream.add_desynchronised(block.output(x), reduce=reduce)
 
 
 def rotation_tables(config: LlamaConfig, positions: int) -> tuple[Tensor, Tensor]:

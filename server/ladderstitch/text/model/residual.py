@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.runtime.linear import Linear
+from ladderstitch.runtime.linear import Product
 from ladderstitch.text.comm.base import Communicator, FusedCommunicator, Work
 
 Scheme = Literal["standard", "ladder", "parallel", "desync", "no_communication"]
@@ -148,12 +148,16 @@ class ResidualStream:
             self._full = total
         return normed
 
-    def add_product(self, x: Tensor, weight: Tensor, linear: Linear) -> None:
-        """Add the sum over ranks of x @ weight.T, [T, D]; return before it is complete."""
-        if self._fused is not None:
-            self._in_flight.append(self._fused.all_reduce_product_async(x, weight))
+    def add_product(self, x: Tensor, matrix: Tensor | None, product: Product) -> None:
+        """Add the sum over ranks of x @ matrix.T, [T, D]; return before it is complete.
+
+        `product` multiplies with the matrix. If the matrix is given, a kernel of the communicator
+        may multiply and send at once instead.
+        """
+        if self._fused is not None and matrix is not None:
+            self._in_flight.append(self._fused.all_reduce_product_async(x, matrix))
         else:
-            self.add(linear(x, weight))
+            self.add(product(x))
 
     def add(self, partial: Tensor) -> None:
         """Add the sum over ranks of partials [T, D]; return before it is complete."""

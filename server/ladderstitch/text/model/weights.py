@@ -14,13 +14,16 @@ from torch import Tensor
 
 from ladderstitch.bundles import check_tensors
 from ladderstitch.errors import ConfigError
-from ladderstitch.runtime.linear import pack
+from ladderstitch.runtime.linear import Matrix, store
+from ladderstitch.runtime.low_bit import quantise
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.weight_reader import Weights
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
+VOCABULARY_BITS = 8
+"""Bits per weight of embedding and head where layers have 4 or 8: these two need more than 4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,35 +31,33 @@ class LayerWeights:
     """The tensors of one layer on one rank.
 
     The rank has H_r query and K_r key/value heads of width d and F_r feed-forward columns; the
-    model width is D. Matrices may be packed (`runtime.linear.pack`); only `serving_linear` can
-    multiply with those.
+    model width is D. `runtime.linear.open_product` multiplies with the matrices.
     """
 
     attention_norm: Tensor  # [D]
-    qkv: Tensor  # [(H_r + 2 K_r) d, D]: queries, keys, values
-    output: Tensor  # [D, H_r d]
+    qkv: Matrix  # [(H_r + 2 K_r) d, D]: queries, keys, values
+    output: Matrix  # [D, H_r d]
     ffn_norm: Tensor | None  # [D]; none where attention and MLP share a norm
-    gate_up: Tensor  # [2 F_r, D]
-    down: Tensor  # [D, F_r]
+    gate_up: Matrix  # [2 F_r, D]
+    down: Matrix  # [D, F_r]
 
 
 @dataclass(frozen=True, slots=True)
 class RankWeights:
     """All tensors of one rank, which has V_r rows of the vocabulary."""
 
-    embedding: Tensor  # [V_r, D]
+    embedding: Matrix  # [V_r, D]
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [D]
-    head: Tensor  # [V_r, D]; the embedding itself if tied
+    head: Matrix  # [V_r, D]; the embedding itself if tied
 
     def bytes(self) -> int:
         """Return the memory of the weights in bytes; a tied head counts once."""
-        tensors = {self.embedding, self.norm, self.head}
+        found: set[Matrix | None] = {self.embedding, self.norm, self.head}
         for layer in self.layers:
-            tensors |= {layer.attention_norm, layer.qkv, layer.output, layer.gate_up, layer.down}
-            if layer.ffn_norm is not None:
-                tensors.add(layer.ffn_norm)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            found |= {layer.attention_norm, layer.qkv, layer.output, layer.gate_up, layer.down}
+            found.add(layer.ffn_norm)
+        return sum(matrix.nbytes for matrix in found if matrix is not None)
 
 
 def expected_shapes(
@@ -102,8 +103,13 @@ def load_rank(
     device: torch.device | str = "cpu",
     *,
     shared_norm: bool = False,
+    bits: int | None = None,
 ) -> RankWeights:
-    """Return one rank's tensors; raises `BundleError` naming every tensor that does not fit."""
+    """Return one rank's tensors; raises `BundleError` naming every tensor that does not fit.
+
+    With `bits`, 4 or 8, the layers' matrices have so many bits per weight, embedding and head
+    have 8, and norms are of `dtype`.
+    """
     check_weights(weights, config, shared_norm=shared_norm)
 
     def whole(name: str) -> Tensor:
@@ -112,12 +118,23 @@ def load_rank(
     def vocabulary(name: str) -> Tensor:
         return weights.read(name, rows=shard.vocabulary).to(device, dtype)
 
-    embedding = vocabulary(EMBEDDING)
+    vocabulary_bits = None if bits is None else VOCABULARY_BITS
+    rows = vocabulary(EMBEDDING)
+    embedding = rows if vocabulary_bits is None else quantise(rows, vocabulary_bits)
     layers = [
-        load_layer(weights, layer, config, shard, dtype, device, shared_norm=shared_norm)
+        load_layer(
+            weights,
+            layer,
+            config,
+            shard,
+            dtype,
+            device,
+            shared_norm=shared_norm,
+            bits=bits,
+        )
         for layer in range(config.layers)
     ]
-    head = embedding if config.tied_head else pack(vocabulary(HEAD))
+    head = embedding if config.tied_head else store(vocabulary(HEAD), vocabulary_bits)
     return RankWeights(embedding, tuple(layers), whole(FINAL_NORM), head)
 
 
@@ -130,8 +147,9 @@ def load_layer(
     device: torch.device | str = "cpu",
     *,
     shared_norm: bool = False,
+    bits: int | None = None,
 ) -> LayerWeights:
-    """Return one rank's tensors of one layer."""
+    """Return one rank's tensors of one layer, as `load_rank` does."""
     d, prefix = config.head_dim, f"model.layers.{layer}."
     queries = range(shard.heads.start * d, shard.heads.stop * d)
     kv_rows = [range(head * d, (head + 1) * d) for head in shard.kv_heads]
@@ -139,7 +157,7 @@ def load_layer(
     def norm(name: str) -> Tensor:
         return weights.read(prefix + name).to(device, dtype)
 
-    def rows(*parts: tuple[str, Sequence[range]]) -> Tensor:
+    def rows(*parts: tuple[str, Sequence[range]]) -> Matrix:
         height = sum(len(part) for _, ranges in parts for part in ranges)
         fused = torch.empty(height, config.hidden_size, dtype=dtype, device=device)
         at = 0
@@ -147,11 +165,11 @@ def load_layer(
             for part in ranges:
                 fused[at : at + len(part)] = weights.read(f"{prefix}{name}.weight", rows=part)
                 at += len(part)
-        return pack(fused)
+        return store(fused, bits)
 
-    def columns(name: str, part: range) -> Tensor:
+    def columns(name: str, part: range) -> Matrix:
         read = weights.read(f"{prefix}{name}.weight", columns=part)
-        return pack(read.to(device, dtype).contiguous())
+        return store(read.to(device, dtype).contiguous(), bits)
 
     return LayerWeights(
         attention_norm=norm("input_layernorm.weight"),

@@ -32,13 +32,13 @@ from ladderstitch.training.text.distil import (
 )
 from ladderstitch.training.text.evaluate import (
     CONFIDENCE,
+    METRIC,
     measure_path,
     read_tokens,
     split_windows,
 )
 from ladderstitch.training.text.trainable_llama import LowRank, TrainableLlama
 
-METRIC = "next-token accuracy"
 STANDARD = "standard"
 
 

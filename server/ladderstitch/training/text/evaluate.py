@@ -18,23 +18,23 @@ from ladderstitch.text.tokenizer import TextTokenizer
 from ladderstitch.training.text.trainable_llama import LowRank, TrainableLlama
 
 CONFIDENCE = 0.95
+METRIC = "next-token accuracy"
 
 
 @torch.inference_mode()
-def measure_path(
-    model: TrainableLlama,
-    plans: Sequence[LayerPlan],
-    adapters: Mapping[str, LowRank] | None,
+def measure_quality(
+    predict: Callable[[Tensor], Tensor],
     held_out: Tensor,
     on_progress: Callable[[int], None] = lambda n: None,
 ) -> Quality:
-    """Return the quality of a path over W windows [W, T + 1], each without earlier context.
+    """Return the quality of a model over W windows [W, T + 1], each without earlier context.
 
-    `on_progress` is called with 1 after each window.
+    `predict` returns the logits [T, V] of tokens [T]. `on_progress` is called with 1 after each
+    window.
     """
     correct, loss = 0, 0.0
     for window in held_out:
-        logits = model.logits(window[None, :-1], plans, adapters)[0].float()
+        logits = predict(window[:-1]).float()
         targets = window[1:]
         correct += int((logits.argmax(-1) == targets).sum())
         loss += float(F.cross_entropy(logits, targets, reduction="sum"))
@@ -46,6 +46,19 @@ def measure_path(
         low=interval.low,
         high=interval.high,
         perplexity=max(1.0, math.exp(loss / count)),
+    )
+
+
+def measure_path(
+    model: TrainableLlama,
+    plans: Sequence[LayerPlan],
+    adapters: Mapping[str, LowRank] | None,
+    held_out: Tensor,
+    on_progress: Callable[[int], None] = lambda n: None,
+) -> Quality:
+    """Return the quality of a path of a model that is being trained, as `measure_quality` does."""
+    return measure_quality(
+        lambda tokens: model.logits(tokens[None], plans, adapters)[0], held_out, on_progress
     )
 
 

@@ -25,9 +25,9 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.calibrate import TensorsData
 
 from ladderstitch.runtime import ProgressCallback
+from ladderstitch.runtime.sessions import open_session
 from ladderstitch.scheduling.requests import Pixels
 from ladderstitch.vision.bundle import VisionBundle, write_table
-from ladderstitch.vision.engine.compiled import open_session
 from ladderstitch.vision.models.graphs import INPUT, OUTPUT, cached_units, route_units
 
 Range = tuple[float, float]

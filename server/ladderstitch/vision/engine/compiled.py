@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -16,13 +15,12 @@ import numpy as np
 import onnxruntime
 
 from ladderstitch.errors import InternalError
+from ladderstitch.runtime.sessions import open_session
 from ladderstitch.scheduling.requests import Logits, Pixels
 from ladderstitch.vision.engine.base import EngineResult
 from ladderstitch.vision.models.graphs import INPUT, OUTPUT, join_units
 
 Result = TypeVar("Result")
-ERRORS_ONLY = 3
-"""ONNX Runtime's log level."""
 MIN_JOINED_BYTES = 96 << 20
 MAX_JOINED_SHARE = 0.2
 """Memory of joined networks: this share of the family's weights, and at least 96 MiB."""
@@ -84,35 +82,6 @@ class CompiledExecutor:
     def _open_whole(self, stitch: int) -> onnxruntime.InferenceSession:
         graph = join_units(self._routes[stitch])
         return open_session(graph.SerializeToString(), self._threads)
-
-
-def open_session(graph: str | bytes, threads: int) -> onnxruntime.InferenceSession:
-    """Return the session of a graph, given by its file or as bytes, on `threads` threads."""
-    _register_arena()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = ERRORS_ONLY
-    # Threads that wait would take the processor from the event loop. ONNX Runtime's pool for
-    # all sessions always spins: with other work on the cores, two threads take twice as long.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    # weights outside of the arena, which would keep the memory of a model that is unloaded
-    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-
-
-@functools.cache
-def _register_arena() -> None:
-    """Let all sessions of this process share one arena for activations.
-
-    With an arena each, the 130 sessions of the published DeiT family take 0.5 times as much memory
-    again as its weights; without arenas they take 1.4 times as long.
-    """
-    memory = onnxruntime.OrtMemoryInfo(
-        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
-    )
-    onnxruntime.create_and_register_allocator(memory, None)
 
 
 class ComputeThread:

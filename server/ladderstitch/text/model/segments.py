@@ -1,0 +1,178 @@
+"""The forward pass of a low-bit model on one rank, in ONNX Runtime from each attention to the next.
+
+A segment is all that lies between the attention of a layer and that of the next one: the output
+projection, the MLP, both norms, the next queries, keys and values, and their rotation. It is one
+graph, because a call per operator would take as long as the operators of a single token do.
+Attention itself reads and writes the paged cache, which all paths share.
+
+If a path has ladder layers, the residual stream has two parts: x, and the output p of the last
+sub-block. A standard layer normalises x + p, a ladder layer x alone, which lags by one sub-block
+(`residual.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto
+from torch import Tensor
+
+from ladderstitch.runtime.linear import Matrix
+from ladderstitch.runtime.low_bit import GraphBuilder, LowBitMatrix
+from ladderstitch.runtime.sessions import open_rank_session
+from ladderstitch.text.comm.base import Communicator
+from ladderstitch.text.model.attention import Batch, PagedCache
+from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.llama import look_up, rotation_tables
+from ladderstitch.text.model.residual import LayerPlan
+from ladderstitch.text.model.weights import LayerWeights, RankWeights
+
+Array = NDArray[np.float32]
+SEGMENT_SCHEMES = frozenset({"standard", "ladder"})
+"""Residual schemes that segments can run."""
+FACTORS = (np.ones(1, np.float32), np.zeros(1, np.float32))
+"""The factor of p in what a sub-block reads, by the lag of its layer."""
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+
+
+class SegmentedTransformer:
+    """A language model with matrices of 4 or 8 bits on one rank; it holds weights and no state.
+
+    It takes the place of `llama.Transformer` for standard and ladder layers on a CPU.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, weights: RankWeights, threads: int, *, lagged: bool
+    ) -> None:
+        """Open the sessions of all segments; `lagged` says whether some path has ladder layers."""
+        self.config, self.embedding = config, weights.embedding
+        self.weight_bytes, self._stream = weights.bytes(), ("x", "p") if lagged else ("x",)
+        self._tables = dict(zip(("cosines", "sines"), _rotation_halves(config), strict=True))
+        graphs = [
+            _first_segment(weights.layers[0], config),
+            *(_segment(weights, layer, config, lagged=lagged) for layer in range(config.layers)),
+        ]
+        self._first, *self._segments = [open_rank_session(graph, threads) for graph in graphs]
+
+    @torch.inference_mode()
+    def forward(
+        self, batch: Batch, cache: PagedCache, plans: Sequence[LayerPlan], comm: Communicator
+    ) -> Tensor:
+        """Return logits [L, V] for the batch's L output rows, like `Transformer.forward`."""
+        x: Array = look_up(self.embedding, batch.tokens).numpy()
+        stream = {"x": x, "p": np.zeros_like(x)} if "p" in self._stream else {"x": x}
+        positions = {"positions": batch.positions.numpy()[None], **self._tables}
+        qk, v = self._first.run(("qk", "v"), {"x": x, **positions})
+        names = [f"next_{name}" for name in self._stream]
+        *inner, last = self._segments
+        for layer, segment in enumerate(inner):
+            attended = {"attended": self._attend(layer, batch, cache, qk, v)}
+            feeds = stream | attended | positions | self._factors(plans, layer)
+            *parts, qk, v = segment.run((*names, "qk", "v"), feeds)
+            stream = dict(zip(self._stream, parts, strict=True))
+        attended = {"attended": self._attend(len(inner), batch, cache, qk, v)}
+        rows = {name: part[batch.output_rows] for name, part in (stream | attended).items()}
+        (logits,) = last.run(("logits",), rows | self._factors(plans, len(inner)))
+        return torch.from_numpy(logits)
+
+    def _attend(self, layer: int, batch: Batch, cache: PagedCache, qk: Array, v: Array) -> Array:
+        """Return the attention [T, H d] of the rotated queries and keys qk and the values v."""
+        config, tokens = self.config, len(qk)
+        turned = torch.from_numpy(qk).view(tokens, -1, config.head_dim)
+        values = torch.from_numpy(v).view(tokens, config.kv_heads, config.head_dim)
+        cache.append(layer, batch, turned[:, config.heads :], values)
+        attended: Array = cache.attend(layer, batch, turned[:, : config.heads]).numpy()
+        return attended.reshape(tokens, -1)
+
+    def _factors(self, plans: Sequence[LayerPlan], layer: int) -> dict[str, Array]:
+        """Return the factors of p that the MLP of a layer and the sub-block after it read."""
+        if "p" not in self._stream:
+            return {}
+        following = plans[layer + 1].lag if layer + 1 < len(plans) else 0
+        return {"mlp_factor": FACTORS[plans[layer].lag], "next_factor": FACTORS[following]}
+
+
+def _rotation_halves(config: LlamaConfig) -> tuple[Array, Array]:
+    """Return the cosines and sines of all positions and frequencies, both [positions, d / 2]."""
+    cosines, signed_sines = rotation_tables(config, config.max_positions)
+    half = config.head_dim // 2
+    return cosines[:, :half].contiguous().numpy(), signed_sines[:, half:].contiguous().numpy()
+
+
+def _first_segment(layer: LayerWeights, config: LlamaConfig) -> bytes:
+    """Return the graph from the embedding x to the first attention."""
+    graph = GraphBuilder()
+    normed = graph.rms_norm("x", _array(layer.attention_norm), config.norm_eps)
+    outputs = _project(graph, normed, layer, config)
+    return graph.build({"x": _rows(config.hidden_size)} | _rotation_inputs(config), outputs)
+
+
+def _segment(weights: RankWeights, layer: int, config: LlamaConfig, *, lagged: bool) -> bytes:
+    """Return the graph from the attention of a layer to that of the next one, or to the logits."""
+    graph, eps = GraphBuilder(), config.norm_eps
+    this, is_last = weights.layers[layer], layer + 1 == config.layers
+    following = None if is_last else weights.layers[layer + 1]
+    gain = weights.norm if following is None else following.attention_norm
+    inputs = {
+        "x": _rows(config.hidden_size),
+        "attended": _rows(config.heads * config.head_dim),
+    }
+    attended = graph.product("attended", _matrix(this.output))
+    assert this.ffn_norm is not None, "only parallel layers share a norm"
+    if lagged:
+        inputs |= {"p": inputs["x"], "mlp_factor": (FLOAT, (1,)), "next_factor": (FLOAT, (1,))}
+        stream = graph.add("x", "p")
+        read = graph.add(stream, graph.multiply(attended, "mlp_factor"))
+        mlp = _mlp(graph, graph.rms_norm(read, _array(this.ffn_norm), eps), this)
+        stream = graph.add(stream, attended)
+        read = graph.add(stream, graph.multiply(mlp, "next_factor"))
+        normed = graph.rms_norm(read, _array(gain), eps)
+        outputs = {"next_x": stream, "next_p": mlp}
+    else:
+        stream, normed = graph.add_rms_norm("x", attended, _array(this.ffn_norm), eps)
+        mlp = _mlp(graph, normed, this)
+        stream, normed = graph.add_rms_norm(stream, mlp, _array(gain), eps)
+        outputs = {"next_x": stream}
+    if following is None:
+        return graph.build(inputs, {"logits": graph.product(normed, _matrix(weights.head))})
+    inputs |= _rotation_inputs(config)
+    return graph.build(inputs, outputs | _project(graph, normed, following, config))
+
+
+def _mlp(graph: GraphBuilder, x: str, layer: LayerWeights) -> str:
+    """Return silu(x @ gate.T) * (x @ up.T), times the output matrix: [T, D]."""
+    columns = _matrix(layer.down).columns
+    gate, up = graph.split(graph.product(x, _matrix(layer.gate_up)), (columns, columns))
+    return graph.product(graph.multiply(graph.silu(gate), up), _matrix(layer.down))
+
+
+def _project(
+    graph: GraphBuilder, x: str, layer: LayerWeights, config: LlamaConfig
+) -> dict[str, str]:
+    """Return the rotated queries and keys `qk` [T, (H + K) d], and the values `v` [T, K d]."""
+    turned, kept = (config.heads + config.kv_heads), config.kv_heads
+    sizes = (turned * config.head_dim, kept * config.head_dim)
+    qk, v = graph.split(graph.product(x, _matrix(layer.qkv)), sizes)
+    return {"qk": graph.rotate(qk, "positions", "cosines", "sines"), "v": v}
+
+
+def _rows(width: int) -> tuple[int, tuple[int | None, ...]]:
+    return FLOAT, (None, width)
+
+
+def _rotation_inputs(config: LlamaConfig) -> dict[str, tuple[int, tuple[int | None, ...]]]:
+    table = _rows(config.head_dim // 2)
+    return {"positions": (INT64, (1, None)), "cosines": table, "sines": table}
+
+
+def _array(gain: Tensor) -> Array:
+    values: Array = gain.float().numpy()
+    return values
+
+
+def _matrix(matrix: Matrix) -> LowBitMatrix:
+    assert isinstance(matrix, LowBitMatrix), "segments are for low-bit matrices"
+    return matrix
