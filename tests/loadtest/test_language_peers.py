@@ -21,6 +21,7 @@ def openai_server(status: int = 200, *, usage: bool = True) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert body["model"] == "m"
             assert body["stream"] is True
             assert body["temperature"] == 0
             self.send_response(status)
@@ -48,14 +49,14 @@ def openai_server(status: int = 200, *, usage: bool = True) -> Iterator[str]:
 
 def test_stream_counts_tokens_and_times_the_first_one() -> None:
     with openai_server() as address:
-        found = stream(address, "a", 7)
+        found = stream(address, "m", "a", 7)
     assert found.tokens == 7
     assert 0 < found.first_s <= found.last_s
 
 
 def test_measure_server_reports_every_quantity() -> None:
     with openai_server() as address:
-        found = measure_server(address, 1)
+        found = measure_server(address, "m", 1)
     assert list(found) == [
         "one stream, tokens/s",
         "first token of a long prompt, ms",
@@ -66,9 +67,9 @@ def test_measure_server_reports_every_quantity() -> None:
 
 def test_failed_answers_are_errors() -> None:
     with openai_server(status=503) as address, pytest.raises(PeerError, match="status 503"):
-        stream(address, "a", 3)
+        stream(address, "m", "a", 3)
     with openai_server(usage=False) as address, pytest.raises(PeerError, match="number of tokens"):
-        stream(address, "a", 3)
+        stream(address, "m", "a", 3)
 
 
 def test_long_prompts_share_no_beginning() -> None:

@@ -84,7 +84,7 @@ def compare(
         for count in threads:
             advance(f"{count} threads: starting")
             with _servers(packages, file, model, path, count) as addresses:
-                found = _measure(addresses, rounds, lambda what, n=count: advance(f"{n}: {what}"))
+                found = _measure(addresses, model, rounds, lambda what, n=count: advance(f"{n}: {what}"))
             figures += _summarise(count, found)
     return LanguageComparison(figures, file.name, path, LLAMA_CPP, rounds, round(load, 2))
 
@@ -109,7 +109,9 @@ Runs = dict[str, dict[str, list[float]]]
 """The values of each round, by quantity and server."""
 
 
-def _measure(addresses: Mapping[str, str], rounds: int, advance: Callable[[str], None]) -> Runs:
+def _measure(
+    addresses: Mapping[str, str], model: str, rounds: int, advance: Callable[[str], None]
+) -> Runs:
     """Return the figures of all rounds; the first round, which warms up, is dropped."""
     found: Runs = {}
     names = list(addresses)
@@ -117,19 +119,19 @@ def _measure(addresses: Mapping[str, str], rounds: int, advance: Callable[[str],
         turn = number % len(names)
         for name in (*names[turn:], *names[:turn]):
             advance(f"round {number} of {rounds}: {name}")
-            for quantity, value in measure_server(addresses[name], number).items():
+            for quantity, value in measure_server(addresses[name], model, number).items():
                 found.setdefault(quantity, {}).setdefault(name, []).append(value)
     return {q: {n: v[1:] for n, v in by_name.items()} for q, by_name in found.items()}
 
 
-def measure_server(address: str, number: int) -> dict[str, float]:
+def measure_server(address: str, model: str, number: int) -> dict[str, float]:
     """Return the quantities of one round against one server; `number` makes prompts differ."""
-    one = stream(address, PROMPT, ANSWER_TOKENS)
-    long = stream(address, long_prompt(number), 1)
+    one = stream(address, model, PROMPT, ANSWER_TOKENS)
+    long = stream(address, model, long_prompt(number), 1)
     prompts = [f"{number}.{caller} {PROMPT}" for caller in range(STREAMS)]
     started = time.perf_counter()
     with ThreadPoolExecutor(STREAMS) as callers:
-        answers = list(callers.map(lambda p: stream(address, p, ANSWER_TOKENS), prompts))
+        answers = list(callers.map(lambda p: stream(address, model, p, ANSWER_TOKENS), prompts))
     seconds = time.perf_counter() - started
     return {
         "one stream, tokens/s": (one.tokens - 1) / (one.last_s - one.first_s),
@@ -144,9 +146,10 @@ def long_prompt(number: int) -> str:
     return f"{number} " + " ".join(words)
 
 
-def stream(address: str, prompt: str, max_tokens: int) -> Stream:
+def stream(address: str, model: str, prompt: str, max_tokens: int) -> Stream:
     """Return one greedy answer of OpenAI's completion API. Raises `PeerError` if it fails."""
     body = {
+        "model": model,
         "prompt": prompt,
         "max_tokens": max_tokens,
         "temperature": 0,

@@ -70,7 +70,6 @@ class Rank:
     def __init__(self, assignment: Assignment) -> None:
         """Load the shard; raises `BundleError` or `ConfigError` if that is not possible."""
         config = assignment.rank_config
-        torch.set_num_threads(config.threads)
         use_device(config.device, assignment.rank)
         started, anonymous = time.monotonic(), anonymous_bytes()
         self.rank_config = config
@@ -118,6 +117,9 @@ class Rank:
         step = Step.unpack(message.header, message.body)
         batch = Batch(step, self.rank_config.block_tokens, self.rank_config.device)
         plans, comm = self.path_plans[step.path]
+        # The threads of ONNX Runtime and of torch would take the cores from each other.
+        is_low_bit = self.rank_config.path_precisions[step.path] is not None
+        torch.set_num_threads(1 if is_low_bit else self.rank_config.threads)
         logits = self.models[step.path].forward(batch, self.cache, plans, comm).float()
         best = logits[batch.best_rows].max(dim=-1) if batch.best_rows else None
         whole = np.ascontiguousarray(logits[batch.logits_rows].cpu().numpy())

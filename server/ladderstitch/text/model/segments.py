@@ -51,11 +51,11 @@ class SegmentedTransformer:
         self.config, self.embedding = config, weights.embedding
         self.weight_bytes, self._stream = weights.bytes(), ("x", "p") if lagged else ("x",)
         self._tables = dict(zip(("cosines", "sines"), _rotation_halves(config), strict=True))
-        graphs = [
-            _first_segment(weights.layers[0], config),
-            *(_segment(weights, layer, config, lagged=lagged) for layer in range(config.layers)),
+        self._first = open_rank_session(_first_segment(weights.layers[0], config), threads)
+        self._segments = [
+            open_rank_session(_segment(weights, layer, config, lagged=lagged), threads)
+            for layer in range(config.layers)
         ]
-        self._first, *self._segments = [open_rank_session(graph, threads) for graph in graphs]
 
     @torch.inference_mode()
     def forward(
