@@ -84,7 +84,7 @@ def compare(
         for count in threads:
             advance(f"{count} threads: starting")
             with _servers(packages, file, model, path, count) as addresses:
-                found = _measure(addresses, model, rounds, lambda what, n=count: advance(f"{n}: {what}"))
+                found = _measure(addresses, model, rounds, advance)
             figures += _summarise(count, found)
     return LanguageComparison(figures, file.name, path, LLAMA_CPP, rounds, round(load, 2))
 
@@ -185,8 +185,7 @@ def _summarise(threads: int, found: Runs) -> list[LanguageFigure]:
     figures = []
     for quantity, by_name in found.items():
         ratios = [
-            ours / other
-            for ours, other in zip(by_name[LADDERSTITCH], by_name[OTHER], strict=True)
+            ours / other for ours, other in zip(by_name[LADDERSTITCH], by_name[OTHER], strict=True)
         ]
         values = {name: round(median(values), 1) for name, values in by_name.items()}
         figures.append(LanguageFigure(threads, quantity, values, round(median(ratios), 3)))

@@ -19,9 +19,7 @@ STOP_TIMEOUT_S = 30.0
 
 
 @contextmanager
-def llama_cpp_server(
-    packages: Path, model: Path, threads: int, streams: int
-) -> Iterator[str]:
+def llama_cpp_server(packages: Path, model: Path, threads: int, streams: int) -> Iterator[str]:
     """Run llama.cpp's server on a GGUF file during the `with` block; yield its HTTP address.
 
     It computes on `threads` threads, and up to `streams` answers at a time.

@@ -26,8 +26,8 @@ class TextRunner:
     ) -> None:
         """Load the bundle's manifest and tokenizer; `launcher` starts the ranks.
 
-        Raises `BundleError` if the bundle is invalid, and `ConfigError` if it lacks a path or cannot
-        be split over `tensor_parallel_size` ranks.
+        Raises `BundleError` if the bundle is invalid, and `ConfigError` if it lacks a path or
+        cannot be split over `tensor_parallel_size` ranks.
         """
         self.config, self.registry = config, registry
         bundle = TextBundle.load(config.bundle)

@@ -107,7 +107,7 @@ def load_rank(
 ) -> RankWeights:
     """Return one rank's tensors; raises `BundleError` naming every tensor that does not fit.
 
-    With `bits`, 4 or 8, the layers' matrices have so many bits per weight, embedding and head
+    With `bits` (4 or 8), each weight of the layers' matrices has that many; embedding and head
     have 8, and norms are of `dtype`.
     """
     check_weights(weights, config, shared_norm=shared_norm)

@@ -136,7 +136,7 @@ class Capacity:
         return max(0.0, min(seconds * self.share, seconds - self.overhead_s)) * self.scale
 
     def engine_s(self, profiled_s: float) -> float:
-        """Return the engine's seconds for an image of `profiled_s` of compute: inverse of `compute_s`."""
+        """Return the engine's seconds for one image of this compute; inverse of `compute_s`."""
         compute_s = profiled_s / self.scale
         return max(compute_s / self.share, compute_s + self.overhead_s)
 
