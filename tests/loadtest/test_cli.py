@@ -17,6 +17,7 @@ NAMES = [
     "generation",
     "hop",
     "kills",
+    "language-peers",
     "malformed",
     "memory",
     "mixed",
