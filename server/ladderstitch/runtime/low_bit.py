@@ -1,10 +1,12 @@
 """Matrices with 4 or 8 bits per weight, and ONNX graphs that multiply with them.
 
-A row is cut into blocks of 32 weights. A block has a scale s, an integer zero point z and an offset
-o, and a weight is w = s (c - z) + o with a code c of 4 or 8 bits. ONNX Runtime's `MatMulNBits`
-multiplies with the first term as it is stored. It rounds activations to 8 bits, in blocks of 32,
-too. The offsets multiply the sums of the activations of a block; they are not zero only for weights
-that had 4 bits before, which they keep exactly (GGUF's Q4_1 and Q4_K).
+A row is cut into blocks of 32 weights. A block has a scale s and an integer zero point z, and a
+weight is w = s (c - z) with a code c of 4 or 8 bits. ONNX Runtime's `MatMulNBits` multiplies with
+such matrices as they are stored. It rounds activations to 8 bits, in blocks of 32, too.
+
+Weights that had 4 bits before (GGUF's Q4_1 and Q4_K) lie on grids that do not contain 0, so that
+blocks have an offset o in addition: w = s (c - z) + o. As the offset multiplies the sum of a
+block's activations, the offsets are further columns of the matrix, and the sums further activations.
 """
 
 from __future__ import annotations
@@ -42,14 +44,18 @@ OPSETS = (helper.make_opsetid("", 17), helper.make_opsetid(MICROSOFT, 1))
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowBitMatrix:
-    """A matrix [N, K] with `bits` bits per weight, B = ceil(K / 32) blocks in a row."""
+    """A matrix [N, K] with `bits` bits per weight.
+
+    A row has B = ceil(K / 32) blocks of weights and, if `has_offsets`, ceil(B / 32) more blocks with
+    the offsets of those; P blocks in all.
+    """
 
     bits: int
     columns: int
-    codes: NDArray[np.uint8]  # [N, B, 4 bits]: two codes a byte if they have 4 bits, low one first
-    scales: NDArray[np.float32]  # [N, B]
-    zeros: NDArray[np.uint8]  # [N, ceil(B bits / 8)], packed like codes
-    offsets: NDArray[np.float32] | None = None  # [N, B]; None: all are zero
+    codes: NDArray[np.uint8]  # [N, P, 4 bits]: two codes a byte if they have 4 bits, low one first
+    scales: NDArray[np.float32]  # [N, P]
+    zeros: NDArray[np.uint8]  # [N, ceil(P bits / 8)], packed like codes
+    has_offsets: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,18 +65,25 @@ class LowBitMatrix:
     @property
     def nbytes(self) -> int:
         """Memory in bytes."""
-        parts = (self.codes, self.scales, self.zeros, self.offsets)
-        return sum(part.nbytes for part in parts if part is not None)
+        return self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes
+
+    @property
+    def num_sums(self) -> int:
+        """The number of blocks of activations whose sums are further activations; 0 for none."""
+        return -(-self.columns // BLOCK) if self.has_offsets else 0
 
     def dequantise(self) -> Tensor:
         """Return the weights [N, K] in float32."""
         rows, blocks = self.scales.shape
         codes = _unpack(self.codes.reshape(rows, -1), self.bits).reshape(rows, blocks, BLOCK)
         zeros = _unpack(self.zeros, self.bits)[:, :blocks, None]
-        weights = (codes.astype(np.float32) - zeros) * self.scales[..., None]
-        if self.offsets is not None:
-            weights += self.offsets[..., None]
-        return torch.from_numpy(weights.reshape(rows, -1)[:, : self.columns].copy())
+        values = (codes.astype(np.float32) - zeros) * self.scales[..., None]
+        flat = values.reshape(rows, -1)
+        weights = flat[:, : self.columns].copy()
+        if self.has_offsets:
+            offsets = flat[:, self.columns : self.columns + self.num_sums]
+            weights += np.repeat(offsets, BLOCK, axis=1)
+        return torch.from_numpy(weights)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return the rows with these indices [T], in float32 [T, K]."""
@@ -81,7 +94,7 @@ class LowBitMatrix:
             self.codes[chosen],
             self.scales[chosen],
             self.zeros[chosen],
-            None if self.offsets is None else self.offsets[chosen],
+            self.has_offsets,
         )
         return part.dequantise()
 
@@ -91,49 +104,59 @@ class LowBitProduct:
 
     def __init__(self, matrix: LowBitMatrix, threads: int) -> None:
         graph = GraphBuilder()
-        inputs = {"x": (TensorProto.FLOAT, (None, matrix.columns))}
+        inputs = {"x": (TensorProto.FLOAT, (1, None, matrix.columns))}
         model = graph.build(inputs, {"y": graph.product("x", matrix)})
         self._session = open_rank_session(model, threads)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the product [T, N] with x [T, K], both float32."""
-        (product,) = self._session.run(("y",), {"x": x.numpy()})
-        return torch.from_numpy(product)
+        (product,) = self._session.run(("y",), {"x": x.numpy()[None]})
+        return torch.from_numpy(product)[0]
 
 
 def quantise(weight: Tensor, bits: int) -> LowBitMatrix:
     """Return a matrix [N, K] with `bits` bits per weight, 4 or 8.
 
-    Blocks of 32 weights that have at most 16 equidistant values keep them exactly with 4 bits. For
-    others, the range of each block is the one of `SHRINKS` with the smallest squared error.
+    Blocks of 32 weights that have at most 16 equidistant values keep their distances with 4 bits;
+    offsets are kept to 1/30 of the range of 32 of them. For other weights, the range of each
+    block is the one of `SHRINKS` with the smallest squared error.
     """
     rows, columns = weight.shape
-    padded = torch.nn.functional.pad(weight.float(), (0, -columns % BLOCK))
-    blocks = padded.reshape(rows, -1, BLOCK)
-    grid = _find_grid(blocks) if bits == 4 else None
-    scale, zero, offset = _choose_ranges(blocks, bits) if grid is None else grid
-    centred = blocks if offset is None else blocks - offset[..., None]
-    codes = _codes(centred, scale, zero, 2**bits - 1).to(torch.uint8).reshape(rows, -1).numpy()
+    blocks = _blocks(weight.float())
+    grid = _find_grid(blocks) if bits == 4 and columns % BLOCK == 0 else None
+    if grid is None:
+        shrinks = SHRINKS if bits == 4 else SHRINKS[:1]
+        parts = [(blocks, *_choose_ranges(blocks, bits, shrinks))]
+    else:
+        scale, zero, offset = grid
+        parts = [(blocks - offset[..., None], scale, zero)]
+        if (offset.abs() > GRID_TOLERANCE * scale).any():
+            offsets = _blocks(offset)
+            parts.append((offsets, *_choose_ranges(offsets, bits, SHRINKS[:1])))
+    scale, zero = (torch.cat([part[n] for part in parts], 1) for n in (1, 2))
+    codes = torch.cat([_codes(*part, 2**bits - 1) for part in parts], 1).to(torch.uint8)
     return LowBitMatrix(
         bits,
         columns,
-        _pack(codes, bits).reshape(rows, -1, BLOCK * bits // 8),
+        _pack(codes.reshape(rows, -1).numpy(), bits).reshape(rows, -1, BLOCK * bits // 8),
         scale.numpy(),
         _pack(zero.to(torch.uint8).numpy(), bits),
-        None if offset is None else offset.numpy(),
+        has_offsets=len(parts) > 1,
     )
 
 
-Ranges = tuple[Tensor, Tensor, Tensor | None]
-"""Scale, zero point and offset of each block, all [N, B]."""
+def _blocks(rows: Tensor) -> Tensor:
+    """Return rows [N, K] as blocks [N, ceil(K / 32), 32], padded with zeros."""
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK))
+    return padded.reshape(len(rows), -1, BLOCK)
 
 
-def _choose_ranges(blocks: Tensor, bits: int) -> Ranges:
-    """Return the ranges of blocks [N, B, 32] with the smallest squared error."""
+def _choose_ranges(blocks: Tensor, bits: int, shrinks: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Return the scale and zero point of blocks [N, B, 32] with the smallest squared error."""
     low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
     top = 2**bits - 1
     error, scale, zero = torch.full_like(low, torch.inf), low, low
-    for shrink in SHRINKS if bits == 4 else SHRINKS[:1]:
+    for shrink in shrinks:
         tried = _nonzero((high - low) * (shrink / top))
         point = (-low * shrink / tried).round().clamp(0, top)
         rounded = (_codes(blocks, tried, point, top) - point[..., None]) * tried[..., None]
@@ -141,11 +164,11 @@ def _choose_ranges(blocks: Tensor, bits: int) -> Ranges:
         better = squared < error
         error = torch.where(better, squared, error)
         scale, zero = torch.where(better, tried, scale), torch.where(better, point, zero)
-    return scale, zero, None
+    return scale, zero
 
 
-def _find_grid(blocks: Tensor) -> Ranges | None:
-    """Return ranges that keep all weights [N, B, 32] exactly; None if there are none.
+def _find_grid(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return scale, zero point and offset that keep all weights [N, B, 32]; None if there are none.
 
     The smallest and the largest weight of a block are some number of steps apart, 15 for Q4_1.
     """
@@ -166,9 +189,7 @@ def _find_grid(blocks: Tensor) -> Ranges | None:
     else:
         return None
     zero = (-low / scale).round().clamp(0, 15)
-    offset = low + scale * zero
-    is_symmetric = bool((offset.abs() <= GRID_TOLERANCE * scale).all())
-    return scale, zero, None if is_symmetric else offset
+    return scale, zero, low + scale * zero
 
 
 def _nonzero(scale: Tensor) -> Tensor:
@@ -226,52 +247,48 @@ class GraphBuilder:
         return self.operator("Mul", [x, y])[0]
 
     def split(self, x: str, sizes: Sequence[int]) -> list[str]:
-        """Return consecutive columns of x [T, N], of these numbers."""
-        return self.operator("Split", [x, self.constant(np.array(sizes))], len(sizes), axis=1)
+        """Return consecutive columns of x [1, T, N], of these numbers."""
+        return self.operator("Split", [x, self.constant(np.array(sizes))], len(sizes), axis=2)
 
     def rotate(self, x: str, positions: str, cosines: str, sines: str) -> str:
-        """Return the heads in x [T, H d], of which each pair (i, i + d/2) is rotated.
+        """Return the heads in x [1, T, H d], of which each pair (i, i + d/2) is rotated.
 
         `positions` [1, T] are rows of the tables `cosines` and `sines`, both [P, d / 2].
         """
-        first_axis = self.constant(np.zeros(1, np.int64))
-        (one_batch,) = self.operator("Unsqueeze", [x, first_axis])
-        (turned,) = self.operator(
-            "RotaryEmbedding", [one_batch, positions, cosines, sines], domain=MICROSOFT
-        )
-        return self.operator("Squeeze", [turned, first_axis])[0]
+        inputs = [x, positions, cosines, sines]
+        return self.operator("RotaryEmbedding", inputs, domain=MICROSOFT)[0]
 
     def product(self, x: str, matrix: LowBitMatrix) -> str:
-        """Return x [T, K] times the matrix [N, K], transposed: [T, N]."""
+        """Return x [1, T, K] times the matrix [N, K], transposed: [1, T, N]."""
         rows, columns = matrix.shape
+        if matrix.has_offsets:
+            shape = self.constant(np.array([0, 0, matrix.num_sums, BLOCK]))
+            (blocks,) = self.operator("Reshape", [x, shape])
+            last = self.constant(np.array([3]))
+            (sums,) = self.operator("ReduceSum", [blocks, last], keepdims=0)
+            (x,) = self.operator("Concat", [x, sums], axis=2)
         parts = (matrix.codes, matrix.scales.reshape(-1), matrix.zeros.reshape(-1))
         (name,) = self.operator(
             "MatMulNBits",
             [x, *(self.constant(part) for part in parts)],
             domain=MICROSOFT,
-            K=columns,
+            K=columns + matrix.num_sums,
             N=rows,
             bits=matrix.bits,
             block_size=BLOCK,
             accuracy_level=INT8_ACTIVATIONS,
         )
-        if matrix.offsets is None:
-            return name
-        shape = np.array([0, matrix.offsets.shape[1], BLOCK])
-        (blocks,) = self.operator("Reshape", [x, self.constant(shape)])
-        (sums,) = self.operator("ReduceSum", [blocks, self.constant(np.array([2]))], keepdims=0)
-        offsets = self.constant(np.ascontiguousarray(matrix.offsets.T))
-        return self.operator("Gemm", [sums, offsets, name])[0]
+        return name
 
     def rms_norm(self, x: str, gain: NDArray[np.float32], eps: float) -> str:
-        """Return the RMS norm of x [T, D]."""
+        """Return the RMS norm of x [1, T, D]."""
         inputs = [x, self.constant(gain)]
         return self.operator("SimplifiedLayerNormalization", inputs, axis=-1, epsilon=eps)[0]
 
     def add_rms_norm(
         self, x: str, y: str, gain: NDArray[np.float32], eps: float
     ) -> tuple[str, str]:
-        """Return x + y and the RMS norm of this sum, both [T, D]."""
+        """Return x + y and the RMS norm of this sum, both [1, T, D]."""
         kind, inputs = "SkipSimplifiedLayerNormalization", [x, y, self.constant(gain)]
         normed, total = f"{kind}-{len(self.nodes)}", f"sum-{len(self.nodes)}"
         outputs = [normed, "", "", total]
@@ -289,14 +306,14 @@ class GraphBuilder:
         """Return the serialised model.
 
         `inputs` has the element type (`TensorProto.FLOAT`, ..) and the shape of each input,
-        `outputs` the name of a float32 result [T, N] by the name of the output.
+        `outputs` the name of a float32 result [1, T, N] by the name of the output.
         """
         named = [helper.make_node("Identity", [of], [name]) for name, of in outputs.items()]
         graph = helper.make_graph(
             [*self.nodes, *named],
             "graph",
             [helper.make_tensor_value_info(n, kind, s) for n, (kind, s) in inputs.items()],
-            [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None, None]) for n in outputs],
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, None, None]) for n in outputs],
             self.constants,
         )
         model: bytes = helper.make_model(

@@ -101,15 +101,17 @@ async def test_several_ranks_give_the_logits_of_one(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 async def test_paths_of_two_precisions(
-    tiny_language_bundle: TextBundle, expected: np.ndarray, ranks: int
+    tiny_language_bundle: TextBundle, expected: np.ndarray, ranks: int, dtype: str
 ) -> None:
     options = GroupOptions(link="shared_memory")
-    precisions = (None, "int8", "int8")
-    async with running(tiny_language_bundle, options, ranks=ranks, precisions=precisions) as group:
+    fields = {"ranks": ranks, "precisions": (None, "int8", "int8"), "dtype": dtype}
+    async with running(tiny_language_bundle, options, **fields) as group:
         got = await all_logits(group)
-    assert np.abs(got[0] - expected[0]).max() <= 1e-5 * np.abs(expected).max()
-    for path in (1, 2):
+    if dtype == "float32":
+        assert np.abs(got[0] - expected[0]).max() <= 1e-5 * np.abs(expected).max()
+    for path in (0, 1, 2) if dtype == "bfloat16" else (1, 2):
         error = np.linalg.norm(got[path] - expected[path])
         assert 0 < error < 0.08 * np.linalg.norm(expected[path])
 

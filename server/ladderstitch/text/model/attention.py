@@ -242,20 +242,29 @@ class PagedCache:
         )
 
     def attend(self, layer: int, batch: Batch, q: Tensor) -> Tensor:
-        """Return the causal attention of queries q [T, H_r, d] over their sequences; as q."""
+        """Return the causal attention of queries q [T, H_r, d] over their sequences; as q.
+
+        It is computed in the cache's dtype, which paths of other dtypes share.
+        """
         keys, values = self._layers[layer]
         if self.uses_kernels and batch.is_decode_only:
             from ladderstitch_kernels.ops.decode_attention import paged_decode_attention
 
             pages = self._pages(layer)
             return paged_decode_attention(q, *pages, batch.block_table, batch.sequence_lengths)
-        mixed = torch.empty_like(q)
+        if len(batch.spans) == 1 and not batch.groups:
+            (span,) = batch.spans
+            cast = q.to(keys.dtype)
+            return _attend_span(cast, keys[span.slots], values[span.slots], span).to(q.dtype)
+        mixed = torch.empty_like(q, dtype=keys.dtype)
         for group in batch.groups:
-            mixed[group.rows] = self._attend_group(keys, values, q[group.rows], group)
+            rows = group.rows
+            mixed[rows] = self._attend_group(keys, values, q[rows].to(keys.dtype), group)
         for span in batch.spans:
-            rows = slice(span.begin, span.end)
-            mixed[rows] = _attend_span(q[rows], keys[span.slots], values[span.slots], span)
-        return mixed
+            part = q[span.begin : span.end].to(keys.dtype)
+            attended = _attend_span(part, keys[span.slots], values[span.slots], span)
+            mixed[span.begin : span.end] = attended
+        return mixed.to(q.dtype)
 
     def _pages(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return the keys and the values of a layer by block, both [blocks, P, K_r, d]."""

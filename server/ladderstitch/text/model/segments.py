@@ -62,7 +62,7 @@ class SegmentedTransformer:
         self, batch: Batch, cache: PagedCache, plans: Sequence[LayerPlan], comm: Communicator
     ) -> Tensor:
         """Return logits [L, V] for the batch's L output rows, like `Transformer.forward`."""
-        x: Array = look_up(self.embedding, batch.tokens).numpy()
+        x: Array = look_up(self.embedding, batch.tokens).numpy()[None]
         stream = {"x": x, "p": np.zeros_like(x)} if "p" in self._stream else {"x": x}
         positions = {"positions": batch.positions.numpy()[None], **self._tables}
         qk, v = self._first.run(("qk", "v"), {"x": x, **positions})
@@ -74,18 +74,18 @@ class SegmentedTransformer:
             *parts, qk, v = segment.run((*names, "qk", "v"), feeds)
             stream = dict(zip(self._stream, parts, strict=True))
         attended = {"attended": self._attend(len(inner), batch, cache, qk, v)}
-        rows = {name: part[batch.output_rows] for name, part in (stream | attended).items()}
+        rows = {name: part[:, batch.output_rows] for name, part in (stream | attended).items()}
         (logits,) = last.run(("logits",), rows | self._factors(plans, len(inner)))
-        return torch.from_numpy(logits)
+        return torch.from_numpy(logits)[0]
 
     def _attend(self, layer: int, batch: Batch, cache: PagedCache, qk: Array, v: Array) -> Array:
-        """Return the attention [T, H d] of the rotated queries and keys qk and the values v."""
-        config, tokens = self.config, len(qk)
+        """Return the attention [1, T, H d] of rotated queries and keys qk and values v, as it."""
+        config, tokens = self.config, qk.shape[1]
         turned = torch.from_numpy(qk).view(tokens, -1, config.head_dim)
         values = torch.from_numpy(v).view(tokens, config.kv_heads, config.head_dim)
         cache.append(layer, batch, turned[:, config.heads :], values)
         attended: Array = cache.attend(layer, batch, turned[:, : config.heads]).numpy()
-        return attended.reshape(tokens, -1)
+        return attended.reshape(1, tokens, -1)
 
     def _factors(self, plans: Sequence[LayerPlan], layer: int) -> dict[str, Array]:
         """Return the factors of p that the MLP of a layer and the sub-block after it read."""
@@ -160,11 +160,11 @@ def _project(
 
 
 def _rows(width: int) -> tuple[int, tuple[int | None, ...]]:
-    return FLOAT, (None, width)
+    return FLOAT, (1, None, width)
 
 
 def _rotation_inputs(config: LlamaConfig) -> dict[str, tuple[int, tuple[int | None, ...]]]:
-    table = _rows(config.head_dim // 2)
+    table = (FLOAT, (None, config.head_dim // 2))
     return {"positions": (INT64, (1, None)), "cosines": table, "sines": table}
 
 
