@@ -5,8 +5,8 @@ weight is w = s (c - z) with a code c of 4 or 8 bits. ONNX Runtime's `MatMulNBit
 such matrices as they are stored. It rounds activations to 8 bits, in blocks of 32, too.
 
 Weights that had 4 bits before (GGUF's Q4_1 and Q4_K) lie on grids that do not contain 0, so that
-blocks have an offset o in addition: w = s (c - z) + o. As the offset multiplies the sum of a
-block's activations, the offsets are further columns of the matrix, and the sums further activations.
+blocks have an offset o in addition: w = s (c - z) + o. As an offset multiplies the sum of a block's
+activations, the offsets are further columns of the matrix, and the sums further activations.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ OPSETS = (helper.make_opsetid("", 17), helper.make_opsetid(MICROSOFT, 1))
 class LowBitMatrix:
     """A matrix [N, K] with `bits` bits per weight.
 
-    A row has B = ceil(K / 32) blocks of weights and, if `has_offsets`, ceil(B / 32) more blocks with
-    the offsets of those; P blocks in all.
+    A row has B = ceil(K / 32) blocks of weights and, if `has_offsets`, ceil(B / 32) more blocks
+    with the offsets of those; P blocks in all.
     """
 
     bits: int
