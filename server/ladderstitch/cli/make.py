@@ -169,7 +169,7 @@ def _quantize_language(path: Path, precision: str, text: Path) -> None:
     found = next((known for known in BITS if known == precision), None)
     if found is None:
         raise ConfigError(f"precision: expected one of {sorted(BITS)}, got {precision!r}")
-    bundle = TextBundle.load(path)
+    bundle = TextBundle.load(path, calibrated=False)
     with progress_bar() as progress:
         table = quantise(bundle, found, text, DEFAULT_SAMPLE, 1, progress)
     names = [variant.name for variant in TextBundle.load(path).manifest.variants]

@@ -18,8 +18,6 @@ from ladderstitch.text.bundle import TextManifest, write_manifest
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.weight_reader import SINGLE
 
-"""A function that is called with the number of finished tensors and of all tensors."""
-
 CONTROL, USER_DEFINED = 3, 4
 """GGUF's types of tokens that byte-pair merging never produces."""
 
@@ -69,6 +67,7 @@ def import_gguf(
     fields, reader = _read_file(file)
     config = _read_config(fields, reader)
     into.mkdir(parents=True, exist_ok=True)
+    (into / "quality.json").unlink(missing_ok=True)  # of a model that was here before
     _build_tokenizer(fields).save(str(into / "tokenizer.json"))
     tensors = {}
     for done, tensor in enumerate(reader.tensors):

@@ -91,3 +91,11 @@ def test_a_path_without_quality_is_refused_until_it_is_calibrated(tiny: Path, te
         TextBundle.load(tiny)
     run("calibrate", tiny, "--text", text)
     assert TextBundle.load(tiny).quality is not None
+
+
+def test_quantize_measures_anew_whatever_was_measured_before(tiny: Path, text: Path) -> None:
+    manifest = (tiny / "model.yaml").read_text()
+    run("quantize", tiny, "--text", text)
+    (tiny / "model.yaml").write_text(manifest)  # the model was fetched again
+    run("quantize", tiny, "--text", text)
+    assert TextBundle.load(tiny).precisions() == (None, "int4")
