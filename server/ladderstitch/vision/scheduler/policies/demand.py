@@ -115,7 +115,9 @@ class Demand:
             due_s, count = points[best]
             count -= done
             if least > 0:
-                value += (count - at_count) * hull.quality(capacity.compute_s(least))
+                compute_s = capacity.compute_s(least)
+                if compute_s > 0:
+                    value += (count - at_count) * hull.quality(compute_s)
             at_count, at_s, k = count, max(at_s, due_s - busy_s), best + 1
         return value
 
@@ -132,8 +134,12 @@ class Capacity:
     """Least overhead per image: that of the largest batch."""
 
     def compute_s(self, seconds: float) -> float:
-        """Return the profiled seconds of compute in the engine's seconds for one image."""
-        return max(0.0, min(seconds * self.share, seconds - self.overhead_s)) * self.scale
+        """Return the profiled seconds of compute in the engine's seconds for one image.
+
+        It is negative if they do not suffice for the overhead.
+        """
+        shared_s, left_s = seconds * self.share, seconds - self.overhead_s
+        return (shared_s if shared_s < left_s else left_s) * self.scale
 
     def engine_s(self, profiled_s: float) -> float:
         """Return the engine's seconds for one image of this compute; inverse of `compute_s`."""
