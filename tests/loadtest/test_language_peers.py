@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +13,7 @@ import pytest
 
 from ladderstitch_loadtest.benchmarks.language_peers import long_prompt, measure_server, stream
 from ladderstitch_loadtest.servers.peer_packages import PeerError
+from ladderstitch_loadtest.servers.processes import StartError, port_server
 
 
 @contextmanager
@@ -70,6 +72,12 @@ def test_failed_answers_are_errors() -> None:
         stream(address, "m", "a", 3)
     with openai_server(usage=False) as address, pytest.raises(PeerError, match="number of tokens"):
         stream(address, "m", "a", 3)
+
+
+def test_a_server_that_does_not_start_is_reported_with_its_log() -> None:
+    command = [sys.executable, "-c", "raise SystemExit('no such model')"]
+    with pytest.raises(StartError, match="no such model"), port_server(command):
+        pass
 
 
 def test_long_prompts_share_no_beginning() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +16,13 @@ from pathlib import Path
 from statistics import median
 
 from ladderstitch.importers.fetch import download
-from ladderstitch_loadtest.servers.llama_cpp import llama_cpp_server
+from ladderstitch_loadtest.servers import llama_cpp
 from ladderstitch_loadtest.servers.peer_packages import LLAMA_CPP, PeerError, installed_packages
-from ladderstitch_loadtest.servers.processes import OPENAI_URL, ladderstitch_server
+from ladderstitch_loadtest.servers.processes import (
+    OPENAI_URL,
+    ladderstitch_server,
+    port_server,
+)
 
 ANSWER_TOKENS = 96
 STREAMS = 8
@@ -73,7 +78,7 @@ def compare(
     """Measure both servers on the same GGUF file, interleaved, for each number of threads.
 
     `model` is the name of a fetched model, and `path` the one that ladderstitch loads. Raises
-    `PeerError` if a server cannot be started or an answer fails.
+    `PeerError` or `StartError` if a server cannot be started or an answer fails.
     """
     load = os.getloadavg()[0]
     advance("installing")
@@ -95,8 +100,9 @@ def _servers(
 ) -> Iterator[dict[str, str]]:
     """Run both servers; yield the HTTP address of each."""
     ours = ("--no-ray", "--model", model, "--path", path, "--http-port", "0")
+    theirs = [sys.executable, "-P", llama_cpp.__file__, str(file), str(threads), str(STREAMS)]
     with (
-        llama_cpp_server(packages, file, threads, STREAMS) as other,
+        port_server(theirs, packages) as other,
         ladderstitch_server(*ours, "--threads", str(threads)) as server,
     ):
         found = OPENAI_URL.search(server.ready_line)

@@ -35,14 +35,17 @@ def language_peers(
     The first run installs llama.cpp (15 MB) into the cache. Both servers bind to 127.0.0.1 and get
     the same prompts over OpenAI's API.
     """
-    try:
-        counts = [int(part) for part in threads.split(",")]
-    except ValueError:
-        raise ConfigError(f"threads: expected numbers such as 1,2, got {threads!r}") from None
     with user_errors(), err.status("starting") as status:
-        found = compare(model, path, counts, rounds, status.update)
+        found = compare(model, path, _parse_counts(threads), rounds, status.update)
     out.print(_format_table(found))
     write(folder, "language-peers", found.to_dict())
+
+
+def _parse_counts(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"threads: expected numbers such as 1,2, got {text!r}") from None
 
 
 def _format_table(found: LanguageComparison) -> Table:

@@ -5,42 +5,11 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 CONTEXT_TOKENS = 1024
 """Context of each stream."""
-STOP_TIMEOUT_S = 30.0
-
-
-@contextmanager
-def llama_cpp_server(packages: Path, model: Path, threads: int, streams: int) -> Iterator[str]:
-    """Run llama.cpp's server on a GGUF file during the `with` block; yield its HTTP address.
-
-    It computes on `threads` threads, and up to `streams` answers at a time.
-    """
-    command = [sys.executable, "-P", __file__, str(model), str(threads), str(streams)]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(packages)},
-    )
-    assert process.stdout is not None
-    assert process.stdin is not None
-    try:
-        yield f"127.0.0.1:{int(process.stdout.readline())}"
-    finally:
-        process.stdin.close()
-        process.wait(timeout=STOP_TIMEOUT_S)
-        process.stdout.close()
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,16 @@ from urllib.request import urlopen
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from ladderstitch.errors import UserError
+from ladderstitch_loadtest.servers.peer_packages import tail
+
 READY = re.compile(r"ready after .* gRPC on (\S+), metrics on (\S+)")
 OPENAI_URL = re.compile(r"OpenAI API on http://(\S+)/v1")
 """The HTTP address in a ready line."""
 STOP_TIMEOUT_S = 60.0
 
 
-class StartError(Exception):
+class StartError(UserError):
     """A server did not start, did not stop cleanly, or did not come back after a restart."""
 
 
@@ -94,20 +98,39 @@ def _wait_until_ready(process: subprocess.Popen[str]) -> StartedServer:
 @contextmanager
 def echo_server() -> Iterator[str]:
     """Run the bare gRPC echo during the `with` block and yield its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ladderstitch_loadtest.benchmarks.echo"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdin is not None
-    try:
-        yield f"127.0.0.1:{int(process.stdout.readline())}"
-    finally:
-        process.stdin.close()
-        process.wait(timeout=STOP_TIMEOUT_S)
-        process.stdout.close()
+    with port_server([sys.executable, "-m", "ladderstitch_loadtest.benchmarks.echo"]) as address:
+        yield address
+
+
+@contextmanager
+def port_server(command: Sequence[str], packages: Path | None = None) -> Iterator[str]:
+    """Run a server that prints its port and serves until its input closes; yield its address.
+
+    `packages` is a folder of packages that it can import besides the installed ones. Raises
+    `StartError` with the end of its log if it ends before it prints a port.
+    """
+    environment = {} if packages is None else {"PYTHONPATH": str(packages)}
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=os.environ | environment,
+        )
+        assert process.stdout is not None
+        assert process.stdin is not None
+        try:
+            port = process.stdout.readline().strip()
+            if not port.isdecimal():
+                log.seek(0)
+                raise StartError(f"{' '.join(command)} did not start:\n{tail(log.read())}")
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.stdin.close()
+            process.wait(timeout=STOP_TIMEOUT_S)
+            process.stdout.close()
 
 
 def command_line(pid: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -114,7 +114,8 @@ def quantize(
         Path | None, typer.Option(help="Language models: held-out text to measure all paths on.")
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="Language models: int4 or int8; image models have int8 only.")
+        Literal["int4", "int8"],
+        typer.Option(help="Language models: number format; image models have int8 only."),
     ] = "int4",
 ) -> None:
     """Add low-bit forms of all variants of a bundle, as further variants.
@@ -161,17 +162,13 @@ def _quantize_vision(path: Path, data: Path, split: str, images: int) -> Path:
     return loaded.int8_folder
 
 
-def _quantize_language(path: Path, precision: str, text: Path) -> None:
-    from ladderstitch.runtime.low_bit import BITS
+def _quantize_language(path: Path, precision: Literal["int4", "int8"], text: Path) -> None:
     from ladderstitch.text.bundle import TextBundle
     from ladderstitch.training.text.calibrate import DEFAULT_SAMPLE, quantise
 
-    found = next((known for known in BITS if known == precision), None)
-    if found is None:
-        raise ConfigError(f"precision: expected one of {sorted(BITS)}, got {precision!r}")
     bundle = TextBundle.load(path, calibrated=False)
     with progress_bar() as progress:
-        table = quantise(bundle, found, text, DEFAULT_SAMPLE, 1, progress)
+        table = quantise(bundle, precision, text, DEFAULT_SAMPLE, 1, progress)
     names = [variant.name for variant in TextBundle.load(path).manifest.variants]
     out.print(quality_table(names, table))
 

@@ -12,7 +12,7 @@ activations, the offsets are further columns of the matrix, and the sums further
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -87,16 +87,9 @@ class LowBitMatrix:
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return the rows with these indices [T], in float32 [T, K]."""
-        chosen = indices.numpy()
-        part = LowBitMatrix(
-            self.bits,
-            self.columns,
-            self.codes[chosen],
-            self.scales[chosen],
-            self.zeros[chosen],
-            self.has_offsets,
-        )
-        return part.dequantise()
+        at = indices.numpy()
+        codes, scales, zeros = self.codes[at], self.scales[at], self.zeros[at]
+        return replace(self, codes=codes, scales=scales, zeros=zeros).dequantise()
 
 
 class LowBitProduct:

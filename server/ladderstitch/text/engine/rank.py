@@ -70,6 +70,7 @@ class Rank:
     def __init__(self, assignment: Assignment) -> None:
         """Load the shard; raises `BundleError` or `ConfigError` if that is not possible."""
         config = assignment.rank_config
+        torch.set_num_threads(config.threads)
         use_device(config.device, assignment.rank)
         started, anonymous = time.monotonic(), anonymous_bytes()
         self.rank_config = config
@@ -134,19 +135,22 @@ class Rank:
 def load_models(config: RankConfig, shard: Shard) -> list[RankModel]:
     """Return one rank's model of every path.
 
-    Paths of one precision share the tensors that no delta changes.
+    Paths of one precision share the tensors that no delta changes, except that a low-bit path with
+    a delta has sessions of its own.
     """
     reader = config.weights()
     models: list[RankModel] = []
-    bases: dict[str | None, tuple[RankWeights, RankModel]] = {}
+    shared: dict[LowBitPrecision | None, RankWeights] = {}
+    bases: dict[LowBitPrecision | None, RankModel] = {}
     for precision, file in zip(config.path_precisions, config.path_deltas, strict=True):
         options = ShardOptions(config, shard, precision)
-        if precision not in bases:
-            weights = options.load_rank(reader)
-            bases[precision] = weights, options.make_model(weights)
-        weights, base = bases[precision]
+        if precision not in shared:
+            shared[precision] = options.load_rank(reader)
+        weights = shared[precision]
         if file is None:
-            models.append(base)
+            if precision not in bases:
+                bases[precision] = options.make_model(weights)
+            models.append(bases[precision])
             continue
         delta = load_delta(file)
         changed = DeltaWeights(reader, delta)
