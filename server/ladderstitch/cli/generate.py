@@ -193,7 +193,9 @@ def _print_accounting(last: TextChunk, options: GenerateOptions) -> None:
     if cost is None:
         return
     quality = f", {cost.quality_metric} {cost.quality:.3f}" if cost.HasField("quality") else ""
-    err.print(f"variant {cost.variant_name}{quality}")
+    names = [f"{span.variant_name} ({span.tokens} tokens)" for span in cost.spans]
+    variants = ", then ".join(names) if len(names) > 1 else cost.variant_name
+    err.print(f"variant {variants}{quality}")
     for name, budget_s, met, took_us in (
         ("whole answer", options["budget_s"], cost.budget_met, cost.total_us),
         (

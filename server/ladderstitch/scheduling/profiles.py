@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,6 +21,24 @@ class Quality(BaseModel):
     perplexity: float | None = Field(
         None, ge=1, description="perplexity on the same text; language models only"
     )
+
+    @classmethod
+    def mean(cls, parts: Sequence[tuple[Quality, int]]) -> Quality:
+        """Return the mean of scores, each of which counts for a number of tokens.
+
+        Perplexities are averaged as logarithms, like the tokens that they come from.
+        """
+        if len(parts) == 1:
+            return parts[0][0]
+        total = sum(count for _, count in parts)
+        mean = {
+            name: sum(getattr(quality, name) * count for quality, count in parts) / total
+            for name in ("value", "low", "high")
+        }
+        logs = [(math.log(q.perplexity), n) for q, n in parts if q.perplexity is not None]
+        complete = len(logs) == len(parts)
+        perplexity = math.exp(sum(log * n for log, n in logs) / total) if complete else None
+        return cls(**mean, perplexity=perplexity)
 
 
 class QualityTable(BaseModel):

@@ -197,18 +197,38 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationInfo:
-    """The facts about one generation: its variant, its quality, and what it reused.
-
-    `queue_s` is the time from the arrival to the start of the prefill.
-    """
+class TokenSpan:
+    """Consecutive tokens of an answer that one variant computed."""
 
     variant: int
     name: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationInfo:
+    """The facts about one generation: its variants, its quality, and what it reused.
+
+    `queue_s` is the time from the arrival to the start of the prefill. `quality` is the mean over
+    all tokens so far.
+    """
+
+    spans: tuple[TokenSpan, ...]
+    """All tokens so far, in order; an answer that keeps its variant has one span."""
     quality: Quality | None
     queue_s: float
     reused_tokens: int
     """Tokens of the prompt whose keys and values were already in the cache."""
+
+    @property
+    def variant(self) -> int:
+        """The id of the variant that computed the last token."""
+        return self.spans[-1].variant
+
+    @property
+    def name(self) -> str:
+        """The name of the variant that computed the last token."""
+        return self.spans[-1].name
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,9 @@ class Metrics:
         self.preemptions = self._counter(
             "preemptions", "Sequences whose cache blocks were given to others.", model
         )
+        self.variant_changes = self._counter(
+            "variant_changes", "Answers that went on with another variant.", model
+        )
 
     def observe_denial(self, reason: str) -> None:
         """Count a call that was denied before it reached a model."""

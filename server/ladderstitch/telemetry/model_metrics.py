@@ -168,6 +168,9 @@ class TextObserver(Protocol):
     def observe_preemptions(self, num_sequences: int) -> None:
         """Count sequences whose blocks were given to others."""
 
+    def observe_variant_changes(self, num_sequences: int) -> None:
+        """Count sequences that go on with another variant."""
+
     def observe_first_token(self, queue_s: float, seconds: float) -> None:
         """Count a first token, `seconds` after the arrival; `queue_s` of them were in the queue."""
 
@@ -188,6 +191,9 @@ class NullObserver:
         """Do nothing."""
 
     def observe_preemptions(self, num_sequences: int) -> None:
+        """Do nothing."""
+
+    def observe_variant_changes(self, num_sequences: int) -> None:
         """Do nothing."""
 
     def observe_first_token(self, queue_s: float, seconds: float) -> None:
@@ -211,6 +217,7 @@ class TextMetrics(ModelMetrics):
         self._generated_tokens = metrics.generated_tokens.labels(model)
         self._prefix_cache_hit_tokens = metrics.prefix_cache_hit_tokens.labels(model)
         self._preemptions = metrics.preemptions.labels(model)
+        self._variant_changes = metrics.variant_changes.labels(model)
         self._time_to_first_token_seconds = metrics.time_to_first_token_seconds.labels(model)
         self._inter_token_latency_seconds = metrics.inter_token_latency_seconds.labels(model)
         self._kv_cache_usage = metrics.kv_cache_usage_ratio.labels(model)
@@ -227,6 +234,10 @@ class TextMetrics(ModelMetrics):
     def observe_preemptions(self, num_sequences: int) -> None:
         """Count sequences whose blocks were given to others."""
         self._preemptions.inc(num_sequences)
+
+    def observe_variant_changes(self, num_sequences: int) -> None:
+        """Count sequences that go on with another variant."""
+        self._variant_changes.inc(num_sequences)
 
     def observe_first_token(self, queue_s: float, seconds: float) -> None:
         """Count a first token, `seconds` after the arrival; `queue_s` of them were in the queue."""

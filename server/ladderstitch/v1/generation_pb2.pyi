@@ -215,6 +215,36 @@ class GenerateRequest(_message.Message):
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
+class TokenSpan(_message.Message):
+    """Consecutive tokens of an answer that one variant computed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VARIANT_ID_FIELD_NUMBER: _builtins.int
+    VARIANT_NAME_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    variant_id: _builtins.int
+    """Id of the variant."""
+    variant_name: _builtins.str
+    """Name of the variant."""
+    tokens: _builtins.int
+    """Number of tokens."""
+    def __init__(
+        self,
+        *,
+        variant_id: _builtins.int = ...,
+        variant_name: _builtins.str = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens", "variant_id", b"variant_id", "variant_name", b"variant_name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenSpan: _TypeAlias = TokenSpan  # noqa: Y015
+
+@_typing.final
 class GenerationAccounting(_message.Message):
     """What an answer cost, and how it was computed."""
 
@@ -239,6 +269,7 @@ class GenerationAccounting(_message.Message):
     TOKEN_BUDGET_US_FIELD_NUMBER: _builtins.int
     TOKEN_BUDGET_MET_FIELD_NUMBER: _builtins.int
     MEAN_TOKEN_US_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens of the prompt."""
     generated_tokens: _builtins.int
@@ -254,17 +285,19 @@ class GenerationAccounting(_message.Message):
     budget_met: _builtins.bool
     """Whether the last response was handed to the transport within the budget; unset: there was none."""
     variant_name: _builtins.str
-    """Name of the variant that answered, e.g. "standard" or "ladder-8"."""
+    """Name of the variant that computed the last token, e.g. "standard" or "ladder-8"."""
     replica: _builtins.str
     """Name of the replica that answered."""
     variant_id: _builtins.int
-    """Id of the variant that answered."""
+    """Id of the variant that computed the last token."""
     quality: _builtins.float
-    """Calibrated quality of the variant; unset: it was never measured."""
+    """Calibrated quality, the mean over the tokens' variants; unset: it was never measured."""
     quality_metric: _builtins.str
     """Metric of `quality`, e.g. "next-token accuracy", and its data."""
     perplexity: _builtins.float
-    """Perplexity of the variant on the same data; unset: it was never measured."""
+    """Perplexity on the same data, the geometric mean over the tokens' variants; unset: it was never
+    measured.
+    """
     reused_tokens: _builtins.int
     """Tokens of the prompt that were not computed, because an earlier prompt had the same prefix."""
     first_token_budget_us: _builtins.int
@@ -277,6 +310,12 @@ class GenerationAccounting(_message.Message):
     """Whether the mean time between tokens met its budget; unset: there was none, or one token."""
     mean_token_us: _builtins.int
     """Mean time between the tokens after the first, microseconds; 0 for a single token."""
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenSpan]:
+        """All tokens by the variant that computed them, in order. An answer changes its variant between
+        two tokens if its budgets become tighter or looser and the precisions of the model allow it.
+        """
+
     def __init__(
         self,
         *,
@@ -299,10 +338,11 @@ class GenerationAccounting(_message.Message):
         token_budget_us: _builtins.int | None = ...,
         token_budget_met: _builtins.bool | None = ...,
         mean_token_us: _builtins.int = ...,
+        spans: _abc.Iterable[Global___TokenSpan] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met", "_budget_us", b"_budget_us", "_first_token_budget_met", b"_first_token_budget_met", "_first_token_budget_us", b"_first_token_budget_us", "_perplexity", b"_perplexity", "_quality", b"_quality", "_token_budget_met", b"_token_budget_met", "_token_budget_us", b"_token_budget_us", "budget_met", b"budget_met", "budget_us", b"budget_us", "first_token_budget_met", b"first_token_budget_met", "first_token_budget_us", b"first_token_budget_us", "perplexity", b"perplexity", "quality", b"quality", "token_budget_met", b"token_budget_met", "token_budget_us", b"token_budget_us"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met", "_budget_us", b"_budget_us", "_first_token_budget_met", b"_first_token_budget_met", "_first_token_budget_us", b"_first_token_budget_us", "_perplexity", b"_perplexity", "_quality", b"_quality", "_token_budget_met", b"_token_budget_met", "_token_budget_us", b"_token_budget_us", "budget_met", b"budget_met", "budget_us", b"budget_us", "first_token_budget_met", b"first_token_budget_met", "first_token_budget_us", b"first_token_budget_us", "first_token_us", b"first_token_us", "generated_tokens", b"generated_tokens", "mean_token_us", b"mean_token_us", "perplexity", b"perplexity", "prompt_tokens", b"prompt_tokens", "quality", b"quality", "quality_metric", b"quality_metric", "queue_us", b"queue_us", "replica", b"replica", "reused_tokens", b"reused_tokens", "token_budget_met", b"token_budget_met", "token_budget_us", b"token_budget_us", "total_us", b"total_us", "variant_id", b"variant_id", "variant_name", b"variant_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met", "_budget_us", b"_budget_us", "_first_token_budget_met", b"_first_token_budget_met", "_first_token_budget_us", b"_first_token_budget_us", "_perplexity", b"_perplexity", "_quality", b"_quality", "_token_budget_met", b"_token_budget_met", "_token_budget_us", b"_token_budget_us", "budget_met", b"budget_met", "budget_us", b"budget_us", "first_token_budget_met", b"first_token_budget_met", "first_token_budget_us", b"first_token_budget_us", "first_token_us", b"first_token_us", "generated_tokens", b"generated_tokens", "mean_token_us", b"mean_token_us", "perplexity", b"perplexity", "prompt_tokens", b"prompt_tokens", "quality", b"quality", "quality_metric", b"quality_metric", "queue_us", b"queue_us", "replica", b"replica", "reused_tokens", b"reused_tokens", "spans", b"spans", "token_budget_met", b"token_budget_met", "token_budget_us", b"token_budget_us", "total_us", b"total_us", "variant_id", b"variant_id", "variant_name", b"variant_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget_met: _TypeAlias = _typing.Literal["budget_met"]  # noqa: Y015
     _WhichOneofArgType__budget_met: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met"]  # noqa: Y015

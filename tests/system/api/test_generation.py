@@ -161,6 +161,7 @@ def test_generate_accounting_has_variant_and_met_budgets(client: Client) -> None
     cost = chunks[-1].accounting
     assert cost is not None
     assert (cost.variant_name, cost.variant_id, cost.perplexity) == ("standard", 0, 10.0)
+    assert [(s.variant_id, s.variant_name, s.tokens) for s in cost.spans] == [(0, "standard", 6)]
     assert cost.quality == pytest.approx(0.6)
     assert cost.quality_metric == "next-token accuracy on nothing"
     assert (cost.budget_met, cost.first_token_budget_met, cost.token_budget_met) == (1, 0, 1)
@@ -379,6 +380,7 @@ def test_tritonclient_streams_tokens_unmodified(server: RunningServer, bundle: T
     seen = json.loads(done.stdout)
     assert seen["tokens"]["first"] == greedy(bundle, PROMPT, 6)
     assert seen["finals"]["first"]["ladderstitch_variant_name"] == "standard"
+    assert json.loads(seen["finals"]["first"]["ladderstitch_spans"]) == [["standard", 6]]
     assert seen["finals"]["first"]["ladderstitch_finish_reason"] == "length"
     assert 1 <= len(seen["tokens"]["second"]) <= 3
     assert seen["finals"]["second"]["ladderstitch_budget_met"] is True

@@ -96,6 +96,8 @@ def test_completion_is_the_greedy_answer(client: openai.OpenAI, server: RunningS
     assert len(choice.logprobs.tokens) == 12
     assert max(choice.logprobs.top_logprobs[0].values()) == choice.logprobs.token_logprobs[0]  # type: ignore[index] # requested
     assert accounting_of(answer)["variant_name"] == "standard"
+    span = {"variant_name": "standard", "variant_id": 0, "tokens": 12}
+    assert accounting_of(answer)["spans"] == [span]
     assert accounting_of(answer)["perplexity"] == 10.0
     by_tokens = client.completions.create(
         model="tiny", prompt=bundle.tokenizer().encode(PROMPT), max_tokens=12, temperature=0

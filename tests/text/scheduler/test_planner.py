@@ -149,7 +149,7 @@ def make_sequence(
     tokenizer: TextTokenizer, request: object, variant: int = STANDARD, *, decoding: bool = False
 ) -> Sequence:
     assert isinstance(request, GenerationRequest)
-    sequence = Sequence(request, variant, "", None, tokenizer, ())
+    sequence = Sequence(request, variant, ("standard", "ladder"), None, tokenizer, ())
     if decoding:
         sequence.block_table.num_computed = sequence.num_pending
         sequence.tokens.append(1)

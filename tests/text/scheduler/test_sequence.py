@@ -33,7 +33,7 @@ class Harness:
         self.blocks = BlockManager(4, 4)
         self.queue = SequenceQueue(self.blocks, 1)
         request = GenerationRequest((1, 2), 0.0, max_tokens=2, hard_deadline=hard_deadline)
-        self.sequence = Sequence(request, 0, "", None, tokenizer, ())
+        self.sequence = Sequence(request, 0, ("standard",), None, tokenizer, ())
         if active:
             assert self.sequence.allocate_blocks(self.blocks, now=0.0)
             self.queue.active.append(self.sequence)

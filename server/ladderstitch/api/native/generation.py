@@ -191,6 +191,10 @@ def _build_accounting(
         quality_metric=quality_metric(model.bundle.quality),
         reused_tokens=info.reused_tokens,
         replica=replica,
+        spans=[
+            pb.TokenSpan(variant_id=span.variant, variant_name=span.name, tokens=span.num_tokens)
+            for span in info.spans
+        ],
     )
 
 

@@ -8,6 +8,7 @@ the accounting of the answer.
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
@@ -128,6 +129,8 @@ def _add_accounting(
     ):
         parameters[f"ladderstitch_{key}"].int64_param = value
     parameters["ladderstitch_variant_name"].string_param = info.name
+    spans = [[span.name, span.num_tokens] for span in info.spans]
+    parameters["ladderstitch_spans"].string_param = json.dumps(spans)
     parameters["ladderstitch_replica"].string_param = replica
     parameters["ladderstitch_finish_reason"].string_param = last.finish or ""
     if info.quality is not None:

@@ -115,6 +115,10 @@ class ResponseBuilder:
             "ladderstitch": {
                 "variant_name": info.name,
                 "variant_id": info.variant,
+                "spans": [
+                    {"variant_name": s.name, "variant_id": s.variant, "tokens": s.num_tokens}
+                    for s in info.spans
+                ],
                 "quality": quality.value if quality else None,
                 "quality_metric": quality_metric(self.model.bundle.quality),
                 "perplexity": quality.perplexity if quality else None,

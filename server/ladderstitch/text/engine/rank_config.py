@@ -104,6 +104,17 @@ class RankConfig(BaseModel):
         return self.deltas or (None,) * len(self.paths)
 
     @property
+    def alternatives(self) -> tuple[frozenset[int], ...]:
+        """By path: those that differ in precision only, itself included.
+
+        A sequence may change between them from one token to the next.
+        """
+        kinds = list(zip(self.paths, self.path_deltas, strict=True))
+        return tuple(
+            frozenset(other for other, same in enumerate(kinds) if same == kind) for kind in kinds
+        )
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of weights and partials of paths without a precision of their own."""
         return DTYPES[self.dtype]

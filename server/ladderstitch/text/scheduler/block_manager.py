@@ -185,6 +185,7 @@ class BlockTable:
         self.num_computed = 0
         self._last_cached_id = 0
         self._num_cached_blocks = 0
+        self._caches = True
 
     def allocate(self, manager: BlockManager, namespace_id: int, tokens: Sequence[int]) -> bool:
         """Allocate blocks for all tokens, cached ones first; return False if too few are free."""
@@ -199,7 +200,12 @@ class BlockTable:
         self.blocks = [*prefix.blocks, *allocated]
         self.num_computed = len(prefix.blocks) * manager.block_tokens
         self._last_cached_id, self._num_cached_blocks = prefix.last_id, len(prefix.blocks)
+        self._caches = True
         return True
+
+    def stop_caching(self) -> None:
+        """Cache no block that is filled from now on, until the blocks are allocated again."""
+        self._caches = False
 
     def extend(self, manager: BlockManager, num_tokens: int) -> bool:
         """Allocate one more block if `num_tokens` need it; return False if none is free."""
@@ -216,7 +222,7 @@ class BlockTable:
         """
         self.num_computed += num_tokens
         size = manager.block_tokens
-        while (self._num_cached_blocks + 1) * size <= self.num_computed:
+        while self._caches and (self._num_cached_blocks + 1) * size <= self.num_computed:
             number = self._num_cached_blocks
             self._last_cached_id = manager.cache_block(
                 self.blocks[number],

@@ -146,6 +146,14 @@ class TokenTimeEstimate:
         return self.first_s + self.token_s * (num_tokens - 1)
 
 
+def decode_round_s(num_sequences: abc.Mapping[int, int], times: StepTimes) -> float:
+    """Return the expected seconds until every sequence has one more token.
+
+    `num_sequences` counts them by variant; each variant in use takes a step.
+    """
+    return sum(times.expected(variant, n, n) for variant, n in num_sequences.items() if n)
+
+
 def estimate_token_times(
     variant: int, num_tokens: int, load: SchedulerLoad, times: StepTimes
 ) -> TokenTimeEstimate:
@@ -155,7 +163,7 @@ def estimate_token_times(
     """
     num_sequences = dict(load.num_sequences)
     num_sequences[variant] = num_sequences.get(variant, 0) + 1
-    token_s = sum(times.expected(other, n, n) for other, n in num_sequences.items())
+    token_s = decode_round_s(num_sequences, times)
     ahead_s = sum(times.prefill_s(other, n) for other, n in load.prefill_tokens.items())
     return TokenTimeEstimate(ahead_s + times.prefill_s(variant, num_tokens), token_s)
 

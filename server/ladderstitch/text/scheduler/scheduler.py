@@ -44,6 +44,7 @@ from ladderstitch.text.scheduler.planner import (
 from ladderstitch.text.scheduler.queue import SequenceQueue
 from ladderstitch.text.scheduler.sequence import Sequence, TokenStream
 from ladderstitch.text.scheduler.step_times import StepTimes, measure_steps, placeholder_profile
+from ladderstitch.text.scheduler.variant_changes import ChangeRules
 from ladderstitch.text.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -148,6 +149,8 @@ class TextScheduler:
         latency = self.times.latency
         latency.set_probability(settings.attainment_probability)
         self.candidates = CandidateFilter.from_settings(quality, latency.profile, settings)
+        alternatives = self.group.rank_config.alternatives
+        self._change_rules = ChangeRules(alternatives, self.candidates, settings)
 
     def generate(self, request: GenerationRequest) -> TokenStream:
         """Submit a request and return the stream of its chunks; the caller must close the stream.
@@ -178,13 +181,14 @@ class TextScheduler:
         self._fail_all(Draining("the replica is shutting down"))
 
     async def step(self) -> bool:
-        """Run one step: admit, plan, make room, execute, deliver, observe.
+        """Run one step: admit, change variants, plan, make room, execute, deliver, observe.
 
         Return False, without a step, if no sequence is active. Raises `RankLost` if a rank died,
         and `InternalError` if the forward pass failed.
         """
         now = time.monotonic()
         self._queue.admit(self.times, now)
+        self._change_variants(now)
         self._plan = plan_step(self._queue.active, self.times, now)
         if self._plan is None:
             return False
@@ -208,6 +212,14 @@ class TextScheduler:
                 self._fail(self._plan.sequences if self._plan else [], error)
             except Exception as error:
                 self._fail_all(InternalError.logged("a step failed", error))
+
+    def _change_variants(self, now: float) -> None:
+        """Move decoding sequences to the variants that their budgets allow from now on."""
+        changes = self._change_rules.plan(self._queue.active, self.times, now)
+        for change in changes:
+            change.sequence.change_variant(change.variant)
+        if changes:
+            self._observer.observe_variant_changes(len(changes))
 
     def _make_room(self, wanted: StepPlan) -> StepPlan:
         plan, num_preempted = self._queue.make_room(wanted, self.times)
@@ -277,8 +289,8 @@ class TextScheduler:
         sequence = Sequence(
             request,
             variant,
-            self.variant_names[variant],
-            self._quality.variants[variant] if self._quality else None,
+            self.variant_names,
+            self._quality,
             self.tokenizer,
             self.end_tokens,
         )

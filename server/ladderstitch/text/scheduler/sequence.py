@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ladderstitch.errors import ExpiredInCompute, ExpiredInQueue, RequestError
-from ladderstitch.scheduling.profiles import Quality
+from ladderstitch.scheduling.profiles import Quality, QualityTable
 from ladderstitch.scheduling.requests import (
     FinishReason,
     GenerationInfo,
@@ -20,6 +20,7 @@ from ladderstitch.scheduling.requests import (
     GenerationUsage,
     Sampling,
     TokenChunk,
+    TokenSpan,
 )
 from ladderstitch.telemetry.model_metrics import NullObserver, TextObserver
 from ladderstitch.text.messages import Logits, LogitsMode, SequenceInput
@@ -27,20 +28,23 @@ from ladderstitch.text.scheduler.block_manager import BlockManager, BlockTable
 from ladderstitch.text.scheduler.step_times import token_deadline
 from ladderstitch.text.tokenizer import StoppableText, TextStream, TextTokenizer
 
+PACE_TOKENS = 16
+"""Tokens in which an answer catches up with its budget per token, or uses up its lead."""
+
 
 class Sequence:
     """A request with the tokens of its prompt and of its answer so far.
 
     A sequence that lost its blocks, to another sequence or because a rank died, is computed again
-    from its tokens and resumes.
+    from its tokens and resumes. `variant` computes its next tokens and may change between them.
     """
 
     def __init__(
         self,
         request: GenerationRequest,
         variant: int,
-        variant_name: str,
-        quality: Quality | None,
+        names: abc.Sequence[str],
+        quality: QualityTable | None,
         tokenizer: TextTokenizer,
         end_tokens: abc.Collection[int],
     ) -> None:
@@ -50,7 +54,8 @@ class Sequence:
         self.num_rank_losses = 0
         self.first_token_at: float | None = None
         self.ended = False
-        self._variant_name, self._quality = variant_name, quality
+        self._names, self._quality = names, quality
+        self._spans: tuple[TokenSpan, ...] = ()
         self._end_tokens = end_tokens
         self._sampler = Sampler(request.sampling)
         self._text = StoppableText(TextStream(tokenizer), request.stop)
@@ -85,6 +90,27 @@ class Sequence:
             token_s,
         )
 
+    def affordable_token_s(self, now: float) -> float:
+        """Return the seconds that each of the next tokens may take within the budgets.
+
+        Time that the answer is behind or ahead of its budget per token is spread over
+        `PACE_TOKENS` tokens. Infinite without a budget, negative if it can no longer be met.
+        """
+        budget, left = self.request.budget, self.request.max_tokens - self.num_generated
+        token_s = (self.request.arrival + budget.answer_s - now) / max(1, left)
+        if self.first_token_at is not None and not math.isinf(budget.per_token_s):
+            ahead_s = self.first_token_at + (self.num_generated - 1) * budget.per_token_s - now
+            token_s = min(token_s, budget.per_token_s + ahead_s / min(max(1, left), PACE_TOKENS))
+        return token_s
+
+    def change_variant(self, variant: int) -> None:
+        """Compute the next tokens on another variant, after the same keys and values.
+
+        Blocks that are filled from now on hold a mixture, and are not cached for others.
+        """
+        self.variant = variant
+        self.block_table.stop_caching()
+
     def allocate_blocks(self, block_manager: BlockManager, now: float) -> bool:
         """Allocate blocks for all tokens, cached ones first; return False if too few are free."""
         namespace_id = block_manager.namespace((self.variant, self.request.tenant))
@@ -112,6 +138,7 @@ class Sequence:
             self.first_token_at = now
         index = self.num_generated
         self.tokens.append(token)
+        self._count_token()
         is_end_token = token in self._end_tokens
         text = "" if is_end_token else self._text.add(token)
         finish: FinishReason | None = None
@@ -146,9 +173,20 @@ class Sequence:
     def _info(self) -> GenerationInfo:
         assert self._started_at is not None, "set when its blocks were allocated"
         queue_s = self._started_at - self.request.arrival
-        return GenerationInfo(
-            self.variant, self._variant_name, self._quality, queue_s, self._num_reused
-        )
+        quality = None
+        if (table := self._quality) is not None:
+            counts = [(table.variants[span.variant], span.num_tokens) for span in self._spans]
+            quality = Quality.mean(counts)
+        return GenerationInfo(self._spans, quality, queue_s, self._num_reused)
+
+    def _count_token(self) -> None:
+        """Add a token to the last span, or begin a span if the variant has changed."""
+        *earlier, last = self._spans or (TokenSpan(self.variant, self._names[self.variant], 0),)
+        if last.variant == self.variant:
+            last = replace(last, num_tokens=last.num_tokens + 1)
+            self._spans = (*earlier, last)
+        else:
+            self._spans += (TokenSpan(self.variant, self._names[self.variant], 1),)
 
     def _sample(self, logits: Logits | None) -> int:
         assert logits is not None, "the logits mode is LAST"
