@@ -117,3 +117,14 @@ def assert_close_to_rounded(got: torch.Tensor, x: torch.Tensor, matrix: LowBitMa
     bound = half_step @ weight.abs().T
     assert ((got.double() - expected).abs() <= bound + 1e-4).all()
     assert (got.double() - expected).norm() < 0.02 * expected.norm()
+
+
+def test_blocks_of_equal_or_positive_weights_need_no_offsets() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = quantise(torch.randn(8, 96, generator=generator), 4).dequantise()
+    for row, value in ((3, 0.005), (4, -0.3), (5, 0.0)):
+        weights[row, :32] = value
+    weights[6, :32] = weights[6, :32].abs()
+    matrix = quantise(weights, 4)
+    assert not matrix.has_offsets
+    torch.testing.assert_close(matrix.dequantise(), weights, atol=1e-6, rtol=0)

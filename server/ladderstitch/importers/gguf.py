@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
+from pydantic import ValidationError
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from ladderstitch.bundles import check_tensors
 from ladderstitch.errors import DataError
+from ladderstitch.importers.gguf_tokenizers import build_tokenizer, read_token_id, read_tokens
 from ladderstitch.runtime import ProgressCallback
 from ladderstitch.text.bundle import TextManifest, write_manifest
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import LlamaConfig, RopeScaling
+from ladderstitch.text.model.llama import rotation_tables
 from ladderstitch.text.model.weight_reader import SINGLE
-
-CONTROL, USER_DEFINED = 3, 4
-"""GGUF's types of tokens that byte-pair merging never produces."""
+from ladderstitch.text.model.weights import expected_shapes
 
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -41,14 +43,44 @@ OTHER_NAMES = {
 }
 """Tensor outside the layers in GGUF -> in the Hugging Face layout."""
 
-PRE_TOKENIZERS: dict[str, Callable[[], list[Any]]] = {
-    "smollm": lambda: [
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ],
-    "gpt-2": lambda: [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+HEAD, ROPE_FACTORS = "output.weight", "rope_freqs.weight"
+"""Tensors that a file may lack: the head, and divisors of the rotary frequencies."""
+
+SIZES = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "layers": "block_count",
+    "heads": "attention.head_count",
+    "kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_positions": "context_length",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
 }
-"""Steps that split text before byte-pair merging, by the file's `tokenizer.ggml.pre`."""
+"""Field of `LlamaConfig` -> field of the file, below `llama`."""
+
+KNOWN_FIELDS = {
+    *SIZES.values(),
+    "attention.value_length",
+    "rope.dimension_count",
+    "rope.scale_linear",
+    "rope.scaling.factor",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "tensor_data_layout",
+    "vocab_size",
+}
+"""Fields below `llama` that this import reads, or that do not change what a model computes."""
+
+NEUTRAL = {"attention.causal": True, "rope.scaling.attn_factor": 1.0}
+"""Values of other fields below `llama` that have no effect, like 0 and empty values."""
+
+LLAMA3_FREQUENCIES = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+"""Settings of Llama 3.1 to 3.3; files have only the divisors that follow from them."""
+
+END_ROLES = ("eos", "eot", "eom")
+"""Roles of the tokens that end an answer: end of sequence, of turn and of message."""
 
 
 def import_gguf(
@@ -62,97 +94,193 @@ def import_gguf(
 ) -> None:
     """Write the model of a GGUF file as a bundle in float32.
 
-    Raises `DataError` if the file is not GGUF or has another architecture or tokenizer.
+    Nothing is written unless the whole file is valid. Raises `DataError` if the file is damaged or
+    has another architecture, tokenizer or type of tensor, `BundleError` if tensors are missing or
+    of another shape.
     """
     fields, reader = _read_file(file)
-    config = _read_config(fields, reader)
+    try:
+        config = _read_config(fields, {tensor.name: tensor for tensor in reader.tensors})
+        tokenizer = build_tokenizer(fields)
+        ends = [read_token_id(fields, role) for role in END_ROLES]
+        if ends[0] is None:
+            raise DataError("tokenizer.ggml.eos_token_id: expected a token id, got none")
+        manifest = TextManifest(
+            name=name,
+            config=config,
+            end_tokens=tuple(dict.fromkeys(end for end in ends if end is not None)),
+            chat_template=fields.get("tokenizer.chat_template"),
+            origin=origin,
+            licence=licence,
+        )
+    except (DataError, ValidationError) as error:
+        raise DataError(f"{file}: {error}") from error
+    tensors = _read_tensors(file, reader, config, on_progress)
     into.mkdir(parents=True, exist_ok=True)
     (into / "quality.json").unlink(missing_ok=True)  # of a model that was here before
-    _build_tokenizer(fields).save(str(into / "tokenizer.json"))
-    tensors = {}
-    for done, tensor in enumerate(reader.tensors):
-        ours = _bundle_name(tensor.name)
-        tensors[ours] = _dequantise(ours, tensor, config)
-        on_progress(done + 1, len(reader.tensors))
+    tokenizer.save(str(into / "tokenizer.json"))
     save_file(tensors, into / SINGLE)
-    manifest = TextManifest(
-        name=name,
-        config=config,
-        end_tokens=(int(fields["tokenizer.ggml.eos_token_id"]),),
-        chat_template=fields.get("tokenizer.chat_template"),
-        origin=origin,
-        licence=licence,
-    )
     write_manifest(into, manifest)
 
 
+class _BoundedReader(GGUFReader):
+    """A reader that does not read past the end of the file, whatever lengths the file has."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        values = super()._get(offset, dtype, count, override_order)
+        if len(values) < count:
+            raise ValueError(f"expected more than {len(self.data)} bytes")
+        return values
+
+
 def _read_file(file: Path) -> tuple[dict[str, Any], GGUFReader]:
+    """Return the fields and tensors of a file; raises `DataError` if it is unreadable."""
     try:
-        reader = GGUFReader(file)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: not a GGUF file: {error}") from error
-    fields = {key: field.contents() for key, field in reader.fields.items()}
-    if fields.get("general.architecture") != "llama":
-        got = fields.get("general.architecture")
-        raise DataError(f"{file}: general.architecture: expected 'llama', got {got!r}")
+        reader = _BoundedReader(file)
+        fields = {key: field.contents() for key, field in reader.fields.items()}
+    except Exception as error:  # the library raises errors of any kind for damaged files
+        raise DataError(f"{file}: not a GGUF file, or damaged: {error}") from error
+    for field, expected in (("general.architecture", "llama"), ("split.count", 1)):
+        got = fields.get(field, expected if field == "split.count" else None)
+        if got != expected:
+            raise DataError(f"{file}: {field}: expected {expected!r}, got {got!r}")
+    if reader.byte_order == "S":
+        raise DataError(f"{file}: byte order: expected that of this machine, got the opposite")
     return fields, reader
 
 
-def _read_config(fields: dict[str, Any], reader: GGUFReader) -> LlamaConfig:
-    heads, width = fields["llama.attention.head_count"], fields["llama.embedding_length"]
-    return LlamaConfig(
-        vocab_size=len(fields["tokenizer.ggml.tokens"]),
-        hidden_size=width,
-        intermediate_size=fields["llama.feed_forward_length"],
-        layers=fields["llama.block_count"],
-        heads=heads,
-        kv_heads=fields.get("llama.attention.head_count_kv", heads),
-        head_dim=fields.get("llama.attention.key_length", width // heads),
-        max_positions=fields["llama.context_length"],
-        # stored as float32, but the original value is a short decimal
-        norm_eps=float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
-        rope_theta=fields.get("llama.rope.freq_base", 10_000.0),
-        tied_head=all(tensor.name != "output.weight" for tensor in reader.tensors),
+def _read_config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> LlamaConfig:
+    """Return the sizes in the fields; raises `DataError` naming the field that does not fit."""
+    sizes = _read_sizes(fields, tensors)
+    for name, value in sorted(fields.items()):
+        field = name.removeprefix("llama.")
+        unknown = field != name and field not in KNOWN_FIELDS
+        if unknown and value and value != NEUTRAL.get(field):
+            raise DataError(f"{name}: expected none, got {str(value)[:40]}")
+    for field in ("attention.value_length", "rope.dimension_count"):
+        if (got := fields.get(f"llama.{field}", sizes["head_dim"])) != sizes["head_dim"]:
+            raise DataError(f"llama.{field}: expected {sizes['head_dim']}, got {got!r}")
+    vocabulary = len(read_tokens(fields))
+    config = LlamaConfig(**sizes, vocab_size=vocabulary, tied_head=HEAD not in tensors)
+    scaling = _read_linear_scaling(fields)
+    if ROPE_FACTORS in tensors:
+        if scaling is not None:
+            raise DataError(f"llama.rope.scaling: expected none with {ROPE_FACTORS}, got linear")
+        return _match_rope_factors(config, tensors[ROPE_FACTORS])
+    return config.model_copy(update={"rope_scaling": scaling})
+
+
+def _read_sizes(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of `SIZES`; raises `DataError` naming a field that is missing or wrong."""
+    sizes: dict[str, Any] = {o: fields.get(f"llama.{t}") for o, t in SIZES.items()}
+    heads, width = sizes["heads"], sizes["hidden_size"]
+    defaults = {"kv_heads": heads, "rope_theta": 10_000.0}
+    if isinstance(heads, int) and isinstance(width, int) and heads > 0:
+        defaults["head_dim"] = width // heads
+    for ours, theirs in SIZES.items():
+        value: Any = defaults.get(ours) if sizes[ours] is None else sizes[ours]
+        kind = float if ours in ("norm_eps", "rope_theta") else int
+        if not isinstance(value, kind) or not 0 < value < float("inf"):
+            got = "none" if value is None else repr(value)[:40]
+            raise DataError(f"llama.{theirs}: expected a positive {kind.__name__}, got {got}")
+        sizes[ours] = value
+    if sizes["layers"] > len(tensors):
+        layers = sizes["layers"]
+        raise DataError(f"llama.block_count: expected at most {len(tensors)}, got {layers}")
+    # stored as float32, but the original value is a short decimal
+    sizes["norm_eps"] = float(f"{sizes['norm_eps']:.6g}")
+    return sizes
+
+
+def _read_linear_scaling(fields: Mapping[str, Any]) -> RopeScaling | None:
+    """Return the linear scaling of positions; raises `DataError` naming any other kind."""
+    kind = fields.get("llama.rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise DataError(f"llama.rope.scaling.type: expected none or linear, got {kind!r}")
+    factor = fields.get("llama.rope.scaling.factor") or fields.get("llama.rope.scale_linear")
+    if kind == "none" or not factor or factor == 1:
+        return None
+    return RopeScaling(kind="linear", factor=factor)
+
+
+def _match_rope_factors(config: LlamaConfig, tensor: Any) -> LlamaConfig:
+    """Return the configuration whose rotary frequencies are divided by the factors of a tensor.
+
+    Raises `DataError` unless the factors are 1, or those of Llama 3.1 to 3.3.
+    """
+    factors = torch.from_numpy(_dequantise(tensor)).double()
+    if tuple(factors.shape) != (config.head_dim // 2,):
+        shape = tuple(factors.shape)
+        raise DataError(f"{ROPE_FACTORS}: expected {(config.head_dim // 2,)}, got {shape}")
+    if (factors == 1).all():
+        return config
+    factor = max(float(factors.max()), 1.0)
+    scaling = RopeScaling(kind="llama3", factor=factor, **LLAMA3_FREQUENCIES)
+    scaled = config.model_copy(update={"rope_scaling": scaling})
+    frequencies, slower = (
+        rotation_tables(c, positions=2)[1][1, config.head_dim // 2 :].double().asin()
+        for c in (config, scaled)
     )
+    if not torch.allclose(slower * factors, frequencies, rtol=1e-5, atol=0):
+        raise DataError(f"{ROPE_FACTORS}: expected the factors of Llama 3.1, got others")
+    return scaled
 
 
-def _bundle_name(name: str) -> str:
-    stem = name.removesuffix(".weight")
-    if stem in OTHER_NAMES:
-        return f"{OTHER_NAMES[stem]}.weight"
-    _, layer, part = stem.split(".", 2)
-    return f"model.layers.{layer}.{LAYER_NAMES[part]}.weight"
+def _read_tensors(
+    file: Path, reader: GGUFReader, config: LlamaConfig, on_progress: ProgressCallback
+) -> dict[str, Tensor]:
+    """Return all tensors in float32, by their names in the bundle.
+
+    Raises `BundleError` naming tensors that are missing, unknown or of another shape, `DataError`
+    for a type that cannot be dequantised.
+    """
+    shapes, names = expected_shapes(config), _bundle_names(config.layers)
+    tensors = [tensor for tensor in reader.tensors if tensor.name != ROPE_FACTORS]
+    check_tensors(
+        {theirs: shapes[ours] for theirs, ours in names.items() if ours in shapes},
+        {tensor.name: tuple(reversed(tensor.shape.tolist())) for tensor in tensors},
+        where=str(file),
+    )
+    heads = {"q_proj.weight": config.heads, "k_proj.weight": config.kv_heads}
+    read = {}
+    for done, tensor in enumerate(tensors):
+        try:
+            values = torch.from_numpy(_dequantise(tensor))
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from error
+        ours = names[tensor.name]
+        if (count := heads.get(ours.rpartition("self_attn.")[2])) is not None:
+            values = half_split(values, count)
+        read[ours] = values.contiguous()
+        on_progress(done + 1, len(tensors))
+    return read
 
 
-def _dequantise(name: str, tensor: Any, config: LlamaConfig) -> Tensor:
-    values = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
-    if name.endswith("q_proj.weight"):
-        return half_split(values, config.heads).contiguous()
-    if name.endswith("k_proj.weight"):
-        return half_split(values, config.kv_heads).contiguous()
-    return values.contiguous()
+def _bundle_names(layers: int) -> dict[str, str]:
+    """Return the name in the bundle of every tensor that a file may have."""
+    names = {f"{theirs}.weight": f"{ours}.weight" for theirs, ours in OTHER_NAMES.items()}
+    for layer in range(layers):
+        theirs, ours = f"blk.{layer}.", f"model.layers.{layer}."
+        names |= {f"{theirs}{t}.weight": f"{ours}{o}.weight" for t, o in LAYER_NAMES.items()}
+    return names
 
 
-def _build_tokenizer(fields: dict[str, Any]) -> Tokenizer:
-    kind, pre = fields["tokenizer.ggml.model"], fields.get("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+def _dequantise(tensor: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return a tensor's values in float32.
+
+    Raises `DataError` if its type cannot be dequantised, or if values are not finite.
+    """
+    try:
+        with np.errstate(all="ignore"):
+            values = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
+    except (NotImplementedError, ValueError, TypeError) as error:
+        got = tensor.tensor_type.name
         raise DataError(
-            f"tokenizer.ggml: expected gpt2 with one of {sorted(PRE_TOKENIZERS)}, got {kind}, {pre}"
-        )
-    tokens = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", ())]
-    bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
-    tokenizer = Tokenizer(bpe)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre]())
-    tokenizer.decoder = decoders.ByteLevel()
-    types = fields["tokenizer.ggml.token_type"]
-    special = [
-        AddedToken(token, special=True, normalized=False)
-        for token, kind in zip(tokens, types, strict=True)
-        if kind in (CONTROL, USER_DEFINED)
-    ]
-    tokenizer.add_special_tokens(special)
-    return tokenizer
+            f"{tensor.name}: type: expected F32, F16, BF16, Q8_0, Q4_K or a similar one, got {got}"
+        ) from error
+    if not np.isfinite(values).all():
+        raise DataError(f"{tensor.name}: expected finite numbers, got infinity or NaN")
+    return values
 
 
 def half_split(rows: Tensor, heads: int) -> Tensor:

@@ -39,7 +39,7 @@ GRID_TOLERANCE = 1e-2
 INT8_ACTIVATIONS = 4
 """`accuracy_level` of the products: activations are rounded to 8 bits."""
 MICROSOFT = "com.microsoft"
-OPSETS = (helper.make_opsetid("", 17), helper.make_opsetid(MICROSOFT, 1))
+OPSETS = (helper.make_opsetid("", 23), helper.make_opsetid(MICROSOFT, 1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -169,7 +169,7 @@ def _find_grid(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         return None
     low = blocks.amin(-1)
     reach = blocks.amax(-1) - low
-    scale = torch.ones_like(low)
+    scale = _nonzero(low.abs())  # for blocks of equal weights
     missing = reach > 0
     for steps in range(15, 0, -1):
         step = _nonzero(reach / steps)
@@ -182,7 +182,11 @@ def _find_grid(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     else:
         return None
     zero = (-low / scale).round().clamp(0, 15)
-    return scale, zero, low + scale * zero
+    offset = low + scale * zero
+    # weights that are all positive: whole steps are part of the codes if these have room
+    room = 15 - (reach / scale).round() - zero
+    whole_steps = torch.minimum((offset / scale).round().clamp(min=0), room.clamp(min=0))
+    return scale, zero, offset - scale * whole_steps
 
 
 def _nonzero(scale: Tensor) -> Tensor:
