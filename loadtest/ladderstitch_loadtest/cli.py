@@ -14,7 +14,7 @@ from ladderstitch_loadtest.benchmarks import cli as benchmarks
 from ladderstitch_loadtest.benchmarks.breakdown_cli import breakdown
 from ladderstitch_loadtest.benchmarks.burst_cli import burst
 from ladderstitch_loadtest.benchmarks.compiled_cli import compiled
-from ladderstitch_loadtest.benchmarks.generation_cli import generation
+from ladderstitch_loadtest.benchmarks.generation_cli import generation, path_changes
 from ladderstitch_loadtest.benchmarks.language_peers_cli import language_peers
 from ladderstitch_loadtest.benchmarks.overlap_cli import overlap
 from ladderstitch_loadtest.benchmarks.peers_cli import peers
@@ -41,6 +41,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         benchmarks.smollm2,
         generation,
         language_peers,
+        path_changes,
         overlap,
     ),
     "Faults": (faults.kills, faults.malformed, soak),

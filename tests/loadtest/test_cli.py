@@ -23,6 +23,7 @@ NAMES = [
     "mixed",
     "overhead",
     "overlap",
+    "path-changes",
     "peers",
     "real-sizes",
     "replay",

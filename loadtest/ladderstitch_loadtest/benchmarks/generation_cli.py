@@ -1,4 +1,4 @@
-"""`ladderstitch-loadtest generation`: benchmarks of a language model with many callers."""
+"""Benchmarks `generation` and `path-changes` of language models."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.table import Table
 
 from ladderstitch.bundles import find_bundle
-from ladderstitch.cli.console import err, out
+from ladderstitch.cli.console import err, out, progress_bar
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch_loadtest.servers.results_io import write
 
+CHANGE_WINDOW = 256
+"""Tokens of a window of text for `path-changes`."""
 RATES = "0.5,1,1.5,2,3,4,6,8"
 
 
@@ -73,3 +76,33 @@ def generation(
     write(folder, "generation", results)
     if folder is not None:
         generation_load.plot(results["batching"], folder / "generation.png")
+
+
+def path_changes(
+    text: Annotated[Path, typer.Option(help="Held-out text file.")],
+    model: Annotated[str, typer.Option(help="Bundle of a language model.")] = "smollm2",
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 256 tokens.")] = 60,
+    threads: Annotated[int, typer.Option(min=1, help="Threads.")] = 1,
+    folder: Annotated[Path | None, typer.Option("--out", help="Folder for NAME.json.")] = None,
+) -> None:
+    """Measure what a change of the path within an answer costs: perplexity and KL divergence.
+
+    The first half of each window is computed on one path, the second half on another.
+    """
+    from ladderstitch.training.text.evaluate import read_tokens, split_windows
+    from ladderstitch_loadtest.benchmarks.path_changes import Paths, measure
+
+    bundle = TextBundle.load(find_bundle(model))
+    sample = split_windows(read_tokens(text, bundle.tokenizer()), CHANGE_WINDOW, windows)
+    names = [variant.name for variant in bundle.manifest.variants]
+    with progress_bar() as progress:
+        task = progress.add_task("windows", total=len(sample))
+        rows = measure(
+            Paths(bundle, CHANGE_WINDOW, threads), names, sample, lambda: progress.advance(task)
+        )
+    table = Table("first half", "second half", "perplexity", "over no change", "KL, nats/token")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    out.print(table)
+    found = {"model": model, "text": text.name, "windows": len(sample), "changes": rows}
+    write(folder, "path-changes", found)
