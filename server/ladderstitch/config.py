@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from pydantic.config import JsonDict
@@ -36,7 +36,11 @@ class ServerConfig(ListenConfig):
         description="what runs image models: onnx (compiled, on CPUs in float32) or torch; "
         "auto: onnx where it can",
     )
-    threads: int = Field(1, ge=1, description="number of threads that compute one batch")
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="number of threads that compute one batch; auto: the cores that the process "
+        "may use, shared by ranks and replicas",
+    )
     replicas: int = Field(
         1,
         ge=1,

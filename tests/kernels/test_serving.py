@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ladderstitch.text.comm.base import SingleRankCommunicator
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.model import llama
-from ladderstitch.text.model.attention import Batch, PagedCache
+from ladderstitch.text.model.attention import PagedCache
+from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.llama import Mlp, Transformer
 from ladderstitch.text.model.residual import ResidualScheme, ResidualStream, plan_layers
 from ladderstitch.text.model.weight_reader import MemoryWeights

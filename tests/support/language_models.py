@@ -13,7 +13,8 @@ from ladderstitch.scheduling.profiles import Quality, QualityTable
 from ladderstitch.text.bundle import TextBundle, TextManifest, TextVariant, write_manifest
 from ladderstitch.text.comm.base import SingleRankCommunicator
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
-from ladderstitch.text.model.attention import Batch, PagedCache
+from ladderstitch.text.model.attention import PagedCache
+from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers

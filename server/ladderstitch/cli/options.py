@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -100,10 +101,15 @@ def _build_parameter(
 
 
 def _option_type(annotation: Any) -> Any:
-    """Return the type of an option: without None, and a list instead of a tuple."""
+    """Return the type of an option: without None, a list instead of a tuple, text for a union.
+
+    The model checks the text.
+    """
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
     if type(None) in get_args(annotation):
         return _option_type(kinds[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return str
     if get_origin(annotation) is tuple:
         return list[kinds[0]]  # type: ignore[valid-type] # typer reads it at run time
     return annotation

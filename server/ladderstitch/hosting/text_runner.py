@@ -6,7 +6,8 @@ from ladderstitch.config import ServerConfig
 from ladderstitch.errors import ConfigError, EngineRestarting, InvalidArgument
 from ladderstitch.hosting.registry import ModelRegistry, TextModel
 from ladderstitch.runtime import ProgressCallback
-from ladderstitch.runtime.device import resolve_device, resolve_dtype
+from ladderstitch.runtime.cores import resolve_threads
+from ladderstitch.runtime.device import resolve_device, resolve_text_dtype
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.telemetry.model_metrics import TextMetrics
@@ -124,9 +125,14 @@ class TextRunner:
         rank_config = RankConfig.of(
             self.bundle,
             ranks=config.tensor_parallel_size,
-            dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."),
+            dtype=str(resolve_text_dtype(config.dtype, device)).removeprefix("torch."),
             device=device,
-            threads=config.threads,
+            threads=resolve_threads(
+                config.threads,
+                ranks=config.tensor_parallel_size,
+                replicas=config.replicas,
+                reserve_core=True,
+            ),
             max_model_len=max_model_len,
             kv_cache_tokens=max(config.kv_cache_tokens, max_batched_tokens),
             max_batched_tokens=max_batched_tokens,

@@ -14,6 +14,7 @@ from ladderstitch.config import ServerConfig
 from ladderstitch.errors import BundleError, ConfigError, InvalidArgument
 from ladderstitch.hosting.registry import ModelRegistry, VisionModel
 from ladderstitch.runtime import ProgressCallback
+from ladderstitch.runtime.cores import resolve_threads
 from ladderstitch.scheduling.profiles import LatencyProfile, QualityTable
 from ladderstitch.scheduling.requests import Deadlines, Request
 from ladderstitch.scheduling.settings import SchedulerSettings
@@ -77,7 +78,7 @@ class VisionRunner:
             runtime=self.config.runtime,
             device=self.config.device,
             dtype=self.config.dtype,
-            threads=self.config.threads,
+            threads=resolve_threads(self.config.threads, replicas=self.config.replicas),
             max_batch_size=self.config.max_batch_size,
         )
         inline_limit_s = self.config.inline_batch_limit_ms / 1e3

@@ -25,7 +25,8 @@ from ladderstitch.text.comm.base import (
     sum_in_rank_order,
 )
 from ladderstitch.text.messages import LogitsMode, dense_step
-from ladderstitch.text.model.attention import Batch, PagedCache
+from ladderstitch.text.model.attention import PagedCache
+from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers

@@ -22,6 +22,7 @@ from ladderstitch.config import ServerConfig
 from ladderstitch.errors import UserError
 from ladderstitch.hosting.model_manager import make_runner
 from ladderstitch.hosting.registry import ModelRegistry
+from ladderstitch.runtime.cores import resolve_threads, usable_cores
 from ladderstitch.runtime.device import device_name, resolve_device
 from ladderstitch.runtime.process import port_is_free
 from ladderstitch.telemetry.metrics import Metrics
@@ -87,8 +88,9 @@ def check_packages(_: ServerConfig) -> Iterator[CheckResult]:
 
 def check_processors(config: ServerConfig) -> Iterator[CheckResult]:
     """Check that there is a core for every computing thread."""
-    cores = len(os.sched_getaffinity(0))
-    needed = config.threads * config.tensor_parallel_size
+    cores, ranks = usable_cores(), config.tensor_parallel_size
+    threads = resolve_threads(config.threads, ranks=ranks, replicas=config.replicas, cores=cores)
+    needed = threads * ranks
     yield _result(
         "processors",
         needed <= cores,

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladderstitch.runtime.low_bit import LowBitMatrix, LowBitProduct, quantise
+from ladderstitch.runtime.graph_builder import LowBitProduct
+from ladderstitch.runtime.low_bit import LowBitMatrix, quantise
 
 Linear = Callable[..., Tensor]
 """Function with the signature of `F.linear`: (x, weight, bias=None) -> product."""
@@ -49,9 +50,12 @@ def open_product(matrix: Matrix, threads: int) -> Product:
     return lambda x: linear(x, matrix)
 
 
-def store(weight: Tensor, bits: int | None) -> Matrix:
-    """Return a matrix [N, K] with `bits` bits per weight, or `pack` it in its dtype if unset."""
-    return pack(weight) if bits is None else quantise(weight, bits)
+def store(weight: Tensor, bits: int | None, *, is_fine: bool = False) -> Matrix:
+    """Return a matrix [N, K] with `bits` bits per weight, or `pack` it in its dtype if unset.
+
+    Products with a low-bit matrix round activations to 8 bits, or to 16 if it `is_fine`.
+    """
+    return pack(weight) if bits is None else quantise(weight, bits, is_fine=is_fine)
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Matrices with 4 or 8 bits per weight, and ONNX graphs that multiply with them.
+"""Matrices with 4 or 8 bits per weight.
 
 A row is cut into blocks of 32 weights. A block has a scale s and an integer zero point z, and a
 weight is w = s (c - z) with a code c of 4 or 8 bits. ONNX Runtime's `MatMulNBits` multiplies with
@@ -12,17 +12,13 @@ activations, the offsets are further columns of the matrix, and the sums further
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
-
-from ladderstitch.runtime.sessions import open_rank_session
 
 LowBitPrecision: TypeAlias = Literal["int8", "int4"]
 """Name of the number format of a path's matrices."""
@@ -36,10 +32,6 @@ SAMPLE_ROWS = 8
 """Rows that decide whether the others may lie on grids, too."""
 GRID_TOLERANCE = 1e-2
 """Largest distance of a weight from its grid, in steps."""
-INT8_ACTIVATIONS = 4
-"""`accuracy_level` of the products: activations are rounded to 8 bits."""
-MICROSOFT = "com.microsoft"
-OPSETS = (helper.make_opsetid("", 23), helper.make_opsetid(MICROSOFT, 1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +48,8 @@ class LowBitMatrix:
     scales: NDArray[np.float32]  # [N, P]
     zeros: NDArray[np.uint8]  # [N, ceil(P bits / 8)], packed like codes
     has_offsets: bool = False
+    is_fine: bool = False
+    """Whether products round activations to 16 bits instead of 8."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,23 +86,10 @@ class LowBitMatrix:
         return replace(self, codes=codes, scales=scales, zeros=zeros).dequantise()
 
 
-class LowBitProduct:
-    """The product with one low-bit matrix [N, K], on `threads` threads; callable like `Linear`."""
-
-    def __init__(self, matrix: LowBitMatrix, threads: int) -> None:
-        graph = GraphBuilder()
-        inputs = {"x": (TensorProto.FLOAT, (1, None, matrix.columns))}
-        model = graph.build(inputs, {"y": graph.product("x", matrix)})
-        self._session = open_rank_session(model, threads)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the product [T, N] with x [T, K], both float32."""
-        (product,) = self._session.run(("y",), {"x": x.numpy()[None]})
-        return torch.from_numpy(product)[0]
-
-
-def quantise(weight: Tensor, bits: int) -> LowBitMatrix:
+def quantise(weight: Tensor, bits: int, *, is_fine: bool = False) -> LowBitMatrix:
     """Return a matrix [N, K] with `bits` bits per weight, 4 or 8.
+
+    `is_fine` says whether products round activations to 16 bits instead of 8.
 
     Blocks of 32 weights that have at most 16 equidistant values keep their distances with 4 bits;
     offsets are kept to 1/30 of the range of 32 of them. For other weights, the range of each
@@ -135,6 +116,7 @@ def quantise(weight: Tensor, bits: int) -> LowBitMatrix:
         scale.numpy(),
         _pack(zero.to(torch.uint8).numpy(), bits),
         has_offsets=len(parts) > 1,
+        is_fine=is_fine,
     )
 
 
@@ -212,108 +194,3 @@ def _unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return packed
     return np.stack((packed & 15, packed >> 4), axis=-1).reshape(len(packed), -1)
-
-
-@dataclass(slots=True)
-class GraphBuilder:
-    """An ONNX graph under construction; methods add operators and return names of their results."""
-
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: list[TensorProto] = field(default_factory=list)
-
-    def operator(
-        self, kind: str, inputs: Sequence[str], outputs: int = 1, domain: str = "", **fields: Any
-    ) -> list[str]:
-        """Add an operator with this number of outputs; returns their names."""
-        names = [f"{kind}-{len(self.nodes)}-{number}" for number in range(outputs)]
-        self.nodes.append(helper.make_node(kind, inputs, names, domain=domain, **fields))
-        return names
-
-    def constant(self, value: NDArray[Any]) -> str:
-        """Add a constant; returns its name."""
-        name = f"constant-{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(value, name))
-        return name
-
-    def add(self, x: str, y: str) -> str:
-        """Return x + y."""
-        return self.operator("Add", [x, y])[0]
-
-    def multiply(self, x: str, y: str) -> str:
-        """Return x times y, element by element."""
-        return self.operator("Mul", [x, y])[0]
-
-    def split(self, x: str, sizes: Sequence[int]) -> list[str]:
-        """Return consecutive columns of x [1, T, N], of these numbers."""
-        return self.operator("Split", [x, self.constant(np.array(sizes))], len(sizes), axis=2)
-
-    def rotate(self, x: str, positions: str, cosines: str, sines: str) -> str:
-        """Return the heads in x [1, T, H d], of which each pair (i, i + d/2) is rotated.
-
-        `positions` [1, T] are rows of the tables `cosines` and `sines`, both [P, d / 2].
-        """
-        inputs = [x, positions, cosines, sines]
-        return self.operator("RotaryEmbedding", inputs, domain=MICROSOFT)[0]
-
-    def product(self, x: str, matrix: LowBitMatrix) -> str:
-        """Return x [1, T, K] times the matrix [N, K], transposed: [1, T, N]."""
-        rows, columns = matrix.shape
-        if matrix.has_offsets:
-            shape = self.constant(np.array([0, 0, matrix.num_sums, BLOCK]))
-            (blocks,) = self.operator("Reshape", [x, shape])
-            last = self.constant(np.array([3]))
-            (sums,) = self.operator("ReduceSum", [blocks, last], keepdims=0)
-            (x,) = self.operator("Concat", [x, sums], axis=2)
-        parts = (matrix.codes, matrix.scales.reshape(-1), matrix.zeros.reshape(-1))
-        (name,) = self.operator(
-            "MatMulNBits",
-            [x, *(self.constant(part) for part in parts)],
-            domain=MICROSOFT,
-            K=columns + matrix.num_sums,
-            N=rows,
-            bits=matrix.bits,
-            block_size=BLOCK,
-            accuracy_level=INT8_ACTIVATIONS,
-        )
-        return name
-
-    def rms_norm(self, x: str, gain: NDArray[np.float32], eps: float) -> str:
-        """Return the RMS norm of x [1, T, D]."""
-        inputs = [x, self.constant(gain)]
-        return self.operator("SimplifiedLayerNormalization", inputs, axis=-1, epsilon=eps)[0]
-
-    def add_rms_norm(
-        self, x: str, y: str, gain: NDArray[np.float32], eps: float
-    ) -> tuple[str, str]:
-        """Return x + y and the RMS norm of this sum, both [1, T, D]."""
-        kind, inputs = "SkipSimplifiedLayerNormalization", [x, y, self.constant(gain)]
-        normed, total = f"{kind}-{len(self.nodes)}", f"sum-{len(self.nodes)}"
-        outputs = [normed, "", "", total]
-        node = helper.make_node(kind, inputs, outputs, domain=MICROSOFT, epsilon=eps)
-        self.nodes.append(node)
-        return total, normed
-
-    def silu(self, x: str) -> str:
-        """Return x sigmoid(x)."""
-        return self.operator("QuickGelu", [x], domain=MICROSOFT, alpha=1.0)[0]
-
-    def build(
-        self, inputs: Mapping[str, tuple[int, Sequence[int | None]]], outputs: Mapping[str, str]
-    ) -> bytes:
-        """Return the serialised model.
-
-        `inputs` has the element type (`TensorProto.FLOAT`, ..) and the shape of each input,
-        `outputs` the name of a float32 result [1, T, N] by the name of the output.
-        """
-        named = [helper.make_node("Identity", [of], [name]) for name, of in outputs.items()]
-        graph = helper.make_graph(
-            [*self.nodes, *named],
-            "graph",
-            [helper.make_tensor_value_info(n, kind, s) for n, (kind, s) in inputs.items()],
-            [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, None, None]) for n in outputs],
-            self.constants,
-        )
-        model: bytes = helper.make_model(
-            graph, opset_imports=OPSETS, ir_version=10
-        ).SerializeToString()
-        return model

@@ -5,24 +5,33 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from onnx import TensorProto
 
 from ladderstitch.errors import EngineRestarting
+from ladderstitch.runtime.graph_builder import GraphBuilder
+from ladderstitch.runtime.low_bit import quantise
+from ladderstitch.runtime.sessions import open_rank_session
+from ladderstitch.scheduling.requests import GenerationRequest
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.engine.rank_handle import RankLost
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
-from ladderstitch.text.model.attention import Batch, PagedCache
+from ladderstitch.text.model.attention import PagedCache
+from ladderstitch.text.model.batch import Batch
+from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.weights import Shard
-from tests.support.language_models import TINY
+from ladderstitch.text.scheduler.scheduler import TextScheduler
+from tests.support.language_models import TINY, made_up_quality
 
 PROMPT = np.arange(1, 24, dtype=np.int64)[None]
 PATHS = (
@@ -116,12 +125,42 @@ async def test_paths_of_two_precisions(
         assert 0 < error < 0.08 * np.linalg.norm(expected[path])
 
 
-@pytest.mark.parametrize(("link", "spares"), [("shared_memory", 1), ("tcp", 0)])
-async def test_killed_rank_is_replaced(
-    tiny_language_bundle: TextBundle, expected: np.ndarray, link: str, spares: int
+async def test_bfloat16_sequences_share_the_cache_of_low_bit_paths(
+    tiny_language_bundle: TextBundle, expected: np.ndarray
 ) -> None:
-    options = GroupOptions(link=link, spares=spares)
-    async with running(tiny_language_bundle, options, ranks=2) as group:
+    """The cache is float32, and the blocks of the sequences are not adjacent."""
+    tokens = PROMPT[0].tolist()
+    fields = {"precisions": (None, "int8", "int8"), "dtype": "bfloat16", "sequences": 2}
+    async with running(tiny_language_bundle, **fields) as group:
+        inputs = tuple(
+            SequenceInput(tokens, 0, blocks, LogitsMode.LAST) for blocks in ([5, 1], [3, 0])
+        )
+        output = await group.run(Step(inputs))
+    for logits in output.logits:
+        error = np.linalg.norm(logits - expected[0, 0][-1])
+        assert 0 < error < 0.08 * np.linalg.norm(expected[0, 0][-1])
+
+
+@pytest.mark.parametrize(
+    ("link", "spares", "precision"),
+    [
+        ("shared_memory", 1, None),
+        ("tcp", 0, None),
+        ("shared_memory", 1, "int8"),
+        ("shared_memory", 1, "int4"),
+    ],
+)
+async def test_killed_rank_is_replaced(
+    tiny_language_bundle: TextBundle,
+    expected: np.ndarray,
+    link: str,
+    spares: int,
+    precision: str | None,
+) -> None:
+    options, fields = GroupOptions(link=link, spares=spares), {"precisions": (precision,) * 3}
+    async with running(tiny_language_bundle, options, ranks=2, **fields) as group:
+        if precision is not None:
+            expected = (await group.forward(PROMPT, 0, last_only=False))[None]
         for rank in (1, 0):
             os.kill(group.pids[rank], signal.SIGKILL)
             with pytest.raises(RankLost):
@@ -256,3 +295,132 @@ def test_block_table_kernel_attends_like_torch() -> None:
             cache.append(1, earlier, *torch.tensor(seen, dtype=torch.float32))
         got.append(cache.attend(1, Batch(Step(inputs), 4), q))
     torch.testing.assert_close(got[1], got[0])
+
+
+REALISTIC = LlamaConfig(
+    vocab_size=1000,
+    hidden_size=256,
+    intermediate_size=688,
+    layers=4,
+    heads=8,
+    kv_heads=4,
+    head_dim=32,
+    max_positions=128,
+    tied_head=True,
+)
+NUM_TOKENS = 16
+"""Tokens of each greedy answer."""
+ROUNDING = {None: 1e-4, "int8": 0.3, "int4": 0.3}
+"""Differences of logits where a row's last bits depend on the other rows.
+
+Activations rounded to 8 bits amplify them.
+"""
+
+
+def rows_are_exact(precision: str | None) -> bool:
+    """Return whether, on this processor, a row of a product has the same bits among other rows."""
+    rows, matrix = torch.randn(1, 9, 256), torch.randn(96, 256)
+    graph = GraphBuilder()
+    if precision is None:
+        (y,) = graph.operator("MatMul", ["x", graph.constant(matrix.T.contiguous().numpy())])
+    else:
+        y = graph.product("x", quantise(matrix, int(precision.removeprefix("int"))))
+    model = graph.build({"x": (TensorProto.FLOAT, (1, None, 256))}, {"y": y})
+    session = open_rank_session(model, 1)
+    (together,) = session.run(("y",), {"x": rows.numpy()})
+    alone = [session.run(("y",), {"x": rows[:, n : n + 1].numpy()})[0] for n in range(9)]
+    return bool((together == np.concatenate(alone, axis=1)).all())
+
+
+async def answer_greedily(
+    group: RankGroup, seed: int, *, crowded: bool
+) -> tuple[list[int], np.ndarray]:
+    """Return a greedy answer and its logits [T, V].
+
+    If `crowded`, up to three other sequences decode in the same steps, and others prefill.
+    """
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, REALISTIC.vocab_size, 20).tolist()
+    others = rng.integers(0, REALISTIC.vocab_size, (5, 64)).tolist()
+    own, blocks = [3, 17, 8], [[20 + 4 * n + i for i in range(4)] for n in range(5)]
+    if crowded:
+        prefills = [SequenceInput(others[n][:20], 0, blocks[n], LogitsMode.NONE) for n in range(3)]
+        await group.run(Step(tuple(prefills)))
+    computed, found = 0, []
+    for number in range(NUM_TOKENS):
+        inputs = [SequenceInput(tokens[computed:], computed, own, LogitsMode.LAST)]
+        if crowded:
+            decoding = range(1 + number % 3)
+            inputs = [
+                *(SequenceInput([others[n][number]], 20 + number, blocks[n]) for n in decoding),
+                *inputs,
+            ]
+        if crowded and number % 4 == 0:
+            chunk = others[4][: 7 + number % 5]
+            inputs.append(SequenceInput(chunk, 0, blocks[4], LogitsMode.NONE))
+        found.append((await group.run(Step(tuple(inputs)))).logits[0])
+        computed = len(tokens)
+        tokens.append(int(found[-1].argmax()))
+    return tokens[20:], np.array(found)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("precision", [None, "int8", "int4"])
+async def test_answer_does_not_depend_on_its_batch(ranks: int, precision: str | None) -> None:
+    """All bits of the logits are equal if those of products are, which the processor decides."""
+    rounding = (
+        0.0
+        if rows_are_exact(precision) and (ranks, precision) != (2, None)
+        else ROUNDING[precision]
+    )
+    rank_config = RankConfig(
+        model=REALISTIC,
+        precisions=(precision,),
+        ranks=ranks,
+        max_model_len=64,
+        sequences=12,
+        max_batched_tokens=128,
+    )
+    group = RankGroup(rank_config)
+    try:
+        await group.start()
+        for seed in range(6):
+            alone, logits = await answer_greedily(group, seed, crowded=False)
+            crowded, crowded_logits = await answer_greedily(group, seed, crowded=True)
+            pairs = zip(alone, crowded, strict=True)
+            same = next((n for n, (a, b) in enumerate(pairs) if a != b), NUM_TOKENS)
+            steps = slice(0, same + 1)  # the logits of the step in which answers part, too
+            np.testing.assert_allclose(crowded_logits[steps], logits[steps], rtol=0, atol=rounding)
+            assert rounding > 0 or same == NUM_TOKENS
+    finally:
+        await group.close()
+
+
+@pytest.mark.parametrize("precision", [None, "int8", "int4"])
+async def test_rank_killed_in_mid_answer_loses_no_token(
+    tiny_language_bundle: TextBundle, precision: str | None
+) -> None:
+    """The answer goes on after the tokens that it has, and all tokens arrive once."""
+    prompt, fields = tuple(PROMPT[0].tolist()), {"precisions": (precision,) * 3}
+    options = GroupOptions(spares=1)
+    async with running(tiny_language_bundle, options, ranks=2, **fields) as group:
+        names = ["standard", "ladder", "ladder-1"]
+        scheduler = TextScheduler(
+            group, tiny_language_bundle.tokenizer(), quality=made_up_quality(3), variant_names=names
+        )
+        answers = []
+        for is_killed in (False, True):
+            request = GenerationRequest(prompt, time.monotonic(), 24, variant=0)
+            chunks = []
+            async with aclosing(scheduler.generate(request)) as stream:
+                async for chunk in stream:
+                    chunks.append(chunk)
+                    if is_killed and chunk.index == 5:
+                        os.kill(group.pids[1], signal.SIGKILL)
+            assert [chunk.index for chunk in chunks] == list(range(24))
+            assert chunks[-1].finish == "length"
+            answers.append([chunk.token for chunk in chunks])
+        await scheduler.close()
+        assert group.restarts == 1
+    kept = 24 if precision is None or rows_are_exact(precision) else 6
+    assert answers[0][:kept] == answers[1][:kept]

@@ -22,7 +22,8 @@ from ladderstitch.text.comm.base import SingleRankCommunicator
 from ladderstitch.text.engine.rank import load_models
 from ladderstitch.text.engine.rank_config import RankConfig
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step, StepOutput
-from ladderstitch.text.model.attention import Batch, PagedCache
+from ladderstitch.text.model.attention import PagedCache
+from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.weights import Shard
 from ladderstitch.text.scheduler.scheduler import TextScheduler

@@ -1,4 +1,4 @@
-"""Tests of low-bit models: segments and single products against the same weights in float32."""
+"""Tests of models in segments and of low-bit products, against the same weights in float32."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +10,8 @@ from torch import Tensor
 from ladderstitch.runtime.low_bit import LowBitMatrix
 from ladderstitch.text.comm.base import SingleRankCommunicator
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
-from ladderstitch.text.model.attention import Batch, PagedCache
+from ladderstitch.text.model.attention import PagedCache
+from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.segments import SegmentedTransformer
@@ -88,6 +89,24 @@ def test_segments_equal_float32_up_to_rounded_activations(
         got = run(model, scheme, [21])
         assert got.shape == expected.shape
         assert (got - expected).norm() < 0.08 * expected.norm()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_float32_segments_equal_transformer(scheme: ResidualScheme) -> None:
+    weights = load_rank(MemoryWeights(random_tensors(TINY)), TINY, SHARD)
+    expected = run(Transformer(TINY, weights, SHARD), scheme, [13, 1, 7])
+    lagged = SegmentedTransformer(TINY, weights, 1, lagged=True)
+    models = [lagged]
+    if scheme.scheme == "standard":
+        half = weights.embedding.bfloat16()
+        rounded = replace(weights, embedding=half.float(), head=half.float())
+        models.append(SegmentedTransformer(TINY, weights, 1, lagged=False))
+        given = SegmentedTransformer(TINY, rounded, 1, lagged=False, embedding=half)
+        own = run(SegmentedTransformer(TINY, rounded, 1, lagged=False), scheme, [21])
+        assert torch.equal(run(given, scheme, [21]), own)
+    for model in models:
+        got = run(model, scheme, [13, 1, 7])
+        assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_a_wrong_scheme_is_seen() -> None:

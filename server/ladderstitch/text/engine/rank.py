@@ -6,6 +6,7 @@ the environment, on the group's machine or on another one. It exits when the gro
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -34,7 +35,8 @@ from ladderstitch.text.comm.base import (
 )
 from ladderstitch.text.engine.rank_config import Assignment, CommInit, RankConfig
 from ladderstitch.text.messages import Kind, Message, Step, receive_message, send_message
-from ladderstitch.text.model.attention import Batch, PagedCache
+from ladderstitch.text.model.attention import PagedCache
+from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import LayerPlan, plan_layers
 from ladderstitch.text.model.segments import SEGMENT_SCHEMES, SegmentedTransformer
@@ -45,6 +47,7 @@ from ladderstitch.text.model.weight_reader import (
     touched_layers,
 )
 from ladderstitch.text.model.weights import (
+    EMBEDDING,
     LayerWeights,
     RankWeights,
     Shard,
@@ -57,6 +60,8 @@ log = logging.getLogger(__name__)
 SECRET_VARIABLE = "LADDERSTITCH_RANK_SECRET"
 CONNECT_TIMEOUT_S = 20.0
 MAX_ERROR_CHARACTERS = 4096
+MAX_GRAPH_BYTES = 1 << 30
+"""Largest float32 head in a graph, whose serialised form is limited to 2 GiB."""
 RankModel = Transformer | SegmentedTransformer
 """A model of one rank; both kinds have the same `forward`."""
 
@@ -83,7 +88,9 @@ class Rank:
             config.block_tokens,
             config.cache_dtype,
             config.device,
+            config.threads if all(map(self._computes_in_onnx, range(len(config.paths)))) else 1,
         )
+        _return_freed_memory()
         self.comm: Communicator | None = None
         self.path_plans: list[tuple[tuple[LayerPlan, ...], Communicator]] = []
         self.load_stats = {
@@ -118,10 +125,9 @@ class Rank:
         step = Step.unpack(message.header, message.body)
         batch = Batch(step, self.rank_config.block_tokens, self.rank_config.device)
         plans, comm = self.path_plans[step.path]
-        # The threads of ONNX Runtime and of torch would take the cores from each other.
-        is_low_bit = self.rank_config.path_precisions[step.path] is not None
-        torch.set_num_threads(1 if is_low_bit else self.rank_config.threads)
-        logits = self.models[step.path].forward(batch, self.cache, plans, comm).float()
+        model = self.models[step.path]
+        torch.set_num_threads(1 if self._computes_in_onnx(step.path) else self.rank_config.threads)
+        logits = model.forward(batch, self.cache, plans, comm).float()
         best = logits[batch.best_rows].max(dim=-1) if batch.best_rows else None
         whole = np.ascontiguousarray(logits[batch.logits_rows].cpu().numpy())
         header = {
@@ -130,6 +136,14 @@ class Rank:
             "shape": whole.shape,
         }
         return Message(Kind.LOGITS, header, whole.data.cast("B") if whole.size else b"")
+
+    def _computes_in_onnx(self, path: int) -> bool:
+        """Return whether the products of a path run in ONNX Runtime.
+
+        Its threads and those of torch would take the cores from each other.
+        """
+        is_low_bit = self.rank_config.path_precisions[path] is not None
+        return is_low_bit or isinstance(self.models[path], SegmentedTransformer)
 
 
 def load_models(config: RankConfig, shard: Shard) -> list[RankModel]:
@@ -149,7 +163,7 @@ def load_models(config: RankConfig, shard: Shard) -> list[RankModel]:
         weights = shared[precision]
         if file is None:
             if precision not in bases:
-                bases[precision] = options.make_model(weights)
+                bases[precision] = options.make_model(weights, reader)
             models.append(bases[precision])
             continue
         delta = load_delta(file)
@@ -157,7 +171,7 @@ def load_models(config: RankConfig, shard: Shard) -> list[RankModel]:
         layers = list(weights.layers)
         for layer in touched_layers(delta):
             layers[layer] = options.load_layer(changed, layer)
-        models.append(options.make_model(replace(weights, layers=tuple(layers))))
+        models.append(options.make_model(replace(weights, layers=tuple(layers)), changed))
     return models
 
 
@@ -189,21 +203,36 @@ class ShardOptions:
         """Return this rank's tensors of one layer."""
         return load_layer(reader, layer, **self._common)
 
-    def make_model(self, weights: RankWeights) -> RankModel:
-        """Return the model: of segments if it is low-bit, on one rank, and its schemes fit."""
-        config = self.config
+    def make_model(self, weights: RankWeights, reader: Weights) -> RankModel:
+        """Return the model: of segments if dtype, device, ranks, schemes and size permit them."""
+        config, in_float32 = self.config, self.precision is None
         pairs = zip(config.path_precisions, config.paths, strict=True)
         schemes = {path.scheme for precision, path in pairs if precision == self.precision}
-        if self.precision is None or config.ranks > 1 or not schemes <= SEGMENT_SCHEMES:
+        fits = not in_float32 or (
+            (config.dtype, config.device) == ("float32", "cpu")
+            and weights.head.nbytes <= MAX_GRAPH_BYTES
+        )
+        if not fits or config.ranks > 1 or not schemes <= SEGMENT_SCHEMES:
             return Transformer(config.model, weights, self.shard, config.threads)
-        lagged = "ladder" in schemes
-        return SegmentedTransformer(config.model, weights, config.threads, lagged=lagged)
+        return SegmentedTransformer(
+            config.model,
+            weights,
+            config.threads,
+            lagged="ladder" in schemes,
+            embedding=reader.read(EMBEDDING, self.shard.vocabulary) if in_float32 else None,
+        )
 
 
 def anonymous_bytes() -> int:
     """Return the resident memory of this process that no file backs, in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+def _return_freed_memory() -> None:
+    """Return what loading has freed to the operating system, where the C library is glibc."""
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def create_communicator(

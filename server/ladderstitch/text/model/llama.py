@@ -31,7 +31,8 @@ from torch import Tensor
 from ladderstitch.runtime.linear import Matrix, open_product
 from ladderstitch.runtime.low_bit import LowBitMatrix
 from ladderstitch.text.comm.base import Communicator
-from ladderstitch.text.model.attention import Batch, PagedCache
+from ladderstitch.text.model.attention import PagedCache
+from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import LlamaConfig, RopeScaling
 from ladderstitch.text.model.residual import LayerPlan, ResidualStream
 from ladderstitch.text.model.weights import LayerWeights, RankWeights, Shard

@@ -1,9 +1,13 @@
-"""The forward pass of a low-bit model on one rank, in ONNX Runtime from each attention to the next.
+"""The forward pass of a model on one rank of a CPU, in ONNX Runtime from one attention to the next.
 
 A segment is all that lies between the attention of a layer and that of the next one: the output
 projection, the MLP, both norms, the next queries, keys and values, and their rotation. It is one
 graph, because a call per operator would take as long as the operators of a single token do.
 Attention itself reads and writes the paged cache, which all paths share.
+
+Matrices have 4 or 8 bits or are float32. ONNX Runtime keeps them in its own layout, from which one
+row reads float32 at 32 GB/s on an AMD EPYC (Zen 5, one thread), instead of 23 GB/s with oneDNN. A
+row of a product has the same bits whatever other rows there are.
 
 If a path has ladder layers, the residual stream has two parts: x, and the output p of the last
 sub-block. A standard layer normalises x + p, a ladder layer x alone, which lags by one sub-block
@@ -16,21 +20,23 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from onnx import TensorProto
+from onnxruntime import InferenceSession
 from torch import Tensor
 
+from ladderstitch.runtime.graph_builder import GraphBuilder
 from ladderstitch.runtime.linear import Matrix
-from ladderstitch.runtime.low_bit import GraphBuilder, LowBitMatrix
+from ladderstitch.runtime.low_bit import LowBitMatrix
 from ladderstitch.runtime.sessions import open_rank_session
 from ladderstitch.text.comm.base import Communicator
-from ladderstitch.text.model.attention import Batch, PagedCache
+from ladderstitch.text.model.attention import PagedCache
+from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.llama import look_up, rotation_tables
+from ladderstitch.text.model.onnx_attention import Array
 from ladderstitch.text.model.residual import LayerPlan
 from ladderstitch.text.model.weights import LayerWeights, RankWeights
 
-Array = NDArray[np.float32]
 SEGMENT_SCHEMES = frozenset({"standard", "ladder"})
 """Residual schemes that segments can run."""
 FACTORS = (np.ones(1, np.float32), np.zeros(1, np.float32))
@@ -39,21 +45,32 @@ FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
 
 class SegmentedTransformer:
-    """A language model with matrices of 4 or 8 bits on one rank; it holds weights and no state.
+    """A language model with matrices of 4, 8 or 32 bits on one rank; it holds weights, no state.
 
     It takes the place of `llama.Transformer` for standard and ladder layers on a CPU.
     """
 
     def __init__(
-        self, config: LlamaConfig, weights: RankWeights, threads: int, *, lagged: bool
+        self,
+        config: LlamaConfig,
+        weights: RankWeights,
+        threads: int,
+        *,
+        lagged: bool,
+        embedding: Tensor | None = None,
     ) -> None:
-        """Open the sessions of all segments; `lagged` says whether some path has ladder layers."""
-        self.config, self.embedding = config, weights.embedding
+        """Open the sessions of all segments; `lagged` says whether some path has ladder layers.
+
+        `embedding` [V, D], in any dtype, takes the place of that in `weights`. If a file backs it,
+        a tied head is in memory once: the sessions copy all matrices but the embedding.
+        """
+        self.config = config
+        self.embedding = weights.embedding if embedding is None else embedding
         self.weight_bytes, self._stream = weights.bytes(), ("x", "p") if lagged else ("x",)
         self._tables = dict(zip(("cosines", "sines"), _rotation_halves(config), strict=True))
-        self._first = open_rank_session(_first_segment(weights.layers[0], config), threads)
+        self._first = _open(_first_segment(weights.layers[0], config), threads)
         self._segments = [
-            open_rank_session(_segment(weights, layer, config, lagged=lagged), threads)
+            _open(_segment(weights, layer, config, lagged=lagged), threads)
             for layer in range(config.layers)
         ]
 
@@ -62,30 +79,37 @@ class SegmentedTransformer:
         self, batch: Batch, cache: PagedCache, plans: Sequence[LayerPlan], comm: Communicator
     ) -> Tensor:
         """Return logits [L, V] for the batch's L output rows, like `Transformer.forward`."""
-        x: Array = look_up(self.embedding, batch.tokens).numpy()[None]
+        x: Array = look_up(self.embedding, batch.tokens).float().numpy()[None]
         stream = {"x": x, "p": np.zeros_like(x)} if "p" in self._stream else {"x": x}
         positions = {"positions": batch.positions.numpy()[None], **self._tables}
         qk, v = self._first.run(("qk", "v"), {"x": x, **positions})
-        names = [f"next_{name}" for name in self._stream]
+        names = (*(f"next_{name}" for name in self._stream), "qk", "v")
         *inner, last = self._segments
+        feeds = stream | positions
         for layer, segment in enumerate(inner):
-            attended = {"attended": self._attend(layer, batch, cache, qk, v)}
-            feeds = stream | attended | positions | self._factors(plans, layer)
-            *parts, qk, v = segment.run((*names, "qk", "v"), feeds)
-            stream = dict(zip(self._stream, parts, strict=True))
-        attended = {"attended": self._attend(len(inner), batch, cache, qk, v)}
+            feeds["attended"] = self._attend(layer, cache, batch, qk, v)
+            feeds.update(self._factors(plans, layer))
+            *parts, qk, v = segment.run(names, feeds)
+            feeds.update(zip(self._stream, parts, strict=True))
+        attended = {"attended": self._attend(len(inner), cache, batch, qk, v)}
+        stream = {name: feeds[name] for name in self._stream}
         rows = {name: part[:, batch.output_rows] for name, part in (stream | attended).items()}
+        if not batch.output_rows:
+            return torch.empty(0, self.config.vocab_size)
         (logits,) = last.run(("logits",), rows | self._factors(plans, len(inner)))
         return torch.from_numpy(logits)[0]
 
-    def _attend(self, layer: int, batch: Batch, cache: PagedCache, qk: Array, v: Array) -> Array:
-        """Return the attention [1, T, H d] of rotated queries and keys qk and values v, as it."""
-        config, tokens = self.config, qk.shape[1]
-        turned = torch.from_numpy(qk).view(tokens, -1, config.head_dim)
-        values = torch.from_numpy(v).view(tokens, config.kv_heads, config.head_dim)
-        cache.append(layer, batch, turned[:, config.heads :], values)
-        attended: Array = cache.attend(layer, batch, turned[:, : config.heads]).numpy()
-        return attended.reshape(1, tokens, -1)
+    def _attend(self, layer: int, cache: PagedCache, batch: Batch, qk: Array, v: Array) -> Array:
+        """Return the attention [1, T, H d] of rotated queries and keys qk and values v.
+
+        The latter two are appended to the cache.
+        """
+        width = self.config.heads * self.config.head_dim
+        keys, values = cache.arrays(layer)
+        index = batch.cache_index
+        keys[index.new_slots], values[index.new_slots] = qk[0, :, width:], v[0]
+        assert cache.attention is not None, "segments need a float32 cache on a CPU"
+        return cache.attention.attend(index, qk[..., :width], keys, values)
 
     def _factors(self, plans: Sequence[LayerPlan], layer: int) -> dict[str, Array]:
         """Return the factors of p that the MLP of a layer and the sub-block after it read."""
@@ -93,6 +117,16 @@ class SegmentedTransformer:
             return {}
         following = plans[layer + 1].lag if layer + 1 < len(plans) else 0
         return {"mlp_factor": FACTORS[plans[layer].lag], "next_factor": FACTORS[following]}
+
+
+def _open(graph: bytes, threads: int) -> InferenceSession:
+    """Return the session of a graph, which holds the weights once.
+
+    ONNX Runtime's Python class keeps the graph as well, to open it again on other hardware.
+    """
+    session = open_rank_session(graph, threads)
+    session._model_bytes = None
+    return session
 
 
 def _rotation_halves(config: LlamaConfig) -> tuple[Array, Array]:
@@ -120,7 +154,7 @@ def _segment(weights: RankWeights, layer: int, config: LlamaConfig, *, lagged: b
         "x": _rows(config.hidden_size),
         "attended": _rows(config.heads * config.head_dim),
     }
-    attended = graph.product("attended", _matrix(this.output))
+    attended = _multiply(graph, "attended", this.output)
     assert this.ffn_norm is not None, "only parallel layers share a norm"
     if lagged:
         inputs |= {"p": inputs["x"], "mlp_factor": (FLOAT, (1,)), "next_factor": (FLOAT, (1,))}
@@ -137,16 +171,16 @@ def _segment(weights: RankWeights, layer: int, config: LlamaConfig, *, lagged: b
         stream, normed = graph.add_rms_norm(stream, mlp, _array(gain), eps)
         outputs = {"next_x": stream}
     if following is None:
-        return graph.build(inputs, {"logits": graph.product(normed, _matrix(weights.head))})
+        return graph.build(inputs, {"logits": _multiply(graph, normed, weights.head)})
     inputs |= _rotation_inputs(config)
     return graph.build(inputs, outputs | _project(graph, normed, following, config))
 
 
 def _mlp(graph: GraphBuilder, x: str, layer: LayerWeights) -> str:
     """Return silu(x @ gate.T) * (x @ up.T), times the output matrix: [T, D]."""
-    columns = _matrix(layer.down).columns
-    gate, up = graph.split(graph.product(x, _matrix(layer.gate_up)), (columns, columns))
-    return graph.product(graph.multiply(graph.silu(gate), up), _matrix(layer.down))
+    columns = layer.down.shape[1]
+    gate, up = graph.split(_multiply(graph, x, layer.gate_up), (columns, columns))
+    return _multiply(graph, graph.multiply(graph.silu(gate), up), layer.down)
 
 
 def _project(
@@ -155,7 +189,7 @@ def _project(
     """Return the rotated queries and keys `qk` [T, (H + K) d], and the values `v` [T, K d]."""
     turned, kept = (config.heads + config.kv_heads), config.kv_heads
     sizes = (turned * config.head_dim, kept * config.head_dim)
-    qk, v = graph.split(graph.product(x, _matrix(layer.qkv)), sizes)
+    qk, v = graph.split(_multiply(graph, x, layer.qkv), sizes)
     return {"qk": graph.rotate(qk, "positions", "cosines", "sines"), "v": v}
 
 
@@ -173,6 +207,8 @@ def _array(gain: Tensor) -> Array:
     return values
 
 
-def _matrix(matrix: Matrix) -> LowBitMatrix:
-    assert isinstance(matrix, LowBitMatrix), "segments are for low-bit matrices"
-    return matrix
+def _multiply(graph: GraphBuilder, x: str, matrix: Matrix) -> str:
+    """Return x [1, T, K] times the matrix [N, K], transposed: [1, T, N]."""
+    if isinstance(matrix, LowBitMatrix):
+        return graph.product(x, matrix)
+    return graph.operator("MatMul", [x, graph.constant(_array(matrix.T.contiguous()))])[0]

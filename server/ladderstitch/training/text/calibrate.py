@@ -21,7 +21,8 @@ from ladderstitch.text.comm.base import SingleRankCommunicator
 from ladderstitch.text.engine.rank import RankModel, load_models
 from ladderstitch.text.engine.rank_config import RankConfig
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
-from ladderstitch.text.model.attention import Batch, PagedCache
+from ladderstitch.text.model.attention import PagedCache
+from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.residual import LayerPlan, plan_layers
 from ladderstitch.text.model.weights import Shard
 from ladderstitch.training.text.evaluate import (
