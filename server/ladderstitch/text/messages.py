@@ -181,12 +181,9 @@ def receive_message(connection: socket.socket) -> Message:
     return Message(Kind(kind), header, memoryview(_read_exactly(connection, body_bytes)))
 
 
-async def write_message(writer: asyncio.StreamWriter, message: Message) -> None:
-    """Send a message; raises `OSError` if the connection has ended."""
-    writer.write(message.frame())
-    if message.body:
-        writer.write(message.body)
-    await writer.drain()
+def write_message(writer: asyncio.StreamWriter, message: Message) -> None:
+    """Send a message without waiting; the reader of the connection learns if it has ended."""
+    writer.write(message.frame() + message.body)
 
 
 async def read_message(reader: asyncio.StreamReader) -> Message:

@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ladderstitch.runtime.device import use_device
+from ladderstitch.runtime.library_choice import measure_products
 from ladderstitch.runtime.low_bit import BITS, LowBitPrecision
 from ladderstitch.text.comm.base import (
     CommSpec,
@@ -80,7 +82,8 @@ class Rank:
         started, anonymous = time.monotonic(), anonymous_bytes()
         self.rank_config = config
         self.shard = Shard.of(config.model, assignment.rank, config.ranks)
-        self.models = load_models(config, self.shard)
+        notes: list[str] = []
+        self.models = load_models(config, self.shard, notes)
         self.cache = PagedCache(
             config.model,
             self.shard,
@@ -98,6 +101,7 @@ class Rank:
             "cache_bytes": self.cache.bytes,
             "memory_bytes": anonymous_bytes() - anonymous,
             "seconds": time.monotonic() - started,
+            "notes": notes,
         }
 
     def init_comm(self, spec: CommSpec, listener: socket.socket) -> None:
@@ -146,8 +150,10 @@ class Rank:
         return is_low_bit or isinstance(self.models[path], SegmentedTransformer)
 
 
-def load_models(config: RankConfig, shard: Shard) -> list[RankModel]:
-    """Return one rank's model of every path.
+def load_models(
+    config: RankConfig, shard: Shard, notes: list[str] | None = None
+) -> list[RankModel]:
+    """Return one rank's model of every path; add what was chosen to `notes`, for the log.
 
     Paths of one precision share the tensors that no delta changes, except that a low-bit path with
     a delta has sessions of its own.
@@ -157,7 +163,7 @@ def load_models(config: RankConfig, shard: Shard) -> list[RankModel]:
     shared: dict[LowBitPrecision | None, RankWeights] = {}
     bases: dict[LowBitPrecision | None, RankModel] = {}
     for precision, file in zip(config.path_precisions, config.path_deltas, strict=True):
-        options = ShardOptions(config, shard, precision)
+        options = ShardOptions(config, shard, precision, [] if notes is None else notes)
         if precision not in shared:
             shared[precision] = options.load_rank(reader)
         weights = shared[precision]
@@ -182,6 +188,8 @@ class ShardOptions:
     config: RankConfig
     shard: Shard
     precision: LowBitPrecision | None
+    notes: list[str]
+    """What was chosen while loading, for the log."""
 
     @property
     def _common(self) -> dict[str, Any]:
@@ -212,14 +220,20 @@ class ShardOptions:
             (config.dtype, config.device) == ("float32", "cpu")
             and weights.head.nbytes <= MAX_GRAPH_BYTES
         )
-        if not fits or config.ranks > 1 or not schemes <= SEGMENT_SCHEMES:
+        fits &= config.ranks == 1 and schemes <= SEGMENT_SCHEMES
+        if fits and in_float32:
+            matrices = [layer.gate_up for layer in weights.layers]
+            times = measure_products([m for m in matrices if isinstance(m, Tensor)], config.threads)
+            self.notes.append(times.describe())
+            fits = times.chosen == "onnxruntime"
+        if not fits:
             return Transformer(config.model, weights, self.shard, config.threads)
         return SegmentedTransformer(
             config.model,
             weights,
             config.threads,
             lagged="ladder" in schemes,
-            embedding=reader.read(EMBEDDING, self.shard.vocabulary) if in_float32 else None,
+            embedding=reader.read(EMBEDDING, self.shard.vocabulary),
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ladderstitch.errors import EngineRestarting
@@ -147,16 +147,24 @@ class RankGroup:
         failed on a rank. A cancelled caller does not interrupt the pass.
         """
         message = Message(Kind.FORWARD, *step.pack())
-        running = asyncio.create_task(self._run_pass(message))
+        await self._pass_lock.acquire()
+        try:
+            if not self.ready:
+                raise RankLost("the group is recovering")
+            # The ranks start before other tasks of this process run, such as writing tokens.
+            replies = request_all(self._live_ranks(), message)
+        except BaseException:
+            self._pass_lock.release()
+            raise
+        running = asyncio.create_task(self._finish_pass(replies))
         running.add_done_callback(_retrieve_exception)
         return await asyncio.shield(running)  # the ranks' replies must be read in any case
 
-    async def _run_pass(self, message: Message) -> StepOutput:
-        async with self._pass_lock:
-            if not self.ready:
-                raise RankLost("the group is recovering")
-            replies = await request_all(self._live_ranks(), message)
-        parts = raise_pass_error(replies)
+    async def _finish_pass(self, replies: Awaitable[list[Message | BaseException]]) -> StepOutput:
+        try:
+            parts = raise_pass_error(await replies)
+        finally:
+            self._pass_lock.release()
         return StepOutput.merge([(part.header, part.body) for part in parts])
 
     async def change_comm(
@@ -248,7 +256,16 @@ class RankGroup:
             *(self._load_model(number) for number in missing), return_exceptions=True
         )
         loaded = raise_first_error(replies)
-        self.loaded |= {n: message.header for n, message in zip(missing, loaded, strict=True)}
+        for number, message in zip(missing, loaded, strict=True):
+            self.loaded[number] = message.header
+            log.info(
+                "rank loaded rank=%d seconds=%.1f weight_mb=%.0f memory_mb=%.0f %s",
+                number,
+                message.header["seconds"],
+                message.header["weight_bytes"] / 1e6,
+                message.header["memory_bytes"] / 1e6,
+                "; ".join(message.header["notes"]),
+            )
         await self._init_comm()
 
     async def _init_comm(self) -> None:

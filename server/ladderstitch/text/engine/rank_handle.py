@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from ladderstitch.errors import InternalError, LadderstitchError
@@ -60,21 +60,22 @@ class RankHandle:
         """Whether a request has not been answered yet."""
         return self._reply is not None
 
-    async def request(self, message: Message) -> Message:
-        """Send a message and return the reply.
+    def request(self, message: Message) -> Awaitable[Message]:
+        """Send a message at once, and return an awaitable of the reply, which must be awaited.
 
-        Raises `RankLost` if the connection ends, and `RankFailed` with the reason that the rank
+        It raises `RankLost` if the connection ends, and `RankFailed` with the reason that the rank
         reports.
         """
+        reply = self._reply = asyncio.get_running_loop().create_future()
         if self.lost:
-            raise self._loss()
-        self._reply = asyncio.get_running_loop().create_future()
+            reply.set_exception(self._loss())
+        else:
+            write_message(self._writer, message)
+        return self._receive(reply)
+
+    async def _receive(self, pending: asyncio.Future[Message]) -> Message:
         try:
-            await write_message(self._writer, message)
-        except OSError:
-            self._report_loss()
-        try:
-            reply = await self._reply
+            reply = await pending
         finally:
             self._reply = None
         if reply.kind == Kind.FAILED:
@@ -113,11 +114,14 @@ class RankHandle:
         return RankLost(f"rank process {self.pid} died")
 
 
-async def request_all(
+def request_all(
     ranks: Sequence[RankHandle], message: Message
-) -> list[Message | BaseException]:
-    """Send a message to all ranks and return every rank's reply or error, in order."""
-    return await asyncio.gather(*(r.request(message) for r in ranks), return_exceptions=True)
+) -> Awaitable[list[Message | BaseException]]:
+    """Send a message to all ranks at once, and return every rank's reply or error, in order.
+
+    What is returned must be awaited.
+    """
+    return asyncio.gather(*[rank.request(message) for rank in ranks], return_exceptions=True)
 
 
 def raise_first_error(replies: Sequence[Message | BaseException]) -> list[Message]:

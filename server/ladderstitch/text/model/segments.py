@@ -62,7 +62,7 @@ class SegmentedTransformer:
         """Open the sessions of all segments; `lagged` says whether some path has ladder layers.
 
         `embedding` [V, D], in any dtype, takes the place of that in `weights`. If a file backs it,
-        a tied head is in memory once: the sessions copy all matrices but the embedding.
+        the sessions hold all that is in memory.
         """
         self.config = config
         self.embedding = weights.embedding if embedding is None else embedding
