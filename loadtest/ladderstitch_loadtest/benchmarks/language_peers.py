@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from statistics import median
 
 from ladderstitch.errors import UserError
@@ -143,8 +144,8 @@ def compare(
     measurement = Measurement(model, rounds, tokens, advance)
     figures: list[LanguageFigure] = []
     with model_files(model) as files:
-        for count in threads:
-            figures += summarise(count, measurement.run(contenders, files, count))
+        for count, group in product(threads, _by_precision(contenders)):
+            figures += summarise(count, measurement.run(group, files, count))
     return LanguageComparison(
         figures=figures,
         unavailable=measurement.unavailable,
@@ -157,6 +158,12 @@ def compare(
         tokens=tokens,
         load_before=round(load, 2),
     )
+
+
+def _by_precision(contenders: Sequence[Contender]) -> list[list[Contender]]:
+    """Return groups of servers that run at the same time; some keep a core busy when idle."""
+    names = dict.fromkeys(one.precision for one in contenders)
+    return [[one for one in contenders if one.precision == name] for name in names]
 
 
 def label(one: Contender) -> str:
