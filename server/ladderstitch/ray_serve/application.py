@@ -29,7 +29,7 @@ from ladderstitch.runtime.process import freeze_gc
 from ladderstitch.scheduling.settings import ActiveSettings
 from ladderstitch.telemetry.logs import configure as configure_logs
 from ladderstitch.text.engine.rank import run
-from ladderstitch.text.engine.rank_handle import RankProcess
+from ladderstitch.text.engine.rank_handle import RankProcess, huge_pages
 
 log = logging.getLogger(__name__)
 
@@ -229,6 +229,7 @@ async def launch_actor(address: str, secret: str) -> RankProcess:
             num_gpus=gpus,
             max_restarts=0,  # the rank group requests a new one itself
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),
+            runtime_env={"env_vars": huge_pages()},
         )
         .remote()
     )
