@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import tests.support.interpreted_kernels  # noqa: F401  (the first import of triton)
+
+# isort: split
+
 import json
 import os
 from collections.abc import Iterator

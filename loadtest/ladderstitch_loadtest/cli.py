@@ -19,6 +19,7 @@ from ladderstitch_loadtest.benchmarks.language_peers_cli import language_peers
 from ladderstitch_loadtest.benchmarks.overlap_cli import overlap
 from ladderstitch_loadtest.benchmarks.peers_cli import peers
 from ladderstitch_loadtest.faults import cli as faults
+from ladderstitch_loadtest.faults.fuzz_cli import fuzz
 from ladderstitch_loadtest.faults.soak_cli import soak
 from ladderstitch_loadtest.load.cli import run
 from ladderstitch_loadtest.load.stream_cli import stream
@@ -44,7 +45,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         path_changes,
         overlap,
     ),
-    "Faults": (faults.kills, faults.malformed, soak),
+    "Faults": (faults.kills, faults.malformed, fuzz, soak),
 }
 """The commands of each panel of the help page, in order; `_` in a name becomes `-`."""
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.config import JsonDict
 
 from ladderstitch.bundles import EMBEDDED
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.security.listen_config import LIMITS, MAX_IMAGE_PIXELS, ListenConfig
+from ladderstitch.security.listen_config import (
+    IMAGE_DECODE_TIMEOUT_S,
+    IMAGE_DECODERS,
+    LIMITS,
+    MAX_IMAGE_MB,
+    MAX_IMAGE_PIXELS,
+    ListenConfig,
+    split_address,
+)
 from ladderstitch.text.comm.base import CommChoice
 
 TEXT: JsonDict = {"panel": "Language models"}
@@ -26,6 +35,12 @@ class ServerConfig(ListenConfig):
         ge=0,
         le=65_535,
         description="HTTP port of OpenAI's API for language models; unset: none",
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (),
+        description="origins of web pages that may call the HTTP port from a browser, such as "
+        "https://example.org; * for all; empty: none",
+        json_schema_extra={**TEXT, "flags": ["--cors-origin"]},
     )
     device: str = Field("auto", description="device: auto, cpu or cuda[:N]")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -72,6 +87,28 @@ class ServerConfig(ListenConfig):
         MAX_IMAGE_PIXELS,
         ge=1,
         description="maximum number of pixels of an encoded image, read from its header",
+        json_schema_extra=LIMITS,
+    )
+    max_image_mb: int = Field(
+        MAX_IMAGE_MB,
+        ge=1,
+        le=1024,
+        description="maximum size of the file of an encoded image, MiB",
+        json_schema_extra=LIMITS,
+    )
+    image_decoders: int = Field(
+        IMAGE_DECODERS,
+        ge=1,
+        le=64,
+        description="maximum number of processes that decode small images, as many for medium and "
+        "for large ones, and one for the most costly; they start when they are first needed",
+        json_schema_extra=LIMITS,
+    )
+    image_decode_timeout_s: float = Field(
+        IMAGE_DECODE_TIMEOUT_S,
+        gt=0,
+        le=3600,
+        description="seconds after which the decoding of an image is ended and the image rejected",
         json_schema_extra=LIMITS,
     )
     max_prompt_tokens: int | None = Field(
@@ -166,6 +203,23 @@ class ServerConfig(ListenConfig):
         json_schema_extra=OBSERVABILITY,
     )
     scheduling: SchedulerSettings = SchedulerSettings()
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_cors_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        """Raise `ValueError` for an origin that is neither `*` nor SCHEME://HOST[:PORT]."""
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ValueError(f"expected * or e.g. https://example.org, got {origin[:80]!r}")
+        return origins
+
+    @field_validator("rank_address")
+    @classmethod
+    def _check_rank_address(cls, address: str) -> str:
+        """Raise `ValueError` for an address that is not HOST:PORT."""
+        if address:
+            split_address(address)
+        return address
 
     @model_validator(mode="after")
     def _check_rank_secret(self) -> ServerConfig:

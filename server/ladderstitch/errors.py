@@ -13,11 +13,13 @@ LadderstitchError
     ├── QualityUnavailable        FAILED_PRECONDITION  QUALITY_UNAVAILABLE
     ├── Overloaded                RESOURCE_EXHAUSTED   OVERLOADED
     │   └── RateLimited           RESOURCE_EXHAUSTED   RATE_LIMITED
+    ├── NonFiniteOutput           OUT_OF_RANGE         NON_FINITE_OUTPUT
     ├── ExpiredInQueue            DEADLINE_EXCEEDED    EXPIRED_IN_QUEUE
     ├── ExpiredInCompute          DEADLINE_EXCEEDED    EXPIRED_IN_COMPUTE
     ├── NotReady                  UNAVAILABLE          NOT_READY
     ├── Draining                  UNAVAILABLE          DRAINING
     ├── EngineRestarting          UNAVAILABLE          ENGINE_RESTARTING
+    ├── Unsupported               UNIMPLEMENTED        UNSUPPORTED
     ├── Unauthenticated           UNAUTHENTICATED      UNAUTHENTICATED
     ├── PermissionDenied          PERMISSION_DENIED    PERMISSION_DENIED
     └── InternalError             INTERNAL             INTERNAL
@@ -30,6 +32,35 @@ import uuid
 from typing import ClassVar
 
 log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 1000
+"""Maximum length of the message of a `RequestError`, in bytes of UTF-8.
+
+gRPC clients drop a status, and report RESOURCE_EXHAUSTED instead, if its metadata exceed 8 KiB: at
+random up to 16 KiB, always above (grpc/grpc issue 37852). A message takes up to three bytes on the
+wire for each of its bytes, and is in the details twice.
+"""
+MAX_METADATA_BYTES = 200
+"""Maximum length of a value in the metadata of a `RequestError`, in bytes of UTF-8."""
+MAX_NOTE_BYTES = 50
+"""Maximum length of the note in a text whose middle is left out."""
+
+
+def shorten(text: str, max_bytes: int) -> str:
+    """Return a text of at most `max_bytes` of UTF-8, which begins and ends as `text`.
+
+    The middle of a longer text is replaced by a note of the number of characters left out. Lone
+    surrogates, which UTF-8 cannot express, are escaped.
+    """
+    # All characters beyond the limit are in the middle: encoding them would be wasted work.
+    head, tail = text[:max_bytes], text[max_bytes:][-max_bytes:]
+    encoded = [part.encode(errors="backslashreplace") for part in (head, tail)]
+    if len(encoded[0]) + len(encoded[1]) <= max_bytes:
+        return b"".join(encoded).decode()
+    most = max_bytes - MAX_NOTE_BYTES
+    first = encoded[0][: most - most // 3].decode(errors="ignore")
+    last = b"".join(encoded)[-(most // 3) :].decode(errors="ignore")
+    return f"{first} ... ({len(text) - len(first) - len(last)} characters left out) ... {last}"
 
 
 class LadderstitchError(Exception):
@@ -56,15 +87,16 @@ class RequestError(LadderstitchError):
     """An error that ends one request with a status.
 
     `code` is the name of the gRPC status, `reason` a machine-readable constant, and `metadata` is
-    sent to the caller in `google.rpc.ErrorInfo`.
+    sent to the caller in `google.rpc.ErrorInfo`. Messages may quote input of any length: the middle
+    of one that exceeds `MAX_MESSAGE_BYTES` is left out.
     """
 
     code: ClassVar[str] = "INTERNAL"
     reason: ClassVar[str] = "INTERNAL"
 
     def __init__(self, message: str, **metadata: str) -> None:
-        super().__init__(message)
-        self.metadata = metadata
+        super().__init__(shorten(message, MAX_MESSAGE_BYTES))
+        self.metadata = {key: shorten(value, MAX_METADATA_BYTES) for key, value in metadata.items()}
 
 
 class InvalidArgument(RequestError):
@@ -74,6 +106,7 @@ class InvalidArgument(RequestError):
     reason = "INVALID_ARGUMENT"
 
     def __init__(self, field: str, message: str) -> None:
+        field = shorten(field, MAX_METADATA_BYTES)
         super().__init__(f"{field}: {message}", field=field)
         self.field = field
 
@@ -129,6 +162,16 @@ class RateLimited(Overloaded):
     reason = "RATE_LIMITED"
 
 
+class NonFiniteOutput(RequestError):
+    """The model's output for this request is infinite or not a number.
+
+    The input or the weights exceed the range of the number format that the model computes in.
+    """
+
+    code = "OUT_OF_RANGE"
+    reason = "NON_FINITE_OUTPUT"
+
+
 class ExpiredInQueue(RequestError):
     """The hard deadline passed while the request waited."""
 
@@ -162,6 +205,13 @@ class EngineRestarting(RequestError):
 
     code = "UNAVAILABLE"
     reason = "ENGINE_RESTARTING"
+
+
+class Unsupported(RequestError):
+    """The method is part of the protocol, but this server does not offer what it does."""
+
+    code = "UNIMPLEMENTED"
+    reason = "UNSUPPORTED"
 
 
 class Unauthenticated(RequestError):

@@ -34,3 +34,8 @@ def test_client_options_equal_the_request_parameters(options: Any, request_build
     parameters = inspect.signature(request_builder).parameters.values()
     keywords = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     assert options.__annotations__.keys() == keywords
+
+
+def test_ipv6_address_without_brackets_is_rejected() -> None:
+    with pytest.raises(ValueError, match=r"expected \[::1\]:8001, got ::1:8001"):
+        Client("::1:8001")

@@ -13,6 +13,8 @@ from ladderstitch.api.status import abort
 from ladderstitch.client import RequestFailed
 from ladderstitch.errors import Overloaded
 from ladderstitch.gateway import replica_connection
+from ladderstitch.gateway.forwarder import MODEL_READY
+from ladderstitch.oip.grpc_service_pb2 import ModelReadyRequest, ModelReadyResponse
 from tests.support.fake_replicas import (
     GENERATE,
     INFER,
@@ -360,3 +362,41 @@ async def test_removed_replica_finishes_and_added_one_is_used(start_gateway: Sta
         gate.set()
         assert await asking == b"finished"
         assert running.counts == [1, 1]
+
+
+async def test_long_status_of_a_replica_arrives_bounded(start_gateway: StartGateway) -> None:
+    """A replica of another version may send longer ones than callers can receive."""
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    trailer = (("x-note", "n" * 3000), ("x-more", "m" * 3000))
+    async with start_gateway(1) as running:
+        for method in (INFER, GENERATE, UPDATE, LOAD):
+            running.replicas[0].fail(method, code, "é" * 700, trailing_metadata=trailer)
+            for _ in range(6):
+                if method == GENERATE:
+                    call = running.channel.unary_stream(method)(b"", timeout=300)
+                else:
+                    call = running.channel.unary_unary(method)(b"", timeout=300)
+                assert await call.code() == code
+                assert "characters left out" in await call.details()
+                assert [key for key, _ in await call.trailing_metadata()] == ["x-note"]
+
+
+async def test_model_ready_is_asked_where_the_model_is(start_gateway: StartGateway) -> None:
+    """A replica that knows a model without having it says that it is not ready."""
+
+    async def answer_false(request: bytes, context: Context) -> bytes:
+        return b""
+
+    async def answer_true(request: bytes, context: Context) -> bytes:
+        return ModelReadyResponse(ready=True).SerializeToString()
+
+    one, two = FakeReplica("r0"), FakeReplica("r1", ("tiny", "other"))
+    one.answers[MODEL_READY], two.answers[MODEL_READY] = answer_false, answer_true
+    async with start_gateway([one, two]) as running:
+        ready = running.channel.unary_unary(MODEL_READY)
+        request = ModelReadyRequest(name="other").SerializeToString()
+        assert {await ready(request, timeout=300) for _ in range(8)} == {b"\x08\x01"}
+        assert one.count == 0
+        request = ModelReadyRequest(name="neither").SerializeToString()
+        assert await ready(request, timeout=300) in (b"", b"\x08\x01")
+        await ready(b"\xff\xff", timeout=300)

@@ -1,4 +1,4 @@
-"""Tests of language models against recorded outputs of the originals, on 1, 2 and 4 ranks."""
+"""Tests of language models against recorded outputs of the originals, on up to 4 ranks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ladderstitch.cli import app
-from ladderstitch.importers.verify_text import FAMILIES
+from ladderstitch.importers.verify_text import FAMILIES, GoldenRun, run_case
+from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.residual import ResidualScheme
 from tests.conftest import GOLDEN, golden_cases
+from tests.support.language_models import random_tensors
 
 runner = CliRunner()
+IDS = ("full", "incremental")
 CASES = [case for family in FAMILIES for case in golden_cases(family)]
 
 
@@ -55,3 +60,71 @@ def test_verify_detects_typical_configuration_mistakes(
     result = runner.invoke(app, ["verify", str(path)])
     assert result.exit_code == 1
     assert "FAIL hf_llama_tied_rope" in result.output
+
+
+def write_case(folder: Path, heads: int, kv_heads: int) -> Path:
+    """Write a case with these heads, recorded on one rank."""
+    fields = {
+        "vocab_size": 33,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 4,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "model_type": "llama",
+    }
+    config = LlamaConfig.from_hf(fields)
+    weights = random_tensors(config)
+    tokens = torch.arange(24).view(2, 12) % config.vocab_size
+    runs = {name: GoldenRun(name, ResidualScheme(), (1,), name == "incremental") for name in IDS}
+    tensors = {f"weights.{name}": tensor for name, tensor in weights.items()} | {"input": tokens}
+    for name, run in runs.items():
+        tensors[f"output.{name}"] = run_case(config, weights, tokens, run, 1, 5)
+    path = folder / "heads.safetensors"
+    save_file(tensors, path)
+    metadata = {
+        "family": "hf-llama",
+        "config": {"hf_config": fields, "prefill_length": 5},
+        "ids": [{"id": name} for name in IDS],
+        "tolerance": {"suggested_atol": 2e-4, "suggested_rtol": 1e-4},
+    }
+    path.with_suffix(".json").write_text(json.dumps(metadata))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "ranks"),
+    [
+        (6, 2, "1, 2, 3"),
+        (9, 3, "1, 2, 3"),
+        (5, 1, "1"),
+        (3, 1, "1, 3"),
+        (8, 2, "1, 2, 4"),
+        (7, 7, "1, 2, 4"),
+    ],
+)
+def test_verify_runs_and_names_the_rank_counts_that_fit(
+    tmp_path: Path, heads: int, kv_heads: int, ranks: str
+) -> None:
+    result = runner.invoke(app, ["verify", str(write_case(tmp_path, heads, kv_heads))])
+    assert result.exit_code == 0, result.output
+    items = 2 * len(ranks.split(", "))
+    assert f"pass heads: hf-llama, {items} outputs on {ranks} ranks" in result.output
+
+
+def test_verify_names_a_recorded_rank_count_that_does_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "desync_gpt.safetensors"
+    save_file(load_file(GOLDEN / path.name), path)
+    metadata = json.loads((GOLDEN / "desync_gpt.json").read_text())
+    (entry,) = [entry for entry in metadata["ids"] if entry["id"] == "desync_2x_tp2"]
+    entry["tensor_parallel_size"] = 7
+    path.with_suffix(".json").write_text(json.dumps(metadata))
+    result = runner.invoke(app, ["verify", str(path)])
+    assert result.exit_code == 2, result.output
+    assert "desync_2x_tp2: recorded on 7 ranks; ranks: expected" in result.output

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-VARIABLE = "TRITON_INTERPRET"
-
-_before = os.environ.get(VARIABLE)
-os.environ[VARIABLE] = "1"
-import ladderstitch_kernels  # noqa: E402, F401  (its kernels become interpreted on this import)
-
-if _before is None:
-    del os.environ[VARIABLE]
+from tests.support.interpreted_kernels import VARIABLE
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,6 +116,36 @@ def test_paged_decode_attention_matches_reference(
         q, *caches, unowned.int(), torch.tensor(lengths, dtype=torch.int32)
     )
     assert_close(got, expected)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("lengths", [[1, 5, 0], [64, 66, 63]])
+def test_paged_decode_attention_reads_own_tokens_only(
+    lengths: list[int],
+    poison: float,
+    random: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Slots after the last token, other pages and a sequence that is not finite change no bit."""
+    monkeypatch.setattr("ladderstitch_kernels.ops.decode_attention.sms", lambda device: 8)
+    page, most = 8, -(-max(lengths) // 8)
+    q = random(len(lengths), 4, 16)
+    clean = torch.zeros(2, (most + 1) * len(lengths), page, 2, 16, dtype=torch.float32)
+    spoilt = torch.full_like(clean, poison)
+    order = torch.randperm(most * len(lengths), generator=torch.Generator().manual_seed(3)).int()
+    pages = order.view(len(lengths), most)
+    for row, length in enumerate(lengths):
+        slots = pages[row].repeat_interleave(page)[:length], torch.arange(length) % page
+        values = random(2, length, 2, 16, dtype=torch.float32)
+        clean[:, *slots], spoilt[:, *slots] = values, values
+    used = torch.tensor(lengths, dtype=torch.int32)
+    expected = paged_decode_attention(q, *clean, pages, used)
+    assert torch.equal(paged_decode_attention(q, *spoilt, pages, used), expected)
+    spoilt[:, pages[1, 0].item()] = poison
+    with np.errstate(all="ignore"):  # the interpreter computes in NumPy, which warns of NaN
+        got = paged_decode_attention(q, *spoilt, pages, used)
+    assert torch.equal(got[[0, 2]], expected[[0, 2]])
+    assert not got[1].isfinite().all()
 
 
 def test_split_sequence_fills_the_processors() -> None:

@@ -88,10 +88,11 @@ def steps() -> list[Step]:
 
 
 def run_steps(
-    model: Transformer, residual: ResidualScheme, *, uses_kernels: bool
+    model: Transformer, residual: ResidualScheme, *, uses_kernels: bool, poison: float = 0.0
 ) -> tuple[list[Tensor], PagedCache]:
-    """Return the logits of all steps, and the cache after them."""
+    """Return the logits of all steps, and the cache after them, which is filled with `poison`."""
     cache = PagedCache(TINY, SHARD, BLOCKS, BLOCK_TOKENS)
+    cache._memory.fill_(poison)
     cache.uses_kernels = uses_kernels
     for mlp in model.mlps:
         mlp.uses_kernels = uses_kernels
@@ -114,6 +115,19 @@ def test_language_model_with_kernels_equals_torch(
     for part, whole in zip(got, expected, strict=True):
         assert_close(part, whole)
     assert_close(cache._memory, seen._memory)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e38])
+def test_language_model_with_kernels_reads_no_recycled_slot(
+    poison: float, called: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, residual = make_model(), ResidualScheme()
+    monkeypatch.setattr(llama, "ResidualStream", KernelStream)
+    expected, _ = run_steps(model, residual, uses_kernels=True)
+    got, _ = run_steps(model, residual, uses_kernels=True, poison=poison)
+    assert called == set(OPS)
+    for part, whole in zip(got, expected, strict=True):
+        assert torch.equal(part, whole)
 
 
 @pytest.mark.parametrize("lags", [(0, 0, 0, 0), (1, 1, 1, 1), (0, 1, 1, 0)])

@@ -14,6 +14,7 @@ NAMES = [
     "compare",
     "compiled",
     "decisions",
+    "fuzz",
     "generation",
     "hop",
     "kills",

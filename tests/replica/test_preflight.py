@@ -111,3 +111,82 @@ def test_doctor_with_failure_prints_advice_and_exits_1(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "set device: cpu" in done.stdout
+
+
+MEMINFO = "MemTotal: 16000000 kB\nMemFree: 3000000 kB\nMemAvailable: 10000000 kB\n"
+MIB = 1 << 20
+
+
+def test_available_memory_counts_caches(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text(MEMINFO)
+    assert preflight.available_memory(tmp_path / "meminfo") == 10_000_000 << 10
+    assert preflight.available_memory(tmp_path / "absent") > 0
+
+
+def make_cgroup(folder: Path, limit: str, used: int, cached: int, *, version: int = 2) -> None:
+    """Write the files of a cgroup."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current", "inactive_file")
+    if version == 1:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon {used}\n{names[2]} {cached}\n")
+
+
+@pytest.mark.parametrize(
+    ("limits", "own", "expected"),
+    [
+        ({"": ("max", 5, 0)}, "0::/", None),
+        ({"": (str(800 * MIB), 500 * MIB, 100 * MIB)}, "0::/", 400 * MIB),
+        ({"pod": (str(800 * MIB), 500 * MIB, 0), "pod/c": ("max", 5, 0)}, "0::/pod/c", 300 * MIB),
+        ({"pod": ("max", 5, 0), "pod/c": (str(7 * MIB), 9 * MIB, 0)}, "0::/pod/c", 0),
+        ({}, "0::/docker/that/is/not/mounted", None),
+        ({}, "0::/../../outside", None),
+    ],
+)
+def test_cgroup_memory_is_the_least_of_all_limits(
+    tmp_path: Path, limits: dict[str, tuple[str, int, int]], own: str, expected: int | None
+) -> None:
+    for name, (limit, used, cached) in limits.items():
+        make_cgroup(tmp_path / "root" / name, limit, used, cached)
+    (tmp_path / "own").write_text(f"{own}\n")
+    (tmp_path / "root").mkdir(exist_ok=True)
+    assert preflight.cgroup_memory(tmp_path / "root", tmp_path / "own") == expected
+
+
+def test_cgroup_memory_of_version_1(tmp_path: Path) -> None:
+    make_cgroup(tmp_path / "memory/a", str(64 * MIB), 60 * MIB, 6 * MIB, version=1)
+    make_cgroup(tmp_path / "memory", "9223372036854771712", 5, 0, version=1)
+    (tmp_path / "own").write_text("5:cpu:/x\n4:memory:/a\n0::/\n")
+    assert preflight.cgroup_memory(tmp_path, tmp_path / "own") == 10 * MIB
+    assert preflight.cgroup_memory(tmp_path, tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_check_memory_names_what_limits_it(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch, limited: bool
+) -> None:
+    monkeypatch.setattr(preflight, "available_memory", lambda: 10_621 * MIB)
+    monkeypatch.setattr(preflight, "cgroup_memory", lambda: 500 * MIB if limited else None)
+    memory = next(preflight.check_memory(config))
+    assert memory.state == ("warning" if limited else "ok")
+    assert memory.detail.startswith(f"{500 if limited else 10_621} MiB available")
+    assert ("container's limit" in memory.detail) == limited
+
+
+def test_check_memory_needs_more_shared_memory_for_ranks(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": preflight.SHARED_BYTES})
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage)
+    found = {
+        ranks: list(
+            preflight.check_memory(config.model_copy(update={"tensor_parallel_size": ranks}))
+        )[1]
+        for ranks in (1, 2)
+    }
+    assert found[1].state == "ok"
+    assert found[2].state == "failed"
+    assert "320 MiB needed" in found[2].detail
+    assert "--shm-size" in found[2].advice

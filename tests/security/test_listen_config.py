@@ -8,7 +8,7 @@ import pytest
 
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import ConfigError
-from ladderstitch.security.listen_config import is_loopback
+from ladderstitch.security.listen_config import is_loopback, join_address, split_address
 
 TLS = {"tls_certificate": Path("c"), "tls_key": Path("k")}
 
@@ -48,3 +48,35 @@ def test_incomplete_tls_files_are_rejected(fields: dict[str, Path], named: str) 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])
 def test_is_loopback_recognises_local_addresses(address: str) -> None:
     assert is_loopback(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [
+        ("127.0.0.1:8001", ("127.0.0.1", 8001)),
+        ("[::1]:8001", ("::1", 8001)),
+        ("[fe80::1%eth0]:0", ("fe80::1%eth0", 0)),
+        ("name.example:65535", ("name.example", 65_535)),
+    ],
+)
+def test_address_is_split_and_joined(address: str, parts: tuple[str, int]) -> None:
+    assert split_address(address) == parts
+    assert join_address(*parts) == address
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("::1:8001", "brackets"),
+        ("8001", "HOST:PORT"),
+        (":8001", "HOST:PORT"),
+        ("[]:8001", "HOST:PORT"),
+        ("host:", "HOST:PORT"),
+        ("host:65536", "HOST:PORT"),
+        ("host:-1", "HOST:PORT"),
+        ("host:\u0663", "HOST:PORT"),
+    ],
+)
+def test_other_text_is_no_address(address: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        split_address(address)

@@ -140,3 +140,31 @@ def test_concurrent_requests_are_counted_across_rotation(clock: Clock) -> None:
 
 def test_token_repr_shows_no_secret() -> None:
     assert SECRET not in repr(Token(name="a", token=SECRET))
+
+
+@pytest.mark.parametrize(
+    ("secret", "limit"),
+    [
+        ("x" * 12_000, "4096"),
+        ("x" * 4097, "4096"),
+        ("y" * 20 + " z", "pattern"),
+        ("é" * 20, "pattern"),
+    ],
+)
+def test_token_that_no_header_carries_is_rejected(tmp_path: Path, secret: str, limit: str) -> None:
+    path = tmp_path / "tokens.yaml"
+    path.write_text(f"tokens:\n  - {{name: user, token: '{secret}'}}\n")
+    with pytest.raises(ConfigError, match=limit) as failed:
+        TokenFile(path)
+    assert secret not in str(failed.value)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o600])
+def test_token_file_that_others_can_read_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int
+) -> None:
+    path = tmp_path / "tokens.yaml"
+    path.write_text("tokens:\n  - {name: user, token: user-secret-0123456789}\n")
+    path.chmod(mode)
+    TokenFile(path)
+    assert ("other users can read it" in caplog.text) == (mode != 0o600)

@@ -22,6 +22,7 @@ GENERATE = "/ladderstitch.v1.GenerationService/Generate"
 UPDATE = "/ladderstitch.v1.AdminService/UpdateScheduling"
 LOAD = "/inference.GRPCInferenceService/RepositoryModelLoad"
 REFLECT = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 REPORT_INTERVAL_S = 0.05
 
 Context = grpc.aio.ServicerContext
@@ -87,7 +88,7 @@ class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no ty
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         if details.method == WATCH:
             return grpc.unary_stream_rpc_method_handler(self.watch)
-        if details.method == REFLECT:
+        if details.method in (REFLECT, STREAM):
             return grpc.stream_stream_rpc_method_handler(self.echo)
         function = self.make_answer(details.method)
         if details.method == GENERATE:

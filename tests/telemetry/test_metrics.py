@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 
@@ -11,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ladderstitch.scheduling.requests import Deadlines, ImageAnswer, Request
 from ladderstitch.telemetry.metrics import Metrics
-from ladderstitch.telemetry.model_metrics import VisionMetrics
+from ladderstitch.telemetry.model_metrics import TextMetrics, VisionMetrics
 
 NO_LOGITS = np.zeros((1, 10), np.float32)
 
@@ -55,7 +58,7 @@ def test_vision_metrics_of_answered_requests_are_counted() -> None:
     assert value(metrics, "dispatch_slack_seconds_bucket", le="+Inf") == 2
 
 
-KNOWN_LABELS = {"model", "variant", "code", "met", "within_plan", "end", "reason", "le"}
+KNOWN_LABELS = {"model", "variant", "code", "met", "within_plan", "end", "reason", "le", "process"}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,7 @@ def test_expose_serves_a_page_that_prometheus_reads() -> None:
     for noun in ("queue", "compute", "request_duration", "dispatch_slack"):
         assert f"ladderstitch_{noun}_seconds" in names
     for family in families:
-        assert family.name.startswith("ladderstitch_")
+        assert family.name.startswith(("ladderstitch_", "process_"))
         assert family.documentation
         for sample in family.samples:
             assert sample.labels.keys() <= KNOWN_LABELS
@@ -116,4 +119,62 @@ def test_expose_serves_a_page_that_prometheus_reads() -> None:
         if sample.name.endswith("_bucket")
     )
     assert edges[0] == 0.0005
-    assert edges[-2:] == [10.0, float("inf")]
+    assert edges[-2:] == [600.0, float("inf")]
+
+
+def series(metrics: Metrics) -> set[str]:
+    """Return all samples that name a model."""
+    return {
+        f"{sample.name}{sorted(sample.labels.items())}"
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if "model" in sample.labels
+    }
+
+
+def test_remove_model_removes_its_series_only() -> None:
+    metrics = Metrics()
+    VisionMetrics(metrics, "kept", range(3))
+    before = series(metrics)
+    for model in (VisionMetrics(metrics, "m", range(3)), TextMetrics(metrics, "m", range(2))):
+        model.observe_batch(1, batch_size=3, compute_s=0.004, error=1.0, slowdown=1.0, tail=1.0)
+    assert series(metrics) > before
+    metrics.remove_model("m")
+    assert series(metrics) == before
+    metrics.remove_model("m")
+    VisionMetrics(metrics, "m", range(3)).restarts.inc()
+    assert value(metrics, "engine_restarts_total") == 1
+
+
+def processes(metrics: Metrics, name: str) -> dict[str, float]:
+    """Return the value of a metric `process_*` of each process."""
+    return {
+        sample.labels["process"]: sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == f"process_{name}"
+    }
+
+
+def test_process_metrics_cover_processes_that_this_one_started() -> None:
+    metrics = Metrics()
+    _, close = metrics.expose(0, "127.0.0.1")
+    close()
+    command = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", "-m", "a.b"]
+    started = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)
+    ]
+    for process in started:
+        assert process.stdout is not None
+        process.stdout.readline()
+    resident = processes(metrics, "resident_memory_bytes")
+    assert {"replica", "b-0", "b-1"} <= resident.keys()
+    assert min(resident.values()) > 1 << 20
+    for name in ("cpu_seconds_total", "open_fds", "max_fds", "threads", "start_time_seconds"):
+        assert processes(metrics, name).keys() == resident.keys()
+    before = processes(metrics, "open_fds")["replica"]
+    with open(os.devnull):
+        assert processes(metrics, "open_fds")["replica"] == before + 1
+    for process in started:
+        process.communicate()
+    assert not {"b-0", "b-1"} & processes(metrics, "open_fds").keys()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from ladderstitch.errors import BundleError, ConfigError, DataError
 from ladderstitch.importers.gguf import import_gguf
@@ -114,6 +118,97 @@ def test_sharded_weights_are_found_by_their_index(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.o_proj.weight"
     part = weights.read(name, rows=range(3, 9), columns=range(8, 16))
     assert torch.equal(part, tensors[name][3:9, 8:16])
+
+
+def renamed(tensors: dict[str, torch.Tensor], style: str) -> dict[str, torch.Tensor]:
+    """Return tensors with the names that other programs save them under."""
+    changes: dict[str, Callable[[str], str]] = {
+        "compiled": lambda name: f"_orig_mod.{name}",
+        "compiled inside": lambda name: name.replace("model.", "model._orig_mod."),
+        "parallel": lambda name: f"module._orig_mod.{name}",
+        "without a head": lambda name: name.removeprefix("model."),
+        "twice": lambda name: f"model.{name}" if name.startswith("model.") else name,
+    }
+    return {changes[style](name): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    "style", ["compiled", "compiled inside", "parallel", "without a head", "twice"]
+)
+def test_weights_with_other_names_are_the_same(
+    tmp_path: Path, style: str, sharded: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = write_tiny(tmp_path / "tiny")
+    tensors = load_file(bundle / "model.safetensors")
+    other = renamed(tensors, style)
+    assert other.keys() != tensors.keys()
+    save_file(other, bundle / "model.safetensors")
+    if sharded:
+        weight_map = {"weight_map": dict.fromkeys(other, "model.safetensors")}
+        (bundle / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+    with caplog.at_level(logging.INFO, "ladderstitch"):
+        weights = TextBundle.load(bundle).weights()
+    assert "by other names" in caplog.text
+    for name, tensor in tensors.items():
+        assert torch.equal(weights.read(name), tensor)
+
+
+def write_tied(folder: Path, **names: str) -> Path:
+    """Write a tiny bundle with a tied head; `names` rename tensors."""
+    bundle = write_tiny(folder / "tiny")
+    manifest = yaml.safe_load((bundle / "model.yaml").read_text())
+    manifest["config"]["tied_head"] = True
+    (bundle / "model.yaml").write_text(yaml.safe_dump(manifest))
+    tensors = load_file(bundle / "model.safetensors")
+    tensors.pop("lm_head.weight", None)
+    save_file({names.get(k, k): t for k, t in tensors.items()}, bundle / "model.safetensors")
+    return bundle
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "_orig_mod.lm_head.weight"])
+def test_tied_weights_may_be_stored_as_the_head(tmp_path: Path, name: str) -> None:
+    expected = TextBundle.load(write_tied(tmp_path / "a"))
+    got = TextBundle.load(write_tied(tmp_path / "b", **{"model.embed_tokens.weight": name}))
+    logits = [
+        one_rank_logits(bundle.manifest.config, bundle.weights(), [1, 2, 3])
+        for bundle in (expected, got)
+    ]
+    assert torch.equal(*logits)
+
+
+def test_head_is_no_embedding_if_they_are_not_tied(tmp_path: Path) -> None:
+    bundle = write_tiny(tmp_path / "tiny")
+    tensors = load_file(bundle / "model.safetensors")
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, bundle / "model.safetensors")
+    with pytest.raises(BundleError, match=r"missing model\.embed_tokens\.weight"):
+        TextBundle.load(bundle)
+
+
+def test_two_names_of_one_tensor_are_rejected(tmp_path: Path) -> None:
+    bundle = write_tiny(tmp_path / "tiny")
+    tensors = load_file(bundle / "model.safetensors")
+    tensors["norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, bundle / "model.safetensors")
+    with pytest.raises(BundleError, match=r"expected one tensor model\.norm\.weight"):
+        TextBundle.load(bundle)
+
+
+@pytest.mark.parametrize("num_more", [1, 50])
+def test_tokenizer_may_have_more_tokens_than_the_model(
+    tmp_path: Path, num_more: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = TextBundle.load(write_tiny(tmp_path / "tiny"))
+    size = bundle.tokenizer().size
+    assert caplog.text == ""
+    tokenizer = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
+    tokenizer.add_special_tokens([f"<extra{number}>" for number in range(num_more)])
+    tokenizer.save(str(bundle.path / "tokenizer.json"))
+    larger = bundle.tokenizer()
+    assert larger.size == size + num_more
+    assert f"{larger.size} tokens, but the model has {size} rows" in caplog.text
+    assert larger.encode("x<extra0>") == [*bundle.tokenizer().encode("x"), size]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from ladderstitch.vision.bundle import Preprocessing
-from ladderstitch.vision.preprocessing import ImageReader, centred_square
+from ladderstitch.vision.images.decode import centred_square
+from ladderstitch.vision.preprocessing import ImageReader
 
 
 def test_centred_square_returns_edges() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,14 +55,22 @@ class SharedMapping:
         self._allocations = 0
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> SymmetricTensor:
-        """Return zeroed memory; the addresses are those of this process's mapping."""
+        """Return zeroed memory; the addresses are those of this process's mapping.
+
+        Raises `OSError` if the folder has no room; a write to a page without room would end the
+        process.
+        """
         elements = math.prod(shape)
         stride = -(-elements * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
-        path = self._folder / f"symmetric-{self._allocations}"
+        path, size = self._folder / f"symmetric-{self._allocations}", stride * self.ranks
         self._allocations += 1
-        mapped = torch.from_file(
-            str(path), shared=True, size=stride * self.ranks, dtype=torch.uint8
-        )
+        try:
+            with path.open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            needed = f"expected room for {size / 2**20:.1f} MiB: {error.strerror}"
+            raise OSError(error.errno, needed, str(self._folder)) from error
+        mapped = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
         base = mapped.data_ptr()
         start = self.rank * stride
         local = mapped[start : start + elements * dtype.itemsize].view(dtype).view(*shape)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import grpc
@@ -18,8 +20,24 @@ ADMIN_SERVICES = frozenset({"ladderstitch.v1.AdminService"})
 OPEN_SERVICES = frozenset({"grpc.health.v1.Health"})
 """Services that need no token: gRPC channels check health themselves and send none."""
 
+WATCH_METHODS = frozenset({"WatchLoad"})
+"""Streams that last and cost time for as long as they are open; each token has a limit of them."""
+PER_REQUEST_METHODS = frozenset({"ModelStreamInfer"})
+"""Streams whose handlers call `admit_request` for each request, and refuse one without the rest."""
+
 OnDenied = Callable[[str], None]
 """A function that is called with the reason of every rejected call."""
+AdmitRequest = Callable[[], AbstractContextManager[None]]
+_admit: ContextVar[AdmitRequest] = ContextVar("admit", default=nullcontext)
+
+
+def admit_request() -> AbstractContextManager[None]:
+    """Count a request of the current stream as in flight, by the limits of the caller's token.
+
+    Entering the context raises `RateLimited` above the limits. Streams of requests without a token
+    have no limits.
+    """
+    return _admit.get()()
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no types
@@ -45,9 +63,13 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc 
             token = self.authorize(details.invocation_metadata, scope, method)
         except RequestError as error:
             return _rejecting_handler(handler, error)
+        if method in WATCH_METHODS:
+            return self._limited_handler(handler, lambda: self.limiter.open_watch(token))
         if token.concurrent_requests is None and token.requests_per_s is None:
             return handler
-        return self._limited_handler(handler, token)
+        if handler.request_streaming:
+            return self._limited_stream_handler(handler, token, method)
+        return self._limited_handler(handler, lambda: self.limiter.acquire(token))
 
     def authorize(
         self, metadata: Iterable[tuple[str, str | bytes]], scope: Scope, method: str = "this call"
@@ -81,13 +103,14 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc 
         return token
 
     def _limited_handler(
-        self, handler: grpc.RpcMethodHandler, token: Token
+        self, handler: grpc.RpcMethodHandler, admit: AdmitRequest
     ) -> grpc.RpcMethodHandler:
+        """Return a handler that runs inside `admit()`."""
         function = handler_function(handler)
 
         async def call(request: Any, context: Context) -> Any:
             try:
-                with self.limiter.acquire(token):
+                with admit():
                     return await function(request, context)
             except RequestError as error:
                 self.on_denied(error.reason)
@@ -95,7 +118,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc 
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             try:
-                with self.limiter.acquire(token):
+                with admit():
                     async for reply in function(request, context):
                         yield reply
             except RequestError as error:
@@ -104,6 +127,40 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc 
 
         limited = stream if inspect.isasyncgenfunction(function) else call
         return replace_handler_function(handler, limited)
+
+    def _limited_stream_handler(
+        self, handler: grpc.RpcMethodHandler, token: Token, method: str
+    ) -> grpc.RpcMethodHandler:
+        """Return a handler of a stream of requests, each of which counts as a call.
+
+        Other methods than `PER_REQUEST_METHODS` end with RESOURCE_EXHAUSTED at the first request
+        above the limits.
+        """
+        function = handler_function(handler)
+
+        def admit() -> AbstractContextManager[None]:
+            return self.limiter.acquire(token)
+
+        async def limit_each(requests: Any) -> AsyncIterator[Any]:
+            async for request in requests:
+                with admit():
+                    yield request
+
+        def start(requests: Any, context: Context) -> Any:
+            _admit.set(admit)
+            each = requests if method in PER_REQUEST_METHODS else limit_each(requests)
+            return function(each, context)
+
+        async def call(requests: Any, context: Context) -> Any:
+            return await start(requests, context)
+
+        async def stream(requests: Any, context: Context) -> AsyncIterator[Any]:
+            async for reply in start(requests, context):
+                yield reply
+
+        limited = stream if inspect.isasyncgenfunction(function) else call
+        inner = replace_handler_function(handler, limited)
+        return self._limited_handler(inner, lambda: self.limiter.open_stream(token))
 
 
 def required_scope(service: str, method: str) -> Scope:
@@ -115,9 +172,9 @@ def required_scope(service: str, method: str) -> Scope:
 def _rejecting_handler(
     handler: grpc.RpcMethodHandler, error: RequestError
 ) -> grpc.RpcMethodHandler:
-    """Return a handler that ends the call with `error` before its message is parsed."""
+    """Return a handler that ends the call with `error`; no message of it is read."""
 
     async def reject(_: Any, context: Context) -> None:
         await abort(context, error)
 
-    return replace_handler_function(handler, reject, parse=False)
+    return replace_handler_function(handler, reject, parse=False, stream=True)

@@ -147,7 +147,7 @@ def token_budgets(metadata: Metadata) -> tuple[float, float]:
 
 def _parse_held_seconds(value: str | bytes) -> float:
     text = _decode(value)
-    if not text.isdecimal() or int(text) > MAX_BUDGET_US:
+    if not (text.isdecimal() and len(text) <= 20) or int(text) > MAX_BUDGET_US:
         raise InvalidArgument(
             HELD_KEY, f"expected 0 to {MAX_BUDGET_US} microseconds, got {text[:80]!r}"
         )

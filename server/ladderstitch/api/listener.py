@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import grpc
 
 from ladderstitch.api.auth import AuthInterceptor
+from ladderstitch.api.receiving import ReceiveInterceptor
 from ladderstitch.api.request_log import RequestLogInterceptor
-from ladderstitch.runtime.process import port_is_free
-from ladderstitch.security.listen_config import ListenConfig
+from ladderstitch.errors import ConfigError
+from ladderstitch.runtime.process import reserve_port
+from ladderstitch.security.listen_config import ListenConfig, join_address
 from ladderstitch.security.tls import CertificateData, CertificateFiles, CertificateWatcher
 from ladderstitch.security.tokens import RateLimiter, Token, TokenFile
 from ladderstitch.telemetry.logs import RecordSink
 
 REUSE_PORT = "grpc.so_reuseport"
+IDENTITY_ONLY = 1
+"""Bit set of the compression algorithms of requests: a small message could inflate to gigabytes."""
+MAX_METADATA_BYTES = 16 << 10
+MAX_PING_STRIKES = 2
+MAX_METADATA_BYTES = 16 << 10
+"""Maximum size of the metadata of a call.
+
+It is both limits of gRPC: between its default ones, 8 and 16 KiB, calls are rejected at random.
+"""
 Address = tuple[str, int]
 """Host and port."""
 
@@ -33,11 +44,16 @@ class ListenerConfig:
 
     max_message_bytes: int = 64 << 20
     max_streams: int = 1000
+    max_connections: int = 1000
+    header_timeout_s: float = 10.0
+    idle_timeout_s: float = 300.0
+    min_ping_interval_s: float = 0.5
     keepalive_s: float = 60.0
     max_connection_age_s: float | None = None
     max_connection_grace_s: float = 30.0
     share_port: bool = False  # in a rolling update, the old and the new process listen for a while
     certificates: CertificateFiles | None = None
+    receive: ReceiveInterceptor = field(default_factory=ReceiveInterceptor)
     request_log: RequestLogInterceptor | None = None
     auth: AuthInterceptor | None = None
     admin: Address | None = None
@@ -74,6 +90,11 @@ class ListenerConfig:
         return cls(
             max_message_bytes=config.max_message_mb << 20,
             max_streams=config.max_streams,
+            max_connections=config.max_connections,
+            header_timeout_s=config.header_timeout_s,
+            receive=ReceiveInterceptor(config.max_unfinished_messages, config.message_timeout_s),
+            idle_timeout_s=config.idle_timeout_s,
+            min_ping_interval_s=config.min_ping_interval_s,
             max_connection_age_s=config.max_connection_age_s,
             max_connection_grace_s=config.max_connection_grace_s,
             share_port=share_port,
@@ -89,9 +110,14 @@ class ListenerConfig:
 
         With `share_port`, further servers may bind to its port.
         """
-        interceptors = [found for found in (self.request_log, self.auth) if found is not None]
+        found = (self.receive, self.request_log, self.auth)
+        interceptors = [interceptor for interceptor in found if interceptor is not None]
         options = [*self.server_options(), (REUSE_PORT, int(share_port or self.share_port))]
         return grpc.aio.server(options=options, interceptors=interceptors)
+
+    def create_health_server(self) -> grpc.aio.Server:
+        """Return a server with these limits for probes, which need no token and are not logged."""
+        return grpc.aio.server(options=self.server_options(), interceptors=[self.receive])
 
     def server_options(self) -> list[tuple[str, int]]:
         """Return the gRPC options of the limits."""
@@ -99,9 +125,22 @@ class ListenerConfig:
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.max_send_message_length", self.max_message_bytes),
             ("grpc.max_concurrent_streams", self.max_streams),
+            ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+            ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
             ("grpc.keepalive_time_ms", round(1e3 * self.keepalive_s)),
-            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            (
+                "grpc.http2.min_ping_interval_without_data_ms",
+                round(1e3 * self.min_ping_interval_s),
+            ),
+            ("grpc.http2.max_ping_strikes", MAX_PING_STRIKES if self.min_ping_interval_s else 0),
             ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.compression_enabled_algorithms_bitset", IDENTITY_ONLY),
+            ("grpc.http2.bdp_probe", 0),  # the window of a call that is not read stays 64 KiB
+            ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+            ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+            ("grpc.max_allowed_incoming_connections", self.max_connections),
+            ("grpc.server_handshake_timeout_ms", round(1e3 * self.header_timeout_s)),
+            ("grpc.max_connection_idle_ms", round(1e3 * self.idle_timeout_s)),
         ]
         if self.max_connection_age_s is not None:
             options += [
@@ -111,25 +150,25 @@ class ListenerConfig:
         return options
 
 
-def reserve(address: Address) -> socket.socket | None:
-    """Return a lock on an address whose port several servers of this process are about to share.
+def reserve(address: Address) -> list[socket.socket]:
+    """Return sockets that keep other servers from an address until `release_ports`.
 
-    Sockets that share a port do not exclude each other, so that a second process could listen on
-    it unnoticed. Close the lock when the servers have stopped; it is None on systems without
-    abstract sockets. Raises `OSError` if the address is taken.
+    Raises `OSError` if it is taken, or if this machine does not have it.
     """
-    host, port = address
-    if not port_is_free(host, port):
-        raise OSError(f"cannot listen on {host}:{port}: another process listens there")
-    if sys.platform != "linux":
-        return None
-    lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        lock.bind(f"\0ladderstitch {host}:{port}")
+        return reserve_port(*address)
     except OSError as error:
-        lock.close()
-        raise OSError(f"cannot listen on {host}:{port}: another server has just started") from error
-    return lock
+        raise OSError(f"cannot listen on {join_address(*address)}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def name_port(field: str) -> Iterator[None]:
+    """Raise `ConfigError` that names the field of a port instead of the `OSError` of its server."""
+    try:
+        yield
+    except OSError as error:
+        flag = field.replace("_", "-")
+        raise ConfigError(f"{field}: {error}; choose another one with --{flag}") from error
 
 
 def bind(server: grpc.aio.Server, address: Address, certificates: CertificateFiles | None) -> int:
@@ -138,7 +177,7 @@ def bind(server: grpc.aio.Server, address: Address, certificates: CertificateFil
     Without `certificates` it speaks plaintext. Raises `OSError` if the address is taken, and
     `ConfigError` if the certificates cannot be used.
     """
-    target = f"{address[0]}:{address[1]}"
+    target = join_address(*address)
     try:
         if certificates is None:
             return int(server.add_insecure_port(target))

@@ -8,17 +8,18 @@ import socket
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from ladderstitch.api.health import NOT_SERVING, SERVING, HealthService
 from ladderstitch.api.listener import ListenerConfig, bind, reserve
 from ladderstitch.api.native.admin import AdminService
 from ladderstitch.api.native.generation import GenerationService
 from ladderstitch.api.native.inference import InferenceService
 from ladderstitch.api.native.replica import ReplicaService
-from ladderstitch.api.oip.service import OipService
+from ladderstitch.api.oip.service import OipService, add_oip_service
 from ladderstitch.hosting.registry import AdminActions, ModelRegistry
-from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc
+from ladderstitch.oip import grpc_service_pb2
+from ladderstitch.runtime.process import release_ports
 from ladderstitch.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -40,8 +41,6 @@ ADMIN_SERVICES: tuple[ServiceDescriptor, ...] = (
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"],
 )
 SERVICE_NAMES = tuple(service.full_name for service in (*INFERENCE_SERVICES, *ADMIN_SERVICES))
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 ACCEPTORS = 4
 """Servers that share the main port; the kernel gives each connection to one of them.
 
@@ -59,14 +58,14 @@ class Server:
     ) -> None:
         self.registry = registry
         self.listener = listener
-        self.health = HealthServicer()
+        self.health = HealthService()
         self.port = self.admin_port = self.health_port = 0
         self._acceptors = [listener.create_server(share_port=True) for _ in range(ACCEPTORS)]
-        self._port_lock: socket.socket | None = None
+        self._reserved: list[socket.socket] = []
         self._admin = listener.create_server() if listener.admin else None
         self._probes = None
         if listener.health:  # kubelets send no token and do not use TLS
-            self._probes = grpc.aio.server(options=listener.server_options())
+            self._probes = listener.create_health_server()
         for server in self._acceptors:
             self._add_inference(server, None if listener.admin else actions)
         for server in self._acceptors if self._admin is None else [self._admin]:
@@ -87,9 +86,7 @@ class Server:
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(self.registry), server
         )
-        grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-            OipService(self.registry, actions), server
-        )
+        add_oip_service(OipService(self.registry, actions), server)
         replica_pb2_grpc.add_ReplicaServiceServicer_to_server(ReplicaService(self.registry), server)
 
     def _enable_all_reflection(self) -> None:
@@ -111,7 +108,7 @@ class Server:
         certificates = self.listener.certificates
         first, *others = self._acceptors
         if port and not self.listener.share_port:
-            self._port_lock = reserve((host, port))
+            self._reserved = reserve((host, port))
         self.port = bind(first, (host, port), certificates)
         for server in others:
             bind(server, (host, self.port), certificates)
@@ -137,5 +134,4 @@ class Server:
     async def stop(self, grace_s: float) -> None:
         """Reject new calls; cancel those that are still in flight after `grace_s` seconds."""
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
-        if self._port_lock is not None:
-            self._port_lock.close()
+        release_ports(self._reserved)

@@ -7,9 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import yaml
-
-from ladderstitch.errors import BundleError
+from ladderstitch.bundles.files import read_yaml
+from ladderstitch.errors import BundleError, shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,13 +30,20 @@ def models_home() -> Path:
     return Path(data) / "ladderstitch"
 
 
-def find_bundle(name: str) -> Path:
-    """Return the path of the bundle that has this name or this path.
+MAX_PROBLEM_BYTES = 200
+"""Length of one problem in an error message."""
 
-    Raises `BundleError`, which lists the known names, if there is no such bundle.
+
+def find_bundle(name: str, *, paths: bool = True) -> Path:
+    """Return the path of the bundle that has this name or, with `paths`, this path.
+
+    Without `paths`, callers of a server cannot reach other folders of its machine. Raises
+    `BundleError`, which lists the known names, if there is no such bundle.
     """
+    if not paths and (name in ("", "..") or Path(name).name != name or len(name) > 200):
+        raise BundleError(f"model: expected the name of a bundle, got {name[:200]!r}")
     folders = (models_home(), EMBEDDED_FOLDER)
-    for path in (Path(name), *(folder / name for folder in folders)):
+    for path in (*([Path(name)] if paths else []), *(folder / name for folder in folders)):
         if (path / "model.yaml").is_file():
             return path
     known = sorted({p.parent.name for folder in folders for p in folder.glob("*/model.yaml")})
@@ -47,15 +53,21 @@ def find_bundle(name: str) -> Path:
     )
 
 
+def has_bundle(name: str) -> bool:
+    """Return whether a bundle of this name was fetched, or comes with this package.
+
+    The name must not be a path.
+    """
+    folders = (models_home(), EMBEDDED_FOLDER)
+    return any((folder / name / "model.yaml").is_file() for folder in folders)
+
+
 def is_language_bundle(path: Path) -> bool:
     """Return whether a bundle holds a language model; reads only its `model.yaml`.
 
     Raises `BundleError` if that file cannot be read.
     """
-    try:
-        raw = yaml.safe_load((path / "model.yaml").read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise BundleError(f"{path / 'model.yaml'}: {error}") from error
+    raw = read_yaml(path / "model.yaml")
     return isinstance(raw, dict) and raw.get("family") == LANGUAGE_FAMILY
 
 
@@ -89,5 +101,6 @@ def check_tensors(expected: Shapes, got: Shapes, *, where: str) -> None:
 def raise_for(problems: Collection[str], *, where: str) -> None:
     """Raise `BundleError` with the number of problems and the first ones if there are any."""
     if problems:
-        listed = "; ".join(sorted(problems)[:MAX_LISTED])
+        shown = sorted(problems)[:MAX_LISTED]
+        listed = "; ".join(shorten(problem, MAX_PROBLEM_BYTES) for problem in shown)
         raise BundleError(f"{where}: {len(problems)} wrong tensors: {listed}")

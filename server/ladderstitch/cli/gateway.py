@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ladderstitch.cli.console import err, out, user_errors
+from ladderstitch.cli.lifecycle import run_until_stopped
 from ladderstitch.cli.options import with_config_options
 from ladderstitch.errors import ConfigError
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.gateway import Gateway
 from ladderstitch.gateway.replica_pool import discover_replicas
 from ladderstitch.runtime.process import freeze_gc, tune_malloc
+from ladderstitch.security.listen_config import join_address
 from ladderstitch.telemetry.logs import configure as configure_logs
 
 
@@ -44,24 +45,17 @@ def gateway(
 async def _run(config: GatewayConfig) -> None:
     tune_malloc()
     configure_logs(config.log_format)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
     gateway = Gateway(config, discover_replicas(config.replicas))
-    try:
-        await gateway.start()
-    except OSError as error:
-        raise ConfigError(f"port: {error}; choose another one with --port") from error
-    freeze_gc()
-    out.print(
-        f"[bold green]ready[/]: gRPC on {config.host}:{gateway.port}, metrics on "
-        f"http://{config.host}:{gateway.metrics_port}/metrics, replicas' on /sd",
-        soft_wrap=True,
-    )
-    await stop.wait()
-    err.print("draining ...")
-    await gateway.stop()
+
+    async def print_ready() -> None:
+        freeze_gc()
+        out.print(
+            f"[bold green]ready[/]: gRPC on {join_address(config.host, gateway.port)}, metrics on "
+            f"http://{join_address(config.host, gateway.metrics_port)}/metrics, replicas' on /sd",
+            soft_wrap=True,
+        )
+
+    await run_until_stopped(gateway, gateway.start(), print_ready)
 
 
 def register(app: typer.Typer) -> None:

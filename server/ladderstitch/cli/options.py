@@ -105,13 +105,16 @@ def _option_type(annotation: Any) -> Any:
 
     The model checks the text.
     """
+    if get_origin(annotation) is Annotated:
+        return _option_type(get_args(annotation)[0])
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
     if type(None) in get_args(annotation):
         return _option_type(kinds[0])
     if get_origin(annotation) in (Union, UnionType):
         return str
     if get_origin(annotation) is tuple:
-        return list[kinds[0]]  # type: ignore[valid-type] # typer reads it at run time
+        kind: Any = _option_type(kinds[0])
+        return list[kind]
     return annotation
 
 

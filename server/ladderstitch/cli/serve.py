@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import math
 import os
 import signal
 import socket
 import sys
-import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,14 +21,23 @@ import typer
 from ladderstitch.api.listener import ListenerConfig
 from ladderstitch.bundles import EMBEDDED, find_bundle, is_language_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
+from ladderstitch.cli.lifecycle import (
+    Interrupt,
+    InterruptingSignals,
+    exit_now,
+    run_until_stopped,
+)
 from ladderstitch.cli.options import with_config_options
+from ladderstitch.cli.supervisor import end_directly, fork_servers
 from ladderstitch.client import Client, RequestFailed
+from ladderstitch.client.calls import DEFAULT_ADDRESS
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import ConfigError
 from ladderstitch.hosting.model_manager import make_runner
 from ladderstitch.hosting.registry import ModelRegistry
 from ladderstitch.replica.replica import Replica
-from ladderstitch.runtime.process import free_port, freeze_gc, port_is_free
+from ladderstitch.runtime.process import free_port, freeze_gc, release_ports, reserve_port
+from ladderstitch.security.listen_config import join_address
 from ladderstitch.telemetry.logs import configure as configure_logs
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.text.engine.rank_handle import launch_process
@@ -35,6 +47,8 @@ UNKNOWN_BUDGET = "100ms"
 HINT_TIMEOUT_S = 5.0
 AROUND_COMPUTE_MS = 2
 """Milliseconds of a suggested budget for everything but the model."""
+CLUSTER_CHECK_S = 0.5
+"""Period of the check whether Ray's processes run."""
 GATEWAY_PORTS = ("port", "metrics_port")
 """Fields of the ports that all gateways of one machine share."""
 
@@ -57,6 +71,14 @@ def serve(
     ray: Annotated[
         bool, typer.Option("--ray/--no-ray", help="Run on Ray Serve, or in this process alone.")
     ] = True,
+    spare: Annotated[
+        bool,
+        typer.Option(
+            "--spare",
+            help="Without Ray: keep a process that has imported everything, and starts the server "
+            "again within seconds if it dies.",
+        ),
+    ] = False,
 ) -> None:
     """Serve a model over gRPC, with metrics for Prometheus. Ctrl-C drains and stops the server.
 
@@ -76,65 +98,145 @@ def serve(
                 "its own --port, and `ladderstitch gateway --replica HOST:PORT ...` in front of "
                 "them"
             )
+        if spare and ray:
+            raise ConfigError(
+                "spare: expected --no-ray along with it; Ray restarts replicas itself"
+            )
+        on_ready: Callable[[], None] | None = None
+        if spare:
+            parsed = _choose_ports(parsed)
+            on_ready = fork_servers(_lazy_modules(parsed))
+            started = time.monotonic()
+    with end_directly() if spare else contextlib.nullcontext(), user_errors():
         _check_before_start(parsed)
+        reserved = _reserve_ports(parsed)
         if ray:
             _serve_on_ray(parsed, started)
         else:
-            asyncio.run(_serve_alone(parsed, started))
-    err.print("stopped")
+            release_ports(reserved)  # most servers without Ray do not share their ports
+            asyncio.run(_serve_alone(parsed, started, on_ready))
+        err.print("stopped")
 
 
 def _check_before_start(config: ServerConfig) -> None:
     """Raise now the `UserError` that another process would raise seconds later."""
     make_runner(config, ModelRegistry("check"), Metrics(), launch_process)
     ListenerConfig.from_config(config, lambda reason: None)
-    for field, address in config.port_fields():
+
+
+def _reserve_ports(config: ServerConfig) -> list[socket.socket]:
+    """Return sockets that reserve all ports; raises `ConfigError` that names one that is taken."""
+    reserved: list[socket.socket] = []
+    for field, host in config.port_fields():
         number = getattr(config, field)
-        if number is not None and not port_is_free(address, number):
+        if number is None or (field == "metrics_port" and config.replicas > 1):
+            continue  # gateways take over the port of metrics from each other, and do not share it
+        try:
+            reserved += reserve_port(host, number)
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            address = join_address(host, number)
             raise ConfigError(
-                f"{field}: expected a free port, got {address}:{number}, which is taken; choose "
-                f"another one with --{field.replace('_', '-')}, or 0 for any"
-            )
+                f"{field}: expected a free port, got {address}, which is taken; choose another one "
+                f"with --{field.replace('_', '-')}, or 0 for any"
+                if taken
+                else f"{field}: cannot listen on {address}: {error.strerror}"
+            ) from error
+    return reserved
 
 
 def _serve_on_ray(config: ServerConfig, started: float) -> None:
-    from ladderstitch.ray_serve.local_cluster import local_ray
+    """Serve until a signal; a signal while the model is loaded, or a second one, ends it at once.
 
-    stop = threading.Event()
-    status = err.status("starting Ray and Serve, then loading the model ...")
+    If Ray loses a process that it needs, the server drains and exits with 1.
+    """
+    from ladderstitch.ray_serve.local_cluster import ClusterLost, local_ray
+
+    signals = InterruptingSignals()
     actors = config.replicas * (1 + config.tensor_parallel_size + config.spare_ranks)
     if config.replicas > 1:  # restarted gateways need the same ports
         ports = {name: getattr(config, name) or free_port(config.host) for name in GATEWAY_PORTS}
         config = config.model_copy(update=ports)
-    with status, local_ray(actors) as cluster:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        port, metrics_port = cluster.run(config)
-        status.stop()
-        if not stop.is_set():
-            _print_ready(config, port, metrics_port, config.http_port, started)
-        stop.wait()
-        err.print("draining ...")
-        cluster.drain()
+    try:
+        with local_ray(actors) as cluster:
+            signals.install()  # Ray has installed its own
+            with err.status("loading the model ..."):
+                port, metrics_port = cluster.run(config)
+            signals.interrupts = False
+            if not signals.received.is_set():
+                _print_ready(config, port, metrics_port, config.http_port, started)
+            try:
+                while not signals.received.wait(CLUSTER_CHECK_S):
+                    cluster.check()
+            except ClusterLost as error:
+                err.print(f"[bold red]error:[/] {error}; draining ...")
+                _drain_without_ray(config, port)
+                raise
+            err.print("draining ...")
+            signals.interrupts = True
+            cluster.drain()
+            signals.interrupts = False
+    except (Interrupt, SystemExit):  # the latter is of Ray's own handler, while Serve starts
+        exit_now(1 if signals.count > 1 else 0)
+    except ClusterLost:
+        exit_now(1)
 
 
-async def _serve_alone(config: ServerConfig, started: float) -> None:
+def _drain_without_ray(config: ServerConfig, port: int) -> None:
+    """Let the accepted requests end while Ray cannot; callers with tokens lose theirs."""
+    if config.tls_certificate is not None or config.token_file is not None:
+        return
+    with (
+        contextlib.suppress(RequestFailed),  # also if the replica has ended with Ray
+        Client(join_address(config.host, port), timeout_s=config.drain_s + 5) as client,
+    ):
+        client.drain()
+
+
+def _choose_ports(config: ServerConfig) -> ServerConfig:
+    """Return a configuration with free ports instead of 0, so that a restart keeps them."""
+    ports: dict[str, int] = {}
+    for field, host in config.port_fields():
+        while getattr(config, field) == 0 and (
+            field not in ports or list(ports.values()).count(ports[field]) > 1
+        ):
+            ports[field] = free_port(host)
+    return config.model_copy(update=ports)
+
+
+def _lazy_modules(config: ServerConfig) -> list[str]:
+    """Return the modules that a server with this configuration imports when it starts."""
+    return [] if config.http_port is None else ["ladderstitch.api.openai.server"]
+
+
+async def _serve_alone(
+    config: ServerConfig, started: float, on_ready: Callable[[], None] | None
+) -> None:
     configure_logs(config.log_format)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    replica = Replica(config, name=f"{socket.gethostname()}-{os.getpid()}")
-    with progress_bar() as progress:
-        task = progress.add_task("warming up", total=None)
-        await replica.start(lambda done, total: progress.update(task, completed=done, total=total))
-    freeze_gc()
-    http_port = replica.http.port if replica.http is not None else None
-    ports = (replica.port, replica.metrics_port, http_port)
-    await asyncio.to_thread(_print_ready, config, *ports, started)
-    await stop.wait()
-    err.print("draining ...")
-    await replica.stop()
+    replica = Replica(
+        config,
+        name=f"{socket.gethostname()}-{os.getpid()}",
+        on_failure=partial(signal.raise_signal, signal.SIGTERM),  # drain, then end
+    )
+
+    async def start() -> None:
+        with progress_bar() as progress:
+            task = progress.add_task("warming up", total=None)
+            await replica.start(
+                lambda done, total: progress.update(task, completed=done, total=total)
+            )
+
+    async def print_ready() -> None:
+        freeze_gc()
+        if on_ready is not None:
+            on_ready()
+        http_port = replica.http.port if replica.http is not None else None
+        ports = (replica.port, replica.metrics_port, http_port)
+        await asyncio.to_thread(_print_ready, config, *ports, started)
+
+    await run_until_stopped(replica, start(), print_ready)
+    if replica.failed:
+        exit_now(1)
 
 
 def _print_ready(
@@ -142,19 +244,22 @@ def _print_ready(
 ) -> None:
     """Print the addresses of the server, and a command that calls it."""
     seconds = time.monotonic() - started
-    where = f"gRPC on {config.host}:{port}, metrics on http://{config.host}:{metrics_port}/metrics"
+    address = join_address(config.host, port)
+    where = (
+        f"gRPC on {address}, metrics on http://{join_address(config.host, metrics_port)}/metrics"
+    )
     if http_port is not None:
         scheme = "https" if config.tls_certificate is not None else "http"
-        where += f", OpenAI API on {scheme}://{config.host}:{http_port}/v1"
+        where += f", OpenAI API on {scheme}://{join_address(config.host, http_port)}/v1"
     out.print(f"[bold green]ready[/] after {seconds:.1f} s: {where}", soft_wrap=True)
-    address = "" if port == 8001 else f" --address {config.host}:{port}"
+    option = "" if address == DEFAULT_ADDRESS else f" --address {address}"
     if is_language_bundle(config.bundle):
-        command = f'{sys.argv[0]} generate "The capital of France is"{address}'
+        command = f'{sys.argv[0]} generate "The capital of France is"{option}'
     else:
         has_examples = EXAMPLE_IMAGES.is_dir() and config.bundle == EMBEDDED
         images = f"{EXAMPLE_IMAGES}/*.png" if has_examples else "IMAGE.png"
         budget = _suggest_budget(config, port)
-        command = f"{sys.argv[0]} predict {images} --budget {budget}{address}"
+        command = f"{sys.argv[0]} predict {images} --budget {budget}{option}"
     out.print(f"try:  {command}", soft_wrap=True, highlight=False)
 
 
@@ -167,7 +272,7 @@ def _suggest_budget(config: ServerConfig, port: int) -> str:
     if config.tls_certificate is not None or config.token_file is not None:
         return UNKNOWN_BUDGET
     try:
-        with Client(f"{config.host}:{port}", timeout_s=HINT_TIMEOUT_S) as client:
+        with Client(join_address(config.host, port), timeout_s=HINT_TIMEOUT_S) as client:
             model = client.get_model()
     except RequestFailed:
         return UNKNOWN_BUDGET

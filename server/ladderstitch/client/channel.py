@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 from dataclasses import dataclass, field
@@ -117,11 +118,23 @@ def open_channel(
 
     Raises `ValueError` and `OSError` like `Credentials.channel_credentials`.
     """
+    _check_brackets(address)
     channel_credentials = credentials.channel_credentials(address)
     options = [*retry_options(retry_policy), *credentials.channel_options]
     if channel_credentials is None:
         return implementation.insecure_channel(address, options=options)
     return implementation.secure_channel(address, channel_credentials, options=options)
+
+
+def _check_brackets(address: str) -> None:
+    """Raise `ValueError` for an IPv6 address without brackets: gRPC would not find its port."""
+    host, _, port = address.rpartition(":")
+    try:
+        bare = ipaddress.ip_address(host).version == 6
+    except ValueError:
+        return  # a name, an IPv4 address, brackets, or a scheme such as unix:
+    if bare:
+        raise ValueError(f"address: expected [{host}]:{port}, got {address}")
 
 
 def retry_options(policy: str | None) -> list[tuple[str, str | int]]:

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from ladderstitch.api.deadlines import announce_seconds
-from ladderstitch.api.status import Context, abort, translate_errors
+from ladderstitch.api.status import Context, abort, abort_with, translate_errors
 from ladderstitch.errors import NotReady
 from ladderstitch.gateway.replica_pool import ReplicaPool
 from ladderstitch.gateway.upstream_call import HOP_METADATA
@@ -80,5 +80,5 @@ class GatewayAdmin(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships n
             replies: list[bytes] = [await call for call in calls]
         except grpc.aio.AioRpcError as error:
             trailing = tuple(error.trailing_metadata() or ())
-            await context.abort(error.code(), error.details() or "", trailing)
+            await abort_with(context, error.code(), error.details() or "", trailing)
         return replies[-1]

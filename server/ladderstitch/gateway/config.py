@@ -10,7 +10,7 @@ from pydantic.config import JsonDict
 
 from ladderstitch.client.channel import Credentials
 from ladderstitch.errors import ConfigError
-from ladderstitch.security.listen_config import LIMITS, ListenConfig
+from ladderstitch.security.listen_config import LIMITS, ListenConfig, split_address
 
 DNS_PREFIX = "dns:"
 """Prefix of HOST:PORT that stands for every address of the name, resolved every 2 s."""
@@ -79,9 +79,14 @@ class GatewayConfig(ListenConfig):
     @classmethod
     def _check_replicas(cls, replicas: tuple[str, ...]) -> tuple[str, ...]:
         for replica in replicas:
-            host, _, port = replica.removeprefix(DNS_PREFIX).rpartition(":")
-            if not host or not port.isdigit() or not 0 < int(port) < 65_536:
-                raise ValueError(f"expected HOST:PORT or dns:HOST:PORT, got {replica!r}")
+            try:
+                _, port = split_address(replica.removeprefix(DNS_PREFIX))
+            except ValueError as error:
+                if "brackets" in str(error):
+                    raise
+                port = 0
+            if port == 0:
+                raise ValueError(f"expected HOST:PORT or dns:HOST:PORT, got {replica[:200]!r}")
         return replicas
 
     @property

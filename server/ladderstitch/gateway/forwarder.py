@@ -10,12 +10,14 @@ from typing import Any
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import DecodeError
 
 from ladderstitch.api.status import Context, abort
 from ladderstitch.errors import Draining, Overloaded, RequestError
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.metrics import GatewayMetrics
 from ladderstitch.gateway.replica_pool import ReplicaPool
+from ladderstitch.gateway.stream_limits import SerialContext, admitted_requests
 from ladderstitch.gateway.upstream_call import (
     RequestAttempts,
     UpstreamFailure,
@@ -23,7 +25,9 @@ from ladderstitch.gateway.upstream_call import (
     forward_stream,
     forward_unary,
 )
+from ladderstitch.oip.grpc_service_pb2 import ModelReadyRequest
 
+MODEL_READY = "/inference.GRPCInferenceService/ModelReady"
 RETRY_AFTER_S = 0.5
 UNAVAILABLE, NOT_FOUND = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND
 
@@ -73,13 +77,17 @@ class Forwarder(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no t
             async def forward_both_ways(requests: Any, context: Context) -> None:
                 async with self._attempts(path, context) as attempts:
                     replica = await attempts.next_replica()
-                    await forward_bidi(replica, path, requests, context, attempts)
+                    writer = SerialContext(context)
+                    admitted = admitted_requests(path, requests, writer)
+                    await forward_bidi(replica, path, admitted, writer, attempts)
 
             return grpc.stream_stream_rpc_method_handler(forward_both_ways)
         forward_call: ForwardCall = forward_stream if method.server_streaming else forward_unary
 
         async def forward(request: bytes, context: Context) -> bytes | None:
             async with self._attempts(path, context) as attempts:
+                if path == MODEL_READY:
+                    _prefer_owners(attempts, request)
                 with self._buffer(request):
                     return await _forward_with_retries(
                         forward_call, attempts, path, request, context
@@ -131,6 +139,16 @@ class Forwarder(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no t
             yield
         finally:
             self._buffered_bytes -= len(request)
+
+
+def _prefer_owners(attempts: RequestAttempts, request: bytes) -> None:
+    """Let a replica that has the model say whether it is ready, if there is one.
+
+    The others may know the model, too, and say that it is not ready. A malformed request is left
+    to the replica, which rejects it.
+    """
+    with contextlib.suppress(DecodeError):
+        attempts.prefer_model(ModelReadyRequest.FromString(request).name)
 
 
 async def _forward_with_retries(

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
-from ladderstitch.api.listener import ListenerConfig, bind
+from ladderstitch.api.health import NOT_SERVING, SERVING, HealthService
+from ladderstitch.api.listener import ListenerConfig, bind, name_port, reserve
 from ladderstitch.gateway.admin import BROADCAST_METHODS, GatewayAdmin
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.forwarder import Forwarder, method_path
 from ladderstitch.gateway.metrics import GatewayMetrics
 from ladderstitch.gateway.replica_pool import Discovery, ReplicaPool
 from ladderstitch.oip import grpc_service_pb2
+from ladderstitch.runtime.process import release_ports
 from ladderstitch.v1 import generation_pb2, inference_pb2
 
 SERVICES: tuple[ServiceDescriptor, ...] = (
@@ -43,8 +45,6 @@ DRAIN_GRACE_S = 0.25
 
 gRPC would cancel them without a status that clients can retry.
 """
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Gateway:
@@ -73,12 +73,13 @@ class Gateway:
             config, self.metrics.observe_denial, share_port=config.share_port
         )
         self._forwarder = Forwarder(FORWARDED_METHODS, self.pool, self.metrics, config)
-        self._health = HealthServicer()
+        self._health = HealthService()
         self._health_names = set(SERVICE_NAMES)
         self._servers = self._make_servers()
         self._discovery = discovery
         self._tasks: list[asyncio.Task[None]] = []
         self._close_metrics: Callable[[], None] = lambda: None
+        self._reserved: list[socket.socket] = []
 
     def _make_servers(self) -> list[tuple[grpc.aio.Server, tuple[str, int], bool]]:
         """Create the servers for callers, administrators and probes.
@@ -86,14 +87,14 @@ class Gateway:
         Returns each server with its address and whether it uses TLS.
         """
         listener = self._listener
-        main = listener.create_server()
+        main = listener.create_server(share_port=True)
         servers = [(main, (self.config.host, self.config.port), True)]
         admin = main
         if listener.admin is not None:
-            admin = listener.create_server()
+            admin = listener.create_server(share_port=True)
             servers.append((admin, listener.admin, True))
         if listener.health is not None:  # kubelets send no token and use no TLS
-            probes = grpc.aio.server(options=listener.server_options())
+            probes = listener.create_health_server()
             servers.append((probes, listener.health, False))
         admin.add_generic_rpc_handlers((GatewayAdmin(self.pool, self.drain),))
         main.add_generic_rpc_handlers((self._forwarder,))
@@ -112,11 +113,15 @@ class Gateway:
         return not any(task.done() and task.exception() is not None for task in self._tasks)
 
     async def start(self) -> None:
-        """Listen, and start to discover replicas; raises `OSError` if a port is taken."""
+        """Listen, and start to discover replicas; raises `ConfigError` if a port is taken."""
         for server, address, encrypted in self._servers:
-            bound = bind(server, address, self._listener.certificates if encrypted else None)
+            with name_port("port"):
+                if not self.config.share_port:
+                    self._reserved += reserve(address)
+                bound = bind(server, address, self._listener.certificates if encrypted else None)
             self.port = self.port or bound
-        self._expose_metrics()
+        with name_port("metrics_port"):
+            self._expose_metrics()
         await self._update_health()
         for server, *_ in self._servers:
             await server.start()
@@ -173,7 +178,12 @@ class Gateway:
             await asyncio.sleep(self.config.drain_announce_s)
         self._forwarder.draining = True
         await asyncio.sleep(DRAIN_GRACE_S)
-        await asyncio.gather(*(server.stop(self.config.drain_s) for server, *_ in self._servers))
+        await self.close(grace_s=self.config.drain_s)
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Stop the servers, cancel calls in flight after `grace_s` s, and close all connections."""
+        await asyncio.gather(*(server.stop(grace_s) for server, *_ in self._servers))
+        release_ports(self._reserved)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -26,6 +26,8 @@ STABLE_CONNECTION_S = 10.0
 """A connection that lasted longer resets the pause: it may have reached its maximum age."""
 FAILURES_TO_EJECT = 3
 """Number of consecutive failed calls after which a replica is ejected."""
+MAX_METADATA_BYTES = 64 << 10
+"""Maximum size of a replica's metadata; callers get statuses that they can receive."""
 EJECTION_S, MAX_EJECTION_S = 1.0, 30.0
 """First and longest time for which an ejected replica gets no requests."""
 
@@ -193,6 +195,8 @@ def _open_channel(
     address: str, credentials: Credentials, max_message_bytes: int
 ) -> grpc.aio.Channel:
     options: list[tuple[str, int | str]] = [
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.keepalive_time_ms", 10_000),

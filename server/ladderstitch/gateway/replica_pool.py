@@ -9,12 +9,12 @@ import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from typing import Any
 
 from ladderstitch.client.channel import Credentials
 from ladderstitch.gateway.config import DNS_PREFIX
 from ladderstitch.gateway.replica_connection import ReplicaConnection
 from ladderstitch.gateway.routing import pick_replica
+from ladderstitch.security.listen_config import join_address, split_address
 
 log = logging.getLogger(__name__)
 
@@ -138,17 +138,12 @@ async def discover_replicas(replicas: Sequence[str]) -> Discovery:
 
 
 async def _resolve(name: str, known: frozenset[str]) -> frozenset[str]:
-    host, _, port = name.rpartition(":")
+    host, port = split_address(name)
     loop = asyncio.get_running_loop()
     try:
-        entries = await loop.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+        entries = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         if known:
             log.warning("%s: %s; keeping %d known replicas", name, error.strerror, len(known))
         return known
-    return frozenset(_format_address(family, sockaddr) for family, *_, sockaddr in entries)
-
-
-def _format_address(family: int, sockaddr: tuple[Any, ...]) -> str:
-    host, port = sockaddr[:2]
-    return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
+    return frozenset(join_address(*sockaddr[:2]) for *_, sockaddr in entries)

@@ -14,8 +14,8 @@ from typing import Any
 import grpc
 
 from ladderstitch.api.deadlines import HELD_KEY, LATENCY_BUDGET_KEY
-from ladderstitch.api.status import Context
-from ladderstitch.errors import NotReady
+from ladderstitch.api.status import Context, abort_with
+from ladderstitch.errors import NotReady, RequestError
 from ladderstitch.gateway.replica_connection import ReplicaConnection
 from ladderstitch.gateway.replica_pool import ReplicaPool
 
@@ -100,6 +100,13 @@ class RequestAttempts:
             await self._pool.wait_for_change(min(left_s, pause_s))
             self._pause_s = min(2 * self._pause_s, MAX_BACKOFF_S)
 
+    def prefer_model(self, name: str) -> None:
+        """Exclude the replicas that lack a model, if any replica has it."""
+        serving = self._pool.serving
+        lacking = [replica for replica in serving if name not in replica.models]
+        if len(lacking) < len(serving):
+            self._tried += lacking
+
     def exclude_same_models(self, replica: ReplicaConnection) -> bool:
         """Exclude all replicas with this one's models; return whether others are left."""
         serving = self._pool.serving
@@ -135,7 +142,7 @@ class UpstreamFailure(Exception):
         """End the caller's call with the same status and metadata."""
         if self.initial and not self.response_started:
             await context.send_initial_metadata(self.initial)
-        await context.abort(self.code, self.details, self.trailing)
+        await abort_with(context, self.code, self.details, self.trailing)
 
 
 async def forward_unary(
@@ -180,22 +187,32 @@ async def forward_bidi(
 ) -> None:
     """Forward streams in both directions.
 
-    Raises `UpstreamFailure`, always with `response_started`: the caller's messages are consumed,
-    so that the call cannot be repeated.
+    An error that `requests` raises ends the call. Raises `UpstreamFailure`, always with
+    `response_started`: the caller's messages are consumed, so that the call cannot be repeated.
     """
     call = replica.stub("stream_stream", method)(
         timeout=attempts.timeout_s, metadata=attempts.metadata
     )
 
+    refusals: list[RequestError] = []
+
     async def send() -> None:
-        async for request in requests:
-            await call.write(request)
-        await call.done_writing()
+        try:
+            async for request in requests:
+                await call.write(request)
+            await call.done_writing()
+        except RequestError as error:
+            refusals.append(error)
+            _cancel_in_core(call)
 
     with _tracked_call(replica, call, attempts, response_started=True) as progress:
         sending = asyncio.create_task(send())
         try:
             await _forward_responses(call, context, progress)
+        except (grpc.aio.AioRpcError, asyncio.CancelledError):
+            if refusals:
+                raise refusals[0] from None
+            raise
         finally:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from ladderstitch.bundles import find_bundle, is_language_bundle
 from ladderstitch.config import ServerConfig
@@ -15,6 +16,7 @@ from ladderstitch.hosting.registry import LoadedModel, ModelRegistry, Runner
 from ladderstitch.hosting.text_runner import TextRunner
 from ladderstitch.hosting.vision_runner import VisionRunner
 from ladderstitch.runtime import ProgressCallback
+from ladderstitch.runtime.process import trim_heap
 from ladderstitch.scheduling.settings import ActiveSettings
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.text.engine.rank_handle import Launcher
@@ -33,15 +35,30 @@ MakeRunner = Callable[[ServerConfig], Runner]
 
 
 class ModelManager:
-    """The runners of a replica by the names of their models; one change runs at a time."""
+    """The runners of a replica by the names of their models; one change runs at a time.
+
+    A caller may give up at any time: a load that has not finished then ends, with its processes,
+    and an unload goes on.
+    """
 
     def __init__(
-        self, config: ServerConfig, registry: ModelRegistry, first: Runner, make: MakeRunner
+        self,
+        config: ServerConfig,
+        registry: ModelRegistry,
+        first: Runner,
+        make: MakeRunner,
+        forget: Callable[[str], None] = lambda name: None,
     ) -> None:
-        """`first` runs the configured model; `make` makes the runners of models loaded later."""
+        """`first` runs the configured model; `make` makes the runners of models loaded later.
+
+        `make` is called in a thread. `forget` is called with the name of a model that no runner has
+        any more.
+        """
         self.config, self.registry, self.make = config, registry, make
         self.runners: dict[str, Runner] = {first.name: first}
+        self._forget = forget
         self._lock = asyncio.Lock()
+        self._ending: set[asyncio.Task[Any]] = set()
 
     @property
     def healthy(self) -> bool:
@@ -72,7 +89,7 @@ class ModelManager:
             self.runners[runner.name] = runner
             runner.set_ready(True)
             if old is not None:
-                await self._retire(old)
+                await self._finish(self._retire(old))
             log.info("loaded model=%s", runner.name)
             return self.registry.models_by_name[runner.name]
 
@@ -88,7 +105,7 @@ class ModelManager:
             self.registry.remove(name)
             runner = self.runners.pop(name)
             runner.set_ready(False)
-            await self._retire(runner)
+            await self._finish(self._retire(runner))
             log.info("unloaded model=%s", name)
 
     def set_ready(self, ready: bool) -> None:
@@ -113,32 +130,63 @@ class ModelManager:
 
     async def close(self) -> None:
         """Stop all engines; requests that have not ended get an error."""
-        for runner in self.runners.values():
-            await runner.close()
+        closing = [runner.close() for runner in self.runners.values()]
+        for error in await asyncio.gather(*closing, *self._ending, return_exceptions=True):
+            if isinstance(error, Exception):
+                log.error("a model could not be closed", exc_info=error)
 
     async def _start_runner(self, bundle: str) -> Runner:
+        """Return a started runner; its processes end if the caller gives up before."""
         if not BUNDLE_NAME.fullmatch(bundle):
             raise InvalidArgument(
                 "bundle", f"expected the name of a fetched model, got {bundle[:80]!r}"
             )
+        making = asyncio.create_task(asyncio.to_thread(self._make, bundle), name="check-bundle")
         try:
-            config = self.config.model_copy(update={"bundle": find_bundle(bundle)})
-            runner = self.make(config)
-            try:
-                await runner.start(lambda done, total: None)
-            except BaseException:
-                await runner.close()  # also after a cancelled call: workers and ranks must end
-                raise
+            runner = await asyncio.shield(making)
+            await runner.start(lambda done, total: None)
         except (UserError, EngineDied) as error:
+            await self._finish(self._discard(making))
             raise InvalidArgument("bundle", str(error)) from error
+        except BaseException:
+            await self._finish(self._discard(making))
+            raise
         return runner
+
+    def _make(self, bundle: str) -> Runner:
+        """Return a runner that is not started; checking a bundle takes up to seconds."""
+        path = find_bundle(bundle, paths=False)
+        return self.make(self.config.model_copy(update={"bundle": path}))
+
+    async def _discard(self, making: asyncio.Task[Runner]) -> None:
+        """Close a runner that is not used, once it is made."""
+        with contextlib.suppress(UserError):
+            await self._close(await making)
 
     async def _retire(self, runner: Runner) -> None:
         """Drain a runner that was replaced or removed, for at most `drain_s`, and close it."""
         await asyncio.sleep(RETIRE_DELAY_S)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(runner.drain(), self.config.drain_s)
-        await runner.close()
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(runner.drain(), self.config.drain_s)
+        finally:
+            await self._close(runner)
+
+    async def _close(self, runner: Runner) -> None:
+        """Close a runner, and forget its model unless another runner has it."""
+        try:
+            await runner.close()
+        finally:
+            if runner.name not in self.runners:
+                self._forget(runner.name)
+            await asyncio.to_thread(trim_heap)
+
+    async def _finish(self, ending: Coroutine[Any, Any, None]) -> None:
+        """Await what must be finished, which goes on if the caller gives up meanwhile."""
+        task = asyncio.create_task(ending, name="end-model")
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+        await asyncio.shield(task)
 
 
 def make_runner(

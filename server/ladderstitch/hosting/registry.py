@@ -11,6 +11,7 @@ from ladderstitch.runtime import ProgressCallback
 from ladderstitch.scheduling.settings import ActiveSettings, SchedulerSettings
 from ladderstitch.telemetry.model_metrics import TextMetrics
 from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.chat_template import ChatTemplate, Message
 from ladderstitch.text.scheduler.scheduler import TextScheduler
 from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.models.route import Stitch
@@ -60,6 +61,8 @@ class TextModel:
     scheduler: TextScheduler
     metrics: TextMetrics
     max_prompt_tokens: int
+    chat_template: ChatTemplate | None = None
+    """None if the model has none, and answers completions only."""
 
     @property
     def name(self) -> str:
@@ -91,6 +94,26 @@ class TextModel:
         if len(text) > limit:
             raise InvalidArgument(field, f"expected at most {limit} characters, got {len(text)}")
         tokens = tuple(self.scheduler.tokenizer.encode(text))
+        self.check_prompt_length(tokens)
+        return tokens
+
+    async def tokenise_chat(
+        self, messages: Sequence[Message], *, allow_control_tokens: bool = False
+    ) -> tuple[int, ...]:
+        """Return the tokens of a conversation, after which the model writes the next message.
+
+        Control tokens in the messages are plain text unless they are allowed. Raises
+        `InvalidArgument` if the model has no chat template, if the template rejects the messages,
+        or if they are too long.
+        """
+        if self.chat_template is None:
+            message = "this model has no chat template; use completions"
+            raise InvalidArgument("messages", message)
+        limit = MAX_CHARACTERS_PER_TOKEN * self.max_prompt_tokens
+        if (got := sum(len(str(message["content"])) for message in messages)) > limit:
+            raise InvalidArgument("messages", f"expected at most {limit} characters, got {got}")
+        encode = self.chat_template.encode
+        tokens = tuple(await encode(messages, allow_control_tokens=allow_control_tokens))
         self.check_prompt_length(tokens)
         return tokens
 
@@ -130,10 +153,14 @@ class ModelRegistry:
     vision_models: dict[str, VisionModel] = field(default_factory=dict)
     text_models: dict[str, TextModel] = field(default_factory=dict)
     ready: bool = False
+    healthy: bool = True
+    """Whether all models answer requests now; the replica's watchdog sets it."""
     drain_announced: bool = False
     """Whether the replica reports NOT_SERVING while it still accepts requests."""
     draining: bool = False
     metrics_port: int = 0
+    known_names: set[str] = field(default_factory=set)
+    """Names of the models that are loaded or were loaded before."""
     active_settings: ActiveSettings = field(
         default_factory=lambda: ActiveSettings(0, SchedulerSettings())
     )
@@ -142,7 +169,7 @@ class ModelRegistry:
     @property
     def serving(self) -> bool:
         """Whether callers should send requests to this replica."""
-        return self.ready and not self.drain_announced and not self.draining
+        return self.ready and self.healthy and not self.drain_announced and not self.draining
 
     @property
     def models_by_name(self) -> dict[str, LoadedModel]:
@@ -159,6 +186,7 @@ class ModelRegistry:
     def add(self, model: LoadedModel) -> None:
         """Add a model; it replaces a model of the same name."""
         self.remove(model.name)
+        self.known_names.add(model.name)
         if isinstance(model, VisionModel):
             self.vision_models[model.name] = model
         else:

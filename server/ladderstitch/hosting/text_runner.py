@@ -37,6 +37,7 @@ class TextRunner:
         for rank in range(config.tensor_parallel_size):
             Shard.of(self.bundle.manifest.config, rank, config.tensor_parallel_size)
         self.variant_names = [variant.name for variant in self.bundle.manifest.variants]
+        self.chat_template = self.bundle.chat_template(self.tokenizer)
         self.metrics = TextMetrics(metrics, self.name, range(len(self.variant_names)))
         self._launcher = launcher
         self._group: RankGroup | None = None
@@ -49,13 +50,15 @@ class TextRunner:
 
     @property
     def healthy(self) -> bool:
-        """Whether all ranks are ready."""
-        return self._group is not None and self._group.ready
+        """Whether all ranks are ready and react, and the scheduler runs."""
+        if self._group is None or not self._group.responsive:
+            return False
+        return self._scheduler is None or self._scheduler.healthy
 
     @property
     def alive(self) -> bool:
         """Whether requests are answered, or will be once the ranks have recovered."""
-        return self._group is not None and not self._group.failed
+        return self._scheduler is not None and self._scheduler.alive
 
     async def start(self, on_progress: ProgressCallback) -> None:
         """Start the ranks, measure their steps and add the model to the registry.
@@ -84,7 +87,11 @@ class TextRunner:
             raise ConfigError(f"scheduling.{error}") from error
         most = self._scheduler.max_tokens - 1  # at least one token of an answer
         max_prompt_tokens = min(most, self.config.max_prompt_tokens or most)
-        self.registry.add(TextModel(self.bundle, self._scheduler, self.metrics, max_prompt_tokens))
+        self.registry.add(
+            TextModel(
+                self.bundle, self._scheduler, self.metrics, max_prompt_tokens, self.chat_template
+            )
+        )
         on_progress(1, 1)
 
     def set_ready(self, ready: bool) -> None:
@@ -112,6 +119,8 @@ class TextRunner:
 
     async def close(self) -> None:
         """Stop the ranks; requests that have not ended get an error."""
+        if self.chat_template is not None:
+            self.chat_template.close()
         if self._scheduler is not None:
             await self._scheduler.close()
         if self._group is not None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import time
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from typing import TextIO
 
 from PIL import Image
@@ -33,6 +35,8 @@ from ladderstitch.vision.engine.startup import (
 from ladderstitch.vision.preprocessing import ImageReader
 from ladderstitch.vision.scheduler.scheduler import Scheduler
 
+log = logging.getLogger(__name__)
+
 REHEARSALS = 10
 """Requests of each image format that a runner answers before it is ready."""
 
@@ -50,7 +54,8 @@ class VisionRunner:
         self.quality = quality_table(self.bundle)
         self._engine: ProcessEngine | CompiledEngine | None = None
         self._model: VisionModel | None = None
-        self._record: TextIO | None = None
+        self._parts = AsyncExitStack()
+        """What `close` closes, in reverse order."""
 
     @property
     def name(self) -> str:
@@ -81,9 +86,13 @@ class VisionRunner:
             threads=resolve_threads(self.config.threads, replicas=self.config.replicas),
             max_batch_size=self.config.max_batch_size,
         )
-        inline_limit_s = self.config.inline_batch_limit_ms / 1e3
-        self._engine = await open_engine(self.bundle, config, inline_limit_s, on_progress)
+        self._engine = await open_engine(self.bundle, config, 0.0, on_progress)
+        self._parts.push_async_callback(self._engine.stop)
         self._model = await self._make_model(self._engine, config, on_progress)
+        scheduler, metrics = self._model.scheduler, self._model.scheduler.metrics
+        metrics.running.set_function(lambda: len(scheduler.batch_runner.running))
+        if isinstance(self._engine, CompiledEngine):  # measuring never holds the event loop
+            self._engine.inline_limit_s = self.config.inline_batch_limit_ms / 1e3
         self.registry.add(self._model)
 
     def set_ready(self, ready: bool) -> None:
@@ -106,13 +115,11 @@ class VisionRunner:
             await self._model.scheduler.drain()
 
     async def close(self) -> None:
-        """Stop the worker; requests that have not ended get an error."""
-        if self._model is not None:
-            await self._model.scheduler.close()
-        if self._engine is not None:
-            self._engine.close()
-        if self._record is not None:
-            self._record.close()
+        """Stop the worker; requests that have not ended get an error.
+
+        All parts are closed, also after a start that failed halfway.
+        """
+        await self._parts.aclose()
 
     def _open_record(self) -> TextIO | None:
         """Open the record of this process and model; return None if nothing is recorded.
@@ -124,9 +131,11 @@ class VisionRunner:
             return None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            return (folder / f"{self.name}-{os.getpid()}.jsonl").open("w")
+            record = (folder / f"{self.name}-{os.getpid()}.jsonl").open("w")
         except OSError as error:
             raise ConfigError(f"record: {error}") from error
+        self._parts.callback(_close_record, record)
+        return record
 
     async def _make_model(
         self, engine: Engine, config: EngineConfig, on_progress: ProgressCallback
@@ -141,15 +150,22 @@ class VisionRunner:
             if variant in variants
         }
         settings = self.registry.active_settings.settings
-        self._record = self._open_record()
-        scheduler = Scheduler(engine, quality, profile, settings, metrics, record=self._record)
+        record = self._open_record()
+        scheduler = Scheduler(engine, quality, profile, settings, metrics, record=record)
+        self._parts.push_async_callback(scheduler.close)
         try:
             scheduler.configure(settings)
         except InvalidArgument as error:
             raise ConfigError(f"scheduling.{error}") from error
-        metrics.running.set_function(lambda: len(scheduler.batch_runner.running))
         _report_quality_range(scheduler)
-        reader = ImageReader(self.bundle.manifest.preprocessing, self.config.max_image_pixels)
+        reader = ImageReader(
+            self.bundle.manifest.preprocessing,
+            self.config.max_image_pixels,
+            max_bytes=self.config.max_image_mb << 20,
+            decoders=self.config.image_decoders,
+            decode_timeout_s=self.config.image_decode_timeout_s,
+        )
+        self._parts.callback(reader.close)
         await self._rehearse(engine, reader, quality, profile)
         names = {variant: stitch.name for variant, stitch in variants.items()}
         return VisionModel(self.bundle, scheduler, reader, variants, names)
@@ -171,7 +187,7 @@ class VisionRunner:
         try:
             for file_format in ("JPEG", "PNG"):
                 file = io.BytesIO()
-                Image.new(reader.mode, reader.shape[:0:-1]).save(file, file_format)
+                Image.new(reader.target.mode, reader.shape[:0:-1]).save(file, file_format)
                 for number in range(REHEARSALS):
                     images = await reader.read_encoded("image", file.getvalue())
                     now = time.monotonic()
@@ -179,6 +195,14 @@ class VisionRunner:
                     await scheduler.submit(Request("rehearsal", images, now, deadlines))
         finally:
             await scheduler.close()
+
+
+def _close_record(record: TextIO) -> None:
+    """Close a record; a full disk does not keep a model from being closed."""
+    try:
+        record.close()
+    except OSError as error:
+        log.error("record %s is incomplete: %s", record.name, error)
 
 
 def _report_quality_range(scheduler: Scheduler) -> None:

@@ -110,6 +110,7 @@ def import_gguf(
             config=config,
             end_tokens=tuple(dict.fromkeys(end for end in ends if end is not None)),
             chat_template=fields.get("tokenizer.chat_template"),
+            special_tokens=_read_special_tokens(fields),
             origin=origin,
             licence=licence,
         )
@@ -121,6 +122,13 @@ def import_gguf(
     tokenizer.save(str(into / "tokenizer.json"))
     save_file(tensors, into / SINGLE)
     write_manifest(into, manifest)
+
+
+def _read_special_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Return the special tokens that a chat template may name."""
+    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown"}
+    tokens, ids = read_tokens(fields), {k: read_token_id(fields, v) for k, v in roles.items()}
+    return {name: tokens[number] for name, number in ids.items() if number is not None}
 
 
 class _BoundedReader(GGUFReader):

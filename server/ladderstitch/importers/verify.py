@@ -190,12 +190,13 @@ def _above(errors: Mapping[str, float], allowed: float) -> list[str]:
 
 
 def _compare_text(metadata: Mapping[str, Any], tensors: Tensors, weights: Tensors) -> _Comparison:
-    """Check every recorded output on every rank count that its scheme allows."""
+    """Check every recorded output on every rank count that its scheme and its heads allow."""
     config, ours = verify_text.read_model(metadata, weights)
     tolerance, prefill = metadata["tolerance"], metadata["config"]["prefill_length"]
     atol, rtol = tolerance["suggested_atol"], tolerance["suggested_rtol"]
     errors, wrong = {}, []
-    for run in verify_text.recorded_runs(metadata):
+    runs = list(verify_text.recorded_runs(metadata, config))
+    for run in runs:
         wanted = tensors[f"output.{run.output}"]
         for ranks in run.rank_counts:
             item = f"{run.output} on {ranks} ranks"
@@ -203,7 +204,8 @@ def _compare_text(metadata: Mapping[str, Any], tensors: Tensors, weights: Tensor
             errors[item] = _relative_error(got, wanted)
             if not torch.allclose(got, wanted, atol=atol, rtol=rtol):
                 wrong.append(item)
-    return _Comparison("outputs", errors, wrong)
+    counts = sorted({ranks for run in runs for ranks in run.rank_counts})
+    return _Comparison(f"outputs on {', '.join(map(str, counts))} ranks", errors, wrong)
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Language-model cases of `verify`: runs of the serving forward pass on 1, 2 and 4 ranks.
+"""Language-model cases of `verify`: runs of the serving forward pass on up to 4 ranks.
 
 The first part reads a case and runs it. The second part is the communicator that it uses, whose
 ranks are threads of this process.
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.importers.gguf import from_gpt_fast, gpt_fast_config
 from ladderstitch.text.comm.base import (
     PEER_TIMEOUT_S,
@@ -35,6 +36,7 @@ from ladderstitch.text.model.weights import Shard, load_rank
 
 FAMILIES = ("hf-llama", "ladder-llama", "desync-gpt", "parallel-gpt")
 RANK_COUNTS = (1, 2, 4)
+"""Rank counts to try; if a model cannot be split over one, the next smaller one that fits."""
 BLOCK_TOKENS = 16
 
 
@@ -51,10 +53,13 @@ class GoldenRun:
     incremental: bool
 
 
-def recorded_runs(metadata: Mapping[str, Any]) -> Iterator[GoldenRun]:
-    """Yield every output that a case records."""
+def recorded_runs(metadata: Mapping[str, Any], config: LlamaConfig) -> Iterator[GoldenRun]:
+    """Yield every output that a case records, with the rank counts that fit the model.
+
+    Raises `DataError` if the case was recorded on a rank count that does not fit.
+    """
     for entry in metadata["ids"]:
-        residual, rank_counts = _read_scheme(entry, metadata["family"])
+        residual, rank_counts = _read_scheme(entry, metadata["family"], config)
         if metadata["family"] == "hf-llama":
             yield GoldenRun(entry["id"], residual, rank_counts, entry["id"] == "incremental")
             continue
@@ -62,20 +67,45 @@ def recorded_runs(metadata: Mapping[str, Any]) -> Iterator[GoldenRun]:
         yield GoldenRun(f"{entry['id']}.incremental", residual, rank_counts, incremental=True)
 
 
-def _read_scheme(entry: Mapping[str, Any], family: str) -> tuple[ResidualScheme, tuple[int, ...]]:
+def fitting_rank_counts(config: LlamaConfig) -> tuple[int, ...]:
+    """Return the rank counts to run a model on, e.g. 1, 2 and 3 for 6 query and 2 KV heads."""
+    return tuple(sorted({_largest_fitting(config, wanted) for wanted in RANK_COUNTS}))
+
+
+def _largest_fitting(config: LlamaConfig, wanted: int) -> int:
+    """Return the largest rank count up to `wanted` over which the model can be split."""
+    return next(ranks for ranks in range(wanted, 0, -1) if _fits(config, ranks) is None)
+
+
+def _fits(config: LlamaConfig, ranks: int) -> ConfigError | None:
+    """Return why the model cannot be split over a number of ranks; None if it can."""
+    try:
+        for rank in range(ranks):
+            shard = Shard.of(config, rank, ranks)
+            if not (shard.ffn and shard.vocabulary):
+                return ConfigError(f"ranks: expected a part of every matrix each, got {ranks}")
+    except ConfigError as error:
+        return error
+    return None
+
+
+def _read_scheme(
+    entry: Mapping[str, Any], family: str, config: LlamaConfig
+) -> tuple[ResidualScheme, tuple[int, ...]]:
+    fitting = fitting_rank_counts(config)
     if family == "ladder-llama":
-        return ResidualScheme(
-            scheme="ladder", ladder_layers=tuple(entry["ladder_layers"])
-        ), RANK_COUNTS
+        return ResidualScheme(scheme="ladder", ladder_layers=tuple(entry["ladder_layers"])), fitting
     match entry.get("kind"):
         case "desync":
             ranks, pattern = entry["tensor_parallel_size"], entry["reduce_after"]
+            if (error := _fits(config, ranks)) is not None:
+                raise DataError(f"{entry['id']}: recorded on {ranks} ranks; {error}")
             return ResidualScheme(scheme="desync", reduce_after=pattern, ranks=ranks), (ranks,)
         case "ladder":
-            return ResidualScheme(scheme="ladder"), RANK_COUNTS
+            return ResidualScheme(scheme="ladder"), fitting
         case "parallel":
-            return ResidualScheme(scheme="parallel"), RANK_COUNTS
-    return ResidualScheme(), RANK_COUNTS
+            return ResidualScheme(scheme="parallel"), fitting
+    return ResidualScheme(), fitting
 
 
 def read_model(

@@ -22,11 +22,13 @@ from ladderstitch.config import ServerConfig
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.ray_serve.control_actor import control_actor
 from ladderstitch.ray_serve.gateway_deployment import put_gateways_before
+from ladderstitch.ray_serve.local_cluster import keep_serve_on_loopback
 from ladderstitch.replica.load_sampler import LoadSampler
 from ladderstitch.replica.replica import Replica
 from ladderstitch.runtime.device import resolve_device
 from ladderstitch.runtime.process import freeze_gc
 from ladderstitch.scheduling.settings import ActiveSettings
+from ladderstitch.security.listen_config import join_address
 from ladderstitch.telemetry.logs import configure as configure_logs
 from ladderstitch.text.engine.rank import run
 from ladderstitch.text.engine.rank_handle import RankProcess, huge_pages
@@ -62,10 +64,13 @@ def application(config: ServerConfig) -> Any:
 
 
 def gateway_config(config: ServerConfig) -> GatewayConfig:
-    """Return the configuration of gateways that listen where a single replica would."""
+    """Return the configuration of gateways that listen where a single replica would.
+
+    Even a single one shares its port: with the sockets that reserve it, and with its successor.
+    """
     shared = GatewayConfig.model_fields.keys() & ServerConfig.model_fields.keys() - {"replicas"}
     fields = config.model_dump(include=shared)
-    return GatewayConfig.model_validate(fields | {"share_port": config.gateways > 1})
+    return GatewayConfig.model_validate(fields | {"share_port": True})
 
 
 def loopback_config(config: ServerConfig) -> ServerConfig:
@@ -125,6 +130,7 @@ class ReplicaDeployment:
         self._following: asyncio.Task[None] | None = None
         self.config = ServerConfig.model_validate(fields)
         configure_logs(self.config.log_format)
+        keep_serve_on_loopback()
         self.control = control_actor(self.config.scheduling)
         self.replica = Replica(
             self.config,
@@ -138,7 +144,7 @@ class ReplicaDeployment:
         freeze_gc()
         self.load_sampler = LoadSampler(self.replica.registry, self.replica.metrics)
         self.replica.apply_settings(await self.control.get_settings.remote())
-        self.address = f"{advertised_host(self.config.host)}:{self.replica.port}"
+        self.address = join_address(advertised_host(self.config.host), self.replica.port)
         await self.control.register.remote(self.replica.registry.replica, self.address)
         self._following = asyncio.create_task(self._follow_settings(), name="follow-settings")
 

@@ -13,8 +13,10 @@ from ray.serve.exceptions import RayServeException
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.gateway import Gateway
 from ladderstitch.ray_serve.control_actor import control_actor, discover_registered_replicas
+from ladderstitch.ray_serve.local_cluster import keep_serve_on_loopback
 from ladderstitch.runtime.process import freeze_gc, tune_malloc
 from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.security.listen_config import join_address
 from ladderstitch.telemetry.logs import configure as configure_logs
 
 EXCHANGE_PERIOD_S = 5.0
@@ -48,6 +50,7 @@ class GatewayDeployment:
         config = GatewayConfig.model_validate(fields)
         tune_malloc()
         configure_logs(config.log_format)
+        keep_serve_on_loopback()
         control = control_actor(SchedulerSettings.model_validate(scheduling))
         discovery = discover_registered_replicas(control)
         token: str = await control.get_watch_token.remote()
@@ -79,7 +82,7 @@ class GatewayDeployment:
     async def _exchange_metrics_endpoints(self, control: Any) -> None:
         """Share this gateway's endpoint, so that Prometheus learns of all gateways from any one."""
         while True:
-            endpoint = f"{self.gateway.config.host}:{self.gateway.metrics_port}"
+            endpoint = join_address(self.gateway.config.host, self.gateway.metrics_port)
             with contextlib.suppress(ray.exceptions.RayError):
                 others = await control.exchange_metrics_endpoints.remote(self.name, endpoint)
                 self.gateway.metrics.other_endpoints = others

@@ -35,7 +35,10 @@ class Totals:
     """Seconds from dispatch to answer, summed over requests."""
 
     def __sub__(self, earlier: Totals) -> Totals:
-        return Totals(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
+        """Return the difference; zero where a model was unloaded, which takes its counts along."""
+        return Totals(
+            *(max(0.0, getattr(self, f.name) - getattr(earlier, f.name)) for f in fields(self))
+        )
 
 
 class LoadSampler:

@@ -25,6 +25,7 @@ from ladderstitch.hosting.registry import ModelRegistry
 from ladderstitch.runtime.cores import resolve_threads, usable_cores
 from ladderstitch.runtime.device import device_name, resolve_device
 from ladderstitch.runtime.process import port_is_free
+from ladderstitch.security.listen_config import join_address
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.text.engine.rank_handle import launch_process
 
@@ -32,14 +33,19 @@ State = Literal["ok", "warning", "failed"]
 
 SHARED_BYTES = 256 << 20
 """Free shared memory for Ray's object store and for batches on their way to the worker."""
+RANK_SHARED_BYTES = 64 << 20
+"""Shared memory for the activations that one more rank exchanges with the others."""
+SHARED_MEMORY = Path("/dev/shm")
+UNLIMITED_BYTES = 1 << 60
+"""Limits of cgroups above this are none: version 1 has a large number for that."""
 TEMPORARY_BYTES = 1 << 30
 """Free space for Ray's logs."""
 OPEN_FILES = 4096
 """Open files per process: every connection is one."""
 SOCKET_PATH = 107
 """Longest path of a Unix socket in bytes."""
-RAY_PATH = 60
-"""Bytes that Ray appends to the temporary directory in a socket's path, about."""
+RAY_PATH = 78
+"""Most bytes that follow the temporary directory in the path of one of Ray's sockets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,24 +133,77 @@ def check_gpu(config: ServerConfig) -> Iterator[CheckResult]:
 
 
 def check_memory(config: ServerConfig) -> Iterator[CheckResult]:
-    """Check the free memory and the free shared memory."""
+    """Check the memory that can be used, and the shared memory."""
     weights = sum(path.stat().st_size for path in config.bundle.glob("*.safetensors"))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available, limited = available_memory(), cgroup_memory()
+    usable = available if limited is None else min(available, limited)
+    detail = f"{usable >> 20} MiB available, weights of {weights >> 20} MiB"
+    if limited is not None and limited < available:
+        detail += f"; the container's limit leaves less than the machine's {available >> 20} MiB"
     yield _result(
         "memory",
-        free > 2 * weights + (1 << 30),
-        f"{free >> 20} MiB free, weights of {weights >> 20} MiB",
-        "free memory: loading needs about twice the weights plus 1 GiB",
+        usable > 2 * weights + (1 << 30),
+        detail,
+        "free memory, or raise the container's limit: loading needs about twice the weights plus "
+        "1 GiB",
         failure="warning",
     )
-    shared = Path("/dev/shm")
-    room = shutil.disk_usage(shared).free if shared.is_dir() else 0
+    needed = SHARED_BYTES + max(config.tensor_parallel_size - 1, 0) * RANK_SHARED_BYTES
+    room = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
     yield _result(
         "shared memory",
-        room >= SHARED_BYTES,
-        f"{room >> 20} MiB in /dev/shm",
-        "docker run --shm-size=1g; in Kubernetes mount a Memory volume at /dev/shm",
+        room >= needed,
+        f"{room >> 20} MiB in {SHARED_MEMORY}, {needed >> 20} MiB needed",
+        f"docker run --shm-size={max(1, -(-needed >> 30))}g; in Kubernetes mount a Memory volume "
+        "at /dev/shm",
     )
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Return the bytes that processes can get without swapping, caches included."""
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def cgroup_memory(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> int | None:
+    """Return the bytes that the cgroups of this process still allow; None without a limit.
+
+    Every cgroup above the own one counts, too. Caches of files can be freed, so that they do not.
+    """
+    left: list[int] = []
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            names, base = ("memory.max", "memory.current", "inactive_file"), root
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            base = root / "memory"
+        else:
+            continue
+        folder = base / path.lstrip("/")
+        while True:
+            left += _cgroup_left(folder, *names)
+            if folder in (base, folder.parent):
+                break
+            folder = folder.parent
+    return min(left, default=None)
+
+
+def _cgroup_left(folder: Path, limit: str, usage: str, cache: str) -> list[int]:
+    """Return the bytes that one cgroup still allows, or nothing if it has no limit."""
+    try:
+        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        statistics = (folder / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):
+        return []
+    if not most.isdigit() or int(most) >= UNLIMITED_BYTES:
+        return []
+    cached = next((int(s.split()[1]) for s in statistics if s.split()[0] == cache), 0)
+    return [max(0, int(most) - used + cached)]
 
 
 def check_limits(_: ServerConfig) -> Iterator[CheckResult]:
@@ -180,7 +239,7 @@ def check_ports(config: ServerConfig) -> Iterator[CheckResult]:
         port = getattr(config, field)
         if port is not None:
             free = port_is_free(address, port)
-            detail = f"{address}:{port} {'is free' if free else 'is taken'}"
+            detail = f"{join_address(address, port)} {'is free' if free else 'is taken'}"
             advice = f"stop the listener (ss -ltnp 'sport = :{port}' shows it), or set {field}: 0"
             yield _result(field, free, detail, advice)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ladderstitch.api.listener import ListenerConfig
+from ladderstitch.api.listener import ListenerConfig, name_port
 from ladderstitch.api.server import Server
 from ladderstitch.config import ServerConfig
 from ladderstitch.hosting.model_manager import ModelManager, make_runner
@@ -16,6 +17,7 @@ from ladderstitch.hosting.registry import (
     ModelRegistry,
     UpdateSettings,
 )
+from ladderstitch.replica.watchdog import Watchdog
 from ladderstitch.runtime import ProgressCallback
 from ladderstitch.runtime.process import shorten_lock_waits, tune_malloc
 from ladderstitch.scheduling.settings import ActiveSettings
@@ -25,6 +27,8 @@ from ladderstitch.text.engine.rank_handle import Launcher, launch_process
 
 if TYPE_CHECKING:
     from ladderstitch.api.openai.server import HttpServer
+
+log = logging.getLogger(__name__)
 
 DRAIN_GRACE_S = 0.25
 """Seconds to keep accepting calls after SIGTERM, then seconds to reject them with DRAINING.
@@ -45,13 +49,15 @@ class Replica:
         share_port: bool = False,
         launcher: Launcher = launch_process,
         watch_token: str | None = None,
+        on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         """Load the bundle's manifest and create the servers, without listening yet.
 
         `update` applies an administrator's changes of settings (unset: to this replica only),
         `launcher` starts the ranks of a language model, and `watch_token` is a token with which
-        gateways may watch the load if callers need tokens. Raises `BundleError`, and `ConfigError`
-        for certificates or tokens that cannot be used.
+        gateways may watch the load if callers need tokens. `on_failure` is called once if a model
+        answers no requests any more, so that the process has to be replaced. Raises `BundleError`,
+        and `ConfigError` for certificates or tokens that cannot be used.
         """
         tune_malloc()
         shorten_lock_waits()
@@ -65,7 +71,11 @@ class Replica:
             make_runner(config, self.registry, self.metrics, launcher),
             # Ray's placement group for ranks belongs to the configured model
             lambda later: make_runner(later, self.registry, self.metrics, launch_process),
+            forget=self.metrics.remove_model,
         )
+        self.failed = False
+        self._on_failure = on_failure
+        self._watchdog = Watchdog(self.metrics.event_loop_lag_seconds, self._check_models)
         self._close_traces: Callable[[], None] = lambda: None
         listener = ListenerConfig.from_config(
             config,
@@ -114,19 +124,39 @@ class Replica:
     async def start(self, on_progress: ProgressCallback = lambda done, total: None) -> None:
         """Listen, load and warm up the model, then report ready; `on_progress` gets the progress.
 
-        Raises `OSError` if a port is taken, and the runner's error if the model cannot start.
+        Raises `ConfigError` that names the port if one is taken, and the runner's error if the
+        model cannot start.
         """
-        await self.server.start(self.config.host, self.config.port)
-        if self.http is not None and self.config.http_port is not None:
-            await self.http.start(self.config.http_port, share_port=self.share_port)
-        self.metrics_port, self._close_metrics = self.metrics.expose(
-            self.config.metrics_port, self.config.host, share_port=self.share_port
-        )
+        self._watchdog.start()
+        with name_port("port"):
+            await self.server.start(self.config.host, self.config.port)
+        with name_port("http_port"):
+            if self.http is not None and self.config.http_port is not None:
+                await self.http.start(self.config.http_port, share_port=self.share_port)
+        with name_port("metrics_port"):
+            self.metrics_port, self._close_metrics = self.metrics.expose(
+                self.config.metrics_port, self.config.host, share_port=self.share_port
+            )
         self.registry.metrics_port = self.metrics_port
         await self.models.start(on_progress)
         self.registry.ready = True
         self.models.set_ready(True)
         await self.server.set_serving(True)
+
+    async def _check_models(self) -> None:
+        """Report NOT_SERVING while a model does not answer; fail if it never will."""
+        if not self.registry.ready or self.registry.draining or self.registry.drain_announced:
+            return
+        healthy = self.alive and self.healthy
+        if healthy != self.registry.healthy:
+            self.registry.healthy = healthy
+            log.warning("health changed serving=%s", str(healthy).lower())
+            await self.server.set_serving(self.registry.serving)
+            self.models.set_ready(healthy)
+        if not self.alive and not self.failed:
+            self.failed = True
+            log.critical("a model answers no requests any more; the replica has to be replaced")
+            self._on_failure()
 
     def apply_settings(self, settings: ActiveSettings) -> None:
         """Use these settings from the next batch on, unless newer ones are active."""
@@ -163,7 +193,16 @@ class Replica:
         """Drain, then stop the servers and unload all models."""
         await self.drain(announce_s=0.0 if self.registry.draining else DRAIN_GRACE_S)
         await asyncio.sleep(DRAIN_GRACE_S)
-        await self.server.stop(grace_s=1.0)
+        await self.close(grace_s=1.0)
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Stop the servers and unload all models, also after a start or a stop was cancelled.
+
+        Requests that are still in flight after `grace_s` seconds are cancelled.
+        """
+        await self._watchdog.stop()
+        self.models.set_ready(False)
+        await self.server.stop(grace_s)
         if self.http is not None:
             await self.http.stop()
         await self.models.close()

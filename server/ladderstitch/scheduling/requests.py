@@ -115,6 +115,8 @@ class Sampling:
             raise InvalidArgument("temperature", f"expected 0 to 100, got {self.temperature}")
         if self.top_k < 0:
             raise InvalidArgument("top_k", f"expected 0 or more, got {self.top_k}")
+        if self.seed is not None and self.seed < 0:
+            raise InvalidArgument("seed", f"expected 0 or more, got {self.seed}")
         if not 0 < self.top_p <= 1:
             raise InvalidArgument("top_p", f"expected above 0 and at most 1, got {self.top_p}")
 

@@ -8,15 +8,28 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic.config import JsonDict
 
 from ladderstitch.errors import ConfigError
 
 ACCESS: JsonDict = {"panel": "Access"}
 LIMITS: JsonDict = {"panel": "Limits"}
+MAX_PORT = 65_535
 MAX_IMAGE_PIXELS = 50_000_000
 """Default of the maximum number of pixels of an encoded image."""
+MAX_IMAGE_MB = 32
+"""Default of the maximum size of the file of an encoded image, MiB."""
+IMAGE_DECODERS = 2
+"""Default of the number of processes that decode images of one range of costs."""
+IMAGE_DECODE_TIMEOUT_S = 10.0
+"""Default of the longest time in which one image is decoded."""
 
 
 class ListenConfig(BaseModel):
@@ -81,6 +94,46 @@ class ListenConfig(BaseModel):
         ge=1,
         le=100_000,
         description="maximum number of concurrent calls on one connection",
+        json_schema_extra=LIMITS,
+    )
+    max_connections: int = Field(
+        1000,
+        ge=4,
+        le=100_000,
+        description="maximum number of open connections on each port; HTTP closes idle ones for "
+        "new ones",
+        json_schema_extra=LIMITS,
+    )
+    max_unfinished_messages: int = Field(
+        128,
+        ge=1,
+        description="maximum number of requests whose message or body is arriving; the oldest "
+        "is given up",
+        json_schema_extra=LIMITS,
+    )
+    header_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        description="seconds in which a connection must be set up and the headers must arrive",
+        json_schema_extra=LIMITS,
+    )
+    message_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="seconds in which the message or the body of a request must arrive",
+        json_schema_extra=LIMITS,
+    )
+    idle_timeout_s: float = Field(
+        300.0,
+        ge=1,
+        description="seconds without a request after which a connection is closed; more than a "
+        "proxy in front keeps its own",
+        json_schema_extra=LIMITS,
+    )
+    min_ping_interval_s: float = Field(
+        0.5,
+        ge=0,
+        description="minimum seconds between keepalive pings of a gRPC client; 0: no minimum",
         json_schema_extra=LIMITS,
     )
     max_connection_age_s: float | None = Field(
@@ -156,6 +209,35 @@ def _merge(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
         nested = isinstance(old, Mapping) and isinstance(value, Mapping)
         merged[name] = _merge(old, value) if nested else value  # type: ignore[arg-type]
     return merged
+
+
+def strip_brackets(host: str) -> str:
+    """Return a host without the brackets around an IPv6 address; others are returned unchanged."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
+def join_address(host: str, port: int) -> str:
+    """Return HOST:PORT; an IPv6 address is put in brackets."""
+    host = strip_brackets(host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port of HOST:PORT; the host has no brackets.
+
+    Raises `ValueError` without a port from 0 to 65,535, and for an IPv6 address without brackets,
+    whose last group could be taken for a port.
+    """
+    host, _, port = address.rpartition(":")
+    bare = strip_brackets(host)
+    if not bare or not (port.isascii() and port.isdigit()) or int(port) > MAX_PORT:
+        raise ValueError(f"expected HOST:PORT, got {address[:200]!r}")
+    if ":" in host and bare == host:
+        raise ValueError(
+            f"expected HOST:PORT with an IPv6 address in brackets, such as [::1]:8001, got "
+            f"{address[:200]!r}"
+        )
+    return bare, int(port)
 
 
 def is_loopback(address: str) -> bool:

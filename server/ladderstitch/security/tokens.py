@@ -4,8 +4,11 @@ tokens:
   - name: shop                    # for logs; may appear twice while a token is rotated
     token: 3f0c...                # or sha256: its digest in hex, so that the file holds no secret
     scopes: [inference]           # inference, admin
-    concurrent_requests: 32       # optional: calls in flight
-    requests_per_s: 200           # optional: steady rate; bursts hold at most one second's calls
+    concurrent_requests: 32       # optional: requests in flight, and streams of requests open
+    requests_per_s: 200           # optional: steady rate; bursts hold at most one second's requests
+    watchers: 64                  # optional: watchers of the load at once
+
+Each request of a stream counts as one.
 """
 
 from __future__ import annotations
@@ -29,6 +32,11 @@ log = logging.getLogger(__name__)
 Scope = Literal["inference", "admin"]
 MIN_CHARACTERS = 16
 """Minimum length of a token."""
+MAX_CHARACTERS = 4096
+"""Maximum length of a token: gRPC rejects calls at random whose headers exceed 8 KiB."""
+TOKEN_CHARACTERS = r"^[\x21-\x7e]*$"
+"""The characters that headers carry unchanged: printable ASCII without spaces."""
+READABLE_BY_OTHERS = 0o044
 CHECK_INTERVAL_S = 1.0
 """Seconds between checks whether the file has changed."""
 BUSY_RETRY_S = 0.1
@@ -41,11 +49,18 @@ class Token(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     name: str = Field(min_length=1, max_length=64)
-    token: str | None = Field(None, min_length=MIN_CHARACTERS, repr=False)
+    token: str | None = Field(
+        None,
+        min_length=MIN_CHARACTERS,
+        max_length=MAX_CHARACTERS,
+        pattern=TOKEN_CHARACTERS,
+        repr=False,
+    )
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     scopes: frozenset[Scope] = frozenset({"inference"})
     concurrent_requests: int | None = Field(None, ge=1)
     requests_per_s: float | None = Field(None, gt=0)
+    watchers: int = Field(64, ge=1)
 
     @model_validator(mode="after")
     def _check_secret_or_digest(self) -> Token:
@@ -104,6 +119,7 @@ class TokenFile:
         self._stamp = _file_stamp(path)
         self._tokens = load_tokens(path)
         self._checked_at = clock()
+        _warn_if_readable(path)
 
     def find(self, secret: str) -> Token | None:
         """Return the token with this secret, or None.
@@ -127,6 +143,7 @@ class TokenFile:
             log.warning("token file rejected, keeping the old tokens: %s", error)
         else:
             log.info("token file %s read again: %d tokens", self.path, len(self._tokens))
+            _warn_if_readable(self.path)
 
 
 def _file_stamp(path: Path) -> tuple[int, int] | None:
@@ -137,17 +154,31 @@ def _file_stamp(path: Path) -> tuple[int, int] | None:
     return state.st_mtime_ns, state.st_ino
 
 
+def _warn_if_readable(path: Path) -> None:
+    """Log a warning if other users of the machine can read the file."""
+    try:
+        mode = path.stat().st_mode & 0o777
+    except OSError:  # the next check of the file reports it
+        return
+    if mode & READABLE_BY_OTHERS:
+        log.warning(
+            "token_file: %s: expected mode 0600, got %04o: other users can read it", path, mode
+        )
+
+
 @dataclass(slots=True)
 class TokenUsage:
-    """A token's calls in flight and its token bucket, which holds at most one second's calls."""
+    """A token's requests in flight, open streams, and its bucket of one second's requests."""
 
     in_flight: int = 0
+    streams: int = 0
+    watchers: int = 0
     allowance: float = 0.0
     filled_at: float = 0.0
 
 
 class RateLimiter:
-    """Limits of calls per token; counts by the token's name, so that rotation resets nothing."""
+    """Limits of requests per token; counts by the token's name, so that rotation resets nothing."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -155,7 +186,7 @@ class RateLimiter:
 
     @contextmanager
     def acquire(self, token: Token) -> Iterator[None]:
-        """Count a call of the token as in flight; raises `RateLimited` above its limits."""
+        """Count a request of the token as in flight; raises `RateLimited` above its limits."""
         usage = self._find_usage(token)
         limit = token.concurrent_requests
         if limit is not None and usage.in_flight >= limit:
@@ -171,9 +202,45 @@ class RateLimiter:
         finally:
             usage.in_flight -= 1
 
+    @contextmanager
+    def open_stream(self, token: Token) -> Iterator[None]:
+        """Count a stream of requests as open; raises `RateLimited` above `concurrent_requests`."""
+        usage, limit = self._find_usage(token), token.concurrent_requests
+        if limit is not None and usage.streams >= limit:
+            raise RateLimited(
+                f"concurrent_requests: expected at most {limit} open streams of token "
+                f"{token.name!r}, got {limit + 1}",
+                BUSY_RETRY_S,
+            )
+        usage.streams += 1
+        try:
+            yield
+        finally:
+            usage.streams -= 1
+
+    @contextmanager
+    def open_watch(self, token: Token) -> Iterator[None]:
+        """Count a watcher as open; raises `RateLimited` above `watchers`."""
+        usage = self._find_usage(token)
+        if usage.watchers >= token.watchers:
+            raise RateLimited(
+                f"watchers: expected at most {token.watchers} of token {token.name!r}, got "
+                f"{token.watchers + 1}",
+                BUSY_RETRY_S,
+            )
+        usage.watchers += 1
+        try:
+            yield
+        finally:
+            usage.watchers -= 1
+
     def in_flight(self, name: str) -> int:
         """Return the number of calls in flight of the token called `name`."""
         return self._usage[name].in_flight if name in self._usage else 0
+
+    def watchers(self, name: str) -> int:
+        """Return the number of open watchers of the token called `name`."""
+        return self._usage[name].watchers if name in self._usage else 0
 
     def _find_usage(self, token: Token) -> TokenUsage:
         if token.name not in self._usage:

@@ -6,14 +6,24 @@ from collections.abc import Callable
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client.metrics import MetricWrapperBase
 
 from ladderstitch.telemetry.metrics_server import expose
+from ladderstitch.telemetry.process_metrics import ProcessCollector
 
 SECONDS_BUCKETS = (
     *(0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008),
     *(0.012, 0.016, 0.024, 0.032, 0.05, 0.075),
     *(0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
 )
+TOKEN_SECONDS_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25),
+    *(0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0),
+)
+"""Seconds to a token of an answer, up to 10 minutes: dense where budgets of tokens lie."""
+ANSWER_SECONDS_BUCKETS = (*SECONDS_BUCKETS, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+"""Seconds of requests of both kinds: those of images, and whole answers of up to 10 minutes."""
+LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 SLACK_BUCKETS = (-1.0, -0.1, -0.02, -0.005, 0.0, *SECONDS_BUCKETS)
 TURNAROUND_BUCKETS = (2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1)
 RATIO_BUCKETS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 2.0, 3.0, 5.0)
@@ -34,6 +44,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._counts_processes = False
         self._counter = partial(Counter, registry=self.registry, namespace="ladderstitch")
         self._gauge = partial(Gauge, registry=self.registry, namespace="ladderstitch")
         self._histogram = partial(Histogram, registry=self.registry, namespace="ladderstitch")
@@ -41,6 +52,11 @@ class Metrics:
         self._define_state_metrics()
         self._define_batch_metrics()
         self._define_text_metrics()
+        self.event_loop_lag_seconds = self._histogram(
+            "event_loop_lag_seconds",
+            "Delay of a task that wakes up ten times a second.",
+            buckets=LAG_BUCKETS,
+        )
 
     def _define_request_metrics(self) -> None:
         self.requests = self._counter(
@@ -55,10 +71,13 @@ class Metrics:
             "denied_calls", "Calls denied for their token, its scope or its limits.", ["reason"]
         )
         self.queue_seconds = self._histogram(
-            "queue_seconds", "Arrival to dispatch.", ["model"], buckets=SECONDS_BUCKETS
+            "queue_seconds", "Arrival to dispatch.", ["model"], buckets=ANSWER_SECONDS_BUCKETS
         )
         self.request_duration_seconds = self._histogram(
-            "request_duration_seconds", "Arrival to answer.", ["model"], buckets=SECONDS_BUCKETS
+            "request_duration_seconds",
+            "Arrival to answer.",
+            ["model"],
+            buckets=ANSWER_SECONDS_BUCKETS,
         )
         self.served_quality = self._histogram(
             "served_quality",
@@ -103,7 +122,7 @@ class Metrics:
             "batch_size", "Images or sequences of a batch.", model, buckets=BATCH_SIZE_BUCKETS
         )
         self.compute_seconds = self._histogram(
-            "compute_seconds", "Compute time of a batch.", model, buckets=SECONDS_BUCKETS
+            "compute_seconds", "Compute time of a batch.", model, buckets=ANSWER_SECONDS_BUCKETS
         )
         self.turnaround_seconds = self._histogram(
             "turnaround_seconds",
@@ -128,6 +147,15 @@ class Metrics:
         self.engine_restarts = self._counter(
             "engine_restarts", "Workers and ranks that died and were replaced.", model
         )
+        self.dispatch_restarts = self._counter(
+            "dispatch_restarts", "Dispatch loops that failed and were started again.", model
+        )
+        self.non_finite_outputs = self._counter(
+            "non_finite_outputs", "Requests whose outputs were infinite or not a number.", model
+        )
+        self.telemetry_failures = self._counter(
+            "telemetry_failures", "Records and observations that failed.", model
+        )
 
     def _define_text_metrics(self) -> None:
         model = ["model"]
@@ -135,13 +163,13 @@ class Metrics:
             "time_to_first_token_seconds",
             "Arrival to the first token.",
             model,
-            buckets=SECONDS_BUCKETS,
+            buckets=TOKEN_SECONDS_BUCKETS,
         )
         self.inter_token_latency_seconds = self._histogram(
             "inter_token_latency_seconds",
             "Time between two tokens of an answer.",
             model,
-            buckets=SECONDS_BUCKETS,
+            buckets=TOKEN_SECONDS_BUCKETS,
         )
         self.generated_tokens = self._counter(
             "generated_tokens", "Tokens delivered to callers.", model
@@ -156,6 +184,12 @@ class Metrics:
             "variant_changes", "Answers that went on with another variant.", model
         )
 
+    def remove_model(self, model: str) -> None:
+        """Remove all series of a model that was unloaded."""
+        for metric in vars(self).values():
+            if isinstance(metric, MetricWrapperBase) and "model" in metric._labelnames:
+                metric.remove_by_labels({"model": model})
+
     def observe_denial(self, reason: str) -> None:
         """Count a call that was denied before it reached a model."""
         self.denied_calls.labels(reason).inc()
@@ -168,4 +202,7 @@ class Metrics:
         Port 0 binds a free port. With `share_port` a rolling replacement may listen on the same
         port as its predecessor for a while. Raises `OSError` if the port is taken.
         """
+        if not self._counts_processes:
+            self.registry.register(ProcessCollector())
+            self._counts_processes = True
         return expose(make_wsgi_app(self.registry), port, address, share_port=share_port)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
+import time
 from collections.abc import Callable
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+from ladderstitch.runtime.process import address_family
+from ladderstitch.security.listen_config import join_address, strip_brackets
+
 POLL_S = 0.1
 """Interval at which the server checks whether it has to stop."""
+MAX_CONNECTIONS = 32
+"""Maximum number of open connections; the oldest one is closed for a further one."""
+CONNECTION_TIMEOUT_S = 30.0
+"""Seconds in which a connection must send its request and read the response."""
 
 
 def expose(
@@ -20,8 +30,15 @@ def expose(
     Port 0 binds a free port. With `share_port` a rolling replacement may listen on the same port
     as its predecessor for a while. Raises `OSError` if the port is taken.
     """
-    server_class = _SharedPortServer if share_port else _ThreadingServer
-    server = make_server(address, port, application, server_class, handler_class=_QuietHandler)
+    server_class: type[_ThreadingServer] = _SharedPortServer if share_port else _ThreadingServer
+    try:
+        family = address_family(address)
+        server_class = type("_Server", (server_class,), {"address_family": family})
+        host = strip_brackets(address)
+        server = make_server(host, port, application, server_class, handler_class=_QuietHandler)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"cannot listen on {join_address(address, port)}: {reason}") from error
     thread = threading.Thread(
         target=server.serve_forever, args=(POLL_S,), name="metrics", daemon=True
     )
@@ -36,7 +53,42 @@ def expose(
 
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):
+    """A server that answers one request a connection, and closes those that last too long."""
+
     daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._opened: dict[Any, float] = {}
+        self._lock = threading.Lock()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread for a connection; the oldest one above the maximum is closed."""
+        with self._lock:
+            self._opened[request] = time.monotonic()
+            if len(self._opened) > MAX_CONNECTIONS:
+                _end_connection(next(iter(self._opened)))
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        with self._lock:
+            self._opened.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """End the connections whose time is up."""
+        until = time.monotonic() - CONNECTION_TIMEOUT_S
+        with self._lock:
+            for request in [found for found, at in self._opened.items() if at <= until]:
+                _end_connection(request)
+
+
+def _end_connection(request: Any) -> None:
+    """End a connection, so that the thread that reads or writes it closes it."""
+    with contextlib.suppress(OSError):  # the client may have closed it
+        request.shutdown(socket.SHUT_RDWR)
 
 
 class _SharedPortServer(_ThreadingServer):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Protocol
+
+from prometheus_client import Counter
 
 from ladderstitch.scheduling.requests import (
     GenerationInfo,
@@ -14,8 +18,39 @@ from ladderstitch.scheduling.requests import (
 )
 from ladderstitch.telemetry.metrics import Metrics
 
+log = logging.getLogger(__name__)
+
 CALLER_ERROR_CODES = frozenset({"INVALID_ARGUMENT", "NOT_FOUND"})
 """Statuses that do not show whether a budget could have been met."""
+
+
+class harmless:  # a context manager that is used like a function
+    """A context in which recording and observing may fail: errors are logged and counted.
+
+    An answer does not depend on whether it can be counted.
+    """
+
+    __slots__ = ("_failures", "_what")
+
+    def __init__(self, what: str, failures: Counter) -> None:
+        """Name the operation in the log by `what`, and count its errors in `failures`."""
+        self._what, self._failures = what, failures
+
+    def __enter__(self) -> None:
+        """Enter the context."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        """Return true, which suppresses the error, unless it is an interrupt or a cancellation."""
+        if not isinstance(error, Exception):
+            return False
+        log.error("%s failed", self._what, exc_info=error)
+        self._failures.inc()
+        return True
 
 
 class ModelMetrics:
@@ -55,6 +90,9 @@ class ModelMetrics:
         self.running = metrics.running_requests.labels(model)
         self.ready = metrics.model_ready.labels(model)
         self.restarts = metrics.engine_restarts.labels(model)
+        self.dispatch_restarts = metrics.dispatch_restarts.labels(model)
+        self.non_finite_outputs = metrics.non_finite_outputs.labels(model)
+        self.failures = metrics.telemetry_failures.labels(model)
 
     def set_quality_range(self, fastest: float, best: float, floor: float) -> None:
         """Set the quality of the fastest and of the best candidate, and the operator's floor."""
@@ -165,6 +203,9 @@ class TextObserver(Protocol):
     def observe_step(self, step: StepReport, occupancy: Occupancy) -> None:
         """Count a finished step."""
 
+    def observe_occupancy(self, occupancy: Occupancy) -> None:
+        """Report the requests in progress and the cache in use, after either has changed."""
+
     def observe_preemptions(self, num_sequences: int) -> None:
         """Count sequences whose blocks were given to others."""
 
@@ -183,11 +224,23 @@ class TextObserver(Protocol):
     def observe_rejection(self, code: str, *, had_budget: bool) -> None:
         """Count a request that ended with a status, before or after its first token."""
 
+    def observe_non_finite(self) -> None:
+        """Count a request whose outputs were infinite or not a number."""
+
+    def observe_restart(self) -> None:
+        """Count a scheduler whose loop ended unexpectedly and was started again."""
+
+    def observe_failure(self) -> None:
+        """Count a call of this observer that failed."""
+
 
 class NullObserver:
     """No-op observer."""
 
     def observe_step(self, step: StepReport, occupancy: Occupancy) -> None:
+        """Do nothing."""
+
+    def observe_occupancy(self, occupancy: Occupancy) -> None:
         """Do nothing."""
 
     def observe_preemptions(self, num_sequences: int) -> None:
@@ -208,6 +261,15 @@ class NullObserver:
     def observe_rejection(self, code: str, *, had_budget: bool) -> None:
         """Do nothing."""
 
+    def observe_non_finite(self) -> None:
+        """Do nothing."""
+
+    def observe_restart(self) -> None:
+        """Do nothing."""
+
+    def observe_failure(self) -> None:
+        """Do nothing."""
+
 
 class TextMetrics(ModelMetrics):
     """The metrics of one language model; a `TextObserver`."""
@@ -224,12 +286,28 @@ class TextMetrics(ModelMetrics):
 
     def observe_step(self, step: StepReport, occupancy: Occupancy) -> None:
         """Count a finished step as a batch of its sequences."""
-        self.set_queue_length(occupancy.num_waiting)
-        self.running.set(occupancy.num_running)
-        self._kv_cache_usage.set(occupancy.kv_cache_usage)
+        self.observe_occupancy(occupancy)
         self.observe_batch(
             step.variant, step.num_sequences, step.compute_s, step.error, step.slowdown, step.tail
         )
+
+    def observe_occupancy(self, occupancy: Occupancy) -> None:
+        """Set the gauges, which thereby return to zero however a request ends."""
+        self.set_queue_length(occupancy.num_waiting)
+        self.running.set(occupancy.num_running)
+        self._kv_cache_usage.set(occupancy.kv_cache_usage)
+
+    def observe_non_finite(self) -> None:
+        """Count a request whose outputs were infinite or not a number."""
+        self.non_finite_outputs.inc()
+
+    def observe_restart(self) -> None:
+        """Count a scheduler whose loop ended unexpectedly and was started again."""
+        self.dispatch_restarts.inc()
+
+    def observe_failure(self) -> None:
+        """Count a call of this observer that failed."""
+        self.failures.inc()
 
     def observe_preemptions(self, num_sequences: int) -> None:
         """Count sequences whose blocks were given to others."""

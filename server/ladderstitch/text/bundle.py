@@ -5,29 +5,40 @@
     tokenizer.json        the tokenizer
     quality.json          optional: each path's next-token accuracy and perplexity
     *.safetensors         optional: the low-rank delta (LoRA) of a path
+    tokenizer_config.json, special_tokens_map.json
+                          optional: the special tokens that the chat template names
 
 No file is unpickled. A bundle that does not fit is rejected with the reason.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ladderstitch.bundles import LANGUAGE_FAMILY
+from ladderstitch.bundles.files import read_json, read_table, read_yaml, validate
 from ladderstitch.errors import BundleError, ConfigError
 from ladderstitch.runtime.low_bit import LowBitPrecision
 from ladderstitch.scheduling.profiles import QualityTable
+from ladderstitch.text.chat_template import ChatTemplate
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.weight_reader import SafetensorsFolder, check_delta, load_delta
 from ladderstitch.text.model.weights import check_weights, expected_shapes
 from ladderstitch.text.tokenizer import TextTokenizer
+
+log = logging.getLogger(__name__)
+
+SPECIAL_TOKEN_FILES = ("special_tokens_map.json", "tokenizer_config.json")
+"""Files of a checkpoint that name its special tokens; the second has priority."""
 
 
 class TextVariant(BaseModel):
@@ -63,6 +74,9 @@ class TextManifest(BaseModel):
     )
     end_tokens: tuple[int, ...] = Field((), description="tokens that end an answer")
     chat_template: str | None = Field(None, description="Jinja template of a conversation")
+    special_tokens: dict[str, str] = Field(
+        {}, description="special tokens by their names in the template: bos_token, eos_token, ..."
+    )
     origin: str = Field(description="source of the weights, for readers")
     licence: str
 
@@ -105,14 +119,15 @@ class TextBundle:
 
         Raises `BundleError` that names the file, the field, the expected and the actual value.
         """
-        try:
-            raw = yaml.safe_load((path / "model.yaml").read_text())
-            manifest = TextManifest.model_validate(raw)
-        except (OSError, yaml.YAMLError, ValidationError) as error:
-            raise BundleError(f"{path / 'model.yaml'}: {error}") from error
+        file = path / "model.yaml"
+        manifest = validate(file, TextManifest, read_yaml(file))
         quality = _read_quality(path / "quality.json", manifest) if calibrated else None
         bundle = cls(path, manifest, quality)
-        check_weights(bundle.weights(), manifest.config, shared_norm=bundle.shared_norm)
+        weights = bundle.weights()
+        check_weights(weights, manifest.config, shared_norm=bundle.shared_norm)
+        for name, stored in list(weights.renamed.items())[:1]:
+            count = len(weights.renamed)
+            log.info("%s: read %d tensors by other names: %s as %s", path, count, stored, name)
         shapes = expected_shapes(manifest.config, shared_norm=bundle.shared_norm)
         for variant in manifest.variants:
             if variant.delta is not None:
@@ -126,7 +141,7 @@ class TextBundle:
 
     def weights(self) -> SafetensorsFolder:
         """Return a reader for the weights; raises `BundleError` if a file is missing."""
-        return SafetensorsFolder(self.path)
+        return SafetensorsFolder(self.path, tied=self.manifest.config.tied_head)
 
     def delta_files(self) -> tuple[Path | None, ...]:
         """Return the delta file of each path, or an empty tuple if no path has one."""
@@ -159,17 +174,69 @@ class TextBundle:
         return replace(self, manifest=manifest, quality=quality)
 
     def tokenizer(self) -> TextTokenizer:
-        """Return the tokenizer.
+        """Return the tokenizer; raises `BundleError` if `tokenizer.json` is missing or damaged.
 
-        Raises `BundleError` if `tokenizer.json` is missing or has more tokens than the model.
+        Checkpoints may have fewer rows than the tokenizer has tokens: prompts with a token that has
+        no row are rejected.
         """
-        tokenizer = TextTokenizer.load(self.path / "tokenizer.json")
-        if tokenizer.size > self.manifest.config.vocab_size:
-            raise BundleError(
-                f"{self.path / 'tokenizer.json'}: expected at most "
-                f"{self.manifest.config.vocab_size} tokens, got {tokenizer.size}"
+        tokenizer, rows = (
+            TextTokenizer.load(self.path / "tokenizer.json"),
+            self.manifest.config.vocab_size,
+        )
+        if tokenizer.size > rows:
+            log.warning(
+                "%s: %d tokens, but the model has %d rows: prompts with the others are rejected",
+                self.path / "tokenizer.json",
+                tokenizer.size,
+                rows,
             )
         return tokenizer
+
+    def chat_template(self, tokenizer: TextTokenizer) -> ChatTemplate | None:
+        """Return the chat template, None without one; it is to be closed.
+
+        Raises `BundleError` if it is not valid, or if it renders no conversation.
+        """
+        if self.manifest.chat_template is None:
+            return None
+        special_tokens = self.special_tokens(tokenizer)
+        template = ChatTemplate(self.manifest.chat_template, tokenizer, special_tokens)
+        try:
+            template.check(self.manifest.config.vocab_size)
+        except BaseException as error:
+            template.close()
+            if isinstance(error, BundleError):
+                raise BundleError(f"{self.path / 'model.yaml'}: {error}") from error
+            raise
+        return template
+
+    def special_tokens(self, tokenizer: TextTokenizer) -> dict[str, str]:
+        """Return the special tokens that a chat template may name.
+
+        They are those of the manifest, of the checkpoint's own files if they were copied into the
+        bundle, or else the first end token and the token that begins every text. Raises
+        `BundleError` if a file is not valid.
+        """
+        found: dict[str, str | None] = {"bos_token": tokenizer.bos_token(self.manifest.end_tokens)}
+        if self.manifest.end_tokens:
+            found["eos_token"] = tokenizer.token(self.manifest.end_tokens[0])
+        for name in SPECIAL_TOKEN_FILES:
+            found |= _read_special_tokens(self.path / name)
+        found |= self.manifest.special_tokens
+        return {name: token for name, token in found.items() if token is not None}
+
+
+def _read_special_tokens(file: Path) -> dict[str, str | None]:
+    """Return the special tokens of a file of transformers, by name; none if it does not exist."""
+    if not file.exists():
+        return {}
+    try:
+        fields = json.loads(read_json(file))
+        named = {name: value for name, value in fields.items() if name.endswith("_token")}
+        texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BundleError(f"{file}: expected an object with special tokens: {error}") from error
+    return {k: v for k, v in texts.items() if v is None or isinstance(v, str)}
 
 
 def _read_quality(file: Path, manifest: TextManifest) -> QualityTable | None:
@@ -179,10 +246,7 @@ def _read_quality(file: Path, manifest: TextManifest) -> QualityTable | None:
     """
     if not file.exists() and len(manifest.variants) == 1:
         return None
-    try:
-        table = QualityTable.model_validate_json(file.read_text())
-    except (OSError, ValidationError) as error:
-        raise BundleError(f"{file}: {error}") from error
+    table = read_table(file, QualityTable)
     expected, got = set(range(len(manifest.variants))), set(table.variants)
     if got != expected:
         raise BundleError(f"{file}: expected paths {sorted(expected)}, got {sorted(got)}")

@@ -52,10 +52,15 @@ class SequenceInput:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass over sequences that all take the same path."""
+    """One forward pass over sequences that all take the same path.
+
+    `planned_s` is the time that it is expected to take, seconds; None: not known. The ranks do not
+    get it.
+    """
 
     inputs: tuple[SequenceInput, ...]
     path: int = 0
+    planned_s: float | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -97,11 +102,13 @@ class StepOutput:
     """The result of a step, in the order of its inputs.
 
     `best` has the most likely token of each sequence whose mode is `BEST`. `logits` [L, V] has the
-    L rows of the sequences whose mode is `LAST` or `ALL`.
+    L rows of the sequences whose mode is `LAST` or `ALL`. `non_finite` has the numbers of the
+    inputs of which a key, a value or a logit is infinite or NaN.
     """
 
     best: Tokens
     logits: Logits
+    non_finite: frozenset[int] = frozenset()
 
     @classmethod
     def merge(cls, parts: Sequence[tuple[dict[str, Any], bytes | memoryview]]) -> StepOutput:
@@ -115,7 +122,9 @@ class StepOutput:
         logits = [
             np.frombuffer(body, np.float32).reshape(header["shape"]) for header, body in parts
         ]
-        return cls(tokens[best, np.arange(tokens.shape[1])], np.concatenate(logits, axis=-1))
+        non_finite = frozenset(number for header in headers for number in header["non_finite"])
+        picked = tokens[best, np.arange(tokens.shape[1])]
+        return cls(picked, np.concatenate(logits, axis=-1), non_finite)
 
 
 def dense_step(
@@ -151,6 +160,7 @@ class Kind(IntEnum):
     FORWARD = 6  # group: the new tokens of a step
     LOGITS = 7  # rank: the best tokens and the logits of its part of the vocabulary
     FAILED = 8  # rank: the reason why the last request failed
+    PING = 9  # group: nothing; every rank replies with READY
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,18 +196,24 @@ def write_message(writer: asyncio.StreamWriter, message: Message) -> None:
     writer.write(message.frame() + message.body)
 
 
-async def read_message(reader: asyncio.StreamReader) -> Message:
-    """Wait for a message and return it; raises `EOFError` or `OSError` if the connection ends."""
-    kind, header_bytes, body_bytes = _unpack_frame(await reader.readexactly(FRAME.size))
+async def read_message(reader: asyncio.StreamReader, max_bytes: int = MAX_MESSAGE_BYTES) -> Message:
+    """Wait for a message and return it; raises `EOFError` or `OSError` if the connection ends.
+
+    Raises `EOFError`, too, if the header or the body is larger than `max_bytes`.
+    """
+    frame = await reader.readexactly(FRAME.size)
+    kind, header_bytes, body_bytes = _unpack_frame(frame, max_bytes)
     header = json.loads(await reader.readexactly(header_bytes)) if header_bytes else {}
     return Message(Kind(kind), header, await reader.readexactly(body_bytes))
 
 
-def _unpack_frame(frame: bytes | bytearray) -> tuple[int, int, int]:
+def _unpack_frame(
+    frame: bytes | bytearray, max_bytes: int = MAX_MESSAGE_BYTES
+) -> tuple[int, int, int]:
     kind, header_bytes, body_bytes = FRAME.unpack(frame)
     size = max(header_bytes, body_bytes)
-    if size > MAX_MESSAGE_BYTES:
-        raise EOFError(f"frame: expected at most {MAX_MESSAGE_BYTES} bytes, got {size}")
+    if size > max_bytes:
+        raise EOFError(f"frame: expected at most {max_bytes} bytes, got {size}")
     return kind, header_bytes, body_bytes
 
 

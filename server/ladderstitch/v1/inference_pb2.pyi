@@ -130,7 +130,10 @@ class InferRequest(_message.Message):
     request_id: _builtins.str
     """The caller's own id, at most 128 characters, repeated in the response; unset: none."""
     encoded_image: _builtins.bytes
-    """One image as the bytes of a PNG or JPEG file, by default at most 50 megapixels."""
+    """One image as the bytes of a PNG or JPEG file, by default at most 50 megapixels, 32 MiB and
+    64 scans. EXIF's orientation is applied, other metadata and further images are skipped. The
+    model's background, by default white, is behind transparent pixels.
+    """
     latency_budget_us: _builtins.int
     """Latency budget in microseconds from the arrival of the request, 1 to 3,600,000,000; unset: the
     gRPC deadline, metadata `x-latency-budget-ms` or the model's default, whichever is earliest.

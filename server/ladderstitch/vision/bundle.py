@@ -26,7 +26,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
@@ -34,13 +33,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ladderstitch.bundles import check_tensors, shapes_of
+from ladderstitch.bundles import MAX_LISTED, check_tensors, shapes_of
+from ladderstitch.bundles.files import check_safetensors, read_table, read_yaml, validate
 from ladderstitch.errors import BundleError
 from ladderstitch.scheduling.profiles import LatencyProfile, QualityTable
 from ladderstitch.vision.models.families import FamilyConfig
 from ladderstitch.vision.models.route import Precision, Stitch
 from ladderstitch.vision.models.stitched import StitchedModel
 
+MAX_SIZE = 1 << 20
+"""Largest number in the configuration of a network."""
+MAX_BLOCKS = 500
+"""Largest depth of a network, or of a stage of it, in blocks."""
+MAX_ENTRIES = 64
+"""Entries of a list in the configuration of a network: anchors, stages."""
+MAX_PAIRS = 4096
+"""Entries of a list of stitched pairs."""
 Table = TypeVar("Table", QualityTable, LatencyProfile)
 
 
@@ -62,6 +70,20 @@ class Preprocessing(BaseModel):
         description="side of the centred square that is kept, as a share of the shorter side; "
         "unset: the whole image is stretched to the model's size",
     )
+    background: Literal["white", "black", "mean"] = Field(
+        "white", description="colour behind transparent pixels; mean: the one of `mean`"
+    )
+
+    @property
+    def background_colour(self) -> tuple[int, int, int]:
+        """The colour behind transparent pixels, red, green and blue from 0 to 255."""
+        if self.background == "mean":
+            red, green, blue = (self.mean * 3)[:3]
+            shares = (red, green, blue)
+        else:
+            shares = (1.0,) * 3 if self.background == "white" else (0.0,) * 3
+        red, green, blue = (round(255 * min(max(share, 0.0), 1.0)) for share in shares)
+        return red, green, blue
 
     @model_validator(mode="after")
     def _check_channel_values(self) -> Preprocessing:
@@ -102,6 +124,13 @@ class VisionManifest(BaseModel):
             return fields | {"family": family, "config": {"family": family} | config}
         return fields
 
+    @field_validator("config", mode="before")
+    @classmethod
+    def _check_sizes(cls, config: Any) -> Any:
+        """Raise `ValueError` for sizes with which networks could not even be listed."""
+        check_sizes(config, "config")
+        return config
+
     @field_validator("precisions")
     @classmethod
     def _check_precisions(cls, precisions: tuple[Precision, ...]) -> tuple[Precision, ...]:
@@ -139,6 +168,26 @@ class VisionManifest(BaseModel):
         return self
 
 
+def check_sizes(value: Any, where: str) -> None:
+    """Raise `ValueError` if a number or a list in a configuration exceeds any real network.
+
+    `where` is the path of the value; numbers of blocks are under the names `depth` and `depths`.
+    """
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            check_sizes(inner, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        most = MAX_PAIRS if where.endswith("_pairs") else MAX_ENTRIES
+        if len(value) > most:
+            raise ValueError(f"{where}: expected at most {most} entries, got {len(value)}")
+        for inner in value:
+            check_sizes(inner, where)
+    elif isinstance(value, int | float):
+        most = MAX_BLOCKS if where.endswith((".depth", ".depths")) else MAX_SIZE
+        if not -most <= value <= most:
+            raise ValueError(f"{where}: expected at most {most}, got {value}")
+
+
 @dataclass(frozen=True, slots=True)
 class VisionBundle:
     """The manifest and the measurements of a bundle; `load_model` reads the weights."""
@@ -154,17 +203,14 @@ class VisionBundle:
 
         Raises `BundleError` with the file, the field, the expected and the actual value.
         """
-        try:
-            raw = yaml.safe_load((path / "model.yaml").read_text())
-            manifest = VisionManifest.model_validate(raw)
-        except (OSError, yaml.YAMLError, ValidationError) as error:
-            raise BundleError(f"{path / 'model.yaml'}: {error}") from error
+        file = path / "model.yaml"
+        manifest = validate(file, VisionManifest, read_yaml(file))
         quality = _read_table(path / "quality.json", QualityTable)
         latency = _read_table(path / "latency.json", LatencyProfile)
         known = {variant.id for variant in manifest.variants()}
         for name, table in (("quality", quality), ("latency", latency)):
             if table is not None and (unknown := table.variants.keys() - known):
-                raise BundleError(f"{path / name}.json: unknown variants {sorted(unknown)}")
+                raise BundleError(f"{path / name}.json: {describe_unknown(unknown)}")
         bundle = cls(path, manifest, quality, latency)
         if "int8" in manifest.precisions and not any(bundle.int8_folder.glob("*.onnx")):
             raise BundleError(f"{bundle.int8_folder}: expected graphs, got none")
@@ -177,6 +223,7 @@ class VisionBundle:
         cannot be read, or if a tensor is missing, unknown or has another shape.
         """
         weights = self.weights_path
+        check_safetensors(weights)
         try:
             tensors = load_file(weights)
         except (OSError, SafetensorError) as error:
@@ -260,9 +307,11 @@ def write_table(path: Path, table: QualityTable | LatencyProfile) -> None:
 
 def _read_table(path: Path, kind: type[Table]) -> Table | None:
     """Return the table in the file, or None if the file does not exist."""
-    if not path.exists():
-        return None
-    try:
-        return kind.model_validate_json(path.read_text())
-    except (OSError, ValidationError) as error:
-        raise BundleError(f"{path}: {error}") from error
+    return read_table(path, kind) if path.exists() else None
+
+
+def describe_unknown(variants: Collection[int]) -> str:
+    """Return the message about variants that a table has and the model lacks."""
+    more = len(variants) - MAX_LISTED
+    suffix = f" and {more} more" if more > 0 else ""
+    return f"unknown variants {sorted(variants)[:MAX_LISTED]}{suffix}"

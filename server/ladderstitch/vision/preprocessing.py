@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
-import asyncio
-import io
 import math
-import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ladderstitch.errors import InvalidArgument
 from ladderstitch.scheduling.requests import Pixels
-from ladderstitch.security.listen_config import MAX_IMAGE_PIXELS
+from ladderstitch.security.listen_config import (
+    IMAGE_DECODE_TIMEOUT_S,
+    IMAGE_DECODERS,
+    MAX_IMAGE_MB,
+    MAX_IMAGE_PIXELS,
+)
 from ladderstitch.vision.bundle import Preprocessing
+from ladderstitch.vision.images.decode import InputFormat, decode
+from ladderstitch.vision.images.formats import ImageRejected, TooManySegments, read_headers
+from ladderstitch.vision.images.pool import DecoderPool
 
-MAX_INLINE_PIXELS = 256 * 256
-"""Larger images are decoded in a thread, so that they do not block the event loop."""
+MAX_INLINE_COST = 1 << 17
+"""Images that cost more, over about 1 ms, are decoded in processes, not on the event loop."""
+MAX_INLINE_BYTES, MAX_INLINE_SEGMENTS = 32_768, 64
+"""Limits of the headers that are read on the event loop."""
 ITEM_BYTES = {"UINT8": 1, "FP32": 4}
-
-_decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
 
 
 class ImageReader:
     """The preprocessing of one model.
 
-    `max_pixels` is checked against a file's header, before anything is decoded.
+    `max_pixels` and `max_bytes` are limits of an encoded image, `decoders` is the number of
+    processes that decode concurrently for each range of costs, and `decode_timeout_s` the limit of
+    one image. Processes start when they are first needed; `close` ends them.
     """
 
-    def __init__(self, preprocessing: Preprocessing, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
-        self.max_pixels = max_pixels
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        max_pixels: int = MAX_IMAGE_PIXELS,
+        *,
+        max_bytes: int = MAX_IMAGE_MB << 20,
+        decoders: int = IMAGE_DECODERS,
+        decode_timeout_s: float = IMAGE_DECODE_TIMEOUT_S,
+    ) -> None:
+        self.max_pixels, self.max_bytes = max_pixels, max_bytes
         self.shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
-        self.mode = "L" if preprocessing.channels == 1 else "RGB"
-        self.resample = Image.Resampling[preprocessing.resize.upper()]
-        self.crop = preprocessing.crop
+        self.target = InputFormat(
+            channels=preprocessing.channels,
+            height=preprocessing.height,
+            width=preprocessing.width,
+            resize=preprocessing.resize,
+            crop=preprocessing.crop,
+            background=preprocessing.background_colour,
+        )
         std = np.asarray(preprocessing.std, np.float32)
         mean = np.asarray(preprocessing.mean, np.float32)
         self.scale = (1 / (255 * std)).reshape(-1, 1, 1)
         self.shift = (-mean / std).reshape(-1, 1, 1)
+        self._pool = DecoderPool(self.target, max_pixels, decoders, decode_timeout_s)
 
     def normalise(self, pixels: NDArray[np.uint8]) -> Pixels:
         """Return (pixel / 255 - mean) / std in float32 of uint8 pixels [B, C, H, W]."""
@@ -76,64 +95,40 @@ class ImageReader:
     async def read_encoded(self, field: str, data: bytes) -> Pixels:
         """Return one model input [1, C, H, W] from the bytes of a PNG or JPEG file.
 
-        Raises `InvalidArgument` for a file of another format, a broken file, and a file of more
-        than `max_pixels` pixels.
+        Cheap images are decoded at once, others in processes. Raises `InvalidArgument` for a file
+        of another format, a broken file, and a file that exceeds a limit, and `Overloaded` if too
+        many images wait.
         """
         if not data:
             raise InvalidArgument(field, "expected the bytes of a PNG or JPEG file, got none")
+        self.check_bytes(field, len(data))
         try:
-            with warnings.catch_warnings():
-                # Pillow's own limit is a global variable; `max_pixels` is checked below.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-            raise InvalidArgument(
-                field, f"expected a PNG or JPEG file: {_first_line(error)}"
-            ) from error
-        except Image.DecompressionBombError as error:
-            raise InvalidArgument(
-                field, f"expected at most {self.max_pixels} pixels: {error}"
-            ) from error
-        pixels = image.width * image.height
-        if pixels > self.max_pixels:
-            raise InvalidArgument(
-                field,
-                f"expected at most {self.max_pixels} pixels, got {image.width} x {image.height}",
-            )
-        if pixels <= MAX_INLINE_PIXELS:
-            return self._decode(field, image)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(_decoders, self._decode, field, image)
-
-    def _decode(self, field: str, image: Image.Image) -> Pixels:
-        """Decode, rotate as EXIF says, convert, crop, resize and normalise one image."""
-        _, height, width = self.shape
-        try:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits per channel
-                upright = upright.point(lambda value: value * (1 / 256))
-            converted = upright.convert(self.mode)
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise InvalidArgument(
-                field, f"expected a readable image: {_first_line(error)}"
-            ) from error
-        box = None if self.crop is None else centred_square(converted.size, self.crop)
-        if converted.size != (width, height) or box is not None:
-            converted = converted.resize((width, height), self.resample, box)
-        array = np.asarray(converted, np.uint8).reshape(height, width, -1)
+            pixels = self._decode_cheap(data)
+            if pixels is None:
+                pixels = await self._pool.decode(data, max(len(data), MAX_INLINE_COST))
+        except ImageRejected as error:
+            raise InvalidArgument(field, str(error)) from error
+        channels, height, width = self.shape
+        array = np.frombuffer(pixels, np.uint8).reshape(height, width, channels)
         return self.normalise(np.ascontiguousarray(array.transpose(2, 0, 1))[None])
 
+    def check_bytes(self, field: str, num_bytes: int) -> None:
+        """Raise `InvalidArgument` if an encoded image of `num_bytes` is larger than the limit."""
+        if num_bytes > self.max_bytes:
+            raise InvalidArgument(
+                field, f"expected at most {self.max_bytes} bytes, got {num_bytes}"
+            )
 
-def centred_square(size: tuple[int, int], share: float) -> tuple[float, float, float, float]:
-    """Return the left, upper, right and lower edges in pixels of the centred square.
+    def _decode_cheap(self, data: bytes) -> bytes | None:
+        """Return the pixels of an image whose headers bound the cost, or None for other images."""
+        if len(data) > MAX_INLINE_BYTES:
+            return None
+        try:
+            image = read_headers(data, self.max_pixels, MAX_INLINE_SEGMENTS)
+        except TooManySegments:
+            return None
+        return decode(image, self.target) if image.cost <= MAX_INLINE_COST else None
 
-    Its side is `share` times the shorter side of the image, whose `size` is (width, height).
-    """
-    side = share * min(size)
-    left, upper = (size[0] - side) / 2, (size[1] - side) / 2
-    return left, upper, left + side, upper + side
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of the error's text, at most 200 characters."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    def close(self) -> None:
+        """End the processes that decode images; no file may be read afterwards."""
+        self._pool.close()

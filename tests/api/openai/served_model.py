@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from ladderstitch.hosting.registry import ModelRegistry, TextModel
 from ladderstitch.security.tokens import RateLimiter, TokenFile
 from ladderstitch.telemetry.model_metrics import TextMetrics
 from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.chat_template import ChatTemplate
 from tests.support.language_models import write_tiny
 from tests.text.scheduler.stepped_group import SteppedScheduler
 
@@ -34,6 +37,16 @@ def write_chat_bundle(folder: Path) -> TextBundle:
     return TextBundle.load(path)
 
 
+@functools.cache
+def chat_template_of(path: Path) -> ChatTemplate | None:
+    """Return the chat template of a bundle; its process serves all tests."""
+    bundle = TextBundle.load(path)
+    template = bundle.chat_template(bundle.tokenizer())
+    if template is not None:
+        atexit.register(template.close)
+    return template
+
+
 class ServedModel:
     """A scheduler on a stepped group, behind the application, for callers with one token."""
 
@@ -46,7 +59,8 @@ class ServedModel:
         self.counter = self.scheduler.counter
         self.registry = ModelRegistry("r", ready=True)
         metrics = cast("TextMetrics", self.counter)
-        self.registry.add(TextModel(bundle, self.scheduler, metrics, max_prompt_tokens=100))
+        model = TextModel(bundle, self.scheduler, metrics, 100, chat_template_of(bundle.path))
+        self.registry.add(model)
         self.app = create_app(self.registry, self.auth, 1 << 20)
 
     @property
@@ -80,6 +94,7 @@ class AsgiCall:
     """One request to an ASGI application by a client that disconnects when the test says so."""
 
     def __init__(self, chat: bool, *, spec_version: str = "2.3", **fields: Any) -> None:
+        body = request_body(chat, **fields)
         self.scope: dict[str, Any] = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": spec_version},
@@ -89,11 +104,12 @@ class AsgiCall:
             "headers": [
                 (b"authorization", f"Bearer {SECRET}".encode()),
                 (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
             ],
         }
         self.disconnected = asyncio.Event()
         self.sent: list[Message] = []
-        self._body: bytes | None = request_body(chat, **fields)
+        self._body: bytes | None = body
 
     async def run(self, served: ServedModel, on_send: Callable[[Message], Any]) -> None:
         """Run the application; `on_send` gets every message and may return an awaitable."""

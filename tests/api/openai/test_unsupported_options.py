@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ladderstitch.api.openai.requests import UNSUPPORTED
+from ladderstitch.api.openai.options import HARMLESS, UNSUPPORTED
+from ladderstitch.api.openai.requests import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    StreamOptions,
+)
+from ladderstitch.scheduling.requests import GREEDY, Sampling
 from ladderstitch.text.bundle import TextBundle
 from tests.api.openai.served_model import AsgiCall, ServedModel, write_chat_bundle
 
@@ -79,6 +88,79 @@ WRONG: dict[str, Any] = {
     "kv_transfer_params": {"x": 1},
     "ec_transfer_params": {"x": 1},
     "vllm_xargs": {"x": 1},
+    "guided_json_object": True,
+    "regex": "a+",
+    "ebnf": "root ::= 'a'",
+    "grammar": "root ::= 'a'",
+    "json_schema": "{}",
+    "stop_regex": ["a"],
+    "stop_sequences": ["a"],
+    "stop_strings": ["a"],
+    "eos_token_id": 65,
+    "end_id": 65,
+    "no_stop_trim": True,
+    "do_sample": False,
+    "num_beams": 2,
+    "beam_width": 2,
+    "num_return_sequences": 2,
+    "early_stopping": True,
+    "diversity_penalty": 0.5,
+    "exponential_decay_length_penalty": [1, 1.1],
+    "no_repeat_ngram_size": 2,
+    "encoder_repetition_penalty": 1.1,
+    "repeat_penalty": 1.1,
+    "top_a": 0.1,
+    "tfs_z": 0.9,
+    "epsilon_cutoff": 0.1,
+    "eta_cutoff": 0.1,
+    "penalty_alpha": 0.5,
+    "guidance_scale": 2,
+    "mirostat": 2,
+    "mirostat_mode": 2,
+    "dynatemp_range": 0.5,
+    "dry_multiplier": 0.8,
+    "xtc_probability": 0.5,
+    "smoothing_factor": 0.3,
+    "top_p_decay": 0.9,
+    "top_p_min": 0.1,
+    "sampling_seed": 1,
+    "random_seed": 1,
+    "samplers": ["top_k"],
+    "bad_words_ids": [[65]],
+    "suppress_tokens": [65],
+    "begin_suppress_tokens": [65],
+    "sequence_bias": [[[65], 1.0]],
+    "custom_logit_processor": "x",
+    "max_new_tokens": 5,
+    "max_length": 5,
+    "max_output_tokens": 5,
+    "n_predict": 5,
+    "num_predict": 5,
+    "min_new_tokens": 5,
+    "min_length": 5,
+    "n_probs": 5,
+    "top_n_tokens": 5,
+    "return_full_text": True,
+    "decoder_input_details": True,
+    "return_hidden_states": True,
+    "detokenize": False,
+    "truncate": 5,
+    "truncation": "auto",
+    "input_ids": [65],
+    "system": "x",
+    "instructions": "x",
+    "options": {"num_ctx": 5},
+    "tool_prompt": "x",
+    "transforms": ["middle-out"],
+    "adapter_id": "x",
+    "lora_path": "x",
+    "lora_request": {"name": "x"},
+    "session_params": {"id": "x"},
+    "disaggregated_params": {"x": 1},
+    "enable_thinking": False,
+    "thinking": {"type": "enabled"},
+    "thinking_budget": 5,
+    "reasoning": {"effort": "high"},
     "messages.tool_calls": [{"id": "x"}],
     "messages.tool_call_id": "x",
     "messages.function_call": {"name": "f"},
@@ -88,6 +170,7 @@ WRONG: dict[str, Any] = {
 SUPPORTED_IN_CHATS = {"max_completion_tokens", "top_logprobs"}
 OPPOSITE_IN_CHATS = "add_special_tokens"
 """An option whose default is true for completions and false for chats."""
+DOCS = Path(__file__).parents[3] / "docs" / "text.md"
 CASES = [(False, option) for option in WRONG if not option.startswith("messages.")]
 CASES += [(True, option) for option in WRONG if option not in SUPPORTED_IN_CHATS]
 
@@ -132,34 +215,109 @@ async def test_unsupported_option_is_rejected_by_name(
     assert answer["error"]["code"] == "INVALID_ARGUMENT"
 
 
-@pytest.mark.parametrize(("chat", "option"), CASES)
-async def test_neutral_values_and_null_are_accepted(
-    bundle: TextBundle, chat: bool, option: str
-) -> None:
-    for value in (None, *UNSUPPORTED[option]):
-        if chat and option == OPPOSITE_IN_CHATS and value:
-            value = False
-        status, answer = await ask(bundle, chat, **fields_of(option, value))
+@pytest.mark.parametrize("chat", [False, True])
+async def test_neutral_values_and_null_are_accepted(bundle: TextBundle, chat: bool) -> None:
+    """All options at once: an error would name the one that it is about."""
+    names = [option for is_chat, option in CASES if is_chat == chat]
+    most = max(len(UNSUPPORTED[name]) for name in names)
+    for number in range(-1, most):
+        body: dict[str, Any] = {}
+        for name in names:
+            neutral = [None, *UNSUPPORTED[name]][: number + 2][-1]
+            if (chat, name) == (True, OPPOSITE_IN_CHATS) and neutral:
+                neutral = False
+            fields = fields_of(name, neutral)
+            if "messages" in fields and "messages" in body:
+                body["messages"][0] |= fields["messages"][0]
+            else:
+                body |= fields
+        status, answer = await ask(bundle, chat, **body)
         assert (status, answer.get("error")) == (200, None)
         assert answer["usage"]["completion_tokens"] == 2
 
 
 @pytest.mark.parametrize("chat", [False, True])
-async def test_null_and_default_of_supported_fields_are_accepted(
+async def test_null_is_as_if_every_optional_field_was_absent(
     bundle: TextBundle, chat: bool
 ) -> None:
-    names = ("stream", "stream_options", "logprobs", "temperature", "top_k", "top_p", "seed")
-    nulls: dict[str, Any] = dict.fromkeys((*names, "stop", "variant_id"))
-    assert (await ask(bundle, chat, **nulls))[0] == 200
-    defaults = {"top_k": -1, "top_p": 1, "stop": [], "stream": False}
-    assert (await ask(bundle, chat, **defaults))[0] == 200
-    usage_null = {"stream_options": {"include_usage": None}}
-    assert (await ask(bundle, chat, **usage_null))[0] == 200
+    fields = (ChatRequest if chat else CompletionRequest).model_fields
+    optional = [name for name, field in fields.items() if not field.is_required()]
+    assert {"min_quality", "stream", "logprobs", "stop", "max_tokens"} <= {*optional}
+    default = await ask(bundle, chat)
+    for name in optional:
+        status, answer = await ask(bundle, chat, **{name: None})
+        assert (status, answer.get("error")) == (200, None), name
+    nulls: dict[str, Any] = dict.fromkeys((*optional, *UNSUPPORTED, *HARMLESS, "unknown"))
+    status, answer = await ask(bundle, chat, **nulls | {"max_tokens": 2, "temperature": 0})
+    assert status == 200
+    assert answer["choices"] == default[1]["choices"]
+    inner = {"include_usage": None, "include_obfuscation": None, "unknown": None}
+    assert (await ask(bundle, chat, stream_options=inner))[0] == 200
+
+
+async def test_null_fields_of_a_message_are_as_if_absent(bundle: TextBundle) -> None:
+    names = [*ChatMessage.model_fields, "name", "refusal", "tool_calls", "tool_call_id"]
+    nulls = dict.fromkeys(names) | {"role": "assistant"}
+    parts = [{"type": "text", "text": None}, {"type": "text", "text": "x"}]
+    messages = [{"role": "user", "content": parts}, nulls]
+    status, answer = await ask(bundle, True, messages=messages)
+    assert status == 200
+    assert answer["usage"]["prompt_tokens"] == 1
+
+
+@pytest.mark.parametrize("chat", [False, True])
+async def test_values_of_other_servers_mean_the_same(bundle: TextBundle, chat: bool) -> None:
+    for fields in (
+        {"top_p": 0},
+        {"top_p": 0.0, "temperature": 1.5, "seed": 3},
+        {"top_k": -1},
+        {"top_k": 0},
+        {"seed": -1},
+        {"seed": -1, "top_p": 0, "top_k": -1, "temperature": 2},
+        {"seed": 2**63},
+        {"top_p": 1, "stop": [], "stream": False},
+    ):
+        assert (await ask(bundle, chat, **fields))[0] == 200, fields
+    for wrong in ({"top_p": -0.1}, {"top_p": 1.1}, {"top_k": -2}, {"seed": -2}):
+        status, answer = await ask(bundle, chat, **wrong)
+        assert (status, answer["error"]["param"]) == (400, *wrong)
+    status, answer = await ask(bundle, chat, top_p=0, temperature=-1)
+    assert (status, answer["error"]["param"]) == (400, "temperature")
+
+
+def test_top_p_of_zero_is_greedy_and_seed_of_minus_one_random() -> None:
+    def sampling(**fields: Any) -> Sampling:
+        return CompletionRequest(model="m", prompt="x", **fields).sampling()
+
+    assert sampling(top_p=0, temperature=2, seed=5) == GREEDY
+    assert sampling(seed=-1).seed is None
+    assert sampling(top_k=-1).top_k == 0
+    assert sampling(seed=0).seed == 0
 
 
 @pytest.mark.parametrize("chat", [False, True])
 async def test_fields_that_change_no_answer_are_ignored(bundle: TextBundle, chat: bool) -> None:
-    ignored = {"user": "x", "metadata": {"a": "b"}, "store": True, "something_new": 3}
-    status, answer = await ask(bundle, chat, **ignored)
-    assert status == 200
-    assert answer["usage"]["completion_tokens"] == 2
+    default = await ask(bundle, chat)
+    for name in (*HARMLESS, "something_new"):
+        for value in ("x", {"a": "b"}, True, [1]):
+            if isinstance(value, str) and name != "user":
+                continue
+            status, answer = await ask(bundle, chat, **fields_of(name, value))
+            assert (status, answer["choices"]) == (200, default[1]["choices"]), name
+
+
+def options_in_docs(treatment: str) -> set[str]:
+    """Return the options of a row of the table in the documentation."""
+    row = next(line for line in DOCS.read_text().splitlines() if line.startswith(f"| {treatment}"))
+    return set(re.findall(r"`([^`]+)`", row))
+
+
+def test_table_of_options_in_the_documentation_is_complete() -> None:
+    honoured = {*CompletionRequest.model_fields, *ChatRequest.model_fields}
+    honoured |= {f"stream_options.{name}" for name in StreamOptions.model_fields}
+    honoured |= {f"messages.{name}" for name in ChatMessage.model_fields} | {"messages.name"}
+    honoured -= {"stream_options", "messages", OPPOSITE_IN_CHATS}
+    assert options_in_docs("honoured") == honoured
+    assert options_in_docs("ignored") == HARMLESS
+    assert options_in_docs("refused") == set(UNSUPPORTED)
+    assert not HARMLESS & set(UNSUPPORTED)

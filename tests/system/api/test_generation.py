@@ -398,7 +398,7 @@ def test_tritonclient_streams_tokens_unmodified(server: RunningServer, bundle: T
         ({"name": "images", "datatype": "BYTES", "shape": [1]}, {}, "inputs"),
         ({"name": "text_input", "datatype": "FP32", "shape": [1]}, {}, "text_input"),
         ({"name": "text_input", "datatype": "BYTES", "shape": [2]}, {}, "text_input"),
-        ({"name": "text_input", "datatype": "BYTES", "shape": [1]}, {"wrong": 1}, "parameters"),
+        ({"name": "text_input", "datatype": "BYTES", "shape": [1]}, {"max_token": 1}, "parameters"),
         (
             {"name": "text_input", "datatype": "BYTES", "shape": [1]},
             {"max_tokens": 0},

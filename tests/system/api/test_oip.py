@@ -52,6 +52,19 @@ def test_tritonclient_works_unmodified(server: RunningServer) -> None:
         "StatusCode.FAILED_PRECONDITION",
     )
     assert seen["bad_parameter"][0] == "StatusCode.INVALID_ARGUMENT"
+    assert "did you mean 'min_quality'?" in seen["bad_parameter"][1]
+    assert seen["own_parameter"] == ["OK", ""]
+    for row, classes in zip(seen["logits"], seen["classes"], strict=True):
+        values = [float(value.split(":")[0]) for value in classes]
+        assert values == pytest.approx(sorted(row, reverse=True)[:3], abs=1e-4)
+        best = ("ankle", "bag", "coat", "dress")[int(np.argmax(row))]
+        assert classes[0].endswith(f":{int(np.argmax(row))}:{best}")
+    assert seen["shared_memory"][0] == "StatusCode.INVALID_ARGUMENT"
+    assert "shared_memory_region" in seen["shared_memory"][1]
+    assert seen["regions"] == {}
+    assert seen["trace"]["settings"]["trace_level"] == {"value": ["OFF"]}
+    assert seen["log"]["settings"]["log_error"] == {"bool_param": True}
+    assert seen["other_version_ready"] is False
     (statistics,) = seen["statistics"]["model_stats"]
     assert int(statistics["inference_count"]) >= 6
     assert int(statistics["inference_stats"]["success"]["count"]) >= 3

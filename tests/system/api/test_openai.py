@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -20,9 +25,17 @@ from tests.support.language_models import greedy, write_tiny
 from tests.support.servers import RunningServer, start_server, stop_server
 
 PROMPT = "a prompt of bytes"
+FAULTS = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "text": "{{ m['content'] * 10**9 }}",
+    "division": "{{ 1 / (m['content'] | length - 8) }}",
+    "index": "{{ m['content'].split('x')[7].strip() }}",
+}
+"""What the template does for messages with these contents."""
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'robot' %}{{ raise_exception('no robots') }}"
-    "{% endif %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
+    + "".join("{% elif m['content'] == '" + name + "' %}" + do for name, do in FAULTS.items())
+    + "{% endif %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
 )
 BEARER = "Bearer user-secret-16-letters"
 HEAD = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: {BEARER}\r\n".encode()
@@ -212,8 +225,8 @@ def test_completion_stream_ends_at_its_hard_deadline(client: openai.OpenAI) -> N
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 10_000}, "max_tokens"),
         ({"temperature": -1}, "temperature"),
-        ({"top_p": 0}, "top_p"),
-        ({"seed": -1}, "seed"),
+        ({"top_p": -1}, "top_p"),
+        ({"seed": -2}, "seed"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": [300]}, "prompt"),
@@ -255,6 +268,54 @@ def test_chat_invalid_request_is_rejected(client: openai.OpenAI) -> None:
             ask([{"role": "user", "content": "x"}], **{most: 0})
     with pytest.raises(openai.BadRequestError, match="logprobs to be true"):
         ask([{"role": "user", "content": "x"}], top_logprobs=2)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_chat_whose_template_fails_is_rejected(client: openai.OpenAI, fault: str) -> None:
+    """Another caller's chat is answered meanwhile."""
+
+    def ask(content: str) -> Any:
+        messages: list[Any] = [{"role": "user", "content": content}]
+        return client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=3, temperature=0
+        )
+
+    expected = ask("hello").choices
+    with ThreadPoolExecutor(1) as thread:
+        failing = thread.submit(ask, fault)
+        assert client.completions.create(model="tiny", prompt=PROMPT, max_tokens=3).choices
+        with pytest.raises(openai.BadRequestError, match="messages: "):
+            failing.result()
+    assert ask("hello").choices == expected
+
+
+def test_control_tokens_in_a_message_are_text(client: openai.OpenAI) -> None:
+    def prompt_tokens(content: str, **more: Any) -> int:
+        messages: list[Any] = [{"role": "user", "content": content}]
+        answer = client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=1, extra_body=more
+        )
+        assert answer.usage is not None
+        return answer.usage.prompt_tokens
+
+    assert prompt_tokens("a<end>b") == prompt_tokens("a<fin>b")
+    assert prompt_tokens("a<end>b", allow_control_tokens=True) == prompt_tokens("a.b")
+
+
+def test_template_that_cannot_work_is_refused_at_start(tmp_path: Path) -> None:
+    bundle = write_tiny(tmp_path / "tiny")
+    manifest = yaml.safe_load((bundle / "model.yaml").read_text())
+    template = "{% for m in messages %}{{ no_such_function(m) }}{% endfor %}"
+    (bundle / "model.yaml").write_text(yaml.safe_dump(manifest | {"chat_template": template}))
+    command = [sys.executable, "-m", "ladderstitch", "serve", "--no-ray", "--bundle", str(bundle)]
+    command += ["--port", "0", "--metrics-port", "0"]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "500"}, check=False
+    )
+    assert ended.returncode == 2
+    assert "chat_template: " in ended.stderr
+    assert "no_such_function" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_models_are_listed_and_described(client: openai.OpenAI) -> None:

@@ -63,7 +63,24 @@ def probe(address: str) -> dict[str, object]:
 
     seen["hard"] = failure(timeout=10)
     seen["client_timeout"] = failure(client_timeout=-1.0)
-    seen["bad_parameter"] = failure(parameters={"wrong": 1})
+    seen["bad_parameter"] = failure(parameters={"min_qualty": 1})
+    seen["own_parameter"] = failure(
+        parameters={"customer": "a"}, sequence_id=7, sequence_start=True
+    )
+    best = triton.InferRequestedOutput("logits", class_count=3)
+    seen["classes"] = [
+        [value.decode() for value in row]
+        for row in client.infer(
+            "tiny", [tensor], outputs=[best], parameters={"variant_id": 5}
+        ).as_numpy("logits")
+    ]
+    shared = triton.InferRequestedOutput("logits")
+    shared.set_shared_memory("region", 1000)
+    seen["shared_memory"] = failure(outputs=[shared])
+    seen["regions"] = client.get_system_shared_memory_status(as_json=True)
+    seen["trace"] = client.get_trace_settings(as_json=True)
+    seen["log"] = client.get_log_settings(as_json=True)
+    seen["other_version_ready"] = client.is_model_ready("tiny", "7")
     seen["statistics"] = client.get_inference_statistics("tiny", as_json=True)
     client.close()
     return seen

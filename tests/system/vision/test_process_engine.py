@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 from collections.abc import AsyncIterator
 
 import numpy as np
@@ -14,8 +15,12 @@ import torch
 from ladderstitch.errors import ConfigError, InternalError
 from ladderstitch.runtime.device import resolve_device, resolve_dtype
 from ladderstitch.vision.bundle import VisionBundle
+from ladderstitch.vision.engine import process
 from ladderstitch.vision.engine.base import EngineConfig, EngineDied
 from ladderstitch.vision.engine.process import ProcessEngine
+
+LIMIT_S = 300.0
+"""Guards against hanging only."""
 
 
 def worker_config(bundle: VisionBundle, **changes: object) -> EngineConfig:
@@ -87,6 +92,62 @@ async def test_killed_worker_is_respawned(engine: ProcessEngine) -> None:
     assert engine.ready
     assert engine.worker_pid != pid
     assert engine.restarts == 1
+
+
+async def test_stopped_worker_is_replaced(
+    engine: ProcessEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "LOST_BEATS", 6)
+    pid = engine.worker_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    batch = asyncio.create_task(engine.forward([images(1)], 0))
+    async with asyncio.timeout(LIMIT_S):
+        while engine.ready:  # noqa: ASYNC110 # the engine has no event for it
+            await asyncio.sleep(0.05)
+        with pytest.raises(EngineDied):
+            await batch
+        assert (await engine.forward([images(1)], 0)).logits.shape == (1, 4)
+    assert engine.worker_pid != pid
+    assert engine.restarts == 1
+
+
+async def test_respawn_that_fails_is_tried_again(
+    engine: ProcessEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process, "FIRST_BACKOFF_S", 0.01)
+    start, failures = subprocess.Popen, iter([OSError(24, "Too many open files"), MemoryError()])
+
+    def start_later(*args: object, **fields: object) -> object:
+        if error := next(failures, None):
+            raise error
+        return start(*args, **fields)  # type: ignore[call-overload] # passed through
+
+    monkeypatch.setattr(process.subprocess, "Popen", start_later)
+    assert engine.worker_pid is not None
+    os.kill(engine.worker_pid, signal.SIGKILL)
+    async with asyncio.timeout(LIMIT_S):
+        while engine.ready:  # noqa: ASYNC110 # the engine has no event for it
+            await asyncio.sleep(0.01)
+        assert (await engine.forward([images(1)], 0)).logits.shape == (1, 4)
+    assert caplog.text.count("no worker can be started") == 2
+
+
+async def test_cancelled_batch_does_not_answer_the_next(
+    engine: ProcessEngine, tiny_bundle: VisionBundle
+) -> None:
+    assert engine.worker_pid is not None
+    os.kill(engine.worker_pid, signal.SIGSTOP)  # guarantees that the batch is in flight
+    given_up = asyncio.create_task(engine.forward([images(2, 1)], 0))
+    await asyncio.sleep(0)
+    given_up.cancel()
+    later = asyncio.create_task(engine.forward([images(2, 2)], 5))
+    await asyncio.sleep(0.05)
+    os.kill(engine.worker_pid, signal.SIGCONT)
+    result = await asyncio.wait_for(later, LIMIT_S)
+    with torch.inference_mode():
+        expected = tiny_bundle.load_model()(torch.from_numpy(images(2, 2)), 5).numpy()
+    np.testing.assert_allclose(result.logits, expected, atol=1e-5)
 
 
 async def test_close_stops_worker_process(tiny_bundle: VisionBundle) -> None:

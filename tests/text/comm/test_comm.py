@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from ladderstitch.errors import ConfigError
 from ladderstitch.text.comm import shared_memory
 from ladderstitch.text.comm.base import Communicator, PeerLost
 from ladderstitch.text.comm.shared_memory import (
@@ -128,6 +133,26 @@ def test_partials_beyond_the_socket_buffers_do_not_block(create: CreateComms) ->
     close_all(comms)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_memory_left_by_others_changes_no_sum(dtype: torch.dtype) -> None:
+    """Slots hold the partials of earlier passes, of other shapes, which may be NaN."""
+    comms = shared_memory_comms(2)
+    for comm in comms:
+        assert isinstance(comm, SharedMemoryCommunicator)
+        for slot in (slot for slots in comm._slots for slot in slots):
+            slot.fill_(0xFF)  # NaN in every format
+    for size in (5, 900, 1, 33, 2, 7):
+        works = [
+            lambda comm=comm, size=size: comm.wait(  # type: ignore[misc]
+                comm.all_reduce_async(torch.full((size,), comm.rank + 1.0, dtype=dtype))
+            )
+            for comm in comms
+        ]
+        for total in run_in_threads(works):
+            assert torch.equal(total, torch.full((size,), 3.0, dtype=dtype))
+    close_all(comms)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_partials_are_summed_in_float32(dtype: torch.dtype) -> None:
     values = [torch.tensor([v], dtype=dtype) for v in (1.0, 2**-8, 2**-8, 2**-8)]
@@ -192,3 +217,69 @@ def test_partial_larger_than_a_slot_raises() -> None:
     (comm, _) = shared_memory_comms(2)
     with pytest.raises(ValueError, match="partial: expected at most 4096 bytes, got 8192"):
         comm.all_reduce_async(torch.ones(2048))
+
+
+@pytest.fixture
+def full_folders(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
+    """Return a set of folders in which no file has room; it is empty at first."""
+    full: set[Path] = set()
+    reserve = os.posix_fallocate
+
+    def fail(descriptor: int, offset: int, size: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).parent in full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        reserve(descriptor, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    return full
+
+
+def files_of(folder: Path) -> set[Path]:
+    return set(folder.glob("ladderstitch-*"))
+
+
+@pytest.mark.parametrize("case", ["full", "missing"])
+def test_region_without_shared_memory_is_a_file(
+    full_folders: set[Path],
+    case: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if case == "missing":
+        monkeypatch.setattr(shared_memory, "FOLDER", tmp_path / "shm")
+    else:
+        full_folders.add(shared_memory.FOLDER)
+    before = files_of(shared_memory.FOLDER)
+    region = SharedRegion(2, 1 << 20)
+    assert region.path.parent == tmp_path
+    assert files_of(shared_memory.FOLDER) == before
+    assert f"{shared_memory.FOLDER}: expected 8.0 MiB" in caplog.text
+    comms = [SharedMemoryCommunicator(region.path, n, 2, region.slot_bytes) for n in range(2)]
+    region.unlink()
+    works = [lambda comm=comm: comm.wait(comm.all_reduce_async(torch.ones(9))) for comm in comms]
+    assert [float(total.sum()) for total in run_in_threads(works)] == [18.0, 18.0]
+    assert files_of(tmp_path) == set()
+
+
+def test_region_without_any_room_names_what_is_short(
+    full_folders: set[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    full_folders.update((shared_memory.FOLDER, tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        SharedRegion(4, 1 << 20)
+    text = str(caught.value)
+    assert text.startswith("shared memory of 4 ranks: /dev/shm: expected 16.0 MiB, got ")
+    assert "--shm-size" in text
+    assert str(tmp_path) in text
+    assert files_of(tmp_path) == set()
+
+
+def test_region_reserves_its_memory() -> None:
+    """A page without room would end the process that writes to it."""
+    region = SharedRegion(2, 1 << 20)
+    status = region.path.stat()
+    region.unlink()
+    assert status.st_blocks * 512 >= status.st_size > 8 << 20

@@ -1,11 +1,13 @@
 """Image models over the Open Inference Protocol: requests, responses, metadata and statistics.
 
 One input, `images`: FP32 (preprocessed) or UINT8 (pixels) of [B, C, H, W], or BYTES of [B] (PNG or
-JPEG files). Outputs: `logits`, and on request `probabilities` and `labels`.
+JPEG files). Outputs: `logits`, and on request `probabilities` and `labels`; instead of the values
+of the former two, clients may ask for the best classes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import time
@@ -16,16 +18,18 @@ from ladderstitch.api.deadlines import LatencyBudget, resolve_deadlines
 from ladderstitch.api.oip.inputs import (
     PLATFORM,
     InputTensor,
+    RequestedOutput,
+    bytes_contents,
     bytes_elements,
     only_input,
     read_parameters,
+    requested_outputs,
 )
 from ladderstitch.errors import InvalidArgument
 from ladderstitch.hosting.registry import VisionModel
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import model_config_pb2
 from ladderstitch.scheduling.requests import ImageAnswer, Logits, Pixels, Request, check_id
-from ladderstitch.vision.scheduler.in_flight import Total
 
 INPUT = "images"
 OUTPUTS = ("logits", "probabilities", "labels")
@@ -39,7 +43,7 @@ async def build_request(
     Raises `InvalidArgument` that names the wrong field.
     """
     check_id("id", request.id)
-    options = read_parameters(request, budgets)
+    options = read_parameters(request, budgets, "images")
     return Request(
         images=await _read_images(request, model),
         id=request.id,
@@ -54,7 +58,9 @@ async def build_request(
 async def _read_images(request: pb.ModelInferRequest, model: VisionModel) -> Pixels:
     tensor = only_input(request, INPUT)
     if tensor.datatype == "BYTES":
-        return await _decode_files(tensor, bytes_elements(request, tensor), model)
+        max_batch_size = model.scheduler.planner.latency.view.max_batch_size
+        files = bytes_elements(request, tensor, max_batch_size)
+        return await _decode_files(tensor, files, model)
     is_typed = tensor.HasField("contents")
     data = _typed_contents(tensor) if is_typed else request.raw_input_contents[0]
     return model.reader.read_tensor(INPUT, tensor.datatype, tensor.shape, data)
@@ -64,10 +70,14 @@ async def _decode_files(tensor: InputTensor, files: list[bytes], model: VisionMo
     shape = list(tensor.shape)
     if shape not in ([len(files)], [len(files), 1]):
         raise InvalidArgument(f"{INPUT}.shape", f"expected [{len(files)}], got {shape}")
-    max_batch_size = model.scheduler.planner.latency.view.max_batch_size
-    if not 1 <= len(files) <= max_batch_size:
-        raise InvalidArgument(INPUT, f"expected 1 to {max_batch_size} files, got {len(files)}")
-    return np.concatenate([await model.reader.read_encoded(INPUT, file) for file in files])
+    if not files:
+        raise InvalidArgument(INPUT, "expected at least 1 file, got 0")
+    decoded = []
+    for number, file in enumerate(files):
+        field = INPUT if len(files) == 1 else f"{INPUT}[{number}]"
+        decoded.append(await model.reader.read_encoded(field, file))
+        await asyncio.sleep(0)  # cheap images are decoded on the event loop
+    return np.concatenate(decoded)
 
 
 def _typed_contents(tensor: InputTensor) -> bytes:
@@ -83,31 +93,29 @@ def _typed_contents(tensor: InputTensor) -> bytes:
     )
 
 
-def requested_outputs(request: pb.ModelInferRequest) -> tuple[str, ...]:
-    """Return the names of the requested outputs, by default the logits only.
-
-    Raises `InvalidArgument` for an unknown one.
-    """
-    names = tuple(output.name for output in request.outputs) or ("logits",)
-    for name in names:
-        if name not in OUTPUTS:
-            raise InvalidArgument("outputs", f"expected some of {list(OUTPUTS)}, got {name[:80]!r}")
-    return names
+def read_outputs(request: pb.ModelInferRequest) -> tuple[RequestedOutput, ...]:
+    """Return the requested outputs, by default the logits; raises `InvalidArgument`."""
+    outputs = requested_outputs(request, OUTPUTS, ("logits",), "images")
+    if any(output.name == "labels" and output.num_classes for output in outputs):
+        raise InvalidArgument(
+            "outputs.parameters.classification", "expected none for labels, which are BYTES"
+        )
+    return outputs
 
 
 def build_response(
     model: VisionModel,
     request: Request,
     completion: ImageAnswer,
-    outputs: tuple[str, ...],
+    outputs: tuple[RequestedOutput, ...],
     replica: str,
 ) -> pb.ModelInferResponse:
     """Return the response to a request; its parameters hold the accounting."""
     response = pb.ModelInferResponse(
         model_name=model.name, model_version=model.version, id=request.id
     )
-    for name in outputs:
-        _add_output(response, name, completion, model.bundle.manifest.labels)
+    for output in outputs:
+        _add_output(response, output, completion, model.bundle.manifest.labels)
     now, parameters = time.monotonic(), response.parameters
     for key, value in (
         ("variant_id", completion.variant),
@@ -131,17 +139,40 @@ def build_response(
 
 
 def _add_output(
-    response: pb.ModelInferResponse, name: str, completion: ImageAnswer, labels: tuple[str, ...]
+    response: pb.ModelInferResponse,
+    output: RequestedOutput,
+    completion: ImageAnswer,
+    labels: tuple[str, ...],
 ) -> None:
+    name, logits = output.name, completion.logits
     if name == "labels":
-        best = [labels[i].encode() for i in completion.logits.argmax(axis=1)]
-        raw = b"".join(len(label).to_bytes(4, "little") + label for label in best)
+        best = [labels[i].encode() for i in logits.argmax(axis=1)]
         response.outputs.add(name=name, datatype="BYTES", shape=[len(best)])
-    else:
-        values = completion.logits if name == "logits" else _softmax(completion.logits)
-        raw = np.ascontiguousarray(values, "<f4").tobytes()
-        response.outputs.add(name=name, datatype="FP32", shape=values.shape)
-    response.raw_output_contents.append(raw)
+        response.raw_output_contents.append(bytes_contents(best))
+        return
+    values = logits if name == "logits" else _softmax(logits)
+    if output.num_classes:
+        classes = best_classes(values, output.num_classes, labels)
+        shape = [len(values), len(classes) // len(values)]
+        response.outputs.add(name=name, datatype="BYTES", shape=shape)
+        response.raw_output_contents.append(bytes_contents(classes))
+        return
+    response.outputs.add(name=name, datatype="FP32", shape=values.shape)
+    response.raw_output_contents.append(np.ascontiguousarray(values, "<f4").tobytes())
+
+
+def best_classes(values: Logits, num_classes: int, labels: tuple[str, ...]) -> list[bytes]:
+    """Return `value:index:label` of the best classes of each row of values [B, K], best first.
+
+    This is the format of Triton's classification extension: values have six decimals. There are
+    min(`num_classes`, K) classes a row.
+    """
+    best = (-values).argsort(axis=1, kind="stable")[:, :num_classes]
+    return [
+        f"{row[i]:f}:{i}:{labels[i]}".encode()
+        for row, order in zip(values.tolist(), best.tolist(), strict=True)
+        for i in order
+    ]
 
 
 def _softmax(logits: Logits) -> Logits:
@@ -192,29 +223,3 @@ def describe_config(model: VisionModel) -> model_config_pb2.ModelConfig:
         ],
         dynamic_batching=model_config_pb2.ModelDynamicBatching(),
     )
-
-
-def describe_statistics(model: VisionModel) -> pb.ModelStatistics:
-    """Return the number and the total time of a model's requests and batches since its start."""
-    counts = model.scheduler.in_flight.statistics
-    return pb.ModelStatistics(
-        name=model.name,
-        version=model.version,
-        last_inference=counts.last_inference_ms,
-        inference_count=counts.inferences,
-        execution_count=sum(total.count for total in counts.batches.values()),
-        inference_stats=pb.InferStatistics(
-            success=_duration(counts.success),
-            fail=_duration(counts.fail),
-            queue=_duration(counts.queue),
-            compute_infer=_duration(counts.compute),
-        ),
-        batch_stats=[
-            pb.InferBatchStatistics(batch_size=batch_size, compute_infer=_duration(total))
-            for batch_size, total in sorted(counts.batches.items())
-        ],
-    )
-
-
-def _duration(total: Total) -> pb.StatisticDuration:
-    return pb.StatisticDuration(count=total.count, ns=round(1e9 * total.seconds))

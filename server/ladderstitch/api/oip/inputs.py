@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from ladderstitch.api.deadlines import LatencyBudget, seconds_from_us
+from ladderstitch.api.oip.options import Kind, check_parameters
 from ladderstitch.errors import InvalidArgument
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.scheduling.requests import check_priority, check_quality
 
 PLATFORM = "ladderstitch"
 """Platform and backend that all models report."""
+
+MAX_LISTED = 4
+"""Maximum number of names that one error message lists."""
 
 InputTensor = pb.ModelInferRequest.InferInputTensor
 
@@ -27,13 +30,14 @@ class RequestOptions:
 
 
 def read_parameters(
-    request: pb.ModelInferRequest, budgets: list[LatencyBudget], others: Collection[str] = ()
+    request: pb.ModelInferRequest, budgets: list[LatencyBudget], kind: Kind
 ) -> RequestOptions:
-    """Return the options in the parameters; their budgets are appended to `budgets`.
+    """Return the options in the parameters that models of all kinds have.
 
-    Parameters in `others` are left to the caller, and those of Triton are ignored. Raises
-    `InvalidArgument` for unknown parameters and for wrong values.
+    Their budgets are appended to `budgets`; `check_parameters` says which other parameters pass.
+    Raises `InvalidArgument` for those that do not, and for wrong values.
     """
+    check_parameters("request", request.parameters, kind)
     options = RequestOptions(budgets)
     hard = _read_flag(request, "hard_deadline")
     for name in request.parameters:
@@ -57,10 +61,6 @@ def read_parameters(
                     raise InvalidArgument(
                         name, "expected latency_budget_us to be set along with it"
                     )
-            case "binary_data_output":
-                pass  # gRPC answers are always binary
-            case _ if name not in others and not name.startswith("triton_"):
-                raise InvalidArgument("parameters", f"expected known parameters, got {name[:80]!r}")
     return options
 
 
@@ -108,9 +108,13 @@ def only_input(request: pb.ModelInferRequest, name: str) -> InputTensor:
     typed contents or one raw content.
     """
     if len(request.inputs) != 1 or request.inputs[0].name != name:
-        names = [tensor.name[:80] for tensor in request.inputs]
-        raise InvalidArgument("inputs", f"expected exactly one input named {name!r}, got {names}")
+        names = [tensor.name[:80] for tensor in request.inputs[:MAX_LISTED]]
+        raise InvalidArgument(
+            "inputs",
+            f"expected exactly one input named {name!r}, got {len(request.inputs)}: {names}",
+        )
     tensor, num_raw = request.inputs[0], len(request.raw_input_contents)
+    check_parameters("input", tensor.parameters)
     if tensor.HasField("contents") == bool(num_raw) or num_raw > 1:
         typed = "typed contents" if tensor.HasField("contents") else "no typed contents"
         raise InvalidArgument(
@@ -119,17 +123,27 @@ def only_input(request: pb.ModelInferRequest, name: str) -> InputTensor:
     return tensor
 
 
-def bytes_elements(request: pb.ModelInferRequest, tensor: InputTensor) -> list[bytes]:
-    """Return the elements of a BYTES tensor; raises `InvalidArgument` if it is malformed."""
-    if tensor.HasField("contents"):
-        return list(tensor.contents.bytes_contents)
-    return _split_bytes(tensor.name, request.raw_input_contents[0])
+def bytes_elements(
+    request: pb.ModelInferRequest, tensor: InputTensor, max_elements: int
+) -> list[bytes]:
+    """Return the elements of a BYTES tensor.
+
+    Raises `InvalidArgument` if it is malformed or has more than `max_elements`.
+    """
+    if not tensor.HasField("contents"):
+        return _split_bytes(tensor.name, request.raw_input_contents[0], max_elements)
+    if (got := len(tensor.contents.bytes_contents)) > max_elements:
+        raise InvalidArgument(tensor.name, f"expected 1 to {max_elements} elements, got {got}")
+    return list(tensor.contents.bytes_contents)
 
 
-def _split_bytes(name: str, raw: bytes) -> list[bytes]:
+def _split_bytes(name: str, raw: bytes, max_elements: int) -> list[bytes]:
     """Return the elements of raw BYTES, each of which follows its little-endian uint32 length."""
-    elements, position = [], 0
+    elements: list[bytes] = []
+    position = 0
     while position < len(raw):
+        if len(elements) == max_elements:
+            raise InvalidArgument(name, f"expected 1 to {max_elements} elements, got more")
         length = int.from_bytes(raw[position : position + 4], "little")
         position += 4
         if position + length > len(raw):
@@ -139,3 +153,50 @@ def _split_bytes(name: str, raw: bytes) -> list[bytes]:
         elements.append(raw[position : position + length])
         position += length
     return elements
+
+
+@dataclass(frozen=True, slots=True)
+class RequestedOutput:
+    """An output to return; with `num_classes` above 0, its best classes instead of its values."""
+
+    name: str
+    num_classes: int = 0
+
+
+def requested_outputs(
+    request: pb.ModelInferRequest, known: tuple[str, ...], default: tuple[str, ...], kind: Kind
+) -> tuple[RequestedOutput, ...]:
+    """Return the requested outputs, those in `default` if the request names none.
+
+    Raises `InvalidArgument` for an output that is not in `known` or that is requested twice, and
+    for parameters of outputs that are not supported.
+    """
+    outputs: dict[str, RequestedOutput] = {}
+    for output in request.outputs:
+        if output.name not in known:
+            raise InvalidArgument(
+                "outputs", f"expected some of {list(known)}, got {output.name[:80]!r}"
+            )
+        if output.name in outputs:
+            raise InvalidArgument("outputs", f"expected each once, got {output.name!r} twice")
+        check_parameters("output", output.parameters, kind)
+        outputs[output.name] = RequestedOutput(output.name, _class_count(output))
+    return tuple(outputs.values()) or tuple(map(RequestedOutput, default))
+
+
+def _class_count(output: pb.ModelInferRequest.InferRequestedOutputTensor) -> int:
+    if "classification" not in output.parameters:
+        return 0
+    parameter = output.parameters["classification"]
+    kind = parameter.WhichOneof("parameter_choice")
+    if kind != "int64_param" or parameter.int64_param < 0:
+        got = parameter.int64_param if kind == "int64_param" else kind
+        raise InvalidArgument(
+            "outputs.parameters.classification", f"expected an int64_param of 0 or more, got {got}"
+        )
+    return parameter.int64_param
+
+
+def bytes_contents(elements: list[bytes]) -> bytes:
+    """Return the raw contents of a BYTES tensor: each element after its little-endian length."""
+    return b"".join(len(element).to_bytes(4, "little") + element for element in elements)

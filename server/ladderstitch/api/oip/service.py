@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
+import grpc
+
 import ladderstitch
 from ladderstitch.api.deadlines import arrival_and_deadline, call_deadlines
 from ladderstitch.api.oip import images, text
-from ladderstitch.api.status import Context, translate_errors
-from ladderstitch.errors import InvalidArgument, PermissionDenied, RequestError
+from ladderstitch.api.oip.extensions import TritonExtensions
+from ladderstitch.api.oip.options import check_parameters
+from ladderstitch.api.oip.statistics import describe_statistics
+from ladderstitch.api.oip.streams import Item, answer_stream, parse_item
+from ladderstitch.api.status import Context, abort, as_request_error, translate_errors
+from ladderstitch.bundles import has_bundle
+from ladderstitch.errors import (
+    InvalidArgument,
+    ModelNotFound,
+    PermissionDenied,
+    RequestError,
+)
+from ladderstitch.hosting.model_manager import BUNDLE_NAME
 from ladderstitch.hosting.registry import AdminActions, ModelRegistry, TextModel, VisionModel
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import grpc_service_pb2_grpc
 
-EXTENSIONS = ("model_configuration", "model_repository", "statistics")
+EXTENSIONS = (
+    "classification",
+    "logging",
+    "model_configuration",
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "parameters",
+    "statistics",
+    "trace",
+)
 
 
-class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
+class OipService(TritonExtensions):
     """The servicer; `images` and `text` handle the two kinds of models."""
 
     def __init__(self, registry: ModelRegistry, actions: AdminActions | None = None) -> None:
@@ -44,9 +67,26 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelReady(
         self, request: pb.ModelReadyRequest, context: Context
     ) -> pb.ModelReadyResponse:
-        """Return whether the replica accepts requests for a model that it has."""
-        ready = self.registry.serving and bool(self.registry.find(request.name, request.version))
-        return pb.ModelReadyResponse(ready=ready)
+        """Return whether the replica accepts requests for a model.
+
+        A model that is known, but not loaded, is not ready: one that was unloaded or that has not
+        been loaded yet, and another version of a loaded one. Raises `ModelNotFound` for others.
+        """
+        if not self.registry.ready:
+            return pb.ModelReadyResponse(ready=False)
+        try:
+            self.registry.find(request.name, request.version)
+        except ModelNotFound:
+            if not await self._is_known(request.name):
+                raise
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=self.registry.serving)
+
+    async def _is_known(self, name: str) -> bool:
+        """Return whether a model was loaded before or has been fetched."""
+        if name in self.registry.known_names:
+            return True
+        return bool(BUNDLE_NAME.fullmatch(name)) and await asyncio.to_thread(has_bundle, name)
 
     @translate_errors
     async def ServerMetadata(
@@ -81,12 +121,12 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelStatistics(
         self, request: pb.ModelStatisticsRequest, context: Context
     ) -> pb.ModelStatisticsResponse:
-        """Return the statistics of an image model; without a name, of all of them."""
+        """Return the statistics of a model of either kind; without a name, of all of them."""
         if request.name:
-            models = [self.registry.vision_model(request.name, request.version)]
+            models = [self.registry.find(request.name, request.version)]
         else:
-            models = list(self.registry.vision_models.values())
-        statistics = [images.describe_statistics(model) for model in models]
+            models = list(self.registry.models_by_name.values())
+        statistics = [describe_statistics(model) for model in models]
         return pb.ModelStatisticsResponse(model_stats=statistics)
 
     @translate_errors
@@ -94,6 +134,7 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: pb.RepositoryIndexRequest, context: Context
     ) -> pb.RepositoryIndexResponse:
         """Return all models with their state; if `ready` is set, only those that are ready."""
+        _check_repository(request.repository_name)
         serving = self.registry.serving
         state = "READY" if serving else "UNAVAILABLE"
         models = self.registry.models_by_name.values() if serving or not request.ready else ()
@@ -109,10 +150,8 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
         """Load a model, or a new version of a loaded one; returns when it is warm."""
-        if request.parameters:
-            raise InvalidArgument(
-                "parameters", f"expected none, got {sorted(request.parameters)[:3]}"
-            )
+        _check_repository(request.repository_name)
+        check_parameters("load", request.parameters)
         await self._admin_actions().load(request.model_name)
         return pb.RepositoryModelLoadResponse()
 
@@ -121,6 +160,8 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: pb.RepositoryModelUnloadRequest, context: Context
     ) -> pb.RepositoryModelUnloadResponse:
         """Unload a model; returns when its accepted requests have ended."""
+        _check_repository(request.repository_name)
+        check_parameters("unload", request.parameters)
         await self._admin_actions().unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
@@ -130,7 +171,7 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         return self.actions
 
     async def ModelStreamInfer(
-        self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
+        self, request_iterator: AsyncIterator[Item], context: Context
     ) -> AsyncGenerator[pb.ModelStreamInferResponse]:
         """Answer any number of requests for models of both kinds on one stream."""
 
@@ -143,9 +184,12 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
                 async for response in responses:
                     yield response
 
-        async with aclosing(text.answer_stream(request_iterator, respond)) as responses:
-            async for response in responses:
-                yield response
+        try:
+            async with aclosing(answer_stream(request_iterator, respond)) as responses:
+                async for response in responses:
+                    yield response
+        except BaseException as error:
+            await abort(context, as_request_error("ModelStreamInfer", error))
 
     @translate_errors
     async def ModelInfer(
@@ -160,7 +204,7 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         arrival, remaining_s = arrival_and_deadline(context)
         model = self.registry.vision_model(request.model_name, request.model_version)
         try:
-            outputs = images.requested_outputs(request)
+            outputs = images.read_outputs(request)
             default_us = model.bundle.manifest.default_budget_us
             budgets = call_deadlines(remaining_s, context.invocation_metadata(), default_us)
             accepted = await images.build_request(request, model, arrival, budgets)
@@ -175,6 +219,7 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> AsyncGenerator[pb.ModelInferResponse]:
         remaining_s, metadata = context.time_remaining(), context.invocation_metadata()
         try:
+            outputs = text.read_outputs(request)
             accepted = text.build_generation_request(
                 request, model, time.monotonic(), remaining_s, metadata
             )
@@ -183,4 +228,25 @@ class OipService(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
             raise
         async with aclosing(model.scheduler.generate(accepted)) as chunks:
             async for chunk in chunks:
-                yield text.build_response(request, model, chunk, self.registry.replica)
+                yield text.build_response(request, model, chunk, outputs, self.registry.replica)
+
+
+def add_oip_service(service: OipService, server: grpc.aio.Server) -> None:
+    """Add the service to a server, so that malformed messages do not end a stream.
+
+    gRPC asks handlers in the order in which they were added.
+    """
+    stream = grpc.stream_stream_rpc_method_handler(
+        service.ModelStreamInfer,
+        request_deserializer=parse_item,
+        response_serializer=pb.ModelStreamInferResponse.SerializeToString,
+    )
+    handlers = {"ModelStreamInfer": stream}
+    name = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+    grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
+
+
+def _check_repository(name: str) -> None:
+    if name:
+        raise InvalidArgument("repository_name", f"expected none, got {name[:80]!r}")

@@ -7,23 +7,24 @@ the accounting of the answer.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
 
 from ladderstitch.api.deadlines import Metadata, call_deadlines, resolve_deadlines, token_budgets
 from ladderstitch.api.native.generation import DEFAULT_MAX_TOKENS, tenant_of
 from ladderstitch.api.oip.inputs import (
     PLATFORM,
+    RequestedOutput,
+    bytes_contents,
     bytes_elements,
     integer_parameter,
     number_parameter,
     only_input,
     read_parameters,
+    requested_outputs,
 )
-from ladderstitch.errors import InvalidArgument, RequestError
+from ladderstitch.api.oip.options import OPTIONS, Treatment
+from ladderstitch.errors import InvalidArgument
 from ladderstitch.hosting.registry import TextModel
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import model_config_pb2
@@ -33,15 +34,17 @@ from ladderstitch.scheduling.requests import (
     Sampling,
     TokenBudget,
     TokenChunk,
+    check_id,
 )
 
 INPUT, TEXT_OUTPUT, TOKEN_OUTPUT = "text_input", "text_output", "token_id"
-TEXT_PARAMETERS = ("max_tokens", "temperature", "top_k", "top_p", "seed")
+MAX_DIMENSIONS = 8
+"""Dimensions of a shape that are read; texts have one."""
+OUTPUTS = (TEXT_OUTPUT, TOKEN_OUTPUT)
+TEXT_PARAMETERS = [
+    o.name for o in OPTIONS if o.kind == "text" and o.treatment == Treatment.HONOURED
+]
 """Parameters of text requests in addition to those of all models."""
-MAX_IN_FLIGHT = 256
-"""Requests of one stream that are in progress at the same time; further ones are read later."""
-MAX_QUEUED_RESPONSES = 64
-"""Responses of one stream that wait for the transport."""
 
 
 def build_generation_request(
@@ -56,8 +59,9 @@ def build_generation_request(
     `remaining_s` is the time from the arrival to the gRPC deadline, None without one. Raises
     `InvalidArgument` that names the wrong field.
     """
+    check_id("id", request.id)
     budgets = call_deadlines(remaining_s, metadata, None)
-    options = read_parameters(request, budgets, TEXT_PARAMETERS)
+    options = read_parameters(request, budgets, "text")
     deadlines = resolve_deadlines(arrival, options.budgets)
     first_token_s, per_token_s = token_budgets(metadata)
     tokens = model.tokenise(INPUT, _read_prompt(request))
@@ -85,10 +89,11 @@ def build_generation_request(
 
 def _read_prompt(request: pb.ModelInferRequest) -> str:
     tensor = only_input(request, INPUT)
-    if tensor.datatype != "BYTES" or math.prod(tensor.shape) != 1:
-        got = f"{tensor.datatype[:20]} {list(tensor.shape)}"
+    shape = tensor.shape
+    if tensor.datatype != "BYTES" or len(shape) > MAX_DIMENSIONS or math.prod(shape) != 1:
+        got = f"{tensor.datatype[:20]} {list(shape[:MAX_DIMENSIONS])} ({len(shape)} dimensions)"
         raise InvalidArgument(INPUT, f"expected BYTES of shape [1], got {got}")
-    texts = bytes_elements(request, tensor)
+    texts = bytes_elements(request, tensor, 1)
     if len(texts) != 1:
         raise InvalidArgument(INPUT, f"expected one text, got {len(texts)}")
     try:
@@ -97,18 +102,29 @@ def _read_prompt(request: pb.ModelInferRequest) -> str:
         raise InvalidArgument(INPUT, f"expected UTF-8, got other bytes: {error}") from None
 
 
+def read_outputs(request: pb.ModelInferRequest) -> tuple[RequestedOutput, ...]:
+    """Return the requested outputs, by default all; raises `InvalidArgument`."""
+    return requested_outputs(request, OUTPUTS, OUTPUTS, "text")
+
+
 def build_response(
-    request: pb.ModelInferRequest, model: TextModel, chunk: TokenChunk, replica: str
+    request: pb.ModelInferRequest,
+    model: TextModel,
+    chunk: TokenChunk,
+    outputs: tuple[RequestedOutput, ...],
+    replica: str,
 ) -> pb.ModelInferResponse:
     """Return the response of one token; that of the last one has the accounting."""
     response = pb.ModelInferResponse(
         model_name=model.name, model_version=model.version, id=request.id
     )
-    text = chunk.text.encode()
-    response.outputs.add(name=TEXT_OUTPUT, datatype="BYTES", shape=[1])
-    response.raw_output_contents.append(len(text).to_bytes(4, "little") + text)
-    response.outputs.add(name=TOKEN_OUTPUT, datatype="INT32", shape=[1])
-    response.raw_output_contents.append(chunk.token.to_bytes(4, "little"))
+    for output in outputs:
+        if output.name == TEXT_OUTPUT:
+            response.outputs.add(name=TEXT_OUTPUT, datatype="BYTES", shape=[1])
+            response.raw_output_contents.append(bytes_contents([chunk.text.encode()]))
+        else:
+            response.outputs.add(name=TOKEN_OUTPUT, datatype="INT32", shape=[1])
+            response.raw_output_contents.append(chunk.token.to_bytes(4, "little"))
     response.parameters["triton_final_response"].bool_param = chunk.usage is not None
     if chunk.usage is not None:
         _add_accounting(response, chunk, chunk.usage, replica)
@@ -174,61 +190,3 @@ def describe_config(model: TextModel) -> model_config_pb2.ModelConfig:
         ],
         model_transaction_policy=model_config_pb2.ModelTransactionPolicy(decoupled=True),
     )
-
-
-Respond = Callable[[pb.ModelInferRequest], AsyncGenerator[pb.ModelInferResponse]]
-"""A function that yields the responses to one request of a stream."""
-
-
-async def answer_stream(
-    requests: AsyncIterator[pb.ModelInferRequest], respond: Respond
-) -> AsyncGenerator[pb.ModelStreamInferResponse]:
-    """Yield the responses to all requests of a stream as they are made.
-
-    A request that fails ends with an `error_message` and does not affect the others. Closing the
-    generator cancels all requests.
-    """
-    ready: asyncio.Queue[pb.ModelStreamInferResponse | None] = asyncio.Queue(MAX_QUEUED_RESPONSES)
-    in_flight = asyncio.Semaphore(MAX_IN_FLIGHT)
-
-    async def answer(request: pb.ModelInferRequest) -> None:
-        try:
-            async with aclosing(respond(request)) as responses:
-                async for response in responses:
-                    await ready.put(pb.ModelStreamInferResponse(infer_response=response))
-        except RequestError as error:
-            failed = pb.ModelStreamInferResponse(error_message=f"{error.reason}: {error}")
-            failed.infer_response.id = request.id
-            failed.infer_response.parameters["triton_final_response"].bool_param = True
-            await ready.put(failed)
-        finally:
-            in_flight.release()
-
-    async def read_requests() -> None:
-        async with asyncio.TaskGroup() as group:
-            async for request in requests:
-                await in_flight.acquire()
-                group.create_task(answer(request))
-        await ready.put(None)
-
-    reading = asyncio.create_task(read_requests())
-    try:
-        while (response := await _next_response(ready, reading)) is not None:
-            yield response
-    finally:
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
-
-
-async def _next_response(
-    ready: asyncio.Queue[pb.ModelStreamInferResponse | None], reading: asyncio.Task[None]
-) -> pb.ModelStreamInferResponse | None:
-    """Return the next response; raises the exception of `reading` if that task has failed."""
-    getting = asyncio.ensure_future(ready.get())
-    try:
-        await asyncio.wait({getting, reading}, return_when=asyncio.FIRST_COMPLETED)
-        if not getting.done() and reading.exception() is not None:
-            reading.result()
-        return await getting
-    finally:
-        getting.cancel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, TypeVar
 
@@ -12,10 +12,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Receive, Scope, Send
 
 from ladderstitch.api.auth import AuthInterceptor
 from ladderstitch.api.native.generation import tenant_of
+from ladderstitch.api.openai.access import IN_FLIGHT, AccessMiddleware, rejection_response
+from ladderstitch.api.openai.body import BodyRejected, max_body_bytes, parse_body
 from ladderstitch.api.openai.requests import (
     ChatRequest,
     CompletionRequest,
@@ -29,9 +32,10 @@ from ladderstitch.api.openai.responses import (
     ResponseBuilder,
     error_body,
     error_response,
+    malformed_body,
     server_sent_event,
 )
-from ladderstitch.errors import InternalError, InvalidArgument, RequestError
+from ladderstitch.errors import InternalError, RequestError
 from ladderstitch.hosting.registry import ModelRegistry, TextModel
 from ladderstitch.scheduling.requests import GenerationRequest, TokenChunk
 from ladderstitch.text.scheduler.sequence import TokenStream
@@ -42,36 +46,69 @@ CLIENT_CLOSED_REQUEST = Response(status_code=499)
 """499: client closed the connection."""
 
 
+CORS_MAX_AGE_S = 600
+"""Seconds for which browsers remember which requests are allowed."""
+
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+"""Headers of streams: caches and nginx pass every event on at once."""
+
+
 def create_app(
-    registry: ModelRegistry, auth: AuthInterceptor | None, max_body_bytes: int
+    registry: ModelRegistry,
+    auth: AuthInterceptor | None,
+    max_message_bytes: int,
+    *,
+    body_timeout_s: float = 30.0,
+    max_unfinished: int = 128,
+    cors_origins: Sequence[str] = (),
 ) -> FastAPI:
-    """Return the application; without `auth`, callers need no token."""
-    app = FastAPI(title="ladderstitch", openapi_url=None)
-    app.add_middleware(MaxBodySizeMiddleware, max_bytes=max_body_bytes)
+    """Return the application; without `auth`, callers need no token.
+
+    Bodies have at most `max_message_bytes`, and less if no model can take as many. They must
+    arrive within `body_timeout_s` seconds, at most `max_unfinished` at once. Browsers may call it
+    from the pages of `cors_origins`, or of all origins for `*`.
+    """
+    app = FastAPI(title="ladderstitch", openapi_url=None, redirect_slashes=False)
+    app.add_middleware(
+        AccessMiddleware,
+        auth=auth,
+        max_body_bytes=lambda: max_body_bytes(registry, max_message_bytes),
+        body_timeout_s=body_timeout_s,
+        max_unfinished=max_unfinished,
+    )
+    if cors_origins:  # added last, it comes first: browsers ask without a token
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["retry-after", "retry-after-ms"],
+            max_age=CORS_MAX_AGE_S,
+        )
     _add_error_handlers(app)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
         return JSONResponse({"serving": registry.serving}, 200 if registry.serving else 503)
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> Body:
-        async with _authorize(auth, request):
+        async with _in_flight(request):
             models = [_describe_model(model) for model in registry.text_models.values()]
             return {"object": "list", "data": models}
 
     @app.get("/v1/models/{name}")
     async def get_model(name: str, request: Request) -> Body:
-        async with _authorize(auth, request):
+        async with _in_flight(request):
             return _describe_model(registry.text_model(name))
 
     @app.post("/v1/completions")
-    async def complete(body: CompletionRequest, request: Request) -> Response:
-        return await _respond(registry, auth, body, request)
+    async def complete(request: Request) -> Response:
+        return await _respond(registry, CompletionRequest, request)
 
     @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        return await _respond(registry, auth, body, request)
+    async def chat(request: Request) -> Response:
+        return await _respond(registry, ChatRequest, request)
 
     return app
 
@@ -81,11 +118,13 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def handle_request_error(_: Request, error: RequestError) -> JSONResponse:
         return error_response(error)
 
+    @app.exception_handler(BodyRejected)
+    async def handle_rejected_body(_: Request, error: BodyRejected) -> JSONResponse:
+        return rejection_response(error)
+
     @app.exception_handler(RequestValidationError)
     async def handle_malformed_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        return error_response(InvalidArgument(field, first["msg"]))
+        return error_response(malformed_body(error))
 
     @app.exception_handler(HTTPException)
     async def handle_http_error(_: Request, error: HTTPException) -> JSONResponse:
@@ -98,30 +137,6 @@ def _add_error_handlers(app: FastAPI) -> None:
         return error_response(InternalError.logged("HTTP request", error))
 
 
-class MaxBodySizeMiddleware:
-    """ASGI middleware that ends a request with 413 once its body exceeds `max_bytes`.
-
-    It counts the bytes that arrive, so that a wrong Content-Length changes nothing.
-    """
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application on one request."""
-        received = 0
-
-        async def receive_bounded() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_bytes:
-                raise HTTPException(413, f"body: expected at most {self.max_bytes} bytes, got more")
-            return message
-
-        await self.app(scope, receive_bounded, send)
-
-
 class EventStreamResponse(StreamingResponse):
     """A stream of server-sent events that owns resources and closes them however it ends.
 
@@ -130,7 +145,7 @@ class EventStreamResponse(StreamingResponse):
     """
 
     def __init__(self, events: AsyncGenerator[str], resources: AsyncExitStack) -> None:
-        super().__init__(events, media_type="text/event-stream")
+        super().__init__(events, headers=STREAM_HEADERS, media_type="text/event-stream")
         self._events, self._resources = events, resources
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,27 +154,19 @@ class EventStreamResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def _authorize(auth: AuthInterceptor | None, request: Request) -> AsyncExitStack:
-    """Check the caller's token, and count the request as in flight until the stack is closed.
-
-    Raises `Unauthenticated`, `PermissionDenied` or `RateLimited`.
-    """
-    in_flight = AsyncExitStack()
-    if auth is not None:
-        token = auth.authorize(request.headers.items(), "inference")
-        in_flight.enter_context(auth.limiter.acquire(token))
-    return in_flight
+def _in_flight(request: Request) -> AsyncExitStack:
+    """Return the stack that counts the request as in flight until it is closed."""
+    in_flight: AsyncExitStack = request.scope[IN_FLIGHT]
+    return in_flight.pop_all()
 
 
 async def _respond(
-    registry: ModelRegistry,
-    auth: AuthInterceptor | None,
-    body: CompletionRequest | ChatRequest,
-    request: Request,
+    registry: ModelRegistry, fields: type[CompletionRequest | ChatRequest], request: Request
 ) -> Response:
     arrival = time.monotonic()
-    async with _authorize(auth, request) as resources:
-        model, accepted = _accept(registry, body, request, arrival)
+    async with _in_flight(request) as resources:
+        body = await parse_body(request, fields)
+        model, accepted = await _accept(registry, body, request, arrival)
         builder = ResponseBuilder(
             model, isinstance(body, ChatRequest), accepted.logprobs is not None
         )
@@ -177,7 +184,7 @@ async def _respond(
         return EventStreamResponse(events, owned)
 
 
-def _accept(
+async def _accept(
     registry: ModelRegistry,
     body: CompletionRequest | ChatRequest,
     request: Request,
@@ -186,7 +193,8 @@ def _accept(
     model = registry.text_model(body.model)
     tenant = tenant_of(request.headers.items())
     try:
-        return model, build_generation_request(body, model, request.headers, arrival, tenant)
+        headers = request.headers
+        return model, await build_generation_request(body, model, headers, arrival, tenant)
     except RequestError as error:
         model.metrics.observe_rejection(error.code, had_budget=False)
         raise

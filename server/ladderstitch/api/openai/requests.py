@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -19,91 +19,17 @@ from ladderstitch.api.deadlines import (
     seconds_from_ms,
 )
 from ladderstitch.api.native.generation import MAX_STOPS
+from ladderstitch.api.openai.options import UNSUPPORTED
 from ladderstitch.errors import InvalidArgument
 from ladderstitch.hosting.registry import TextModel
-from ladderstitch.scheduling.requests import GenerationRequest, Sampling, TokenBudget
-from ladderstitch.text.tokenizer import ChatTurn, render_chat
-
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "use_beam_search": (False,),
-    "logit_bias": ({},),
-    "logits_processors": ([],),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "length_penalty": (1,),
-    "repetition_detection": (),
-    "min_p": (0,),
-    "typical_p": (1,),
-    "watermarking": (False,),
-    "min_tokens": (0,),
-    "ignore_eos": (False,),
-    "stop_token_ids": ([],),
-    "include_stop_str_in_output": (False,),
-    "max_completion_tokens": (),
-    "top_logprobs": (0,),
-    "prompt_logprobs": (),
-    "logprob_token_ids": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "structural_tag": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
-    "guided_whitespace_pattern": (),
-    "reasoning_effort": ("none",),
-    "thinking_token_budget": (-1,),
-    "verbosity": ("medium",),
-    "modalities": (["text"],),
-    "audio": (),
-    "web_search_options": (),
-    "moderation": (),
-    "prompt_embeds": (),
-    "documents": ([],),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "mm_processor_kwargs": ({},),
-    "media_io_kwargs": ({},),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "add_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "return_prompt_text": (False,),
-    "stream_interval": (1,),
-    "stream_options.continuous_usage_stats": (False,),
-    "priority": (0,),
-    "cache_salt": (),
-    "kv_transfer_params": ({},),
-    "ec_transfer_params": ({},),
-    "vllm_xargs": ({},),
-    "messages.tool_calls": ([],),
-    "messages.tool_call_id": (),
-    "messages.function_call": (),
-    "messages.audio": (),
-}
-"""The options of OpenAI's API and of vLLM that are not supported.
-
-Each has the values that change nothing: these and null are accepted.
-"""
+from ladderstitch.scheduling.requests import GREEDY, GenerationRequest, Sampling, TokenBudget
+from ladderstitch.text.chat_template import Message
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for completions; the answer of a chat may fill the context."""
+
+RANDOM_SEED = -1
+"""The seed that stands for none."""
 
 HARD_DEADLINE_KEY = "x-deadline-ms"
 """Header of a hard deadline, after which the answer ends with an error."""
@@ -158,7 +84,7 @@ class SamplingFields(OpenFields):
     top_p: float | None = None
     seed: int | None = None
     stop: Text | list[Text] | None = None
-    min_quality: float = Field(0.0, ge=0, le=1)
+    min_quality: float | None = Field(None, ge=0, le=1)
     variant_id: int | None = None
 
     def check_unsupported(self, path: str = "") -> None:
@@ -175,15 +101,23 @@ class SamplingFields(OpenFields):
         return stops
 
     def sampling(self) -> Sampling:
-        """Return the sampling parameters; raises `InvalidArgument` for a negative seed."""
-        if self.seed is not None and self.seed < 0:
-            raise InvalidArgument("seed", f"expected 0 or more, got {self.seed}")
-        return Sampling(
+        """Return the sampling parameters; values that other servers accept mean what they do there.
+
+        `top_p` 0 keeps only the likeliest token, `top_k` -1 keeps all and `seed` -1 is random.
+        Raises `InvalidArgument` for another negative seed.
+        """
+        if self.seed is not None and self.seed < RANDOM_SEED:
+            raise InvalidArgument("seed", f"expected -1 (random) or more, got {self.seed}")
+        sampling = Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=0 if self.top_k in (None, -1) else self.top_k,  # vLLM's default is -1
-            top_p=1.0 if self.top_p is None else self.top_p,
-            seed=self.seed,
+            top_k=0 if self.top_k in (None, -1) else self.top_k,
+            top_p=self.top_p or 1.0,
+            seed=None if self.seed == RANDOM_SEED else self.seed,
         )
+        if self.top_p != 0:
+            return sampling
+        sampling.check()  # other fields are checked, although greedy decoding needs none
+        return GREEDY
 
 
 class CompletionRequest(SamplingFields):
@@ -192,7 +126,7 @@ class CompletionRequest(SamplingFields):
     prompt: Text | list[int] | list[Text] | list[list[int]]
     logprobs: int | None = None
 
-    def prompt_tokens(self, model: TextModel) -> tuple[int, ...]:
+    async def prompt_tokens(self, model: TextModel) -> tuple[int, ...]:
         """Return the tokens of the prompt.
 
         Raises `InvalidArgument` for more than one prompt, or for one that is too long.
@@ -224,7 +158,7 @@ class TextPart(BaseModel):
     """A part of a chat message's content."""
 
     type: str
-    text: Text = ""
+    text: Text | None = None
 
 
 class ChatMessage(OpenFields):
@@ -233,15 +167,20 @@ class ChatMessage(OpenFields):
     role: Text
     content: Text | list[TextPart] | None = None
 
-    def to_chat_turn(self) -> ChatTurn:
-        """Return the message with plain text; raises `InvalidArgument` for other content."""
-        if isinstance(self.content, list):
-            if wrong := [part.type for part in self.content if part.type != "text"]:
+    def to_template(self) -> Message:
+        """Return the message for a chat template, with plain text and with its other fields.
+
+        Raises `InvalidArgument` for content that is not text.
+        """
+        content = self.content or ""
+        if isinstance(content, list):
+            if wrong := [part.type for part in content if part.type != "text"]:
                 raise InvalidArgument(
                     "messages", f"expected content of type text, got {wrong[0]!r:.40}"
                 )
-            return {"role": self.role, "content": "".join(part.text for part in self.content)}
-        return {"role": self.role, "content": self.content or ""}
+            content = "".join(part.text or "" for part in content)
+        others = {k: v for k, v in (self.model_extra or {}).items() if v not in (None, [])}
+        return others | {"role": self.role, "content": content}
 
 
 class ChatRequest(SamplingFields):
@@ -252,6 +191,7 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_special_tokens: Literal[False] | None = None  # in a chat, the template adds them
+    allow_control_tokens: bool | None = None
 
     def check_unsupported(self, path: str = "") -> None:
         """Raise `InvalidArgument` if an unsupported option would change the answer."""
@@ -259,14 +199,15 @@ class ChatRequest(SamplingFields):
         for message in self.messages:
             message.check_unsupported("messages.")
 
-    def prompt_tokens(self, model: TextModel) -> tuple[int, ...]:
+    async def prompt_tokens(self, model: TextModel) -> tuple[int, ...]:
         """Return the tokens of the chat, rendered by the model's chat template.
 
         Raises `InvalidArgument` if the model has no template, or if its template raises an error.
         """
-        turns = [message.to_chat_turn() for message in self.messages]
-        text = render_chat(model.bundle.manifest.chat_template, turns)
-        return model.tokenise("messages", text)
+        messages = [message.to_template() for message in self.messages]
+        return await model.tokenise_chat(
+            messages, allow_control_tokens=bool(self.allow_control_tokens)
+        )
 
     @property
     def num_logprobs(self) -> int | None:
@@ -281,7 +222,7 @@ class ChatRequest(SamplingFields):
         return next(limit for limit in limits if limit is not None)
 
 
-def build_generation_request(
+async def build_generation_request(
     body: CompletionRequest | ChatRequest,
     model: TextModel,
     headers: Mapping[str, str],
@@ -293,7 +234,7 @@ def build_generation_request(
     Raises `InvalidArgument` that names the wrong field or header.
     """
     body.check_unsupported()
-    tokens = body.prompt_tokens(model)
+    tokens = await body.prompt_tokens(model)
     limit_s = _read_budget(headers, HARD_DEADLINE_KEY)
     answer_s = min(_read_budget(headers, LATENCY_BUDGET_KEY), limit_s)
     return GenerationRequest(
@@ -308,7 +249,7 @@ def build_generation_request(
             _read_budget(headers, TPOT_BUDGET_KEY),
             answer_s,
         ),
-        min_quality=body.min_quality,
+        min_quality=body.min_quality or 0.0,
         variant=body.variant_id,
         logprobs=body.num_logprobs,
         tenant=tenant,

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from ladderstitch.api.native.generation import quality_metric
 from ladderstitch.errors import InvalidArgument, Overloaded, RequestError, Unauthenticated
 from ladderstitch.hosting.registry import TextModel
 from ladderstitch.scheduling.requests import GenerationUsage, TokenChunk
+from ladderstitch.text.tokenizer import TextTokenizer
 
 Body = dict[str, Any]
 DONE = "data: [DONE]\n\n"
@@ -24,6 +26,7 @@ DONE = "data: [DONE]\n\n"
 HTTP_STATUS = {
     "INVALID_ARGUMENT": 400,
     "FAILED_PRECONDITION": 400,
+    "OUT_OF_RANGE": 400,
     "UNAUTHENTICATED": 401,
     "PERMISSION_DENIED": 403,
     "NOT_FOUND": 404,
@@ -44,6 +47,13 @@ ERROR_TYPES = {
     504: "timeout_error",
 }
 """The `type` of an error by its HTTP status."""
+
+
+BODY = "body"
+"""The field of errors that concern the whole body."""
+
+LEAST_LOGPROB = -9999.0
+"""The log probability of a token that is impossible."""
 
 
 @dataclass(slots=True)
@@ -138,14 +148,24 @@ class ResponseBuilder:
             offsets.append(self._num_characters)
             self._num_characters += len(chunk.text)
         return {
-            "tokens": [self._decode(chunk.token) for chunk in chunks],
-            "token_logprobs": [chunk.logprob for chunk in chunks],
-            "top_logprobs": [
-                {self._decode(token): logprob for token, logprob in chunk.alternatives}
-                for chunk in chunks
-            ],
+            "tokens": [self._token_text(chunk.token) for chunk in chunks],
+            "token_logprobs": [_finite(chunk.logprob) for chunk in chunks],
+            "top_logprobs": [self._logprob_by_text(chunk) for chunk in chunks],
             "text_offset": offsets,
         }
+
+    def _logprob_by_text(self, chunk: TokenChunk) -> dict[str, float | None]:
+        """Return the log probabilities of the drawn token and of its alternatives, by text.
+
+        The drawn token has its text. Another one whose text is taken is named `token_id:ID`.
+        """
+        found: dict[str, float | None] = {}
+        for token, logprob in ((chunk.token, chunk.logprob), *chunk.alternatives):
+            if token == chunk.token and found:
+                continue
+            text = self._token_text(token)
+            found[f"token_id:{token}" if text in found else text] = _finite(logprob)
+        return found
 
     def _chat_logprob(self, chunk: TokenChunk) -> Body:
         return self._token_logprob(chunk.token, chunk.logprob) | {
@@ -155,11 +175,26 @@ class ResponseBuilder:
         }
 
     def _token_logprob(self, token: int, logprob: float | None) -> Body:
-        text = self._decode(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        own = self._tokenizer.token_bytes(token)
+        text = self._token_text(token)
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(own)}
 
-    def _decode(self, token: int) -> str:
-        return self.model.scheduler.tokenizer.decode([token])
+    def _token_text(self, token: int) -> str:
+        """Return the text of a token as OpenAI writes it: bytes that are no text are escaped.
+
+        Special tokens have their name, although they are no part of the answer.
+        """
+        if self._tokenizer.is_special(token):
+            return self._tokenizer.token(token) or ""
+        own = self._tokenizer.token_bytes(token)
+        try:
+            return own.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
+
+    @property
+    def _tokenizer(self) -> TextTokenizer:
+        return self.model.scheduler.tokenizer
 
 
 def server_sent_event(body: Body) -> str:
@@ -174,11 +209,17 @@ def error_body(error: RequestError) -> Body:
         "error": {
             "message": str(error),
             "type": ERROR_TYPES.get(status, "server_error"),
-            "param": error.field if isinstance(error, InvalidArgument) else None,
+            "param": _parameter(error),
             "code": error.reason,
         }
         | ({"metadata": error.metadata} if error.metadata else {})
     }
+
+
+def _parameter(error: RequestError) -> str | None:
+    """Return the field that an error is about; None if it is the whole body."""
+    field = error.field if isinstance(error, InvalidArgument) else BODY
+    return None if field == BODY else field
 
 
 def error_response(error: RequestError) -> JSONResponse:
@@ -190,6 +231,18 @@ def error_response(error: RequestError) -> JSONResponse:
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
         headers["retry-after-ms"] = str(max(1, round(1e3 * error.retry_after_s)))
     return JSONResponse(error_body(error), HTTP_STATUS[error.code], headers)
+
+
+def malformed_body(error: RequestValidationError) -> InvalidArgument:
+    """Return the error of a body that lacks a field or has a wrong one."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"][1:]) or BODY
+    return InvalidArgument(field, first["msg"])
+
+
+def _finite(logprob: float | None) -> float | None:
+    """Return a log probability as a number of JSON, which has no infinity."""
+    return None if logprob is None else max(logprob, LEAST_LOGPROB)
 
 
 def _milliseconds(seconds: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 import ssl
 from collections.abc import Iterator
@@ -14,8 +15,11 @@ import uvicorn
 from ladderstitch.api.auth import AuthInterceptor
 from ladderstitch.api.listener import certificate_files
 from ladderstitch.api.openai.app import create_app
+from ladderstitch.api.openai.protocol import ConnectionLimits, LimitedProtocol
 from ladderstitch.config import ServerConfig
 from ladderstitch.hosting.registry import ModelRegistry
+from ladderstitch.runtime.process import address_family
+from ladderstitch.security.listen_config import join_address, strip_brackets
 from ladderstitch.security.tls import CertificateWatcher
 
 log = logging.getLogger(__name__)
@@ -46,8 +50,21 @@ class HttpServer:
         self._config = config
         files = certificate_files(config)
         self._watcher = None if files is None else CertificateWatcher(files)
+        limits = ConnectionLimits(
+            config.max_connections, config.header_timeout_s, config.message_timeout_s
+        )
+        application = create_app(
+            registry,
+            auth,
+            config.max_message_mb << 20,
+            body_timeout_s=config.message_timeout_s,
+            max_unfinished=config.max_unfinished_messages,
+            cors_origins=config.cors_origins,
+        )
         settings = uvicorn.Config(
-            create_app(registry, auth, config.max_message_mb << 20),
+            application,
+            http=LimitedProtocol.with_limits(limits),
+            timeout_keep_alive=math.ceil(config.idle_timeout_s),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -63,16 +80,18 @@ class HttpServer:
 
     async def start(self, port: int, *, share_port: bool = False) -> int:
         """Bind and listen; returns the bound port. Raises `OSError` if it is taken."""
-        listening = socket.socket(socket.AF_INET)
+        host = strip_brackets(self._config.host)
+        listening = socket.socket(address_family(host))
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if share_port:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
-            listening.bind((self._config.host, port))
+            listening.bind((host, port))
             listening.listen()
         except OSError as error:
             listening.close()
-            raise OSError(f"cannot listen on {self._config.host}:{port}: {error}") from error
+            reason = error.strerror or str(error)
+            raise OSError(f"cannot listen on {join_address(host, port)}: {reason}") from error
         self.port = listening.getsockname()[1]
         self._tasks = [asyncio.create_task(self._server.serve([listening]), name="http")]
         if self._watcher is not None:

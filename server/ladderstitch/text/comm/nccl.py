@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ladderstitch.security.listen_config import join_address
 from ladderstitch.text.comm.base import PeerLost, Work
 
 TIMEOUT = timedelta(seconds=60)
@@ -24,10 +25,9 @@ class NcclCommunicator:
     def __init__(self, store: tuple[str, int], rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
         torch.cuda.set_device(rank % torch.cuda.device_count())
-        host, port = store
         dist.init_process_group(
             "nccl",
-            init_method=f"tcp://{host}:{port}",
+            init_method=f"tcp://{join_address(*store)}",
             rank=rank,
             world_size=ranks,
             timeout=TIMEOUT,

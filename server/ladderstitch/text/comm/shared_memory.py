@@ -12,10 +12,13 @@ readers wait. Figures measured that way are those of an *emulated link*.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import platform
 import secrets
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,8 @@ from torch import Tensor
 
 from ladderstitch.errors import ConfigError
 from ladderstitch.text.comm.base import PEER_TIMEOUT_S, PeerLost, Work, sum_in_rank_order
+
+log = logging.getLogger(__name__)
 
 FOLDER = Path("/dev/shm")
 SLOTS = 4
@@ -52,20 +57,67 @@ class EmulatedLink:
         return round(1e9 * (self.latency_s + size / self.bytes_per_s))
 
 
+def create_shared_file(size: int, purpose: str) -> Path:
+    """Return a new file of zeros for a mapping, in /dev/shm if that has room for it.
+
+    All of its memory is reserved now: a process that writes to a page for which there is no room is
+    killed (SIGBUS). Raises `ConfigError` if no folder has room.
+    """
+    refusals = []
+    for folder in (FOLDER, Path(tempfile.gettempdir())):
+        path = folder / f"ladderstitch-{secrets.token_hex(8)}"
+        try:
+            _create_file(path, size)
+        except OSError as error:
+            free = _free_mib(folder)
+            refusals.append(f"{folder}: expected {_mib(size)} MiB, got {free} MiB ({error})")
+            continue
+        if refusals:
+            log.warning("shared memory of %s is in %s, as %s", purpose, folder, refusals[0])
+        return path
+    raise ConfigError(
+        f"shared memory of {purpose}: {'; '.join(refusals)}; enlarge /dev/shm (docker run "
+        "--shm-size=1g; in Kubernetes a Memory volume at /dev/shm), or use the link tcp"
+    )
+
+
+def _create_file(path: Path, size: int) -> None:
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError:
+        path.unlink()
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _free_mib(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / (1 << 20):.1f}"
+    except OSError:
+        return "0"
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.1f}"
+
+
 class SharedRegion:
     """The shared memory of one group; the group creates it and the ranks map it by its path."""
 
     def __init__(self, ranks: int, slot_bytes: int) -> None:
-        """Create memory of zeros; `slot_bytes` is the size of the largest partial."""
-        self.path = FOLDER / f"ladderstitch-{secrets.token_hex(8)}"
+        """Create memory of zeros; `slot_bytes` is the size of the largest partial.
+
+        If /dev/shm has no room, the memory is a file of the folder for temporary files. Raises
+        `ConfigError` if that has none either.
+        """
         self.slot_bytes = -(-slot_bytes // CACHE_LINE) * CACHE_LINE
-        descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        try:
-            lines = ranks * SLOTS
-            os.ftruncate(descriptor, (1 + lines) * CACHE_LINE + lines * self.slot_bytes)
-            self._flag = mmap.mmap(descriptor, CACHE_LINE)
-        finally:
-            os.close(descriptor)
+        lines = ranks * SLOTS
+        size = (1 + lines) * CACHE_LINE + lines * self.slot_bytes
+        self.path = create_shared_file(size, f"{ranks} ranks")
+        with self.path.open("r+b") as file:
+            self._flag = mmap.mmap(file.fileno(), CACHE_LINE)
 
     def abort(self) -> None:
         """Make every current and later `wait` on this memory raise `PeerLost`."""

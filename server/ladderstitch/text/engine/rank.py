@@ -24,6 +24,7 @@ from torch import Tensor
 from ladderstitch.runtime.device import use_device
 from ladderstitch.runtime.library_choice import measure_products
 from ladderstitch.runtime.low_bit import BITS, LowBitPrecision
+from ladderstitch.security.listen_config import split_address
 from ladderstitch.text.comm.base import (
     CommSpec,
     Communicator,
@@ -43,13 +44,13 @@ from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import LayerPlan, plan_layers
 from ladderstitch.text.model.segments import SEGMENT_SCHEMES, SegmentedTransformer
 from ladderstitch.text.model.weight_reader import (
+    EMBEDDING,
     DeltaWeights,
     Weights,
     load_delta,
     touched_layers,
 )
 from ladderstitch.text.model.weights import (
-    EMBEDDING,
     LayerWeights,
     RankWeights,
     Shard,
@@ -123,8 +124,9 @@ class Rank:
     def forward(self, message: Message) -> Message:
         """Run a `FORWARD` message and return a `LOGITS` message.
 
-        Its header has the best tokens of this rank's vocabulary rows, with their logits, and its
-        body the whole logits [L, V_r] of the sequences that need them.
+        Its header has the best tokens of this rank's vocabulary rows, with their logits, and the
+        numbers of the sequences that are not finite. Its body has the whole logits [L, V_r] of the
+        sequences that need them.
         """
         step = Step.unpack(message.header, message.body)
         batch = Batch(step, self.rank_config.block_tokens, self.rank_config.device)
@@ -132,14 +134,26 @@ class Rank:
         model = self.models[step.path]
         torch.set_num_threads(1 if self._computes_in_onnx(step.path) else self.rank_config.threads)
         logits = model.forward(batch, self.cache, plans, comm).float()
+        finite = self.cache.has_finite_slots(batch)
+        if batch.output_rows:  # -inf, too, is an overflow: no head has a bias
+            finite[batch.output_rows] &= torch.stack(logits.aminmax(dim=-1)).isfinite().all(dim=0)
         best = logits[batch.best_rows].max(dim=-1) if batch.best_rows else None
         whole = np.ascontiguousarray(logits[batch.logits_rows].cpu().numpy())
         header = {
             "best": best.values.tolist() if best else [],
             "tokens": (best.indices + self.shard.vocabulary.start).tolist() if best else [],
             "shape": whole.shape,
+            "non_finite": batch.find_sequences(~finite),
         }
         return Message(Kind.LOGITS, header, whole.data.cast("B") if whole.size else b"")
+
+    def leave_group(self) -> None:
+        """Close the communicator after a failed pass, so that no peer waits for this rank.
+
+        On GPUs this could block; there, the group restarts the peers.
+        """
+        if self.comm is not None and self.rank_config.device == "cpu":
+            self.comm.close()
 
     def _computes_in_onnx(self, path: int) -> bool:
         """Return whether the products of a path run in ONNX Runtime.
@@ -303,7 +317,9 @@ def serve(group: socket.socket, listener: socket.socket) -> None:
         except (EOFError, OSError):
             return
         try:
-            if message.kind == Kind.LOAD_MODEL:
+            if message.kind == Kind.PING:
+                reply = Message(Kind.READY)
+            elif message.kind == Kind.LOAD_MODEL:
                 rank = Rank(Assignment.model_validate(message.header))
                 reply = Message(Kind.MODEL_LOADED, rank.load_stats)
             elif rank is None:
@@ -315,6 +331,8 @@ def serve(group: socket.socket, listener: socket.socket) -> None:
                 reply = rank.forward(message)
         except Exception as error:
             reply = _failure(error)
+            if rank is not None:
+                rank.leave_group()
         try:
             send_message(group, reply)
         except OSError:
@@ -337,11 +355,17 @@ def connect(address: str) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(address.removeprefix("unix:"))
         return connection
-    host, port = address.rsplit(":", 1)
-    connection = socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S)
+    connection = socket.create_connection(split_address(address), timeout=CONNECT_TIMEOUT_S)
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
+
+
+def _listen_beside(group: socket.socket) -> socket.socket:
+    """Return a listener for other ranks, on the address that leads to the group, or on loopback."""
+    if group.family == socket.AF_UNIX:
+        return socket.create_server(("127.0.0.1", 0))
+    return socket.create_server((group.getsockname()[0], 0), family=group.family)
 
 
 def run(address: str, secret: str) -> None:
@@ -349,14 +373,11 @@ def run(address: str, secret: str) -> None:
 
     Raises `OSError` if the group cannot be reached.
     """
-    with connect(address) as group, socket.socket() as listener:
-        own_address = group.getsockname()[0] if group.family != socket.AF_UNIX else "127.0.0.1"
-        listener.bind((own_address, 0))
-        listener.listen()
+    with connect(address) as group, _listen_beside(group) as listener:
         registration = {
             "secret": secret,
             "pid": os.getpid(),
-            "comm_address": listener.getsockname(),
+            "comm_address": listener.getsockname()[:2],
         }
         send_message(group, Message(Kind.REGISTER, registration))
         serve(group, listener)

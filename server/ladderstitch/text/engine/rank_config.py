@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -25,6 +25,7 @@ from ladderstitch.text.comm.base import (
     TcpSpec,
 )
 from ladderstitch.text.comm.shared_memory import SharedRegion
+from ladderstitch.text.engine.liveness import Liveness
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.weight_reader import RandomWeights, Weights
@@ -195,6 +196,8 @@ class GroupOptions:
     """HOST:PORT at which ranks of other machines connect; unset: a socket file."""
     secret: str = ""
     """The secret that ranks must know if an operator starts them; unset: a random one."""
+    liveness: Liveness = field(default_factory=Liveness)
+    """The limits by which a rank that hangs is recognised."""
 
 
 def comm_kind(rank_config: RankConfig, options: GroupOptions) -> CommKind:

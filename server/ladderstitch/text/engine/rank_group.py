@@ -8,7 +8,13 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ladderstitch.errors import EngineRestarting
+from ladderstitch.errors import EngineRestarting, InternalError
+from ladderstitch.text.engine.liveness import (
+    CONNECT_GPU_LIMIT_S,
+    CONNECT_LIMIT_S,
+    LOAD_LIMIT_S,
+    wait_until_done,
+)
 from ladderstitch.text.engine.rank_config import (
     Assignment,
     CommInit,
@@ -30,6 +36,7 @@ from ladderstitch.text.engine.rank_handle import (
     request_all,
 )
 from ladderstitch.text.engine.rank_pool import RankPool, RankStartError
+from ladderstitch.text.engine.recovery import Recovery
 from ladderstitch.text.messages import (
     Kind,
     Logits,
@@ -46,17 +53,15 @@ log = logging.getLogger(__name__)
 RECOVERY_TIMEOUT_S = 90.0
 """Seconds that `wait_ready` waits for a recovery."""
 
-ABORT_TIMEOUT_S = 10.0
-"""Seconds that a surviving rank has to abort its all-reduce before it is restarted."""
-
-RECOVERY_ATTEMPTS = 5
-
 
 class RankGroup:
     """R ranks that compute forward passes together.
 
     A pass that loses a rank raises `RankLost`. `wait_ready` then waits until all ranks are back.
     Their caches are empty, so the caller has to compute all earlier tokens again.
+
+    A rank that does not reply within the limits of `GroupOptions.liveness` is killed and replaced.
+    Ranks are replaced however often that fails; `ready` is false meanwhile.
     """
 
     def __init__(
@@ -69,7 +74,6 @@ class RankGroup:
         self.rank_config, self.options = rank_config, options or GroupOptions()
         self.loaded: dict[int, dict[str, Any]] = {}
         self.restarts = 0
-        self.failed = False
         self._on_restart = on_restart
         self._rank_pool = RankPool(
             launcher, self._on_loss, self.options.listen, self.options.secret
@@ -77,8 +81,9 @@ class RankGroup:
         self._ranks: list[RankHandle | None] = [None] * rank_config.ranks
         self._region: CommRegion | None = None
         self._all_ready = asyncio.Event()
-        self._recovery: asyncio.Task[None] | None = None
-        self._closing = False
+        self._recovery = Recovery(self._recover, self._needs_recovery)
+        self._idle_checks: asyncio.Task[None] | None = None
+        self._started = self._closing = self._slow = False
         self._pass_lock = asyncio.Lock()
         self._create_spec: CreateCommSpec = create_comm_spec
 
@@ -86,6 +91,11 @@ class RankGroup:
     def ready(self) -> bool:
         """Whether all ranks are loaded and connected."""
         return self._all_ready.is_set()
+
+    @property
+    def responsive(self) -> bool:
+        """Whether all ranks are ready and none is much later with its reply than planned."""
+        return self.ready and not self._slow
 
     @property
     def address(self) -> str:
@@ -105,16 +115,19 @@ class RankGroup:
     async def start(self) -> None:
         """Start the ranks and wait until they are ready.
 
-        Raises `EngineRestarting` with the reason if a rank cannot start or load its shard.
+        Raises `EngineRestarting` with the reason if a rank cannot start or load its shard, and
+        `ConfigError` if there is no room for shared memory.
         """
         await self._rank_pool.start()
-        for _ in range(self.rank_config.ranks + self.options.spares):
-            await self._rank_pool.launch()
         try:
+            for _ in range(self.rank_config.ranks + self.options.spares):
+                await self._rank_pool.launch()
             await self._fill_group()
-        except (RankLost, RankFailed, RankStartError) as error:
+        except (RankLost, RankFailed, RankStartError, OSError) as error:
             raise EngineRestarting(f"the ranks did not start: {error}") from error
+        self._started = True
         self._all_ready.set()
+        self._idle_checks = asyncio.create_task(self._check_while_idle(), name="check-ranks")
 
     async def wait_ready(self) -> None:
         """Wait until all ranks are ready; raises `EngineRestarting` after `RECOVERY_TIMEOUT_S`."""
@@ -156,16 +169,87 @@ class RankGroup:
         except BaseException:
             self._pass_lock.release()
             raise
-        running = asyncio.create_task(self._finish_pass(replies))
+        running = asyncio.create_task(self._finish_pass(replies, step.planned_s))
         running.add_done_callback(_retrieve_exception)
-        return await asyncio.shield(running)  # the ranks' replies must be read in any case
+        parts = await asyncio.shield(running)  # the ranks' replies must be read in any case
+        return StepOutput.merge([(part.header, part.body) for part in parts])
 
-    async def _finish_pass(self, replies: Awaitable[list[Message | BaseException]]) -> StepOutput:
+    async def _finish_pass(
+        self, replies: Awaitable[list[Message | BaseException]], planned_s: float | None
+    ) -> list[Message]:
+        """Return the ranks' replies; start a recovery if one of them does not reply or is lost.
+
+        After a pass that failed on a rank, the ranks are at different reductions. They get a new
+        communicator before the next pass, which must not read partials of this one.
+        """
         try:
-            parts = raise_pass_error(await replies)
+            answered = await self._await_replies(asyncio.ensure_future(replies), planned_s)
+            return raise_pass_error(answered)
+        except RankLost:
+            self._begin_recovery()
+            raise
+        except InternalError:
+            if self.rank_config.ranks > 1:
+                await self._replace_comm()
+            raise
         finally:
             self._pass_lock.release()
-        return StepOutput.merge([(part.header, part.body) for part in parts])
+
+    async def _await_replies(
+        self, replies: asyncio.Future[list[Message | BaseException]], planned_s: float | None
+    ) -> list[Message | BaseException]:
+        liveness, device = self.options.liveness, self.rank_config.device
+        limit_s = liveness.limit_s(planned_s, device)
+        slow_after_s = liveness.slow_after_s(planned_s, device)
+        try:
+            if not await wait_until_done(replies, slow_after_s, limit_s, self._report_slow):
+                log.error(
+                    "no reply of all ranks within limit_s=%.1f; replacing the others", limit_s
+                )
+                self._begin_recovery()  # which ends the ranks that do not abort the pass
+            return await replies
+        finally:
+            self._slow = False
+
+    def _report_slow(self) -> None:
+        self._slow = True
+
+    async def _replace_comm(self) -> None:
+        """Connect the ranks again after a failed pass; start a recovery if that is impossible."""
+        if not self.ready:
+            return  # a recovery has begun, and connects them
+        try:
+            if survives_rank_loss(self.rank_config, self.options):
+                await self._init_comm()
+                return
+        except Exception as error:
+            log.error("no new communicator after a failed pass: %s", error)
+        for number in range(len(self._ranks)):
+            await self._drop(number)
+        self._begin_recovery()
+
+    async def _check_while_idle(self) -> None:
+        """Ask idle ranks for a sign of life at intervals, so that one that hangs is noticed."""
+        while True:
+            await asyncio.sleep(self.options.liveness.idle_check_s)
+            if not self.ready or self._pass_lock.locked():
+                continue
+            try:
+                await self.check()
+            except Exception as error:
+                log.warning("check of idle ranks failed: %s: %s", type(error).__name__, error)
+
+    async def check(self) -> None:
+        """Wait until all ranks reply to a message; raises `RankLost` if one does not."""
+        await self._pass_lock.acquire()
+        try:
+            replies = request_all(self._live_ranks(), Message(Kind.PING))
+        except BaseException:
+            self._pass_lock.release()
+            raise
+        checking = asyncio.create_task(self._finish_pass(replies, 0.0))
+        checking.add_done_callback(_retrieve_exception)
+        await asyncio.shield(checking)
 
     async def change_comm(
         self, options: GroupOptions, create_spec: CreateCommSpec = create_comm_spec
@@ -178,10 +262,10 @@ class RankGroup:
     async def close(self) -> None:
         """End all ranks and remove the shared memory."""
         self._closing = True
-        if self._recovery is not None:
-            self._recovery.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._recovery
+        await self._recovery.stop()
+        if self._idle_checks is not None:
+            self._idle_checks.cancel()
+            await asyncio.gather(self._idle_checks, return_exceptions=True)
         for rank in self._ranks:
             if rank is not None:
                 await rank.close()
@@ -193,57 +277,64 @@ class RankGroup:
         if self._closing:
             return
         if lost in self._ranks:
-            self._all_ready.clear()
             number = self._ranks.index(lost)
             self._ranks[number] = None
             log.error("rank %d (pid %d) died; recovering", number, lost.pid)
-            if self._region is not None:
-                self._region.abort()
-        if self._recovery is None or self._recovery.done():
-            self._recovery = asyncio.create_task(self._recover(), name="recover-ranks")
+            self._begin_recovery()
+        else:
+            self._recovery.start()
+
+    def _begin_recovery(self) -> None:
+        """Admit no pass, abort the running one, and replace what is lost or does not react."""
+        if self._closing or not self._started:
+            return
+        self._all_ready.clear()
+        if self._region is not None:
+            self._region.abort()
+        self._recovery.start()
+
+    def _needs_recovery(self) -> bool:
+        return self._started and not self._closing and (not self.ready or self._lacks_spares)
 
     async def _recover(self) -> None:
-        """Replace the lost ranks, then the spares; stop after `RECOVERY_ATTEMPTS`."""
-        for attempt in range(RECOVERY_ATTEMPTS):
-            if self.ready:
-                break
-            try:
-                await self._release_survivors()
-                await self._fill_group()
-            except (RankLost, RankFailed, RankStartError) as error:
-                log.error("recovery attempt %d failed: %s", attempt + 1, error)
-                await asyncio.sleep(min(0.1 * 2**attempt, 2.0))
-                continue
+        """Replace the lost ranks, or start a spare if none is lost."""
+        if not self.ready:
+            await self._replace_lost()
+        else:
+            await self._rank_pool.launch()
+
+    @property
+    def _lacks_spares(self) -> bool:
+        pool = self._rank_pool
+        return pool.can_launch and pool.available < self.options.spares
+
+    async def _replace_lost(self) -> None:
+        await self._release_survivors()
+        num_missing = self._ranks.count(None)
+        await self._fill_group()
+        self._all_ready.set()
+        log.warning("all ranks ready")
+        if num_missing:
             self.restarts += 1
             self._on_restart()
-            self._all_ready.set()
-            log.warning("all ranks ready")
-        if not self.ready:
-            self.failed = True
-            log.error("recovery stopped after %d attempts", RECOVERY_ATTEMPTS)
-            return
-        while self._rank_pool.available < self.options.spares:
-            await self._rank_pool.launch()
 
     async def _release_survivors(self) -> None:
         """Wait until the running pass has ended; drop the ranks that do not abort it in time.
 
         If the communicator does not survive the loss of a rank, drop all ranks.
         """
+        is_abortable = self._region is not None or None in self._ranks
+        abort_s = self.options.liveness.abort_s if is_abortable else 0.0
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(ABORT_TIMEOUT_S), self._pass_lock:
+            async with asyncio.timeout(abort_s), self._pass_lock:
                 pass
         keep = survives_rank_loss(self.rank_config, self.options)
         for number, rank in enumerate(self._ranks):
             if rank is None:
                 continue
             if rank.busy:
-                log.error(
-                    "rank %d did not abort its all-reduce within %.0f s; restarting it",
-                    number,
-                    ABORT_TIMEOUT_S,
-                )
-            if rank.busy or not keep:
+                log.error("rank %d does not react; killing it after_s=%.1f", number, abort_s)
+            if rank.busy or rank.lost or not rank.has_model or not keep:
                 self._ranks[number] = None
                 await rank.close()
 
@@ -251,12 +342,17 @@ class RankGroup:
         """Acquire the missing ranks and load their shards, then connect all ranks."""
         missing = [number for number, rank in enumerate(self._ranks) if rank is None]
         for number in missing:
-            self._ranks[number] = await self._rank_pool.acquire()
+            self._ranks[number] = await self._acquire()
         replies = await asyncio.gather(
             *(self._load_model(number) for number in missing), return_exceptions=True
         )
+        for number, reply in zip(missing, replies, strict=True):
+            if isinstance(reply, BaseException):  # this rank has no model: try with another one
+                await self._drop(number)
         loaded = raise_first_error(replies)
         for number, message in zip(missing, loaded, strict=True):
+            if (rank := self._ranks[number]) is not None:
+                rank.has_model = True
             self.loaded[number] = message.header
             log.info(
                 "rank loaded rank=%d seconds=%.1f weight_mb=%.0f memory_mb=%.0f %s",
@@ -268,13 +364,39 @@ class RankGroup:
             )
         await self._init_comm()
 
+    async def _acquire(self) -> RankHandle:
+        """Return an idle rank that reacts; spares may have been stopped while they waited."""
+        for _ in range(self.options.spares + 1):
+            rank = await self._rank_pool.acquire()
+            reply = asyncio.ensure_future(rank.request(Message(Kind.PING)))
+            limit_s = self.options.liveness.limit_s(0.0, self.rank_config.device)
+            if await wait_until_done(reply, limit_s, limit_s) and reply.exception() is None:
+                return rank
+            log.error("spare rank (pid %d) does not react; killing it", rank.pid)
+            await rank.close()
+            await asyncio.gather(reply, return_exceptions=True)
+        raise RankStartError("no rank that was started reacts")
+
+    async def _drop(self, number: int) -> None:
+        rank, self._ranks[number] = self._ranks[number], None
+        if rank is not None:
+            await rank.close()
+
     async def _init_comm(self) -> None:
         ranks = self._live_ranks()
         addresses = [rank.comm_address for rank in ranks]
         spec, self._region = self._create_spec(self.rank_config, self.options, addresses)
         message = Message(Kind.INIT_COMM, CommInit(spec=spec).model_dump(mode="json"))
+        replies = asyncio.ensure_future(request_all(ranks, message))
+        limit_s = CONNECT_LIMIT_S if self.rank_config.device == "cpu" else CONNECT_GPU_LIMIT_S
         try:
-            raise_first_error(await request_all(ranks, message))
+            if not await wait_until_done(replies, limit_s, limit_s):
+                for number, rank in enumerate(ranks):
+                    if rank.busy:
+                        log.error("rank %d did not connect; killing it", number)
+                        await self._drop(number)
+            raise_first_error(await replies)
+            self._live_ranks()  # one may have died since it replied
         finally:
             if self._region is not None:
                 self._region.unlink()
@@ -290,10 +412,14 @@ class RankGroup:
         if rank is None:
             raise RankLost(f"rank {number} died before it could load its shard")
         assignment = Assignment(rank_config=self.rank_config, rank=number)
-        return await rank.request(Message(Kind.LOAD_MODEL, assignment.model_dump(mode="json")))
+        message = Message(Kind.LOAD_MODEL, assignment.model_dump(mode="json"))
+        reply = asyncio.ensure_future(rank.request(message))
+        if not await wait_until_done(reply, LOAD_LIMIT_S, LOAD_LIMIT_S):
+            await rank.close()
+        return await reply
 
 
-def _retrieve_exception(done: asyncio.Task[StepOutput]) -> None:
+def _retrieve_exception(done: asyncio.Task[list[Message]]) -> None:
     """Read the exception, so that asyncio does not log it when the caller has disconnected."""
     if not done.cancelled():
         done.exception()

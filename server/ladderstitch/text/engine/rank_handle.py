@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,6 +12,8 @@ from typing import Any, Protocol
 from ladderstitch.errors import InternalError, LadderstitchError
 from ladderstitch.text.engine.rank import SECRET_VARIABLE
 from ladderstitch.text.messages import Kind, Message, read_message, write_message
+
+log = logging.getLogger(__name__)
 
 GLIBC_VARIABLE = "GLIBC_TUNABLES"
 """Environment variable with options of the C library, separated by colons."""
@@ -48,7 +51,7 @@ class RankHandle:
     ) -> None:
         self.pid: int = registration["pid"]
         self.comm_address: tuple[str, int] = tuple(registration["comm_address"])
-        self.lost = False
+        self.lost = self.has_model = False
         self._process = process
         self._writer = writer
         self._on_loss = on_loss
@@ -96,7 +99,13 @@ class RankHandle:
                 message = await read_message(reader)
                 if self._reply is not None and not self._reply.done():
                     self._reply.set_result(message)
+        except asyncio.CancelledError:
+            self._disconnect()
+            raise
         except (EOFError, OSError):
+            self._report_loss()  # the process has ended
+        except Exception:
+            log.exception("rank pid=%d sent what is no message; it counts as lost", self.pid)
             self._report_loss()
 
     def _report_loss(self) -> None:
@@ -136,16 +145,18 @@ def raise_pass_error(replies: Sequence[Message | BaseException]) -> list[Message
     """Return every rank's reply to a forward pass, or raise the cause of its failure.
 
     Raises `RankLost` if a rank died, even if others report failures, since these follow from the
-    loss. Raises `InternalError` if the pass failed on a rank.
+    loss. Raises `InternalError` if the pass failed on a rank, even if others report that they lost
+    a peer, since a rank whose pass failed leaves the communicator.
     """
     for reply in replies:
         if isinstance(reply, BaseException) and not isinstance(reply, RankFailed):
             raise reply
-    for reply in replies:
-        if isinstance(reply, RankFailed):
-            if reply.peer_lost:
-                raise RankLost(str(reply))
-            raise InternalError(f"the forward pass failed: {reply}")
+    failures = [reply for reply in replies if isinstance(reply, RankFailed)]
+    for failure in failures:
+        if not failure.peer_lost:
+            raise InternalError(f"the forward pass failed: {failure}")
+    if failures:
+        raise RankLost(str(failures[0]))
     return raise_first_error(replies)
 
 

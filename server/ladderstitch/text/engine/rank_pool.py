@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ladderstitch.errors import LadderstitchError
+from ladderstitch.security.listen_config import join_address, split_address
 from ladderstitch.text.engine.rank_handle import Launcher, RankHandle, RankProcess
 from ladderstitch.text.messages import Kind, read_message
 
@@ -24,6 +25,9 @@ REGISTER_TIMEOUT_S = 60.0
 
 HANDSHAKE_TIMEOUT_S = 10.0
 """Seconds that a new connection has for its `REGISTER` message."""
+
+MAX_HANDSHAKE_BYTES = 1 << 16
+"""Most bytes of the message of a connection that has not shown the secret yet."""
 
 READ_LIMIT_BYTES = 16 << 20
 
@@ -65,12 +69,11 @@ class RankPool:
     async def start(self) -> None:
         """Open the socket; raises `OSError` if the address is in use."""
         if self._listen:
-            host, port = self._listen.rsplit(":", 1)
+            host, port = split_address(self._listen)
             self._server = await asyncio.start_server(
-                self._register, host, int(port), limit=READ_LIMIT_BYTES
+                self._register, host, port, limit=READ_LIMIT_BYTES
             )
-            host, port = self._server.sockets[0].getsockname()[:2]
-            self.address = f"{host}:{port}"
+            self.address = join_address(*self._server.sockets[0].getsockname()[:2])
         else:
             self._folder = Path(tempfile.mkdtemp(prefix="lsr-"))  # mode 0700
             path = self._folder / "group"
@@ -83,6 +86,11 @@ class RankPool:
     def available(self) -> int:
         """The number of ranks that are idle or starting."""
         return sum(not rank.lost for rank in self._idle) + len(self._starting)
+
+    @property
+    def can_launch(self) -> bool:
+        """Whether the pool starts ranks itself."""
+        return self._launcher is not None
 
     async def launch(self) -> None:
         """Start one more rank, which registers later; do nothing without a launcher."""
@@ -135,17 +143,21 @@ class RankPool:
 
     async def _watch(self, number: int, process: RankProcess) -> None:
         """Wake `acquire` if a rank exits before it registers."""
-        await process.wait()
-        if self._starting.pop(number, None) is not None:
-            self._changed.set()
+        try:
+            await process.wait()
+        finally:
+            if self._starting.pop(number, None) is not None:
+                self._changed.set()
 
     async def _register(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            message = await asyncio.wait_for(read_message(reader), HANDSHAKE_TIMEOUT_S)
+            handshake = read_message(reader, MAX_HANDSHAKE_BYTES)
+            message = await asyncio.wait_for(handshake, HANDSHAKE_TIMEOUT_S)
             number, _, secret = str(message.header.get("secret", "")).rpartition(":")
-            if message.kind != Kind.REGISTER or not hmac.compare_digest(secret, self.secret):
+            same = hmac.compare_digest(secret.encode(), self.secret.encode())
+            if message.kind != Kind.REGISTER or not same:
                 raise EOFError("wrong secret")
-        except (EOFError, OSError, TimeoutError, ValueError) as error:
+        except Exception as error:  # whatever a stranger sends
             log.warning("rejected a connection that did not register as a rank: %s", error)
             writer.close()
             return

@@ -56,6 +56,15 @@ class PagedCache:
         keys[batch.new_slots] = k.to(keys.dtype)
         values[batch.new_slots] = v.to(values.dtype)
 
+    def has_finite_slots(self, batch: Batch) -> Tensor:
+        """Return [T] bool: whether the keys and values of each new token are finite in all layers.
+
+        Others read only blocks whose tokens are: a masked position has the weight 0, and 0 times
+        infinity is NaN.
+        """
+        largest = self._memory[:, :, batch.new_slots].abs().amax(dim=(0, 1, 3, 4))
+        return largest.isfinite()
+
     def arrays(self, layer: int) -> tuple[Array, Array]:
         """Return the keys and the values of a layer, [slots, K_r d], as arrays in the same memory.
 

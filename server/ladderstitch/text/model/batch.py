@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -94,6 +96,14 @@ class Batch:
         if isinstance(self.new_slots, Tensor):
             return self.new_slots
         return torch.arange(self.new_slots.start, self.new_slots.stop, device=self.device)
+
+    def find_sequences(self, rows: Tensor) -> list[int]:
+        """Return the numbers of the sequences that have at least one of the rows, a mask [T]."""
+        found = set(rows.nonzero().flatten().tolist())
+        if not found:
+            return []
+        ends = list(accumulate(len(sequence.tokens) for sequence in self._inputs))
+        return sorted({bisect_right(ends, row) for row in found})
 
     def _mask(self, sequence: SequenceInput) -> Tensor | None:
         if not sequence.start:

@@ -24,6 +24,10 @@ HF_NAMES = {
 """Field of Hugging Face's `config.json` -> field of `LlamaConfig`."""
 
 
+MAX_SIZE = 1 << 24
+"""Largest size of a model in any dimension: a manifest with a larger one is wrong."""
+
+
 class RopeScaling(BaseModel):
     """Slower rotary frequencies for longer contexts.
 
@@ -47,14 +51,14 @@ class LlamaConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    vocab_size: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    layers: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    max_positions: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, le=MAX_SIZE)
+    hidden_size: int = Field(gt=0, le=MAX_SIZE)
+    intermediate_size: int = Field(gt=0, le=MAX_SIZE)
+    layers: int = Field(gt=0, le=1000)
+    heads: int = Field(gt=0, le=MAX_SIZE)
+    kv_heads: int = Field(gt=0, le=MAX_SIZE)
+    head_dim: int = Field(gt=0, le=MAX_SIZE)
+    max_positions: int = Field(gt=0, le=MAX_SIZE)
     norm_eps: float = Field(1e-5, gt=0)
     rope_theta: float = Field(10_000.0, gt=0)
     rope_scaling: RopeScaling | None = None

@@ -179,7 +179,7 @@ class Transformer:
             return look_up(self._embedding, tokens)
         mine = (tokens >= rows.start) & (tokens < rows.stop)
         local = (tokens - rows.start).clamp(0, len(rows) - 1)
-        part = look_up(self._embedding, local) * mine.unsqueeze(-1)
+        part = look_up(self._embedding, local).masked_fill(~mine.unsqueeze(-1), 0.0)
         return comm.wait(comm.all_reduce_async(part))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +18,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ladderstitch.bundles import raise_for
+from ladderstitch.bundles.files import check_safetensors, read_json
 from ladderstitch.errors import BundleError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+MODEL, BASE_PARTS = "model", ("embed_tokens", "layers", "norm")
+"""The name of the model without its head in the Hugging Face layout, and its parts."""
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that `torch.compile`, `DataParallel`, FSDP and checkpointing add."""
 UP, DOWN = ".up", ".down"
 """Suffixes of the two factors of a delta."""
 
@@ -87,18 +93,26 @@ class RandomWeights:
 class SafetensorsFolder:
     """The weights in `model.safetensors`, or in the shards that the index file names.
 
-    The index is `model.safetensors.index.json`. Raises `BundleError` if a file is missing or
+    The index is `model.safetensors.index.json`. Tensors may have the names that checkpoints of
+    compiled models or of models without a head have; `tied` says that embedding and head are one
+    tensor, which may be stored under either name. Raises `BundleError` if a file is missing or
     unreadable.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, tied: bool = False) -> None:
         self._folder = folder
         self._files: dict[str, Any] = {}
         self._file_of = self._read_index()
+        self._stored_names = _standard_names(self._file_of, tied=tied, where=folder)
 
     def names(self) -> Sequence[str]:
         """Return the names of all tensors."""
-        return list(self._file_of)
+        return list(self._stored_names)
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """The stored names of the tensors that are stored under another name."""
+        return {name: stored for name, stored in self._stored_names.items() if name != stored}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor; raises `BundleError` if it is missing."""
@@ -114,29 +128,58 @@ class SafetensorsFolder:
         if not index.exists():
             return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = json.loads(read_json(index))["weight_map"]
             return {str(name): str(file) for name, file in weight_map.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{index}: expected an object with weight_map: {error}") from error
 
     def _open_tensor(self, name: str) -> Any:
-        if name not in self._file_of:
+        stored = self._stored_names.get(name)
+        if stored is None:
             raise BundleError(f"{self._folder}: missing tensor {name}")
-        file = self._open(self._file_of[name])
+        file = self._open(self._file_of[stored])
         with contextlib.suppress(SafetensorError):
-            return file.get_slice(name)
-        raise BundleError(f"{self._folder / self._file_of[name]}: missing tensor {name}")
+            return file.get_slice(stored)
+        raise BundleError(f"{self._folder / self._file_of[stored]}: missing tensor {stored}")
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
             path = self._folder / file
             if path.parent != self._folder:
                 raise BundleError(f"{self._folder / INDEX}: {file!r} lies outside the folder")
+            check_safetensors(path)
             try:
                 self._files[file] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise BundleError(f"{path}: {error}") from error
         return self._files[file]
+
+
+def _standard_names(stored: Iterable[str], *, tied: bool, where: Path) -> dict[str, str]:
+    """Return the stored name of each tensor by its name in the Hugging Face layout.
+
+    `torch.compile` and wrappers of parallel training put prefixes before the names, and models
+    that are saved without their head lack `model.`. Raises `BundleError` if two stored names mean
+    one tensor.
+    """
+    found: dict[str, str] = {}
+    for name in stored:
+        standard = _standard_name(name)
+        if (other := found.get(standard)) is not None:
+            raise BundleError(f"{where}: expected one tensor {standard}, got {other} and {name}")
+        found[standard] = name
+    if tied and EMBEDDING not in found and HEAD in found:
+        found[EMBEDDING] = found.pop(HEAD)
+    return found
+
+
+def _standard_name(name: str) -> str:
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    while parts[1:] and parts[0] == parts[1] == MODEL:
+        parts = parts[1:]
+    if parts[0] in BASE_PARTS:
+        parts = [MODEL, *parts]
+    return ".".join(parts)
 
 
 def _slices(rows: range | None, columns: range | None) -> tuple[slice, ...]:
@@ -149,6 +192,7 @@ def _slices(rows: range | None, columns: range | None) -> tuple[slice, ...]:
 
 def load_delta(path: Path) -> dict[str, Tensor]:
     """Return the factors of a delta file; raises `BundleError` if it is missing or damaged."""
+    check_safetensors(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

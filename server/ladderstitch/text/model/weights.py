@@ -17,10 +17,8 @@ from ladderstitch.errors import ConfigError
 from ladderstitch.runtime.linear import Matrix, store
 from ladderstitch.runtime.low_bit import quantise
 from ladderstitch.text.model.config import LlamaConfig
-from ladderstitch.text.model.weight_reader import Weights
+from ladderstitch.text.model.weight_reader import EMBEDDING, HEAD, Weights
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 VOCABULARY_BITS = 8
 """Bits per weight of embedding and head where layers have 4 or 8: these two need more than 4."""

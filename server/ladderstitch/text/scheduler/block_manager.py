@@ -47,8 +47,12 @@ class BlockManager:
 
     def __init__(self, num_blocks: int, block_tokens: int) -> None:
         self.num_blocks, self.block_tokens = num_blocks, block_tokens
-        self._ref_counts = [0] * num_blocks
-        self._empty = np.ones(num_blocks, dtype=bool)  # free, without cached content
+        self.reset()
+
+    def reset(self) -> None:
+        """Make every block empty, also those that sequences hold."""
+        self._ref_counts = [0] * self.num_blocks
+        self._empty = np.ones(self.num_blocks, dtype=bool)  # free, without cached content
         self._evictable: OrderedDict[int, None] = OrderedDict()  # free and cached, oldest first
         self._cached: dict[BlockKey, tuple[int, int]] = {}  # -> block, id
         self._keys: dict[int, BlockKey] = {}

@@ -98,6 +98,14 @@ class SequenceQueue:
             sequence.num_rank_losses += 1
         self.block_manager.clear()
 
+    def abandon_all(self) -> list[Sequence]:
+        """Remove and return all sequences, and free all blocks, in whatever state they are."""
+        removed = [*self.active, *self.waiting]
+        self.active.clear()
+        self.waiting.clear()
+        self.block_manager.reset()
+        return removed
+
     def _preempt(self, sequence: Sequence) -> None:
         sequence.block_table.release(self.block_manager)
         self.active.remove(sequence)

@@ -16,6 +16,7 @@ from ladderstitch.errors import (
     EngineRestarting,
     InternalError,
     InvalidArgument,
+    NonFiniteOutput,
     RequestError,
 )
 from ladderstitch.scheduling.candidates import CandidateFilter
@@ -29,21 +30,25 @@ from ladderstitch.telemetry.model_metrics import (
     StepReport,
     TextObserver,
 )
+from ladderstitch.telemetry.statistics import Statistics
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.engine.rank_handle import RankLost
-from ladderstitch.text.messages import LogitsMode, Step
+from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.scheduler.block_manager import BlockManager
+from ladderstitch.text.scheduler.guarded_observer import GuardedObserver
 from ladderstitch.text.scheduler.planner import (
     NO_LOAD,
     ExecutedStep,
+    ScheduledChunk,
     StepPlan,
     choose_variant,
     estimate_token_times,
     plan_step,
 )
 from ladderstitch.text.scheduler.queue import SequenceQueue
-from ladderstitch.text.scheduler.sequence import Sequence, TokenStream
+from ladderstitch.text.scheduler.sequence import Sequence, TokenStream, non_finite_output
 from ladderstitch.text.scheduler.step_times import StepTimes, measure_steps, placeholder_profile
+from ladderstitch.text.scheduler.supervised_loop import SupervisedLoop
 from ladderstitch.text.scheduler.variant_changes import ChangeRules
 from ladderstitch.text.tokenizer import TextTokenizer
 
@@ -51,12 +56,19 @@ log = logging.getLogger(__name__)
 
 MAX_RANK_LOSSES = 8
 """Rank losses that one sequence survives; more than these are not a coincidence."""
+MAX_ENDS_IN_ROW = 5
+"""Unexpected ends of the loop, with no progress in between, after which the model is not alive."""
 LOAD_REPORT_TOKENS = 32
 """Prompt and answer length assumed when reporting load."""
 
 
 class TextScheduler:
-    """The scheduler of one group of ranks, with at most `max_sequences` active sequences."""
+    """The scheduler of one group of ranks, with at most `max_sequences` active sequences.
+
+    What fails in one sequence ends that sequence only. If the loop of steps ends for another
+    reason, it is started again, and the sequences are computed again from their tokens. If it ends
+    again before it has made progress, they end with an error.
+    """
 
     def __init__(
         self,
@@ -78,13 +90,17 @@ class TextScheduler:
             placeholder_profile(len(config.paths), config.max_batched_tokens), 0.0
         )
         self.draining = False
+        self.statistics = Statistics()
         self._queue = make_queue(self.block_manager, max_sequences)
         self._plan: StepPlan | None = None
+        self._apart: list[Sequence] = []
+        """Sequences of a step that failed, which run one by one until one of them fails alone."""
         self._quality, self._observer = quality, observer or NullObserver()
+        self._guarded = GuardedObserver(self._observer)
         self._changed = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._loop: asyncio.Task[None] | None = None
+        self._loop = SupervisedLoop(self._run_steps, self._resume, "text-scheduler")
         self.apply_settings(SchedulerSettings())
 
     @property
@@ -107,6 +123,21 @@ class TextScheduler:
     def kv_cache_usage(self) -> float:
         """The share of the cache's blocks that sequences hold, 0 to 1."""
         return self.block_manager.num_used / self.block_manager.num_blocks
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """The numbers of requests, and the share of the cache in use."""
+        return Occupancy(self.num_waiting, self.num_running, self.kv_cache_usage)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the loop runs; false from an unexpected end until it has made progress."""
+        return not self._loop.failing
+
+    @property
+    def alive(self) -> bool:
+        """Whether the loop makes progress, or has not failed to for long."""
+        return self._loop.ends_in_row < MAX_ENDS_IN_ROW
 
     def load_report(self) -> LoadReport:
         """Return the seconds that a short answer takes longer now than without load."""
@@ -163,9 +194,9 @@ class TextScheduler:
         try:
             sequence = self._submit(request)
         except RequestError as error:
-            self._observer.observe_rejection(error.code, had_budget=request.budget.is_set)
+            self._guarded.observe_rejection(error.code, had_budget=request.budget.is_set)
             raise
-        return TokenStream(sequence, self._remove, self._observer)
+        return TokenStream(sequence, self._remove, self._guarded, self.statistics)
 
     async def drain(self) -> None:
         """Reject new requests, and return when all accepted ones have ended."""
@@ -175,9 +206,7 @@ class TextScheduler:
     async def close(self) -> None:
         """Stop computing; answers in progress end with `Draining`."""
         self.draining = True
-        if self._loop is not None:
-            self._loop.cancel()
-            await asyncio.gather(self._loop, return_exceptions=True)
+        await self._loop.stop()
         self._fail_all(Draining("the replica is shutting down"))
 
     async def step(self) -> bool:
@@ -186,15 +215,16 @@ class TextScheduler:
         Return False, without a step, if no sequence is active. Raises `RankLost` if a rank died,
         and `InternalError` if the forward pass failed.
         """
+        self._plan = None
         now = time.monotonic()
         self._queue.admit(self.times, now)
         self._change_variants(now)
-        self._plan = plan_step(self._queue.active, self.times, now)
-        if self._plan is None:
+        wanted = plan_step(self._next_sequences(), self.times, now)
+        if wanted is None:
             return False
-        plan = self._make_room(self._plan)
-        if plan.chunks:
-            executed = await self._execute(plan)
+        self._plan = self._make_room(wanted)
+        executed = await self._execute(self._plan)
+        if executed is not None:
             self._deliver(executed)
             self._observe(executed)
         return True
@@ -203,15 +233,37 @@ class TextScheduler:
         """Run steps forever; if one fails, its sequences resume or end with an error."""
         while True:
             try:
-                if not await self.step():
+                is_idle = not await self.step()
+                self._loop.report_progress()
+                if is_idle:
                     self._changed.clear()
                     await self._changed.wait()
             except RankLost as error:
                 await self._recover(error)
-            except RequestError as error:
-                self._fail(self._plan.sequences if self._plan else [], error)
             except Exception as error:
-                self._fail_all(InternalError.logged("a step failed", error))
+                self._fail_step(error)
+
+    def _next_sequences(self) -> list[Sequence]:
+        """Return the sequences of which the next step takes some: all active ones.
+
+        After a step of several sequences failed, each of them runs alone, so that one of them
+        cannot make the others fail.
+        """
+        self._apart = [sequence for sequence in self._apart if not sequence.ended]
+        apart = [sequence for sequence in self._apart if sequence in self._queue.active]
+        return apart[:1] or self._queue.active
+
+    def _fail_step(self, error: Exception) -> None:
+        """End the sequence of a step that failed; several ones run again, each of them alone."""
+        if self._plan is None:
+            sequences = [*self._queue.active, *self._queue.waiting]
+        else:
+            sequences = [s for s in self._plan.sequences if not s.ended]
+        if self._plan is not None and len(sequences) > 1:
+            log.warning("a step of sequences=%d failed; each runs alone: %s", len(sequences), error)
+            self._apart = sequences
+        else:
+            self._fail(sequences, _request_error("a step failed", error))
 
     def _change_variants(self, now: float) -> None:
         """Move decoding sequences to the variants that their budgets allow from now on."""
@@ -219,35 +271,55 @@ class TextScheduler:
         for change in changes:
             change.sequence.change_variant(change.variant)
         if changes:
-            self._observer.observe_variant_changes(len(changes))
+            self._guarded.observe_variant_changes(len(changes))
 
     def _make_room(self, wanted: StepPlan) -> StepPlan:
         plan, num_preempted = self._queue.make_room(wanted, self.times)
         if num_preempted:
-            self._observer.observe_preemptions(num_preempted)
+            self._guarded.observe_preemptions(num_preempted)
         return plan
 
-    async def _execute(self, plan: StepPlan) -> ExecutedStep:
-        inputs = tuple(chunk.sequence.next_input(chunk.num_tokens) for chunk in plan.chunks)
-        step = Step(inputs, plan.variant)
+    async def _execute(self, plan: StepPlan) -> ExecutedStep | None:
+        """Run a step and return its output; None if none of its sequences can take part."""
+        chunks: list[ScheduledChunk] = []
+        inputs: list[SequenceInput] = []
+        for chunk in plan.chunks:
+            try:
+                inputs.append(chunk.sequence.next_input(chunk.num_tokens))
+                chunks.append(chunk)
+            except Exception as error:
+                self._fail([chunk.sequence], _request_error("a sequence has no input", error))
+        if not chunks:
+            return None
+        plan = StepPlan(plan.variant, tuple(chunks))
+        planned_s = self.times.expected(plan.variant, plan.num_tokens, len(chunks))
+        step = Step(tuple(inputs), plan.variant, planned_s)
         started_at = time.monotonic()
         output = await self.group.run(step)
         return ExecutedStep(plan, step, output, started_at, time.monotonic())
 
     def _deliver(self, executed: ExecutedStep) -> None:
-        """Append the new tokens to their sequences; remove the sequences that end."""
+        """Append the new tokens to their sequences; remove the sequences that end or fail."""
         best, logits = iter(executed.output.best.tolist()), iter(executed.output.logits)
-        for chunk, step_input in zip(executed.plan.chunks, executed.step.inputs, strict=True):
+        both = zip(executed.plan.chunks, executed.step.inputs, strict=True)
+        for number, (chunk, step_input) in enumerate(both):
             token = next(best) if step_input.logits_mode == LogitsMode.BEST else None
             row = next(logits) if step_input.logits_mode == LogitsMode.LAST else None
             sequence = chunk.sequence
+            if sequence in self._apart:
+                self._apart.remove(sequence)
             if sequence.ended:  # its caller left during the step
                 continue
-            sequence.block_table.mark_computed(
-                self.block_manager, sequence.tokens, chunk.num_tokens
-            )
-            if step_input.logits_mode != LogitsMode.NONE:
-                sequence.append_token(token, row, executed.ended_at)
+            try:
+                if number in executed.output.non_finite:
+                    raise non_finite_output()  # its blocks are not cached for others
+                sequence.block_table.mark_computed(
+                    self.block_manager, sequence.tokens, chunk.num_tokens
+                )
+                if step_input.logits_mode != LogitsMode.NONE:
+                    sequence.append_token(token, row, executed.ended_at)
+            except Exception as error:
+                self._fail([sequence], _request_error("a sequence failed", error))
             if sequence.ended:
                 self._remove(sequence)
 
@@ -256,9 +328,9 @@ class TextScheduler:
         num_sequences = len(plan.chunks)
         error = self.times.observe(plan.variant, plan.num_tokens, num_sequences, seconds)
         view = self.times.latency.view
-        self._observer.observe_step(
+        self._guarded.observe_step(
             StepReport(plan.variant, num_sequences, seconds, error, view.slowdown, view.tail),
-            Occupancy(self.num_waiting, self.num_running, self.kv_cache_usage),
+            self.occupancy,
         )
 
     async def _recover(self, error: RankLost) -> None:
@@ -267,10 +339,28 @@ class TextScheduler:
         self._queue.reset_all()
         exhausted = [s for s in self._queue.waiting if s.num_rank_losses > MAX_RANK_LOSSES]
         self._fail(exhausted, EngineRestarting(f"too many ranks were lost: {error}"))
+        self._guarded.observe_occupancy(self.occupancy)
         try:
             await self.group.wait_ready()
         except EngineRestarting as failure:
             self._fail_all(failure)
+
+    def _resume(self, error: BaseException) -> None:
+        """Prepare all sequences for a loop that starts again after an unexpected end."""
+        failure = InternalError.logged("the scheduler's loop ended and is started again", error)
+        self._guarded.observe_restart()
+        self._apart = []
+        try:
+            self._queue.reset_all()
+            if self._loop.ends_in_row > 1:
+                self._fail_all(failure)
+        except Exception:
+            log.exception("the sequences cannot be resumed")
+            for sequence in self._queue.abandon_all():
+                if not sequence.ended:
+                    sequence.fail(failure)
+            self._idle.set()
+        self._guarded.observe_occupancy(self.occupancy)
 
     def _submit(self, request: GenerationRequest) -> Sequence:
         """Add a request to the queue; raise a `RequestError` if it cannot be accepted."""
@@ -297,8 +387,8 @@ class TextScheduler:
         self._queue.add(sequence)
         self._idle.clear()
         self._changed.set()
-        if self._loop is None:
-            self._loop = asyncio.create_task(self._run_steps(), name="text-scheduler")
+        self._guarded.observe_occupancy(self.occupancy)
+        self._loop.start()
         return sequence
 
     def _remove(self, sequence: Sequence) -> None:
@@ -306,12 +396,20 @@ class TextScheduler:
         self._changed.set()
         if self._queue.empty:
             self._idle.set()
+        self._guarded.observe_occupancy(self.occupancy)
 
     def _fail(self, sequences: abc.Iterable[Sequence], error: RequestError) -> None:
         for sequence in sequences:
             if not sequence.ended:
                 sequence.fail(error)
+                if isinstance(error, NonFiniteOutput):
+                    self._guarded.observe_non_finite()
             self._remove(sequence)
 
     def _fail_all(self, error: RequestError) -> None:
         self._fail([*self._queue.active, *self._queue.waiting], error)
+
+
+def _request_error(what: str, error: Exception) -> RequestError:
+    """Return the error for the caller; log one that no caller is meant to see."""
+    return error if isinstance(error, RequestError) else InternalError.logged(what, error)

@@ -11,7 +11,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ladderstitch.errors import ExpiredInCompute, ExpiredInQueue, RequestError
+from ladderstitch.errors import (
+    ExpiredInCompute,
+    ExpiredInQueue,
+    NonFiniteOutput,
+    RequestError,
+)
 from ladderstitch.scheduling.profiles import Quality, QualityTable
 from ladderstitch.scheduling.requests import (
     FinishReason,
@@ -23,6 +28,7 @@ from ladderstitch.scheduling.requests import (
     TokenSpan,
 )
 from ladderstitch.telemetry.model_metrics import NullObserver, TextObserver
+from ladderstitch.telemetry.statistics import Statistics
 from ladderstitch.text.messages import Logits, LogitsMode, SequenceInput
 from ladderstitch.text.scheduler.block_manager import BlockManager, BlockTable
 from ladderstitch.text.scheduler.step_times import token_deadline
@@ -58,7 +64,7 @@ class Sequence:
         self._spans: tuple[TokenSpan, ...] = ()
         self._end_tokens = end_tokens
         self._sampler = Sampler(request.sampling)
-        self._text = StoppableText(TextStream(tokenizer), request.stop)
+        self._text = StoppableText(TextStream(tokenizer, request.tokens), request.stop)
         self._started_at: float | None = None
         self._num_reused = 0
         self._chunks: asyncio.Queue[TokenChunk | RequestError] = asyncio.Queue()
@@ -131,7 +137,7 @@ class Sequence:
         """Append `best`, or a token sampled from logits [V], and hand its chunk to the caller.
 
         The sequence ends if the token is an end token, completes a stop string or is the last one
-        that the request allows.
+        that the request allows. Raises `NonFiniteOutput` if a logit is infinite or NaN.
         """
         token = best if best is not None else self._sample(logits)
         if self.first_token_at is None:
@@ -206,6 +212,14 @@ class Sequence:
         return float(values[token]), tuple((int(t), float(values[t])) for t in top)
 
 
+def non_finite_output() -> NonFiniteOutput:
+    """Return the error of a sequence whose keys, values or logits are not finite."""
+    return NonFiniteOutput(
+        "the model's logits or cached values for this request are infinite or NaN: the prompt or "
+        "the weights exceed the range of its number format"
+    )
+
+
 class Sampler:
     """The token source of one answer; two samplers with the same seed pick the same tokens."""
 
@@ -214,25 +228,34 @@ class Sampler:
         self._random = np.random.default_rng(sampling.seed)
 
     def pick(self, logits: NDArray[np.float32]) -> int:
-        """Return a token id, picked from logits [V]."""
+        """Return a token id, picked from logits [V].
+
+        Raises `NonFiniteOutput` if a logit is infinite or NaN.
+        """
+        if not np.isfinite(logits).all():
+            raise non_finite_output()
         if self.sampling.temperature == 0:
             return int(logits.argmax())
-        scaled = logits.astype(np.float64) / self.sampling.temperature
-        kept = self._candidates(scaled)
-        powers = np.exp(scaled[kept] - scaled[kept].max())
+        # The largest is 0, so that no temperature, however low, makes NaN: others become -inf.
+        shifted = logits.astype(np.float64) - float(logits.max())
+        with np.errstate(over="ignore", under="ignore"):
+            scaled = shifted / self.sampling.temperature
+            kept = self._candidates(scaled)
+            powers = np.exp(scaled[kept])
         return int(self._random.choice(kept, p=powers / powers.sum()))
 
     def _candidates(self, scaled: NDArray[np.float64]) -> NDArray[np.int64]:
         """Return the `top_k` most likely tokens, cut off at `top_p` of their probability mass.
 
-        The tokens are in order of falling probability unless all of them are kept.
+        The largest of `scaled` is 0. The tokens are in order of falling probability unless all of
+        them are kept.
         """
         k = min(self.sampling.top_k or len(scaled), len(scaled))
         if k == len(scaled) and self.sampling.top_p == 1:
             return np.arange(len(scaled))
         best = np.argpartition(-scaled, k - 1)[:k]
         best = best[np.argsort(-scaled[best], kind="stable")]
-        powers = np.exp(scaled[best] - scaled[best[0]])
+        powers = np.exp(scaled[best])
         mass_before = np.cumsum(powers) - powers
         return best[mass_before < self.sampling.top_p * powers.sum()]
 
@@ -250,10 +273,12 @@ class TokenStream:
         sequence: Sequence,
         remove: abc.Callable[[Sequence], None],
         observer: TextObserver | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
         """`remove` takes the sequence out of its queue; removing it again changes nothing."""
         self._sequence, self._remove = sequence, remove
         self._observer = observer or NullObserver()
+        self._statistics = statistics or Statistics()
         self._closed = False
         self._first_at = self._last_at = 0.0
 
@@ -313,6 +338,7 @@ class TokenStream:
         request = self._sequence.request
         usage = GenerationUsage.measure(request, last, self._first_at, self._last_at)
         self._observer.observe_completion(last.answer, usage)
+        self._statistics.add_generation(usage.queue_s, usage.total_s)
         return replace(last, usage=usage)
 
     def _fail(self, code: str) -> None:
@@ -322,6 +348,8 @@ class TokenStream:
         self._close()
         had_budget = self._sequence.request.budget.is_set
         self._observer.observe_rejection(code, had_budget=had_budget)
+        if code != "CANCELLED":  # the caller left: neither a success nor a failure
+            self._statistics.fail.add(time.monotonic() - self._sequence.request.arrival)
 
     def _close(self) -> None:
         self._closed = True

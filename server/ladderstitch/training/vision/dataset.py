@@ -16,7 +16,8 @@ from torch import Tensor
 from ladderstitch.errors import DataError
 from ladderstitch.scheduling.requests import Pixels
 from ladderstitch.vision.bundle import Preprocessing
-from ladderstitch.vision.preprocessing import ImageReader, centred_square
+from ladderstitch.vision.images.decode import centred_square, fit, flatten
+from ladderstitch.vision.preprocessing import ImageReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +148,7 @@ def _view(
 ) -> Pixels:
     """Return the model input [C, H, W] of the part of the image in the box."""
     reader = ImageReader(preprocessing, max_pixels=image.width * image.height)
-    size = (preprocessing.width, preprocessing.height)
-    resized = image.convert(reader.mode).resize(size, reader.resample, box)
-    array = np.asarray(resized, np.uint8).reshape(*size[::-1], -1)
+    resized = fit(flatten(image, reader.target), reader.target, box)
+    array = np.asarray(resized, np.uint8).reshape(preprocessing.height, preprocessing.width, -1)
     view: Pixels = reader.normalise(np.ascontiguousarray(array.transpose(2, 0, 1))[None])[0]
     return view

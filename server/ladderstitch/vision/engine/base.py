@@ -42,14 +42,17 @@ class Engine(Protocol):
         ...
 
 
-COMMAND = struct.Struct("<ii")
-"""Message to the worker: number of images in the input buffer, stitch id."""
+COMMAND = struct.Struct("<iii")
+"""Message to the worker: number of the batch, images in the input buffer, stitch id."""
 
-REPLY = struct.Struct("<Bq")
-"""Message from the worker: status (0 the logits are in the output buffer, 1 an error text
-follows), nanoseconds of compute."""
+REPLY = struct.Struct("<iBq")
+"""Message from the worker: number of the batch, status (0 the logits are in the output buffer, 1 an
+error text follows), nanoseconds of compute."""
 
 READY = b"ready"
+BEAT = b"beat"
+"""Message of a worker every `BEAT_S` seconds, also while it computes: it is not stopped."""
+BEAT_S = 0.5
 MAX_MESSAGE_BYTES = 65_536
 
 

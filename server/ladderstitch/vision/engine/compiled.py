@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -101,7 +102,7 @@ class ComputeThread:
         """Return what `function` returns in the thread; raises what it raises."""
         future: asyncio.Future[Result] = self._loop.create_future()
 
-        def settle(result: Result | None, error: Exception | None) -> None:
+        def settle(result: Result | None, error: BaseException | None) -> None:
             if future.done():  # the coroutine was cancelled
                 return
             if error is None:
@@ -113,9 +114,10 @@ class ComputeThread:
             result, error = None, None
             try:
                 result = function()
-            except Exception as raised:
+            except BaseException as raised:  # whatever it is, the thread goes on
                 error = raised
-            self._loop.call_soon_threadsafe(settle, result, error)
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                self._loop.call_soon_threadsafe(settle, result, error)
 
         self._jobs.put(job)
         return await future
@@ -181,6 +183,10 @@ class CompiledEngine:
         """End the thread and free the sessions; no batch may be in flight."""
         self._compute.close()
         self.executor.close()
+
+    async def stop(self) -> None:
+        """Do what `close` does, without holding the event loop until a batch has ended."""
+        await asyncio.to_thread(self.close)
 
     def _is_inline(self, images: Sequence[Pixels], stitch: int) -> bool:
         single = len(images) == 1

@@ -101,7 +101,7 @@ async def open_engine(
         try:
             await process.start()
         except BaseException:
-            process.close()
+            await process.stop()
             raise
         return process
     executor = await asyncio.to_thread(open_executor, bundle, config.threads, on_progress)

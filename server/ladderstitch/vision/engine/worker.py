@@ -6,9 +6,11 @@ process ends when the socket closes, so it never outlives its replica.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,15 @@ from torch import Tensor
 from ladderstitch.runtime.device import DTYPES, use_device
 from ladderstitch.runtime.process import freeze_gc
 from ladderstitch.vision.bundle import VisionBundle
-from ladderstitch.vision.engine.base import COMMAND, READY, REPLY, Buffers, EngineConfig
+from ladderstitch.vision.engine.base import (
+    BEAT,
+    BEAT_S,
+    COMMAND,
+    READY,
+    REPLY,
+    Buffers,
+    EngineConfig,
+)
 from ladderstitch.vision.engine.cuda_graphs import CudaGraphs, GraphedExecutor
 from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.stitched import StitchedModel
@@ -57,15 +67,25 @@ def make_executor(model: StitchedModel, config: EngineConfig) -> Callable[[Tenso
     return lambda images, stitch: executor(images.to(device), stitch)
 
 
+def send_beats(commands: socket.socket) -> None:
+    """Report every `BEAT_S` seconds that this process runs, until the socket closes."""
+    with contextlib.suppress(OSError):
+        while True:
+            time.sleep(BEAT_S)
+            commands.send(BEAT)
+
+
 def serve(commands: socket.socket, worker: Worker) -> None:
     """Run the commands of the socket until it closes; an error fails its batch, not the worker."""
     freeze_gc()
+    threading.Thread(target=send_beats, args=(commands,), name="beats", daemon=True).start()
     commands.send(READY)
     while message := commands.recv(COMMAND.size):
+        batch, batch_size, stitch = COMMAND.unpack(message)
         try:
-            reply = REPLY.pack(0, worker.run(*COMMAND.unpack(message)))
+            reply = REPLY.pack(batch, 0, worker.run(batch_size, stitch))
         except Exception as error:
-            reply = REPLY.pack(1, 0) + f"{type(error).__name__}: {error}".encode()[:4096]
+            reply = REPLY.pack(batch, 1, 0) + f"{type(error).__name__}: {error}".encode()[:4096]
         commands.send(reply)
 
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from ladderstitch.errors import EngineRestarting, InternalError, RequestError
-from ladderstitch.telemetry.model_metrics import VisionMetrics
+from ladderstitch.telemetry.model_metrics import VisionMetrics, harmless
 from ladderstitch.vision.engine.base import Engine, EngineDied, EngineResult
 from ladderstitch.vision.scheduler.in_flight import BatchResult, InFlightRequests, PendingRequest
 from ladderstitch.vision.scheduler.planner import Planner
@@ -31,6 +31,8 @@ class BatchRunner:
         """Requests of a failed batch, each of which is retried in a batch of its own."""
         self.was_idle = True
         """Whether the engine last became idle for lack of work or because the policy deferred."""
+        self.num_answered = 0
+        """Batches whose answers were given."""
         self._engine, self._planner, self._in_flight = engine, planner, in_flight
         self._metrics, self._clock = metrics, clock
         self._free_since = 0.0
@@ -40,12 +42,10 @@ class BatchRunner:
         batch_size = sum(request.num_images for request in decision.requests)
         batch = [self._in_flight[request] for request in decision.requests]
         self.running = batch
-        self._planner.on_batch_started(batch_size, decision.variant, now)
-        if not self.was_idle:
-            self._metrics.turnaround.observe(self._clock() - self._free_since)
-        self.was_idle = True
-        self._metrics.observe_dispatch(decision.requests, now, len(self._planner.queue))
+        with harmless("observation of a dispatch", self._metrics.failures):
+            self._observe_dispatch(decision, now)
         try:
+            self._planner.on_batch_started(batch_size, decision.variant, now)
             result = await self._engine.forward(
                 [request.images for request in decision.requests], decision.variant
             )
@@ -53,7 +53,8 @@ class BatchRunner:
             self.was_idle = False
             self._complete(batch, decision.variant, batch_size, now, result)
         except EngineDied as error:
-            self._metrics.restarts.inc()
+            with harmless("count of a restart", self._metrics.failures):
+                self._metrics.restarts.inc()
             self._requeue(batch, EngineRestarting(f"the engine died twice: {error}"))
         except Exception as error:
             self._isolate(batch, InternalError.logged(f"a batch of {len(batch)} failed", error))
@@ -62,6 +63,13 @@ class BatchRunner:
             self._planner.on_engine_idle()
             if not self._planner.queue:
                 self.was_idle = True
+
+    def _observe_dispatch(self, decision: Decision, now: float) -> None:
+        """Count a batch that goes to the engine."""
+        was_idle, self.was_idle = self.was_idle, True
+        if not was_idle:
+            self._metrics.turnaround.observe(self._clock() - self._free_since)
+        self._metrics.observe_dispatch(decision.requests, now, len(self._planner.queue))
 
     def _complete(
         self,
@@ -75,6 +83,7 @@ class BatchRunner:
             raise ValueError(f"logits: expected {batch_size} rows, got {len(result.logits)}")
         quality = self._planner.quality[variant]
         settled = self._in_flight.settle(batch, variant, quality, started, result)
+        self.num_answered += 1
         # The answers leave first: metrics and the latency model follow in the loop's next turn.
         total_s = settled.answered_at - started
         loop = asyncio.get_running_loop()
@@ -89,6 +98,17 @@ class BatchRunner:
         result: EngineResult,
     ) -> None:
         """Count the answers and learn from the batch."""
+        with harmless("observation of a batch", self._metrics.failures):
+            self._learn(settled, variant, batch_size, total_s, result)
+
+    def _learn(
+        self,
+        settled: BatchResult,
+        variant: int,
+        batch_size: int,
+        total_s: float,
+        result: EngineResult,
+    ) -> None:
         self._in_flight.count(settled)
         latency = self._planner.latency
         tail = latency.view.tail

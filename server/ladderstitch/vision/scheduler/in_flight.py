@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ladderstitch.errors import ExpiredInCompute, ExpiredInQueue, RequestError
+import numpy as np
+import numpy.typing as npt
+
+from ladderstitch.errors import (
+    ExpiredInCompute,
+    ExpiredInQueue,
+    NonFiniteOutput,
+    RequestError,
+)
 from ladderstitch.scheduling.requests import ImageAnswer, Request
-from ladderstitch.telemetry.model_metrics import VisionMetrics
+from ladderstitch.telemetry.model_metrics import VisionMetrics, harmless
+from ladderstitch.telemetry.statistics import Statistics
 from ladderstitch.vision.engine.base import EngineResult
+
+Mask = npt.NDArray[np.bool_]
+MAX_LISTED = 8
+"""Maximum number of images that one error message lists."""
 
 
 @dataclass(slots=True, eq=False)
@@ -81,20 +93,24 @@ class InFlightRequests:
         """Give each request of a batch its part of the logits, [B, K] for its B images.
 
         `started` is the instant at which the batch started. The answers do not count in metrics and
-        statistics until the result is passed to `count`.
+        statistics until the result is passed to `count`. A request whose logits are not finite
+        fails with `NonFiniteOutput`; the others of the batch keep theirs.
         """
         settled = BatchResult(self.clock(), [])
         first, batch_size = 0, len(result.logits)
+        finite: Mask = np.asarray(np.isfinite(result.logits).all(axis=1))
         for pending in batch:
             request = pending.request
-            logits = result.logits[first : first + request.num_images]
+            rows = slice(first, first + request.num_images)
             first += request.num_images
             if settled.answered_at > request.deadlines.hard:
                 self.expire_in_compute(pending)
+            elif not finite[rows].all():
+                self._fail_non_finite(pending, finite[rows])
             elif self._remove(pending):
                 queue_s = started - request.arrival
                 completion = ImageAnswer(
-                    logits, variant, quality, queue_s, result.compute_s, batch_size
+                    result.logits[rows], variant, quality, queue_s, result.compute_s, batch_size
                 )
                 pending.answer.set_result(completion)
                 settled.answers.append((request, completion))
@@ -124,12 +140,28 @@ class InFlightRequests:
         """Fail a request whose hard deadline passed while its batch ran or failed."""
         self.fail(pending, ExpiredInCompute("the hard deadline passed during compute"))
 
+    def _fail_non_finite(self, pending: PendingRequest, finite: Mask) -> None:
+        """Fail a request of which some images, those that are not `finite` [B], have no answer."""
+        images = np.flatnonzero(~finite)
+        listed = ", ".join(map(str, images[:MAX_LISTED]))
+        self.fail(
+            pending,
+            NonFiniteOutput(
+                f"logits: expected finite numbers, got NaN or infinity for {len(images)} of "
+                f"{len(finite)} images ({listed}); the input or the weights exceed the range of "
+                "the number format that the model computes in"
+            ),
+        )
+        with harmless("count of a non-finite output", self.metrics.failures):
+            self.metrics.non_finite_outputs.inc()
+
     def fail(self, pending: PendingRequest, error: RequestError) -> None:
         """End a request with an error."""
         if self._remove(pending):
             pending.answer.set_exception(error)
-            self.metrics.observe_rejection(error.code, pending.request)
-            self.statistics.fail.add(self.clock() - pending.request.arrival)
+            with harmless("count of a failed request", self.metrics.failures):
+                self.metrics.observe_rejection(error.code, pending.request)
+                self.statistics.fail.add(self.clock() - pending.request.arrival)
 
     def cancel(self, pending: PendingRequest) -> bool:
         """End a request whose caller was cancelled; return whether it had not ended before.
@@ -139,50 +171,10 @@ class InFlightRequests:
         if self._pending.pop(pending.request, None) is None:
             return False
         late = self.clock() >= pending.request.deadlines.soft
-        self.metrics.observe_rejection("CANCELLED", pending.request if late else None)
+        with harmless("count of a cancelled request", self.metrics.failures):
+            self.metrics.observe_rejection("CANCELLED", pending.request if late else None)
         return True
 
     def _remove(self, pending: PendingRequest) -> bool:
         """Remove a request; return whether its caller still waited."""
         return pending in self and self._pending.pop(pending.request, None) is not None
-
-
-@dataclass(slots=True)
-class Total:
-    """A number of events and the sum of their seconds."""
-
-    count: int = 0
-    seconds: float = 0.0
-
-    def add(self, seconds: float) -> None:
-        """Count one event."""
-        self.count += 1
-        self.seconds += seconds
-
-
-@dataclass(slots=True)
-class Statistics:
-    """The totals of one model since it was loaded."""
-
-    success: Total = field(default_factory=Total)
-    fail: Total = field(default_factory=Total)
-    queue: Total = field(default_factory=Total)
-    compute: Total = field(default_factory=Total)
-    batches: dict[int, Total] = field(default_factory=dict)
-    """Batches and their seconds of compute, by batch size in images."""
-    inferences: int = 0
-    """Images that were answered."""
-    last_inference_ms: int = 0
-    """Unix time of the last batch in milliseconds; 0 before the first."""
-
-    def add_batch(self, batch_size: int, compute_s: float) -> None:
-        """Count one batch."""
-        self.batches.setdefault(batch_size, Total()).add(compute_s)
-        self.last_inference_ms = time.time_ns() // 1_000_000
-
-    def add_answer(self, num_images: int, queue_s: float, compute_s: float, total_s: float) -> None:
-        """Count one answered request."""
-        self.inferences += num_images
-        self.success.add(total_s)
-        self.queue.add(queue_s)
-        self.compute.add(compute_s)

@@ -155,6 +155,14 @@ class Planner:
         if self._recorder is not None:
             self._recorder.on_removed(request)
 
+    def clear(self) -> None:
+        """Remove all requests from the queue, whatever state it is in."""
+        waiting = list(self.queue.view)
+        self.queue = DeadlineQueue(self.settings.priority_window_s)
+        if self._recorder is not None:
+            for request in waiting:
+                self._recorder.on_removed(request)
+
     def remove_expired(self, now: float) -> list[Request]:
         """Remove and return the requests that cannot end before their hard deadline.
 

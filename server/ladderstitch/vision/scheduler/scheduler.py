@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
-from ladderstitch.errors import Draining, InternalError, RequestError
+from ladderstitch.errors import Draining, EngineRestarting, InternalError, RequestError
 from ladderstitch.scheduling.load_report import LoadReport
 from ladderstitch.scheduling.profiles import LatencyProfile
 from ladderstitch.scheduling.requests import ImageAnswer, Request
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.telemetry.model_metrics import VisionMetrics
+from ladderstitch.telemetry.model_metrics import VisionMetrics, harmless
 from ladderstitch.vision.engine.base import Engine
 from ladderstitch.vision.scheduler import admission
 from ladderstitch.vision.scheduler.batch_runner import BatchRunner
@@ -21,6 +22,8 @@ from ladderstitch.vision.scheduler.in_flight import InFlightRequests
 from ladderstitch.vision.scheduler.planner import Planner
 from ladderstitch.vision.scheduler.policies.base import Decision, Defer
 from ladderstitch.vision.scheduler.recorder import PlannerRecorder
+
+log = logging.getLogger(__name__)
 
 EXPIRY_INTERVAL_S = 0.05
 """Seconds between checks for passed hard deadlines, which also run while the engine computes."""
@@ -32,6 +35,10 @@ DECAY = 0.8
 MAX_COLLECTING_S = 0.003
 COLLECTING_SHARE = 0.1
 """A batch waits for requests that long at most, and for this share of the first one's budget."""
+MAX_FAILURES = 5
+"""Failures of the dispatch loop in a row, with no batch answered in between, that end it."""
+FIRST_RESTART_DELAY_S = 0.01
+"""Delay before the dispatch loop is started again; it doubles with each failure in a row."""
 
 
 class Scheduler:
@@ -40,6 +47,11 @@ class Scheduler:
     Every accepted request ends exactly once. A scheduler is created inside a running event loop. If
     `record` is given, every planner input and decision is written to it as JSON lines. Raises
     `InvalidArgument` if the settings do not fit the model.
+
+    A dispatch loop that fails, for any reason, is started again: the requests that it was handling
+    fail, and the waiting ones stay in the queue. If it fails again before it has answered a batch,
+    the waiting ones fail, too. After `MAX_FAILURES` failures in a row the scheduler is not
+    `running` any more: it rejects requests, and its replica has to be replaced.
     """
 
     def __init__(
@@ -55,16 +67,17 @@ class Scheduler:
         self.engine = engine
         self.metrics = metrics
         self.clock = clock
-        recorder = None if record is None else PlannerRecorder(record)
+        recorder = None if record is None else PlannerRecorder(record, metrics.failures.inc)
         self.planner = Planner(quality, profile, settings, recorder)
         self.in_flight = InFlightRequests(metrics, clock)
         self.batch_runner = BatchRunner(engine, self.planner, self.in_flight, metrics, clock)
-        self._draining = False
+        self._draining = self._closing = False
         self._recent_in_flight = 1.0
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._expiry_timer: asyncio.TimerHandle | None = None
-        self._dispatch_task = asyncio.create_task(self._dispatch(), name="dispatch")
+        self._dispatch_task = asyncio.create_task(self._supervise(), name="dispatch")
+        self._dispatch_task.add_done_callback(self._on_stopped)
 
     def configure(self, settings: SchedulerSettings) -> None:
         """Apply other settings from the next batch on; waiting requests stay in the queue.
@@ -98,9 +111,9 @@ class Scheduler:
         If the caller is cancelled, the request leaves the queue at once.
         """
         self._admit(request)
-        pending = self.in_flight.add(request)
         self.planner.add(request)
-        self.metrics.set_queue_length(len(self.planner.queue))
+        pending = self.in_flight.add(request)
+        self._observe_queue()
         self._idle.clear()
         self._wake.set()
         if request.deadlines.hard != float("inf"):
@@ -111,7 +124,7 @@ class Scheduler:
             if self.in_flight.cancel(pending):
                 with contextlib.suppress(ValueError):  # it is being computed, not queued
                     self.planner.remove(request)
-                self.metrics.set_queue_length(len(self.planner.queue))
+                self._observe_queue()
                 self._wake.set()
             raise
 
@@ -122,10 +135,9 @@ class Scheduler:
 
     async def close(self) -> None:
         """Stop at once; requests that have not ended fail with `Draining`."""
-        self._draining = True
+        self._draining = self._closing = True
         self._dispatch_task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._dispatch_task
+        await asyncio.wait([self._dispatch_task])
         if self._expiry_timer is not None:
             self._expiry_timer.cancel()
             self._expiry_timer = None
@@ -136,10 +148,66 @@ class Scheduler:
         try:
             if self._draining:
                 raise Draining("the replica is draining; try another one")
+            if not self.running:
+                raise EngineRestarting("the scheduler has stopped; try another replica")
             self.planner.admit(request, self.clock(), alone=not self.in_flight)
         except RequestError as error:
-            self.metrics.observe_rejection(error.code, request)
+            with harmless("count of a rejection", self.metrics.failures):
+                self.metrics.observe_rejection(error.code, request)
             raise
+
+    async def _supervise(self) -> None:
+        """Run the dispatch loop, and start it again when it fails, until `close`."""
+        failures = 0
+        while failures < MAX_FAILURES:
+            answered = self.batch_runner.num_answered
+            error = await self._run_until_failure()
+            failures = 1 if self.batch_runner.num_answered > answered else failures + 1
+            self._recover(error, everything=failures > 1)
+            await asyncio.sleep(FIRST_RESTART_DELAY_S * 2 ** (failures - 1))
+        log.critical("dispatch stopped failures=%d; the replica has to be replaced", failures)
+
+    async def _run_until_failure(self) -> BaseException:
+        """Return the error with which the dispatch loop ended."""
+        try:
+            await self._dispatch()
+        except asyncio.CancelledError as error:
+            if self._dispatch_task.cancelling():
+                raise
+            return error  # what the loop waited for was cancelled, not this task
+        except Exception as error:
+            return error
+        return RuntimeError("the dispatch loop returned")
+
+    def _recover(self, error: BaseException, *, everything: bool) -> None:
+        """Fail the requests that the dispatch loop had taken from the queue, or all of them."""
+        failure = InternalError.logged("the dispatch loop failed and is started again", error)
+        with harmless("count of a failed dispatch loop", self.metrics.failures):
+            self.metrics.dispatch_restarts.inc()
+        if everything:
+            self._fail_all(failure)
+            return
+        waiting = {pending.request for pending in self.batch_runner.isolated}
+        waiting |= set(self.planner.queue.view)
+        for pending in self.in_flight.all():
+            if pending.request not in waiting:
+                self.in_flight.fail(pending, failure)
+
+    def _fail_all(self, error: RequestError) -> None:
+        """Fail all accepted requests, and empty the queue."""
+        self.planner.clear()
+        self.batch_runner.isolated.clear()
+        for pending in self.in_flight.all():
+            self.in_flight.fail(pending, error)
+        self._observe_queue()
+
+    def _on_stopped(self, task: asyncio.Task[None]) -> None:
+        """Fail all requests if the dispatch loop has ended for ever."""
+        if not self._closing:
+            error = None if task.cancelled() else task.exception()
+            log.critical("dispatch task ended; requests are rejected", exc_info=error)
+            self._fail_all(EngineRestarting("the scheduler has stopped; try another replica"))
+        self._idle.set()
 
     async def _dispatch(self) -> None:
         """Run batches until the task is cancelled."""
@@ -233,6 +301,10 @@ class Scheduler:
         expired = self.planner.remove_expired(now)
         if expired:
             self.in_flight.expire_in_queue(expired, now)
+            self._observe_queue()
+
+    def _observe_queue(self) -> None:
+        with harmless("observation of the queue", self.metrics.failures):
             self.metrics.set_queue_length(len(self.planner.queue))
 
     def _start_expiry_timer(self) -> None:
@@ -245,7 +317,8 @@ class Scheduler:
         """Fail the requests whose hard deadline has passed, even if the engine does not return."""
         self._expiry_timer = None
         now = self.clock()
-        self._expire_queued(now)
+        with harmless("check for passed deadlines", self.metrics.failures):
+            self._expire_queued(now)
         for pending in (*self.batch_runner.running, *self.batch_runner.isolated):
             if now > pending.request.deadlines.hard:
                 self.in_flight.expire_in_compute(pending)

@@ -1,0 +1,136 @@
+"""A supervisor that has imported everything, and forks a server each time that one has died."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+
+import typer
+
+from ladderstitch.cli.lifecycle import handled_signals
+
+log = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+STEADY_S = 10.0
+"""Seconds after which a server that was ready is restarted without a pause when it dies."""
+FIRST_DELAY_S, MAX_DELAY_S = 0.5, 30.0
+"""Pause before the second restart in a row, which doubles up to the maximum."""
+
+
+def fork_servers(modules: Iterable[str]) -> Callable[[], None]:
+    """Return in a forked server, again and again; the calling process becomes its supervisor.
+
+    The supervisor imports `modules` first, runs no threads of Python, and never returns. It passes
+    signals on, and exits as its last server has, after a signal to stop. It also does so
+    if the first server dies before it has called the returned function, which reports that the
+    server is ready. Otherwise it forks the next one, with growing pauses if they die soon.
+    """
+    for module in modules:
+        import_module(module)
+    gc.freeze()  # the servers share the pages of all objects
+    return _Supervisor().run()
+
+
+@contextmanager
+def end_directly() -> Iterator[None]:
+    """End a forked server with the status of the block, without the exit handlers of libraries.
+
+    Those of ONNX Runtime wait for a thread that only the supervisor has.
+    """
+    status = 1
+    try:
+        yield
+        status = 0
+    except typer.Exit as end:
+        status = end.exit_code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+class _Supervisor:
+    """The loop of a supervisor; `run` returns in its servers."""
+
+    def __init__(self) -> None:
+        self._server: int | None = None
+        self._stopping = False
+        self._deaths = 0
+
+    def run(self) -> Callable[[], None]:
+        """Fork servers until one ends that may; return in each of them."""
+        numbers = handled_signals()
+        for number in numbers:
+            signal.signal(number, self._forward)
+        while True:
+            ready, server_end = os.pipe()
+            signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+            self._server = os.fork()
+            if self._server == 0:
+                os.close(ready)
+                return _become_server(numbers, server_end)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+            os.close(server_end)
+            self._wait(ready)
+            os.close(ready)
+
+    def _forward(self, number: int, frame: object) -> None:
+        self._stopping = True
+        if self._server is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self._server, number)
+
+    def _wait(self, ready: int) -> None:
+        """Wait until the server has ended and the next one may start; exit if none may."""
+        pid, status = os.waitpid(self._server or 0, 0)
+        self._server = None
+        ready_at = os.read(ready, 64).decode()
+        code = os.waitstatus_to_exitcode(status)
+        if self._stopping or not (ready_at or self._deaths):
+            raise typer.Exit(code if code >= 0 else 128 - code)
+        is_steady = bool(ready_at) and time.monotonic() - float(ready_at) > STEADY_S
+        self._deaths = 1 if is_steady else self._deaths + 1
+        delay_s = 0.0
+        if self._deaths > 1:
+            delay_s = min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** min(self._deaths - 2, 16))
+        reason = f"status={code}" if code >= 0 else f"signal={signal.Signals(-code).name}"
+        log.error("the server has died, pid=%d %s; next one in %.1f s", pid, reason, delay_s)
+        self._pause(delay_s)
+
+    def _pause(self, seconds: float) -> None:
+        """Wait before a restart; exit if a signal arrives meanwhile."""
+        end = time.monotonic() + seconds
+        while not self._stopping and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+        if self._stopping:
+            raise typer.Exit(0)
+
+
+def _become_server(numbers: list[signal.Signals], ready: int) -> Callable[[], None]:
+    """Detach a forked process from the signals of its supervisor; return what reports it ready."""
+    os.setpgid(0, 0)  # Ctrl-C reaches the supervisor, which passes it on
+    supervisor = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    if os.getppid() != supervisor:
+        raise typer.Exit(1)  # it died before it could be watched
+
+    def report_ready() -> None:
+        os.write(ready, f"{time.monotonic()}".encode())
+        os.close(ready)
+
+    return report_ready

@@ -1,0 +1,1 @@
+"""PNG and JPEG files from callers: headers, decoding, and the processes that decode."""

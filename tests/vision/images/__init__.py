@@ -1,0 +1,1 @@
+"""Tests of encoded images: headers, decoding, and the processes that decode."""
