@@ -224,7 +224,7 @@ def test_on_ray_server_answers_and_counts_requests(on_ray: tuple[RunningServer, 
 
 
 def test_on_ray_control_plane_rejects_another_token(on_ray: tuple[RunningServer, Path]) -> None:
-    """Ray's control plane listens on all interfaces, so that it must require its token."""
+    """Ray's control plane listens on loopback only, and requires its token there, too."""
     server, temporary = on_ray
     (folder,) = temporary.iterdir()
     token = folder / "token"
@@ -236,7 +236,8 @@ def test_on_ray_control_plane_rejects_another_token(on_ray: tuple[RunningServer,
     assert port, line
 
     def join(secret: str) -> subprocess.CompletedProcess[str]:
-        code = f"import ray; ray.init('127.0.0.1:{port[1]}', logging_level='error')"
+        client = f"GcsClient(address='127.0.0.1:{port[1]}')"
+        code = f"from ray._raylet import GcsClient; print({client}.get_all_node_info())"
         environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret}
         return subprocess.run(
             [sys.executable, "-c", code],
@@ -249,6 +250,7 @@ def test_on_ray_control_plane_rejects_another_token(on_ray: tuple[RunningServer,
     joined = join("0" * 64)
     assert joined.returncode != 0
     assert "auth" in joined.stderr.lower()
+    assert join(token.read_text().strip()).returncode == 0
 
 
 def test_on_ray_replaced_replica_has_the_active_settings(

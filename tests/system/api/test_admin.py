@@ -186,7 +186,7 @@ def test_metrics_count_requests_budgets_and_batches(server: RunningServer, clien
 
 def test_metrics_have_known_names_and_labels(server: RunningServer) -> None:
     for name, labels in scrape(server):
-        assert name.startswith("ladderstitch_")
+        assert name.startswith(("ladderstitch_", "process_"))
         assert dict(labels).keys() <= {
             "model",
             "variant",
@@ -196,4 +196,5 @@ def test_metrics_have_known_names_and_labels(server: RunningServer) -> None:
             "end",
             "reason",
             "le",
+            "process",
         }

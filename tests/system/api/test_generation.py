@@ -350,6 +350,8 @@ def test_serve_ctrl_c_completes_open_streams(bundle: TextBundle, tmp_path: Path)
     assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
     assert chunks[-1].finish is not None
     assert server.process.wait(300) == 0
+    assert server.process.stdout is not None
+    server.process.stdout.close()
     assert not re.search("Traceback", server.log.read_text())
 
 
