@@ -21,7 +21,7 @@ def open_session(graph: str | bytes, threads: int) -> onnxruntime.InferenceSessi
     # Threads that wait would take the processor from the event loop. ONNX Runtime's pool for
     # all sessions always spins: with other work on the cores, two threads take twice as long.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return _open(graph, options)
 
 
 def open_rank_session(graph: bytes, threads: int) -> onnxruntime.InferenceSession:
@@ -36,7 +36,17 @@ def open_rank_session(graph: bytes, threads: int) -> onnxruntime.InferenceSessio
     options = _options()
     options.intra_op_num_threads = options.inter_op_num_threads = 0  # the pool has its own
     options.use_per_session_threads = False
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return _open(graph, options)
+
+
+def _open(graph: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """Return the session, which holds the weights once.
+
+    ONNX Runtime's Python class keeps a graph of bytes as well, to open it again on other hardware.
+    """
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session._model_bytes = None
+    return session
 
 
 def _options() -> onnxruntime.SessionOptions:

@@ -6,7 +6,6 @@ the environment, on the group's machine or on another one. It exits when the gro
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -24,6 +23,7 @@ from torch import Tensor
 from ladderstitch.runtime.device import use_device
 from ladderstitch.runtime.library_choice import measure_products
 from ladderstitch.runtime.low_bit import BITS, LowBitPrecision
+from ladderstitch.runtime.process import trim_heap
 from ladderstitch.security.listen_config import split_address
 from ladderstitch.text.comm.base import (
     CommSpec,
@@ -94,7 +94,7 @@ class Rank:
             config.device,
             config.threads if all(map(self._computes_in_onnx, range(len(config.paths)))) else 1,
         )
-        _return_freed_memory()
+        trim_heap()
         self.comm: Communicator | None = None
         self.path_plans: list[tuple[tuple[LayerPlan, ...], Communicator]] = []
         self.load_stats = {
@@ -175,15 +175,17 @@ def load_models(
     reader = config.weights()
     models: list[RankModel] = []
     shared: dict[LowBitPrecision | None, RankWeights] = {}
+    in_segments: dict[LowBitPrecision | None, bool] = {}
     bases: dict[LowBitPrecision | None, RankModel] = {}
     for precision, file in zip(config.path_precisions, config.path_deltas, strict=True):
         options = ShardOptions(config, shard, precision, [] if notes is None else notes)
         if precision not in shared:
             shared[precision] = options.load_rank(reader)
-        weights = shared[precision]
+            in_segments[precision] = options.uses_segments(shared[precision])
+        weights, segmented = shared[precision], in_segments[precision]
         if file is None:
             if precision not in bases:
-                bases[precision] = options.make_model(weights, reader)
+                bases[precision] = options.make_model(weights, reader, segmented=segmented)
             models.append(bases[precision])
             continue
         delta = load_delta(file)
@@ -191,7 +193,8 @@ def load_models(
         layers = list(weights.layers)
         for layer in touched_layers(delta):
             layers[layer] = options.load_layer(changed, layer)
-        models.append(options.make_model(replace(weights, layers=tuple(layers)), changed))
+        weights = replace(weights, layers=tuple(layers))
+        models.append(options.make_model(weights, changed, segmented=segmented))
     return models
 
 
@@ -225,28 +228,40 @@ class ShardOptions:
         """Return this rank's tensors of one layer."""
         return load_layer(reader, layer, **self._common)
 
-    def make_model(self, weights: RankWeights, reader: Weights) -> RankModel:
-        """Return the model: of segments if dtype, device, ranks, schemes and size permit them."""
+    @property
+    def _schemes(self) -> set[str]:
+        """The residual schemes of the paths of this precision."""
+        pairs = zip(self.config.path_precisions, self.config.paths, strict=True)
+        return {path.scheme for precision, path in pairs if precision == self.precision}
+
+    def uses_segments(self, weights: RankWeights) -> bool:
+        """Return whether dtype, device, ranks, schemes and size permit segments.
+
+        In float32 they must also be as fast as torch, which is measured.
+        """
         config, in_float32 = self.config, self.precision is None
-        pairs = zip(config.path_precisions, config.paths, strict=True)
-        schemes = {path.scheme for precision, path in pairs if precision == self.precision}
         fits = not in_float32 or (
             (config.dtype, config.device) == ("float32", "cpu")
             and weights.head.nbytes <= MAX_GRAPH_BYTES
         )
-        fits &= config.ranks == 1 and schemes <= SEGMENT_SCHEMES
-        if fits and in_float32:
-            matrices = [layer.gate_up for layer in weights.layers]
-            times = measure_products([m for m in matrices if isinstance(m, Tensor)], config.threads)
-            self.notes.append(times.describe())
-            fits = times.chosen == "onnxruntime"
-        if not fits:
+        fits &= config.ranks == 1 and self._schemes <= SEGMENT_SCHEMES
+        if not fits or not in_float32:
+            return fits
+        matrices = [layer.gate_up for layer in weights.layers]
+        times = measure_products([m for m in matrices if isinstance(m, Tensor)], config.threads)
+        self.notes.append(times.describe())
+        return times.chosen == "onnxruntime"
+
+    def make_model(self, weights: RankWeights, reader: Weights, *, segmented: bool) -> RankModel:
+        """Return the model of a path."""
+        config = self.config
+        if not segmented:
             return Transformer(config.model, weights, self.shard, config.threads)
         return SegmentedTransformer(
             config.model,
             weights,
             config.threads,
-            lagged="ladder" in schemes,
+            lagged="ladder" in self._schemes,
             embedding=reader.read(EMBEDDING, self.shard.vocabulary),
         )
 
@@ -255,12 +270,6 @@ def anonymous_bytes() -> int:
     """Return the resident memory of this process that no file backs, in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
-
-
-def _return_freed_memory() -> None:
-    """Return what loading has freed to the operating system, where the C library is glibc."""
-    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def create_communicator(

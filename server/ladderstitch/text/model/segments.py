@@ -21,7 +21,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from onnx import TensorProto
-from onnxruntime import InferenceSession
 from torch import Tensor
 
 from ladderstitch.runtime.graph_builder import GraphBuilder
@@ -68,9 +67,9 @@ class SegmentedTransformer:
         self.embedding = weights.embedding if embedding is None else embedding
         self.weight_bytes, self._stream = weights.bytes(), ("x", "p") if lagged else ("x",)
         self._tables = dict(zip(("cosines", "sines"), _rotation_halves(config), strict=True))
-        self._first = _open(_first_segment(weights.layers[0], config), threads)
+        self._first = open_rank_session(_first_segment(weights.layers[0], config), threads)
         self._segments = [
-            _open(_segment(weights, layer, config, lagged=lagged), threads)
+            open_rank_session(_segment(weights, layer, config, lagged=lagged), threads)
             for layer in range(config.layers)
         ]
 
@@ -117,16 +116,6 @@ class SegmentedTransformer:
             return {}
         following = plans[layer + 1].lag if layer + 1 < len(plans) else 0
         return {"mlp_factor": FACTORS[plans[layer].lag], "next_factor": FACTORS[following]}
-
-
-def _open(graph: bytes, threads: int) -> InferenceSession:
-    """Return the session of a graph, which holds the weights once.
-
-    ONNX Runtime's Python class keeps the graph as well, to open it again on other hardware.
-    """
-    session = open_rank_session(graph, threads)
-    session._model_bytes = None
-    return session
 
 
 def _rotation_halves(config: LlamaConfig) -> tuple[Array, Array]:
