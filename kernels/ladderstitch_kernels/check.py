@@ -179,12 +179,9 @@ def all_reduces(dtype: torch.dtype, ranks: int) -> Iterator[Comparison]:
     for elements in (1000, 2**16, 2**22):
         memories = StreamRanks.group(ranks, "cuda")
         parts = torch.randn(ranks, elements, device="cuda").to(dtype)
-        graph, sums = capture_graph(
-            [
-                partial(AllReduce(memory, elements, dtype, "cuda", programs=8), part)
-                for memory, part in zip(memories, parts, strict=True)
-            ]
-        )
+        reduces = [AllReduce(memory, elements, dtype, "cuda", programs=8) for memory in memories]
+        calls = [partial(reduce, part) for reduce, part in zip(reduces, parts, strict=True)]
+        graph, sums = capture_graph(calls, reduces)
         graph.replay()
         torch.cuda.synchronize()
         expected = [parts.float().sum(0).to(dtype)] * ranks
@@ -199,7 +196,7 @@ def decoders(dtype: torch.dtype) -> Iterator[Comparison]:
     schemes: tuple[Scheme, ...] = ("standard", "ladder")
     for pinned, scheme in itertools.product((False, True), schemes):
         pair = StreamPair(shape, dtype, 2, 64, pinned=pinned)
-        graph, outputs = capture_graph(pair.steps(scheme))
+        graph, outputs = capture_graph(pair.steps(scheme), pair.exchanges)
         pair.rewind()
         whole = Decoder(shape, list(random_layers(shape, 0, dtype, "cuda")), 2, 64)
         own = Exchange(StreamRanks.group(1, "cuda")[0], 2, shape.width, dtype, "cuda")

@@ -6,6 +6,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 import triton
@@ -42,15 +43,16 @@ def describe() -> dict[str, str]:
 def medians_us(
     calls: Mapping[str, Callable[[], object]],
     rounds: int = 50,
-    cold_bytes: int = 256 * 2**20,
+    cold_bytes: int = 2**30,
     before: Mapping[str, Callable[[], object]] | None = None,
     after: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, float]:
     """Return the median microseconds of each call, by CUDA events and with a cold L2 cache.
 
-    The calls take turns for `rounds` rounds. Before each call, `cold_bytes` are overwritten to
-    flush the cache. The functions in `before` and `after` run around the call of the same name and
-    are not timed.
+    The calls take turns for `rounds` rounds. Before each call, `cold_bytes` are overwritten: this
+    flushes the cache, and keeps the GPU busy until the whole call is enqueued, so that the time of
+    its launches is not counted. The functions in `before` and `after` run around the call of the
+    same name and are not timed.
     """
     before, after = before or {}, after or {}
     flush = torch.empty(cold_bytes, dtype=torch.int8, device="cuda")
@@ -72,17 +74,36 @@ def medians_us(
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
+class Waiting(Protocol):
+    """An end of a communication between ranks, whose waits can be released."""
+
+    def stop(self) -> None:
+        """End every wait of this rank at once."""
+
+    def resume(self) -> None:
+        """Let this rank wait again."""
+
+
 def capture_graph(
-    calls: Sequence[Callable[[], Tensor]],
+    calls: Sequence[Callable[[], Tensor]], waiting: Sequence[Waiting]
 ) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     """Capture calls into a CUDA graph, each on its own stream, and return graph and outputs.
 
-    All calls run concurrently in the graph. They run once before the capture, so that everything is
-    compiled.
+    All calls run concurrently in the graph, one for each rank in `waiting`. Before the capture they
+    run one after another with their waits released, so that every kernel is compiled and loaded.
+    Loading a kernel may wait for the kernels that run, and one that waits for a rank whose kernel
+    is not loaded yet would never end.
     """
-    streams = [torch.cuda.Stream() for _ in calls]
+    main, *streams = (torch.cuda.Stream() for _ in range(1 + len(calls)))
+    for stream, call, rank in zip(streams, calls, waiting, strict=True):
+        rank.stop()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.synchronize()
+        rank.resume()
 
-    def fork(main: torch.cuda.Stream) -> list[Tensor]:
+    def fork() -> list[Tensor]:
         outputs = []
         for stream, call in zip(streams, calls, strict=True):
             stream.wait_stream(main)
@@ -92,9 +113,9 @@ def capture_graph(
             main.wait_stream(stream)
         return outputs
 
-    fork(torch.cuda.current_stream())
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = fork(torch.cuda.current_stream())
+    # the capture stream of torch itself may be among `streams`: it hands out 32 streams in turn
+    with torch.cuda.graph(graph, stream=main):
+        outputs = fork()
     return graph, outputs

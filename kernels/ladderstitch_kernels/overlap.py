@@ -27,8 +27,6 @@ from ladderstitch_kernels.device import capture_graph, medians_us
 RANKS = 2
 SHAPE = DecoderShape(layers=8, width=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336)
 """Eight layers of a Llama of 8B parameters."""
-COLUMNS = 256
-"""Columns per program of a post, large so that the waiting programs of both ranks fit the GPU."""
 
 
 class StreamPair:
@@ -46,7 +44,7 @@ class StreamPair:
         own = [StreamRanks.group(1, "cuda")[0] for _ in range(RANKS)]
         self.decoders = [Decoder(shape.shard(RANKS), layers, rows, tokens) for layers in shards]
         self.exchanges, self.alone = (
-            [Exchange(m, rows, shape.width, dtype, "cuda", columns=COLUMNS) for m in places]
+            [Exchange(m, rows, shape.width, dtype, "cuda") for m in places]
             for places in (memories, own)
         )
         self.x = torch.randn(rows, shape.width, device="cuda").to(dtype)
@@ -76,9 +74,9 @@ def measure_hidden(rows: int, *, pinned: bool, rounds: int = 50) -> dict[str, fl
     """
     pair = StreamPair(SHAPE, torch.bfloat16, rows, tokens=16 * (rounds + 8), pinned=pinned)
     graphs = {
-        "standard": capture_graph(pair.steps("standard"))[0],
-        "ladder": capture_graph(pair.steps("ladder"))[0],
-        "no_communication": capture_graph(pair.steps("standard", communicate=False))[0],
+        "standard": capture_graph(pair.steps("standard"), pair.exchanges)[0],
+        "ladder": capture_graph(pair.steps("ladder"), pair.exchanges)[0],
+        "no_communication": capture_graph(pair.steps("standard", communicate=False), pair.alone)[0],
     }
     pair.rewind()
     times = medians_us({name: graph.replay for name, graph in graphs.items()}, rounds)

@@ -19,6 +19,9 @@ from ladderstitch_kernels import (
     stitch_pending,
     swiglu,
 )
+from ladderstitch_kernels.comm.all_reduce import AllReduce
+from ladderstitch_kernels.comm.split_phase import Exchange, post, wait_sum
+from ladderstitch_kernels.comm.symmetric import StreamRanks
 from ladderstitch_kernels.ops.decode_attention import split_sequence
 from tests.kernels.tolerances import DTYPES, assert_close
 
@@ -239,3 +242,24 @@ def test_reference_rotation_matches_complex_numbers(random: Callable[..., Tensor
 def test_ops_with_bad_argument_name_it(call: Callable[[Tensor], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.ones(2, 4))
+
+
+def test_ranks_with_released_waits_run_alone_and_count_on_together() -> None:
+    memories = StreamRanks.group(2, "cpu")
+    exchanges = [Exchange(memory, 1, 48, torch.float32, "cpu", columns=16) for memory in memories]
+    reduces = [AllReduce(memory, 40, torch.float32, "cpu", programs=1) for memory in memories]
+    parts = torch.randn(2, 1, 48)
+    for exchange, reduce, part in zip(exchanges, reduces, parts, strict=True):
+        for waiting in (exchange, reduce):
+            waiting.stop()
+        post(part, exchange)
+        wait_sum(1, exchange)  # the other rank has not posted
+        reduce(part[:, :40].contiguous())
+        for waiting in (exchange, reduce):
+            waiting.resume()
+    assert [exchange.arrivals.local.tolist() for exchange in exchanges] == [[3, 3], [3, 3]]
+    assert {int(n) for reduce in reduces for n in reduce.arrivals.local.flatten()} == {0, 1}
+    for exchange, part in zip(exchanges, parts, strict=True):
+        post(2 * part, exchange)
+    for exchange in exchanges:
+        assert torch.equal(wait_sum(1, exchange), 2 * parts[0] + 2 * parts[1])

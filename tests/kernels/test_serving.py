@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
+from typing import TypeVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ladderstitch.runtime.cuda_graphs import CapturedPass
 from ladderstitch.text.comm.base import SingleRankCommunicator
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.model import llama
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
+from ladderstitch.text.model.graphed_decoder import GraphedDecoder, StepOutput
 from ladderstitch.text.model.llama import Mlp, Transformer
 from ladderstitch.text.model.residual import ResidualScheme, ResidualStream, plan_layers
 from ladderstitch.text.model.weight_reader import MemoryWeights
@@ -27,6 +31,7 @@ from tests.support.language_models import TINY, random_tensors
 
 SHARD = Shard.of(TINY, 0, 1)
 BLOCK_TOKENS, BLOCKS = 4, 12
+T = TypeVar("T")
 
 
 class KernelStream(ResidualStream):
@@ -128,6 +133,97 @@ def test_language_model_with_kernels_reads_no_recycled_slot(
     assert called == set(OPS)
     for part, whole in zip(got, expected, strict=True):
         assert torch.equal(part, whole)
+
+
+class FakeGraphs:
+    """Graphs that replay by computing again, into the tensors of the capture."""
+
+    def make_pool(self) -> int:
+        return 0
+
+    def warm_up(self, run: Callable[[], object]) -> None:
+        run()
+
+    @torch.inference_mode()
+    def capture(self, run: Callable[[], T], pool: int) -> CapturedPass[T]:
+        output = run()
+        assert isinstance(output, StepOutput)
+        tensors = [getattr(output, field.name) for field in fields(output)]
+        for tensor in tensors:
+            tensor.fill_(1)
+
+        @torch.inference_mode()
+        def replay() -> None:
+            again = run()
+            for tensor, field in zip(tensors, fields(again), strict=True):  # type: ignore[arg-type]
+                tensor.copy_(getattr(again, field.name))
+
+        return CapturedPass(replay, output)
+
+
+@pytest.mark.parametrize("sequences", [3, 4])
+@pytest.mark.parametrize("scheme", ["standard", "ladder", "parallel"])
+def test_captured_decoding_equals_eager_decoding(
+    scheme: str, sequences: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama, "ResidualStream", KernelStream)
+    model, residual = make_model(), ResidualScheme.model_validate({"scheme": scheme})
+    expected, seen = run_steps(model, residual, uses_kernels=True)
+    plans, comm = plan_layers(residual, TINY.layers, 1), SingleRankCommunicator()
+    cache = PagedCache(TINY, SHARD, BLOCKS + 1, BLOCK_TOKENS)
+    cache._memory.fill_(float("nan"))
+    cache.uses_kernels = True
+    graphs = GraphedDecoder(
+        model,
+        cache,
+        plans,
+        comm,
+        sequences=sequences,
+        sequence_blocks=5,
+        spare_block=BLOCKS,
+        backend=FakeGraphs(),
+        pool=0,
+    )
+    for number, step in enumerate(steps()):
+        assert graphs.can_run(step) == (number >= 2)
+        if number < 2:
+            model.forward(Batch(step, BLOCK_TOKENS), cache, plans, comm)
+            continue
+        output = graphs(step)
+        assert_close(output.logits, expected[number])
+        assert torch.equal(output.best_tokens, expected[number].argmax(dim=-1))
+        assert output.finite.tolist() == [True] * len(step.inputs)
+    filled = ~cache._memory[:, :, : BLOCKS * BLOCK_TOKENS].isnan()
+    assert_close(cache._memory[:, :, : BLOCKS * BLOCK_TOKENS][filled], seen._memory[filled])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_captured_decoding_reports_the_sequence_that_is_not_finite(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(llama, "ResidualStream", KernelStream)
+    model, cache = make_model(), PagedCache(TINY, SHARD, BLOCKS + 1, BLOCK_TOKENS)
+    cache._memory[1, 0, 9 * BLOCK_TOKENS] = float("nan")  # a key of the second sequence
+    cache.uses_kernels = True
+    for mlp in model.mlps:
+        mlp.uses_kernels = True
+    graphs = GraphedDecoder(
+        model,
+        cache,
+        plan_layers(ResidualScheme(), TINY.layers, 1),
+        SingleRankCommunicator(),
+        sequences=4,
+        sequence_blocks=5,
+        spare_block=BLOCKS,
+        backend=FakeGraphs(),
+        pool=0,
+    )
+    output = graphs(Step(tuple(SequenceInput([t], 1, [t]) for t in (7, 9, 8))))
+    assert output.finite.tolist() == [True, False, True]
+    too_many = Step(tuple(SequenceInput([t], 0, [t]) for t in range(5)))
+    assert not graphs.can_run(too_many)
+    assert not graphs.can_run(Step((SequenceInput([1], 0, [0], LogitsMode.NONE),)))
+    assert not graphs.can_run(Step((SequenceInput([1], 21, list(range(6))),)))
 
 
 @pytest.mark.parametrize("lags", [(0, 0, 0, 0), (1, 1, 1, 1), (0, 1, 1, 0)])

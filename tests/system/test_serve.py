@@ -20,10 +20,13 @@ import pytest
 from ladderstitch.client import Client, RequestFailed
 from ladderstitch.runtime.process import free_port
 from ladderstitch.text.bundle import TextBundle
+from ladderstitch.training.vision.quantize import quantize
+from ladderstitch.vision.bundle import VisionBundle, write_table
 from ladderstitch_loadtest.faults.fuzz_runner import process_tree
 from tests.conftest import make_tiny_bundle
 from tests.support.language_models import greedy, write_tiny
 from tests.support.servers import RunningServer, picture, pixels, start_server, stop_server
+from tests.training.vision.test_quantize import random_images
 
 
 def ladderstitch(*arguments: object, columns: int = 200) -> subprocess.CompletedProcess[str]:
@@ -156,6 +159,24 @@ def test_serve_killed_worker_loses_no_request(torch_server: RunningServer) -> No
         for n in range(20):
             assert client.predict(pixels(seed=n)).label
     assert worker not in process_tree(server.process.pid)
+
+
+def test_torch_runtime_describes_only_the_variants_that_it_serves(tmp_path: Path) -> None:
+    bundle = make_tiny_bundle(tmp_path / "tiny")
+    quantize(bundle, random_images(bundle, 8, seed=0), lambda *_: None)
+    bundle = VisionBundle.load(bundle.path)
+    assert bundle.quality is not None
+    exact = dict(bundle.quality.variants)
+    for variant in bundle.manifest.variants():
+        bundle.quality.variants.setdefault(variant.id, next(iter(exact.values())))
+    write_table(bundle.path / "quality.json", bundle.quality)
+    server = start_server(bundle.path, tmp_path / "log", "--runtime", "torch")
+    try:
+        with Client(server.address) as client:
+            described = {variant.id for variant in client.get_model().variants}
+            assert described == exact.keys() < bundle.quality.variants.keys()
+    finally:
+        assert stop_server(server) == 0
 
 
 def test_serve_killed_server_leaves_no_worker(torch_server: RunningServer) -> None:

@@ -61,6 +61,10 @@ class AllReduce:
         """End every wait of this rank at once; see `Exchange.stop`."""
         self.arrivals.local.add_(STOPPED)
 
+    def resume(self) -> None:
+        """Let this rank wait again after `stop`, if all ranks have made the same calls."""
+        self.arrivals.local.sub_(STOPPED)
+
     def __call__(
         self, x: Tensor, algorithm: Literal["auto", "one_shot", "two_shot"] = "auto"
     ) -> Tensor:

@@ -8,6 +8,7 @@ the stream and, without the bias, this rank's part of the pending sum. It reads 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,6 +17,8 @@ from ladderstitch_kernels import reference
 from ladderstitch_kernels.launch import expect_like, expect_shape, interpreted, runs_triton
 
 _MAX_RANK = 128
+PLAIN_PRODUCTS, LOW_RANK_PRODUCTS = 2**29, 2**35
+"""Multiply-accumulates above which torch computes the op, without and with a low-rank update."""
 
 
 @triton.jit
@@ -96,13 +99,16 @@ def stitch_linear(
 
     A (`down`) is [r, K] and B (`up`) is [N, r], with r at most 128; give both or neither. The torch
     equivalent is `F.linear(x, weight, bias) + F.linear(F.linear(x, down), up)`. One launch pays off
-    where launches and passes over the output dominate: for small and medium M. Sums accumulate in
-    float32, and x A^T is rounded to the dtype of `x`. Raises `ValueError` if the shapes do not fit
-    together.
+    where launches and passes over the output dominate: for small and medium products. Torch
+    computes larger ones. Sums accumulate in float32, and x A^T is rounded to the dtype of `x`.
+    Raises `ValueError` if the shapes do not fit together.
     """
     _check(x, weight, bias, down, up)
     if not runs_triton(x):
         return reference.stitch_linear(x, weight, bias, down, up)
+    if _torch_is_faster(x, weight, down):
+        mapped = F.linear(x, weight, bias)
+        return mapped if down is None or up is None else mapped.addmm_(F.linear(x, down), up.T)
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     _launch(x, None, weight, bias, down, up, out, None)
     return out
@@ -173,6 +179,7 @@ def _launch(
         return
     rank = 0 if down is None else down.shape[0]
     block_m, block_n = tile_shape(m, n)
+    large = block_m * block_n >= 128 * 128
     tiles = triton.cdiv(m, block_m) * (1 if pending is None else 2)
     stitch_kernel[(tiles, triton.cdiv(n, block_n))](
         x,
@@ -194,15 +201,24 @@ def _launch(
         BLOCK_N=block_n,
         BLOCK_K=64 if x.element_size() <= 2 else 32,
         UPCAST=interpreted() or x.dtype == torch.float32,
-        num_warps=8 if block_m * block_n >= 128 * 128 else 4,
-        num_stages=4,
+        num_warps=8 if large else 4,
+        num_stages=3 if large else 4,
     )
 
 
+def _torch_is_faster(x: Tensor, weight: Tensor, down: Tensor | None) -> bool:
+    """Return whether cuBLAS is faster than one launch of this kernel, as measured on an H100."""
+    products = x.numel() * weight.shape[0]
+    return x.is_cuda and products > (PLAIN_PRODUCTS if down is None else LOW_RANK_PRODUCTS)
+
+
 def tile_shape(m: int, n: int) -> tuple[int, int]:
-    """Return rows and columns of a tile for an output [m, n]: flat for few rows, else square."""
+    """Return rows and columns of a tile for an output [m, n]: flat for few rows, else square.
+
+    The limits are measured on an H100 (`results/`).
+    """
     if m <= 16:
-        return 16, 64
-    if m <= 64:
+        return 16, 32
+    if m * n <= 1_500_000:
         return 64, 64
-    return (128, 128) if m * n >= 2**20 else (64, 128)
+    return (64, 128) if m * n <= 2_200_000 else (128, 128)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ladderstitch.text.comm.base import SingleRankCommunicator
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.model.attention import PagedCache
-from ladderstitch.text.model.batch import Batch
+from ladderstitch.text.model.batch import Batch, find_sequences
 from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.segments import SegmentedTransformer
@@ -83,7 +83,7 @@ def run(
     for step in steps:
         batch = Batch(step, BLOCK_TOKENS)
         logits.append(model.forward(batch, cache, plans, SingleRankCommunicator()).float())
-        non_finite.append(batch.find_sequences(~cache.has_finite_slots(batch)))
+        non_finite.append(find_sequences(step.inputs, ~cache.has_finite_slots(batch)))
     return logits, non_finite
 
 
@@ -128,10 +128,12 @@ def test_slots_of_each_sequence_are_checked_in_all_layers() -> None:
             cache = PagedCache(TINY, SHARD, BLOCKS, BLOCK_TOKENS)
             assert cache.has_finite_slots(batch).all()
             cache._memory[layer, part, slot, 1, 3] = value
-            assert batch.find_sequences(~cache.has_finite_slots(batch)) == [sequence]
-    alone = Batch(Step(steps[0].inputs[:1]), BLOCK_TOKENS)
+            found = find_sequences(steps[0].inputs, ~cache.has_finite_slots(batch))
+            assert found == [sequence]
+    lone = steps[0].inputs[:1]
+    alone = Batch(Step(lone), BLOCK_TOKENS)
     cache = PagedCache(TINY, SHARD, BLOCKS, BLOCK_TOKENS)
     cache._memory[:, :, 11] = float("nan")  # slot 11 is in its blocks, but has no token
-    assert alone.find_sequences(~cache.has_finite_slots(alone)) == []
+    assert find_sequences(lone, ~cache.has_finite_slots(alone)) == []
     cache._memory[1, 1, 10, 0, 0] = float("inf")
-    assert alone.find_sequences(~cache.has_finite_slots(alone)) == [0]
+    assert find_sequences(lone, ~cache.has_finite_slots(alone)) == [0]

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ladderstitch.importers.stitched_families import read_config
+from ladderstitch.runtime.cuda_graphs import CapturedPass, CudaGraphs
 from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.engine import worker
 from ladderstitch.vision.engine.base import EngineConfig
-from ladderstitch.vision.engine.cuda_graphs import CapturedPass, CudaGraphs, GraphedExecutor
+from ladderstitch.vision.engine.cuda_graphs import GraphedExecutor
 from ladderstitch.vision.models.executor import StitchExecutor
 from tests.conftest import tiny_config
 from tests.vision.models.test_efficientnet import family
@@ -49,7 +50,7 @@ class FakeBackend:
         self.warm_ups += 1
         run()
 
-    def capture(self, run: Callable[[], Tensor], pool: int) -> CapturedPass:
+    def capture(self, run: Callable[[], Tensor], pool: int) -> CapturedPass[Tensor]:
         assert self.warm_ups > len(self.outputs)
         if self.failures_left:
             self.failures_left -= 1

@@ -215,6 +215,7 @@ def _describe_vision_model(model: VisionModel, ready: bool) -> pb.GetModelRespon
         variants=[
             _describe_variant(model, variant, quality)
             for variant, quality in sorted(table.variants.items())
+            if variant in model.variants
         ],
         frontier=planner.candidates.frontier,
         quality_metric=table.metric,

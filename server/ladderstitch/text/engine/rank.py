@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ladderstitch.runtime.cuda_graphs import CudaGraphs
 from ladderstitch.runtime.device import use_device
 from ladderstitch.runtime.library_choice import measure_products
 from ladderstitch.runtime.low_bit import BITS, LowBitPrecision
@@ -39,7 +40,8 @@ from ladderstitch.text.comm.base import (
 from ladderstitch.text.engine.rank_config import Assignment, CommInit, RankConfig
 from ladderstitch.text.messages import Kind, Message, Step, receive_message, send_message
 from ladderstitch.text.model.attention import PagedCache
-from ladderstitch.text.model.batch import Batch
+from ladderstitch.text.model.batch import Batch, find_sequences, select_rows
+from ladderstitch.text.model.graphed_decoder import GraphedDecoder, StepOutput, compute_step
 from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import LayerPlan, plan_layers
 from ladderstitch.text.model.segments import SEGMENT_SCHEMES, SegmentedTransformer
@@ -65,6 +67,8 @@ CONNECT_TIMEOUT_S = 20.0
 MAX_ERROR_CHARACTERS = 4096
 MAX_GRAPH_BYTES = 1 << 30
 """Largest float32 head in a graph, whose serialised form is limited to 2 GiB."""
+MAX_CAPTURED_SEQUENCES = 64
+"""Sequences of the largest step that is captured; the launches of larger ones cost little."""
 RankModel = Transformer | SegmentedTransformer
 """A model of one rank; both kinds have the same `forward`."""
 
@@ -88,7 +92,7 @@ class Rank:
         self.cache = PagedCache(
             config.model,
             self.shard,
-            config.blocks,
+            config.blocks + (config.device != "cpu"),  # one for the padding of captured steps
             config.block_tokens,
             config.cache_dtype,
             config.device,
@@ -97,6 +101,7 @@ class Rank:
         trim_heap()
         self.comm: Communicator | None = None
         self.path_plans: list[tuple[tuple[LayerPlan, ...], Communicator]] = []
+        self.graphs: dict[int, GraphedDecoder] = {}
         self.load_stats = {
             "weight_bytes": self.models[0].weight_bytes,
             "cache_bytes": self.cache.bytes,
@@ -120,6 +125,7 @@ class Rank:
             )
             for residual in config.paths
         ]
+        self._capture_graphs()
 
     def forward(self, message: Message) -> Message:
         """Run a `FORWARD` message and return a `LOGITS` message.
@@ -129,23 +135,57 @@ class Rank:
         sequences that need them.
         """
         step = Step.unpack(message.header, message.body)
+        best_rows, logits_rows, _ = select_rows(step.inputs)
+        output = self._compute(step)
+        best = output.best.tolist() if best_rows else []
+        tokens = output.best_tokens.tolist() if best_rows else []
+        whole = np.ascontiguousarray(output.logits[logits_rows].cpu().numpy())
+        header = {
+            "best": [best[row] for row in best_rows],
+            "tokens": [tokens[row] + self.shard.vocabulary.start for row in best_rows],
+            "shape": whole.shape,
+            "non_finite": find_sequences(step.inputs, ~output.finite),
+        }
+        return Message(Kind.LOGITS, header, whole.data.cast("B") if whole.size else b"")
+
+    def _compute(self, step: Step) -> StepOutput:
+        """Run a step: as a graph if it has one, else kernel by kernel."""
+        graphs = self.graphs.get(step.path)
+        if graphs is not None and graphs.can_run(step):
+            return graphs(step)
         batch = Batch(step, self.rank_config.block_tokens, self.rank_config.device)
         plans, comm = self.path_plans[step.path]
         model = self.models[step.path]
         torch.set_num_threads(1 if self._computes_in_onnx(step.path) else self.rank_config.threads)
-        logits = model.forward(batch, self.cache, plans, comm).float()
-        finite = self.cache.has_finite_slots(batch)
-        if batch.output_rows:  # -inf, too, is an overflow: no head has a bias
-            finite[batch.output_rows] &= torch.stack(logits.aminmax(dim=-1)).isfinite().all(dim=0)
-        best = logits[batch.best_rows].max(dim=-1) if batch.best_rows else None
-        whole = np.ascontiguousarray(logits[batch.logits_rows].cpu().numpy())
-        header = {
-            "best": best.values.tolist() if best else [],
-            "tokens": (best.indices + self.shard.vocabulary.start).tolist() if best else [],
-            "shape": whole.shape,
-            "non_finite": batch.find_sequences(~finite),
-        }
-        return Message(Kind.LOGITS, header, whole.data.cast("B") if whole.size else b"")
+        return compute_step(
+            lambda: model.forward(batch, self.cache, plans, comm),
+            self.cache,
+            batch,
+            batch.output_rows,
+        )
+
+    def _capture_graphs(self) -> None:
+        """Capture the decoding steps of all paths on a GPU, if the model is on one rank."""
+        config = self.rank_config
+        if not self.cache.uses_kernels or config.ranks > 1:
+            return
+        backend = CudaGraphs()
+        pool = backend.make_pool()
+        for path, (model, (plans, comm)) in enumerate(
+            zip(self.models, self.path_plans, strict=True)
+        ):
+            assert isinstance(model, Transformer), "only CPUs compute in segments"
+            self.graphs[path] = GraphedDecoder(
+                model,
+                self.cache,
+                plans,
+                comm,
+                sequences=min(config.max_batched_tokens, MAX_CAPTURED_SEQUENCES),
+                sequence_blocks=config.sequence_blocks,
+                spare_block=config.blocks,
+                backend=backend,
+                pool=pool,
+            )
 
     def leave_group(self) -> None:
         """Close the communicator after a failed pass, so that no peer waits for this rank.

@@ -47,7 +47,7 @@ class Batch:
         else:
             numbers = [self._slot_numbers(s, s.start) for s in step.inputs]
             self.new_slots = torch.from_numpy(np.concatenate(numbers)).to(self.device)
-        self.best_rows, self.logits_rows, self.output_rows = _select_rows(step.inputs)
+        self.best_rows, self.logits_rows, self.output_rows = select_rows(step.inputs)
 
     @property
     def is_decode_only(self) -> bool:
@@ -97,14 +97,6 @@ class Batch:
             return self.new_slots
         return torch.arange(self.new_slots.start, self.new_slots.stop, device=self.device)
 
-    def find_sequences(self, rows: Tensor) -> list[int]:
-        """Return the numbers of the sequences that have at least one of the rows, a mask [T]."""
-        found = set(rows.nonzero().flatten().tolist())
-        if not found:
-            return []
-        ends = list(accumulate(len(sequence.tokens) for sequence in self._inputs))
-        return sorted({bisect_right(ends, row) for row in found})
-
     def _mask(self, sequence: SequenceInput) -> Tensor | None:
         if not sequence.start:
             return None
@@ -135,6 +127,15 @@ class Batch:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
 
+def find_sequences(inputs: Sequence[SequenceInput], rows: Tensor) -> list[int]:
+    """Return the numbers of the sequences that have at least one of the rows, a mask [T]."""
+    found = set(rows.nonzero().flatten().tolist())
+    if not found:
+        return []
+    ends = list(accumulate(len(sequence.tokens) for sequence in inputs))
+    return sorted({bisect_right(ends, row) for row in found})
+
+
 def _check_room(sequence: SequenceInput, block_tokens: int) -> None:
     length = sequence.start + len(sequence.tokens)
     if length > len(sequence.blocks) * block_tokens:
@@ -144,7 +145,7 @@ def _check_room(sequence: SequenceInput, block_tokens: int) -> None:
         )
 
 
-def _select_rows(inputs: Sequence[SequenceInput]) -> tuple[list[int], list[int], list[int]]:
+def select_rows(inputs: Sequence[SequenceInput]) -> tuple[list[int], list[int], list[int]]:
     """Return three lists of rows: for the best token, for whole logits, and to compute.
 
     The first two index the computed logits, the third indexes the new tokens of the batch.

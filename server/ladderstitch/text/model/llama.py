@@ -141,8 +141,15 @@ class Transformer:
         stream = ResidualStream(self._embed(batch.tokens, comm), comm)
         for layer, plan in enumerate(plans):
             self._run_layer(layer, plan, stream, batch, rotation, cache)
-        x = stream.read()[batch.output_rows]
+        x = stream.read()
+        if len(batch.output_rows) < len(x):
+            x = x[batch.output_rows]
         return self._head(self._norm(x, self._norm_gain))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self._norm_gain.device
 
     @cached_property
     def _kernel_rotation(self) -> tuple[Tensor, Tensor]:

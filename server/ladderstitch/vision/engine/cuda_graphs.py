@@ -1,58 +1,27 @@
 """CUDA graphs of image networks: one captured pass per stitch and batch bucket, replayed.
 
-A small batch on a GPU is bound by kernel launches: each takes some microseconds of the processor,
-and a transformer block has about fifteen. Replaying a captured graph is one launch.
+A small batch on a GPU is bound by kernel launches, of which a transformer block has about fifteen.
+Replaying a captured graph is one launch.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ladderstitch.runtime.cuda_graphs import CapturedPass, GraphBackend
 from ladderstitch.vision.models.executor import StitchExecutor
 
 log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 128
 """Most graphs that are kept: 21 stitches with the 6 buckets up to 32 images, and two more."""
-WARM_UP_RUNS = 3
-"""Eager runs before a capture, in which libraries and Triton initialise and allocate."""
 
 Pair = tuple[int, int]
 """A stitch and a batch bucket."""
-Pool: TypeAlias = Any
-"""The handle of a memory pool that graphs share."""
-
-
-@dataclass(frozen=True, slots=True)
-class CapturedPass:
-    """A captured pass: `replay` computes it on the memory it was captured with."""
-
-    replay: Callable[[], None]
-    logits: Tensor
-    """[bucket, K] float32: the output; every replay overwrites it."""
-
-
-class GraphBackend(Protocol):
-    """The seam to CUDA's graphs; calls never overlap."""
-
-    def make_pool(self) -> Pool:
-        """Return a new memory pool, which lives as long as a graph uses it."""
-
-    def warm_up(self, run: Callable[[], Tensor]) -> None:
-        """Run a function eagerly on a side stream until it can be captured."""
-
-    def capture(self, run: Callable[[], Tensor], pool: Pool) -> CapturedPass:
-        """Return the pass that one call of a function records; the call computes nothing.
-
-        The temporary tensors and the output lie in the pool.
-        """
 
 
 class GraphedExecutor:
@@ -77,7 +46,7 @@ class GraphedExecutor:
         self._executor, self._backend, self._max_graphs = executor, backend, max_graphs
         self._input = torch.zeros(input_shape, device=device)
         self._pool = backend.make_pool()
-        self._passes: OrderedDict[Pair, CapturedPass] = OrderedDict()
+        self._passes: OrderedDict[Pair, CapturedPass[Tensor]] = OrderedDict()
         self._uncapturable: set[Pair] = set()
         self.captures = self.capture_failures = 0
 
@@ -96,7 +65,7 @@ class GraphedExecutor:
         self._passes.move_to_end(pair)
         self._fill_input(images, pair[1])
         captured.replay()
-        return captured.logits[:batch_size]
+        return captured.output[:batch_size]
 
     def _bucket(self, batch_size: int) -> int:
         """Return the smallest bucket that holds a batch."""
@@ -115,7 +84,7 @@ class GraphedExecutor:
         self._input[:batch_size].copy_(images, non_blocking=True)
         self._input[batch_size:bucket].zero_()
 
-    def _capture(self, pair: Pair) -> CapturedPass | None:
+    def _capture(self, pair: Pair) -> CapturedPass[Tensor] | None:
         """Return the captured pass of a pair; None if its capture fails or has failed before.
 
         The least recently used graph is dropped after the capture, which has waited for the device:
@@ -155,42 +124,3 @@ class GraphedExecutor:
             type(error).__name__,
             error,
         )
-
-
-class CudaGraphs:
-    """The graphs of torch on the current CUDA device, captured on one side stream.
-
-    Warm-up and captures share the stream, so that workspaces of libraries, which belong to a
-    stream, exist before a capture. cuDNN must not try algorithms during a capture; its benchmark
-    is therefore turned off for the process.
-    """
-
-    def __init__(self) -> None:
-        torch.backends.cudnn.benchmark = False
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no type
-
-    def make_pool(self) -> Pool:
-        """Return the handle of a new pool of torch's caching allocator."""
-        return torch.cuda.graph_pool_handle()
-
-    def warm_up(self, run: Callable[[], Tensor]) -> None:
-        """Run a function `WARM_UP_RUNS` times on the side stream and wait for it."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UP_RUNS):
-                run()
-        self._stream.synchronize()
-
-    def capture(self, run: Callable[[], Tensor], pool: Pool) -> CapturedPass:
-        """Return the captured pass; its `replay` runs on the stream that is then current.
-
-        The outer context restores the caller's stream: `torch.cuda.graph` does not if the end of a
-        capture fails.
-        """
-        graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.stream(self._stream),
-            torch.cuda.graph(graph, pool=pool, stream=self._stream),
-        ):
-            logits = run()
-        return CapturedPass(graph.replay, logits)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ladderstitch.runtime.cuda_graphs import CudaGraphs
 from ladderstitch.runtime.device import DTYPES, use_device
 from ladderstitch.runtime.process import freeze_gc
 from ladderstitch.vision.bundle import VisionBundle
@@ -30,7 +31,7 @@ from ladderstitch.vision.engine.base import (
     Buffers,
     EngineConfig,
 )
-from ladderstitch.vision.engine.cuda_graphs import CudaGraphs, GraphedExecutor
+from ladderstitch.vision.engine.cuda_graphs import GraphedExecutor
 from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.stitched import StitchedModel
 
