@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from ladderstitch.cli import app
 from ladderstitch.importers.verify_text import FAMILIES, GoldenRun, run_case
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.hugging_face.architectures import read_architecture
 from ladderstitch.text.model.residual import ResidualScheme
+from ladderstitch.text.model.weight_reader import MemoryWeights
 from tests.conftest import GOLDEN, golden_cases
 from tests.support.language_models import random_tensors
 
@@ -79,13 +80,13 @@ def write_case(folder: Path, heads: int, kv_heads: int) -> Path:
         "tie_word_embeddings": True,
         "model_type": "llama",
     }
-    config = LlamaConfig.from_hf(fields)
+    config = read_architecture(fields).config
     weights = random_tensors(config)
     tokens = torch.arange(24).view(2, 12) % config.vocab_size
     runs = {name: GoldenRun(name, ResidualScheme(), (1,), name == "incremental") for name in IDS}
     tensors = {f"weights.{name}": tensor for name, tensor in weights.items()} | {"input": tokens}
     for name, run in runs.items():
-        tensors[f"output.{name}"] = run_case(config, weights, tokens, run, 1, 5)
+        tensors[f"output.{name}"] = run_case(config, MemoryWeights(weights), tokens, run, 1, 5)
     path = folder / "heads.safetensors"
     save_file(tensors, path)
     metadata = {

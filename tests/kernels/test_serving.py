@@ -19,10 +19,12 @@ from ladderstitch.text.model import llama
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.graphed_decoder import GraphedDecoder, StepOutput
-from ladderstitch.text.model.llama import Mlp, Transformer
+from ladderstitch.text.model.layers import Mlp
+from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import ResidualScheme, ResidualStream, plan_layers
+from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.weight_reader import MemoryWeights
-from ladderstitch.text.model.weights import Shard, load_rank
+from ladderstitch.text.model.weights import load_rank
 from ladderstitch.vision.models import executor as executors
 from ladderstitch.vision.models.executor import StitchExecutor, bind_stitching_layer
 from tests.conftest import tiny_config
@@ -99,7 +101,7 @@ def run_steps(
     cache = PagedCache(TINY, SHARD, BLOCKS, BLOCK_TOKENS)
     cache._memory.fill_(poison)
     cache.uses_kernels = uses_kernels
-    for mlp in model.mlps:
+    for mlp in (layer.mlp for layer in model.layers):
         mlp.uses_kernels = uses_kernels
     plans, comm = plan_layers(residual, TINY.layers, 1), SingleRankCommunicator()
     logits = [model.forward(Batch(step, BLOCK_TOKENS), cache, plans, comm) for step in steps()]
@@ -205,7 +207,7 @@ def test_captured_decoding_reports_the_sequence_that_is_not_finite(
     model, cache = make_model(), PagedCache(TINY, SHARD, BLOCKS + 1, BLOCK_TOKENS)
     cache._memory[1, 0, 9 * BLOCK_TOKENS] = float("nan")  # a key of the second sequence
     cache.uses_kernels = True
-    for mlp in model.mlps:
+    for mlp in (layer.mlp for layer in model.layers):
         mlp.uses_kernels = True
     graphs = GraphedDecoder(
         model,

@@ -18,8 +18,9 @@ from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
+from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.weight_reader import Weights
-from ladderstitch.text.model.weights import Shard, expected_shapes, load_rank
+from ladderstitch.text.model.weights import expected_shapes, load_rank
 
 TINY = LlamaConfig(
     vocab_size=257,
@@ -80,14 +81,19 @@ def write_tiny(
     save_file(random_tensors(TINY), path / "model.safetensors")
     if paths:
         (path / "quality.json").write_text(made_up_quality(len(paths)).model_dump_json())
+    write_byte_tokenizer(path / "tokenizer.json")
+    return path
+
+
+def write_byte_tokenizer(file: Path) -> None:
+    """Write a tokenizer with one token per byte and an end token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: i for i, character in enumerate(alphabet)} | {"<end>": END}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>"])
-    tokenizer.save(str(path / "tokenizer.json"))
-    return path
+    tokenizer.save(str(file))
 
 
 def one_rank_logits(config: LlamaConfig, weights: Weights, tokens: list[int]) -> torch.Tensor:

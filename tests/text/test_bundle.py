@@ -17,7 +17,6 @@ from tokenizers import Tokenizer
 from ladderstitch.errors import BundleError, ConfigError, DataError
 from ladderstitch.importers.gguf import import_gguf
 from ladderstitch.text.bundle import TextBundle, TextVariant
-from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.weight_reader import MemoryWeights, SafetensorsFolder
 from ladderstitch.text.model.weights import check_weights
@@ -236,31 +235,6 @@ def test_check_weights_names_every_wrong_tensor() -> None:
     assert "missing model.norm.weight" in message
     assert "unknown extra" in message
     assert "model.layers.1.mlp.up_proj.weight: expected (100, 48), got (2, 3)" in message
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
-        ({"attention_bias": True}, "attention_bias: expected False"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "expected default, linear or llama3, got 'yarn'"),
-        ({"num_key_value_heads": 5}, "kv_heads: expected a divisor of 8, got 5"),
-        ({"hidden_size": None}, "hidden_size"),
-    ],
-)
-def test_config_of_another_architecture_raises(change: dict[str, object], message: str) -> None:
-    fields = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "head_dim": 8,
-        "vocab_size": 100,
-        "max_position_embeddings": 64,
-    }
-    assert LlamaConfig.from_hf(fields).kv_heads == 8
-    with pytest.raises(ConfigError, match=message):
-        LlamaConfig.from_hf(fields | change)
 
 
 def test_with_paths_keeps_the_named_ones_and_their_qualities(tmp_path: Path) -> None:

@@ -320,6 +320,20 @@ async def test_stopped_process_is_replaced(
     assert stopped.returncode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("length", [1, 500_000])
+async def test_stopped_process_is_replaced_long_before_the_limit_of_a_render(
+    plain: ChatTemplate, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    monkeypatch.setattr(chat_template, "STOPPED_S", 0.05)
+    monkeypatch.setattr(chat_template, "RENDER_WALL_S", 1e6)
+    stopped = worker_of(plain)
+    stopped.send_signal(signal.SIGSTOP)
+    text = "y" * length
+    rendered = await asyncio.get_running_loop().run_in_executor(None, plain.render, user(text))
+    assert rendered == text
+    assert stopped.returncode == -signal.SIGKILL
+
+
 async def test_waiting_conversations_are_limited(
     plain: ChatTemplate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from ladderstitch.bundles import find_bundle
 from ladderstitch.importers.fetch import download
 from ladderstitch.text.bundle import TextBundle, TextManifest
-from ladderstitch.text.model.config import HF_NAMES, LlamaConfig
+from ladderstitch.text.model.config import LlamaConfig
 
 TOKENIZER_FIELDS = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
@@ -46,6 +46,21 @@ def model_files(model: str) -> Iterator[ModelFiles]:
         yield ModelFiles(model, folder)
 
 
+HF_NAMES = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_positions",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tied_head",
+}
+"""Field of Hugging Face's `config.json` -> field of `LlamaConfig`."""
+
+
 def write_hugging_face_folder(bundle: TextBundle, folder: Path) -> None:
     """Write configurations, and links to the bundle's weights and tokenizer, into a new folder."""
     folder.mkdir(parents=True)
@@ -57,7 +72,7 @@ def write_hugging_face_folder(bundle: TextBundle, folder: Path) -> None:
 
 
 def config_fields(manifest: TextManifest) -> dict[str, Any]:
-    """Return the fields of Hugging Face's `config.json`; `LlamaConfig.from_hf` reads them."""
+    """Return the fields of Hugging Face's `config.json`; `read_architecture` reads them."""
     config = manifest.config
     return {
         "architectures": ["LlamaForCausalLM"],

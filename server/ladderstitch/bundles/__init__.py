@@ -18,6 +18,8 @@ HOME_VARIABLE = "LADDERSTITCH_HOME"
 EMBEDDED_FOLDER = Path(__file__).parent
 EMBEDDED = EMBEDDED_FOLDER / "fashion-mnist"
 """The bundle that `serve` uses unless another one is named."""
+MANIFESTS = ("model.yaml", "config.json")
+"""The file that makes a folder a bundle; the second is that of transformers."""
 LANGUAGE_FAMILY: Final = "llama"
 """The value of `family` in the `model.yaml` of a language model."""
 
@@ -44,9 +46,9 @@ def find_bundle(name: str, *, paths: bool = True) -> Path:
         raise BundleError(f"model: expected the name of a bundle, got {name[:200]!r}")
     folders = (models_home(), EMBEDDED_FOLDER)
     for path in (*([Path(name)] if paths else []), *(folder / name for folder in folders)):
-        if (path / "model.yaml").is_file():
+        if any((path / file).is_file() for file in MANIFESTS):
             return path
-    known = sorted({p.parent.name for folder in folders for p in folder.glob("*/model.yaml")})
+    known = sorted({p.parent.name for f in folders for m in MANIFESTS for p in f.glob(f"*/{m}")})
     raise BundleError(
         f"model: expected a bundle, got {name!r}; known bundles: {', '.join(known) or 'none'}; "
         "`ladderstitch fetch --help` lists more"
@@ -59,14 +61,17 @@ def has_bundle(name: str) -> bool:
     The name must not be a path.
     """
     folders = (models_home(), EMBEDDED_FOLDER)
-    return any((folder / name / "model.yaml").is_file() for folder in folders)
+    return any((folder / name / file).is_file() for folder in folders for file in MANIFESTS)
 
 
 def is_language_bundle(path: Path) -> bool:
     """Return whether a bundle holds a language model; reads only its `model.yaml`.
 
-    Raises `BundleError` if that file cannot be read.
+    A folder of transformers, which has a `config.json` instead, is taken for one. Raises
+    `BundleError` if the file cannot be read.
     """
+    if not (path / MANIFESTS[0]).exists() and (path / MANIFESTS[1]).exists():
+        return True
     raw = read_yaml(path / "model.yaml")
     return isinstance(raw, dict) and raw.get("family") == LANGUAGE_FAMILY
 

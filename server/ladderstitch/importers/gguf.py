@@ -19,7 +19,7 @@ from ladderstitch.importers.gguf_tokenizers import build_tokenizer, read_token_i
 from ladderstitch.runtime import ProgressCallback
 from ladderstitch.text.bundle import TextManifest, write_manifest
 from ladderstitch.text.model.config import LlamaConfig, RopeScaling
-from ladderstitch.text.model.llama import rotation_tables
+from ladderstitch.text.model.rotation import rotation_tables
 from ladderstitch.text.model.weight_reader import SINGLE
 from ladderstitch.text.model.weights import expected_shapes
 

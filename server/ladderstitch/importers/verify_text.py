@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -25,19 +25,43 @@ from ladderstitch.text.comm.base import (
     Work,
     sum_in_rank_order,
 )
+from ladderstitch.text.hugging_face.architectures import Architecture, read_architecture
 from ladderstitch.text.messages import LogitsMode, dense_step
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.layout import LaidOutWeights
 from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
-from ladderstitch.text.model.weight_reader import MemoryWeights
-from ladderstitch.text.model.weights import Shard, load_rank
+from ladderstitch.text.model.shard import Shard
+from ladderstitch.text.model.weight_reader import MemoryWeights, Weights
+from ladderstitch.text.model.weights import load_rank
 
-FAMILIES = ("hf-llama", "ladder-llama", "desync-gpt", "parallel-gpt")
+FAMILIES = (
+    "hf-cohere",
+    "hf-falcon",
+    "hf-gemma2",
+    "hf-gemma3-text",
+    "hf-gpt-neox",
+    "hf-granite",
+    "hf-llama",
+    "hf-mistral",
+    "hf-olmo2",
+    "hf-phi3",
+    "hf-qwen2",
+    "hf-qwen3",
+    "hf-smollm3",
+    "ladder-llama",
+    "desync-gpt",
+    "parallel-gpt",
+)
 RANK_COUNTS = (1, 2, 4)
 """Rank counts to try; if a model cannot be split over one, the next smaller one that fits."""
 BLOCK_TOKENS = 16
+MAX_TOKENS = 32
+"""Tokens of the longest recorded sequence."""
+HF_CONFIGS = ("hf_config", "hf_config_transformers_5")
+"""The `config.json` of a case as transformers 4 and 5 write it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +75,29 @@ class GoldenRun:
     residual: ResidualScheme
     rank_counts: tuple[int, ...]
     incremental: bool
+    greedy_tokens: int = 0
+    """Tokens to append by greedy decoding; the output is their logits."""
 
 
-def recorded_runs(metadata: Mapping[str, Any], config: LlamaConfig) -> Iterator[GoldenRun]:
+def recorded_runs(metadata: Mapping[str, Any], architecture: Architecture) -> Iterator[GoldenRun]:
     """Yield every output that a case records, with the rank counts that fit the model.
 
     Raises `DataError` if the case was recorded on a rank count that does not fit.
     """
+    config = architecture.config
     for entry in metadata["ids"]:
-        residual, rank_counts = _read_scheme(entry, metadata["family"], config)
-        if metadata["family"] == "hf-llama":
-            yield GoldenRun(entry["id"], residual, rank_counts, entry["id"] == "incremental")
+        if metadata["family"].startswith("hf-"):
+            if entry["id"] != "greedy":  # its tokens are the best of `greedy_logits`
+                new = metadata["config"].get("greedy_new_tokens", 0)
+                yield GoldenRun(
+                    entry["id"],
+                    architecture.residual,
+                    fitting_rank_counts(config),
+                    incremental=entry["id"] != "full",
+                    greedy_tokens=new if entry["id"] == "greedy_logits" else 0,
+                )
             continue
+        residual, rank_counts = _read_scheme(entry, metadata["family"], config)
         yield GoldenRun(entry["id"], residual, rank_counts, incremental=False)
         yield GoldenRun(f"{entry['id']}.incremental", residual, rank_counts, incremental=True)
 
@@ -110,17 +145,21 @@ def _read_scheme(
 
 def read_model(
     metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    """Return the configuration and the weights of a case in the Hugging Face layout."""
-    if "hf_config" in metadata["config"]:
-        return LlamaConfig.from_hf(metadata["config"]["hf_config"]), dict(tensors)
-    config = gpt_fast_config(metadata["config"]["model_args"])
-    return config, from_gpt_fast(tensors, config)
+) -> list[tuple[Architecture, Weights]]:
+    """Return the architecture and the weights of a case, once for each recorded `config.json`."""
+    recorded = metadata["config"]
+    if "hf_config" in recorded:
+        layouts = [recorded[name] for name in HF_CONFIGS if name in recorded]
+        read = [read_architecture(fields) for fields in layouts]
+        limited = [replace(a, config=a.config.limited_to(MAX_TOKENS)) for a in read]
+        return [(a, LaidOutWeights(MemoryWeights(tensors), a.layout, a.config)) for a in limited]
+    config = gpt_fast_config(recorded["model_args"])
+    return [(Architecture(config), MemoryWeights(from_gpt_fast(tensors, config)))]
 
 
 def run_case(
     config: LlamaConfig,
-    weights: Mapping[str, Tensor],
+    weights: Weights,
     tokens: Tensor,
     run: GoldenRun,
     ranks: int,
@@ -128,14 +167,31 @@ def run_case(
 ) -> Tensor:
     """Return the logits [B, T, V] float32 of tokens [B, T].
 
-    They are computed in one pass, or as a prefill of `prefill` tokens followed by single tokens.
+    They are computed in one pass, or as a prefill of `prefill` tokens followed by single tokens. A
+    greedy run returns the logits [B, N, V] from which the N new tokens are chosen, one by one.
     """
+    tokens = tokens.clone()
+    for _ in range(run.greedy_tokens - 1):
+        best = _run_case(config, weights, tokens, run, ranks, prefill)[:, -1].argmax(-1)
+        tokens = torch.cat((tokens, best[:, None]), dim=1)
+    logits = _run_case(config, weights, tokens, run, ranks, prefill)
+    return logits[:, -run.greedy_tokens :] if run.greedy_tokens else logits
+
+
+def _run_case(
+    config: LlamaConfig,
+    weights: Weights,
+    tokens: Tensor,
+    run: GoldenRun,
+    ranks: int,
+    prefill: int,
+) -> Tensor:
     plans = plan_layers(run.residual, config.layers, ranks)
     shared_norm = plans[0].fused
 
     def work(comm: Communicator) -> Tensor:
         shard = Shard.of(config, comm.rank, ranks)
-        held = load_rank(MemoryWeights(weights), config, shard, shared_norm=shared_norm)
+        held = load_rank(weights, config, shard, shared_norm=shared_norm)
         model = Transformer(config, held, shard)
         rows, length = tokens.shape
         blocks_each = -(-length // BLOCK_TOKENS)

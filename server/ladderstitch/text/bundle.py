@@ -8,7 +8,9 @@
     tokenizer_config.json, special_tokens_map.json
                           optional: the special tokens that the chat template names
 
-No file is unpickled. A bundle that does not fit is rejected with the reason.
+A folder of transformers with a `config.json` and no `model.yaml` is a bundle with one path, and its
+weights may also be in `pytorch_model.bin` (`hugging_face/`). Only tensors are unpickled. A bundle
+that does not fit is rejected with the reason.
 """
 
 from __future__ import annotations
@@ -29,14 +31,28 @@ from ladderstitch.errors import BundleError, ConfigError
 from ladderstitch.runtime.low_bit import LowBitPrecision
 from ladderstitch.scheduling.profiles import QualityTable
 from ladderstitch.text.chat_template import ChatTemplate
+from ladderstitch.text.hugging_face.folder import CONFIG, read_folder
+from ladderstitch.text.hugging_face.torch_files import INDEX as TORCH_INDEX
+from ladderstitch.text.hugging_face.torch_files import SINGLE as TORCH_SINGLE
+from ladderstitch.text.hugging_face.torch_files import TorchFolder
 from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.layout import LaidOutWeights, TensorLayout
 from ladderstitch.text.model.residual import ResidualScheme
-from ladderstitch.text.model.weight_reader import SafetensorsFolder, check_delta, load_delta
+from ladderstitch.text.model.weight_reader import (
+    INDEX,
+    SINGLE,
+    SafetensorsFolder,
+    Weights,
+    check_delta,
+    load_delta,
+)
 from ladderstitch.text.model.weights import check_weights, expected_shapes
 from ladderstitch.text.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
 
+MANIFEST = "model.yaml"
+TORCH_FILES = (TORCH_SINGLE, TORCH_INDEX)
 SPECIAL_TOKEN_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 """Files of a checkpoint that name its special tokens; the second has priority."""
 
@@ -68,6 +84,9 @@ class TextManifest(BaseModel):
     version: str = Field("1", pattern=r"^[0-9]{1,9}$")
     family: Literal["llama"] = LANGUAGE_FAMILY
     config: LlamaConfig
+    layout: TensorLayout = Field(
+        TensorLayout(), description="how the weights are stored; unset: as those of Llama"
+    )
     residual: ResidualScheme = ResidualScheme()
     paths: tuple[TextVariant, ...] = Field(
         (), description="paths that an answer may take; empty: only `residual`"
@@ -119,14 +138,14 @@ class TextBundle:
 
         Raises `BundleError` that names the file, the field, the expected and the actual value.
         """
-        file = path / "model.yaml"
-        manifest = validate(file, TextManifest, read_yaml(file))
+        manifest = read_manifest(path)
         quality = _read_quality(path / "quality.json", manifest) if calibrated else None
         bundle = cls(path, manifest, quality)
-        weights = bundle.weights()
+        files = bundle.open_files()
+        weights = LaidOutWeights(files, manifest.layout, manifest.config)
         check_weights(weights, manifest.config, shared_norm=bundle.shared_norm)
-        for name, stored in list(weights.renamed.items())[:1]:
-            count = len(weights.renamed)
+        for name, stored in list(files.renamed.items())[:1]:
+            count = len(files.renamed)
             log.info("%s: read %d tensors by other names: %s as %s", path, count, stored, name)
         shapes = expected_shapes(manifest.config, shared_norm=bundle.shared_norm)
         for variant in manifest.variants:
@@ -139,9 +158,17 @@ class TextBundle:
         """Whether attention and MLP of a layer share one norm (the parallel scheme)."""
         return self.manifest.variants[0].residual.scheme == "parallel"
 
-    def weights(self) -> SafetensorsFolder:
+    def weights(self) -> Weights:
         """Return a reader for the weights; raises `BundleError` if a file is missing."""
-        return SafetensorsFolder(self.path, tied=self.manifest.config.tied_head)
+        return LaidOutWeights(self.open_files(), self.manifest.layout, self.manifest.config)
+
+    def open_files(self) -> SafetensorsFolder | TorchFolder:
+        """Return a reader for the stored tensors; raises `BundleError` if a file is missing."""
+        tied = self.manifest.config.tied_head
+        has_safetensors = any((self.path / name).exists() for name in (SINGLE, INDEX))
+        if not has_safetensors and any((self.path / name).exists() for name in TORCH_FILES):
+            return TorchFolder(self.path, tied=tied)
+        return SafetensorsFolder(self.path, tied=tied)
 
     def delta_files(self) -> tuple[Path | None, ...]:
         """Return the delta file of each path, or an empty tuple if no path has one."""
@@ -224,6 +251,23 @@ class TextBundle:
             found |= _read_special_tokens(self.path / name)
         found |= self.manifest.special_tokens
         return {name: token for name, token in found.items() if token is not None}
+
+
+def read_manifest(path: Path) -> TextManifest:
+    """Return the manifest of a bundle, or of a folder of transformers without one.
+
+    Raises `BundleError` that names the file, the field, the expected and the actual value.
+    """
+    file = path / MANIFEST
+    if file.exists() or not (path / CONFIG).exists():
+        return validate(file, TextManifest, read_yaml(file))
+    architecture, fields = read_folder(path)
+    own = {
+        "config": architecture.config.model_dump(exclude_unset=True),
+        "layout": architecture.layout.model_dump(exclude_unset=True),
+        "residual": architecture.residual.model_dump(exclude_unset=True),
+    }
+    return validate(path / CONFIG, TextManifest, fields | own)
 
 
 def _read_special_tokens(file: Path) -> dict[str, str | None]:

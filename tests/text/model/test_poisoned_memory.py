@@ -16,8 +16,9 @@ from ladderstitch.text.model.batch import Batch, find_sequences
 from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.segments import SegmentedTransformer
+from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.weight_reader import MemoryWeights
-from ladderstitch.text.model.weights import Shard, load_rank
+from ladderstitch.text.model.weights import load_rank
 from tests.support.language_models import TINY, random_tensors
 
 SHARD = Shard.of(TINY, 0, 1)

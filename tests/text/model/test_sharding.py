@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ladderstitch.errors import ConfigError
 from ladderstitch.text.model.config import LlamaConfig
-from ladderstitch.text.model.weights import Shard
+from ladderstitch.text.model.shard import Shard
 
 
 def config(heads: int, kv_heads: int) -> LlamaConfig:

@@ -1,7 +1,8 @@
 """A rank: the process that holds one shard of a language model and runs its forward passes.
 
-A rank is started as `python -m ladderstitch.text.engine.rank ADDRESS`, with the group's secret in
-the environment, on the group's machine or on another one. It exits when the group disconnects.
+A rank is started as `python -m ladderstitch.text.engine.rank ADDRESS` on the group's machine, and
+reads the group's secret from its standard input. On another machine, an operator starts it with
+`ladderstitch rank`. It exits when the group disconnects.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from ladderstitch.text.model.graphed_decoder import GraphedDecoder, StepOutput, 
 from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import LayerPlan, plan_layers
 from ladderstitch.text.model.segments import SEGMENT_SCHEMES, SegmentedTransformer
+from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.weight_reader import (
     EMBEDDING,
     DeltaWeights,
@@ -52,17 +54,12 @@ from ladderstitch.text.model.weight_reader import (
     load_delta,
     touched_layers,
 )
-from ladderstitch.text.model.weights import (
-    LayerWeights,
-    RankWeights,
-    Shard,
-    load_layer,
-    load_rank,
-)
+from ladderstitch.text.model.weights import LayerWeights, RankWeights, load_layer, load_rank
 
 log = logging.getLogger(__name__)
 
 SECRET_VARIABLE = "LADDERSTITCH_RANK_SECRET"
+"""Environment variable for the secret of a rank that is started by hand."""
 CONNECT_TIMEOUT_S = 20.0
 MAX_ERROR_CHARACTERS = 4096
 MAX_GRAPH_BYTES = 1 << 30
@@ -167,7 +164,8 @@ class Rank:
     def _capture_graphs(self) -> None:
         """Capture the decoding steps of all paths on a GPU, if the model is on one rank."""
         config = self.rank_config
-        if not self.cache.uses_kernels or config.ranks > 1:
+        reads_spans = config.model.windowed_layers or config.model.attention_softcap
+        if not self.cache.uses_kernels or config.ranks > 1 or reads_spans:
             return
         backend = CudaGraphs()
         pool = backend.make_pool()
@@ -284,6 +282,7 @@ class ShardOptions:
             (config.dtype, config.device) == ("float32", "cpu")
             and weights.head.nbytes <= MAX_GRAPH_BYTES
         )
+        fits &= config.model.is_llama
         fits &= config.ranks == 1 and self._schemes <= SEGMENT_SCHEMES
         if not fits or not in_float32:
             return fits
@@ -294,11 +293,11 @@ class ShardOptions:
 
     def make_model(self, weights: RankWeights, reader: Weights, *, segmented: bool) -> RankModel:
         """Return the model of a path."""
-        config = self.config
+        config, model = self.config, self.config.model.limited_to(self.config.max_model_len)
         if not segmented:
-            return Transformer(config.model, weights, self.shard, config.threads)
+            return Transformer(model, weights, self.shard, config.threads)
         return SegmentedTransformer(
-            config.model,
+            model,
             weights,
             config.threads,
             lagged="ladder" in self._schemes,
@@ -433,10 +432,13 @@ def run(address: str, secret: str) -> None:
 
 
 def main() -> None:
-    """Run as a rank of the group at the address in the first argument."""
+    """Run as a rank of the group at the address in the first argument.
+
+    Without `SECRET_VARIABLE`, the secret is read from standard input.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the group drains and disconnects
-    secret = os.environ.pop(SECRET_VARIABLE, "")
-    run(sys.argv[1], secret)
+    secret = os.environ.pop(SECRET_VARIABLE, None)
+    run(sys.argv[1], sys.stdin.read().strip() if secret is None else secret)
 
 
 if __name__ == "__main__":

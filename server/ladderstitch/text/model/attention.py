@@ -9,7 +9,7 @@ from torch import Tensor
 from ladderstitch.text.model.batch import Batch, Span
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.onnx_attention import Array, OnnxAttention
-from ladderstitch.text.model.weights import Shard
+from ladderstitch.text.model.shard import Shard
 
 
 class PagedCache:
@@ -41,9 +41,13 @@ class PagedCache:
         self._arrays: list[tuple[Array, Array]] = []
         if self._memory.device.type == "cpu" and dtype == torch.float32:
             heads = len(shard.heads)
-            self.attention = OnnxAttention(heads, kv_heads, config.head_dim, threads)
+            self.attention = OnnxAttention(
+                heads, kv_heads, config.head_dim, threads, config.attention_softcap or 0.0
+            )
             self._arrays = [(keys, values) for keys, values in self._memory.flatten(3).numpy()]
         self.uses_kernels = self._memory.is_cuda
+        self._softcap = config.attention_softcap
+        self._windows = [config.window_of(layer) for layer in range(config.layers)]
 
     @property
     def bytes(self) -> int:
@@ -91,20 +95,27 @@ class PagedCache:
 
         It is computed in the cache's dtype, which paths of other dtypes share.
         """
-        keys, values = self._layers[layer]
-        if self.uses_kernels and batch.is_decode_only:
+        (keys, values), window = self._layers[layer], self._windows[layer]
+        is_plain = window is None and self._softcap is None
+        if self.uses_kernels and batch.is_decode_only and is_plain:
             from ladderstitch_kernels.ops.decode_attention import paged_decode_attention
 
             pages = self._pages(layer)
             return paged_decode_attention(q, *pages, batch.block_table, batch.sequence_lengths)
         if self.attention is not None:
             queries = q.float().numpy().reshape(1, len(q), -1)
-            attended = self.attention.attend(batch.cache_index, queries, *self._arrays[layer])
+            attended = self.attention.attend(
+                batch.cache_index(window), queries, *self._arrays[layer]
+            )
             return torch.from_numpy(attended).view(q.shape).to(q.dtype)
         parts = []
-        for span in batch.sequences:
+        for span in batch.sequences(window):
             part = q[span.begin : span.end].to(keys.dtype)
-            parts.append(_attend_span(part, keys[span.slots], values[span.slots], span))
+            k, v = keys[span.slots], values[span.slots]
+            if self._softcap is None:
+                parts.append(_attend_span(part, k, v, span))
+            else:
+                parts.append(_attend_capped(part, k, v, span, self._softcap))
         return torch.cat(parts).to(q.dtype)
 
     def _pages(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -131,3 +142,22 @@ def _attend_span(q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
         enable_gqa=heads != kv_heads,
     )
     return mixed[0].transpose(0, 1)
+
+
+def _attend_capped(q: Tensor, k: Tensor, v: Tensor, span: Span, softcap: float) -> Tensor:
+    """Return the attention as `_attend_span` does, with capped scores, in float32."""
+    tokens, heads, width = q.shape
+    grouped = q.float().view(tokens, k.shape[1], -1, width)
+    scores = soft_cap(torch.einsum("tkgd,skd->kgts", grouped, k.float()) * width**-0.5, softcap)
+    mask = span.mask
+    if mask is None and tokens > 1:
+        mask = torch.ones(tokens, len(k), dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    mixed = torch.einsum("kgts,skd->tkgd", scores.softmax(-1), v.float())
+    return mixed.reshape(tokens, heads, width).to(q.dtype)
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """Return cap * tanh(x / cap), which lies between -cap and cap; x itself without a cap."""
+    return x if cap is None else cap * torch.tanh(x / cap)

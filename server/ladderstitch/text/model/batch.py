@@ -36,6 +36,8 @@ class Batch:
         """Raise `ValueError` if the blocks of a sequence cannot hold its tokens."""
         self.device = torch.device(device)
         self._block_tokens, self._inputs = block_tokens, step.inputs
+        self._spans: dict[int | None, tuple[Span, ...]] = {}
+        self._indices: dict[int | None, CacheIndex] = {}
         for sequence in step.inputs:
             _check_room(sequence, block_tokens)
         self.tokens = self._tensor([token for s in step.inputs for token in s.tokens])
@@ -54,28 +56,31 @@ class Batch:
         """Whether every sequence has exactly one new token."""
         return len(self.tokens) == len(self._inputs)
 
-    @cached_property
-    def sequences(self) -> tuple[Span, ...]:
-        """All sequences, in order."""
-        spans, begin = [], 0
-        for sequence in self._inputs:
-            end = begin + len(sequence.tokens)
-            mask = self._mask(sequence) if end > begin + 1 else None
-            spans.append(Span(begin, end, self._slots(sequence), mask))
-            begin = end
-        return tuple(spans)
+    def sequences(self, window: int | None = None) -> tuple[Span, ...]:
+        """Return all sequences in order; with a `window`, a token sees only that many tokens."""
+        if window not in self._spans:
+            spans, begin = [], 0
+            for sequence in self._inputs:
+                end = begin + len(sequence.tokens)
+                first = 0 if window is None else max(0, sequence.start + 1 - window)
+                mask = self._mask(sequence, first, window) if end > begin + 1 else None
+                spans.append(Span(begin, end, self._slots(sequence, first), mask))
+                begin = end
+            self._spans[window] = tuple(spans)
+        return self._spans[window]
 
-    @cached_property
-    def cache_index(self) -> CacheIndex:
-        """The places of the batch in a cache on a CPU, as indices of arrays."""
-        sequences = []
-        for span in self.sequences:
-            mask, tokens = None, span.end - span.begin
-            if tokens > 1:
-                mask = np.tri(tokens, dtype=bool) if span.mask is None else span.mask.numpy()
-            rows = slice(span.begin, span.end)
-            sequences.append(LoneSequence(rows, _array_index(span.slots), mask))
-        return CacheIndex(_array_index(self.new_slots), tuple(sequences))
+    def cache_index(self, window: int | None = None) -> CacheIndex:
+        """Return the places of the batch in a cache on a CPU, as indices of arrays."""
+        if window not in self._indices:
+            sequences = []
+            for span in self.sequences(window):
+                mask, tokens = None, span.end - span.begin
+                if tokens > 1:
+                    mask = np.tri(tokens, dtype=bool) if span.mask is None else span.mask.numpy()
+                rows = slice(span.begin, span.end)
+                sequences.append(LoneSequence(rows, _array_index(span.slots), mask))
+            self._indices[window] = CacheIndex(_array_index(self.new_slots), tuple(sequences))
+        return self._indices[window]
 
     @cached_property
     def block_table(self) -> Tensor:
@@ -97,11 +102,14 @@ class Batch:
             return self.new_slots
         return torch.arange(self.new_slots.start, self.new_slots.stop, device=self.device)
 
-    def _mask(self, sequence: SequenceInput) -> Tensor | None:
-        if not sequence.start:
+    def _mask(self, sequence: SequenceInput, first: int, window: int | None) -> Tensor | None:
+        """Return which of the positions from `first` on each new token sees; none: causal."""
+        length = sequence.start + len(sequence.tokens)
+        if not sequence.start and (window is None or length <= window):
             return None
-        shape = len(sequence.tokens), sequence.start + len(sequence.tokens)
-        return torch.ones(shape, dtype=torch.bool, device=self.device).tril(sequence.start)
+        shape, last = (len(sequence.tokens), length - first), sequence.start - first
+        seen = torch.ones(shape, dtype=torch.bool, device=self.device).tril(last)
+        return seen if window is None else seen.triu(last + 1 - window)
 
     def _slots(self, sequence: SequenceInput, start: int = 0) -> slice | Tensor:
         """Return the cache slots of a sequence from position `start` to its last new token.

@@ -44,10 +44,15 @@ class CacheIndex:
 class OnnxAttention:
     """Grouped-query attention with H query heads, K key/value heads and head width d."""
 
-    def __init__(self, heads: int, kv_heads: int, width: int, threads: int) -> None:
+    def __init__(
+        self, heads: int, kv_heads: int, width: int, threads: int, softcap: float = 0.0
+    ) -> None:
+        """Open the graphs; scores s become softcap * tanh(s / softcap), unless that is 0."""
         self._kv_heads, self._width = kv_heads, width
-        self._token = open_rank_session(_graph(kv_heads, kv_heads, width, masked=False), threads)
-        self._chunk = open_rank_session(_graph(heads, kv_heads, width, masked=True), threads)
+        token = _graph(kv_heads, kv_heads, width, softcap, masked=False)
+        self._token = open_rank_session(token, threads)
+        chunk = _graph(heads, kv_heads, width, softcap, masked=True)
+        self._chunk = open_rank_session(chunk, threads)
 
     def attend(self, index: CacheIndex, queries: Array, keys: Array, values: Array) -> Array:
         """Return the attention [1, T, H d] of queries [1, T, H d] over their sequences.
@@ -88,7 +93,7 @@ class OnnxAttention:
         return np.ascontiguousarray(heads).reshape(1, 1, -1)
 
 
-def _graph(heads: int, kv_heads: int, width: int, *, masked: bool) -> bytes:
+def _graph(heads: int, kv_heads: int, width: int, softcap: float, *, masked: bool) -> bytes:
     """Return the graph of the attention of T rows over all S tokens of their sequence.
 
     Its inputs are q [1, T, H d], k and v [1, S, K d], and if `masked`, mask [T, S]: the positions
@@ -104,6 +109,6 @@ def _graph(heads: int, kv_heads: int, width: int, *, masked: bool) -> bytes:
     if masked:
         inputs["mask"] = (TensorProto.BOOL, (None, None))
     (attended,) = graph.operator(
-        "Attention", list(inputs), q_num_heads=heads, kv_num_heads=kv_heads
+        "Attention", list(inputs), q_num_heads=heads, kv_num_heads=kv_heads, softcap=softcap
     )
     return graph.build(inputs, {"attended": attended})

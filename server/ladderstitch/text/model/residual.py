@@ -15,6 +15,7 @@ late, so that the reduction of h_{k-1} overlaps with the computation of h_k.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -162,6 +163,12 @@ class ResidualStream:
     def add(self, partial: Tensor) -> None:
         """Add the sum over ranks of partials [T, D]; return before it is complete."""
         self._in_flight.append(self._comm.all_reduce_async(partial))
+
+    def add_normed(self, partial: Tensor, norm: Callable[[Tensor], Tensor]) -> None:
+        """Add the norm of the sum over ranks of partials [T, D]; wait until it is complete."""
+        whole = norm(self._comm.wait(self._comm.all_reduce_async(partial)))
+        self._reduced, self._full = self.read() + whole, None
+        self._in_flight.clear()
 
     def add_desynchronised(self, partial: Tensor, *, reduce: bool) -> None:
         """Add this rank's [T, D] to its own stream, or (`reduce`) make all streams equal again."""

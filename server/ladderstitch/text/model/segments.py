@@ -31,9 +31,10 @@ from ladderstitch.text.comm.base import Communicator
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import LlamaConfig
-from ladderstitch.text.model.llama import look_up, rotation_tables
+from ladderstitch.text.model.llama import look_up
 from ladderstitch.text.model.onnx_attention import Array
 from ladderstitch.text.model.residual import LayerPlan
+from ladderstitch.text.model.rotation import rotation_tables
 from ladderstitch.text.model.weights import LayerWeights, RankWeights
 
 SEGMENT_SCHEMES = frozenset({"standard", "ladder"})
@@ -105,7 +106,7 @@ class SegmentedTransformer:
         """
         width = self.config.heads * self.config.head_dim
         keys, values = cache.arrays(layer)
-        index = batch.cache_index
+        index = batch.cache_index()
         keys[index.new_slots], values[index.new_slots] = qk[0, :, width:], v[0]
         assert cache.attention is not None, "segments need a float32 cache on a CPU"
         return cache.attention.attend(index, qk[..., :width], keys, values)
@@ -191,7 +192,8 @@ def _rotation_inputs(config: LlamaConfig) -> dict[str, tuple[int, tuple[int | No
     return {"positions": (INT64, (1, None)), "cosines": table, "sines": table}
 
 
-def _array(gain: Tensor) -> Array:
+def _array(gain: Tensor | None) -> Array:
+    assert gain is not None, "only Llama's layers are computed in segments"
     values: Array = gain.float().numpy()
     return values
 

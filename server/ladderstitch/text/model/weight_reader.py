@@ -103,7 +103,7 @@ class SafetensorsFolder:
         self._folder = folder
         self._files: dict[str, Any] = {}
         self._file_of = self._read_index()
-        self._stored_names = _standard_names(self._file_of, tied=tied, where=folder)
+        self._stored_names = standard_names(self._file_of, tied=tied, where=folder)
 
     def names(self) -> Sequence[str]:
         """Return the names of all tensors."""
@@ -155,7 +155,7 @@ class SafetensorsFolder:
         return self._files[file]
 
 
-def _standard_names(stored: Iterable[str], *, tied: bool, where: Path) -> dict[str, str]:
+def standard_names(stored: Iterable[str], *, tied: bool, where: Path) -> dict[str, str]:
     """Return the stored name of each tensor by its name in the Hugging Face layout.
 
     `torch.compile` and wrappers of parallel training put prefixes before the names, and models

@@ -7,19 +7,21 @@ layer has few large products. Only the rank's shard is ever in memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from ladderstitch.bundles import check_tensors
-from ladderstitch.errors import ConfigError
 from ladderstitch.runtime.linear import Matrix, store
 from ladderstitch.runtime.low_bit import quantise
 from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.weight_reader import EMBEDDING, HEAD, Weights
 
-FINAL_NORM = "model.norm.weight"
+FINAL_NORM, FINAL_NORM_BIAS = "model.norm.weight", "model.norm.bias"
+Parts = Sequence[tuple[str, Sequence[range]]]
+"""Matrices and their rows, in the order in which they are fused."""
 VOCABULARY_BITS = 8
 """Bits per weight of embedding and head where layers have 4 or 8: these two need more than 4."""
 
@@ -36,12 +38,22 @@ class LayerWeights:
     model width is D. `runtime.linear.open_product` multiplies with the matrices.
     """
 
-    attention_norm: Tensor  # [D]
+    attention_norm: Tensor | None  # [D]; none where only outputs are normed
     qkv: Matrix  # [(H_r + 2 K_r) d, D]: queries, keys, values
     output: Matrix  # [D, H_r d]
     ffn_norm: Tensor | None  # [D]; none where attention and MLP share a norm
-    gate_up: Matrix  # [2 F_r, D]
+    gate_up: Matrix  # [2 F_r, D], or [F_r, D] without a gate
     down: Matrix  # [D, F_r]
+    attention_norm_bias: Tensor | None = None  # [D]
+    ffn_norm_bias: Tensor | None = None  # [D]
+    attention_output_norm: Tensor | None = None  # [D]
+    mlp_output_norm: Tensor | None = None  # [D]
+    q_norm: Tensor | None = None  # [d], or [H d] if over all heads
+    k_norm: Tensor | None = None  # [d], or [K d]
+    qkv_bias: Tensor | None = None  # [(H_r + 2 K_r) d]
+    output_bias: Tensor | None = None  # [D]; of the first rank only, as ranks are summed
+    gate_up_bias: Tensor | None = None  # as the rows of gate_up
+    down_bias: Tensor | None = None  # [D]; of the first rank only
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +64,13 @@ class RankWeights:
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [D]
     head: Matrix  # [V_r, D]; the embedding itself if tied
+    norm_bias: Tensor | None = None  # [D]
 
     def bytes(self) -> int:
         """Return the memory of the weights in bytes; a tied head counts once."""
-        found: set[Matrix | None] = {self.embedding, self.norm, self.head}
+        found: set[Matrix | None] = {self.embedding, self.norm, self.head, self.norm_bias}
         for layer in self.layers:
-            found |= {layer.attention_norm, layer.qkv, layer.output, layer.gate_up, layer.down}
-            found.add(layer.ffn_norm)
+            found |= {getattr(layer, field.name) for field in fields(layer)}
         return sum(matrix.nbytes for matrix in found if matrix is not None)
 
 
@@ -68,24 +80,59 @@ def expected_shapes(
     """Return the name and shape of every tensor that a checkpoint of this model has."""
     d, width, ffn = config.head_dim, config.hidden_size, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, width)}
+    matrices = {
+        "self_attn.q_proj": (config.heads * d, width),
+        "self_attn.k_proj": (config.kv_heads * d, width),
+        "self_attn.v_proj": (config.kv_heads * d, width),
+        "self_attn.o_proj": (width, config.heads * d),
+        "mlp.gate_proj": (ffn, width),
+        "mlp.up_proj": (ffn, width),
+        "mlp.down_proj": (width, ffn),
+    }
+    if not config.gated:
+        del matrices["mlp.gate_proj"]
     for layer in range(config.layers):
         prefix = f"model.layers.{layer}."
+        shapes |= {f"{prefix}{name}.weight": shape for name, shape in matrices.items()}
         shapes |= {
-            prefix + "input_layernorm.weight": (width,),
-            prefix + "self_attn.q_proj.weight": (config.heads * d, width),
-            prefix + "self_attn.k_proj.weight": (config.kv_heads * d, width),
-            prefix + "self_attn.v_proj.weight": (config.kv_heads * d, width),
-            prefix + "self_attn.o_proj.weight": (width, config.heads * d),
-            prefix + "mlp.gate_proj.weight": (ffn, width),
-            prefix + "mlp.up_proj.weight": (ffn, width),
-            prefix + "mlp.down_proj.weight": (width, ffn),
+            f"{prefix}{name}.bias": shape[:1]
+            for name, shape in matrices.items()
+            if _has_bias(name, config)
         }
-        if not shared_norm:
-            shapes[prefix + "post_attention_layernorm.weight"] = (width,)
-    shapes[FINAL_NORM] = (width,)
+        for name in _layer_norms(config, shared_norm=shared_norm):
+            shapes |= _norm_shapes(prefix + name, config)
+        shapes |= {
+            f"{prefix}self_attn.{name}_norm.weight": (d if config.qk_norm == "head" else size,)
+            for name, size in (("q", config.heads * d), ("k", config.kv_heads * d))
+            if config.qk_norm != "none"
+        }
+    shapes |= _norm_shapes(FINAL_NORM.removesuffix(".weight"), config)
     if not config.tied_head:
         shapes[HEAD] = (config.vocab_size, width)
     return shapes
+
+
+def _has_bias(matrix: str, config: LlamaConfig) -> bool:
+    if matrix.startswith("mlp."):
+        return config.mlp_bias
+    return config.output_bias if matrix.endswith("o_proj") else config.qkv_bias
+
+
+def _layer_norms(config: LlamaConfig, *, shared_norm: bool) -> list[str]:
+    """Return the names of a layer's norms, without those of queries and keys."""
+    names = []
+    if config.norm_place != "after":
+        names += ["input_layernorm"]
+        if not shared_norm or config.parallel_norms == 2:
+            names += ["post_attention_layernorm"]
+    if config.norm_place != "before":
+        names += ["attention_output_norm", "mlp_output_norm"]
+    return names
+
+
+def _norm_shapes(name: str, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    kinds = ("weight", "bias") if config.norm_bias else ("weight",)
+    return {f"{name}.{kind}": (config.hidden_size,) for kind in kinds}
 
 
 def check_weights(weights: Weights, config: LlamaConfig, *, shared_norm: bool = False) -> None:
@@ -141,7 +188,8 @@ def load_rank(
     head = embedding
     if not config.tied_head:
         head = store(vocabulary(HEAD), vocabulary_bits, is_fine=is_fine)
-    return RankWeights(embedding, tuple(layers), whole(FINAL_NORM), head)
+    norm_bias = whole(FINAL_NORM_BIAS) if config.norm_bias else None
+    return RankWeights(embedding, tuple(layers), whole(FINAL_NORM), head, norm_bias)
 
 
 def load_layer(
@@ -156,98 +204,88 @@ def load_layer(
     bits: int | None = None,
 ) -> LayerWeights:
     """Return one rank's tensors of one layer, as `load_rank` does."""
-    d, prefix = config.head_dim, f"model.layers.{layer}."
-    queries = range(shard.heads.start * d, shard.heads.stop * d)
-    kv_rows = [range(head * d, (head + 1) * d) for head in shard.kv_heads]
-
-    def norm(name: str) -> Tensor:
-        return weights.read(prefix + name).to(device, dtype)
-
-    def rows(*parts: tuple[str, Sequence[range]]) -> Matrix:
-        height = sum(len(part) for _, ranges in parts for part in ranges)
-        fused = torch.empty(height, config.hidden_size, dtype=dtype, device=device)
-        at = 0
-        for name, ranges in parts:
-            for part in ranges:
-                fused[at : at + len(part)] = weights.read(f"{prefix}{name}.weight", rows=part)
-                at += len(part)
-        return store(fused, bits, is_fine=bits == FINE_BITS)
-
-    def columns(name: str, part: range) -> Matrix:
-        read = weights.read(f"{prefix}{name}.weight", columns=part)
-        return store(read.to(device, dtype).contiguous(), bits)
-
-    return LayerWeights(
-        attention_norm=norm("input_layernorm.weight"),
-        qkv=rows(
-            ("self_attn.q_proj", [queries]),
-            ("self_attn.k_proj", kv_rows),
-            ("self_attn.v_proj", kv_rows),
-        ),
-        output=columns("self_attn.o_proj", queries),
-        ffn_norm=None if shared_norm else norm("post_attention_layernorm.weight"),
-        gate_up=rows(("mlp.gate_proj", [shard.ffn]), ("mlp.up_proj", [shard.ffn])),
-        down=columns("mlp.down_proj", shard.ffn),
-    )
+    return _LayerReader(weights, layer, config, shard, dtype, device, shared_norm, bits).read()
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """The part of a model that one of R ranks holds: heads, columns and vocabulary rows.
+class _LayerReader:
+    weights: Weights
+    layer: int
+    config: LlamaConfig
+    shard: Shard
+    dtype: torch.dtype
+    device: torch.device | str
+    shared_norm: bool
+    bits: int | None
 
-    `heads` are query heads. `kv_heads` lists the rank's key/value heads, each of which serves
-    `len(heads) / len(kv_heads)` consecutive query heads.
-    """
+    def read(self) -> LayerWeights:
+        config, shard, d = self.config, self.shard, self.config.head_dim
+        queries = range(shard.heads.start * d, shard.heads.stop * d)
+        kv_rows = [range(head * d, (head + 1) * d) for head in shard.kv_heads]
+        qkv = [
+            ("self_attn.q_proj", [queries]),
+            ("self_attn.k_proj", kv_rows),
+            ("self_attn.v_proj", kv_rows),
+        ]
+        gate_up = [(f"mlp.{name}_proj", [shard.ffn]) for name in ("gate", "up")]
+        gate_up = gate_up if config.gated else gate_up[1:]
+        norms = _layer_norms(config, shared_norm=self.shared_norm)
 
-    rank: int
-    ranks: int
-    heads: range
-    kv_heads: tuple[int, ...]
-    ffn: range
-    vocabulary: range
+        def norm(name: str, kind: str = "weight") -> Tensor | None:
+            exists = name in norms and (kind == "weight" or config.norm_bias)
+            return self._vector(f"{name}.{kind}") if exists else None
 
-    @classmethod
-    def of(cls, config: LlamaConfig, rank: int, ranks: int) -> Shard:
-        """Return the shard of one rank.
-
-        With at most as many ranks as KV heads, each rank gets whole KV groups, if necessary an
-        unequal number of them (9 query and 3 KV heads on 2 ranks: 2 + 1 groups). With more ranks,
-        KV heads are replicated. Raises `ConfigError` if the heads cannot be split.
-        """
-        if not 0 <= rank < ranks:
-            raise ConfigError(f"rank: expected 0 to {ranks - 1}, got {rank}")
-        group = config.heads // config.kv_heads
-        if ranks <= config.kv_heads:
-            groups = _split(config.kv_heads, rank, ranks)
-            heads = range(groups.start * group, groups.stop * group)
-            kv_heads = tuple(groups)
-        elif config.heads % ranks == 0:
-            heads = _split(config.heads, rank, ranks)
-            kv_heads = _replicate_kv_heads(heads, group)
-        else:
-            raise ConfigError(
-                f"ranks: expected at most {config.kv_heads} (the KV heads) or a divisor of "
-                f"{config.heads} (the query heads), got {ranks}"
-            )
-        ffn, vocabulary = (
-            _split(size, rank, ranks) for size in (config.intermediate_size, config.vocab_size)
+        is_first, has_qk_norm = shard.rank == 0, config.qk_norm != "none"
+        return LayerWeights(
+            attention_norm=norm("input_layernorm"),
+            qkv=self._rows(qkv),
+            output=self._columns("self_attn.o_proj", queries),
+            ffn_norm=norm("post_attention_layernorm"),
+            gate_up=self._rows(gate_up),
+            down=self._columns("mlp.down_proj", shard.ffn),
+            attention_norm_bias=norm("input_layernorm", "bias"),
+            ffn_norm_bias=norm("post_attention_layernorm", "bias"),
+            attention_output_norm=norm("attention_output_norm"),
+            mlp_output_norm=norm("mlp_output_norm"),
+            q_norm=self._vector("self_attn.q_norm.weight") if has_qk_norm else None,
+            k_norm=self._vector("self_attn.k_norm.weight") if has_qk_norm else None,
+            qkv_bias=self._bias(qkv) if config.qkv_bias else None,
+            output_bias=(
+                self._vector("self_attn.o_proj.bias") if config.output_bias and is_first else None
+            ),
+            gate_up_bias=self._bias(gate_up) if config.mlp_bias else None,
+            down_bias=(
+                self._vector("mlp.down_proj.bias") if config.mlp_bias and is_first else None
+            ),
         )
-        return cls(rank, ranks, heads, kv_heads, ffn, vocabulary)
 
+    def _name(self, name: str) -> str:
+        return f"model.layers.{self.layer}.{name}"
 
-def _split(size: int, rank: int, ranks: int) -> range:
-    """Return the rank's contiguous part of range(size); the first parts are larger by at most 1."""
-    share, rest = divmod(size, ranks)
-    start = rank * share + min(rank, rest)
-    return range(start, start + share + (rank < rest))
+    def _vector(self, name: str) -> Tensor:
+        return self.weights.read(self._name(name)).to(self.device, self.dtype)
 
+    def _rows(self, parts: Parts) -> Matrix:
+        """Return the rows of several matrices as one, which is never in memory twice."""
+        height = sum(len(part) for _, ranges in parts for part in ranges)
+        shape = height, self.config.hidden_size
+        fused = torch.empty(shape, dtype=self.dtype, device=self.device)
+        at = 0
+        for name, ranges in parts:
+            for part in ranges:
+                read = self.weights.read(self._name(f"{name}.weight"), rows=part)
+                fused[at : at + len(part)] = read
+                at += len(part)
+        return store(fused, self.bits, is_fine=self.bits == FINE_BITS)
 
-def _replicate_kv_heads(heads: range, group: int) -> tuple[int, ...]:
-    """Return one KV head per run of query heads that share it.
+    def _columns(self, name: str, part: range) -> Matrix:
+        read = self.weights.read(self._name(f"{name}.weight"), columns=part)
+        return store(read.to(self.device, self.dtype).contiguous(), self.bits)
 
-    If the runs have different lengths, return one KV head per query head.
-    """
-    serving = [head // group for head in heads]
-    distinct = tuple(dict.fromkeys(serving))
-    even = all(serving.count(kv) * len(distinct) == len(serving) for kv in distinct)
-    return distinct if even else tuple(serving)
+    def _bias(self, parts: Parts) -> Tensor:
+        read = [
+            self.weights.read(self._name(f"{name}.bias"), rows=part)
+            for name, ranges in parts
+            for part in ranges
+        ]
+        return torch.cat(read).to(self.device, self.dtype)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladderstitch.text.model.config import LlamaConfig
-from ladderstitch.text.model.llama import rotate, rotation_tables
 from ladderstitch.text.model.residual import LayerPlan
+from ladderstitch.text.model.rotation import rotate, rotation_tables
 from ladderstitch.text.model.weight_reader import EMBEDDING, HEAD
 from ladderstitch.text.model.weights import FINAL_NORM
 

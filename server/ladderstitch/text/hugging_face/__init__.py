@@ -1,0 +1,1 @@
+"""Model folders of Hugging Face's transformers, which are served as they are."""

@@ -1,0 +1,204 @@
+"""The layers of a decoder on one rank: attention, MLP and norms, in the variants of `LlamaConfig`.
+
+Shapes are those of `llama.py`: T new tokens, D model width, H_r query and K_r key/value heads of
+this rank, d head width, F_r feed-forward columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ladderstitch.runtime.linear import Matrix, Product, open_product
+from ladderstitch.text.model.attention import PagedCache
+from ladderstitch.text.model.batch import Batch
+from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.residual import LayerPlan, ResidualStream
+from ladderstitch.text.model.rotation import rotate
+from ladderstitch.text.model.shard import Shard
+from ladderstitch.text.model.weights import LayerWeights
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+class Norm:
+    """RMSNorm, or LayerNorm with or without a bias, of [.., D]; `gain` [D] is its weight."""
+
+    def __init__(self, gain: Tensor, bias: Tensor | None, config: LlamaConfig) -> None:
+        self.gain, self.eps, self._bias = gain, config.norm_eps, bias
+        self.is_rms = config.norm == "rms"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the norm of x."""
+        if self.is_rms:
+            return F.rms_norm(x, self.gain.shape, self.gain, self.eps)
+        return F.layer_norm(x, self.gain.shape, self.gain, self._bias, self.eps)
+
+
+class Attention:
+    """Causal grouped-query attention of one rank's heads: [T, D] -> [T, H_r d].
+
+    The product with `output` [D, H_r d] is this rank's partial [T, D].
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        weights: LayerWeights,
+        config: LlamaConfig,
+        shard: Shard,
+        threads: int,
+    ) -> None:
+        self.layer, self.width, self._eps = layer, config.head_dim, config.norm_eps
+        self.heads, self.kv_heads = len(shard.heads), len(shard.kv_heads)
+        self._qk_norms = weights.q_norm, weights.k_norm
+        self.output_matrix = matrix_for_kernels(weights.output, weights.output_bias)
+        self.project = open_biased(weights.qkv, weights.qkv_bias, threads)
+        self.output = open_biased(weights.output, weights.output_bias, threads)
+
+    def __call__(
+        self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor], cache: PagedCache
+    ) -> Tensor:
+        """Return the heads' outputs [T, H_r d] of x [T, D]; adds keys and values to the cache.
+
+        `rotation` has the rows of the batch's tokens for `rotate`, or whole tables for
+        `PagedCache.rotate_and_append` if the cache uses kernels.
+        """
+        turned = self.heads + self.kv_heads
+        projected = self.project(x).view(len(x), turned + self.kv_heads, self.width)
+        projected = self._norm_queries_and_keys(projected)
+        if cache.uses_kernels:
+            q = cache.rotate_and_append(self.layer, batch, projected, rotation)
+        else:
+            qk = rotate(projected[:, :turned], *rotation)
+            cache.append(self.layer, batch, qk[:, self.heads :], projected[:, turned:])
+            q = qk[:, : self.heads]
+        return cache.attend(self.layer, batch, q).reshape(len(x), -1)
+
+    def _norm_queries_and_keys(self, projected: Tensor) -> Tensor:
+        """Return [T, H_r + 2 K_r, d] with normed queries and keys.
+
+        The norm is that of each head if the weight has the width of a head, else over all heads.
+        """
+        q_norm, k_norm = self._qk_norms
+        if q_norm is None or k_norm is None:
+            return projected
+        q, k, v = projected.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        normed = [
+            F.rms_norm(part.reshape(len(part), -1, len(gain)), gain.shape, gain, self._eps)
+            for part, gain in ((q, q_norm), (k, k_norm))
+        ]
+        return torch.cat([part.view(len(v), -1, self.width) for part in normed] + [v], dim=1)
+
+
+class Mlp:
+    """The MLP over one rank's columns, SwiGLU or another: [T, D] -> [T, F_r].
+
+    The product with `output` [D, F_r] is this rank's partial [T, D].
+    """
+
+    def __init__(
+        self, weights: LayerWeights, threads: int, activation: str = "silu", *, gated: bool = True
+    ) -> None:
+        self.output_matrix = matrix_for_kernels(weights.down, weights.down_bias)
+        self.gate_up = open_biased(weights.gate_up, weights.gate_up_bias, threads)
+        self.output = open_biased(weights.down, weights.down_bias, threads)
+        self._activate, self._gated = ACTIVATIONS[activation], gated
+        on_gpu = isinstance(weights.down, Tensor) and weights.down.is_cuda
+        self.uses_kernels = on_gpu and gated and activation == "silu"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return act(x @ gate.T) * (x @ up.T), or act(x @ up.T) without a gate, of x [T, D]."""
+        gate_up = self.gate_up(x)
+        if self.uses_kernels:
+            from ladderstitch_kernels.ops.swiglu import swiglu
+
+            return swiglu(gate_up)
+        if not self._gated:
+            return self._activate(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self._activate(gate) * up
+
+
+class Layer:
+    """One decoder layer: attention, MLP, and up to four norms."""
+
+    def __init__(
+        self, number: int, weights: LayerWeights, config: LlamaConfig, shard: Shard, threads: int
+    ) -> None:
+        def norm(gain: Tensor | None, bias: Tensor | None = None) -> Norm | None:
+            return None if gain is None else Norm(gain, bias, config)
+
+        self.attention = Attention(number, weights, config, shard, threads)
+        self.mlp = Mlp(weights, threads, config.activation, gated=config.gated)
+        self._attention_norm = norm(weights.attention_norm, weights.attention_norm_bias)
+        self._mlp_norm = norm(weights.ffn_norm, weights.ffn_norm_bias)
+        self._attention_output_norm = norm(weights.attention_output_norm)
+        self._mlp_output_norm = norm(weights.mlp_output_norm)
+
+    def __call__(
+        self,
+        plan: LayerPlan,
+        stream: ResidualStream,
+        batch: Batch,
+        rotation: tuple[Tensor, Tensor],
+        cache: PagedCache,
+    ) -> None:
+        """Run the layer: read the stream, and add to it what `plan` says."""
+        x = _read(stream, plan.lag, self._attention_norm)
+        mixed = self.attention(x, batch, rotation, cache)
+        if plan.fused:
+            y = x if self._mlp_norm is None else _read(stream, plan.lag, self._mlp_norm)
+            stream.add(self.attention.output(mixed) + self.mlp.output(self.mlp(y)))
+            return
+        reduce = plan.reduce or (None, None)
+        _add(stream, self.attention, mixed, reduce[0], self._attention_output_norm)
+        x = _read(stream, plan.lag, self._mlp_norm)
+        _add(stream, self.mlp, self.mlp(x), reduce[1], self._mlp_output_norm)
+
+
+def matrix_for_kernels(matrix: Matrix, bias: Tensor | None) -> Tensor | None:
+    """Return a matrix with which a kernel can multiply and send at once; None: it cannot.
+
+    Low-bit matrices belong to their sessions alone, and the kernels add no bias.
+    """
+    return matrix if isinstance(matrix, Tensor) and bias is None else None
+
+
+def open_biased(matrix: Matrix, bias: Tensor | None, threads: int) -> Product:
+    """Return the product with a matrix, plus the bias if there is one."""
+    product = open_product(matrix, threads)
+    return product if bias is None else lambda x: product(x) + bias
+
+
+def _read(stream: ResidualStream, lag: int, norm: Norm | None) -> Tensor:
+    """Return the stream [T, D], normed if there is a norm."""
+    if norm is None:
+        return stream.read(lag)
+    if norm.is_rms:
+        return stream.read_normed(lag, norm.gain, norm.eps)
+    return norm(stream.read(lag))
+
+
+def _add(
+    stream: ResidualStream,
+    block: Attention | Mlp,
+    x: Tensor,
+    reduce: bool | None,
+    output_norm: Norm | None,
+) -> None:
+    """Add the output of a sub-block to the stream; a norm of it needs the complete sum."""
+    if output_norm is not None:
+        stream.add_normed(block.output(x), output_norm)
+    elif reduce is None:
+        stream.add_product(x, block.output_matrix, block.output)
+    else:
+        stream.add_desynchronised(block.output(x), reduce=reduce)
