@@ -127,13 +127,17 @@ async def test_unfinished_message_ends_at_its_time_limit(token_file: Path, metho
 
 
 class _Call:
-    """A call whose message arrives when the test says so."""
+    """A call whose only message arrives when the test says so."""
 
     def __init__(self) -> None:
         self.message: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._was_read = False
 
     async def read(self) -> Any:
-        return await self.message
+        if self._was_read:
+            return grpc.aio.EOF
+        message, self._was_read = await self.message, True
+        return message
 
 
 async def test_oldest_unfinished_message_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,8 @@ class FakeReplica:
         self.silent = False
         self.received: list[tuple[str, dict[str, Any], float | None]] = []
         self.answers: dict[str, Answer] = {}
+        self.answer_stream: Callable[[Any, Context], Awaitable[None]] | None = None
+        """The handler of `STREAM`; unset: requests are sent back with the replica's name."""
         self.address = ""
         self._server: grpc.aio.Server | None = None
 
@@ -89,7 +91,8 @@ class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no ty
         if details.method == WATCH:
             return grpc.unary_stream_rpc_method_handler(self.watch)
         if details.method in (REFLECT, STREAM):
-            return grpc.stream_stream_rpc_method_handler(self.echo)
+            own = self.replica.answer_stream if details.method == STREAM else None
+            return grpc.stream_stream_rpc_method_handler(own or self.echo)
         function = self.make_answer(details.method)
         if details.method == GENERATE:
             return grpc.unary_stream_rpc_method_handler(function)

@@ -48,7 +48,7 @@ MAX_MODEL_LEN = 64
 """Context of the language model, short so that prompts over it are cheap."""
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 WARM_UP = 6000
-"""Cases before memory is measured, or a tenth of all if that is less.
+"""Cases before memory is measured; a shorter run sends its own cases twice instead.
 
 They start all processes that the server starts when they are first needed.
 """
@@ -83,7 +83,8 @@ def fuzz(
         err.print(server.ready_line)
         if only is not None:
             raise typer.Exit(_send_one(server, http_address, seed, only))
-        report = _run(server, http_address, requests, seed, rate)
+        os.nice(LOWER_PRIORITY)  # the good callers must not wait for this process
+        report = run_fuzz(server, http_address, requests, seed, rate)
     failures = report.failures(timing=timing)
     out.print(_table(report))
     for count, fault, index in group_faults(report.campaign)[:MAX_PRINTED]:
@@ -97,13 +98,17 @@ def fuzz(
 
 
 @contextmanager
-def fuzzed_server() -> Iterator[tuple[StartedServer, str]]:
-    """Run a server of an image model and a tiny language model; yield it and its HTTP address."""
+def fuzzed_server(**fields: int) -> Iterator[tuple[StartedServer, str]]:
+    """Run a server of an image model and a tiny language model; yield it and its HTTP address.
+
+    `fields` are those of its configuration that differ from the defaults.
+    """
     before = os.environ.get(HOME_VARIABLE)
     with tempfile.TemporaryDirectory() as home:
         write_chat_model(Path(home) / TEXT)
         config = Path(home) / "serve.yaml"
-        config.write_text(f"max_model_len: {MAX_MODEL_LEN}\n")
+        fields = {"max_model_len": MAX_MODEL_LEN} | fields
+        config.write_text("".join(f"{name}: {value}\n" for name, value in fields.items()))
         os.environ[HOME_VARIABLE] = home
         flags = ("--config", str(config), "--model", IMAGES, "--http-port", "0")
         try:
@@ -147,16 +152,23 @@ def _send_one(server: StartedServer, http_address: str, seed: int, index: int) -
     return int(bool(found.wrong))
 
 
-def _run(
-    server: StartedServer, http_address: str, requests: int, seed: int, rate: float
+def run_fuzz(
+    server: StartedServer,
+    http_address: str,
+    requests: int,
+    seed: int,
+    rate: float,
+    quiet_s: float = QUIET_S,
 ) -> FuzzReport:
-    """Warm up, measure the quiet server, send all cases, and measure the server again."""
-    os.nice(LOWER_PRIORITY)  # the good callers must not wait for this process
-    warm_up = range(min(WARM_UP, max(1, requests // 10)))
-    asyncio.run(_send(server, http_address, WARM_UP_SEED, warm_up))
+    """Warm up, measure the quiet server, send all cases, and measure the server again.
+
+    `quiet_s` is the time in seconds in which only the good callers call.
+    """
+    warm_up = (seed, range(requests)) if requests < WARM_UP else (WARM_UP_SEED, range(WARM_UP))
+    asyncio.run(_send(server, http_address, *warm_up))
     before = settled_footprint(server.pid, None, SETTLE_S)
     with good_callers(server.address, http_address) as callers, progress_bar() as progress:
-        time.sleep(QUIET_S)
+        time.sleep(quiet_s)
         page, started = server.read_metrics(), time.monotonic()
         task = progress.add_task("fuzz", total=requests)
         found = asyncio.run(
@@ -164,7 +176,7 @@ def _run(
         )
         ended, after_page = time.monotonic(), server.read_metrics()
         samples = callers.stop()
-    after = settled_footprint(server.pid, before.descriptors, SETTLE_S)
+    after = settled_footprint(server.pid, before, SETTLE_S)
     quiet, busy, late, faults = summarise_good(samples, started, ended)
     return FuzzReport(
         seed=seed,

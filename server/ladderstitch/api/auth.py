@@ -40,6 +40,11 @@ def admit_request() -> AbstractContextManager[None]:
     return _admit.get()()
 
 
+def is_limited() -> bool:
+    """Return whether `admit_request` has limits in the current stream."""
+    return _admit.get() is not nullcontext
+
+
 class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no types
     """An interceptor that checks the token of each call, and enforces its limits during it."""
 

@@ -36,8 +36,11 @@ MAX_OPEN_UNFINISHED = 4
 """Maximum number of messages of calls without a token that are read at once."""
 MAX_OPEN_WAITING = 1000
 """Maximum number of calls without a token that wait for their turn; each holds up to 64 KiB."""
-TURNS_OF_THE_LOOP = 3
-"""Turns in which a message that has arrived is delivered, also after the loop was held."""
+TURNS_OF_THE_LOOP = 6
+"""Turns in which a message that has arrived is delivered, also after the loop was held.
+
+Three are for the message, and three for the end of the caller's messages.
+"""
 
 
 @dataclass(eq=False, slots=True)
@@ -60,7 +63,8 @@ class MessageReceiver:
     async def receive(self, context: Context) -> bytes:
         """Return the call's message.
 
-        Raises `InvalidArgument` if it does not arrive in time, and `Overloaded` if it is given up.
+        Raises `InvalidArgument` if it does not arrive in time or is not the only one, and
+        `Overloaded` if it is given up.
         """
         now = asyncio.get_running_loop().time()
         timeout = asyncio.timeout_at(now + self._timeout_s)
@@ -69,14 +73,13 @@ class MessageReceiver:
         self._displace_oldest(now)
         try:
             async with timeout:
-                message = await context.read()
+                return await _read_single(context)
         except TimeoutError:
             if current.displaced:
                 raise Overloaded("too many unfinished messages", RETRY_AFTER_S) from None
             raise _late(self._timeout_s) from None
         finally:
             self._unfinished.pop(current, None)
-        return _message(message)
 
     def _displace_oldest(self, now: float) -> None:
         while len(self._unfinished) > self._max_unfinished:
@@ -99,8 +102,8 @@ class OpenMessageReceiver:
     async def receive(self, context: Context) -> bytes:
         """Return the call's message.
 
-        Raises `InvalidArgument` if it does not arrive in time, and `Overloaded` if it is given up
-        or too many calls wait.
+        Raises `InvalidArgument` if it does not arrive in time or is not the only one, and
+        `Overloaded` if it is given up or too many calls wait.
         """
         if self._waiting >= MAX_OPEN_WAITING:
             raise Overloaded("too many calls without a token", RETRY_AFTER_S)
@@ -117,14 +120,14 @@ class OpenMessageReceiver:
     async def _read(self, context: Context) -> bytes:
         loop = asyncio.get_running_loop()
         until = loop.time() + self._timeout_s
-        reading = asyncio.ensure_future(context.read())
+        reading = asyncio.ensure_future(_read_single(context))
         try:
             while not await _is_done(reading, OPEN_TURN_S):
                 if loop.time() >= until:
                     raise _late(self._timeout_s)
                 if self._waiting:
                     raise Overloaded("too many unfinished messages", RETRY_AFTER_S)
-            return _message(await reading)
+            return await reading
         finally:
             reading.cancel()
 
@@ -140,15 +143,24 @@ async def _is_done(reading: asyncio.Future[Any], seconds: float) -> bool:
 
 
 def _late(timeout_s: float) -> InvalidArgument:
-    return InvalidArgument("message", f"expected all of it within {timeout_s:g} s, got a part")
+    return InvalidArgument(
+        "message",
+        f"expected all of it, and the end of the messages, within {timeout_s:g} s, got a part",
+    )
 
 
-def _message(read: Any) -> bytes:
-    """Return what a call has read; raises `InvalidArgument` if that is the end of the stream."""
-    if read is grpc.aio.EOF:
+async def _read_single(context: Context) -> bytes:
+    """Return the only message of a call; raises `InvalidArgument` if there is none, or another.
+
+    A second message would otherwise be ignored: gRPC's core does not look for one.
+    """
+    message = await context.read()
+    if message is grpc.aio.EOF:
         raise InvalidArgument("message", "expected one, got none")
-    assert isinstance(read, bytes), "the handler has no deserializer"
-    return read
+    if await context.read() is not grpc.aio.EOF:
+        raise InvalidArgument("message", "expected one, got more")
+    assert isinstance(message, bytes), "the handler has no deserializer"
+    return message
 
 
 class ReceiveInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc ships no types

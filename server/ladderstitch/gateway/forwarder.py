@@ -17,7 +17,7 @@ from ladderstitch.errors import Draining, Overloaded, RequestError
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.metrics import GatewayMetrics
 from ladderstitch.gateway.replica_pool import ReplicaPool
-from ladderstitch.gateway.stream_limits import SerialContext, admitted_requests
+from ladderstitch.gateway.stream_limits import LimitedStream
 from ladderstitch.gateway.upstream_call import (
     RequestAttempts,
     UpstreamFailure,
@@ -75,11 +75,12 @@ class Forwarder(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no t
         if method.client_streaming:
 
             async def forward_both_ways(requests: Any, context: Context) -> None:
+                stream = LimitedStream(path, context)
                 async with self._attempts(path, context) as attempts:
-                    replica = await attempts.next_replica()
-                    writer = SerialContext(context)
-                    admitted = admitted_requests(path, requests, writer)
-                    await forward_bidi(replica, path, admitted, writer, attempts)
+                    with contextlib.closing(stream):
+                        replica = await attempts.next_replica()
+                        admitted = stream.admitted(requests)
+                        await forward_bidi(replica, path, admitted, stream, attempts)
 
             return grpc.stream_stream_rpc_method_handler(forward_both_ways)
         forward_call: ForwardCall = forward_stream if method.server_streaming else forward_unary

@@ -33,8 +33,8 @@ from ladderstitch.text.engine.rank_handle import (
     Launcher,
     RankLost,
     RankProcess,
-    _SubprocessRank,
     launch_process,
+    start_rank_process,
 )
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.scheduler.scheduler import TextScheduler
@@ -119,6 +119,48 @@ async def test_rank_stopped_in_an_answer_is_replaced(
             assert value(metrics, gauge) == 0
 
 
+def shown_to_others(pid: int) -> bytes:
+    """Return what other processes can read of a process: its command line and environment."""
+    folder = Path("/proc") / str(pid)
+    return (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+async def test_secret_is_not_shown_by_any_rank(
+    tiny_language_bundle: TextBundle, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a rank, nor a spare one, nor one that replaces another shows the secret."""
+    monkeypatch.setenv(SECRET_VARIABLE, "a-secret-of-another-group")
+    options = GroupOptions(spares=1, secret="a-secret-of-this-group")
+    async with running(tiny_language_bundle, options, ranks=ranks) as group:
+        pool = group._rank_pool
+        expected = await group.forward(PROMPT, 0)
+        await wait_until(lambda: pool._idle)
+        shown = {pid: shown_to_others(pid) for pid in (*group.pids, pool._idle[0].pid)}
+        os.kill(group.pids[0], signal.SIGKILL)
+        await wait_until(lambda: group.restarts)
+        await asyncio.wait_for(group.wait_ready(), LIMIT_S)
+        assert np.array_equal(await group.forward(PROMPT, 0), expected)
+        shown |= {pid: shown_to_others(pid) for pid in group.pids}
+    assert len(shown) >= ranks + 1
+    for text in shown.values():
+        assert pool.secret.encode() not in text
+        assert SECRET_VARIABLE.encode() not in text
+
+
+async def launch_by_hand(address: str, secret: str) -> RankProcess:
+    """Start a rank as an operator may, with the secret in its environment."""
+    command = (sys.executable, "-m", "ladderstitch.text.engine.rank", address)
+    return await start_rank_process(command, "", os.environ | {SECRET_VARIABLE: secret})
+
+
+async def test_rank_started_by_hand_takes_the_secret_of_its_environment(
+    tiny_language_bundle: TextBundle,
+) -> None:
+    async with running(tiny_language_bundle, None, launch_by_hand) as group:
+        assert (await group.forward(PROMPT, 0)).shape == (1, 257)
+
+
 async def test_idle_rank_and_spare_that_are_stopped_are_replaced(
     tiny_language_bundle: TextBundle, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -152,15 +194,9 @@ class FaultyLauncher:
             raise fault
         if fault is None:
             return await launch_process(address, secret)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-c",
-            f"from ladderstitch.text.engine import rank\n{fault}\nrank.main()",
-            address,
-            stdin=asyncio.subprocess.DEVNULL,
-            env=os.environ | {SECRET_VARIABLE: secret},
-        )
-        return _SubprocessRank(process)
+        program = f"from ladderstitch.text.engine import rank\n{fault}\nrank.main()"
+        command = (sys.executable, "-c", program, address)
+        return await start_rank_process(command, secret, dict(os.environ))
 
 
 CANNOT_LOAD = """
@@ -226,7 +262,7 @@ async def test_recovery_that_is_cancelled_starts_again(tiny_language_bundle: Tex
 
 
 FAILS_IN_PASS = """
-from ladderstitch.text.model.llama import Mlp
+from ladderstitch.text.model.layers import Mlp
 call = Mlp.__call__
 def fail(mlp, x):
     if len(x) == 13:

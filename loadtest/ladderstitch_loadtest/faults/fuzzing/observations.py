@@ -36,19 +36,20 @@ def footprint(pid: int) -> Footprint:
     return Footprint(memory_mb(pids), descriptors, len(pids))
 
 
-def settled_footprint(pid: int, descriptors: int | None, timeout_s: float) -> Footprint:
-    """Return the footprint once at most `descriptors` are open, or after `timeout_s`.
+def settled_footprint(pid: int, limit: Footprint | None, timeout_s: float) -> Footprint:
+    """Return the footprint once it has no more descriptors and processes than `limit`.
 
-    Without `descriptors`, waits until their number stays the same for a second.
+    After `timeout_s`, the last one is returned. Without a limit, waits until the number of
+    descriptors stays the same for half a second.
     """
     end = time.monotonic() + timeout_s
     last = footprint(pid)
     while time.monotonic() < end:
         time.sleep(POLL_S)
         now = footprint(pid)
-        limit = last.descriptors if descriptors is None else descriptors
+        most = last if limit is None else limit
         last = now
-        if now.descriptors <= limit:
+        if now.descriptors <= most.descriptors and now.processes <= most.processes:
             break
     return last
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,6 +19,8 @@ MAX_HEADER_BYTES = 64 << 10
 """Maximum size of a request's path and headers."""
 BODY_GRACE_S = 2.0
 """Seconds for the response 408 after the time of a body is up."""
+CLOSE_TIMEOUT_S = 2.0
+"""Seconds in which a client must agree to the end of an encrypted connection."""
 RESERVED = 16
 """Connections above the maximum that may ask for the health; further ones are closed."""
 TOO_LARGE = (
@@ -31,6 +34,7 @@ TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-lengt
 class ConnectionLimits:
     """Limits of the connections of a server; times in seconds.
 
+    `header_timeout_s` is the time of a TLS handshake, and that of a request's path and headers.
     `send_timeout_s` is the time in which a client must read a part of a response.
     """
 
@@ -44,10 +48,16 @@ class LimitedProtocol(HttpToolsProtocol):
     """A connection that is closed if its client is too slow.
 
     A connection above the maximum takes the place of the one that has been idle or incomplete for
-    longest. If all are busy, it may ask for the health only.
+    longest. If all are busy, it may ask for the health only. Connections count from when they are
+    accepted: with `tls`, the handshake is made here.
     """
 
     limits: ClassVar[ConnectionLimits] = ConnectionLimits()
+    tls: ClassVar[ssl.SSLContext | None] = None
+    _handshake: asyncio.Task[None] | None = None
+    _is_lost = False
+    _early = b""
+    """Decrypted bytes that arrived before the handshake was known to have ended."""
     _timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
     _header_bytes = 0
@@ -55,23 +65,67 @@ class LimitedProtocol(HttpToolsProtocol):
     """Time of the loop at which the connection began to wait for its client."""
 
     @classmethod
-    def with_limits(cls, limits: ConnectionLimits) -> type[LimitedProtocol]:
-        """Return the protocol with these limits."""
-        return type("LimitedProtocol", (cls,), {"limits": limits})
+    def with_limits(
+        cls, limits: ConnectionLimits, tls: ssl.SSLContext | None = None
+    ) -> type[LimitedProtocol]:
+        """Return the protocol with these limits; with `tls`, connections are encrypted."""
+        return type("LimitedProtocol", (cls,), {"limits": limits, "tls": tls})
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the time of the headers; make room if there are too many connections."""
+        """Start the time of the handshake or of the headers; make room for the connection."""
         super().connection_made(transport)
-        self._start_timer(self.limits.header_timeout_s)
+        if self.tls is None:
+            self._start_timer(self.limits.header_timeout_s)
+        else:
+            transport.pause_reading()
+            self.waiting_since = self.loop.time()
+            self._handshake = self.loop.create_task(self._encrypt(transport, self.tls))
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Close a connection if there are too many."""
         if len(self.connections) <= self.limits.max_connections or self._close_idle_connection():
             return
         if len(self.connections) > self.limits.max_connections + RESERVED:
-            transport.abort()
+            self.transport.abort()
             return
         self.app_state = {**self.app_state, OVER_LIMIT: True}
 
+    async def _encrypt(self, transport: asyncio.Transport, context: ssl.SSLContext) -> None:
+        """Make the handshake within the time of the headers, then wait for a request."""
+        encrypted = None
+        if not transport.is_closing():
+            try:
+                encrypted = await self.loop.start_tls(
+                    transport,
+                    self,
+                    context,
+                    server_side=True,
+                    ssl_handshake_timeout=self.limits.header_timeout_s,
+                    ssl_shutdown_timeout=CLOSE_TIMEOUT_S,
+                )
+            except OSError as error:  # the client's fault, or its time is up
+                log.debug("TLS handshake of %s failed: %s", self.client, error)
+        self._handshake = None
+        if encrypted is None or self._is_lost:
+            transport.abort()
+            self.connection_lost(None)
+            return
+        super().connection_made(encrypted)
+        self._start_timer(self.limits.header_timeout_s)
+        if self._early:
+            self.data_received(self._early)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse data, or keep it until the end of the handshake is known."""
+        if self._handshake is not None:
+            self._early += data
+        else:
+            super().data_received(data)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timers."""
+        self._is_lost = True
         self._stop_timer()
         self.resume_writing()
         super().connection_lost(exc)

@@ -20,7 +20,7 @@ from ladderstitch.config import ServerConfig
 from ladderstitch.hosting.registry import ModelRegistry
 from ladderstitch.runtime.process import address_family
 from ladderstitch.security.listen_config import join_address, strip_brackets
-from ladderstitch.security.tls import CertificateWatcher
+from ladderstitch.security.tls import CertificateFiles, CertificateWatcher
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,25 @@ CHECK_INTERVAL_S = 1.0
 
 
 class _UvicornServer(uvicorn.Server):
-    """A server that leaves signals to the replica."""
+    """A server that leaves signals to the replica.
+
+    Connections make the handshake of `tls` themselves, except on uvloop, whose `start_tls` does not
+    work for servers (0.23): there, the loop makes it.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, limits: ConnectionLimits, tls: ssl.SSLContext | None
+    ) -> None:
+        super().__init__(config)
+        self._limits, self._tls = limits, tls
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        is_asyncio = isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop)
+        own, loops = (self._tls, None) if is_asyncio else (None, self._tls)
+        self.config.http_protocol_class = LimitedProtocol.with_limits(self._limits, own)
+        self.config.ssl = loops
+        await super().startup(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -61,21 +79,18 @@ class HttpServer:
             max_unfinished=config.max_unfinished_messages,
             cors_origins=config.cors_origins,
         )
+        self._tls = None if files is None else server_context(files)
         settings = uvicorn.Config(
             application,
-            http=LimitedProtocol.with_limits(limits),
+            http=LimitedProtocol,
             timeout_keep_alive=math.ceil(config.idle_timeout_s),
             log_config=None,
             access_log=False,
             server_header=False,
             lifespan="off",
-            ssl_certfile=config.tls_certificate,
-            ssl_keyfile=config.tls_key,
-            ssl_ca_certs=str(config.tls_client_ca) if config.tls_client_ca else None,
-            ssl_cert_reqs=ssl.CERT_REQUIRED if config.tls_client_ca else ssl.CERT_NONE,
             timeout_graceful_shutdown=1,
         )
-        self._server = _UvicornServer(settings)
+        self._server = _UvicornServer(settings, limits, self._tls)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self, port: int, *, share_port: bool = False) -> int:
@@ -110,15 +125,27 @@ class HttpServer:
 
     async def _follow_certificate(self, watcher: CertificateWatcher) -> None:
         """Load changed certificate files, which new connections then use."""
-        files, context = watcher.files, self._server.config.ssl
-        assert context is not None, "the server was started with a certificate"
+        assert self._tls is not None, "the server was started with a certificate"
         while True:
             await asyncio.sleep(CHECK_INTERVAL_S)
             if watcher.read_change() is None:
                 continue
             try:
-                context.load_cert_chain(files.certificate, files.key)
-                if files.client_ca is not None:
-                    context.load_verify_locations(files.client_ca)
+                load_files(self._tls, watcher.files)
             except (OSError, ssl.SSLError) as error:  # a file changed again after the check
                 log.warning("certificate rejected, keeping the old one: %s", error)
+
+
+def server_context(files: CertificateFiles) -> ssl.SSLContext:
+    """Return the TLS context of a server with these files."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.verify_mode = ssl.CERT_NONE if files.client_ca is None else ssl.CERT_REQUIRED
+    load_files(context, files)
+    return context
+
+
+def load_files(context: ssl.SSLContext, files: CertificateFiles) -> None:
+    """Let new handshakes use these files; raises `OSError` if they cannot be used."""
+    context.load_cert_chain(files.certificate, files.key)
+    if files.client_ca is not None:
+        context.load_verify_locations(files.client_ca)

@@ -205,17 +205,26 @@ def huge_pages() -> dict[str, str]:
 
 
 async def launch_process(address: str, secret: str, *, through: Sequence[str] = ()) -> RankProcess:
-    """Start a rank as a process of this machine; the secret is not on its command line.
+    """Start a rank as a process of this machine.
 
-    `through` is a command that runs the process elsewhere, e.g. in another network namespace.
+    The rank reads the secret from its standard input: other processes of the machine can read its
+    command line and, if they have the same user, its environment. `through` is a command that runs
+    the process elsewhere, e.g. in another network namespace.
     """
+    command = (*through, sys.executable, "-m", "ladderstitch.text.engine.rank", address)
+    environment = os.environ | huge_pages()
+    environment.pop(SECRET_VARIABLE, None)
+    return await start_rank_process(command, secret, environment)
+
+
+async def start_rank_process(
+    command: Sequence[str], secret: str, environment: dict[str, str]
+) -> RankProcess:
+    """Start a command that runs a rank, and write the secret to its standard input."""
     process = await asyncio.create_subprocess_exec(
-        *through,
-        sys.executable,
-        "-m",
-        "ladderstitch.text.engine.rank",
-        address,
-        stdin=asyncio.subprocess.DEVNULL,
-        env=os.environ | huge_pages() | {SECRET_VARIABLE: secret},
+        *command, stdin=asyncio.subprocess.PIPE, env=environment
     )
+    assert process.stdin is not None, "a pipe"
+    process.stdin.write(secret.encode())
+    process.stdin.close()
     return _SubprocessRank(process)
