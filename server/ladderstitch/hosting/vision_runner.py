@@ -33,6 +33,7 @@ from ladderstitch.vision.engine.startup import (
     served_variants,
 )
 from ladderstitch.vision.preprocessing import ImageReader
+from ladderstitch.vision.scheduler.batch_runner import HangLimits
 from ladderstitch.vision.scheduler.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -151,7 +152,10 @@ class VisionRunner:
         }
         settings = self.registry.active_settings.settings
         record = self._open_record()
-        scheduler = Scheduler(engine, quality, profile, settings, metrics, record=record)
+        limits = HangLimits() if isinstance(engine, CompiledEngine) else None
+        scheduler = Scheduler(
+            engine, quality, profile, settings, metrics, record=record, hang_limits=limits
+        )
         self._parts.push_async_callback(scheduler.close)
         try:
             scheduler.configure(settings)

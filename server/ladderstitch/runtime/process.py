@@ -1,4 +1,4 @@
-"""Memory settings of a long-lived process, and its ports."""
+"""Memory settings of a long-lived process, its ports, and the state of other processes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
@@ -58,6 +59,15 @@ def freeze_gc() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def is_stopped(pid: int) -> bool:
+    """Return whether a process is stopped, e.g. by SIGSTOP; False on other systems than Linux."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] in "Tt"
 
 
 FIRST_PORT, END_PORT = 20_000, 32_000

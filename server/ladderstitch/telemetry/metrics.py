@@ -150,6 +150,9 @@ class Metrics:
         self.dispatch_restarts = self._counter(
             "dispatch_restarts", "Dispatch loops that failed and were started again.", model
         )
+        self.batch_hangs = self._counter(
+            "batch_hangs", "Batches that did not return, so that the replica ended.", model
+        )
         self.non_finite_outputs = self._counter(
             "non_finite_outputs", "Requests whose outputs were infinite or not a number.", model
         )

@@ -91,6 +91,7 @@ class ModelMetrics:
         self.ready = metrics.model_ready.labels(model)
         self.restarts = metrics.engine_restarts.labels(model)
         self.dispatch_restarts = metrics.dispatch_restarts.labels(model)
+        self.batch_hangs = metrics.batch_hangs.labels(model)
         self.non_finite_outputs = metrics.non_finite_outputs.labels(model)
         self.failures = metrics.telemetry_failures.labels(model)
 

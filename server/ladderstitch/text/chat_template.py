@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from jinja2 import TemplateError, nodes
 
 from ladderstitch.errors import BundleError, EngineRestarting, InvalidArgument, Overloaded
+from ladderstitch.runtime.process import is_stopped
 from ladderstitch.text.control_tokens import find_control_tokens
 from ladderstitch.text.template_worker import template_environment
 from ladderstitch.text.tokenizer import TextTokenizer
@@ -30,7 +32,9 @@ MAX_TEMPLATE_CHARACTERS = 1 << 20
 RENDER_CPU_S = 1.0
 """Seconds of processor time in which a conversation is rendered."""
 RENDER_WALL_S = 60.0
-"""Seconds after which a process that renders is ended, e.g. because it is stopped."""
+"""Seconds after which a process that renders is ended."""
+STOPPED_S = 1.0
+"""Seconds without an answer after which a process that is stopped is ended."""
 MEMORY_BYTES = 256 << 20
 """Memory of a process that renders, in addition to what it starts with."""
 MAX_WAITING = 64
@@ -78,15 +82,14 @@ class TemplateProcess:
 
     def request(self, variables: Mapping[str, Any]) -> dict[str, str]:
         """Return the answer to a request; raises `ProcessEnded` if there is none."""
-        timer = threading.Timer(RENDER_WALL_S, self._process.kill)
-        timer.daemon = True
-        timer.start()
+        answered = threading.Event()
+        threading.Thread(target=self._watch, args=(answered,), daemon=True).start()
         try:
             self._write(variables)
             assert self._process.stdout is not None, "a pipe"
             line = self._process.stdout.readline()
         finally:
-            timer.cancel()
+            answered.set()
         if not line.endswith(b"\n"):
             raise ProcessEnded
         answer: dict[str, str] = json.loads(line)
@@ -102,6 +105,14 @@ class TemplateProcess:
             except BrokenPipeError:  # what was not written is for a process that has ended
                 continue
         return self._process.wait()
+
+    def _watch(self, answered: threading.Event) -> None:
+        """End the process if it is stopped, or takes too long, before it has answered."""
+        end = time.monotonic() + RENDER_WALL_S
+        while not answered.wait(STOPPED_S):
+            if is_stopped(self._process.pid) or time.monotonic() > end:
+                self._process.kill()
+                return
 
     def _write(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None, "a pipe"

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import yaml
@@ -159,6 +160,59 @@ async def test_serve_with_a_dispatch_loop_that_cannot_run_exits(home: Path, tmp_
         assert server.process.stdout is not None
         server.process.stdout.close()
     assert "the replica has to be replaced" in server.log.read_text()
+
+
+HANG = """
+import threading, time
+from pathlib import Path
+def hang(*args):
+    Path({flag!r}).unlink()
+    threading.Event().wait()
+def watch():
+    from ladderstitch.hosting import vision_runner
+    from ladderstitch.vision.engine import compiled
+    limits = vision_runner.HangLimits(floor_s=0.3, factor=0.0, interval_s=0.05)
+    vision_runner.HangLimits = lambda: limits
+    compiled.CLOSE_LIMIT_S = 0.1
+    while not Path({flag!r}).exists():
+        time.sleep(0.02)
+    compiled.CompiledExecutor.__call__ = hang
+threading.Thread(target=watch, daemon=True).start()
+"""
+
+
+async def first_failure(client: AsyncClient) -> RequestFailed:
+    """Send requests until one fails."""
+    while True:
+        try:
+            await client.predict(pixels())
+        except RequestFailed as error:
+            return error
+
+
+async def test_serve_with_a_batch_that_hangs_exits(home: Path, tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(HANG.format(flag=str(flag)))
+    paths = [str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(paths)}
+    flags = ("--inline-batch-limit-ms", "0")
+    server = await asyncio.to_thread(
+        lambda: start_server(home / "tiny", tmp_path / "log", *flags, environment=environment)
+    )
+    try:
+        async with AsyncClient(server.address, retry_policy=None) as client:
+            assert (await client.predict(pixels())).label
+            flag.touch()
+            failure = await asyncio.wait_for(first_failure(client), LIMIT_S)
+            assert failure.code == grpc.StatusCode.UNAVAILABLE
+        assert await asyncio.to_thread(server.process.wait, LIMIT_S) == 1
+    finally:
+        server.process.kill()
+        server.process.wait()
+        assert server.process.stdout is not None
+        server.process.stdout.close()
+    assert "batch hangs requests=1" in server.log.read_text()
 
 
 def descriptors() -> int:

@@ -42,6 +42,7 @@ async def reader(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ImageReader]:
         return processes[-1]
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", record)
+    monkeypatch.setattr(pool_module, "STOPPED_S", LIMIT_S)  # stopped ones stand for slow ones
     preprocessing = Preprocessing.model_validate(SHAPE)
     reader = ImageReader(preprocessing, MAX_PIXELS, decoders=1, decode_timeout_s=LIMIT_S)
     yield reader
@@ -159,6 +160,28 @@ async def test_image_that_ends_processes_is_rejected(
         with pytest.raises(InvalidArgument, match="got one that ended 2 processes"):
             await reader.read_encoded("image", SMALL)
     assert (await reader.read_encoded("image", SMALL)).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("num_stopped", [1, 3])
+async def test_stopped_processes_are_replaced_and_lose_no_image(
+    reader: ImageReader, monkeypatch: pytest.MonkeyPatch, num_stopped: int
+) -> None:
+    expected = await reader.read_encoded("image", SMALL)
+    monkeypatch.setattr(pool_module, "STOPPED_S", 0.05)
+    take = pool_module._Lane._take_worker
+    stopped: list[int] = []
+
+    async def take_and_stop(lane: pool_module._Lane) -> pool_module._Worker:
+        worker = await take(lane)
+        if len(stopped) < num_stopped:
+            stopped.append(worker.process.pid)
+            os.kill(worker.process.pid, signal.SIGSTOP)
+        return worker
+
+    monkeypatch.setattr(pool_module._Lane, "_take_worker", take_and_stop)
+    np.testing.assert_array_equal(await reader.read_encoded("image", SMALL), expected)
+    await wait_gone(stopped)
+    assert len(stopped) == num_stopped
 
 
 async def test_cancelled_caller_ends_the_decoding(reader: ImageReader) -> None:

@@ -30,9 +30,9 @@ class Liveness:
     """Smallest limit, seconds."""
     factor: float = 5.0
     """Limit of a pass over its planned seconds."""
-    slow_s: float = 1.5
+    slow_s: float = 1.0
     """Seconds without a reply, or twice the planned ones, after which a group is not healthy."""
-    idle_check_s: float = 1.0
+    idle_check_s: float = 0.5
     """Seconds between two checks of an idle group."""
     abort_s: float = 5.0
     """Seconds that the other ranks have to abort a reduction before they are restarted, too."""

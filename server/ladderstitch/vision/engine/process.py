@@ -32,7 +32,7 @@ RESPAWN_TIMEOUT_S = 30.0
 """Longest wait of a batch for a new worker."""
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 1.0, 10.0
 """Delay of a respawn after one that failed; it doubles with each failure in a row."""
-SILENT_BEATS = 3
+SILENT_BEATS = 2
 """Beats of a loaded worker that may be missing before it is not `ready`."""
 LOST_BEATS = 20
 """Beats of a loaded worker that may be missing before it is killed."""

@@ -13,6 +13,7 @@ from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Sequence
 
 from ladderstitch.errors import Draining, InternalError, Overloaded
+from ladderstitch.runtime.process import is_stopped
 from ladderstitch.vision.images.decode import InputFormat
 from ladderstitch.vision.images.formats import ImageRejected
 from ladderstitch.vision.images.worker import (
@@ -39,8 +40,16 @@ ATTEMPTS = 2
 """An image is decoded again if its process died, which another process may have caused."""
 
 
+STOPPED_S = 1.0
+"""Seconds without a reply after which a process that is stopped is replaced."""
+
+
 class WorkerDied(Exception):
     """The error of a process that ended while it started or while it decoded."""
+
+
+class WorkerStopped(Exception):
+    """The error of a process that is stopped, of which the image is not the cause."""
 
 
 class _Worker:
@@ -142,15 +151,19 @@ class _Lane:
         finally:
             self.num_waiting -= 1
         try:
-            for attempt in range(ATTEMPTS):
+            num_deaths = 0
+            while num_deaths < ATTEMPTS:
                 worker = await self._take_worker()
                 try:
                     return await self._use_worker(worker, data, timeout_s)
+                except WorkerStopped:
+                    log.warning("image decoder is stopped pid=%s; replaced", worker.process.pid)
                 except WorkerDied as error:
+                    num_deaths += 1
                     log.warning(
                         "image decoder died pid=%s attempt=%d: %s",
                         worker.process.pid,
-                        attempt + 1,
+                        num_deaths,
                         error,
                     )
         finally:
@@ -184,7 +197,7 @@ class _Lane:
         self.busy.add(worker)
         try:
             async with asyncio.timeout(timeout_s):
-                reply = await worker.decode(data, self.max_cost)
+                reply = await self._await_reply(worker, data)
             self.idle.append(worker)
             return reply
         except TimeoutError as error:
@@ -198,6 +211,17 @@ class _Lane:
             raise
         finally:
             self.busy.discard(worker)
+
+    async def _await_reply(self, worker: _Worker, data: bytes) -> tuple[int, bytes]:
+        """Return the worker's reply; raises `WorkerDied`, and `WorkerStopped` if it is stopped."""
+        replying = asyncio.create_task(worker.decode(data, self.max_cost), name="decode")
+        try:
+            while not (await asyncio.wait({replying}, timeout=STOPPED_S))[0]:
+                if is_stopped(worker.process.pid):
+                    raise WorkerStopped
+            return replying.result()
+        finally:
+            replying.cancel()
 
     def close(self) -> None:
         """Kill all processes, and start no further ones."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ladderstitch.errors import EngineRestarting, InternalError, RequestError
 from ladderstitch.telemetry.model_metrics import VisionMetrics, harmless
@@ -12,6 +14,27 @@ from ladderstitch.vision.engine.base import Engine, EngineDied, EngineResult
 from ladderstitch.vision.scheduler.in_flight import BatchResult, InFlightRequests, PendingRequest
 from ladderstitch.vision.scheduler.planner import Planner
 from ladderstitch.vision.scheduler.policies.base import Decision
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class HangLimits:
+    """The limits of a batch on an engine that cannot end it: a thread cannot be killed."""
+
+    floor_s: float = 10.0
+    """Smallest limit, seconds."""
+    factor: float = 50.0
+    """Limit of a batch over its expected seconds."""
+    interval_s: float = 0.25
+    """Seconds between two checks, in which a limit is counted.
+
+    If this process was stopped, too, the batch is not blamed for it.
+    """
+
+    def limit_s(self, expected_s: float) -> float:
+        """Return the seconds after which a batch counts as hung."""
+        return max(self.floor_s, self.factor * expected_s)
 
 
 class BatchRunner:
@@ -31,8 +54,10 @@ class BatchRunner:
         """Requests of a failed batch, each of which is retried in a batch of its own."""
         self.was_idle = True
         """Whether the engine last became idle for lack of work or because the policy deferred."""
-        self.num_answered = 0
-        """Batches whose answers were given."""
+        self.num_started = self.num_answered = 0
+        """Batches that went to the engine, and those whose answers were given."""
+        self.expected_s = 0.0
+        """Seconds that the batch that started last was expected to take."""
         self._engine, self._planner, self._in_flight = engine, planner, in_flight
         self._metrics, self._clock = metrics, clock
         self._free_since = 0.0
@@ -42,6 +67,8 @@ class BatchRunner:
         batch_size = sum(request.num_images for request in decision.requests)
         batch = [self._in_flight[request] for request in decision.requests]
         self.running = batch
+        self.num_started += 1
+        self.expected_s = self._planner.latency.view.expected(decision.variant, batch_size)
         with harmless("observation of a dispatch", self._metrics.failures):
             self._observe_dispatch(decision, now)
         try:
@@ -63,6 +90,23 @@ class BatchRunner:
             self._planner.on_engine_idle()
             if not self._planner.queue:
                 self.was_idle = True
+
+    async def wait_until_hung(self, limits: HangLimits) -> None:
+        """Return when a batch has exceeded its limit, which is logged and counted."""
+        batch, num_checks, limit_s = 0, 0, limits.floor_s
+        while num_checks * limits.interval_s <= limit_s:
+            await asyncio.sleep(limits.interval_s)
+            is_same = bool(self.running) and self.num_started == batch
+            batch, num_checks = self.num_started, num_checks + 1 if is_same else 0
+            limit_s = limits.limit_s(self.expected_s)
+        log.critical(
+            "batch hangs requests=%d limit_s=%.1f expected_s=%.4f; the replica has to be replaced",
+            len(self.running),
+            limit_s,
+            self.expected_s,
+        )
+        with harmless("count of a batch that hangs", self._metrics.failures):
+            self._metrics.batch_hangs.inc()
 
     def _observe_dispatch(self, decision: Decision, now: float) -> None:
         """Count a batch that goes to the engine."""

@@ -17,7 +17,7 @@ from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.model_metrics import VisionMetrics, harmless
 from ladderstitch.vision.engine.base import Engine
 from ladderstitch.vision.scheduler import admission
-from ladderstitch.vision.scheduler.batch_runner import BatchRunner
+from ladderstitch.vision.scheduler.batch_runner import BatchRunner, HangLimits
 from ladderstitch.vision.scheduler.in_flight import InFlightRequests
 from ladderstitch.vision.scheduler.planner import Planner
 from ladderstitch.vision.scheduler.policies.base import Decision, Defer
@@ -51,7 +51,8 @@ class Scheduler:
     A dispatch loop that fails, for any reason, is started again: the requests that it was handling
     fail, and the waiting ones stay in the queue. If it fails again before it has answered a batch,
     the waiting ones fail, too. After `MAX_FAILURES` failures in a row the scheduler is not
-    `running` any more: it rejects requests, and its replica has to be replaced.
+    `running` any more: it rejects requests, and its replica has to be replaced. With `hang_limits`,
+    that is also so after a batch that exceeds them.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Scheduler:
         metrics: VisionMetrics,
         clock: Callable[[], float] = time.monotonic,
         record: TextIO | None = None,
+        hang_limits: HangLimits | None = None,
     ) -> None:
         self.engine = engine
         self.metrics = metrics
@@ -76,6 +78,9 @@ class Scheduler:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._expiry_timer: asyncio.TimerHandle | None = None
+        self._hang_watch: asyncio.Task[None] | None = None
+        if hang_limits is not None:
+            self._hang_watch = asyncio.create_task(self._watch_batches(hang_limits), name="hangs")
         self._dispatch_task = asyncio.create_task(self._supervise(), name="dispatch")
         self._dispatch_task.add_done_callback(self._on_stopped)
 
@@ -136,6 +141,8 @@ class Scheduler:
     async def close(self) -> None:
         """Stop at once; requests that have not ended fail with `Draining`."""
         self._draining = self._closing = True
+        if self._hang_watch is not None:
+            self._hang_watch.cancel()
         self._dispatch_task.cancel()
         await asyncio.wait([self._dispatch_task])
         if self._expiry_timer is not None:
@@ -166,6 +173,11 @@ class Scheduler:
             self._recover(error, everything=failures > 1)
             await asyncio.sleep(FIRST_RESTART_DELAY_S * 2 ** (failures - 1))
         log.critical("dispatch stopped failures=%d; the replica has to be replaced", failures)
+
+    async def _watch_batches(self, limits: HangLimits) -> None:
+        """End the dispatch loop for ever if a batch exceeds its limit."""
+        await self.batch_runner.wait_until_hung(limits)
+        self._dispatch_task.cancel()
 
     async def _run_until_failure(self) -> BaseException:
         """Return the error with which the dispatch loop ended."""
