@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: help install serve test unit lint format types protos tools manifests figures \
 	verify-models verify-serving verify-scheduling verify-training verify-language \
 	verify-generation verify-kernels verify-operations verify-gateway verify-peers \
-	verify-language-peers verify-faults soak clean
+	verify-language-peers verify-faults verify-lifecycle verify-stops soak clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -112,6 +112,13 @@ verify-gateway: install ## about 4 minutes: latency added by the gateway; kill -
 
 verify-faults: install ## about 9 minutes: 100,000 mutated requests of all protocols next to 8 good callers
 	$(BIN)/ladderstitch-loadtest fuzz --requests 100000 --seed 1 --out loadtest/results
+
+verify-lifecycle: install ## about 10 minutes: 300 loads of models, a third given up; restarts of killed and hung servers
+	$(BIN)/ladderstitch-loadtest loads --out loadtest/results
+	$(BIN)/ladderstitch-loadtest restarts --out loadtest/results
+
+verify-stops: install ## about 6 minutes: workers and ranks killed and stopped at random moments under load
+	$(BIN)/ladderstitch-loadtest stops --out loadtest/results
 
 verify-language-peers: install ## about 5 minutes: SmolLM2 with 4 bits behind llama.cpp and here
 	$(BIN)/ladderstitch fetch smollm2

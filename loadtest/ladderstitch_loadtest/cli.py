@@ -20,7 +20,10 @@ from ladderstitch_loadtest.benchmarks.overlap_cli import overlap
 from ladderstitch_loadtest.benchmarks.peers_cli import peers
 from ladderstitch_loadtest.faults import cli as faults
 from ladderstitch_loadtest.faults.fuzz_cli import fuzz
+from ladderstitch_loadtest.faults.loads_cli import loads
+from ladderstitch_loadtest.faults.restarts_cli import restarts
 from ladderstitch_loadtest.faults.soak_cli import soak
+from ladderstitch_loadtest.faults.stops_cli import stops
 from ladderstitch_loadtest.load.cli import run
 from ladderstitch_loadtest.load.stream_cli import stream
 from ladderstitch_loadtest.simulation import cli as simulation
@@ -45,7 +48,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         path_changes,
         overlap,
     ),
-    "Faults": (faults.kills, faults.malformed, fuzz, soak),
+    "Faults": (faults.kills, faults.malformed, fuzz, loads, restarts, soak, stops),
 }
 """The commands of each panel of the help page, in order; `_` in a name becomes `-`."""
 

@@ -18,7 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from ladderstitch.runtime.process import free_port
 from ladderstitch_loadtest.servers.processes import StartError
 
-READY = re.compile(r"ready.* gRPC on (\S+), metrics on (\S+)/metrics")
+READY = re.compile(
+    r"ready.* gRPC on (\S+), metrics on (\S+)/metrics(?:, OpenAI API on http://(\S+)/v1)?"
+)
 START_TIMEOUT_S = 600.0
 """Limit for a start or a stop, generous enough for the slowest machine."""
 
@@ -26,8 +28,9 @@ START_TIMEOUT_S = 600.0
 class SupervisedProcess:
     """One `ladderstitch` command that is restarted at once when it ends, as systemd would do.
 
-    `starts` counts the starts; `address` and `metrics` are those of the latest ready process, and
-    empty before the first one is ready. With `restart=False` the command runs once.
+    `starts` counts the starts; `address`, `metrics` and `http` are those of the latest ready
+    process, and empty before the first one is ready. `http` is empty without an HTTP port. With
+    `restart=False`, or if it ends before it was ever ready, the command runs once.
     """
 
     def __init__(self, *arguments: str, restart: bool = True) -> None:
@@ -39,7 +42,7 @@ class SupervisedProcess:
         self._stopping = False
         self._process: subprocess.Popen[str] | None = None
         self._thread = threading.Thread(target=self._supervise, daemon=True)
-        self.address = self.metrics = ""
+        self.address = self.metrics = self.http = ""
 
     def start(self) -> None:
         """Start the command and return without waiting for it."""
@@ -86,7 +89,7 @@ class SupervisedProcess:
     def _supervise(self) -> None:
         while not self._stopping:
             self._run_once()
-            if not self.restart:
+            if not self.restart or not self._ready_count:
                 break
         self._ready_or_ended.set()
 
@@ -104,7 +107,7 @@ class SupervisedProcess:
         with self._process.stdout as lines:
             for line in lines:
                 if ready := READY.search(line):
-                    self.address, self.metrics = ready[1], ready[2]
+                    self.address, self.metrics, self.http = ready[1], ready[2], ready[3] or ""
                     self._ready_count += 1
                     self._ready_or_ended.set()
         self._process.wait()

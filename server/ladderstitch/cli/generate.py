@@ -147,10 +147,13 @@ async def _generate_locally(prompt: str, model: str, ranks: int, options: Genera
         scheduler = TextScheduler(group, tokenizer, manifest.end_tokens, bundle.quality, names)
         request = _local_request(tokens, options)
         count = 0
-        async with aclosing(scheduler.generate(request)) as chunks:
-            async for chunk in chunks:
-                typer.echo(chunk.text, nl=False)
-                count += 1
+        try:
+            async with aclosing(scheduler.generate(request)) as chunks:
+                async for chunk in chunks:
+                    typer.echo(chunk.text, nl=False)
+                    count += 1
+        finally:
+            await scheduler.close()
         typer.echo()
         _print_rate(count, time.monotonic() - request.arrival)
     except RequestError as error:

@@ -114,6 +114,10 @@ def profile(
 
     with user_errors(), progress_bar() as progress:
         bundle = find_bundle(str(bundle))
+        if is_language_bundle(bundle):
+            raise ConfigError(
+                "bundle: expected an image model; a language model is profiled while it is served"
+            )
         loaded = VisionBundle.load(bundle)
         config = make_config(
             loaded,
@@ -142,18 +146,37 @@ def frontier(
     from ladderstitch.vision.frontier import CostMetric, frontier_rows, plot_frontier
 
     with user_errors():
-        loaded = VisionBundle.load(find_bundle(str(bundle)))
+        path = find_bundle(str(bundle))
+        if is_language_bundle(path):
+            if plot is not None or macs:
+                raise ConfigError("plot and macs: expected an image model, got a language model")
+            _print_paths(path)
+            return
+        loaded = VisionBundle.load(path)
         metric: CostMetric = "macs" if macs else "latency"
         listed = [row for row in frontier_rows(loaded, metric) if row.on_frontier or all_stitches]
         title = f"{loaded.manifest.name}: frontier of quality and {metric}"
         out.print(f"[bold]{title}[/]", highlight=False)
-        out.print(_frontier_table(listed))
+        out.print(frontier_table(listed))
         if plot is not None:
             plot_frontier(loaded, plot, metric)
             err.print(f"wrote {plot}")
 
 
-def _frontier_table(rows: list[FrontierRow]) -> Table:
+def _print_paths(path: Path) -> None:
+    """Print the paths of a language model, whose times are measured while it is served."""
+    from ladderstitch.text.bundle import TextBundle
+
+    bundle = TextBundle.load(path)
+    if bundle.quality is None:
+        raise ConfigError(
+            f"{path}: not calibrated; run `ladderstitch calibrate {path} --text FILE`"
+        )
+    out.print(quality_table([v.name for v in bundle.manifest.variants], bundle.quality))
+
+
+def frontier_table(rows: list[FrontierRow]) -> Table:
+    """Return a table of the measured variants."""
     columns = ("id", "stitch", "quality", "95 % interval", "batch 1", "p99", "MMACs", "weights")
     cells = [
         (

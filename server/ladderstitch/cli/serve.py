@@ -28,7 +28,7 @@ from ladderstitch.cli.lifecycle import (
     run_until_stopped,
 )
 from ladderstitch.cli.options import with_config_options
-from ladderstitch.cli.supervisor import end_directly, fork_servers
+from ladderstitch.cli.supervisor import BEAT_S, end_directly, fork_servers
 from ladderstitch.client import Client, RequestFailed
 from ladderstitch.client.calls import DEFAULT_ADDRESS
 from ladderstitch.config import ServerConfig
@@ -76,7 +76,7 @@ def serve(
         typer.Option(
             "--spare",
             help="Without Ray: keep a process that has imported everything, and starts the server "
-            "again within seconds if it dies.",
+            "again within seconds if it dies, or if its event loop hangs for 10 s.",
         ),
     ] = False,
 ) -> None:
@@ -102,24 +102,25 @@ def serve(
             raise ConfigError(
                 "spare: expected --no-ray along with it; Ray restarts replicas itself"
             )
-        on_ready: Callable[[], None] | None = None
+        send_beat: Callable[[], None] | None = None
         if spare:
             parsed = _choose_ports(parsed)
-            on_ready = fork_servers(_lazy_modules(parsed))
+            send_beat = fork_servers(_lazy_modules(parsed))
             started = time.monotonic()
     with end_directly() if spare else contextlib.nullcontext(), user_errors():
-        _check_before_start(parsed)
+        if ray:
+            _check_before_start(parsed)
         reserved = _reserve_ports(parsed)
         if ray:
             _serve_on_ray(parsed, started)
         else:
             release_ports(reserved)  # most servers without Ray do not share their ports
-            asyncio.run(_serve_alone(parsed, started, on_ready))
+            asyncio.run(_serve_alone(parsed, started, send_beat))
         err.print("stopped")
 
 
 def _check_before_start(config: ServerConfig) -> None:
-    """Raise now the `UserError` that another process would raise seconds later."""
+    """Raise now the `UserError` that a process of Ray would raise seconds later."""
     make_runner(config, ModelRegistry("check"), Metrics(), launch_process)
     ListenerConfig.from_config(config, lambda reason: None)
 
@@ -206,18 +207,26 @@ def _choose_ports(config: ServerConfig) -> ServerConfig:
 
 def _lazy_modules(config: ServerConfig) -> list[str]:
     """Return the modules that a server with this configuration imports when it starts."""
-    return [] if config.http_port is None else ["ladderstitch.api.openai.server"]
+    modules = ["numpy.random"]  # draws the tokens or the requests of a warm-up
+    if config.http_port is not None:
+        modules.append("ladderstitch.api.openai.server")
+    if not is_language_bundle(config.bundle):
+        modules += ["PIL.JpegImagePlugin", "PIL.PngImagePlugin"]
+    return modules
 
 
 async def _serve_alone(
-    config: ServerConfig, started: float, on_ready: Callable[[], None] | None
+    config: ServerConfig, started: float, send_beat: Callable[[], None] | None
 ) -> None:
+    """Serve until a signal; `send_beat` is called when the server is ready, then every `BEAT_S`."""
     configure_logs(config.log_format)
     replica = Replica(
         config,
         name=f"{socket.gethostname()}-{os.getpid()}",
         on_failure=partial(signal.raise_signal, signal.SIGTERM),  # drain, then end
     )
+
+    beating: list[asyncio.Task[None]] = []  # the loop alone would not keep it
 
     async def start() -> None:
         with progress_bar() as progress:
@@ -228,8 +237,8 @@ async def _serve_alone(
 
     async def print_ready() -> None:
         freeze_gc()
-        if on_ready is not None:
-            on_ready()
+        if send_beat is not None:
+            beating.append(asyncio.create_task(_send_beats(send_beat), name="beats"))
         http_port = replica.http.port if replica.http is not None else None
         ports = (replica.port, replica.metrics_port, http_port)
         await asyncio.to_thread(_print_ready, config, *ports, started)
@@ -237,6 +246,13 @@ async def _serve_alone(
     await run_until_stopped(replica, start(), print_ready)
     if replica.failed:
         exit_now(1)
+
+
+async def _send_beats(send_beat: Callable[[], None]) -> None:
+    """Show the supervisor that this event loop runs."""
+    while True:
+        send_beat()
+        await asyncio.sleep(BEAT_S)
 
 
 def _print_ready(

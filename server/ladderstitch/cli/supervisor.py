@@ -1,4 +1,4 @@
-"""A supervisor that has imported everything, and forks a server each time that one has died."""
+"""A supervisor that has imported everything, and forks a server when one has died or hangs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import gc
 import logging
 import os
+import select
 import signal
 import sys
 import time
@@ -25,15 +26,24 @@ STEADY_S = 10.0
 """Seconds after which a server that was ready is restarted without a pause when it dies."""
 FIRST_DELAY_S, MAX_DELAY_S = 0.5, 30.0
 """Pause before the second restart in a row, which doubles up to the maximum."""
+BEAT_S = 1.0
+"""Period of the signs of life of a server that is ready."""
+LOST_BEATS = 10
+"""Beats that may be missing before a server that was ready is killed."""
+
+Poll = Callable[[int, float], bool]
+"""Waits until a descriptor is readable, for at most some seconds; returns whether it is."""
 
 
 def fork_servers(modules: Iterable[str]) -> Callable[[], None]:
     """Return in a forked server, again and again; the calling process becomes its supervisor.
 
     The supervisor imports `modules` first, runs no threads of Python, and never returns. It passes
-    signals on, and exits as its last server has, after a signal to stop. It also does so
-    if the first server dies before it has called the returned function, which reports that the
-    server is ready. Otherwise it forks the next one, with growing pauses if they die soon.
+    signals on, and exits as its last server has, after a signal to stop. It also does so if the
+    first server dies before it has called the returned function. The server calls it when it is
+    ready, and then every `BEAT_S` from its event loop: without a call for `LOST_BEATS` it hangs,
+    and is killed. Otherwise the supervisor forks the next one, with growing pauses if they die
+    soon.
     """
     for module in modules:
         import_module(module)
@@ -61,9 +71,15 @@ def end_directly() -> Iterator[None]:
 
 
 class _Supervisor:
-    """The loop of a supervisor; `run` returns in its servers."""
+    """The loop of a supervisor; `run` returns in its servers.
 
-    def __init__(self) -> None:
+    `poll` is replaced in tests, where no time passes.
+    """
+
+    def __init__(
+        self, poll: Poll = lambda pipe, s: bool(select.select([pipe], [], [], s)[0])
+    ) -> None:
+        self._poll = poll
         self._server: int | None = None
         self._stopping = False
         self._deaths = 0
@@ -74,16 +90,16 @@ class _Supervisor:
         for number in numbers:
             signal.signal(number, self._forward)
         while True:
-            ready, server_end = os.pipe()
+            beats, server_end = os.pipe()
             signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
             self._server = os.fork()
             if self._server == 0:
-                os.close(ready)
+                os.close(beats)
                 return _become_server(numbers, server_end)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
             os.close(server_end)
-            self._wait(ready)
-            os.close(ready)
+            self._wait(beats)
+            os.close(beats)
 
     def _forward(self, number: int, frame: object) -> None:
         self._stopping = True
@@ -91,15 +107,16 @@ class _Supervisor:
             with suppress(ProcessLookupError):
                 os.kill(self._server, number)
 
-    def _wait(self, ready: int) -> None:
+    def _wait(self, beats: int) -> None:
         """Wait until the server has ended and the next one may start; exit if none may."""
-        pid, status = os.waitpid(self._server or 0, 0)
+        assert self._server is not None, "set by `run`"
+        ready_at = self._watch(self._server, beats)
+        pid, status = os.waitpid(self._server, 0)
         self._server = None
-        ready_at = os.read(ready, 64).decode()
         code = os.waitstatus_to_exitcode(status)
-        if self._stopping or not (ready_at or self._deaths):
+        if self._stopping or (ready_at is None and not self._deaths):
             raise typer.Exit(code if code >= 0 else 128 - code)
-        is_steady = bool(ready_at) and time.monotonic() - float(ready_at) > STEADY_S
+        is_steady = ready_at is not None and time.monotonic() - ready_at > STEADY_S
         self._deaths = 1 if is_steady else self._deaths + 1
         delay_s = 0.0
         if self._deaths > 1:
@@ -107,6 +124,26 @@ class _Supervisor:
         reason = f"status={code}" if code >= 0 else f"signal={signal.Signals(-code).name}"
         log.error("the server has died, pid=%d %s; next one in %.1f s", pid, reason, delay_s)
         self._pause(delay_s)
+
+    def _watch(self, server: int, beats: int) -> float | None:
+        """Return when the server has closed its pipe; kill it if it hangs.
+
+        The result is the time of its first beat, None without one. Missing beats are counted in
+        polls: if this process was stopped, too, the server is not blamed for it.
+        """
+        ready_at, missing = None, 0
+        while True:
+            if not self._poll(beats, BEAT_S):
+                missing += ready_at is not None
+                if missing == LOST_BEATS:
+                    log.error(
+                        "the server hangs, pid=%d: no beat for %d s; killing it", server, missing
+                    )
+                    os.kill(server, signal.SIGKILL)
+            elif os.read(beats, 64):
+                missing, ready_at = 0, ready_at or time.monotonic()
+            else:
+                return ready_at
 
     def _pause(self, seconds: float) -> None:
         """Wait before a restart; exit if a signal arrives meanwhile."""
@@ -117,8 +154,8 @@ class _Supervisor:
             raise typer.Exit(0)
 
 
-def _become_server(numbers: list[signal.Signals], ready: int) -> Callable[[], None]:
-    """Detach a forked process from the signals of its supervisor; return what reports it ready."""
+def _become_server(numbers: list[signal.Signals], beats: int) -> Callable[[], None]:
+    """Detach a forked process from the signals of its supervisor; return what sends a beat."""
     os.setpgid(0, 0)  # Ctrl-C reaches the supervisor, which passes it on
     supervisor = os.getppid()
     if sys.platform == "linux":
@@ -129,8 +166,11 @@ def _become_server(numbers: list[signal.Signals], ready: int) -> Callable[[], No
     if os.getppid() != supervisor:
         raise typer.Exit(1)  # it died before it could be watched
 
-    def report_ready() -> None:
-        os.write(ready, f"{time.monotonic()}".encode())
-        os.close(ready)
+    os.set_blocking(beats, False)
 
-    return report_ready
+    def send_beat() -> None:
+        # the pipe is full while the supervisor is stopped, and closed after its death
+        with suppress(BlockingIOError, BrokenPipeError):
+            os.write(beats, b".")
+
+    return send_beat

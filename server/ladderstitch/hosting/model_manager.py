@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from ladderstitch.bundles import find_bundle, is_language_bundle
@@ -47,16 +47,17 @@ class ModelManager:
         registry: ModelRegistry,
         first: Runner,
         make: MakeRunner,
+        announce: Callable[[str], Awaitable[None]],
         forget: Callable[[str], None] = lambda name: None,
     ) -> None:
         """`first` runs the configured model; `make` makes the runners of models loaded later.
 
-        `make` is called in a thread. `forget` is called with the name of a model that no runner has
-        any more.
+        `make` is called in a thread. `announce` is called with the name of a model that is about to
+        be unloaded, and `forget` with that of a model that no runner has any more.
         """
         self.config, self.registry, self.make = config, registry, make
         self.runners: dict[str, Runner] = {first.name: first}
-        self._forget = forget
+        self._announce, self._forget = announce, forget
         self._lock = asyncio.Lock()
         self._ending: set[asyncio.Task[Any]] = set()
 
@@ -98,14 +99,18 @@ class ModelManager:
 
         Raises `ModelNotFound` if the replica has no model of that name.
         """
+        await self._finish(self._unload(name))
+
+    async def _unload(self, name: str) -> None:
         async with self._lock:
             if name not in self.runners:
                 known = ", ".join(map(repr, self.runners)) or "none"
                 raise ModelNotFound(f"model_name: no model {name[:80]!r}; this server has {known}")
+            await self._announce(name)
             self.registry.remove(name)
             runner = self.runners.pop(name)
             runner.set_ready(False)
-            await self._finish(self._retire(runner))
+            await self._retire(runner)
             log.info("unloaded model=%s", name)
 
     def set_ready(self, ready: bool) -> None:

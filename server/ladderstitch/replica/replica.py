@@ -71,6 +71,7 @@ class Replica:
             make_runner(config, self.registry, self.metrics, launcher),
             # Ray's placement group for ranks belongs to the configured model
             lambda later: make_runner(later, self.registry, self.metrics, launch_process),
+            announce=self._announce_unload,
             forget=self.metrics.remove_model,
         )
         self.failed = False
@@ -84,7 +85,9 @@ class Replica:
             share_port=share_port,
             watch_token=watch_token,
         )
-        actions = AdminActions(update or self._update_locally, self.drain, self._load, self._unload)
+        actions = AdminActions(
+            update or self._update_locally, self.drain, self._load, self.models.unload
+        )
         self.server = Server(self.registry, actions, listener)
         self.http = self._make_http_server(listener)
         self.metrics_port = 0
@@ -169,9 +172,8 @@ class Replica:
         await self.server.set_serving(self.registry.serving)
         return model
 
-    async def _unload(self, name: str) -> None:
+    async def _announce_unload(self, name: str) -> None:
         await self.server.set_unloading(name)
-        await self.models.unload(name)
 
     async def drain(self, announce_s: float = 0.0) -> bool:
         """Report NOT_SERVING, reject requests after `announce_s`, finish the accepted ones.

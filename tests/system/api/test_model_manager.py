@@ -207,3 +207,45 @@ async def test_load_and_unload_commands_print_the_result(running: RunningServer)
     assert await asyncio.to_thread(run, "load", "other") == "loaded other"
     assert await asyncio.to_thread(run, "unload", "other") == "unloaded other"
     assert "MODEL_NOT_FOUND" in await asyncio.to_thread(run, "unload", "other")
+
+
+async def begin_unload(client: AsyncClient, name: str) -> asyncio.Task[None]:
+    """Return an unload that the server has received: it answers a later call first."""
+    unload = asyncio.create_task(client.unload_model(name))
+    await asyncio.sleep(0)
+    await client.list_models()
+    return unload
+
+
+async def has_model(client: AsyncClient, name: str) -> bool:
+    """Return whether the server has a model, once all changes of models have ended."""
+    with pytest.raises(RequestFailed, match="no model 'never loaded'"):
+        await client.unload_model("never loaded")
+    return name in [model.name for model in (await client.list_models()).models]
+
+
+async def test_changes_given_up_behind_a_load_go_on_or_are_undone(client: AsyncClient) -> None:
+    """An unload goes on, and a load is undone."""
+    await client.load_model("other")
+    loading = asyncio.create_task(client.load_model("text"))
+    unload = await begin_unload(client, "other")
+    assert not loading.done()
+    unload.cancel()
+    with pytest.raises(RequestFailed, match="Deadline Exceeded"):
+        await client.load_model("tiny", timeout_s=0.1)
+    await loading
+    assert not await has_model(client, "other")
+    assert await client.health("other") == "NOT_SERVING"
+    for name in ("tiny", "text"):
+        assert await has_model(client, name)
+        assert await client.health(name) == "SERVING"
+    await client.unload_model("text")
+
+
+async def test_unload_model_behind_its_reload_is_not_serving(client: AsyncClient) -> None:
+    await client.load_model("other")
+    loading = asyncio.create_task(client.load_model("other"))
+    unload = await begin_unload(client, "other")
+    await asyncio.gather(loading, unload)
+    assert not await has_model(client, "other")
+    assert await client.health("other") == "NOT_SERVING"

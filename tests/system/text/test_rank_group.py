@@ -24,12 +24,20 @@ from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.engine.rank_handle import RankLost
-from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
+from ladderstitch.text.messages import (
+    Kind,
+    LogitsMode,
+    Message,
+    SequenceInput,
+    Step,
+    read_message,
+    write_message,
+)
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.residual import ResidualScheme
-from ladderstitch.text.model.weights import Shard
+from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.scheduler.scheduler import TextScheduler
 from tests.support.language_models import TINY, made_up_quality
 
@@ -424,3 +432,47 @@ async def test_rank_killed_in_mid_answer_loses_no_token(
         assert group.restarts == 1
     kept = 24 if precision is None or rows_are_exact(precision) else 6
     assert answers[0][:kept] == answers[1][:kept]
+
+
+class MuteRank:
+    """A rank of this process that registers, reads its first request, and never replies."""
+
+    def __init__(self) -> None:
+        self.asked, self.disconnected, self.killed = (asyncio.Event() for _ in range(3))
+
+    async def launch(self, address: str, secret: str) -> MuteRank:
+        """Connect to a group, as the launcher of a `RankGroup`."""
+        reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
+        header = {"secret": secret, "pid": 0, "comm_address": ["127.0.0.1", 0]}
+        write_message(writer, Message(Kind.REGISTER, header))
+        self._reading = asyncio.create_task(self._read(reader, writer))
+        return self
+
+    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_message(reader)
+        self.asked.set()
+        await reader.read()
+        writer.close()
+        self.disconnected.set()
+
+    async def wait(self) -> object:
+        """Wait until the rank is killed."""
+        return await self.killed.wait()
+
+    def kill(self) -> None:
+        """Note that the rank is killed."""
+        self.killed.set()
+
+
+async def test_start_given_up_ends_a_rank_that_was_asked(tiny_language_bundle: TextBundle) -> None:
+    rank = MuteRank()
+    config = RankConfig.of(tiny_language_bundle, max_model_len=64, max_batched_tokens=32)
+    group = RankGroup(config, launcher=rank.launch)
+    start = asyncio.create_task(group.start())
+    await rank.asked.wait()
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    await group.close()
+    await asyncio.wait_for(rank.disconnected.wait(), 300)
+    assert rank.killed.is_set()

@@ -25,7 +25,7 @@ from ladderstitch.text.messages import LogitsMode, SequenceInput, Step, StepOutp
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
-from ladderstitch.text.model.weights import Shard
+from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.scheduler.scheduler import TextScheduler
 from ladderstitch.text.scheduler.step_times import StepTimes
 from tests.support.language_models import write_tiny

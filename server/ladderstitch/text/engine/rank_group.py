@@ -368,14 +368,24 @@ class RankGroup:
         """Return an idle rank that reacts; spares may have been stopped while they waited."""
         for _ in range(self.options.spares + 1):
             rank = await self._rank_pool.acquire()
-            reply = asyncio.ensure_future(rank.request(Message(Kind.PING)))
-            limit_s = self.options.liveness.limit_s(0.0, self.rank_config.device)
-            if await wait_until_done(reply, limit_s, limit_s) and reply.exception() is None:
+            if await self._check_idle(rank):
                 return rank
-            log.error("spare rank (pid %d) does not react; killing it", rank.pid)
-            await rank.close()
-            await asyncio.gather(reply, return_exceptions=True)
+            log.error("spare rank (pid %d) does not react; it was killed", rank.pid)
         raise RankStartError("no rank that was started reacts")
+
+    async def _check_idle(self, rank: RankHandle) -> bool:
+        """Return whether a rank reacts; close it if not, or if the caller gives up meanwhile."""
+        reply = asyncio.ensure_future(rank.request(Message(Kind.PING)))
+        limit_s = self.options.liveness.limit_s(0.0, self.rank_config.device)
+        reacts = False
+        try:
+            answered = await wait_until_done(reply, limit_s, limit_s)
+            reacts = answered and reply.exception() is None
+        finally:
+            if not reacts:
+                await rank.close()
+                await asyncio.gather(reply, return_exceptions=True)
+        return reacts
 
     async def _drop(self, number: int) -> None:
         rank, self._ranks[number] = self._ranks[number], None

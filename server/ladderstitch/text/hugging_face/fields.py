@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from ladderstitch.errors import ConfigError
@@ -43,10 +43,17 @@ ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 class Fields:
-    """The fields of a `config.json`; it knows which of them have been read."""
+    """The fields of a JSON file; it knows which of them have been read."""
 
-    def __init__(self, raw: Mapping[str, Any]) -> None:
-        self._raw, self._read = raw, set(HARMLESS)
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        *,
+        name: str = "config.json",
+        harmless: Collection[str] = HARMLESS,
+    ) -> None:
+        """`name` is the file's name in errors; fields in `harmless` need not be read."""
+        self._raw, self._name, self._read = raw, name, set(harmless)
 
     def get(self, name: str, default: T) -> T:
         """Return a field in the type of its default, or the default if it is absent or null.
@@ -62,7 +69,7 @@ class Fields:
             return float(value)  # type: ignore[return-value]
         if default is not None and type(value) is not kind:
             raise ConfigError(
-                f"config.json: {name}: expected a {kind.__name__}, got {type(value).__name__}"
+                f"{self._name}: {name}: expected a {kind.__name__}, got {type(value).__name__}"
             )
         return value
 
@@ -77,10 +84,10 @@ class Fields:
             if value is not None:
                 if type(value) is not int or value <= 0:
                     raise ConfigError(
-                        f"config.json: {name}: expected a positive number, got {value!r}"
+                        f"{self._name}: {name}: expected a positive number, got {value!r}"
                     )
                 return value
-        raise ConfigError(f"config.json: expected the field {names[0]}")
+        raise ConfigError(f"{self._name}: expected the field {names[0]}")
 
     def expect(self, name: str, *allowed: object) -> None:
         """Raise `ConfigError` unless a field is absent, null, or one of some values."""
@@ -88,7 +95,7 @@ class Fields:
         value = self._raw.get(name)
         if value is not None and value not in allowed:
             shown = " or ".join(map(repr, allowed))
-            raise ConfigError(f"config.json: {name}: expected {shown}, got {value!r}")
+            raise ConfigError(f"{self._name}: {name}: expected {shown}, got {value!r}")
 
     def check_all_read(self) -> None:
         """Raise `ConfigError` naming the fields that nothing has read, unless they are null."""
@@ -98,7 +105,7 @@ class Fields:
         )
         if unread:
             raise ConfigError(
-                f"config.json: expected no field that this server does not know, as it could "
+                f"{self._name}: expected no field that this server does not know, as it could "
                 f"change the answers; got {', '.join(unread[:10])}"
             )
 

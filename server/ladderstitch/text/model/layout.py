@@ -106,6 +106,11 @@ class LaidOutWeights:
         """Return the names of all tensors; those that the layout does not have under their own."""
         return [*self._parts, *self._unknown]
 
+    def is_as_stored(self, name: str) -> bool:
+        """Return whether a tensor is read as it is stored: whole, in its order and scale."""
+        part = self._parts.get(name)
+        return part is not None and part == StoredPart(name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor; raises `BundleError` if it is missing."""
         part = self._parts.get(name, StoredPart(name))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ladderstitch.errors import ConfigError
 from ladderstitch.text.model.config import LlamaConfig
 from ladderstitch.text.model.residual import LayerPlan
 from ladderstitch.text.model.rotation import rotate, rotation_tables
@@ -45,6 +46,10 @@ class TrainableLlama:
     """
 
     def __init__(self, config: LlamaConfig, tensors: Mapping[str, Tensor]) -> None:
+        if not config.is_llama:
+            raise ConfigError(
+                "config: expected Llama's layers, the only ones that can be trained, got others"
+            )
         self.config, self.tensors = config, tensors
         cosines, sines = rotation_tables(config, config.max_positions)
         self._rotation = cosines[:, None], sines[:, None]
