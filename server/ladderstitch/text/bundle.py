@@ -74,6 +74,16 @@ class TextVariant(BaseModel):
     )
 
 
+class SamplingDefaults(BaseModel):
+    """The sampling that the authors of a model recommend; it applies to OpenAI's API only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
 class TextManifest(BaseModel):
     """The content of `model.yaml` for a language model."""
 
@@ -92,6 +102,9 @@ class TextManifest(BaseModel):
         (), description="paths that an answer may take; empty: only `residual`"
     )
     end_tokens: tuple[int, ...] = Field((), description="tokens that end an answer")
+    sampling: SamplingDefaults = Field(
+        SamplingDefaults(), description="options of OpenAI requests that do not state them"
+    )
     chat_template: str | None = Field(None, description="Jinja template of a conversation")
     special_tokens: dict[str, str] = Field(
         {}, description="special tokens by their names in the template: bos_token, eos_token, ..."
@@ -110,6 +123,11 @@ class TextManifest(BaseModel):
             raise ValueError(
                 "paths: expected all schemes or none to be parallel, got both "
                 "(parallel layers have other tensors)"
+            )
+        late = {variant.residual.scheme for variant in self.variants} & {"ladder", "desync"}
+        if late and self.config.norm_place != "before":
+            raise ValueError(
+                f"residual: expected standard, as norms of outputs need complete sums, got {late}"
             )
         names = [variant.name for variant in self.variants]
         if len(set(names)) < len(names):

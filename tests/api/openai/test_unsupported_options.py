@@ -17,7 +17,7 @@ from ladderstitch.api.openai.requests import (
     StreamOptions,
 )
 from ladderstitch.scheduling.requests import GREEDY, Sampling
-from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.bundle import SamplingDefaults, TextBundle
 from tests.api.openai.served_model import AsgiCall, ServedModel, write_chat_bundle
 
 WRONG: dict[str, Any] = {
@@ -287,7 +287,7 @@ async def test_values_of_other_servers_mean_the_same(bundle: TextBundle, chat: b
 
 def test_top_p_of_zero_is_greedy_and_seed_of_minus_one_random() -> None:
     def sampling(**fields: Any) -> Sampling:
-        return CompletionRequest(model="m", prompt="x", **fields).sampling()
+        return CompletionRequest(model="m", prompt="x", **fields).sampling(SamplingDefaults())
 
     assert sampling(top_p=0, temperature=2, seed=5) == GREEDY
     assert sampling(seed=-1).seed is None

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from ladderstitch.api.openai.requests import CompletionRequest
 from ladderstitch.errors import BundleError
 from ladderstitch.importers.verify_text import GoldenRun, run_case
-from ladderstitch.text.bundle import TextBundle
+from ladderstitch.scheduling.requests import Sampling
+from ladderstitch.text.bundle import TextBundle, TextManifest
 from tests.support.hugging_face_folders import OWN, write_folder
 from tests.support.language_models import END
 
@@ -104,3 +106,30 @@ def test_wrong_folder_is_refused_with_the_name_of_the_field(
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(BundleError, match=message):
         TextBundle.load(tmp_path)
+
+
+def test_recommended_sampling_and_template_are_taken_over(tmp_path: Path) -> None:
+    write_folder(tmp_path, "llama")
+    recommended = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [END, 7]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(recommended))
+    templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    manifest = TextBundle.load(tmp_path).manifest
+    assert manifest.end_tokens == (END, 7)
+    assert manifest.chat_template == "d"
+    unset = CompletionRequest(model="m", prompt="x").sampling(manifest.sampling)
+    assert (unset.temperature, unset.top_p, unset.top_k) == (0.6, 0.9, 0)
+    stated = CompletionRequest(model="m", prompt="x", temperature=0, top_p=1, top_k=-1)
+    assert stated.sampling(manifest.sampling) == Sampling(temperature=0, top_p=1.0)
+    (tmp_path / "chat_template.jinja").write_text("own")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
+    manifest = TextBundle.load(tmp_path).manifest
+    assert (manifest.chat_template, manifest.sampling.temperature) == ("own", 1.0)
+
+
+def test_ladder_of_normed_outputs_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, "gemma2")
+    manifest = TextBundle.load(tmp_path).manifest
+    fields = manifest.model_dump() | {"residual": {"scheme": "ladder"}}
+    with pytest.raises(ValueError, match="norms of outputs need complete sums"):
+        TextManifest.model_validate(fields)

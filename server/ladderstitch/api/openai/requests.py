@@ -23,12 +23,13 @@ from ladderstitch.api.openai.options import UNSUPPORTED
 from ladderstitch.errors import InvalidArgument
 from ladderstitch.hosting.registry import TextModel
 from ladderstitch.scheduling.requests import GREEDY, GenerationRequest, Sampling, TokenBudget
+from ladderstitch.text.bundle import SamplingDefaults
 from ladderstitch.text.chat_template import Message
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for completions; the answer of a chat may fill the context."""
 
-RANDOM_SEED = -1
+RANDOM_SEED, ALL_TOKENS = -1, -1
 """The seed that stands for none."""
 
 HARD_DEADLINE_KEY = "x-deadline-ms"
@@ -100,18 +101,19 @@ class SamplingFields(OpenFields):
             raise InvalidArgument("stop", f"expected at most {MAX_STOPS} texts, got {len(stops)}")
         return stops
 
-    def sampling(self) -> Sampling:
+    def sampling(self, defaults: SamplingDefaults) -> Sampling:
         """Return the sampling parameters; values that other servers accept mean what they do there.
 
-        `top_p` 0 keeps only the likeliest token, `top_k` -1 keeps all and `seed` -1 is random.
-        Raises `InvalidArgument` for another negative seed.
+        Options that are not stated have the model's `defaults`. `top_p` 0 keeps only the likeliest
+        token, `top_k` -1 keeps all and `seed` -1 is random. Raises `InvalidArgument` for another
+        negative seed.
         """
         if self.seed is not None and self.seed < RANDOM_SEED:
             raise InvalidArgument("seed", f"expected -1 (random) or more, got {self.seed}")
         sampling = Sampling(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=0 if self.top_k in (None, -1) else self.top_k,
-            top_p=self.top_p or 1.0,
+            temperature=defaults.temperature if self.temperature is None else self.temperature,
+            top_k={None: defaults.top_k, ALL_TOKENS: 0}.get(self.top_k, self.top_k or 0),
+            top_p=defaults.top_p if self.top_p is None else self.top_p or 1.0,
             seed=None if self.seed == RANDOM_SEED else self.seed,
         )
         if self.top_p != 0:
@@ -241,7 +243,7 @@ async def build_generation_request(
         tokens=tokens,
         arrival=arrival,
         max_tokens=body.max_new_tokens(model.scheduler.max_tokens - len(tokens)),
-        sampling=body.sampling(),
+        sampling=body.sampling(model.bundle.manifest.sampling),
         stop=body.stop_texts(),
         hard_deadline=arrival + limit_s,
         budget=TokenBudget(

@@ -35,12 +35,14 @@ def read_folder(folder: Path) -> tuple[Architecture, dict[str, Any]]:
         architecture = read_architecture(raw)
     except ConfigError as error:
         raise BundleError(f"{folder}: {error}") from error
-    generation = folder / "generation_config.json"
-    ends = _read_object(generation).get("eos_token_id") if generation.exists() else None
+    file_of_defaults = folder / "generation_config.json"
+    defaults = _read_object(file_of_defaults) if file_of_defaults.exists() else {}
+    ends = defaults.get("eos_token_id")
     fields = {
         "name": _name_of(folder),
         "end_tokens": _end_tokens(raw.get("eos_token_id") if ends is None else ends, file),
         "chat_template": _read_template(folder),
+        "sampling": _read_sampling(defaults),
         "origin": f"folder {folder.resolve().name}",
         "licence": "unknown",
     }
@@ -58,6 +60,14 @@ def _end_tokens(value: object, file: Path) -> tuple[int, ...]:
     if any(type(token) is not int for token in tokens):
         raise BundleError(f"{file}: eos_token_id: expected a number or a list, got {value!r}")
     return tuple(tokens)
+
+
+def _read_sampling(defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return what the model's authors recommend if they recommend sampling at all."""
+    if not defaults.get("do_sample"):
+        return {}
+    names = ("temperature", "top_k", "top_p")
+    return {name: defaults[name] for name in names if defaults.get(name) is not None}
 
 
 def _read_template(folder: Path) -> str | None:
