@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from ladderstitch.runtime.cuda_graphs import CapturedPass
 from ladderstitch.text.comm.base import SingleRankCommunicator
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
-from ladderstitch.text.model import llama
+from ladderstitch.text.model import transformer
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.graphed_decoder import GraphedDecoder, StepOutput
 from ladderstitch.text.model.layers import Mlp
-from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import ResidualScheme, ResidualStream, plan_layers
 from ladderstitch.text.model.shard import Shard
+from ladderstitch.text.model.transformer import Transformer
 from ladderstitch.text.model.weight_reader import MemoryWeights
 from ladderstitch.text.model.weights import load_rank
 from ladderstitch.vision.models import executor as executors
@@ -116,7 +116,7 @@ def test_language_model_with_kernels_equals_torch(
     residual = ResidualScheme.model_validate({"scheme": scheme})
     expected, seen = run_steps(model, residual, uses_kernels=False)
     assert called == set()
-    monkeypatch.setattr(llama, "ResidualStream", KernelStream)
+    monkeypatch.setattr(transformer, "ResidualStream", KernelStream)
     got, cache = run_steps(model, residual, uses_kernels=True)
     assert called == set(OPS)
     for part, whole in zip(got, expected, strict=True):
@@ -129,7 +129,7 @@ def test_language_model_with_kernels_reads_no_recycled_slot(
     poison: float, called: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, residual = make_model(), ResidualScheme()
-    monkeypatch.setattr(llama, "ResidualStream", KernelStream)
+    monkeypatch.setattr(transformer, "ResidualStream", KernelStream)
     expected, _ = run_steps(model, residual, uses_kernels=True)
     got, _ = run_steps(model, residual, uses_kernels=True, poison=poison)
     assert called == set(OPS)
@@ -168,7 +168,7 @@ class FakeGraphs:
 def test_captured_decoding_equals_eager_decoding(
     scheme: str, sequences: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llama, "ResidualStream", KernelStream)
+    monkeypatch.setattr(transformer, "ResidualStream", KernelStream)
     model, residual = make_model(), ResidualScheme.model_validate({"scheme": scheme})
     expected, seen = run_steps(model, residual, uses_kernels=True)
     plans, comm = plan_layers(residual, TINY.layers, 1), SingleRankCommunicator()
@@ -203,7 +203,7 @@ def test_captured_decoding_equals_eager_decoding(
 def test_captured_decoding_reports_the_sequence_that_is_not_finite(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(llama, "ResidualStream", KernelStream)
+    monkeypatch.setattr(transformer, "ResidualStream", KernelStream)
     model, cache = make_model(), PagedCache(TINY, SHARD, BLOCKS + 1, BLOCK_TOKENS)
     cache._memory[1, 0, 9 * BLOCK_TOKENS] = float("nan")  # a key of the second sequence
     cache.uses_kernels = True

@@ -20,7 +20,7 @@ from rich.console import Console
 from ladderstitch.errors import ConfigError
 from ladderstitch.text.bundle import TextBundle, TextManifest
 from ladderstitch.text.hugging_face.architectures import read_architecture
-from ladderstitch.text.model.config import LlamaConfig, RopeScaling
+from ladderstitch.text.model.config import DecoderConfig, RopeScaling
 from ladderstitch_loadtest.benchmarks.completions import long_prompt, measure_server, stream
 from ladderstitch_loadtest.benchmarks.language_contenders import (
     Ladderstitch,
@@ -320,7 +320,7 @@ def test_format_table_has_a_ratio_beside_each_peer() -> None:
     ids=lambda scaling: scaling.kind if scaling else "none",
 )
 def test_config_fields_are_read_back_equally(scaling: RopeScaling | None) -> None:
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=50,
         hidden_size=8,
         intermediate_size=12,

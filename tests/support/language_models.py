@@ -15,14 +15,14 @@ from ladderstitch.text.comm.base import SingleRankCommunicator
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
-from ladderstitch.text.model.config import LlamaConfig
-from ladderstitch.text.model.llama import Transformer
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.shard import Shard
+from ladderstitch.text.model.transformer import Transformer
 from ladderstitch.text.model.weight_reader import Weights
 from ladderstitch.text.model.weights import expected_shapes, load_rank
 
-TINY = LlamaConfig(
+TINY = DecoderConfig(
     vocab_size=257,
     hidden_size=48,
     intermediate_size=100,
@@ -36,7 +36,7 @@ TINY = LlamaConfig(
 END = 256
 
 
-def random_tensors(config: LlamaConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_tensors(config: DecoderConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     """Return random tensors of a checkpoint with this configuration."""
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -96,7 +96,7 @@ def write_byte_tokenizer(file: Path) -> None:
     tokenizer.save(str(file))
 
 
-def one_rank_logits(config: LlamaConfig, weights: Weights, tokens: list[int]) -> torch.Tensor:
+def one_rank_logits(config: DecoderConfig, weights: Weights, tokens: list[int]) -> torch.Tensor:
     """Return the logits [T, V] of one sequence in one pass, on the standard path, in-process."""
     shard = Shard.of(config, 0, 1)
     model = Transformer(config, load_rank(weights, config, shard), shard)

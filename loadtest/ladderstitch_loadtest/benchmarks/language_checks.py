@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ladderstitch.text.bundle import TextBundle, TextManifest, write_manifest
 from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.weights import expected_shapes
 
@@ -162,7 +162,7 @@ async def _perplexity(group: RankGroup, ids: list[int], context: int, path: int)
     return math.exp(surprise / (len(ids) - 1))
 
 
-SCALED_DOWN = LlamaConfig(
+SCALED_DOWN = DecoderConfig(
     vocab_size=32_064,
     hidden_size=1024,
     intermediate_size=3584,

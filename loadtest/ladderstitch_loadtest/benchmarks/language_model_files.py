@@ -13,7 +13,7 @@ from typing import Any
 from ladderstitch.bundles import find_bundle
 from ladderstitch.importers.fetch import download
 from ladderstitch.text.bundle import TextBundle, TextManifest
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 
 TOKENIZER_FIELDS = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
@@ -58,7 +58,7 @@ HF_NAMES = {
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tied_head",
 }
-"""Field of Hugging Face's `config.json` -> field of `LlamaConfig`."""
+"""Field of Hugging Face's `config.json` -> field of `DecoderConfig`."""
 
 
 def write_hugging_face_folder(bundle: TextBundle, folder: Path) -> None:
@@ -88,7 +88,7 @@ def config_fields(manifest: TextManifest) -> dict[str, Any]:
     }
 
 
-def _rope_fields(config: LlamaConfig) -> dict[str, Any]:
+def _rope_fields(config: DecoderConfig) -> dict[str, Any]:
     scaling, theta = config.rope_scaling, config.rope_theta
     if scaling is None:
         return {"rope_type": "default", "rope_theta": theta}

@@ -26,7 +26,7 @@ from ladderstitch.text.engine.rank_config import (
     create_comm_spec,
 )
 from ladderstitch.text.engine.rank_group import RankGroup
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.residual import ResidualScheme, Scheme
 from ladderstitch_loadtest.benchmarks.delay_proxy import DelayProxy
 
@@ -45,9 +45,9 @@ class ModelShape:
     kv_heads: int = 12
     vocabulary: int = 4096
 
-    def config(self, positions: int) -> LlamaConfig:
+    def config(self, positions: int) -> DecoderConfig:
         """Return the configuration for sequences of at most `positions` tokens."""
-        return LlamaConfig(
+        return DecoderConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.width,
             intermediate_size=self.ffn,

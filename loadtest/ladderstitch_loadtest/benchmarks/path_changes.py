@@ -22,7 +22,7 @@ from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.residual import plan_layers
-from ladderstitch.text.model.weights import Shard
+from ladderstitch.text.model.shard import Shard
 
 
 class Paths:

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ladderstitch.text.bundle import TextManifest, write_manifest
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.weights import expected_shapes
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=256,
     hidden_size=48,
     intermediate_size=96,

@@ -15,7 +15,7 @@ from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.engine.rank_handle import Launcher, RankLost
-from ladderstitch.text.model.weights import Shard
+from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.scheduler.scheduler import TextScheduler
 
 

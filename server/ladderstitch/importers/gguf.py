@@ -18,7 +18,7 @@ from ladderstitch.errors import DataError
 from ladderstitch.importers.gguf_tokenizers import build_tokenizer, read_token_id, read_tokens
 from ladderstitch.runtime import ProgressCallback
 from ladderstitch.text.bundle import TextManifest, write_manifest
-from ladderstitch.text.model.config import LlamaConfig, RopeScaling
+from ladderstitch.text.model.config import DecoderConfig, RopeScaling
 from ladderstitch.text.model.rotation import rotation_tables
 from ladderstitch.text.model.weight_reader import SINGLE
 from ladderstitch.text.model.weights import expected_shapes
@@ -57,7 +57,7 @@ SIZES = {
     "norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
 }
-"""Field of `LlamaConfig` -> field of the file, below `llama`."""
+"""Field of `DecoderConfig` -> field of the file, below `llama`."""
 
 KNOWN_FIELDS = {
     *SIZES.values(),
@@ -157,7 +157,7 @@ def _read_file(file: Path) -> tuple[dict[str, Any], GGUFReader]:
     return fields, reader
 
 
-def _read_config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> LlamaConfig:
+def _read_config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> DecoderConfig:
     """Return the sizes in the fields; raises `DataError` naming the field that does not fit."""
     sizes = _read_sizes(fields, tensors)
     for name, value in sorted(fields.items()):
@@ -169,7 +169,7 @@ def _read_config(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> Llama
         if (got := fields.get(f"llama.{field}", sizes["head_dim"])) != sizes["head_dim"]:
             raise DataError(f"llama.{field}: expected {sizes['head_dim']}, got {got!r}")
     vocabulary = len(read_tokens(fields))
-    config = LlamaConfig(**sizes, vocab_size=vocabulary, tied_head=HEAD not in tensors)
+    config = DecoderConfig(**sizes, vocab_size=vocabulary, tied_head=HEAD not in tensors)
     scaling = _read_linear_scaling(fields)
     if ROPE_FACTORS in tensors:
         if scaling is not None:
@@ -211,7 +211,7 @@ def _read_linear_scaling(fields: Mapping[str, Any]) -> RopeScaling | None:
     return RopeScaling(kind="linear", factor=factor)
 
 
-def _match_rope_factors(config: LlamaConfig, tensor: Any) -> LlamaConfig:
+def _match_rope_factors(config: DecoderConfig, tensor: Any) -> DecoderConfig:
     """Return the configuration whose rotary frequencies are divided by the factors of a tensor.
 
     Raises `DataError` unless the factors are 1, or those of Llama 3.1 to 3.3.
@@ -235,7 +235,7 @@ def _match_rope_factors(config: LlamaConfig, tensor: Any) -> LlamaConfig:
 
 
 def _read_tensors(
-    file: Path, reader: GGUFReader, config: LlamaConfig, on_progress: ProgressCallback
+    file: Path, reader: GGUFReader, config: DecoderConfig, on_progress: ProgressCallback
 ) -> dict[str, Tensor]:
     """Return all tensors in float32, by their names in the bundle.
 
@@ -302,9 +302,9 @@ def half_split(rows: Tensor, heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
-def gpt_fast_config(args: Mapping[str, Any]) -> LlamaConfig:
+def gpt_fast_config(args: Mapping[str, Any]) -> DecoderConfig:
     """Return the configuration in gpt-fast's `ModelArgs`."""
-    return LlamaConfig(
+    return DecoderConfig(
         vocab_size=args["vocab_size"],
         hidden_size=args["dim"],
         intermediate_size=args["intermediate_size"],
@@ -318,7 +318,7 @@ def gpt_fast_config(args: Mapping[str, Any]) -> LlamaConfig:
     )
 
 
-def from_gpt_fast(tensors: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
+def from_gpt_fast(tensors: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
     """Return gpt-fast's tensors in the Hugging Face layout.
 
     gpt-fast fuses `wqkv` and `w1` = [up; gate], and in parallel layers all five in `wqkv1`.

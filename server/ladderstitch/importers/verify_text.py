@@ -29,11 +29,11 @@ from ladderstitch.text.hugging_face.architectures import Architecture, read_arch
 from ladderstitch.text.messages import LogitsMode, dense_step
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.layout import LaidOutWeights
-from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.shard import Shard
+from ladderstitch.text.model.transformer import Transformer
 from ladderstitch.text.model.weight_reader import MemoryWeights, Weights
 from ladderstitch.text.model.weights import load_rank
 
@@ -102,17 +102,17 @@ def recorded_runs(metadata: Mapping[str, Any], architecture: Architecture) -> It
         yield GoldenRun(f"{entry['id']}.incremental", residual, rank_counts, incremental=True)
 
 
-def fitting_rank_counts(config: LlamaConfig) -> tuple[int, ...]:
+def fitting_rank_counts(config: DecoderConfig) -> tuple[int, ...]:
     """Return the rank counts to run a model on, e.g. 1, 2 and 3 for 6 query and 2 KV heads."""
     return tuple(sorted({_largest_fitting(config, wanted) for wanted in RANK_COUNTS}))
 
 
-def _largest_fitting(config: LlamaConfig, wanted: int) -> int:
+def _largest_fitting(config: DecoderConfig, wanted: int) -> int:
     """Return the largest rank count up to `wanted` over which the model can be split."""
     return next(ranks for ranks in range(wanted, 0, -1) if _fits(config, ranks) is None)
 
 
-def _fits(config: LlamaConfig, ranks: int) -> ConfigError | None:
+def _fits(config: DecoderConfig, ranks: int) -> ConfigError | None:
     """Return why the model cannot be split over a number of ranks; None if it can."""
     try:
         for rank in range(ranks):
@@ -125,7 +125,7 @@ def _fits(config: LlamaConfig, ranks: int) -> ConfigError | None:
 
 
 def _read_scheme(
-    entry: Mapping[str, Any], family: str, config: LlamaConfig
+    entry: Mapping[str, Any], family: str, config: DecoderConfig
 ) -> tuple[ResidualScheme, tuple[int, ...]]:
     fitting = fitting_rank_counts(config)
     if family == "ladder-llama":
@@ -158,7 +158,7 @@ def read_model(
 
 
 def run_case(
-    config: LlamaConfig,
+    config: DecoderConfig,
     weights: Weights,
     tokens: Tensor,
     run: GoldenRun,
@@ -179,7 +179,7 @@ def run_case(
 
 
 def _run_case(
-    config: LlamaConfig,
+    config: DecoderConfig,
     weights: Weights,
     tokens: Tensor,
     run: GoldenRun,

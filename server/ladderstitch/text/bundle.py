@@ -35,7 +35,7 @@ from ladderstitch.text.hugging_face.folder import CONFIG, read_folder
 from ladderstitch.text.hugging_face.torch_files import INDEX as TORCH_INDEX
 from ladderstitch.text.hugging_face.torch_files import SINGLE as TORCH_SINGLE
 from ladderstitch.text.hugging_face.torch_files import TorchFolder
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.layout import LaidOutWeights, TensorLayout
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.weight_reader import (
@@ -93,7 +93,7 @@ class TextManifest(BaseModel):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     version: str = Field("1", pattern=r"^[0-9]{1,9}$")
     family: Literal["llama"] = LANGUAGE_FAMILY
-    config: LlamaConfig
+    config: DecoderConfig
     layout: TensorLayout = Field(
         TensorLayout(), description="how the weights are stored; unset: as those of Llama"
     )

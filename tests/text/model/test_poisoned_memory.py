@@ -13,10 +13,10 @@ from ladderstitch.text.comm.base import SingleRankCommunicator
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch, find_sequences
-from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.segments import SegmentedTransformer
 from ladderstitch.text.model.shard import Shard
+from ladderstitch.text.model.transformer import Transformer
 from ladderstitch.text.model.weight_reader import MemoryWeights
 from ladderstitch.text.model.weights import load_rank
 from tests.support.language_models import TINY, random_tensors

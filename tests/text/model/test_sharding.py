@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.shard import Shard
 
 
-def config(heads: int, kv_heads: int) -> LlamaConfig:
-    return LlamaConfig(
+def config(heads: int, kv_heads: int) -> DecoderConfig:
+    return DecoderConfig(
         vocab_size=101,
         hidden_size=32,
         intermediate_size=53,

@@ -43,10 +43,10 @@ from ladderstitch.text.messages import Kind, Message, Step, receive_message, sen
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch, find_sequences, select_rows
 from ladderstitch.text.model.graphed_decoder import GraphedDecoder, StepOutput, compute_step
-from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import LayerPlan, plan_layers
 from ladderstitch.text.model.segments import SEGMENT_SCHEMES, SegmentedTransformer
 from ladderstitch.text.model.shard import Shard
+from ladderstitch.text.model.transformer import Transformer
 from ladderstitch.text.model.weight_reader import (
     EMBEDDING,
     DeltaWeights,

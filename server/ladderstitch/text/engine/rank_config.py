@@ -26,7 +26,7 @@ from ladderstitch.text.comm.base import (
 )
 from ladderstitch.text.comm.shared_memory import SharedRegion
 from ladderstitch.text.engine.liveness import Liveness
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.weight_reader import RandomWeights, Weights
 from ladderstitch.text.model.weights import expected_shapes
@@ -41,7 +41,7 @@ class RankConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: LlamaConfig
+    model: DecoderConfig
     paths: tuple[ResidualScheme, ...] = (ResidualScheme(),)
     deltas: tuple[Path | None, ...] = Field(
         (), description="the delta (LoRA) file of each path; empty: no path has one"

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from ladderstitch.errors import ConfigError
 from ladderstitch.text.hugging_face.fields import Fields
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.layout import TensorLayout
 from ladderstitch.text.model.residual import ResidualScheme
 
@@ -24,7 +24,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-"""Names of activations in transformers -> `LlamaConfig.activation`."""
+"""Names of activations in transformers -> `DecoderConfig.activation`."""
 DEFAULT_POSITIONS = {"falcon": 2048}
 """Longest sequence of architectures that may lack `max_position_embeddings`."""
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -35,7 +35,7 @@ LLAMA, STANDARD = TensorLayout(), ResidualScheme()
 class Architecture:
     """A model as data: its configuration, how its tensors are stored, and its residual scheme."""
 
-    config: LlamaConfig
+    config: DecoderConfig
     layout: TensorLayout = LLAMA
     residual: ResidualScheme = STANDARD
 
@@ -75,7 +75,7 @@ def read_architecture(raw: Mapping[str, Any]) -> Architecture:
         merged["rotary_dim"] = int(merged["head_dim"] * rope["share"])
     fields.check_all_read()
     try:
-        config = LlamaConfig(**merged)
+        config = DecoderConfig(**merged)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))

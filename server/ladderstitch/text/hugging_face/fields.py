@@ -110,7 +110,7 @@ class Fields:
             )
 
     def rope(self, max_positions: int, layers: str | None = None) -> dict[str, Any]:
-        """Return the rotary fields of `LlamaConfig`: base, rotary share and scaling.
+        """Return the rotary fields of `DecoderConfig`: base, rotary share and scaling.
 
         They are in `rope_parameters` (transformers 5, possibly by kind of `layers`), or in
         `rope_theta`, `rope_scaling` and `partial_rotary_factor`. Raises `ConfigError` for a scaling

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ladderstitch.text.model.batch import Batch, Span
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.onnx_attention import Array, OnnxAttention
 from ladderstitch.text.model.shard import Shard
 
@@ -23,7 +23,7 @@ class PagedCache:
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         shard: Shard,
         blocks: int,
         block_tokens: int,

@@ -38,7 +38,7 @@ class RopeScaling(BaseModel):
     long_factors: tuple[float, ...] = ()
 
 
-class LlamaConfig(BaseModel):
+class DecoderConfig(BaseModel):
     """Sizes of a decoder, and how its layers differ from Llama's.
 
     The defaults are Llama's: grouped-query attention, RoPE, SwiGLU, and RMSNorm before each
@@ -94,7 +94,7 @@ class LlamaConfig(BaseModel):
     unrotated_layers: tuple[int, ...] = ()
 
     @model_validator(mode="after")
-    def _check(self) -> LlamaConfig:
+    def _check(self) -> DecoderConfig:
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: expected a divisor of {self.heads}, got {self.kv_heads}")
         if self.head_dim % 2 or (self.rotary_dim or 0) % 2:
@@ -112,7 +112,7 @@ class LlamaConfig(BaseModel):
     @property
     def is_llama(self) -> bool:
         """Whether every layer is one of Llama's, which some faster code is restricted to."""
-        llama = LlamaConfig(**{name: getattr(self, name) for name in LLAMA_FIELDS})
+        llama = DecoderConfig(**{name: getattr(self, name) for name in LLAMA_FIELDS})
         return self == llama and self.rotations == 1
 
     @property
@@ -129,7 +129,7 @@ class LlamaConfig(BaseModel):
             for n in range(self.layers)
         ]
 
-    def limited_to(self, positions: int) -> LlamaConfig:
+    def limited_to(self, positions: int) -> DecoderConfig:
         """Return the configuration of a server whose sequences have at most `positions` tokens.
 
         Rotary factors that depend on the length are chosen by it, once for all sequences, so that

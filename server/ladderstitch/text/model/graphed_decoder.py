@@ -19,8 +19,8 @@ from ladderstitch.text.comm.base import Communicator
 from ladderstitch.text.messages import LogitsMode, Step
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
-from ladderstitch.text.model.llama import Transformer
 from ladderstitch.text.model.residual import LayerPlan
+from ladderstitch.text.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
-"""The layers of a decoder on one rank: attention, MLP and norms, in the variants of `LlamaConfig`.
+"""The layers of a decoder on one rank: attention, MLP and norms, as `DecoderConfig` has them.
 
-Shapes are those of `llama.py`: T new tokens, D model width, H_r query and K_r key/value heads of
-this rank, d head width, F_r feed-forward columns.
+Shapes are those of `transformer.py`: T new tokens, D model width, H_r query and K_r key/value
+heads of this rank, d head width, F_r feed-forward columns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from ladderstitch.runtime.linear import Matrix, Product, open_product
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.residual import LayerPlan, ResidualStream
 from ladderstitch.text.model.rotation import rotate
 from ladderstitch.text.model.shard import Shard
@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Norm:
     """RMSNorm, or LayerNorm with or without a bias, of [.., D]; `gain` [D] is its weight."""
 
-    def __init__(self, gain: Tensor, bias: Tensor | None, config: LlamaConfig) -> None:
+    def __init__(self, gain: Tensor, bias: Tensor | None, config: DecoderConfig) -> None:
         self.gain, self.eps, self._bias = gain, config.norm_eps, bias
         self.is_rms = config.norm == "rms"
 
@@ -53,7 +53,7 @@ class Attention:
         self,
         layer: int,
         weights: LayerWeights,
-        config: LlamaConfig,
+        config: DecoderConfig,
         shard: Shard,
         threads: int,
     ) -> None:
@@ -132,7 +132,7 @@ class Layer:
     """One decoder layer: attention, MLP, and up to four norms."""
 
     def __init__(
-        self, number: int, weights: LayerWeights, config: LlamaConfig, shard: Shard, threads: int
+        self, number: int, weights: LayerWeights, config: DecoderConfig, shard: Shard, threads: int
     ) -> None:
         def norm(gain: Tensor | None, bias: Tensor | None = None) -> Norm | None:
             return None if gain is None else Norm(gain, bias, config)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.rotation import pair_order
 from ladderstitch.text.model.weight_reader import EMBEDDING, HEAD, Weights
 
@@ -92,7 +92,7 @@ class StoredPart:
 class LaidOutWeights:
     """The tensors of a checkpoint under Llama's names, in Llama's order and scale."""
 
-    def __init__(self, stored: Weights, layout: TensorLayout, config: LlamaConfig) -> None:
+    def __init__(self, stored: Weights, layout: TensorLayout, config: DecoderConfig) -> None:
         self._stored, self.layout, self._config = stored, layout, config
         present = {name for name in stored.names() if not name.endswith(IGNORED)}
         self._parts: dict[str, StoredPart] = {}

@@ -7,16 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from ladderstitch.text.model.config import LlamaConfig, RopeScaling
+from ladderstitch.text.model.config import DecoderConfig, RopeScaling
 
 
 def rotation_tables(
-    config: LlamaConfig, positions: int, kind: str = "main"
+    config: DecoderConfig, positions: int, kind: str = "main"
 ) -> tuple[Tensor, Tensor]:
     """Return cosines and signed sines for `rotate`, both [positions, d] float32.
 
-    `kind` is one of `LlamaConfig.layer_rotations`. Pairs of dimensions that do not rotate have the
-    frequency 0. The longest context, by which `longrope` chooses, is that of `config`.
+    `kind` is one of `DecoderConfig.layer_rotations`. Pairs of dimensions that do not rotate have
+    the frequency 0. The longest context, by which `longrope` chooses, is that of `config`.
     """
     frequencies = torch.zeros(config.head_dim // 2, dtype=torch.float64)
     factor = 1.0

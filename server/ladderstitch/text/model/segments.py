@@ -30,11 +30,11 @@ from ladderstitch.runtime.sessions import open_rank_session
 from ladderstitch.text.comm.base import Communicator
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
-from ladderstitch.text.model.config import LlamaConfig
-from ladderstitch.text.model.llama import look_up
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.onnx_attention import Array
 from ladderstitch.text.model.residual import LayerPlan
 from ladderstitch.text.model.rotation import rotation_tables
+from ladderstitch.text.model.transformer import look_up
 from ladderstitch.text.model.weights import LayerWeights, RankWeights
 
 SEGMENT_SCHEMES = frozenset({"standard", "ladder"})
@@ -47,12 +47,12 @@ FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 class SegmentedTransformer:
     """A language model with matrices of 4, 8 or 32 bits on one rank; it holds weights, no state.
 
-    It takes the place of `llama.Transformer` for standard and ladder layers on a CPU.
+    It takes the place of `transformer.Transformer` for standard and ladder layers on a CPU.
     """
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         weights: RankWeights,
         threads: int,
         *,
@@ -119,14 +119,14 @@ class SegmentedTransformer:
         return {"mlp_factor": FACTORS[plans[layer].lag], "next_factor": FACTORS[following]}
 
 
-def _rotation_halves(config: LlamaConfig) -> tuple[Array, Array]:
+def _rotation_halves(config: DecoderConfig) -> tuple[Array, Array]:
     """Return the cosines and sines of all positions and frequencies, both [positions, d / 2]."""
     cosines, signed_sines = rotation_tables(config, config.max_positions)
     half = config.head_dim // 2
     return cosines[:, :half].contiguous().numpy(), signed_sines[:, half:].contiguous().numpy()
 
 
-def _first_segment(layer: LayerWeights, config: LlamaConfig) -> bytes:
+def _first_segment(layer: LayerWeights, config: DecoderConfig) -> bytes:
     """Return the graph from the embedding x to the first attention."""
     graph = GraphBuilder()
     normed = graph.rms_norm("x", _array(layer.attention_norm), config.norm_eps)
@@ -134,7 +134,7 @@ def _first_segment(layer: LayerWeights, config: LlamaConfig) -> bytes:
     return graph.build({"x": _rows(config.hidden_size)} | _rotation_inputs(config), outputs)
 
 
-def _segment(weights: RankWeights, layer: int, config: LlamaConfig, *, lagged: bool) -> bytes:
+def _segment(weights: RankWeights, layer: int, config: DecoderConfig, *, lagged: bool) -> bytes:
     """Return the graph from the attention of a layer to that of the next one, or to the logits."""
     graph, eps = GraphBuilder(), config.norm_eps
     this, is_last = weights.layers[layer], layer + 1 == config.layers
@@ -174,7 +174,7 @@ def _mlp(graph: GraphBuilder, x: str, layer: LayerWeights) -> str:
 
 
 def _project(
-    graph: GraphBuilder, x: str, layer: LayerWeights, config: LlamaConfig
+    graph: GraphBuilder, x: str, layer: LayerWeights, config: DecoderConfig
 ) -> dict[str, str]:
     """Return the rotated queries and keys `qk` [T, (H + K) d], and the values `v` [T, K d]."""
     turned, kept = (config.heads + config.kv_heads), config.kv_heads
@@ -187,7 +187,7 @@ def _rows(width: int) -> tuple[int, tuple[int | None, ...]]:
     return FLOAT, (1, None, width)
 
 
-def _rotation_inputs(config: LlamaConfig) -> dict[str, tuple[int, tuple[int | None, ...]]]:
+def _rotation_inputs(config: DecoderConfig) -> dict[str, tuple[int, tuple[int | None, ...]]]:
     table = (FLOAT, (None, config.head_dim // 2))
     return {"positions": (INT64, (1, None)), "cosines": table, "sines": table}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Shard:
     vocabulary: range
 
     @classmethod
-    def of(cls, config: LlamaConfig, rank: int, ranks: int) -> Shard:
+    def of(cls, config: DecoderConfig, rank: int, ranks: int) -> Shard:
         """Return the shard of one rank.
 
         With at most as many ranks as KV heads, each rank gets whole KV groups, if necessary an

@@ -15,7 +15,7 @@ from torch import Tensor
 from ladderstitch.bundles import check_tensors
 from ladderstitch.runtime.linear import Matrix, store
 from ladderstitch.runtime.low_bit import quantise
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.weight_reader import EMBEDDING, HEAD, Weights
 
@@ -75,7 +75,7 @@ class RankWeights:
 
 
 def expected_shapes(
-    config: LlamaConfig, *, shared_norm: bool = False
+    config: DecoderConfig, *, shared_norm: bool = False
 ) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every tensor that a checkpoint of this model has."""
     d, width, ffn = config.head_dim, config.hidden_size, config.intermediate_size
@@ -112,13 +112,13 @@ def expected_shapes(
     return shapes
 
 
-def _has_bias(matrix: str, config: LlamaConfig) -> bool:
+def _has_bias(matrix: str, config: DecoderConfig) -> bool:
     if matrix.startswith("mlp."):
         return config.mlp_bias
     return config.output_bias if matrix.endswith("o_proj") else config.qkv_bias
 
 
-def _layer_norms(config: LlamaConfig, *, shared_norm: bool) -> list[str]:
+def _layer_norms(config: DecoderConfig, *, shared_norm: bool) -> list[str]:
     """Return the names of a layer's norms, without those of queries and keys."""
     names = []
     if config.norm_place != "after":
@@ -130,12 +130,12 @@ def _layer_norms(config: LlamaConfig, *, shared_norm: bool) -> list[str]:
     return names
 
 
-def _norm_shapes(name: str, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def _norm_shapes(name: str, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     kinds = ("weight", "bias") if config.norm_bias else ("weight",)
     return {f"{name}.{kind}": (config.hidden_size,) for kind in kinds}
 
 
-def check_weights(weights: Weights, config: LlamaConfig, *, shared_norm: bool = False) -> None:
+def check_weights(weights: Weights, config: DecoderConfig, *, shared_norm: bool = False) -> None:
     """Raise `BundleError` naming every missing, unknown and mis-shaped tensor."""
     expected, found = expected_shapes(config, shared_norm=shared_norm), set(weights.names())
     found -= {name for name in found if name.endswith("rotary_emb.inv_freq")}
@@ -146,7 +146,7 @@ def check_weights(weights: Weights, config: LlamaConfig, *, shared_norm: bool = 
 
 def load_rank(
     weights: Weights,
-    config: LlamaConfig,
+    config: DecoderConfig,
     shard: Shard,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -195,7 +195,7 @@ def load_rank(
 def load_layer(
     weights: Weights,
     layer: int,
-    config: LlamaConfig,
+    config: DecoderConfig,
     shard: Shard,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -211,7 +211,7 @@ def load_layer(
 class _LayerReader:
     weights: Weights
     layer: int
-    config: LlamaConfig
+    config: DecoderConfig
     shard: Shard
     dtype: torch.dtype
     device: torch.device | str

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.residual import LayerPlan, ResidualScheme, plan_layers
 from ladderstitch.text.model.weights import expected_shapes
 from ladderstitch.training.text.trainable_llama import TrainableLlama
@@ -36,7 +36,7 @@ class ScratchRecipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    config: LlamaConfig
+    config: DecoderConfig
     schemes: dict[str, ResidualScheme] = Field(min_length=1, description="residual schemes by name")
     tokens: int = Field(gt=0, description="training tokens of each model; repeated text counts")
     window: int = Field(256, gt=1)
@@ -77,7 +77,7 @@ def train_tokenizer(texts: Sequence[Path], size: int) -> Tokenizer:
     return tokenizer
 
 
-def initial_weights(config: LlamaConfig, seed: int) -> dict[str, nn.Parameter]:
+def initial_weights(config: DecoderConfig, seed: int) -> dict[str, nn.Parameter]:
     """Return normally distributed weights of standard deviation 0.02; norms are 1.
 
     The deviation of a sub-block's last matrix is divided by sqrt(2 layers), like in GPT-2.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.residual import LayerPlan
 from ladderstitch.text.model.rotation import rotate, rotation_tables
 from ladderstitch.text.model.weight_reader import EMBEDDING, HEAD
@@ -45,7 +45,7 @@ class TrainableLlama:
     `torch.autocast`.
     """
 
-    def __init__(self, config: LlamaConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: DecoderConfig, tensors: Mapping[str, Tensor]) -> None:
         if not config.is_llama:
             raise ConfigError(
                 "config: expected Llama's layers, the only ones that can be trained, got others"

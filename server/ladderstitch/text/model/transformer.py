@@ -1,7 +1,7 @@
 """The serving forward pass of one rank of a decoder, top-down in the order of execution.
 
-A residual scheme is data, one `LayerPlan` per layer, and an architecture is data, a `LlamaConfig`;
-so all of them share this code.
+A residual scheme is data, one `LayerPlan` per layer, and an architecture is data, a
+`DecoderConfig`; so all of them share this code.
 
 The repository has three forward passes of the same architecture, because their needs differ:
 
@@ -33,7 +33,7 @@ from ladderstitch.runtime.low_bit import LowBitMatrix
 from ladderstitch.text.comm.base import Communicator
 from ladderstitch.text.model.attention import PagedCache, soft_cap
 from ladderstitch.text.model.batch import Batch
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.layers import Layer, Norm
 from ladderstitch.text.model.residual import LayerPlan, ResidualStream
 from ladderstitch.text.model.rotation import rotation_tables
@@ -48,7 +48,7 @@ class Transformer:
     """
 
     def __init__(
-        self, config: LlamaConfig, weights: RankWeights, shard: Shard, threads: int = 1
+        self, config: DecoderConfig, weights: RankWeights, shard: Shard, threads: int = 1
     ) -> None:
         """Prepare the products with all matrices; those of low-bit matrices use `threads`."""
         self.config, self.shard, self.weight_bytes = config, shard, weights.bytes()
