@@ -37,6 +37,13 @@ async def test_soak_short_run_has_no_leak_or_stuck_request() -> None:
     assert list_failures(found, DEADLINE_S) == []
     assert found.unexplained == []
     assert found.ends.keys() == ALLOWED.keys()
-    assert {name for _, name in found.disturbances} == {"kill -9", "workers", "SIGTERM", "reload"}
+    assert {name for _, name in found.disturbances} == {
+        "kill -9",
+        "workers",
+        "SIGTERM",
+        "reload",
+        "SIGSTOP",
+        "given up",
+    }
     assert found.growth_mb("gateway") < MAX_GROWTH_MB
     assert found.growth_mb("survivor") < MAX_GROWTH_MB

@@ -1,8 +1,9 @@
 """Soak test: hours of mixed load while replicas and workers are killed.
 
 The load is images, text, cancelled requests and bad input. Two replicas run behind a gateway. The
-victim is restarted again and again, by SIGKILL and by SIGTERM in turn. The survivor and the gateway
-are never restarted, and their memory is measured.
+victim is restarted again and again, by SIGKILL and by SIGTERM in turn; in between, the workers of
+the survivor are killed or stopped, and its models are loaded again, to the end or not. The survivor
+and the gateway are never restarted, and their memory is measured.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import asyncio
 import itertools
 import os
 import signal
+import struct
 import time
+import zlib
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -37,6 +40,9 @@ DEADLINE_S = 30.0
 """Deadline of every request, also during disturbances."""
 DISTURBANCE_INTERVAL_S = 60.0
 """Time between disturbances; every second one restarts a replica."""
+STOP_S = 5.0
+"""Time for which workers are stopped."""
+GIVEN_UP_LOADS = 8
 RECOVERY_TIMEOUT_S = 600.0
 """Limit for a replica's recovery, generous enough for the slowest machine."""
 SAMPLES = 400
@@ -171,9 +177,9 @@ class Soak:
         return "cancelled" if isinstance(end, asyncio.CancelledError) else "OK"
 
     async def _send_bad_request(self, number: int) -> str:
-        """Send one of six malformed requests; a return means that the server accepted it."""
+        """Send one of nine malformed requests; a return means that the server accepted it."""
         pixels = self._pixels()
-        match number % 6:
+        match number % 9:
             case 0:
                 await self.client.predict(b"not an image", model=IMAGES)
             case 1:
@@ -184,6 +190,13 @@ class Soak:
                 await self.client.predict(pixels, model=IMAGES, min_quality=0.999)
             case 4:
                 await self.client.predict(pixels[:, :, :9], model=IMAGES)
+            case 5:
+                await self.client.predict(png_of_size(30_000, 30_000), model=IMAGES)
+            case 6:
+                await self.client.predict(png_of_size(28, 28)[:-9], model=IMAGES)
+            case 7:
+                async for _ in self.client.generate("a", model=TEXT, stop=["x"] * 40):
+                    pass
             case _:
                 async for _ in self.client.generate("x" * 5000, model=TEXT):
                     pass
@@ -195,6 +208,8 @@ class Soak:
             "workers": self._kill_workers,
             "SIGTERM": self._terminate,
             "reload": self._reload,
+            "SIGSTOP": self._stop_workers,
+            "given up": self._give_up_loads,
         }
         every_s = min(DISTURBANCE_INTERVAL_S, self.seconds / (2 * len(kinds)))
         for number, (name, disturb) in enumerate(itertools.cycle(kinds.items()), 1):
@@ -225,9 +240,22 @@ class Soak:
 
     async def _kill_workers(self) -> None:
         """Kill engine and rank of the survivor and wait until both answer again."""
+        self._signal_workers(signal.SIGKILL)
+        await self._wait_for_survivor()
+
+    async def _stop_workers(self) -> None:
+        """Stop engine and rank of the survivor for some seconds, and wait until both answer."""
+        self._signal_workers(signal.SIGSTOP)
+        await asyncio.sleep(STOP_S)
+        self._signal_workers(signal.SIGCONT)
+        await self._wait_for_survivor()
+
+    def _signal_workers(self, number: signal.Signals) -> None:
         for pid in process_tree(self.survivor.pid)[1:]:
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
+
+    async def _wait_for_survivor(self) -> None:
         end_s = self._now_s + RECOVERY_TIMEOUT_S
         async with AsyncClient(self.survivor.address) as client:
             while not await self._answers(client):
@@ -248,6 +276,15 @@ class Soak:
     async def _reload(self) -> None:
         async with AsyncClient(self.survivor.address) as client:
             await client.load_model(IMAGES)
+
+    async def _give_up_loads(self) -> None:
+        """Load models again and give up after some milliseconds; the last load goes to its end."""
+        async with AsyncClient(self.survivor.address) as client:
+            for number in range(GIVEN_UP_LOADS):
+                with suppress(RequestFailed):
+                    await client.load_model((IMAGES, TEXT)[number % 2], timeout_s=0.02 * number)
+            for model in (IMAGES, TEXT):
+                await client.load_model(model)
 
     async def _load_text(self, replica: SupervisedProcess) -> None:
         async with AsyncClient(replica.address) as client:
@@ -273,3 +310,16 @@ class Soak:
             ended = total
             self.advance(self._now_s)
             await asyncio.sleep(every_s)
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """Return a grey PNG file that claims a size, and has the data of 28 x 28 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(29 * 28))
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", rows), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
