@@ -19,6 +19,7 @@ MODULES = (
     "predict",
     "generate",
     "make",
+    "own_models",
     "measure",
 )
 """The modules in the order of the help page; `register` of each adds its commands to a Typer."""

@@ -9,10 +9,13 @@ import typer
 from rich.table import Table
 
 from ladderstitch.bundles import find_bundle, is_language_bundle, models_home
+from ladderstitch.cli import own_models
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.cli.measure import quality_table
+from ladderstitch.cli.own_models import parse_numbers
 from ladderstitch.errors import ConfigError
 
+NETWORK_SUFFIXES = (".onnx", ".yaml", ".yml")
 DATA = ("fashion-mnist", "brown", "austen")
 MODELS = ("smollm2", "smollm2-ladder", "efficientnet-lite")
 RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe, e.g. examples/*/recipe.yaml.")]
@@ -173,6 +176,36 @@ def _quantize_language(path: Path, precision: Literal["int4", "int8"], text: Pat
     out.print(quality_table(names, table))
 
 
+def add_adapter(
+    model: Annotated[str, typer.Argument(help="Name or folder of a language model.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT adapter (LoRA).")],
+    text: Annotated[Path, typer.Option(help="Held-out text to measure all paths on.")],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the path (default: that of the folder).")
+    ] = None,
+) -> None:
+    """Add a LoRA adapter to a language model as a further path, which shares its weights.
+
+    Requests choose it with `variant_id`, or with `--variant` of `generate`.
+
+    Example: `ladderstitch add-adapter ./my-llama ./my-adapter --text held-out.txt`
+    """
+    from ladderstitch.text.bundle import TextBundle
+    from ladderstitch.training.text.adapters import add_adapter as run
+    from ladderstitch.training.text.calibrate import DEFAULT_SAMPLE
+
+    with user_errors():
+        path = find_bundle(model)
+        bundle = TextBundle.load(path, calibrated=False)
+        with progress_bar() as progress:
+            table = run(
+                bundle, adapter, name or adapter.resolve().name, text, DEFAULT_SAMPLE, progress
+            )
+        names = [variant.name for variant in TextBundle.load(path).manifest.variants]
+        out.print(quality_table(names, table))
+        err.print(f"wrote {path}; next: ladderstitch serve --model {model}", highlight=False)
+
+
 Checkpoints = Annotated[
     list[Path],
     typer.Argument(
@@ -223,17 +256,30 @@ def import_(
     mean: Mean = None,
     std: Std = None,
 ) -> None:
-    """Make a bundle from checkpoints, published ones or your own.
+    """Make a bundle from checkpoints or ONNX files, published ones or your own.
 
-    The input is either one file of a stitched family, or files of DeiT, ViT, Swin or ResNet
-    networks in the layout of timm or Hugging Face, which become the anchors of a new family. Only
-    weights are read: no code in a file is run. The error lists tensors that do not fit.
+    The input is one file of a stitched family, or files of DeiT, ViT, Swin or ResNet networks in
+    the layout of timm or Hugging Face, which become the anchors of a new family, or ONNX files or a
+    `family.yaml` that lists them, among which budgets choose (`make` stitches them). Only weights
+    are read: no code in a file is run. The error lists tensors that do not fit.
     """
     from ladderstitch.importers.import_bundle import BundleInfo, import_anchors, import_released
 
     with user_errors():
+        if family is None and all(path.suffix in NETWORK_SUFFIXES for path in checkpoints):
+            own_models.import_networks(
+                checkpoints,
+                into,
+                name=name,
+                licence=licence,
+                labels=labels,
+                mean=mean,
+                std=std,
+                image_size=image_size,
+            )
+            return
         info = BundleInfo(
-            name, licence, labels, _parse_numbers("mean", mean), _parse_numbers("std", std)
+            name, licence, labels, parse_numbers("mean", mean), parse_numbers("std", std)
         )
         if family is None:
             model = import_anchors(checkpoints, images, info, into, image_size=image_size)
@@ -245,15 +291,6 @@ def import_(
             )
     count = sum(stitch.usable for stitch in model.stitches)
     out.print(f"{into}: {count} networks; next: ladderstitch calibrate {into} --data FOLDER")
-
-
-def _parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{option}: expected numbers such as 0.5,0.5,0.5, got {text}") from None
 
 
 def convert_ladder(
@@ -356,5 +393,6 @@ def register(app: typer.Typer) -> None:
     app.command(rich_help_panel=group)(stitch)
     app.command(rich_help_panel=group)(quantize)
     app.command("import", rich_help_panel=group)(import_)
+    app.command("add-adapter", rich_help_panel=group)(add_adapter)
     app.command("convert-ladder", rich_help_panel=group)(convert_ladder)
     app.command("train-language", rich_help_panel=group)(train_language)

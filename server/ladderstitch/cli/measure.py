@@ -30,14 +30,26 @@ BundleFolder = Annotated[
 def calibrate(
     bundle: BundleFolder = EMBEDDED,
     data: Annotated[
-        Path | None, typer.Option(help="Image models: folder of gzipped IDX files.")
+        Path | None,
+        typer.Option(
+            help="Image models: folder with one subfolder per class, CSV file of path,label, or "
+            "folder of gzipped IDX files."
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Image models: folder of images without labels; measures the agreement with the "
+            "most expensive network."
+        ),
     ] = None,
     split: Annotated[
-        str, typer.Option(help="Image models: split of the data to measure on.")
+        str, typer.Option(help="Image models: split of IDX files to measure on.")
     ] = "t10k",
     name: Annotated[
-        str, typer.Option(help="Image models: name of the data in quality.json.")
-    ] = "Fashion-MNIST test",
+        str | None,
+        typer.Option(help="Image models: name of the data in quality.json (default: the file's)."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Image models: images per batch.")] = 100,
     text: Annotated[
         Path | None, typer.Option(help="Language models: held-out text file to measure on.")
@@ -47,8 +59,7 @@ def calibrate(
 
     The measurement of an image model resumes if it was interrupted.
     """
-    from ladderstitch.training.vision.calibrate import calibrate as run
-    from ladderstitch.training.vision.dataset import load_idx_folder
+    from ladderstitch.training.vision.calibrate import calibrate_files
 
     with user_errors(), progress_bar() as progress:
         path = find_bundle(str(bundle))
@@ -56,9 +67,8 @@ def calibrate(
             _calibrate_language(path, text, progress)
             following = f"ladderstitch serve --model {bundle}"
         else:
-            if data is None:
-                raise ConfigError("data: expected a folder of images for an image model, got none")
-            run(VisionBundle.load(path), load_idx_folder(data, split), name, batch_size, progress)
+            loaded = VisionBundle.load(path)
+            calibrate_files(loaded, data, images, split, name, batch_size, progress)
             following = f"ladderstitch profile {bundle}"
     err.print(f"wrote {path / 'quality.json'}; next: {following}")
 

@@ -2,6 +2,7 @@
 
     model.yaml            manifest: family, labels, preprocessing, origin, licence
     weights.safetensors   every anchor and stitching layer, under the published key names
+    networks/NAME.onnx    instead of anchors: the networks of the family `onnx`
     quality.json          optional: score per stitch (`ladderstitch calibrate`)
     latency.json          optional: seconds per stitch and batch size (`ladderstitch profile`)
     int8/UNIT.onnx        optional: graphs with 8-bit weights (`ladderstitch quantize`)
@@ -37,14 +38,18 @@ from ladderstitch.bundles import MAX_LISTED, check_tensors, shapes_of
 from ladderstitch.bundles.files import check_safetensors, read_table, read_yaml, validate
 from ladderstitch.errors import BundleError
 from ladderstitch.scheduling.profiles import LatencyProfile, QualityTable
-from ladderstitch.vision.models.families import FamilyConfig
+from ladderstitch.vision.models.families import AnyConfig
 from ladderstitch.vision.models.route import Precision, Stitch
 from ladderstitch.vision.models.stitched import StitchedModel
+from ladderstitch.vision.networks.config import OnnxConfig, raise_without_modules
+from ladderstitch.vision.networks.export import NetworkFiles
 
 MAX_SIZE = 1 << 20
 """Largest number in the configuration of a network."""
 MAX_BLOCKS = 500
 """Largest depth of a network, or of a stage of it, in blocks."""
+MAX_COST = 1 << 50
+"""Largest number of multiply-accumulates or parameters in the configuration of a network."""
 MAX_ENTRIES = 64
 """Entries of a list in the configuration of a network: anchors, stages."""
 MAX_PAIRS = 4096
@@ -104,8 +109,8 @@ class VisionManifest(BaseModel):
     format: Literal[1] = 1
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     version: str = Field("1", pattern=r"^[0-9]{1,9}$")
-    family: Literal["snnet", "snnet-staged", "snnetv2"] = "snnet"
-    config: FamilyConfig
+    family: Literal["snnet", "snnet-staged", "snnetv2", "onnx"] = "snnet"
+    config: AnyConfig
     precisions: tuple[Precision, ...] = Field(
         ("float32",), description="number formats in which every network is offered"
     )
@@ -162,9 +167,10 @@ class VisionManifest(BaseModel):
         if len(self.labels) != inputs.num_classes:
             raise ValueError(f"labels: expected {inputs.num_classes}, got {len(self.labels)}")
         got = (self.preprocessing.channels, self.preprocessing.height, self.preprocessing.width)
-        expected = (inputs.in_channels, inputs.image_size, inputs.image_size)
-        if got != expected:
-            raise ValueError(f"preprocessing: expected shape {expected} from the model, got {got}")
+        if got != inputs.shape:
+            raise ValueError(
+                f"preprocessing: expected shape {inputs.shape} from the model, got {got}"
+            )
         return self
 
 
@@ -184,6 +190,7 @@ def check_sizes(value: Any, where: str) -> None:
             check_sizes(inner, where)
     elif isinstance(value, int | float):
         most = MAX_BLOCKS if where.endswith((".depth", ".depths")) else MAX_SIZE
+        most = MAX_COST if where.endswith((".macs", ".parameters")) else most
         if not -most <= value <= most:
             raise ValueError(f"{where}: expected at most {most}, got {value}")
 
@@ -220,8 +227,11 @@ class VisionBundle:
         """Return the model on the CPU in `dtype`, in eval mode and without gradients.
 
         Batch normalisation is folded into the layers before it. Raises `BundleError` if the weights
-        cannot be read, or if a tensor is missing, unknown or has another shape.
+        cannot be read, if a tensor is missing, unknown or has another shape, or if the family has
+        no torch modules.
         """
+        if isinstance(self.manifest.config, OnnxConfig):
+            raise_without_modules()
         weights = self.weights_path
         check_safetensors(weights)
         try:
@@ -241,12 +251,13 @@ class VisionBundle:
 
         Raises `BundleError` if the weights cannot be read.
         """
-        try:
-            status = self.weights_path.stat()
-            weights = _file_digest(self.weights_path, status.st_mtime_ns, status.st_size)
-        except OSError as error:
-            raise BundleError(f"{self.weights_path}: {error}") from error
-        digest = hashlib.sha256(weights)
+        digest = hashlib.sha256()
+        for path in self.weight_files:
+            try:
+                status = path.stat()
+                digest.update(_file_digest(path, status.st_mtime_ns, status.st_size))
+            except OSError as error:
+                raise BundleError(f"{path}: {error}") from error
         digest.update(self.manifest.config.model_dump_json().encode())
         for path in sorted(self.int8_folder.glob("*.onnx")):
             status = path.stat()
@@ -258,6 +269,22 @@ class VisionBundle:
     def weights_path(self) -> Path:
         """The file of the weights."""
         return self.path / "weights.safetensors"
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """All files that hold weights in float32."""
+        config = self.manifest.config
+        if not isinstance(config, OnnxConfig):
+            return (self.weights_path,)
+        networks = tuple(self.network_files.network_path(entry) for entry in config.networks)
+        return (*networks, self.weights_path) if config.paths else networks
+
+    @property
+    def network_files(self) -> NetworkFiles:
+        """The files of the networks of a family `onnx`."""
+        inputs, config = self.manifest.preprocessing, self.manifest.config
+        assert isinstance(config, OnnxConfig)
+        return NetworkFiles(self.path, config, inputs.mean, inputs.std)
 
     @property
     def int8_folder(self) -> Path:
@@ -289,6 +316,11 @@ def write_bundle(path: Path, manifest: VisionManifest, model: StitchedModel) -> 
         for name, tensor in model.state_dict().items()
     }
     save_file(tensors, path / "weights.safetensors")
+    write_manifest(path, manifest)
+
+
+def write_manifest(path: Path, manifest: VisionManifest) -> None:
+    """Write `model.yaml`, and remove measurements of older weights."""
     fields = manifest.model_dump(mode="json", exclude_none=True)
     (path / "model.yaml").write_text(yaml.safe_dump(fields, sort_keys=False, width=100))
     for stale in ("quality.json", "latency.json"):

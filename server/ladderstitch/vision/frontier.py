@@ -11,8 +11,9 @@ import torch
 from ladderstitch.errors import BundleError
 from ladderstitch.scheduling.profiles import LatencyProfile, Quality, QualityTable, frontier
 from ladderstitch.vision.bundle import VisionBundle
-from ladderstitch.vision.models.cost import stitch_cost
+from ladderstitch.vision.models.cost import Cost, stitch_cost
 from ladderstitch.vision.models.route import Precision
+from ladderstitch.vision.networks.config import OnnxConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,11 +47,7 @@ def frontier_rows(bundle: VisionBundle, metric: CostMetric = "latency") -> list[
     Raises `BundleError` if the bundle lacks a measurement.
     """
     quality, latency = load_measurements(bundle)
-    config = bundle.manifest.config
-    with torch.device("meta"):
-        model = config.build()
-    size = config.inputs.image_size
-    costs = {s.id: stitch_cost(model, s, size) for s in bundle.manifest.variants()}
+    costs = variant_costs(bundle)
     values = {stitch: quality.value(stitch) for stitch in quality.variants}
     alone_s = {stitch: latency.alone_s(stitch) for stitch in latency.variants}
     cost = alone_s if metric == "latency" else {s: float(costs[s].macs) for s in alone_s}
@@ -72,6 +69,16 @@ def frontier_rows(bundle: VisionBundle, metric: CostMetric = "latency") -> list[
         if stitch.id in values and stitch.id in alone_s
     ]
     return sorted(rows, key=lambda row: row.cost(metric))
+
+
+def variant_costs(bundle: VisionBundle) -> dict[int, Cost]:
+    """Return the multiply-accumulates and parameters of every variant."""
+    config, variants = bundle.manifest.config, bundle.manifest.variants()
+    if isinstance(config, OnnxConfig):
+        return {variant.id: Cost(*config.cost(variant)) for variant in variants}
+    with torch.device("meta"):
+        model = config.build()
+    return {v.id: stitch_cost(model, v, config.inputs.image_size) for v in variants}
 
 
 def load_measurements(bundle: VisionBundle) -> tuple[QualityTable, LatencyProfile]:

@@ -35,7 +35,7 @@ from ladderstitch.text.messages import (
 )
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
-from ladderstitch.text.model.config import LlamaConfig
+from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.scheduler.scheduler import TextScheduler
@@ -305,7 +305,7 @@ def test_block_table_kernel_attends_like_torch() -> None:
     torch.testing.assert_close(got[1], got[0])
 
 
-REALISTIC = LlamaConfig(
+REALISTIC = DecoderConfig(
     vocab_size=1000,
     hidden_size=256,
     intermediate_size=688,

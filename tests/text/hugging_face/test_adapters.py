@@ -66,7 +66,7 @@ def test_adapter_is_a_path_with_the_logits_of_merged_weights(
     model = write_folder(tmp_path / "base", name)
     factors = write_adapter(tmp_path / "mine", model, **changes)
     text = tmp_path / "text.txt"
-    text.write_text("some words of a text that nobody has written before. " * 10)
+    text.write_text("a text of words that are long enough to be measured. " * 10)
     with Progress(disable=True) as progress:
         add_adapter(
             TextBundle.load(tmp_path / "base"), tmp_path / "mine", "mine", text, SAMPLE, progress

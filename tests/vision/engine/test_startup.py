@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ladderstitch.scheduling.profiles import LatencyProfile
+from ladderstitch.scheduling.profiles import Latency, LatencyProfile
 from ladderstitch.scheduling.requests import Pixels
 from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.engine.base import EngineConfig, EngineResult
@@ -91,6 +91,24 @@ async def test_profile_of_this_machine_is_scaled(tiny_bundle: VisionBundle, cach
         )
     }
     assert len(ratios) == 1
+
+
+async def test_profile_with_stitches_that_the_engine_lacks_is_used_without_them(
+    tiny_bundle: VisionBundle, cache: Path
+) -> None:
+    assert tiny_bundle.latency is not None
+    assert tiny_bundle.quality is not None
+    seconds = (1e-9,) * len(tiny_bundle.latency.batch_sizes)
+    fast = Latency(median_s=seconds, p99_s=seconds)
+    scores = tiny_bundle.quality.variants
+    bundle = replace(
+        with_profile(tiny_bundle, variants={**tiny_bundle.latency.variants, 99: fast}),
+        quality=tiny_bundle.quality.model_copy(update={"variants": {**scores, 99: scores[0]}}),
+    )
+    profile, engine, _ = await run_prepare(bundle)
+    assert cached_files(cache) == []  # it was not measured again
+    assert 99 not in profile.variants
+    assert 99 not in {stitch for joined in engine.joined for stitch in joined}
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 
+import numpy as np
 import torch
 from rich.progress import Progress
 from scipy.stats import binomtest
+from torch import Tensor
 
+from ladderstitch.errors import ConfigError
 from ladderstitch.runtime.device import versions
 from ladderstitch.scheduling.profiles import LatencyProfile, Quality, QualityTable
-from ladderstitch.training.vision.dataset import LabelledImages, normalise
+from ladderstitch.training.vision.dataset import LabelledImages, load_idx_folder, normalise
+from ladderstitch.training.vision.image_files import find_images, load_labelled, load_pixels
 from ladderstitch.vision.bundle import VisionBundle, write_table
 from ladderstitch.vision.engine.base import EngineConfig
 from ladderstitch.vision.engine.compiled import CompiledExecutor
@@ -20,8 +25,12 @@ from ladderstitch.vision.engine.startup import (
     open_executor,
     served_variants,
 )
+from ladderstitch.vision.frontier import variant_costs
 
 CONFIDENCE = 0.95
+IDX_NAME = "Fashion-MNIST test"
+"""Name of IDX files whose name the user does not state."""
+ACCURACY = "top-1 accuracy"
 
 
 def calibrate(
@@ -30,21 +39,23 @@ def calibrate(
     data_name: str,
     batch_size: int,
     progress: Progress,
+    metric: str = ACCURACY,
 ) -> QualityTable:
     """Return the top-1 accuracy and its Wilson interval per variant, measured as it is served.
 
     The table is written to the bundle after each variant. A run on the same data (equal name and
-    number of images) continues after the last variant measured.
+    number of images) continues after the last variant measured. `metric` names what the score is if
+    the labels are predictions.
     """
     executor = open_executor(bundle, torch.get_num_threads(), lambda done, total: None)
     table = QualityTable.model_construct(
-        metric="top-1 accuracy",
+        metric=metric,
         data=data_name,
         n=len(images),
         confidence=CONFIDENCE,
         date=datetime.now(UTC).date().isoformat(),
         versions=versions(),
-        variants=_read_measured(bundle, data_name, len(images)),
+        variants=_read_measured(bundle, metric, data_name, len(images)),
     )
     usable = [variant.id for variant in bundle.manifest.variants() if variant.usable]
     todo = [variant for variant in usable if variant not in table.variants]
@@ -58,6 +69,68 @@ def calibrate(
         )
         write_table(bundle.path / "quality.json", table)
     return table
+
+
+def calibrate_files(
+    bundle: VisionBundle,
+    data: Path | None,
+    images: Path | None,
+    split: str,
+    name: str | None,
+    batch_size: int,
+    progress: Progress,
+) -> QualityTable:
+    """Return the quality on labelled `data`, or else the agreement on unlabelled `images`.
+
+    `data` is a folder of IDX files, of which `split` is measured, a folder with one subfolder per
+    class, or a CSV file. Raises `ConfigError` without one of both, and `DataError` for files that
+    cannot be read.
+    """
+    manifest = bundle.manifest
+    if data is None and images is None:
+        raise ConfigError("data: expected labelled images, or --images, got none")
+    if data is None:
+        assert images is not None
+        pixels = load_pixels(find_images(images), manifest.preprocessing)
+        name = name or f"{len(pixels)} images of {images.name}"
+        reference = _most_expensive(bundle)
+        return calibrate_agreement(bundle, pixels, name, batch_size, progress, reference)
+    if data.is_dir() and any(data.glob("*-ubyte.gz")):
+        labelled, known = load_idx_folder(data, split), IDX_NAME
+    else:
+        labelled = load_labelled(data, manifest.labels, manifest.preprocessing)
+        known = f"{len(labelled)} labelled images of {data.name}"
+    return calibrate(bundle, labelled, name or known, batch_size, progress)
+
+
+def _most_expensive(bundle: VisionBundle) -> int:
+    """Return the variant with the most multiply-accumulates."""
+    costs = variant_costs(bundle)
+    return max(costs, key=lambda variant: (costs[variant].macs, -variant))
+
+
+def calibrate_agreement(
+    bundle: VisionBundle,
+    pixels: Tensor,
+    data_name: str,
+    batch_size: int,
+    progress: Progress,
+    reference: int,
+) -> QualityTable:
+    """Return the share of images on which each variant predicts the class of a reference variant.
+
+    `pixels` is uint8 [N, C, H, W], without labels. The table is written as `calibrate` does.
+    """
+    executor = open_executor(bundle, torch.get_num_threads(), lambda done, total: None)
+    scaling = bundle.manifest.preprocessing
+    labels = [
+        executor(normalise(part, scaling.mean, scaling.std).numpy(), reference).argmax(1)
+        for part in torch.split(pixels, batch_size)
+    ]
+    images = LabelledImages(pixels, torch.from_numpy(np.concatenate(labels)))
+    names = {variant.id: variant.name for variant in bundle.manifest.variants()}
+    metric = f"agreement with {names[reference]}"
+    return calibrate(bundle, images, data_name, batch_size, progress, metric)
 
 
 def count_correct(
@@ -78,10 +151,11 @@ def count_correct(
     return correct
 
 
-def _read_measured(bundle: VisionBundle, data_name: str, n: int) -> dict[int, Quality]:
+def _read_measured(bundle: VisionBundle, metric: str, data_name: str, n: int) -> dict[int, Quality]:
     """Return the qualities in the bundle if they were measured on the same data."""
     previous = bundle.quality
-    if previous is None or (previous.data, previous.n) != (data_name, n):
+    same = previous is not None and (previous.metric, previous.data, previous.n)
+    if previous is None or same != (metric, data_name, n):
         return {}
     return dict(previous.variants)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -120,7 +121,7 @@ def centred_views(paths: Iterable[Path], preprocessing: Preprocessing) -> Tensor
     views = []
     for path in paths:
         with Image.open(path) as image:
-            views.append(_view(image, centred_square(image.size, share), preprocessing))
+            views.append(make_view(image, centred_square(image.size, share), preprocessing))
     return torch.from_numpy(np.stack(views))
 
 
@@ -139,16 +140,26 @@ def random_views(
                 side = rng.uniform(0.5, 1.0) * min(image.size)
                 left = rng.uniform(0, image.width - side)
                 upper = rng.uniform(0, image.height - side)
-                views.append(_view(image, (left, upper, left + side, upper + side), preprocessing))
+                views.append(
+                    make_view(image, (left, upper, left + side, upper + side), preprocessing)
+                )
     return torch.from_numpy(np.stack(views))
 
 
-def _view(
+def make_view(
     image: Image.Image, box: tuple[float, float, float, float], preprocessing: Preprocessing
 ) -> Pixels:
     """Return the model input [C, H, W] of the part of the image in the box."""
-    reader = ImageReader(preprocessing, max_pixels=image.width * image.height)
-    resized = fit(flatten(image, reader.target), reader.target, box)
-    array = np.asarray(resized, np.uint8).reshape(preprocessing.height, preprocessing.width, -1)
-    view: Pixels = reader.normalise(np.ascontiguousarray(array.transpose(2, 0, 1))[None])[0]
+    reader = ImageReader(preprocessing)
+    view: Pixels = reader.normalise(view_pixels(image, box, reader)[None])[0]
     return view
+
+
+def view_pixels(
+    image: Image.Image, box: tuple[float, float, float, float], reader: ImageReader
+) -> NDArray[np.uint8]:
+    """Return uint8 pixels [C, H, W] of the part of the image in the box, as the model takes it."""
+    _, height, width = reader.shape
+    resized = fit(flatten(image, reader.target), reader.target, box)
+    array = np.asarray(resized, np.uint8).reshape(height, width, -1)
+    return np.ascontiguousarray(array.transpose(2, 0, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -19,9 +20,13 @@ from ladderstitch.errors import InternalError
 from ladderstitch.runtime.sessions import open_session
 from ladderstitch.scheduling.requests import Logits, Pixels
 from ladderstitch.vision.engine.base import EngineResult
-from ladderstitch.vision.models.graphs import INPUT, OUTPUT, join_units
+from ladderstitch.vision.models.graphs import INPUT, OUTPUT, join_runs
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+CLOSE_LIMIT_S = 5.0
+"""Seconds that `close` waits for a function that runs."""
 MIN_JOINED_BYTES = 96 << 20
 MAX_JOINED_SHARE = 0.2
 """Memory of joined networks: this share of the family's weights, and at least 96 MiB."""
@@ -54,15 +59,12 @@ class CompiledExecutor:
 
         Raises `KeyError` for an id that the family does not have.
         """
-        x = images
-        for session in self._sessions[stitch]:
-            (x,) = session.run((OUTPUT,), {INPUT: x})
-        return x
+        return _run(self._sessions[stitch], images)
 
     def open_whole(self, stitch: int) -> Callable[[Pixels], Logits]:
         """Return a function that runs a stitch as one graph with its own copy of the weights."""
-        session = self._open_whole(stitch)
-        return lambda images: session.run((OUTPUT,), {INPUT: images})[0]
+        sessions = self._open_whole(stitch)
+        return lambda images: _run(sessions, images)
 
     def join(self, stitches: Iterable[int]) -> list[int]:
         """Join the networks, in this order, while the memory for copies lasts; return which."""
@@ -72,7 +74,7 @@ class CompiledExecutor:
             left -= sum(path.stat().st_size for path in self._routes[stitch])
             if left < 0:
                 break
-            self._sessions[stitch] = (self._open_whole(stitch),)
+            self._sessions[stitch] = self._open_whole(stitch)
             joined.append(stitch)
         return joined
 
@@ -80,9 +82,18 @@ class CompiledExecutor:
         """Free the sessions now, although the garbage collector may not find this object soon."""
         self._sessions.clear()
 
-    def _open_whole(self, stitch: int) -> onnxruntime.InferenceSession:
-        graph = join_units(self._routes[stitch])
-        return open_session(graph.SerializeToString(), self._threads)
+    def _open_whole(self, stitch: int) -> tuple[onnxruntime.InferenceSession, ...]:
+        """Return one session, or a few if the units use different versions of operators."""
+        graphs = join_runs(self._routes[stitch])
+        return tuple(open_session(graph.SerializeToString(), self._threads) for graph in graphs)
+
+
+def _run(sessions: Iterable[onnxruntime.InferenceSession], images: Pixels) -> Logits:
+    """Return the logits of images that pass the sessions in order."""
+    x = images
+    for session in sessions:
+        (x,) = session.run((OUTPUT,), {INPUT: x})
+    return x
 
 
 class ComputeThread:
@@ -122,10 +133,14 @@ class ComputeThread:
         self._jobs.put(job)
         return await future
 
-    def close(self) -> None:
-        """End the thread after the functions that it already has."""
+    def close(self) -> bool:
+        """End the thread after the functions that it already has.
+
+        Return whether it has ended; one of them may hang.
+        """
         self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(CLOSE_LIMIT_S)
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -180,9 +195,11 @@ class CompiledEngine:
         await self._compute.run(partial(self.executor.join, stitches))
 
     def close(self) -> None:
-        """End the thread and free the sessions; no batch may be in flight."""
-        self._compute.close()
-        self.executor.close()
+        """End the thread and free the sessions, unless a batch hangs in them."""
+        if self._compute.close():
+            self.executor.close()
+        else:
+            log.error("a batch does not return; its sessions stay in memory")
 
     async def stop(self) -> None:
         """Do what `close` does, without holding the event loop until a batch has ended."""

@@ -17,7 +17,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from ladderstitch.errors import BundleError
+from ladderstitch.errors import BundleError, ConfigError
 from ladderstitch.runtime import ProgressCallback
 from ladderstitch.runtime.cache import cache_home
 from ladderstitch.runtime.device import (
@@ -32,8 +32,9 @@ from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.engine.base import Engine, EngineConfig
 from ladderstitch.vision.engine.compiled import CompiledEngine, CompiledExecutor
 from ladderstitch.vision.engine.process import ProcessEngine
-from ladderstitch.vision.models.graphs import cached_units, unit_paths
+from ladderstitch.vision.engine.units import export_bundle, routes_of
 from ladderstitch.vision.models.route import Precision, Stitch
+from ladderstitch.vision.networks.config import OnnxConfig
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ def make_config(
     Raises `ConfigError` for a runtime, device or number format that cannot be used.
     """
     inputs = bundle.manifest.preprocessing
+    if isinstance(bundle.manifest.config, OnnxConfig):
+        runtime, device, dtype = _resolve_for_networks(runtime, device, dtype)
     device = resolve_device(device)
     dtype = str(resolve_dtype(dtype, device)).removeprefix("torch.")
     return EngineConfig(
@@ -86,6 +89,19 @@ def make_config(
         image_shape=(inputs.channels, inputs.height, inputs.width),
         classes=len(bundle.manifest.labels),
     )
+
+
+def _resolve_for_networks(runtime: str, device: str, dtype: str) -> tuple[str, str, str]:
+    """Return runtime, device and number format of ONNX networks, whose `auto` is the only choice.
+
+    Raises `ConfigError` for another one.
+    """
+    given = {"runtime": runtime, "device": device, "dtype": dtype}
+    known = {"runtime": "onnx", "device": "cpu", "dtype": "float32"}
+    for field, expected in known.items():
+        if given[field] not in ("auto", expected):
+            raise ConfigError(f"{field}: expected {expected} for ONNX networks, got {given[field]}")
+    return known["runtime"], known["device"], known["dtype"]
 
 
 async def open_engine(
@@ -115,31 +131,17 @@ def open_executor(
 
     Raises `BundleError` if the weights do not fit, or if the bundle's own graphs cannot be read.
     """
-    folder = _export(bundle, on_progress)
+    folder = export_bundle(bundle, on_progress)
     try:
-        return _open_units(bundle, folder, threads)
+        return CompiledExecutor(routes_of(bundle, folder), threads)
     except Exception:  # the errors of ONNX Runtime have no common class
         log.exception("graphs in %s cannot be read, making them again", folder)
         shutil.rmtree(folder)
-    folder = _export(bundle, on_progress)
+    folder = export_bundle(bundle, on_progress)
     try:
-        return _open_units(bundle, folder, threads)
+        return CompiledExecutor(routes_of(bundle, folder), threads)
     except Exception as error:
         raise BundleError(f"{bundle.path}: expected readable graphs: {error}") from error
-
-
-def _export(bundle: VisionBundle, on_progress: ProgressCallback) -> Path:
-    """Return the folder of the bundle's units in float32, which are exported if necessary."""
-    inputs = bundle.manifest.preprocessing
-    shape = (inputs.channels, inputs.height, inputs.width)
-    return cached_units(bundle.digest(), bundle.load_model, shape, on_progress)
-
-
-def _open_units(bundle: VisionBundle, folder: Path, threads: int) -> CompiledExecutor:
-    variants = bundle.manifest.variants()
-    return CompiledExecutor(
-        {v.id: unit_paths(v, folder, bundle.int8_folder) for v in variants}, threads
-    )
 
 
 def served_variants(bundle: VisionBundle, config: EngineConfig) -> tuple[Stitch, ...]:
@@ -164,9 +166,9 @@ async def prepare(
     """
     path = await asyncio.to_thread(_profile_path, bundle, config)
     sizes = batch_sizes(config.max_batch_size)
-    known = _select(bundle.latency, config, sizes) or _read_profile(path)
+    stitches = [variant.id for variant in served_variants(bundle, config) if variant.usable]
+    known = _select(bundle.latency, config, sizes, stitches) or _read_profile(path)
     if known is None:
-        stitches = [variant.id for variant in served_variants(bundle, config) if variant.usable]
         profile = await measure_profile(
             engine, stitches, quality, config, sizes, START_ROUNDS, on_progress
         )
@@ -324,9 +326,16 @@ def _read_profile(path: Path) -> LatencyProfile | None:
 
 
 def _select(
-    profile: LatencyProfile | None, config: EngineConfig, sizes: tuple[int, ...]
+    profile: LatencyProfile | None,
+    config: EngineConfig,
+    sizes: tuple[int, ...],
+    stitches: Sequence[int],
 ) -> LatencyProfile | None:
-    """Return a profile at these batch sizes; None if it is not of this machine and software."""
+    """Return a profile of these stitches only, at these batch sizes.
+
+    None if it is not of this machine and software: the profile that is shipped with a bundle may
+    list stitches that this engine does not run.
+    """
     here = (device_name(torch.device(config.device)), config.threads, versions())
     if profile is None or (profile.device, profile.threads, profile.versions) != here:
         return None
@@ -339,8 +348,9 @@ def _select(
             p99_s=tuple(latency.p99_s[i] for i in index),
         )
         for stitch, latency in profile.variants.items()
+        if stitch in stitches
     }
-    return profile.model_copy(update={"batch_sizes": sizes, "variants": chosen})
+    return profile.model_copy(update={"batch_sizes": sizes, "variants": chosen}) if chosen else None
 
 
 def _scale_profile(profile: LatencyProfile, medians: dict[Pair, float]) -> LatencyProfile:

@@ -8,6 +8,7 @@ from pydantic import Discriminator, Tag
 
 from ladderstitch.vision.models.snnet import SnNetConfig, SnNetV2Config
 from ladderstitch.vision.models.snnet_staged import StagedConfig
+from ladderstitch.vision.networks.config import OnnxConfig
 
 
 def _family(value: object) -> str:
@@ -23,3 +24,13 @@ FamilyConfig = Annotated[
     | Annotated[SnNetV2Config, Tag("snnetv2")],
     Discriminator(_family),
 ]
+"""Families of torch modules, which can be trained."""
+
+AnyConfig = Annotated[
+    Annotated[SnNetConfig, Tag("snnet")]
+    | Annotated[StagedConfig, Tag("snnet-staged")]
+    | Annotated[SnNetV2Config, Tag("snnetv2")]
+    | Annotated[OnnxConfig, Tag("onnx")],
+    Discriminator(_family),
+]
+"""All families that a bundle may hold."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import onnx
@@ -152,9 +153,32 @@ def cached_units(
 
 
 def join_units(paths: Sequence[Path]) -> onnx.ModelProto:
-    """Return one graph that runs the units in these files one after another."""
-    parts = [add_prefix(onnx.load(path), f"{i}/") for i, path in enumerate(paths)]
+    """Return one graph that runs the units in these files one after another.
+
+    All must use the same versions of operators.
+    """
+    return _join([onnx.load(path) for path in paths])
+
+
+def join_runs(paths: Sequence[Path]) -> list[onnx.ModelProto]:
+    """Return graphs that run the units one after another, each as long as the versions allow.
+
+    Two networks of a user may have been exported for different versions of operators.
+    """
+    units = [onnx.load(path) for path in paths]
+    return [_join(list(run)) for _, run in groupby(units, key=_versions)]
+
+
+def _versions(model: onnx.ModelProto) -> list[tuple[str, int]]:
+    return sorted((entry.domain, entry.version) for entry in model.opset_import)
+
+
+def _join(units: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
+    if len(units) == 1:
+        return units[0]
+    parts = [add_prefix(unit, f"{i}/") for i, unit in enumerate(units)]
     whole = parts[0]
+    whole.ir_version = max(part.ir_version for part in parts)
     graph = whole.graph
     for number, part in enumerate(parts[1:], 1):
         join = onnx.helper.make_node("Identity", [f"{number - 1}/{OUTPUT}"], [f"{number}/{INPUT}"])

@@ -45,6 +45,8 @@ class Stitch:
     final_norm: bool
     usable: bool = True
     precision: Precision = "float32"
+    given_name: str = ""
+    """Name in float32 if the family names its networks itself."""
 
     def __post_init__(self) -> None:
         if not self.segments or len(self.layers) != len(self.segments) - 1:
@@ -72,6 +74,8 @@ class Stitch:
     def name(self) -> str:
         """Name that is unique within the family, e.g. `anchor-2` or `0[0..3]+1[4..7]-int8`."""
         suffix = "" if self.precision == "float32" else f"-{self.precision}"
+        if self.given_name:
+            return self.given_name + suffix
         if self.is_anchor:
             return f"anchor-{self.front}{suffix}"
         return "+".join(str(segment) for segment in self.segments) + suffix

@@ -26,6 +26,11 @@ class InputShape(BaseModel):
     in_channels: int = Field(3, gt=0, le=16)
     num_classes: int = Field(gt=1)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one image, [C, H, W]."""
+        return self.in_channels, self.image_size, self.image_size
+
 
 class VitConfig(BaseModel):
     """Shape of one ViT anchor."""

@@ -1,0 +1,226 @@
+"""The commands for ONNX networks of the user: `inspect` and `make`."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ladderstitch.bundles import models_home
+from ladderstitch.cli.console import err, out, plain_table, progress_bar, user_errors
+from ladderstitch.errors import ConfigError
+
+Networks = Annotated[
+    list[Path],
+    typer.Argument(help="ONNX files, or a family.yaml that lists them; the order is of no effect."),
+]
+Name = Annotated[str, typer.Option(help="Name of the model in requests.")]
+Labels = Annotated[
+    Path | None,
+    typer.Option(help="Text file with one label per line (default: from config.json)."),
+]
+Mean = Annotated[
+    str | None, typer.Option(help="Mean of each channel of pixels in [0, 1], e.g. 0.5,0.5,0.5.")
+]
+Std = Annotated[
+    str | None, typer.Option(help="Standard deviation of each channel, in the form of `--mean`.")
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Side of the images in pixels, if the file leaves it open."),
+]
+Crop = Annotated[
+    str | None,
+    typer.Option(
+        help="Side of the centred square that is kept, as a share of the shorter side, or "
+        "`whole`: the image is stretched."
+    ),
+]
+Resize = Annotated[str | None, typer.Option(help="Interpolation: bilinear or bicubic.")]
+
+
+def inspect(
+    model: Annotated[Path, typer.Argument(help="ONNX file.")],
+    image_size: ImageSize = None,
+) -> None:
+    """List what an ONNX network takes and returns, its costs, and where it can be cut.
+
+    A cut is a float32 tensor with the batch first through which all data of the network pass.
+
+    Example: `ladderstitch inspect small.onnx`
+    """
+    from ladderstitch.importers.inspect_network import inspect_network
+
+    with user_errors():
+        report = inspect_network(model, image_size)
+    out.print(f"[bold]{model.name}[/]", highlight=False)
+    out.print(plain_table(("tensor", "name", "type", "shape"), report.tensors, text=("name",)))
+    out.print(f"parameters: {report.parameters:,}; MACs per image: {report.macs}", highlight=False)
+    out.print(f"cut points: {report.summary}", highlight=False, soft_wrap=True)
+    if report.cuts:
+        columns = ("cut", "shape", "MMACs before", "after", "tensor")
+        out.print(plain_table(columns, report.cuts, text=("shape", "after", "tensor")))
+
+
+def make(
+    networks: Networks,
+    name: Name,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of PNG or JPEG files, without labels, to fit on.")
+    ] = None,
+    labelled: Annotated[
+        Path | None,
+        typer.Option(
+            help="Images to measure accuracy on: a folder with one subfolder per class, or a CSV "
+            "file of path,label. Unset: agreement with the most expensive network."
+        ),
+    ] = None,
+    into: Annotated[
+        Path | None, typer.Option(help="Bundle directory to write (default: NAME).")
+    ] = None,
+    paths: Annotated[int, typer.Option(min=0, max=64, help="Most stitched paths to keep.")] = 12,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG file of the frontier (default: in the bundle).")
+    ] = None,
+    labels: Labels = None,
+    mean: Mean = None,
+    std: Std = None,
+    image_size: ImageSize = None,
+    crop: Crop = None,
+    resize: Resize = None,
+    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "not stated",
+    rounds: Annotated[int, typer.Option(min=2, help="Measurements of each latency.")] = 20,
+    threads: Annotated[int, typer.Option(min=1, help="Number of threads of one batch.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of views and splits.")] = 0,
+) -> None:
+    """Stitch ONNX networks of one task into a family, measure it, and draw its frontier.
+
+    Affine maps between the networks are fitted without labels. Paths that are neither cheaper nor
+    better than another one are dropped.
+
+    Example: `ladderstitch make small.onnx large.onnx --images photos/ --labelled val/ --name mine`
+    """
+    from ladderstitch.importers.make_family import MakeOptions, make_family
+    from ladderstitch.importers.onnx_networks import FamilyInfo
+    from ladderstitch.vision.frontier import plot_frontier
+
+    with user_errors():
+        settings = build_settings(labels, mean, std, image_size, crop, resize)
+        info = FamilyInfo(name, licence, settings)
+        options = MakeOptions(images, labelled, paths, seed)
+        folder = into or models_home() / name
+        with progress_bar() as progress:
+            bundle = make_family(networks, info, options, folder, progress)
+            bundle = _profile(bundle.path, rounds, threads, progress)
+        drawn = plot or folder / "frontier.png"
+        plot_frontier(bundle, drawn)
+        _print_frontier(bundle)
+    err.print(f"wrote {folder} and {drawn}", soft_wrap=True)
+    served = name if into is None else folder
+    out.print(f"ladderstitch serve --model {served}", highlight=False, soft_wrap=True)
+
+
+def _profile(folder: Path, rounds: int, threads: int, progress: Any) -> Any:
+    """Write the latency profile of a bundle, and return the bundle with it."""
+    from ladderstitch.training.vision.calibrate import BATCH_SIZES
+    from ladderstitch.training.vision.calibrate import profile as run
+    from ladderstitch.vision.bundle import VisionBundle, write_table
+    from ladderstitch.vision.engine.startup import make_config
+
+    bundle = VisionBundle.load(folder)
+    config = make_config(
+        bundle,
+        runtime="auto",
+        device="cpu",
+        dtype="auto",
+        threads=threads,
+        max_batch_size=BATCH_SIZES[-1],
+    )
+    write_table(folder / "latency.json", asyncio.run(run(bundle, config, rounds, progress)))
+    return VisionBundle.load(folder)
+
+
+def _print_frontier(bundle: Any) -> None:
+    from ladderstitch.cli.measure import frontier_table
+    from ladderstitch.vision.frontier import frontier_rows
+
+    out.print(frontier_table(frontier_rows(bundle)))
+
+
+def import_networks(
+    files: list[Path],
+    into: Path,
+    *,
+    name: str,
+    licence: str,
+    labels: Path | None,
+    mean: str | None,
+    std: str | None,
+    image_size: int | None,
+) -> None:
+    """Write the bundle of independent ONNX networks, and print what to do next."""
+    from ladderstitch.importers.onnx_bundle import import_networks as run
+    from ladderstitch.importers.onnx_networks import FamilyInfo
+
+    settings = build_settings(labels, mean, std, image_size, None, None)
+    bundle = run(files, FamilyInfo(name, licence, settings), into)
+    count = len(bundle.manifest.variants())
+    known = f" of {bundle.quality.metric} quality" if bundle.quality is not None else ""
+    step = f"serve --model {into}" if known else f"calibrate {into} --data FOLDER"
+    out.print(f"{into}: {count} networks{known}; next: ladderstitch {step}", soft_wrap=True)
+
+
+def build_settings(
+    labels: Path | None,
+    mean: str | None,
+    std: str | None,
+    image_size: int | None,
+    crop: str | None,
+    resize: str | None,
+) -> Any:
+    """Return the settings of images that options state.
+
+    Raises `ConfigError` for values that cannot be read.
+    """
+    from ladderstitch.importers.image_settings import RESAMPLING, WHOLE, ImageSettings
+
+    if resize is not None and resize not in RESAMPLING:
+        raise ConfigError(f"resize: expected bilinear or bicubic, got {resize}")
+    share: float | str | None = crop
+    if crop is not None and crop != WHOLE:
+        share = (parse_numbers("crop", crop) or (0.0,))[0]
+    try:
+        listed = None if labels is None else tuple(labels.read_text().splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"labels: {error}") from error
+    return ImageSettings(
+        size=None if image_size is None else (image_size, image_size),
+        mean=parse_numbers("mean", mean),
+        std=parse_numbers("std", std),
+        crop=share,
+        resize=None if resize is None else RESAMPLING[resize],
+        labels=listed,
+        source="options",
+    )
+
+
+def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """Return the numbers of an option, which commas separate, or None if it is not given.
+
+    Raises `ConfigError` for anything else.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option}: expected numbers such as 0.5,0.5,0.5, got {text}") from None
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    group = "Make a family"
+    app.command(rich_help_panel=group)(make)
+    app.command(rich_help_panel=group)(inspect)
