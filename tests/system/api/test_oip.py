@@ -60,7 +60,7 @@ def test_tritonclient_works_unmodified(server: RunningServer) -> None:
         best = ("ankle", "bag", "coat", "dress")[int(np.argmax(row))]
         assert classes[0].endswith(f":{int(np.argmax(row))}:{best}")
     assert seen["shared_memory"][0] == "StatusCode.INVALID_ARGUMENT"
-    assert "shared_memory_region" in seen["shared_memory"][1]
+    assert "shared_memory_byte_size" in seen["shared_memory"][1]
     assert seen["regions"] == {}
     assert seen["trace"]["settings"]["trace_level"] == {"value": ["OFF"]}
     assert seen["log"]["settings"]["log_error"] == {"bool_param": True}

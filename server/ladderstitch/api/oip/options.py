@@ -150,7 +150,7 @@ def check_parameters(place: Place, names: Iterable[str], kind: Kind | None = Non
     Unknown parameters of a request are the caller's own and pass unread, as with Triton, unless
     they resemble an option of this server. Unknown ones anywhere else are rejected.
     """
-    for name in names:
+    for name in sorted(names):  # a map of protobuf has no order, but an error names one field
         option = _find(place, name)
         if option is None:
             _check_unknown(place, name, kind)
