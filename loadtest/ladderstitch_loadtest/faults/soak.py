@@ -114,6 +114,8 @@ class Soak:
             started_s = self._now_s
             try:
                 end = await send(number)
+                if end not in ALLOWED[kind]:
+                    self.result.unexplained.append(f"{self._now_s:.1f} s, {kind}: {end}")
             except RequestFailed as error:
                 end = error.reason or error.code.name
                 self._check_failure(kind, end, started_s, error)
@@ -193,7 +195,7 @@ class Soak:
             case 5:
                 await self.client.predict(png_of_size(30_000, 30_000), model=IMAGES)
             case 6:
-                await self.client.predict(png_of_size(28, 28)[:-9], model=IMAGES)
+                await self.client.predict(png_of_size(28, 28)[:-30], model=IMAGES)
             case 7:
                 async for _ in self.client.generate("a", model=TEXT, stop=["x"] * 40):
                     pass
