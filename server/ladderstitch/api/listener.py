@@ -22,7 +22,6 @@ from ladderstitch.telemetry.logs import RecordSink
 REUSE_PORT = "grpc.so_reuseport"
 IDENTITY_ONLY = 1
 """Bit set of the compression algorithms of requests: a small message could inflate to gigabytes."""
-MAX_METADATA_BYTES = 16 << 10
 MAX_PING_STRIKES = 2
 MAX_METADATA_BYTES = 16 << 10
 """Maximum size of the metadata of a call.
@@ -136,8 +135,6 @@ class ListenerConfig:
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.compression_enabled_algorithms_bitset", IDENTITY_ONLY),
             ("grpc.http2.bdp_probe", 0),  # the window of a call that is not read stays 64 KiB
-            ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-            ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
             ("grpc.max_allowed_incoming_connections", self.max_connections),
             ("grpc.server_handshake_timeout_ms", round(1e3 * self.header_timeout_s)),
             ("grpc.max_connection_idle_ms", round(1e3 * self.idle_timeout_s)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -58,8 +58,6 @@ FAMILIES = (
 RANK_COUNTS = (1, 2, 4)
 """Rank counts to try; if a model cannot be split over one, the next smaller one that fits."""
 BLOCK_TOKENS = 16
-MAX_TOKENS = 32
-"""Tokens of the longest recorded sequence."""
 HF_CONFIGS = ("hf_config", "hf_config_transformers_5")
 """The `config.json` of a case as transformers 4 and 5 write it."""
 
@@ -151,8 +149,7 @@ def read_model(
     if "hf_config" in recorded:
         layouts = [recorded[name] for name in HF_CONFIGS if name in recorded]
         read = [read_architecture(fields) for fields in layouts]
-        limited = [replace(a, config=a.config.limited_to(MAX_TOKENS)) for a in read]
-        return [(a, LaidOutWeights(MemoryWeights(tensors), a.layout, a.config)) for a in limited]
+        return [(a, LaidOutWeights(MemoryWeights(tensors), a.layout, a.config)) for a in read]
     config = gpt_fast_config(recorded["model_args"])
     return [(Architecture(config), MemoryWeights(from_gpt_fast(tensors, config)))]
 
@@ -170,7 +167,7 @@ def run_case(
     They are computed in one pass, or as a prefill of `prefill` tokens followed by single tokens. A
     greedy run returns the logits [B, N, V] from which the N new tokens are chosen, one by one.
     """
-    tokens = tokens.clone()
+    config = config.limited_to(tokens.shape[1] + run.greedy_tokens)
     for _ in range(run.greedy_tokens - 1):
         best = _run_case(config, weights, tokens, run, ranks, prefill)[:, -1].argmax(-1)
         tokens = torch.cat((tokens, best[:, None]), dim=1)

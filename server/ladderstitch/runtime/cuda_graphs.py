@@ -16,6 +16,11 @@ Pool: TypeAlias = Any
 """The handle of a memory pool that graphs share."""
 
 
+def bucket_of(size: int, largest: int) -> int:
+    """Return the batch size of the graph that runs a batch: a power of two, or the largest."""
+    return min(1 << (size - 1).bit_length(), largest)
+
+
 @dataclass(frozen=True, slots=True)
 class CapturedPass(Generic[T]):
     """A captured pass: `replay` computes it on the memory it was captured with."""

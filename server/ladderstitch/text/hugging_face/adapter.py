@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ladderstitch.bundles.files import read_json
@@ -69,19 +69,19 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     return delta
 
 
+@dataclass(frozen=True, slots=True)
 class _Scale:
-    """The factor of an adapter's product, by the module's name and the rank."""
+    """The factor of an adapter's product: alpha over the rank, or over its root (rsLoRA)."""
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        self._alpha, self._alphas = fields["lora_alpha"], fields["alpha_pattern"]
-        self._by_root = fields["use_rslora"]
+    alpha: float
+    alphas: Mapping[str, float]
+    """The alpha of modules whose name ends in a pattern."""
+    by_root: bool
 
     def __call__(self, module: str, rank: int) -> float:
-        alpha = float(self._alpha)
-        for pattern, own in self._alphas.items():
-            if module == pattern or module.endswith(f".{pattern}"):
-                alpha = float(own)
-        return alpha / (math.sqrt(rank) if self._by_root else rank)
+        own = [a for part, a in self.alphas.items() if f".{module}".endswith(f".{part}")]
+        alpha = own[-1] if own else self.alpha
+        return alpha / (math.sqrt(rank) if self.by_root else rank)
 
 
 def _read_scale(file: Path) -> _Scale:
@@ -105,15 +105,12 @@ def _read_scale(file: Path) -> _Scale:
         fields.expect(name, False)
     for name in ("modules_to_save", "target_parameters", "arrow_config", "corda_config"):
         fields.expect(name)
-    patterns: dict[str, Any] = fields.get("alpha_pattern", {})
-    own: dict[str, Any] = {
-        "lora_alpha": fields.get("lora_alpha", 8.0),
-        "alpha_pattern": patterns,
-        "use_rslora": fields.get("use_rslora", False),
-    }
-    fields.get("r", 8)  # the tensors have their ranks
-    fields.get("rank_pattern", dict[str, Any]())
+    for name in ("r", "rank_pattern"):  # the tensors have their ranks
+        fields.skip(name)
+    alphas: dict[str, Any] = fields.get("alpha_pattern", {})
+    scale = _Scale(fields.get("lora_alpha", 8.0), alphas, by_root=fields.get("use_rslora", False))
     fields.check_all_read()
-    if any(not torch.isfinite(torch.tensor(float(v))) for v in (own["lora_alpha"],)):
-        raise ConfigError(f"{CONFIG}: lora_alpha: expected a finite number")
-    return _Scale(own)
+    for alpha in (scale.alpha, *alphas.values()):
+        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise ConfigError(f"{CONFIG}: lora_alpha: expected finite numbers, got {alpha!r}")
+    return scale

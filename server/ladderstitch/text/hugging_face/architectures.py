@@ -225,7 +225,7 @@ def _smollm3(fields: Fields, sizes: dict[str, Any]) -> Differences:
     if len(rotated) != layers:
         raise ConfigError(f"config.json: no_rope_layers: expected {layers}, got {len(rotated)}")
     windows = _windows(fields, layers)
-    fields.get("max_window_layers", layers)  # `layer_types` says the same
+    fields.skip("max_window_layers")  # `layer_types` says the same
     windows = windows if fields.get("use_sliding_window", False) else {}
     still = {"unrotated_layers": tuple(n for n in range(layers) if not rotated[n])}
     return Differences(dict(_llama(fields, sizes).config) | still | windows, tied=True)

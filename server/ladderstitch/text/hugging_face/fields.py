@@ -73,6 +73,10 @@ class Fields:
             )
         return value
 
+    def skip(self, name: str) -> None:
+        """Count a field as read: something else says the same."""
+        self._read.add(name)
+
     def size(self, *names: str) -> int:
         """Return the first of several fields that is present.
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ladderstitch.runtime.cuda_graphs import CapturedPass, GraphBackend, Pool
+from ladderstitch.runtime.cuda_graphs import CapturedPass, GraphBackend, Pool, bucket_of
 from ladderstitch.text.comm.base import Communicator
 from ladderstitch.text.messages import LogitsMode, Step
 from ladderstitch.text.model.attention import PagedCache
@@ -110,7 +110,8 @@ class GraphedDecoder:
         self._staged[:] = self._padding
         self._rows = self._staging.to(model.device)
         self._passes: dict[int, CapturedPass[StepOutput]] = {}
-        for bucket in reversed(buckets(sequences)):
+        buckets = {bucket_of(size, sequences) for size in range(1, sequences + 1)}
+        for bucket in sorted(buckets, reverse=True):
             run = self._pass_of(bucket)
             backend.warm_up(run)
             self._passes[bucket] = backend.capture(run, pool)
@@ -141,7 +142,7 @@ class GraphedDecoder:
     def __call__(self, step: Step) -> StepOutput:
         """Return the output of a step; its tensors are valid until the next one."""
         used = len(step.inputs)
-        bucket = next(b for b in buckets(len(self._staged)) if b >= used)
+        bucket = bucket_of(used, len(self._staged))
         for row, sequence in zip(self._staged, step.inputs, strict=False):
             position, block = sequence.start, sequence.blocks[sequence.start // self._block_tokens]
             slot = block * self._block_tokens + position % self._block_tokens
@@ -155,10 +156,3 @@ class GraphedDecoder:
         return StepOutput(
             whole.logits[:used], whole.best[:used], whole.best_tokens[:used], whole.finite[:used]
         )
-
-
-def buckets(sequences: int) -> list[int]:
-    """Return the batch sizes that are captured: powers of two, and the largest."""
-    return sorted(
-        {1 << n for n in range(sequences.bit_length()) if 1 << n <= sequences} | {sequences}
-    )

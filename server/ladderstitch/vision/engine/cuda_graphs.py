@@ -12,7 +12,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from ladderstitch.runtime.cuda_graphs import CapturedPass, GraphBackend
+from ladderstitch.runtime.cuda_graphs import CapturedPass, GraphBackend, bucket_of
 from ladderstitch.vision.models.executor import StitchExecutor
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class GraphedExecutor:
         largest = len(self._input)
         if not 0 < batch_size <= largest:
             raise ValueError(f"images: expected 1 to {largest}, got {batch_size}")
-        return min(1 << (batch_size - 1).bit_length(), largest)
+        return bucket_of(batch_size, largest)
 
     def _fill_input(self, images: Tensor, bucket: int) -> None:
         """Copy the images into the buffer, on the stream of the replay, and zero the other rows.
