@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -135,6 +136,13 @@ def memory_mb(pids: list[int]) -> float:
 
 
 def process_tree(pid: int) -> list[int]:
-    """Return the ids of a process and all its descendants."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(p for child in children for p in process_tree(int(child)))]
+    """Return the ids of a process and all its descendants, whichever of its threads started them.
+
+    Processes that end meanwhile are left out.
+    """
+    found = [pid]
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has just ended
+            for child in map(int, file.read_text().split()):
+                found += process_tree(child)
+    return found

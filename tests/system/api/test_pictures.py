@@ -127,9 +127,10 @@ def test_stream_rejected_image_ends_its_own_item(oip: Stub, kind: str) -> None:
     file, reason = REJECTED[kind]
     files = [file if number == 10 else picture() for number in range(21)]
     requests = (file_request(number, file) for number, file in enumerate(files))
-    answers = {
-        answer.infer_response.id: answer.error_message for answer in oip.ModelStreamInfer(requests)
-    }
+    responses = list(oip.ModelStreamInfer(requests))
+    for response in responses:
+        assert response.infer_response.parameters["triton_final_response"].bool_param
+    answers = {answer.infer_response.id: answer.error_message for answer in responses}
     assert sorted(map(int, answers)) == list(range(21))
     assert reason in answers.pop("10")
     assert set(answers.values()) == {""}

@@ -8,12 +8,12 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ladderstitch_loadtest.faults.fuzz_runner import process_tree
 from ladderstitch_loadtest.faults.stops.report import VITAL, Fault
 from ladderstitch_loadtest.servers.processes import StartError, command_line
 
@@ -154,19 +154,9 @@ def find_processes(replica: int, kind: str) -> list[int]:
     """Return the processes of a kind below a replica that run and are not stopped."""
     return [
         pid
-        for pid in descendants(replica)
+        for pid in process_tree(replica)[1:]
         if MODULES[kind] in command_line(pid) and process_state(pid) in "RSD"
     ]
-
-
-def descendants(pid: int) -> list[int]:
-    """Return the processes that any thread of a process, or of such a process, has started."""
-    found = []
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):  # the thread has just ended
-            for child in map(int, file.read_text().split()):
-                found += [child, *descendants(child)]
-    return found
 
 
 def process_state(pid: int) -> str:

@@ -178,7 +178,9 @@ class OipService(TritonExtensions):
         async def respond(request: pb.ModelInferRequest) -> AsyncGenerator[pb.ModelInferResponse]:
             model = self.registry.find(request.model_name, request.model_version)
             if isinstance(model, VisionModel):
-                yield await self._infer(request, context)
+                answer = await self._infer(request, context)
+                answer.parameters["triton_final_response"].bool_param = True
+                yield answer
                 return
             async with aclosing(self._generate(request, model, context)) as responses:
                 async for response in responses:
