@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import socket
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ladderstitch.runtime.cuda_graphs import CapturedPass
-from ladderstitch.text.comm.base import SingleRankCommunicator
-from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
+from ladderstitch.text.comm.base import SingleRankCommunicator, SingleSpec
+from ladderstitch.text.engine import rank
+from ladderstitch.text.engine.rank_config import RankConfig
+from ladderstitch.text.messages import Kind, LogitsMode, Message, SequenceInput, Step
 from ladderstitch.text.model import transformer
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
@@ -184,7 +187,6 @@ def test_captured_decoding_equals_eager_decoding(
         sequence_blocks=5,
         spare_block=BLOCKS,
         backend=FakeGraphs(),
-        pool=0,
     )
     for number, step in enumerate(steps()):
         assert graphs.can_run(step) == (number >= 2)
@@ -218,7 +220,6 @@ def test_captured_decoding_reports_the_sequence_that_is_not_finite(
         sequence_blocks=5,
         spare_block=BLOCKS,
         backend=FakeGraphs(),
-        pool=0,
     )
     output = graphs(Step(tuple(SequenceInput([t], 1, [t]) for t in (7, 9, 8))))
     assert output.finite.tolist() == [True, False, True]
@@ -287,3 +288,20 @@ def test_every_stitch_with_kernels_equals_torch(monkeypatch: pytest.MonkeyPatch)
     with torch.inference_mode():
         for stitch in model.stitches:
             assert_close(with_kernels(images, stitch.id), plain(images, stitch.id))
+
+
+def test_path_whose_capture_fails_runs_kernel_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfMemory(FakeGraphs):
+        def capture(self, run: Callable[[], T], pool: int) -> CapturedPass[T]:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(transformer, "ResidualStream", KernelStream)
+    monkeypatch.setattr(rank, "CudaGraphs", OutOfMemory)
+    config = RankConfig(model=TINY, paths=(ResidualScheme(),), max_model_len=16, block_tokens=4)
+    held = rank.Rank(rank.Assignment(rank_config=config, rank=0))
+    held.models, held.cache = [make_model()], PagedCache(TINY, SHARD, config.blocks + 1, 4)
+    held.cache.uses_kernels = True
+    held.init_comm(SingleSpec(), socket.socket())
+    assert held.graphs == {}
+    header, body = Step((SequenceInput([3], 0, [0]),)).pack()
+    assert held.forward(Message(Kind.FORWARD, header, body)).header["non_finite"] == []

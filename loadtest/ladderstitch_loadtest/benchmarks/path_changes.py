@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.comm.base import SingleRankCommunicator
-from ladderstitch.text.engine.rank import load_models
 from ladderstitch.text.engine.rank_config import RankConfig
+from ladderstitch.text.engine.rank_models import load_models
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch

@@ -19,8 +19,8 @@ from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.model_metrics import NullObserver
 from ladderstitch.text.bundle import TextBundle, TextVariant
 from ladderstitch.text.comm.base import SingleRankCommunicator
-from ladderstitch.text.engine.rank import load_models
 from ladderstitch.text.engine.rank_config import RankConfig
+from ladderstitch.text.engine.rank_models import load_models
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step, StepOutput
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch

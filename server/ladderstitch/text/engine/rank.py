@@ -13,18 +13,13 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ladderstitch.runtime.cuda_graphs import CudaGraphs
 from ladderstitch.runtime.device import use_device
-from ladderstitch.runtime.library_choice import measure_products
-from ladderstitch.runtime.low_bit import BITS, LowBitPrecision
 from ladderstitch.runtime.process import trim_heap
 from ladderstitch.security.listen_config import split_address
 from ladderstitch.text.comm.base import (
@@ -39,22 +34,15 @@ from ladderstitch.text.comm.base import (
     TcpSpec,
 )
 from ladderstitch.text.engine.rank_config import Assignment, CommInit, RankConfig
+from ladderstitch.text.engine.rank_models import load_models
 from ladderstitch.text.messages import Kind, Message, Step, receive_message, send_message
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch, find_sequences, select_rows
 from ladderstitch.text.model.graphed_decoder import GraphedDecoder, StepOutput, compute_step
 from ladderstitch.text.model.residual import LayerPlan, plan_layers
-from ladderstitch.text.model.segments import SEGMENT_SCHEMES, SegmentedTransformer
+from ladderstitch.text.model.segments import SegmentedTransformer
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.transformer import Transformer
-from ladderstitch.text.model.weight_reader import (
-    EMBEDDING,
-    DeltaWeights,
-    Weights,
-    load_delta,
-    touched_layers,
-)
-from ladderstitch.text.model.weights import LayerWeights, RankWeights, load_layer, load_rank
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +50,8 @@ SECRET_VARIABLE = "LADDERSTITCH_RANK_SECRET"
 """Environment variable for the secret of a rank that is started by hand."""
 CONNECT_TIMEOUT_S = 20.0
 MAX_ERROR_CHARACTERS = 4096
-MAX_GRAPH_BYTES = 1 << 30
-"""Largest float32 head in a graph, whose serialised form is limited to 2 GiB."""
 MAX_CAPTURED_SEQUENCES = 64
 """Sequences of the largest step that is captured; the launches of larger ones cost little."""
-RankModel = Transformer | SegmentedTransformer
-"""A model of one rank; both kinds have the same `forward`."""
 
 
 class Rank:
@@ -162,28 +146,32 @@ class Rank:
         )
 
     def _capture_graphs(self) -> None:
-        """Capture the decoding steps of all paths on a GPU, if the model is on one rank."""
+        """Capture the decoding steps of all paths on a GPU, if the model is on one rank.
+
+        A path whose capture fails runs kernel by kernel.
+        """
         config = self.rank_config
         reads_spans = config.model.windowed_layers or config.model.attention_softcap
         if not self.cache.uses_kernels or config.ranks > 1 or reads_spans:
             return
         backend = CudaGraphs()
-        pool = backend.make_pool()
         for path, (model, (plans, comm)) in enumerate(
             zip(self.models, self.path_plans, strict=True)
         ):
             assert isinstance(model, Transformer), "only CPUs compute in segments"
-            self.graphs[path] = GraphedDecoder(
-                model,
-                self.cache,
-                plans,
-                comm,
-                sequences=min(config.max_batched_tokens, MAX_CAPTURED_SEQUENCES),
-                sequence_blocks=config.sequence_blocks,
-                spare_block=config.blocks,
-                backend=backend,
-                pool=pool,
-            )
+            try:
+                self.graphs[path] = GraphedDecoder(
+                    model,
+                    self.cache,
+                    plans,
+                    comm,
+                    sequences=min(config.max_batched_tokens, MAX_CAPTURED_SEQUENCES),
+                    sequence_blocks=config.sequence_blocks,
+                    spare_block=config.blocks,
+                    backend=backend,
+                )
+            except Exception:  # the errors of CUDA and its libraries have no common class
+                log.exception("capture failed path=%d; it runs kernel by kernel", path)
 
     def leave_group(self) -> None:
         """Close the communicator after a failed pass, so that no peer waits for this rank.
@@ -200,109 +188,6 @@ class Rank:
         """
         is_low_bit = self.rank_config.path_precisions[path] is not None
         return is_low_bit or isinstance(self.models[path], SegmentedTransformer)
-
-
-def load_models(
-    config: RankConfig, shard: Shard, notes: list[str] | None = None
-) -> list[RankModel]:
-    """Return one rank's model of every path; add what was chosen to `notes`, for the log.
-
-    Paths of one precision share the tensors that no delta changes, except that a low-bit path with
-    a delta has sessions of its own.
-    """
-    reader = config.weights()
-    models: list[RankModel] = []
-    shared: dict[LowBitPrecision | None, RankWeights] = {}
-    in_segments: dict[LowBitPrecision | None, bool] = {}
-    bases: dict[LowBitPrecision | None, RankModel] = {}
-    for precision, file in zip(config.path_precisions, config.path_deltas, strict=True):
-        options = ShardOptions(config, shard, precision, [] if notes is None else notes)
-        if precision not in shared:
-            shared[precision] = options.load_rank(reader)
-            in_segments[precision] = options.uses_segments(shared[precision])
-        weights, segmented = shared[precision], in_segments[precision]
-        if file is None:
-            if precision not in bases:
-                bases[precision] = options.make_model(weights, reader, segmented=segmented)
-            models.append(bases[precision])
-            continue
-        delta = load_delta(file)
-        changed = DeltaWeights(reader, delta)
-        layers = list(weights.layers)
-        for layer in touched_layers(delta):
-            layers[layer] = options.load_layer(changed, layer)
-        weights = replace(weights, layers=tuple(layers))
-        models.append(options.make_model(weights, changed, segmented=segmented))
-    return models
-
-
-@dataclass(frozen=True, slots=True)
-class ShardOptions:
-    """The way in which one rank loads and runs the paths of one precision."""
-
-    config: RankConfig
-    shard: Shard
-    precision: LowBitPrecision | None
-    notes: list[str]
-    """What was chosen while loading, for the log."""
-
-    @property
-    def _common(self) -> dict[str, Any]:
-        config, bits = self.config, BITS[self.precision] if self.precision else None
-        return {
-            "config": config.model,
-            "shard": self.shard,
-            "dtype": torch.float32 if bits else config.torch_dtype,
-            "device": config.device,
-            "shared_norm": config.shared_norm,
-            "bits": bits,
-        }
-
-    def load_rank(self, reader: Weights) -> RankWeights:
-        """Return this rank's tensors."""
-        return load_rank(reader, **self._common)
-
-    def load_layer(self, reader: Weights, layer: int) -> LayerWeights:
-        """Return this rank's tensors of one layer."""
-        return load_layer(reader, layer, **self._common)
-
-    @property
-    def _schemes(self) -> set[str]:
-        """The residual schemes of the paths of this precision."""
-        pairs = zip(self.config.path_precisions, self.config.paths, strict=True)
-        return {path.scheme for precision, path in pairs if precision == self.precision}
-
-    def uses_segments(self, weights: RankWeights) -> bool:
-        """Return whether dtype, device, ranks, schemes and size permit segments.
-
-        In float32 they must also be as fast as torch, which is measured.
-        """
-        config, in_float32 = self.config, self.precision is None
-        fits = not in_float32 or (
-            (config.dtype, config.device) == ("float32", "cpu")
-            and weights.head.nbytes <= MAX_GRAPH_BYTES
-        )
-        fits &= config.model.is_llama
-        fits &= config.ranks == 1 and self._schemes <= SEGMENT_SCHEMES
-        if not fits or not in_float32:
-            return fits
-        matrices = [layer.gate_up for layer in weights.layers]
-        times = measure_products([m for m in matrices if isinstance(m, Tensor)], config.threads)
-        self.notes.append(times.describe())
-        return times.chosen == "onnxruntime"
-
-    def make_model(self, weights: RankWeights, reader: Weights, *, segmented: bool) -> RankModel:
-        """Return the model of a path."""
-        config, model = self.config, self.config.model.limited_to(self.config.max_model_len)
-        if not segmented:
-            return Transformer(model, weights, self.shard, config.threads)
-        return SegmentedTransformer(
-            model,
-            weights,
-            config.threads,
-            lagged="ladder" in self._schemes,
-            embedding=reader.read(EMBEDDING, self.shard.vocabulary),
-        )
 
 
 def anonymous_bytes() -> int:

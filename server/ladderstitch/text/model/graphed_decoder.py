@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ladderstitch.runtime.cuda_graphs import CapturedPass, GraphBackend, Pool, bucket_of
+from ladderstitch.runtime.cuda_graphs import CapturedPass, GraphBackend, bucket_of
 from ladderstitch.text.comm.base import Communicator
 from ladderstitch.text.messages import LogitsMode, Step
 from ladderstitch.text.model.attention import PagedCache
@@ -80,7 +80,7 @@ class GraphedDecoder:
     """Runs the decoding steps of one path by replaying a graph of the smallest bucket that fits.
 
     Buckets are the powers of two below `sequences`, and `sequences` itself. Rows that a bucket has
-    in excess write to a block of their own, `spare_block`, and attend to nothing. All graphs read
+    in excess write to a block of their own, `spare_block`, and attend to nothing. The graphs read
     one buffer and share a pool, so that steps must not overlap.
     """
 
@@ -95,7 +95,6 @@ class GraphedDecoder:
         sequence_blocks: int,
         spare_block: int,
         backend: GraphBackend,
-        pool: Pool,
     ) -> None:
         """Capture all buckets, the largest first."""
         self._model, self._cache, self._plans, self._comm = model, cache, plans, comm
@@ -109,6 +108,7 @@ class GraphedDecoder:
         self._staged = self._staging.numpy()
         self._staged[:] = self._padding
         self._rows = self._staging.to(model.device)
+        pool = backend.make_pool()
         self._passes: dict[int, CapturedPass[StepOutput]] = {}
         buckets = {bucket_of(size, sequences) for size in range(1, sequences + 1)}
         for bucket in sorted(buckets, reverse=True):

@@ -18,8 +18,8 @@ from ladderstitch.runtime.low_bit import LowBitPrecision
 from ladderstitch.scheduling.profiles import QualityTable
 from ladderstitch.text.bundle import TextBundle, TextManifest, write_manifest
 from ladderstitch.text.comm.base import SingleRankCommunicator
-from ladderstitch.text.engine.rank import RankModel, load_models
 from ladderstitch.text.engine.rank_config import RankConfig
+from ladderstitch.text.engine.rank_models import RankModel, load_models
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch

@@ -1,0 +1,132 @@
+"""The models of one rank: one per path, which share the tensors that no delta changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ladderstitch.runtime.library_choice import measure_products
+from ladderstitch.runtime.low_bit import BITS, LowBitPrecision
+from ladderstitch.text.engine.rank_config import RankConfig
+from ladderstitch.text.model.segments import SEGMENT_SCHEMES, SegmentedTransformer
+from ladderstitch.text.model.shard import Shard
+from ladderstitch.text.model.transformer import Transformer
+from ladderstitch.text.model.weight_reader import (
+    EMBEDDING,
+    DeltaWeights,
+    Weights,
+    load_delta,
+    touched_layers,
+)
+from ladderstitch.text.model.weights import LayerWeights, RankWeights, load_layer, load_rank
+
+MAX_GRAPH_BYTES = 1 << 30
+"""Largest float32 head in a graph, whose serialised form is limited to 2 GiB."""
+RankModel = Transformer | SegmentedTransformer
+"""A model of one rank; both kinds have the same `forward`."""
+
+
+def load_models(
+    config: RankConfig, shard: Shard, notes: list[str] | None = None
+) -> list[RankModel]:
+    """Return one rank's model of every path; add what was chosen to `notes`, for the log.
+
+    Paths of one precision share the tensors that no delta changes, except that a low-bit path with
+    a delta has sessions of its own.
+    """
+    reader = config.weights()
+    models: list[RankModel] = []
+    shared: dict[LowBitPrecision | None, RankWeights] = {}
+    in_segments: dict[LowBitPrecision | None, bool] = {}
+    bases: dict[LowBitPrecision | None, RankModel] = {}
+    for precision, file in zip(config.path_precisions, config.path_deltas, strict=True):
+        options = ShardOptions(config, shard, precision, [] if notes is None else notes)
+        if precision not in shared:
+            shared[precision] = options.load_rank(reader)
+            in_segments[precision] = options.uses_segments(shared[precision])
+        weights, segmented = shared[precision], in_segments[precision]
+        if file is None:
+            if precision not in bases:
+                bases[precision] = options.make_model(weights, reader, segmented=segmented)
+            models.append(bases[precision])
+            continue
+        delta = load_delta(file)
+        changed = DeltaWeights(reader, delta)
+        layers = list(weights.layers)
+        for layer in touched_layers(delta):
+            layers[layer] = options.load_layer(changed, layer)
+        weights = replace(weights, layers=tuple(layers))
+        models.append(options.make_model(weights, changed, segmented=segmented))
+    return models
+
+
+@dataclass(frozen=True, slots=True)
+class ShardOptions:
+    """The way in which one rank loads and runs the paths of one precision."""
+
+    config: RankConfig
+    shard: Shard
+    precision: LowBitPrecision | None
+    notes: list[str]
+    """What was chosen while loading, for the log."""
+
+    @property
+    def _common(self) -> dict[str, Any]:
+        config, bits = self.config, BITS[self.precision] if self.precision else None
+        return {
+            "config": config.model,
+            "shard": self.shard,
+            "dtype": torch.float32 if bits else config.torch_dtype,
+            "device": config.device,
+            "shared_norm": config.shared_norm,
+            "bits": bits,
+        }
+
+    def load_rank(self, reader: Weights) -> RankWeights:
+        """Return this rank's tensors."""
+        return load_rank(reader, **self._common)
+
+    def load_layer(self, reader: Weights, layer: int) -> LayerWeights:
+        """Return this rank's tensors of one layer."""
+        return load_layer(reader, layer, **self._common)
+
+    @property
+    def _schemes(self) -> set[str]:
+        """The residual schemes of the paths of this precision."""
+        pairs = zip(self.config.path_precisions, self.config.paths, strict=True)
+        return {path.scheme for precision, path in pairs if precision == self.precision}
+
+    def uses_segments(self, weights: RankWeights) -> bool:
+        """Return whether dtype, device, ranks, schemes and size permit segments.
+
+        In float32 they must also be as fast as torch, which is measured.
+        """
+        config, in_float32 = self.config, self.precision is None
+        fits = not in_float32 or (
+            (config.dtype, config.device) == ("float32", "cpu")
+            and weights.head.nbytes <= MAX_GRAPH_BYTES
+        )
+        fits &= config.model.is_llama
+        fits &= config.ranks == 1 and self._schemes <= SEGMENT_SCHEMES
+        if not fits or not in_float32:
+            return fits
+        matrices = [layer.gate_up for layer in weights.layers]
+        times = measure_products([m for m in matrices if isinstance(m, Tensor)], config.threads)
+        self.notes.append(times.describe())
+        return times.chosen == "onnxruntime"
+
+    def make_model(self, weights: RankWeights, reader: Weights, *, segmented: bool) -> RankModel:
+        """Return the model of a path."""
+        config, model = self.config, self.config.model.limited_to(self.config.max_model_len)
+        if not segmented:
+            return Transformer(model, weights, self.shard, config.threads)
+        return SegmentedTransformer(
+            model,
+            weights,
+            config.threads,
+            lagged="ladder" in self._schemes,
+            embedding=reader.read(EMBEDDING, self.shard.vocabulary),
+        )
