@@ -94,7 +94,9 @@ def test_adapter_is_a_path_with_the_logits_of_merged_weights(
         ({"peft_type": "IA3"}, "peft_type: expected 'LORA', got 'IA3'"),
         ({"use_dora": True}, "use_dora: expected False, got True"),
         ({"bias": "all"}, "bias: expected 'none', got 'all'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save: expected"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save: expected none, got"),
+        ({"lora_alpha": float("inf")}, "lora_alpha: expected finite numbers, got inf"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "lora_alpha: expected finite numbers, got '8'"),
         ({"new_scale": 3}, r"adapter_config\.json: .* does not know.*; got new_scale"),
     ],
 )

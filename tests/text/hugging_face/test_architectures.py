@@ -87,7 +87,7 @@ def test_code_in_a_bin_file_is_refused_and_not_run(tmp_path: Path) -> None:
         ({"hidden_act": "relu"}, "hidden_act: expected silu, .*, got 'relu'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: expected"),
         ({"logit_bias_scale": 2}, "does not know.*; got logit_bias_scale"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config: expected"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: expected none, got"),
         ({"num_hidden_layers": -1}, "num_hidden_layers: expected a positive number, got -1"),
         ({"vocab_size": None}, "config.json: expected the field vocab_size"),
         ({"num_key_value_heads": "2"}, "num_key_value_heads: expected a int, got str"),

@@ -98,7 +98,7 @@ class Fields:
         self._read.add(name)
         value = self._raw.get(name)
         if value is not None and value not in allowed:
-            shown = " or ".join(map(repr, allowed))
+            shown = " or ".join(map(repr, allowed)) or "none"
             raise ConfigError(f"{self._name}: {name}: expected {shown}, got {value!r}")
 
     def check_all_read(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ladderstitch.bundles.files import read_json
 from ladderstitch.errors import BundleError
-from ladderstitch.text.model.weight_reader import MemoryWeights, standard_names
+from ladderstitch.text.model.weight_reader import MemoryWeights, read_weight_map, standard_names
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -27,10 +25,11 @@ class TorchFolder:
 
     def __init__(self, folder: Path, *, tied: bool = False) -> None:
         """Open all files; raises `BundleError` if one is missing, unreadable or not allowed."""
-        self._folder = folder
         stored: dict[str, Tensor] = {}
-        for file in self._files():
-            stored |= self._load(file)
+        index = folder / INDEX
+        files = sorted(set(read_weight_map(index).values())) if index.exists() else [SINGLE]
+        for file in files:
+            stored |= self._load(folder / file)
         names = standard_names(stored, tied=tied, where=folder)
         self._weights = MemoryWeights({name: stored[other] for name, other in names.items()})
         self.renamed = {name: other for name, other in names.items() if name != other}
@@ -46,19 +45,6 @@ class TorchFolder:
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> Tensor:
         """Return the given rows and columns of a tensor; unset: all of them."""
         return self._weights.read(name, rows, columns)
-
-    def _files(self) -> list[Path]:
-        index = self._folder / INDEX
-        if not index.exists():
-            return [self._folder / SINGLE]
-        try:
-            named = sorted({str(f) for f in json.loads(read_json(index))["weight_map"].values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{index}: expected an object with weight_map: {error}") from error
-        paths = [self._folder / file for file in named]
-        if outside := [path.name for path in paths if path.parent != self._folder]:
-            raise BundleError(f"{index}: {outside} lie outside the folder")
-        return paths
 
     def _load(self, file: Path) -> Mapping[str, Tensor]:
         try:

@@ -127,11 +127,7 @@ class SafetensorsFolder:
         index = self._folder / INDEX
         if not index.exists():
             return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
-        try:
-            weight_map = json.loads(read_json(index))["weight_map"]
-            return {str(name): str(file) for name, file in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{index}: expected an object with weight_map: {error}") from error
+        return read_weight_map(index)
 
     def _open_tensor(self, name: str) -> Any:
         stored = self._stored_names.get(name)
@@ -145,14 +141,28 @@ class SafetensorsFolder:
     def _open(self, file: str) -> Any:
         if file not in self._files:
             path = self._folder / file
-            if path.parent != self._folder:
-                raise BundleError(f"{self._folder / INDEX}: {file!r} lies outside the folder")
             check_safetensors(path)
             try:
                 self._files[file] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise BundleError(f"{path}: {error}") from error
         return self._files[file]
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Return the file of each tensor that the index of shards names.
+
+    Raises `BundleError` if the index is not valid, or if it names a file outside its folder.
+    """
+    try:
+        weight_map = json.loads(read_json(index))["weight_map"]
+        found = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{index}: expected an object with weight_map: {error}") from error
+    for file in set(found.values()):
+        if (index.parent / file).parent != index.parent:
+            raise BundleError(f"{index}: {file!r} lies outside the folder")
+    return found
 
 
 def standard_names(stored: Iterable[str], *, tied: bool, where: Path) -> dict[str, str]:
