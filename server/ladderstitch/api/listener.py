@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -181,6 +182,19 @@ def bind(server: grpc.aio.Server, address: Address, certificates: CertificateFil
         return int(server.add_secure_port(target, server_credentials(certificates)))
     except RuntimeError as error:
         raise OSError(f"cannot listen on {target}: another process may listen there") from error
+
+
+async def start_servers(servers: Iterable[grpc.aio.Server]) -> None:
+    """Start bound servers; a cancellation waits until all of them have started.
+
+    `grpc.aio` cannot stop a server whose start was cancelled.
+    """
+    starting = asyncio.gather(*(server.start() for server in servers))
+    try:
+        await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await starting
+        raise
 
 
 def certificate_files(config: ListenConfig) -> CertificateFiles | None:

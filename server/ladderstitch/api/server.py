@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ladderstitch.api.health import NOT_SERVING, SERVING, HealthService
-from ladderstitch.api.listener import ListenerConfig, bind, reserve
+from ladderstitch.api.listener import ListenerConfig, bind, reserve, start_servers
 from ladderstitch.api.native.admin import AdminService
 from ladderstitch.api.native.generation import GenerationService
 from ladderstitch.api.native.inference import InferenceService
@@ -117,8 +117,7 @@ class Server:
         if self._probes is not None and self.listener.health is not None:
             self.health_port = bind(self._probes, self.listener.health, None)
         await self.set_serving(False)
-        for server in self._servers:
-            await server.start()
+        await start_servers(self._servers)
         return self.port
 
     async def set_serving(self, serving: bool) -> None:

@@ -16,6 +16,8 @@ from typing import Any, NoReturn, Protocol
 from ladderstitch.cli.console import err
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+CANCEL_S = 1.0
+"""Seconds for which the work that a signal cancels may clean up before the service closes."""
 CLOSE_S = 3.0
 """Seconds within which a server closes that has to end at once; then its process ends."""
 
@@ -85,6 +87,7 @@ class StopSignals:
             task.result()
             return True
         task.cancel()
+        await asyncio.wait({task}, timeout=CANCEL_S)
         return False
 
 

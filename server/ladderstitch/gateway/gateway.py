@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from ladderstitch.api.health import NOT_SERVING, SERVING, HealthService
-from ladderstitch.api.listener import ListenerConfig, bind, name_port, reserve
+from ladderstitch.api.listener import ListenerConfig, bind, name_port, reserve, start_servers
 from ladderstitch.gateway.admin import BROADCAST_METHODS, GatewayAdmin
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.forwarder import Forwarder, method_path
@@ -123,8 +123,7 @@ class Gateway:
         with name_port("metrics_port"):
             self._expose_metrics()
         await self._update_health()
-        for server, *_ in self._servers:
-            await server.start()
+        await start_servers(server for server, *_ in self._servers)
         self._tasks = [
             asyncio.create_task(self.pool.follow(self._discovery), name="discovery"),
             asyncio.create_task(self._follow_health(), name="health"),
