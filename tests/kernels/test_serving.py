@@ -301,7 +301,8 @@ def test_path_whose_capture_fails_runs_kernel_by_kernel(monkeypatch: pytest.Monk
     held = rank.Rank(rank.Assignment(rank_config=config, rank=0))
     held.models, held.cache = [make_model()], PagedCache(TINY, SHARD, config.blocks + 1, 4)
     held.cache.uses_kernels = True
-    held.init_comm(SingleSpec(), socket.socket())
+    with socket.socket() as listener:
+        held.init_comm(SingleSpec(), listener)
     assert held.graphs == {}
     header, body = Step((SequenceInput([3], 0, [0]),)).pack()
     assert held.forward(Message(Kind.FORWARD, header, body)).header["non_finite"] == []
