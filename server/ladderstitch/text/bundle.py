@@ -36,6 +36,8 @@ from ladderstitch.text.hugging_face.torch_files import INDEX as TORCH_INDEX
 from ladderstitch.text.hugging_face.torch_files import SINGLE as TORCH_SINGLE
 from ladderstitch.text.hugging_face.torch_files import TorchFolder
 from ladderstitch.text.model.config import DecoderConfig
+from ladderstitch.text.model.family import DecoderFamily, Route
+from ladderstitch.text.model.family_weights import check_family_weights
 from ladderstitch.text.model.layout import LaidOutWeights, TensorLayout
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.weight_reader import (
@@ -62,7 +64,7 @@ class TextVariant(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._+-]{0,62}$")
     residual: ResidualScheme
     delta: str | None = Field(
         None,
@@ -71,6 +73,9 @@ class TextVariant(BaseModel):
     )
     precision: LowBitPrecision | None = Field(
         None, description="number format of the matrices; unset: the server's `dtype`"
+    )
+    route: Route = Field(
+        (), description="layers of the anchors that it runs; empty: all of the largest anchor"
     )
 
 
@@ -93,7 +98,10 @@ class TextManifest(BaseModel):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     version: str = Field("1", pattern=r"^[0-9]{1,9}$")
     family: Literal["llama"] = LANGUAGE_FAMILY
-    config: DecoderConfig
+    config: DecoderConfig = Field(description="the model, or the largest anchor of a family")
+    anchors: tuple[DecoderConfig, ...] = Field(
+        (), description="the smaller anchors of a family with stitching layers"
+    )
     layout: TensorLayout = Field(
         TensorLayout(), description="how the weights are stored; unset: as those of Llama"
     )
@@ -129,12 +137,25 @@ class TextManifest(BaseModel):
             raise ValueError(
                 f"residual: expected standard, as norms of outputs need complete sums, got {late}"
             )
+        routes = {variant.name: variant.route for variant in self.variants}
+        if (problem := self.decoder_family.find_problem(routes)) is not None:
+            raise ValueError(problem)
+        if self.anchors and any(v.delta or v.precision for v in self.variants):
+            raise ValueError("paths: expected no delta and no precision in a family of anchors")
+        schemes = {variant.residual.scheme for variant in self.variants}
+        if self.anchors and (other := schemes - {"standard", "ladder"}):
+            raise ValueError(f"residual: expected standard or ladder in a family, got {other}")
         names = [variant.name for variant in self.variants]
         if len(set(names)) < len(names):
             raise ValueError(f"paths: expected distinct names, got {names}")
         if wrong := [t for t in self.end_tokens if not 0 <= t < self.config.vocab_size]:
             raise ValueError(f"end_tokens: expected 0 to {self.config.vocab_size - 1}, got {wrong}")
         return self
+
+    @property
+    def decoder_family(self) -> DecoderFamily:
+        """All anchors; a plain model has one."""
+        return DecoderFamily((*self.anchors, self.config))
 
     @property
     def variants(self) -> tuple[TextVariant, ...]:
@@ -161,7 +182,10 @@ class TextBundle:
         bundle = cls(path, manifest, quality)
         files = bundle.open_files()
         weights = LaidOutWeights(files, manifest.layout, manifest.config)
-        check_weights(weights, manifest.config, shared_norm=bundle.shared_norm)
+        if manifest.anchors:
+            check_family_weights(weights, manifest.decoder_family)
+        else:
+            check_weights(weights, manifest.config, shared_norm=bundle.shared_norm)
         for name, stored in list(files.renamed.items())[:1]:
             count = len(files.renamed)
             log.info("%s: read %d tensors by other names: %s as %s", path, count, stored, name)

@@ -51,16 +51,33 @@ class SequenceInput:
 
 
 @dataclass(frozen=True, slots=True)
+class Translation:
+    """Tokens that path `source` computed, and of which `target` needs keys and values.
+
+    The blocks are those of the whole sequence, as in `SequenceInput`.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One forward pass over sequences that all take the same path.
 
-    `planned_s` is the time that it is expected to take, seconds; None: not known. The ranks do not
-    get it.
+    The translations come first. With `write_through`, the keys and values of the new tokens are
+    translated for all other paths, too. `planned_s` is the time that the step is expected to take,
+    seconds; None: not known. The ranks do not get it.
     """
 
     inputs: tuple[SequenceInput, ...]
     path: int = 0
     planned_s: float | None = None
+    translations: tuple[Translation, ...] = ()
+    write_through: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -76,7 +93,15 @@ class Step:
             "blocks": [len(sequence.blocks) for sequence in self.inputs],
             "logits_modes": [int(sequence.logits_mode) for sequence in self.inputs],
         }
-        numbers = [n for sequence in self.inputs for n in (*sequence.tokens, *sequence.blocks)]
+        parts: tuple[SequenceInput | Translation, ...] = (*self.inputs, *self.translations)
+        numbers = [n for part in parts for n in (*part.tokens, *part.blocks)]
+        if self.translations:
+            header["translations"] = [
+                (len(t.tokens), t.start, len(t.blocks), t.source, t.target)
+                for t in self.translations
+            ]
+        if self.write_through:
+            header["write_through"] = True
         return header, np.array(numbers, np.int32).tobytes()
 
     @classmethod
@@ -94,7 +119,21 @@ class Step:
                 begins, counts, blocks, header["starts"], header["logits_modes"], strict=True
             )
         )
-        return cls(inputs, header["path"])
+        return cls(
+            inputs,
+            header["path"],
+            translations=_unpack_translations(header, numbers[sum(sizes) :]),
+            write_through=header.get("write_through", False),
+        )
+
+
+def _unpack_translations(header: dict[str, Any], numbers: list[int]) -> tuple[Translation, ...]:
+    found, at = [], 0
+    for count, start, num_blocks, source, target in header.get("translations", ()):
+        middle, end = at + count, at + count + num_blocks
+        found.append(Translation(numbers[at:middle], start, numbers[middle:end], source, target))
+        at = end
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,13 +35,23 @@ from ladderstitch.text.comm.base import (
 )
 from ladderstitch.text.engine.rank_config import Assignment, CommInit, RankConfig
 from ladderstitch.text.engine.rank_models import load_models
-from ladderstitch.text.messages import Kind, Message, Step, receive_message, send_message
+from ladderstitch.text.messages import (
+    Kind,
+    LogitsMode,
+    Message,
+    SequenceInput,
+    Step,
+    Translation,
+    receive_message,
+    send_message,
+)
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch, find_sequences, select_rows
 from ladderstitch.text.model.graphed_decoder import GraphedDecoder, StepOutput, compute_step
 from ladderstitch.text.model.residual import LayerPlan, plan_layers
 from ladderstitch.text.model.segments import SegmentedTransformer
 from ladderstitch.text.model.shard import Shard
+from ladderstitch.text.model.stitched import StitchedPath
 from ladderstitch.text.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -70,6 +80,7 @@ class Rank:
         self.shard = Shard.of(config.model, assignment.rank, config.ranks)
         notes: list[str] = []
         self.models = load_models(config, self.shard, notes)
+        family, paths = config.family, range(len(config.paths))
         self.cache = PagedCache(
             config.model,
             self.shard,
@@ -77,8 +88,14 @@ class Rank:
             config.block_tokens,
             config.cache_dtype,
             config.device,
-            config.threads if all(map(self._computes_in_onnx, range(len(config.paths)))) else 1,
+            config.threads if all(map(self._computes_in_onnx, paths)) else 1,
+            family.num_planes,
+            [len(Shard.of(a, assignment.rank, config.ranks).heads) for a in family.anchors],
         )
+        self.planes = [
+            [family.plane_number(plane.anchor, plane.layer) for plane in family.planes(route)]
+            for route in config.path_routes
+        ]
         trim_heap()
         self.comm: Communicator | None = None
         self.path_plans: list[tuple[tuple[LayerPlan, ...], Communicator]] = []
@@ -138,12 +155,39 @@ class Rank:
         plans, comm = self.path_plans[step.path]
         model = self.models[step.path]
         torch.set_num_threads(1 if self._computes_in_onnx(step.path) else self.rank_config.threads)
-        return compute_step(
+        for translation in step.translations:
+            self._translate(translation)
+        output = compute_step(
             lambda: model.forward(batch, self.cache, plans, comm),
             self.cache,
             batch,
             batch.output_rows,
+            self.planes[step.path],
         )
+        if step.write_through:
+            self._write_through(step.path, batch)
+        return output
+
+    def _translate(self, translation: Translation) -> None:
+        """Fill the planes that the target path of a translation reads."""
+        config, model = self.rank_config, self.models[translation.target]
+        if not isinstance(model, StitchedPath):
+            return  # all paths of other models write the same planes
+        tokens = SequenceInput(
+            translation.tokens, translation.start, translation.blocks, LogitsMode.NONE
+        )
+        batch = Batch(Step((tokens,)), config.block_tokens, config.device)
+        source, target = (
+            config.path_routes[path] for path in (translation.source, translation.target)
+        )
+        comm = self.path_plans[translation.target][1]
+        model.model.translate(batch, self.cache, source, target, comm)
+
+    def _write_through(self, path: int, batch: Batch) -> None:
+        """Fill the planes that the path of a batch does not write."""
+        model, comm = self.models[path], self.path_plans[path][1]
+        if isinstance(model, StitchedPath):
+            model.model.translate_all(batch, self.cache, model.route, comm)
 
     def _capture_graphs(self) -> None:
         """Capture the decoding steps of all paths on a GPU, if the model is on one rank.
@@ -152,7 +196,7 @@ class Rank:
         """
         config = self.rank_config
         reads_spans = config.model.windowed_layers or config.model.attention_softcap
-        if not self.cache.uses_kernels or config.ranks > 1 or reads_spans:
+        if not self.cache.uses_kernels or config.ranks > 1 or reads_spans or config.anchors:
             return
         backend = CudaGraphs()
         for path, (model, (plans, comm)) in enumerate(

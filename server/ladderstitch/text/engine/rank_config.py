@@ -27,6 +27,8 @@ from ladderstitch.text.comm.base import (
 from ladderstitch.text.comm.shared_memory import SharedRegion
 from ladderstitch.text.engine.liveness import Liveness
 from ladderstitch.text.model.config import DecoderConfig
+from ladderstitch.text.model.family import DecoderFamily, Route
+from ladderstitch.text.model.family_weights import family_shapes
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.weight_reader import RandomWeights, Weights
 from ladderstitch.text.model.weights import expected_shapes
@@ -48,6 +50,12 @@ class RankConfig(BaseModel):
     )
     precisions: tuple[LowBitPrecision | None, ...] = Field(
         (), description="the precision of each path's matrices; unset: `dtype`; empty: all of them"
+    )
+    anchors: tuple[DecoderConfig, ...] = Field(
+        (), description="the smaller anchors of a family; `model` is the largest one"
+    )
+    routes: tuple[Route, ...] = Field(
+        (), description="the route of each path; empty: all paths run all layers of `model`"
     )
     bundle: Path | None = None
     shared_norm: bool = False
@@ -75,6 +83,8 @@ class RankConfig(BaseModel):
                 "paths": tuple(variant.residual for variant in manifest.variants),
                 "deltas": bundle.delta_files(),
                 "precisions": bundle.precisions(),
+                "anchors": manifest.anchors,
+                "routes": tuple(variant.route for variant in manifest.variants),
                 "bundle": bundle.path.resolve(),
                 "shared_norm": bundle.shared_norm,
                 "max_model_len": manifest.config.max_positions,
@@ -88,6 +98,8 @@ class RankConfig(BaseModel):
             raise ValueError(f"deltas: expected {len(self.paths)}, got {len(self.deltas)}")
         if len(self.precisions) not in (0, len(self.paths)):
             raise ValueError(f"precisions: expected {len(self.paths)}, got {len(self.precisions)}")
+        if len(self.routes) not in (0, len(self.paths)):
+            raise ValueError(f"routes: expected {len(self.paths)}, got {len(self.routes)}")
         if any(self.precisions) and self.device != "cpu":
             raise ValueError(
                 f"device: expected cpu, the only one for int8 and int4 paths, got {self.device}"
@@ -105,12 +117,22 @@ class RankConfig(BaseModel):
         return self.deltas or (None,) * len(self.paths)
 
     @property
+    def path_routes(self) -> tuple[Route, ...]:
+        """The route of each path."""
+        return self.routes or ((),) * len(self.paths)
+
+    @property
+    def family(self) -> DecoderFamily:
+        """All anchors."""
+        return DecoderFamily((*self.anchors, self.model))
+
+    @property
     def alternatives(self) -> tuple[frozenset[int], ...]:
         """By path: those that differ in precision only, itself included.
 
         A sequence may change between them from one token to the next.
         """
-        kinds = list(zip(self.paths, self.path_deltas, strict=True))
+        kinds = list(zip(self.paths, self.path_deltas, self.path_routes, strict=True))
         return tuple(
             frozenset(other for other, same in enumerate(kinds) if same == kind) for kind in kinds
         )
@@ -152,6 +174,8 @@ class RankConfig(BaseModel):
         """
         if self.bundle is not None:
             return TextBundle.load(self.bundle, calibrated=False).weights()
+        if self.anchors:
+            return RandomWeights(family_shapes(self.family))
         return RandomWeights(expected_shapes(self.model, shared_norm=self.shared_norm))
 
 

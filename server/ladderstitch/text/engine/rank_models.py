@@ -11,8 +11,15 @@ from torch import Tensor
 from ladderstitch.runtime.library_choice import measure_products
 from ladderstitch.runtime.low_bit import BITS, LowBitPrecision
 from ladderstitch.text.engine.rank_config import RankConfig
+from ladderstitch.text.model.family_weights import anchor_weights, stitch_weights
 from ladderstitch.text.model.segments import SEGMENT_SCHEMES, SegmentedTransformer
 from ladderstitch.text.model.shard import Shard
+from ladderstitch.text.model.stitched import (
+    BoundaryCache,
+    StitchedModel,
+    StitchedPath,
+    load_maps,
+)
 from ladderstitch.text.model.transformer import Transformer
 from ladderstitch.text.model.weight_reader import (
     EMBEDDING,
@@ -25,8 +32,30 @@ from ladderstitch.text.model.weights import LayerWeights, RankWeights, load_laye
 
 MAX_GRAPH_BYTES = 1 << 30
 """Largest float32 head in a graph, whose serialised form is limited to 2 GiB."""
-RankModel = Transformer | SegmentedTransformer
-"""A model of one rank; both kinds have the same `forward`."""
+RankModel = Transformer | SegmentedTransformer | StitchedPath
+"""A model of one rank; all kinds have the same `forward`."""
+
+
+def load_family(config: RankConfig, shard: Shard) -> StitchedModel:
+    """Return one rank's anchors and stitching layers of a family."""
+    reader, family = config.weights(), config.family
+    anchors = [
+        Transformer(
+            anchor.limited_to(config.max_model_len),
+            load_rank(weights, anchor, own, config.torch_dtype, config.device),
+            own,
+            config.threads,
+            family.plane_number(number),
+        )
+        for number, (anchor, weights) in enumerate(
+            zip(family.anchors, anchor_weights(reader, len(family.anchors)), strict=True)
+        )
+        for own in [Shard.of(anchor, shard.rank, shard.ranks)]
+    ]
+    maps = load_maps(stitch_weights(reader), family, config.torch_dtype, config.device)
+    slots = config.blocks * config.block_tokens
+    boundaries = BoundaryCache(family, slots, config.torch_dtype, config.device)
+    return StitchedModel(family, anchors, maps, boundaries)
 
 
 def load_models(
@@ -37,6 +66,9 @@ def load_models(
     Paths of one precision share the tensors that no delta changes, except that a low-bit path with
     a delta has sessions of its own.
     """
+    if config.anchors:
+        stitched = load_family(config, shard)
+        return [StitchedPath(stitched, route) for route in config.path_routes]
     reader = config.weights()
     models: list[RankModel] = []
     shared: dict[LowBitPrecision | None, RankWeights] = {}

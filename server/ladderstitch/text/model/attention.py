@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,24 +32,31 @@ class PagedCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         threads: int = 1,
+        planes: int | None = None,
+        query_heads: Sequence[int] = (),
     ) -> None:
-        """Allocate the cache; attention on a CPU uses `threads`, those of ONNX Runtime."""
-        kv_heads = len(shard.kv_heads)
-        shape = (config.layers, 2, blocks * block_tokens, kv_heads, config.head_dim)
+        """Allocate the cache; attention on a CPU uses `threads`, those of ONNX Runtime.
+
+        A family of several anchors has more `planes` than layers, and anchors with other numbers of
+        `query_heads` on this rank.
+        """
+        kv_heads, planes = len(shard.kv_heads), planes or config.layers
+        shape = (planes, 2, blocks * block_tokens, kv_heads, config.head_dim)
         self._memory = torch.zeros(shape, dtype=dtype, device=device)
         self._layers = [(layer[0], layer[1]) for layer in self._memory.unbind(0)]
         self.block_tokens = block_tokens
-        self.attention: OnnxAttention | None = None
+        self._attentions: dict[int, OnnxAttention] = {}
         self._arrays: list[tuple[Array, Array]] = []
         if self._memory.device.type == "cpu" and dtype == torch.float32:
-            heads = len(shard.heads)
-            self.attention = OnnxAttention(
-                heads, kv_heads, config.head_dim, threads, config.attention_softcap or 0.0
-            )
+            softcap = config.attention_softcap or 0.0
+            self._attentions = {
+                heads: OnnxAttention(heads, kv_heads, config.head_dim, threads, softcap)
+                for heads in {len(shard.heads), *query_heads}
+            }
             self._arrays = [(keys, values) for keys, values in self._memory.flatten(3).numpy()]
         self.uses_kernels = self._memory.is_cuda
         self._softcap = config.attention_softcap
-        self._windows = [config.window_of(layer) for layer in range(config.layers)]
+        self._windows = [config.window_of(plane % config.layers) for plane in range(planes)]
 
     @property
     def bytes(self) -> int:
@@ -60,14 +69,18 @@ class PagedCache:
         keys[batch.new_slots] = k.to(keys.dtype)
         values[batch.new_slots] = v.to(values.dtype)
 
-    def has_finite_slots(self, batch: Batch) -> Tensor:
-        """Return [T] bool: whether the keys and values of each new token are finite in all layers.
+    def has_finite_slots(self, batch: Batch, planes: Sequence[int] | None = None) -> Tensor:
+        """Return [T] bool: whether the keys and values of each new token are finite.
 
-        Others read only blocks whose tokens are: a masked position has the weight 0, and 0 times
-        infinity is NaN.
+        `planes` are those that were written, unset: all. Others read only blocks whose tokens are
+        finite: a masked position has the weight 0, and 0 times infinity is NaN.
         """
-        largest = self._memory[:, :, batch.new_slots].abs().amax(dim=(0, 1, 3, 4))
-        return largest.isfinite()
+        written = self._memory if planes is None else self._memory[list(planes)]
+        return written[:, :, batch.new_slots].abs().amax(dim=(0, 1, 3, 4)).isfinite()
+
+    def onnx_attention(self, query_heads: int) -> OnnxAttention | None:
+        """Return the attention of that many query heads in ONNX Runtime; None: torch computes."""
+        return self._attentions.get(query_heads)
 
     def arrays(self, layer: int) -> tuple[Array, Array]:
         """Return the keys and the values of a layer, [slots, K_r d], as arrays in the same memory.
@@ -102,11 +115,9 @@ class PagedCache:
 
             pages = self._pages(layer)
             return paged_decode_attention(q, *pages, batch.block_table, batch.sequence_lengths)
-        if self.attention is not None:
+        if (attention := self.onnx_attention(q.shape[1])) is not None:
             queries = q.float().numpy().reshape(1, len(q), -1)
-            attended = self.attention.attend(
-                batch.cache_index(window), queries, *self._arrays[layer]
-            )
+            attended = attention.attend(batch.cache_index(window), queries, *self._arrays[layer])
             return torch.from_numpy(attended).view(q.shape).to(q.dtype)
         parts = []
         for span in batch.sequences(window):

@@ -43,11 +43,18 @@ class StepOutput:
 
 
 def compute_step(
-    model: Callable[[], Tensor], cache: PagedCache, batch: Batch, output_rows: slice | list[int]
+    model: Callable[[], Tensor],
+    cache: PagedCache,
+    batch: Batch,
+    output_rows: slice | list[int],
+    planes: Sequence[int] | None = None,
 ) -> StepOutput:
-    """Return the output of a forward pass of `batch`, which `model` runs."""
+    """Return the output of a forward pass of `batch`, which `model` runs.
+
+    It writes the given planes of the cache, unset: all.
+    """
     logits = model().float()
-    finite = cache.has_finite_slots(batch)
+    finite = cache.has_finite_slots(batch, planes)
     if len(logits):  # -inf, too, is an overflow: no head has a bias
         finite[output_rows] &= torch.stack(logits.aminmax(dim=-1)).isfinite().all(dim=0)
     best = logits.max(dim=-1)

@@ -17,7 +17,7 @@ from ladderstitch.runtime.linear import Matrix, Product, open_product
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import DecoderConfig
-from ladderstitch.text.model.residual import LayerPlan, ResidualStream
+from ladderstitch.text.model.residual import AffineMap, LayerPlan, ResidualStream
 from ladderstitch.text.model.rotation import rotate
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.weights import LayerWeights
@@ -72,16 +72,21 @@ class Attention:
         `rotation` has the rows of the batch's tokens for `rotate`, or whole tables for
         `PagedCache.rotate_and_append` if the cache uses kernels.
         """
+        q = self.append_keys(x, batch, rotation, cache)
+        return cache.attend(self.layer, batch, q).reshape(len(x), -1)
+
+    def append_keys(
+        self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor], cache: PagedCache
+    ) -> Tensor:
+        """Add keys and values of x [T, D] to the cache; return the rotated queries [T, H_r, d]."""
         turned = self.heads + self.kv_heads
         projected = self.project(x).view(len(x), turned + self.kv_heads, self.width)
         projected = self._norm_queries_and_keys(projected)
         if cache.uses_kernels:
-            q = cache.rotate_and_append(self.layer, batch, projected, rotation)
-        else:
-            qk = rotate(projected[:, :turned], *rotation)
-            cache.append(self.layer, batch, qk[:, self.heads :], projected[:, turned:])
-            q = qk[:, : self.heads]
-        return cache.attend(self.layer, batch, q).reshape(len(x), -1)
+            return cache.rotate_and_append(self.layer, batch, projected, rotation)
+        qk = rotate(projected[:, :turned], *rotation)
+        cache.append(self.layer, batch, qk[:, self.heads :], projected[:, turned:])
+        return qk[:, : self.heads]
 
     def _norm_queries_and_keys(self, projected: Tensor) -> Tensor:
         """Return [T, H_r + 2 K_r, d] with normed queries and keys.
@@ -151,8 +156,12 @@ class Layer:
         batch: Batch,
         rotation: tuple[Tensor, Tensor],
         cache: PagedCache,
+        outgoing: AffineMap | None = None,
     ) -> None:
-        """Run the layer: read the stream, and add to it what `plan` says."""
+        """Run the layer: read the stream, and add to it what `plan` says.
+
+        With `outgoing`, a stitching layer maps the stream after the layer.
+        """
         x = _read(stream, plan.lag, self._attention_norm)
         mixed = self.attention(x, batch, rotation, cache)
         if plan.fused:
@@ -162,7 +171,17 @@ class Layer:
         reduce = plan.reduce or (None, None)
         _add(stream, self.attention, mixed, reduce[0], self._attention_output_norm)
         x = _read(stream, plan.lag, self._mlp_norm)
+        if outgoing is not None:
+            stream.add_and_cross(self.mlp.output(self.mlp(x)), outgoing)
+            return
         _add(stream, self.mlp, self.mlp(x), reduce[1], self._mlp_output_norm)
+
+    def append_keys(
+        self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor], cache: PagedCache
+    ) -> None:
+        """Add keys and values to the cache for the stream x [T, D] that the layer would read."""
+        normed = x if self._attention_norm is None else self._attention_norm(x)
+        self.attention.append_keys(normed, batch, rotation, cache)
 
 
 def matrix_for_kernels(matrix: Matrix, bias: Tensor | None) -> Tensor | None:

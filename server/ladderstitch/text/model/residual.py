@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
@@ -102,6 +102,26 @@ def _desync_plans(residual: ResidualScheme, layers: int, ranks: int) -> tuple[La
     return tuple(LayerPlan(reduce=pair) for pair in pattern)
 
 
+class AffineMap(NamedTuple):
+    """A stitching layer x -> matrix x + bias, from width D_front to D_end."""
+
+    matrix: Tensor  # [D_end, D_front]
+    bias: Tensor  # [D_end]
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the end is narrower, so that a sum over ranks is mapped before it is sent."""
+        return self.matrix.shape[0] < self.matrix.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class MappedWork:
+    """A reduction in flight whose result will be mapped by a matrix [D_end, D_front]."""
+
+    work: Work
+    matrix: Tensor
+
+
 class ResidualStream:
     """The residual stream of one forward pass on one rank, and its reductions in flight.
 
@@ -126,7 +146,7 @@ class ResidualStream:
         if lag or not self._in_flight:
             return self._reduced
         if self._full is None:
-            self._full = self._reduced + self._comm.wait(self._in_flight[0])
+            self._full = self._reduced + self._wait(self._in_flight[0])
         return self._full
 
     def read_normed(self, lag: int, gain: Tensor, eps: float) -> Tensor:
@@ -164,6 +184,27 @@ class ResidualStream:
         """Add the sum over ranks of partials [T, D]; return before it is complete."""
         self._in_flight.append(self._comm.all_reduce_async(partial))
 
+    def add_and_cross(self, partial: Tensor, map_: AffineMap) -> None:
+        """Add the sum over ranks of partials [T, D_front], and map the stream to [T, D_end].
+
+        Nothing waits for this sum: it is mapped when it has arrived, or before it is sent if that
+        makes it smaller. Source: a sum commutes with the linear part of a map.
+        """
+        if not map_.narrows:
+            self.add(partial)
+            last = MappedWork(self._in_flight.pop(), map_.matrix)
+            self._reduced, self._full = F.linear(self._drain(), *map_), None
+        elif self.uses_kernels:
+            from ladderstitch_kernels.ops.stitch_linear import stitch_pending
+
+            x, partial = stitch_pending(self._drain(), partial, *map_)
+            self._reduced, self._full = x, None
+            last = self._comm.all_reduce_async(partial)
+        else:
+            last = self._comm.all_reduce_async(F.linear(partial, map_.matrix))
+            self._reduced, self._full = F.linear(self._drain(), *map_), None
+        self._in_flight.append(last)
+
     def add_normed(self, partial: Tensor, norm: Callable[[Tensor], Tensor]) -> None:
         """Add the norm of the sum over ranks of partials [T, D]; wait until it is complete."""
         whole = norm(self._comm.wait(self._comm.all_reduce_async(partial)))
@@ -180,13 +221,25 @@ class ResidualStream:
 
     def _wait_add_norm(self, work: Work, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Return the stream plus a reduction, and the norm of this sum, both [T, D]."""
-        if self._fused is not None:
+        if self._fused is not None and not isinstance(work, MappedWork):
             return self._fused.wait_add_norm(work, self._reduced, gain, eps)
         from ladderstitch_kernels.ops.add_rms_norm import add_rms_norm
 
-        return add_rms_norm(self._comm.wait(work), self._reduced, gain, eps)
+        return add_rms_norm(self._wait(work), self._reduced, gain, eps)
+
+    def _wait(self, work: Work) -> Tensor:
+        """Return the sum of a reduction, mapped if the stream has been."""
+        if isinstance(work, MappedWork):
+            return F.linear(self._comm.wait(work.work), work.matrix)
+        return self._comm.wait(work)
+
+    def _drain(self) -> Tensor:
+        """Return the stream [T, D] with all reductions in flight, which end."""
+        while self._in_flight:
+            self._reduce_oldest()
+        return self._reduced
 
     def _reduce_oldest(self) -> None:
         first = self._in_flight.popleft()
         full, self._full = self._full, None
-        self._reduced = self._reduced + self._comm.wait(first) if full is None else full
+        self._reduced = self._reduced + self._wait(first) if full is None else full

@@ -108,8 +108,9 @@ class SegmentedTransformer:
         keys, values = cache.arrays(layer)
         index = batch.cache_index()
         keys[index.new_slots], values[index.new_slots] = qk[0, :, width:], v[0]
-        assert cache.attention is not None, "segments need a float32 cache on a CPU"
-        return cache.attention.attend(index, qk[..., :width], keys, values)
+        attention = cache.onnx_attention(self.config.heads)
+        assert attention is not None, "segments need a float32 cache on a CPU"
+        return attention.attend(index, qk[..., :width], keys, values)
 
     def _factors(self, plans: Sequence[LayerPlan], layer: int) -> dict[str, Array]:
         """Return the factors of p that the MLP of a layer and the sub-block after it read."""

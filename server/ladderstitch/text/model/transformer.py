@@ -21,7 +21,7 @@ compute the formulas of the CPU's code in float32 and round once, to the dtype o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -48,14 +48,22 @@ class Transformer:
     """
 
     def __init__(
-        self, config: DecoderConfig, weights: RankWeights, shard: Shard, threads: int = 1
+        self,
+        config: DecoderConfig,
+        weights: RankWeights,
+        shard: Shard,
+        threads: int = 1,
+        first_plane: int = 0,
     ) -> None:
-        """Prepare the products with all matrices; those of low-bit matrices use `threads`."""
+        """Prepare the products with all matrices; those of low-bit matrices use `threads`.
+
+        Keys and values of layer i are in plane `first_plane` + i of the cache.
+        """
         self.config, self.shard, self.weight_bytes = config, shard, weights.bytes()
         self._embedding = weights.embedding
         self._norm = Norm(weights.norm, weights.norm_bias, config)
         self.layers = [
-            Layer(number, layer, config, shard, threads)
+            Layer(first_plane + number, layer, config, shard, threads)
             for number, layer in enumerate(weights.layers)
         ]
         self._head = open_product(weights.head, threads)
@@ -76,17 +84,23 @@ class Transformer:
 
         The cache must hold the earlier tokens of all sequences. Raises `PeerLost` if a peer died.
         """
-        rotations = (
-            self._kernel_rotations
-            if cache.uses_kernels
-            else {
-                kind: (cosines[batch.positions], sines[batch.positions])
-                for kind, (cosines, sines) in self._rotations.items()
-            }
-        )
-        stream = ResidualStream(self._embed(batch.tokens, comm), comm)
+        rotations = self.rotations(batch, cache)
+        stream = ResidualStream(self.embed(batch.tokens, comm), comm)
         for layer, plan, kind in zip(self.layers, plans, self.config.layer_rotations, strict=True):
             layer(plan, stream, batch, rotations[kind], cache)
+        return self.logits(stream, batch)
+
+    def rotations(self, batch: Batch, cache: PagedCache) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Return cosines and sines by kind of layer, for `Attention`."""
+        if cache.uses_kernels:
+            return self._kernel_rotations
+        return {
+            kind: (cosines[batch.positions], sines[batch.positions])
+            for kind, (cosines, sines) in self._rotations.items()
+        }
+
+    def logits(self, stream: ResidualStream, batch: Batch) -> Tensor:
+        """Return logits [L, V_r] of the batch's L output rows from the stream after all layers."""
         x = stream.read()
         if len(batch.output_rows) < len(x):
             x = x[batch.output_rows]
@@ -111,7 +125,7 @@ class Transformer:
             logits = logits * self.config.logit_scale
         return soft_cap(logits, self.config.logit_softcap)
 
-    def _embed(self, tokens: Tensor, comm: Communicator) -> Tensor:
+    def embed(self, tokens: Tensor, comm: Communicator) -> Tensor:
         """Return [T, D] of tokens [T]: the sum over ranks, as each rank has a part of the rows."""
         rows = self.shard.vocabulary
         if self.shard.ranks == 1:
