@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ladderstitch.text.bundle import TextVariant
+from ladderstitch.scheduling.profiles import Quality
+from ladderstitch.text.bundle import TextManifest, TextVariant, write_manifest
 from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.family import DecoderFamily, LayerRange, Route
 from ladderstitch.text.model.family_weights import family_shapes
 from ladderstitch.text.model.residual import ResidualScheme
+from tests.support.language_models import END, made_up_quality, write_byte_tokenizer
 
 LARGE = DecoderConfig(
     vocab_size=257,
@@ -231,3 +235,31 @@ def run_ranks(ranks: int, run: Callable[[int, ThreadedSum], Tensor]) -> list[Ten
     if failures:
         raise failures[0]
     return [results[rank] for rank in range(ranks)]
+
+
+def write_elastic(path: Path, residual: ResidualScheme = LADDER) -> Path:
+    """Write a bundle of the family with one token per byte, and return its path.
+
+    Qualities rise from 0.2 (small) by 0.1 to 0.6 (large); the ways back are worse than all others.
+    """
+    variants = paths(residual)
+    manifest = TextManifest(
+        name="elastic",
+        config=LARGE,
+        anchors=(SMALL,),
+        paths=variants,
+        end_tokens=(END,),
+        origin="random weights",
+        licence="Apache-2.0",
+    )
+    write_manifest(path, manifest)
+    save_file(random_family(), path / "model.safetensors")
+    write_byte_tokenizer(path / "tokenizer.json")
+    values = (0.2, 0.3, 0.4, 0.5, 0.6, 0.15, 0.14, 0.13)
+    qualities = {
+        n: Quality(value=value, low=0.0, high=1.0, perplexity=10 - 10 * value)
+        for n, value in enumerate(values)
+    }
+    table = made_up_quality(1).model_copy(update={"variants": qualities})
+    (path / "quality.json").write_text(table.model_dump_json())
+    return path

@@ -198,13 +198,25 @@ class GenerationRequest:
             raise InvalidArgument("answer_s", "expected a number, got nan")
 
 
+CacheUse = Literal["", "shared", "projected", "written-through", "caught-up", "recomputed"]
+"""The origin of the keys and values that a span of an answer found: its own variant (empty), a
+variant with interchangeable ones, a translation at the change or of every token, or computed again,
+from the first token of another variant on or from the start."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenSpan:
-    """Consecutive tokens of an answer that one variant computed."""
+    """Consecutive tokens of an answer that one variant computed.
+
+    After a change of variant, `cache` says how the cache was made to fit (`CacheUse`), and
+    `penalty_nats` what the change costs in quality, nats per token, if that was measured.
+    """
 
     variant: int
     name: str
     num_tokens: int
+    cache: CacheUse = ""
+    penalty_nats: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

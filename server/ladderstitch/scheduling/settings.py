@@ -10,6 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 PolicyName = Literal["fixed", "max_quality", "max_batch", "slackfit", "model_switching", "adaptive"]
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 
+CacheMode = Literal["project", "write-through", "catch-up", "recompute", "anytime"]
+"""What happens to keys and values that the new variant of an answer lacks.
+
+`project` translates them when the variant changes, `write-through` when a token is computed, for
+all variants. `catch-up` computes the tokens again from the first one that the new variant did not
+compute, `recompute` all of them. `anytime` translates them, and computes them again in idle time.
+"""
+
 
 class SchedulerSettings(BaseModel):
     """The operator's scheduling settings; a change applies from the next batch on."""
@@ -49,6 +57,12 @@ class SchedulerSettings(BaseModel):
         ge=0,
         allow_inf_nan=False,
         description="seconds reserved for writing an answer; image models only",
+    )
+
+    cache_mode: CacheMode = Field(
+        "anytime",
+        description="what happens to cached keys and values that the new variant of an answer "
+        "lacks; language models only",
     )
 
     @model_validator(mode="after")

@@ -186,6 +186,18 @@ class Metrics:
         self.variant_changes = self._counter(
             "variant_changes", "Answers that went on with another variant.", model
         )
+        self.variant_tokens = self._counter(
+            "variant_tokens", "Tokens of complete answers, by variant.", ["model", "variant"]
+        )
+        self.translated_tokens = self._counter(
+            "translated_tokens", "Cached tokens that were translated for another variant.", model
+        )
+        self.repaired_tokens = self._counter(
+            "repaired_tokens", "Translated tokens that were computed again in idle time.", model
+        )
+        self.repair_seconds = self._counter(
+            "repair_seconds", "Idle time in which translated tokens were computed again.", model
+        )
 
     def remove_model(self, model: str) -> None:
         """Remove all series of a model that was unloaded."""

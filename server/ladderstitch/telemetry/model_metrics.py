@@ -213,6 +213,12 @@ class TextObserver(Protocol):
     def observe_variant_changes(self, num_sequences: int) -> None:
         """Count sequences that go on with another variant."""
 
+    def observe_translation(self, num_tokens: int) -> None:
+        """Count cached tokens that were translated for another variant."""
+
+    def observe_repair(self, num_tokens: int, seconds: float) -> None:
+        """Count translated tokens that were computed again in idle time."""
+
     def observe_first_token(self, queue_s: float, seconds: float) -> None:
         """Count a first token, `seconds` after the arrival; `queue_s` of them were in the queue."""
 
@@ -250,6 +256,12 @@ class NullObserver:
     def observe_variant_changes(self, num_sequences: int) -> None:
         """Do nothing."""
 
+    def observe_translation(self, num_tokens: int) -> None:
+        """Do nothing."""
+
+    def observe_repair(self, num_tokens: int, seconds: float) -> None:
+        """Do nothing."""
+
     def observe_first_token(self, queue_s: float, seconds: float) -> None:
         """Do nothing."""
 
@@ -281,6 +293,10 @@ class TextMetrics(ModelMetrics):
         self._prefix_cache_hit_tokens = metrics.prefix_cache_hit_tokens.labels(model)
         self._preemptions = metrics.preemptions.labels(model)
         self._variant_changes = metrics.variant_changes.labels(model)
+        self._translated_tokens = metrics.translated_tokens.labels(model)
+        self._repaired_tokens = metrics.repaired_tokens.labels(model)
+        self._repair_seconds = metrics.repair_seconds.labels(model)
+        self._variant_tokens = metrics.variant_tokens
         self._time_to_first_token_seconds = metrics.time_to_first_token_seconds.labels(model)
         self._inter_token_latency_seconds = metrics.inter_token_latency_seconds.labels(model)
         self._kv_cache_usage = metrics.kv_cache_usage_ratio.labels(model)
@@ -318,6 +334,15 @@ class TextMetrics(ModelMetrics):
         """Count sequences that go on with another variant."""
         self._variant_changes.inc(num_sequences)
 
+    def observe_translation(self, num_tokens: int) -> None:
+        """Count cached tokens that were translated for another variant."""
+        self._translated_tokens.inc(num_tokens)
+
+    def observe_repair(self, num_tokens: int, seconds: float) -> None:
+        """Count translated tokens that were computed again in idle time."""
+        self._repaired_tokens.inc(num_tokens)
+        self._repair_seconds.inc(seconds)
+
     def observe_first_token(self, queue_s: float, seconds: float) -> None:
         """Count a first token, `seconds` after the arrival; `queue_s` of them were in the queue."""
         self._generated_tokens.inc()
@@ -334,6 +359,8 @@ class TextMetrics(ModelMetrics):
         self._count_request(str(answer.variant), "OK")
         self._request_duration_seconds.observe(usage.total_s)
         self._prefix_cache_hit_tokens.inc(answer.reused_tokens)
+        for span in answer.spans:
+            self._variant_tokens.labels(self._model, str(span.variant)).inc(span.num_tokens)
         if answer.quality is not None:
             self._served_quality.observe(answer.quality.value)
         if usage.met is not None:

@@ -4,6 +4,7 @@
     model.safetensors     weights in the Hugging Face layout, or shards with their index
     tokenizer.json        the tokenizer
     quality.json          optional: each path's next-token accuracy and perplexity
+    switches.json         optional: the changes of path within an answer, and what they cost
     *.safetensors         optional: the low-rank delta (LoRA) of a path
     tokenizer_config.json, special_tokens_map.json
                           optional: the special tokens that the chat template names
@@ -49,11 +50,12 @@ from ladderstitch.text.model.weight_reader import (
     load_delta,
 )
 from ladderstitch.text.model.weights import check_weights, expected_shapes
+from ladderstitch.text.switches import SwitchTable
 from ladderstitch.text.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "model.yaml"
+MANIFEST, SWITCHES = "model.yaml", "switches.json"
 TORCH_FILES = (TORCH_SINGLE, TORCH_INDEX)
 SPECIAL_TOKEN_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 """Files of a checkpoint that name its special tokens; the second has priority."""
@@ -170,6 +172,7 @@ class TextBundle:
     path: Path
     manifest: TextManifest
     quality: QualityTable | None = None
+    switches: SwitchTable | None = None
 
     @classmethod
     def load(cls, path: Path, *, calibrated: bool = True) -> TextBundle:
@@ -179,7 +182,8 @@ class TextBundle:
         """
         manifest = read_manifest(path)
         quality = _read_quality(path / "quality.json", manifest) if calibrated else None
-        bundle = cls(path, manifest, quality)
+        switches = _read_switches(path / SWITCHES, manifest) if calibrated else None
+        bundle = cls(path, manifest, quality, switches)
         files = bundle.open_files()
         weights = LaidOutWeights(files, manifest.layout, manifest.config)
         if manifest.anchors:
@@ -235,12 +239,14 @@ class TextBundle:
             raise ConfigError(f"paths: expected some of {list(present)}, got {unknown}")
         kept = sorted({present[name] for name in names})
         paths = tuple(self.manifest.variants[number] for number in kept)
-        quality = self.quality
+        quality, switches = self.quality, self.switches
         if quality is not None:
             variants = {new: quality.variants[old] for new, old in enumerate(kept)}
             quality = quality.model_copy(update={"variants": variants})
+        if switches is not None:
+            switches = switches.with_paths(kept)
         manifest = self.manifest.model_copy(update={"paths": paths})
-        return replace(self, manifest=manifest, quality=quality)
+        return replace(self, manifest=manifest, quality=quality, switches=switches)
 
     def tokenizer(self) -> TextTokenizer:
         """Return the tokenizer; raises `BundleError` if `tokenizer.json` is missing or damaged.
@@ -336,6 +342,18 @@ def _read_quality(file: Path, manifest: TextManifest) -> QualityTable | None:
     expected, got = set(range(len(manifest.variants))), set(table.variants)
     if got != expected:
         raise BundleError(f"{file}: expected paths {sorted(expected)}, got {sorted(got)}")
+    return table
+
+
+def _read_switches(file: Path, manifest: TextManifest) -> SwitchTable | None:
+    """Return the measured changes of path, None if the bundle has none."""
+    if not file.exists():
+        return None
+    table = read_table(file, SwitchTable)
+    last = len(manifest.variants) - 1
+    named = {path for p in table.penalties for path in (p.source, p.target)}
+    if wrong := sorted(path for path in named if path > last):
+        raise BundleError(f"{file}: expected paths 0 to {last}, got {wrong}")
     return table
 
 

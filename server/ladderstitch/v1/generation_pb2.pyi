@@ -223,24 +223,36 @@ class TokenSpan(_message.Message):
     VARIANT_ID_FIELD_NUMBER: _builtins.int
     VARIANT_NAME_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
+    PENALTY_NATS_FIELD_NUMBER: _builtins.int
     variant_id: _builtins.int
     """Id of the variant."""
     variant_name: _builtins.str
     """Name of the variant."""
     tokens: _builtins.int
     """Number of tokens."""
+    cache: _builtins.str
+    """How the span found the keys and values of the tokens before it: empty (computed by this
+    variant), "shared", "projected", "written-through", "caught-up" or "recomputed".
+    """
+    penalty_nats: _builtins.float
+    """Measured loss of the change to this variant, nats per token; unset: not measured, or no change."""
     def __init__(
         self,
         *,
         variant_id: _builtins.int = ...,
         variant_name: _builtins.str = ...,
         tokens: _builtins.int = ...,
+        cache: _builtins.str = ...,
+        penalty_nats: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_penalty_nats", b"_penalty_nats", "penalty_nats", b"penalty_nats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens", "variant_id", b"variant_id", "variant_name", b"variant_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_penalty_nats", b"_penalty_nats", "cache", b"cache", "penalty_nats", b"penalty_nats", "tokens", b"tokens", "variant_id", b"variant_id", "variant_name", b"variant_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__penalty_nats: _TypeAlias = _typing.Literal["penalty_nats"]  # noqa: Y015
+    _WhichOneofArgType__penalty_nats: _TypeAlias = _typing.Literal["_penalty_nats", b"_penalty_nats"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__penalty_nats) -> _WhichOneofReturnType__penalty_nats | None: ...
 
 Global___TokenSpan: _TypeAlias = TokenSpan  # noqa: Y015
 

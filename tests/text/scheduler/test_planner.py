@@ -17,6 +17,7 @@ from ladderstitch.scheduling.candidates import CandidateFilter
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile
 from ladderstitch.scheduling.requests import NO_BUDGET, GenerationRequest, TokenBudget
 from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.text.scheduler.cache_rules import CacheRules
 from ladderstitch.text.scheduler.planner import (
     MIN_PREFILL_CHUNK,
     NO_LOAD,
@@ -149,7 +150,9 @@ def make_sequence(
     tokenizer: TextTokenizer, request: object, variant: int = STANDARD, *, decoding: bool = False
 ) -> Sequence:
     assert isinstance(request, GenerationRequest)
-    sequence = Sequence(request, variant, ("standard", "ladder"), None, tokenizer, ())
+    sequence = Sequence(
+        request, variant, ("standard", "ladder"), None, tokenizer, (), CacheRules.separate(2)
+    )
     if decoding:
         sequence.block_table.num_computed = sequence.num_pending
         sequence.tokens.append(1)

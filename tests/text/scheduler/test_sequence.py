@@ -13,6 +13,7 @@ import pytest
 from ladderstitch.errors import Draining, ExpiredInCompute, ExpiredInQueue
 from ladderstitch.scheduling.requests import GenerationRequest, Sampling
 from ladderstitch.text.scheduler.block_manager import BlockManager
+from ladderstitch.text.scheduler.cache_rules import CacheRules
 from ladderstitch.text.scheduler.queue import SequenceQueue
 from ladderstitch.text.scheduler.sequence import Sampler, Sequence, TokenStream
 from ladderstitch.text.tokenizer import TextTokenizer
@@ -33,7 +34,9 @@ class Harness:
         self.blocks = BlockManager(4, 4)
         self.queue = SequenceQueue(self.blocks, 1)
         request = GenerationRequest((1, 2), 0.0, max_tokens=2, hard_deadline=hard_deadline)
-        self.sequence = Sequence(request, 0, ("standard",), None, tokenizer, ())
+        self.sequence = Sequence(
+            request, 0, ("standard",), None, tokenizer, (), CacheRules.separate(1)
+        )
         if active:
             assert self.sequence.allocate_blocks(self.blocks, now=0.0)
             self.queue.active.append(self.sequence)

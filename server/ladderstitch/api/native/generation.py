@@ -192,7 +192,13 @@ def _build_accounting(
         reused_tokens=info.reused_tokens,
         replica=replica,
         spans=[
-            pb.TokenSpan(variant_id=span.variant, variant_name=span.name, tokens=span.num_tokens)
+            pb.TokenSpan(
+                variant_id=span.variant,
+                variant_name=span.name,
+                tokens=span.num_tokens,
+                cache=span.cache,
+                penalty_nats=span.penalty_nats,
+            )
             for span in info.spans
         ],
     )

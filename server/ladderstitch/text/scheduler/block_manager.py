@@ -146,6 +146,18 @@ class BlockManager:
             self._keys[block] = key
         return self._cached[key][1]
 
+    def reclaim(self, blocks: Sequence[int]) -> bool:
+        """Drop held blocks from the prefix cache, so that their holder may overwrite them.
+
+        Return False, and drop none, if one of them has several holders.
+        """
+        if any(self._ref_counts[block] > 1 for block in blocks):
+            return False
+        for block in blocks:
+            if (key := self._keys.pop(block, None)) is not None:
+                del self._cached[key]
+        return True
+
     def clear(self) -> None:
         """Drop all cached content, because the ranks lost it; holders keep their blocks."""
         self._cached.clear()

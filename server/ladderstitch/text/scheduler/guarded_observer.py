@@ -38,6 +38,15 @@ class GuardedObserver:
         """Count sequences that go on with another variant."""
         self._try(lambda: self._observer.observe_variant_changes(num_sequences))
 
+    def observe_translation(self, num_tokens: int) -> None:
+        """Count cached tokens that were translated for another variant."""
+        if num_tokens:
+            self._try(lambda: self._observer.observe_translation(num_tokens))
+
+    def observe_repair(self, num_tokens: int, seconds: float) -> None:
+        """Count translated tokens that were computed again in idle time."""
+        self._try(lambda: self._observer.observe_repair(num_tokens, seconds))
+
     def observe_first_token(self, queue_s: float, seconds: float) -> None:
         """Count a first token."""
         self._try(lambda: self._observer.observe_first_token(queue_s, seconds))

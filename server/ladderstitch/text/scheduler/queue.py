@@ -91,6 +91,10 @@ class SequenceQueue:
                 kept = [other for other in kept if other.sequence is not victim]
         return StepPlan(plan.variant, tuple(kept)), num_preempted
 
+    def restart(self, sequence: Sequence) -> None:
+        """Release the blocks of an active sequence, which is then computed from its first token."""
+        self._preempt(sequence)
+
     def reset_all(self) -> None:
         """Preempt every active sequence and clear the prefix cache, because the caches are lost."""
         for sequence in list(self.active):

@@ -35,6 +35,7 @@ from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.engine.rank_handle import RankLost
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.scheduler.block_manager import BlockManager
+from ladderstitch.text.scheduler.cache_rules import CacheRules
 from ladderstitch.text.scheduler.guarded_observer import GuardedObserver
 from ladderstitch.text.scheduler.planner import (
     NO_LOAD,
@@ -42,6 +43,7 @@ from ladderstitch.text.scheduler.planner import (
     ScheduledChunk,
     StepPlan,
     choose_variant,
+    decode_round_s,
     estimate_token_times,
     plan_step,
 )
@@ -50,6 +52,7 @@ from ladderstitch.text.scheduler.sequence import Sequence, TokenStream, non_fini
 from ladderstitch.text.scheduler.step_times import StepTimes, measure_steps, placeholder_profile
 from ladderstitch.text.scheduler.supervised_loop import SupervisedLoop
 from ladderstitch.text.scheduler.variant_changes import ChangeRules
+from ladderstitch.text.switches import SwitchTable
 from ladderstitch.text.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -58,6 +61,10 @@ MAX_RANK_LOSSES = 8
 """Rank losses that one sequence survives; more than these are not a coincidence."""
 MAX_ENDS_IN_ROW = 5
 """Unexpected ends of the loop, with no progress in between, after which the model is not alive."""
+REPAIR_TOKENS = 64
+"""Tokens whose keys and values a step in idle time computes again."""
+REPAIR_MARGIN = 2.0
+"""Tokens per sequence that must fit between such a step and the next deadline."""
 LOAD_REPORT_TOKENS = 32
 """Prompt and answer length assumed when reporting load."""
 
@@ -80,8 +87,10 @@ class TextScheduler:
         max_sequences: int = 32,
         observer: TextObserver | None = None,
         make_queue: abc.Callable[[BlockManager, int], SequenceQueue] = SequenceQueue,
+        switches: SwitchTable | None = None,
     ) -> None:
         config = group.rank_config
+        self.cache_rules = CacheRules.of(config, switches, quality)
         self.group, self.tokenizer = group, tokenizer
         self.end_tokens = frozenset(end_tokens)
         self.variant_names = tuple(variant_names) or tuple(path.scheme for path in config.paths)
@@ -180,8 +189,7 @@ class TextScheduler:
         latency = self.times.latency
         latency.set_probability(settings.attainment_probability)
         self.candidates = CandidateFilter.from_settings(quality, latency.profile, settings)
-        alternatives = self.group.rank_config.alternatives
-        self._change_rules = ChangeRules(alternatives, self.candidates, settings)
+        self._change_rules = ChangeRules(self.cache_rules, self.candidates, settings)
 
     def generate(self, request: GenerationRequest) -> TokenStream:
         """Submit a request and return the stream of its chunks; the caller must close the stream.
@@ -210,15 +218,15 @@ class TextScheduler:
         self._fail_all(Draining("the replica is shutting down"))
 
     async def step(self) -> bool:
-        """Run one step: admit, change variants, plan, make room, execute, deliver, observe.
+        """Run one step: change variants, admit, plan, make room, execute, deliver, observe, repair.
 
         Return False, without a step, if no sequence is active. Raises `RankLost` if a rank died,
         and `InternalError` if the forward pass failed.
         """
         self._plan = None
         now = time.monotonic()
-        self._queue.admit(self.times, now)
         self._change_variants(now)
+        self._queue.admit(self.times, now)
         wanted = plan_step(self._next_sequences(), self.times, now)
         if wanted is None:
             return False
@@ -227,6 +235,7 @@ class TextScheduler:
         if executed is not None:
             self._deliver(executed)
             self._observe(executed)
+            await self._repair()
         return True
 
     async def _run_steps(self) -> None:
@@ -269,9 +278,57 @@ class TextScheduler:
         """Move decoding sequences to the variants that their budgets allow from now on."""
         changes = self._change_rules.plan(self._queue.active, self.times, now)
         for change in changes:
-            change.sequence.change_variant(change.variant)
+            self._change_variant(change.sequence, change.variant)
         if changes:
             self._guarded.observe_variant_changes(len(changes))
+
+    def _change_variant(self, sequence: Sequence, variant: int) -> None:
+        """Move a sequence to a variant, and do with its cache what the settings say."""
+        rules, mode = self.cache_rules, self.settings.cache_mode
+        if not rules.num_missing[sequence.variant][variant]:
+            sequence.change_variant(variant, "shared")
+            return
+        if mode == "recompute":
+            sequence.change_variant(variant, "recomputed")
+            self._queue.restart(sequence)
+        elif mode == "catch-up":
+            sequence.change_variant(variant, "caught-up")
+            if self.block_manager.reclaim(sequence.block_table.blocks):
+                sequence.rewind(sequence.history.num_exact(sequence.kind))
+            else:
+                self._queue.restart(sequence)
+        else:
+            is_whole = not sequence.history.missing(rules.kinds[variant])
+            sequence.change_variant(variant, "written-through" if is_whole else "projected")
+
+    async def _repair(self) -> None:
+        """Compute translated keys and values again while every sequence can afford to wait."""
+        if self.settings.cache_mode != "anytime" or not self.cache_rules.translates:
+            return
+        for sequence in self._queue.active:
+            repaired = sequence.next_repair(REPAIR_TOKENS)
+            if repaired is None or sequence.num_pending != 1:
+                continue
+            num_tokens = len(repaired.tokens)
+            seconds = self.times.expected(sequence.variant, num_tokens)
+            if not self._can_wait(seconds) or not self.block_manager.reclaim(repaired.blocks):
+                continue
+            started_at = time.monotonic()
+            await self.group.run(Step((repaired,), sequence.variant, seconds))
+            if not sequence.ended and sequence in self._queue.active:
+                sequence.mark_repaired(repaired)
+            self._guarded.observe_repair(num_tokens, time.monotonic() - started_at)
+            return
+
+    def _can_wait(self, seconds: float) -> bool:
+        """Return whether no sequence waits, and all active ones have a token and time to spare."""
+        now = time.monotonic()
+        round_s = decode_round_s(self._queue.load().num_sequences, self.times)
+        return not self._queue.waiting and all(
+            sequence.token_deadline(self.times.expected(sequence.variant, 1))
+            >= now + seconds + REPAIR_MARGIN * round_s
+            for sequence in self._queue.active
+        )
 
     def _make_room(self, wanted: StepPlan) -> StepPlan:
         plan, num_preempted = self._queue.make_room(wanted, self.times)
@@ -293,7 +350,20 @@ class TextScheduler:
             return None
         plan = StepPlan(plan.variant, tuple(chunks))
         planned_s = self.times.expected(plan.variant, plan.num_tokens, len(chunks))
-        step = Step(tuple(inputs), plan.variant, planned_s)
+        translations = tuple(t for c in chunks for t in c.sequence.next_translations())
+        planned_s += sum(
+            self.times.translation_s(
+                len(t.tokens), self.cache_rules.num_missing[t.source][t.target]
+            )
+            for t in translations
+        )
+        step = Step(
+            tuple(inputs),
+            plan.variant,
+            planned_s,
+            translations,
+            self.settings.cache_mode == "write-through" and self.cache_rules.translates,
+        )
         started_at = time.monotonic()
         output = await self.group.run(step)
         return ExecutedStep(plan, step, output, started_at, time.monotonic())
@@ -302,6 +372,8 @@ class TextScheduler:
         """Append the new tokens to their sequences; remove the sequences that end or fail."""
         best, logits = iter(executed.output.best.tolist()), iter(executed.output.logits)
         both = zip(executed.plan.chunks, executed.step.inputs, strict=True)
+        others = self.cache_rules.other_kinds(executed.plan.variant)
+        write_through = others if executed.step.write_through else []
         for number, (chunk, step_input) in enumerate(both):
             token = next(best) if step_input.logits_mode == LogitsMode.BEST else None
             row = next(logits) if step_input.logits_mode == LogitsMode.LAST else None
@@ -313,9 +385,7 @@ class TextScheduler:
             try:
                 if number in executed.output.non_finite:
                     raise non_finite_output()  # its blocks are not cached for others
-                sequence.block_table.mark_computed(
-                    self.block_manager, sequence.tokens, chunk.num_tokens
-                )
+                sequence.mark_computed(self.block_manager, chunk.num_tokens, write_through)
                 if step_input.logits_mode != LogitsMode.NONE:
                     sequence.append_token(token, row, executed.ended_at)
             except Exception as error:
@@ -326,6 +396,14 @@ class TextScheduler:
     def _observe(self, executed: ExecutedStep) -> None:
         plan, seconds = executed.plan, executed.ended_at - executed.started_at
         num_sequences = len(plan.chunks)
+        self._guarded.observe_translation(sum(len(t.tokens) for t in executed.step.translations))
+        seconds -= sum(
+            self.times.translation_s(
+                len(t.tokens), self.cache_rules.num_missing[t.source][t.target]
+            )
+            for t in executed.step.translations
+        )
+        seconds = max(seconds, 1e-6)
         error = self.times.observe(plan.variant, plan.num_tokens, num_sequences, seconds)
         view = self.times.latency.view
         self._guarded.observe_step(
@@ -383,6 +461,7 @@ class TextScheduler:
             self._quality,
             self.tokenizer,
             self.end_tokens,
+            self.cache_rules,
         )
         self._queue.add(sequence)
         self._idle.clear()

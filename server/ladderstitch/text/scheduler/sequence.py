@@ -19,6 +19,7 @@ from ladderstitch.errors import (
 )
 from ladderstitch.scheduling.profiles import Quality, QualityTable
 from ladderstitch.scheduling.requests import (
+    CacheUse,
     FinishReason,
     GenerationInfo,
     GenerationRequest,
@@ -29,8 +30,10 @@ from ladderstitch.scheduling.requests import (
 )
 from ladderstitch.telemetry.model_metrics import NullObserver, TextObserver
 from ladderstitch.telemetry.statistics import Statistics
-from ladderstitch.text.messages import Logits, LogitsMode, SequenceInput
+from ladderstitch.text.messages import Logits, LogitsMode, SequenceInput, Translation
 from ladderstitch.text.scheduler.block_manager import BlockManager, BlockTable
+from ladderstitch.text.scheduler.cache_history import CacheHistory
+from ladderstitch.text.scheduler.cache_rules import CacheRules
 from ladderstitch.text.scheduler.step_times import token_deadline
 from ladderstitch.text.tokenizer import StoppableText, TextStream, TextTokenizer
 
@@ -53,8 +56,11 @@ class Sequence:
         quality: QualityTable | None,
         tokenizer: TextTokenizer,
         end_tokens: abc.Collection[int],
+        cache_rules: CacheRules,
     ) -> None:
         self.request, self.variant = request, variant
+        self.history = CacheHistory()
+        self._rules, self._span_start = cache_rules, TokenSpan(variant, names[variant], 0)
         self.tokens = list(request.tokens)
         self.block_table = BlockTable()
         self.num_rank_losses = 0
@@ -109,11 +115,20 @@ class Sequence:
             token_s = min(token_s, budget.per_token_s + ahead_s / min(max(1, left), PACE_TOKENS))
         return token_s
 
-    def change_variant(self, variant: int) -> None:
-        """Compute the next tokens on another variant, after the same keys and values.
+    @property
+    def kind(self) -> int:
+        """The kind of its variant (`CacheRules`)."""
+        return self._rules.kinds[self.variant]
+
+    def change_variant(self, variant: int, cache: CacheUse) -> None:
+        """Compute the next tokens on another variant; `cache` says how the cache is made to fit.
 
         Blocks that are filled from now on hold a mixture, and are not cached for others.
         """
+        penalty = 0.0 if cache in ("caught-up", "recomputed") else None
+        if penalty is None:
+            penalty = self._rules.penalty_nats(self.variant, variant)
+        self._span_start = TokenSpan(variant, self._names[variant], 0, cache, penalty)
         self.variant = variant
         self.block_table.stop_caching()
 
@@ -122,6 +137,8 @@ class Sequence:
         namespace_id = block_manager.namespace((self.variant, self.request.tenant))
         if not self.block_table.allocate(block_manager, namespace_id, self.tokens):
             return False
+        self.history.clear()
+        self.history.append(self.kind, self.block_table.num_computed)
         if self._started_at is None:
             self._started_at, self._num_reused = now, self.block_table.num_computed
         return True
@@ -132,6 +149,54 @@ class Sequence:
         end = start + num_tokens
         mode = self._logits_mode() if end == len(self.tokens) else LogitsMode.NONE
         return SequenceInput(self.tokens[start:end], start, self.block_table.blocks, mode)
+
+    def next_translations(self) -> list[Translation]:
+        """Return the cached tokens that its variant lacks, for the next step to translate."""
+        return [
+            Translation(
+                self.tokens[span.start : span.end],
+                span.start,
+                self.block_table.blocks,
+                span.path,
+                self.variant,
+            )
+            for span in self.history.missing(self.kind)
+            if self._rules.num_missing[span.path][self.variant]
+        ]
+
+    def mark_computed(
+        self, block_manager: BlockManager, num_tokens: int, write_through: abc.Sequence[int]
+    ) -> None:
+        """Record a step that computed `num_tokens` more tokens, after its translations.
+
+        `write_through` are the other kinds for which it translated the new tokens.
+        """
+        self.history.complete(self.kind)
+        self.history.append(self.kind, num_tokens, write_through)
+        self.block_table.mark_computed(block_manager, self.tokens, num_tokens)
+
+    def next_repair(self, num_tokens: int) -> SequenceInput | None:
+        """Return up to `num_tokens` translated tokens, to be computed on its variant; None: none.
+
+        They are the first ones whose keys and values are not exact.
+        """
+        begin = self.history.num_exact(self.kind)
+        end = min(begin + num_tokens, self.history.num_tokens)
+        if begin >= end or self._span_start.cache != "projected":
+            return None
+        return SequenceInput(
+            self.tokens[begin:end], begin, self.block_table.blocks, LogitsMode.NONE
+        )
+
+    def mark_repaired(self, repaired: SequenceInput) -> None:
+        """Record that a step computed the tokens of `next_repair`."""
+        sharing = self._rules.sharing[self.variant]
+        self.history.repair(self.kind, len(repaired.tokens), sharing)
+
+    def rewind(self, num_tokens: int) -> None:
+        """Forget all cached tokens from number `num_tokens` on, which are then computed again."""
+        self.history.truncate(num_tokens)
+        self.block_table.num_computed = num_tokens
 
     def append_token(self, best: int | None, logits: Logits | None, now: float) -> None:
         """Append `best`, or a token sampled from logits [V], and hand its chunk to the caller.
@@ -187,12 +252,10 @@ class Sequence:
 
     def _count_token(self) -> None:
         """Add a token to the last span, or begin a span if the variant has changed."""
-        *earlier, last = self._spans or (TokenSpan(self.variant, self._names[self.variant], 0),)
-        if last.variant == self.variant:
-            last = replace(last, num_tokens=last.num_tokens + 1)
-            self._spans = (*earlier, last)
-        else:
-            self._spans += (TokenSpan(self.variant, self._names[self.variant], 1),)
+        *earlier, last = self._spans or (self._span_start,)
+        if last.variant != self.variant:
+            earlier, last = list(self._spans), self._span_start
+        self._spans = (*earlier, replace(last, num_tokens=last.num_tokens + 1))
 
     def _sample(self, logits: Logits | None) -> int:
         assert logits is not None, "the logits mode is LAST"

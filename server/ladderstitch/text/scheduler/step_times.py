@@ -14,7 +14,7 @@ from ladderstitch.scheduling.latency_model import LatencyModel
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile
 from ladderstitch.scheduling.requests import TokenBudget
 from ladderstitch.text.engine.rank_group import RankGroup
-from ladderstitch.text.messages import SequenceInput, Step
+from ladderstitch.text.messages import SequenceInput, Step, Translation
 
 DEFAULT_TTFT_S = 10.0
 """Time to first token that an answer without a budget is scheduled for."""
@@ -55,10 +55,15 @@ class StepTimes:
     """
 
     def __init__(
-        self, profile: LatencyProfile, sequence_s: float, probability: float = 0.99
+        self,
+        profile: LatencyProfile,
+        sequence_s: float,
+        probability: float = 0.99,
+        translation_s: float = 0.0,
     ) -> None:
+        """Set up; `translation_s` are the seconds of one token and plane of the cache."""
         self.latency = LatencyModel(profile, probability)
-        self._sequence_s = sequence_s
+        self._sequence_s, self._translation_s = sequence_s, translation_s
 
     @property
     def max_step_tokens(self) -> int:
@@ -89,6 +94,10 @@ class StepTimes:
         full_steps, rest = divmod(num_tokens, largest)
         rest_s = self.expected(variant, rest) if rest else 0.0
         return full_steps * self.expected(variant, largest) + rest_s
+
+    def translation_s(self, num_tokens: int, num_planes: int) -> float:
+        """Return the expected seconds of translating keys and values of `num_planes` layers."""
+        return num_tokens * num_planes * self._translation_s * self.latency.view.slowdown
 
     def observe(self, variant: int, num_tokens: int, num_sequences: int, seconds: float) -> float:
         """Learn from one step; return its actual over its expected seconds."""
@@ -150,14 +159,50 @@ async def measure_steps(group: RankGroup, max_step_tokens: int) -> StepTimes:
         batch_sizes=sizes,
         variants=variants,
     )
-    return StepTimes(profile, sequence_s)
+    translation_s = await _time_translation(group, max_step_tokens)
+    return StepTimes(profile, sequence_s, translation_s=translation_s)
+
+
+async def _time_translation(group: RankGroup, num_tokens: int) -> float:
+    """Return the seconds of translating one token for one plane of the cache; 0 without a family.
+
+    It is the mean over both directions between the paths that have the fewest planes in common.
+    """
+    config = group.rank_config
+    if not config.anchors:
+        return 0.0
+    routes, count = config.path_routes, len(config.paths)
+    missing = {
+        (source, target): len(config.family.missing_planes(routes[source], routes[target]))
+        for source in range(count)
+        for target in range(count)
+    }
+    pair = max(missing, key=missing.__getitem__)
+    if not missing[pair]:
+        return 0.0
+    (prompt,) = _prompts(group, num_tokens, 1)
+    lone = SequenceInput(prompt.tokens[:1], 0, prompt.blocks)
+    seconds = []
+    for source, target in (pair, pair[::-1]):
+        await group.run(Step((prompt,), source))
+        translation = Translation(prompt.tokens, 0, prompt.blocks, source, target)
+        plain = await _time_repeated(group, Step((lone,), target))
+        both = await _time_repeated(group, Step((lone,), target, translations=(translation,)))
+        seconds.append((min(both) - min(plain)) / missing[source, target] / num_tokens)
+    return max(0.0, sum(seconds) / 2)
 
 
 async def _time_step(
     group: RankGroup, variant: int, num_tokens: int, num_sequences: int
 ) -> list[float]:
     """Return the seconds of repeated steps of `num_tokens` new tokens of each sequence."""
-    step = Step(tuple(_prompts(group, num_tokens, num_sequences)), variant)
+    return await _time_repeated(
+        group, Step(tuple(_prompts(group, num_tokens, num_sequences)), variant)
+    )
+
+
+async def _time_repeated(group: RankGroup, step: Step) -> list[float]:
+    """Return the seconds of repeated runs of a step."""
     seconds = []
     await group.run(step)  # the first run of a size is slower
     for _ in range(NUM_REPEATS):

@@ -1,7 +1,9 @@
 """The change of an answer's variant between two of its tokens: pure, no clock, no I/O.
 
 Variants that differ in the precision of their matrices only write interchangeable keys and values.
-An answer among them may therefore go on with another one, and nothing is computed again.
+An answer among them goes on with another one, and nothing is computed again. The variants of a
+family read other planes of the cache, which are translated or computed again first
+(`cache_rules.py`).
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ from dataclasses import dataclass
 
 from ladderstitch.scheduling.candidates import CandidateFilter
 from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.text.scheduler.cache_rules import CacheRules
 from ladderstitch.text.scheduler.planner import SchedulerLoad, decode_round_s
-from ladderstitch.text.scheduler.sequence import Sequence
+from ladderstitch.text.scheduler.sequence import PACE_TOKENS, Sequence
 from ladderstitch.text.scheduler.step_times import StepTimes
 
 MIN_LEAD = 1.15
 """Seconds that a token may take, over those expected of a better variant, before a change to it."""
+MIN_TOKENS_LEFT = 4
+"""Tokens that an answer must still have for a change to a better variant of another kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +36,7 @@ class VariantChange:
 class ChangeRules:
     """The variants that may follow each other, and what decides between them."""
 
-    alternatives: abc.Sequence[frozenset[int]]
-    """By variant: those that may follow it within an answer, itself included."""
+    cache_rules: CacheRules
     candidates: CandidateFilter
     settings: SchedulerSettings
 
@@ -64,7 +68,7 @@ class ChangeRules:
             sequence.request.variant is None
             and sequence.num_pending == 1
             and sequence.first_token_at is not None
-            and len(self.alternatives[sequence.variant]) > 1
+            and len(self.cache_rules.alternatives[sequence.variant]) > 1
         )
 
     def _choose(
@@ -72,15 +76,44 @@ class ChangeRules:
     ) -> int:
         """Return the variant for the next tokens of a sequence; `counts` has all sequences."""
         allowed = self.candidates.for_quality(sequence.request.min_quality)
-        variants = [v for v in allowed if v in self.alternatives[sequence.variant]]
-        if not variants:
-            return sequence.variant
         quality, current = self.candidates.quality, sequence.variant
+        variants = [v for v in allowed if v in self.cache_rules.alternatives[current]]
+        if not variants:
+            return current
         others = {} if self.settings.policy == "max_quality" else dict(counts)
         others[current] = max(0, others.get(current, 0) - 1)
         for variant in reversed(variants):
             expected_s = decode_round_s(others | {variant: others.get(variant, 0) + 1}, times)
             is_better = quality[variant] > quality[current]
+            if is_better and not self._pays(sequence, variant):
+                continue
+            expected_s += self._change_s(sequence, variant, times)
             if expected_s * (MIN_LEAD if is_better else 1.0) <= affordable_s:
                 return variant
         return variants[0]
+
+    def _pays(self, sequence: Sequence, variant: int) -> bool:
+        """Return whether a change to a better variant is worth its cost in quality."""
+        kinds = self.cache_rules.kinds
+        if kinds[variant] == kinds[sequence.variant]:
+            return True
+        left = sequence.request.max_tokens - sequence.num_generated
+        is_worthwhile = self.cache_rules.is_worthwhile(sequence.variant, variant)
+        return left >= MIN_TOKENS_LEFT and is_worthwhile
+
+    def _change_s(self, sequence: Sequence, variant: int, times: StepTimes) -> float:
+        """Return the seconds of a change, spread over the tokens in which an answer catches up."""
+        rules, mode = self.cache_rules, self.settings.cache_mode
+        num_planes = rules.num_missing[sequence.variant][variant]
+        if not num_planes or mode == "write-through":
+            return 0.0
+        cached, kind = sequence.history.num_tokens, rules.kinds[variant]
+        left = sequence.request.max_tokens - sequence.num_generated
+        if mode == "recompute":
+            seconds = times.prefill_s(variant, cached)
+        elif mode == "catch-up":
+            seconds = times.prefill_s(variant, cached - sequence.history.num_exact(kind))
+        else:
+            missing = cached - sequence.history.num_complete(kind)
+            seconds = times.translation_s(missing, num_planes)
+        return seconds / max(1, min(left, PACE_TOKENS))
