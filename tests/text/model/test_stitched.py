@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ladderstitch.errors import BundleError
-from ladderstitch.text.bundle import TextManifest
+from ladderstitch.text.bundle import TextBundle, TextManifest
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step, Translation
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
@@ -28,9 +29,11 @@ from ladderstitch.text.model.stitched import (
     StitchedPath,
     load_maps,
 )
+from ladderstitch.text.model.stitched_segments import SegmentedPath
 from ladderstitch.text.model.transformer import Transformer
 from ladderstitch.text.model.weight_reader import MemoryWeights
 from ladderstitch.text.model.weights import load_rank
+from ladderstitch.training.text.calibrate import open_runner
 from tests.support.elastic_models import (
     FAMILY,
     LADDER,
@@ -40,6 +43,7 @@ from tests.support.elastic_models import (
     paths,
     random_family,
     run_ranks,
+    write_elastic,
 )
 
 SCHEMES = {"ladder": LADDER, "standard": ResidualScheme()}
@@ -197,6 +201,27 @@ def test_crossing_does_not_wait_for_the_last_sum() -> None:
         return torch.zeros(())
 
     run_ranks(1, run)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("before", "after"), [("small", "large"), ("large-1+small", "small-2+large")]
+)
+def test_served_paths_in_segments_equal_definition(
+    tmp_path: Path, scheme: str, before: str, after: str
+) -> None:
+    bundle = TextBundle.load(write_elastic(tmp_path / "elastic", SCHEMES[scheme]))
+    runner, names = open_runner(bundle, 1), list(ROUTES)
+    assert all(isinstance(model, SegmentedPath) for model in runner.models)
+    source, target = names.index(before), names.index(after)
+    tokens = torch.tensor(random_tokens(12))
+    routes = [ROUTES[before]] * 7 + [ROUTES[after]] * 5
+    definition = Definition(random_family(), lag=int(scheme == "ladder"))
+    parts = [runner.run(source, tokens[:7], 0, LogitsMode.ALL)]
+    runner.translate(source, target, tokens[:7])
+    parts.append(runner.run(target, tokens[7:], 7, LogitsMode.ALL))
+    expected = definition.logits(tokens.tolist(), routes)
+    assert (torch.cat(parts) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_steps_carry_translations_and_write_through() -> None:

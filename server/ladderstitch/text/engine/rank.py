@@ -52,6 +52,7 @@ from ladderstitch.text.model.residual import LayerPlan, plan_layers
 from ladderstitch.text.model.segments import SegmentedTransformer
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.stitched import StitchedPath
+from ladderstitch.text.model.stitched_segments import SegmentedPath
 from ladderstitch.text.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -231,7 +232,7 @@ class Rank:
         Its threads and those of torch would take the cores from each other.
         """
         is_low_bit = self.rank_config.path_precisions[path] is not None
-        return is_low_bit or isinstance(self.models[path], SegmentedTransformer)
+        return is_low_bit or isinstance(self.models[path], SegmentedTransformer | SegmentedPath)
 
 
 def anonymous_bytes() -> int:

@@ -84,7 +84,7 @@ class RankConfig(BaseModel):
                 "deltas": bundle.delta_files(),
                 "precisions": bundle.precisions(),
                 "anchors": manifest.anchors,
-                "routes": tuple(variant.route for variant in manifest.variants),
+                "routes": tuple(v.route for v in manifest.variants) if manifest.anchors else (),
                 "bundle": bundle.path.resolve(),
                 "shared_norm": bundle.shared_norm,
                 "max_model_len": manifest.config.max_positions,

@@ -20,6 +20,7 @@ from ladderstitch.text.model.stitched import (
     StitchedPath,
     load_maps,
 )
+from ladderstitch.text.model.stitched_segments import FamilySegments, SegmentedPath
 from ladderstitch.text.model.transformer import Transformer
 from ladderstitch.text.model.weight_reader import (
     EMBEDDING,
@@ -36,26 +37,33 @@ RankModel = Transformer | SegmentedTransformer | StitchedPath
 """A model of one rank; all kinds have the same `forward`."""
 
 
-def load_family(config: RankConfig, shard: Shard) -> StitchedModel:
-    """Return one rank's anchors and stitching layers of a family."""
+def load_family(config: RankConfig, shard: Shard) -> list[RankModel]:
+    """Return one rank's model of every path of a family; all share anchors and stitching layers."""
     reader, family = config.weights(), config.family
+    shards = [Shard.of(anchor, shard.rank, shard.ranks) for anchor in family.anchors]
+    configs = [anchor.limited_to(config.max_model_len) for anchor in family.anchors]
+    weights = [
+        load_rank(part, anchor, own, config.torch_dtype, config.device)
+        for anchor, part, own in zip(
+            family.anchors, anchor_weights(reader, len(family.anchors)), shards, strict=True
+        )
+    ]
     anchors = [
-        Transformer(
-            anchor.limited_to(config.max_model_len),
-            load_rank(weights, anchor, own, config.torch_dtype, config.device),
-            own,
-            config.threads,
-            family.plane_number(number),
-        )
-        for number, (anchor, weights) in enumerate(
-            zip(family.anchors, anchor_weights(reader, len(family.anchors)), strict=True)
-        )
-        for own in [Shard.of(anchor, shard.rank, shard.ranks)]
+        Transformer(anchor, held, own, config.threads, family.plane_number(number))
+        for number, (anchor, held, own) in enumerate(zip(configs, weights, shards, strict=True))
     ]
     maps = load_maps(stitch_weights(reader), family, config.torch_dtype, config.device)
     slots = config.blocks * config.block_tokens
     boundaries = BoundaryCache(family, slots, config.torch_dtype, config.device)
-    return StitchedModel(family, anchors, maps, boundaries)
+    model = StitchedModel(family, anchors, maps, boundaries)
+    if (config.dtype, config.device, config.ranks) != ("float32", "cpu", 1):
+        return [StitchedPath(model, route) for route in config.path_routes]
+    segmented = [
+        SegmentedTransformer(anchor, held, config.threads, lagged=True)
+        for anchor, held in zip(configs, weights, strict=True)
+    ]
+    segments = FamilySegments(segmented, weights, maps, config.threads)
+    return [SegmentedPath(model, route, segments) for route in config.path_routes]
 
 
 def load_models(
@@ -67,8 +75,7 @@ def load_models(
     a delta has sessions of its own.
     """
     if config.anchors:
-        stitched = load_family(config, shard)
-        return [StitchedPath(stitched, route) for route in config.path_routes]
+        return load_family(config, shard)
     reader = config.weights()
     models: list[RankModel] = []
     shared: dict[LowBitPrecision | None, RankWeights] = {}

@@ -32,7 +32,7 @@ from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.onnx_attention import Array
-from ladderstitch.text.model.residual import LayerPlan
+from ladderstitch.text.model.residual import AffineMap, LayerPlan
 from ladderstitch.text.model.rotation import rotation_tables
 from ladderstitch.text.model.transformer import look_up
 from ladderstitch.text.model.weights import LayerWeights, RankWeights
@@ -42,6 +42,9 @@ SEGMENT_SCHEMES = frozenset({"standard", "ladder"})
 FACTORS = (np.ones(1, np.float32), np.zeros(1, np.float32))
 """The factor of p in what a sub-block reads, by the lag of its layer."""
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+Arrays = dict[str, Array]
+Projected = tuple[Array, Array]
+"""Rotated queries and keys [1, T, (H + K) d], and values [1, T, K d]."""
 
 
 class SegmentedTransformer:
@@ -67,6 +70,7 @@ class SegmentedTransformer:
         self.config = config
         self.embedding = weights.embedding if embedding is None else embedding
         self.weight_bytes, self._stream = weights.bytes(), ("x", "p") if lagged else ("x",)
+        self._outputs = (*(f"next_{name}" for name in self._stream), "qk", "v")
         self._tables = dict(zip(("cosines", "sines"), _rotation_halves(config), strict=True))
         self._first = open_rank_session(_first_segment(weights.layers[0], config), threads)
         self._segments = [
@@ -79,45 +83,88 @@ class SegmentedTransformer:
         self, batch: Batch, cache: PagedCache, plans: Sequence[LayerPlan], comm: Communicator
     ) -> Tensor:
         """Return logits [L, V] for the batch's L output rows, like `Transformer.forward`."""
+        positions = self.positions(batch)
+        stream, qkv = self.start(batch, positions)
+        last = self.config.layers - 1
+        for layer in range(last):
+            attended = self.attend(layer, cache, batch, qkv)
+            stream, qkv = self.advance(layer, stream, attended, positions, plans)
+        return self.finish(stream, self.attend(last, cache, batch, qkv), batch, plans)
+
+    def positions(self, batch: Batch) -> Arrays:
+        """Return the positions of the new tokens, and the rotations of all positions."""
+        return {"positions": batch.positions.numpy()[None], **self._tables}
+
+    def start(self, batch: Batch, positions: Arrays) -> tuple[Arrays, Projected]:
+        """Return the stream before layer 0, and what its attention reads."""
         x: Array = look_up(self.embedding, batch.tokens).float().numpy()[None]
         stream = {"x": x, "p": np.zeros_like(x)} if "p" in self._stream else {"x": x}
-        positions = {"positions": batch.positions.numpy()[None], **self._tables}
         qk, v = self._first.run(("qk", "v"), {"x": x, **positions})
-        names = (*(f"next_{name}" for name in self._stream), "qk", "v")
-        *inner, last = self._segments
-        feeds = stream | positions
-        for layer, segment in enumerate(inner):
-            feeds["attended"] = self._attend(layer, cache, batch, qk, v)
-            feeds.update(self._factors(plans, layer))
-            *parts, qk, v = segment.run(names, feeds)
-            feeds.update(zip(self._stream, parts, strict=True))
-        attended = {"attended": self._attend(len(inner), cache, batch, qk, v)}
-        stream = {name: feeds[name] for name in self._stream}
-        rows = {name: part[:, batch.output_rows] for name, part in (stream | attended).items()}
+        return stream, (qk, v)
+
+    def advance(
+        self,
+        layer: int,
+        stream: Arrays,
+        attended: Array,
+        positions: Arrays,
+        plans: Sequence[LayerPlan],
+    ) -> tuple[Arrays, Projected]:
+        """Return the stream before the layer after `layer`, and what its attention reads."""
+        feeds = stream | positions | self.factors(plans, layer) | {"attended": attended}
+        *parts, qk, v = self._segments[layer].run(self._outputs, feeds)
+        return dict(zip(self._stream, parts, strict=True)), (qk, v)
+
+    def finish(
+        self, stream: Arrays, attended: Array, batch: Batch, plans: Sequence[LayerPlan]
+    ) -> Tensor:
+        """Return logits [L, V] from the stream and the attention of the last layer."""
         if not batch.output_rows:
             return torch.empty(0, self.config.vocab_size)
-        (logits,) = last.run(("logits",), rows | self._factors(plans, len(inner)))
+        whole = stream | {"attended": attended}
+        rows = {name: part[:, batch.output_rows] for name, part in whole.items()}
+        last = self.config.layers - 1
+        (logits,) = self._segments[last].run(("logits",), rows | self.factors(plans, last))
         return torch.from_numpy(logits)[0]
 
-    def _attend(self, layer: int, cache: PagedCache, batch: Batch, qk: Array, v: Array) -> Array:
-        """Return the attention [1, T, H d] of rotated queries and keys qk and values v.
+    def attend(self, plane: int, cache: PagedCache, batch: Batch, projected: Projected) -> Array:
+        """Return the attention [1, T, H d] of rotated queries and keys, and values.
 
-        The latter two are appended to the cache.
+        The latter two are appended to a plane of the cache.
         """
+        qk, v = projected
         width = self.config.heads * self.config.head_dim
-        keys, values = cache.arrays(layer)
+        keys, values = cache.arrays(plane)
         index = batch.cache_index()
         keys[index.new_slots], values[index.new_slots] = qk[0, :, width:], v[0]
         attention = cache.onnx_attention(self.config.heads)
         assert attention is not None, "segments need a float32 cache on a CPU"
         return attention.attend(index, qk[..., :width], keys, values)
 
-    def _factors(self, plans: Sequence[LayerPlan], layer: int) -> dict[str, Array]:
+    def factors(self, plans: Sequence[LayerPlan], layer: int) -> dict[str, Array]:
         """Return the factors of p that the MLP of a layer and the sub-block after it read."""
         if "p" not in self._stream:
             return {}
         following = plans[layer + 1].lag if layer + 1 < len(plans) else 0
         return {"mlp_factor": FACTORS[plans[layer].lag], "next_factor": FACTORS[following]}
+
+
+def crossing_segment(map_: AffineMap, following: LayerWeights, config: DecoderConfig) -> bytes:
+    """Return the graph of a stitching layer, from the stream x, p of the front anchor.
+
+    Its outputs are the stream of the end anchor, and what the attention of its following layer
+    reads. `config` is that of the end anchor.
+    """
+    graph = GraphBuilder()
+    matrix = graph.constant(_array(map_.matrix.T.contiguous()))
+    x = graph.add(graph.operator("MatMul", ["x", matrix])[0], graph.constant(_array(map_.bias)))
+    (p,) = graph.operator("MatMul", ["p", matrix])
+    read = graph.add(x, graph.multiply(p, "next_factor"))
+    normed = graph.rms_norm(read, _array(following.attention_norm), config.norm_eps)
+    front = _rows(map_.matrix.shape[1])
+    inputs = {"x": front, "p": front, "next_factor": (FLOAT, (1,))} | _rotation_inputs(config)
+    outputs = {"next_x": x, "next_p": p}
+    return graph.build(inputs, outputs | _project(graph, normed, following, config))
 
 
 def _rotation_halves(config: DecoderConfig) -> tuple[Array, Array]:

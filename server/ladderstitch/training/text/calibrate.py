@@ -16,21 +16,25 @@ from ladderstitch.errors import ConfigError
 from ladderstitch.runtime.device import versions
 from ladderstitch.runtime.low_bit import LowBitPrecision
 from ladderstitch.scheduling.profiles import QualityTable
-from ladderstitch.text.bundle import TextBundle, TextManifest, write_manifest
-from ladderstitch.text.comm.base import SingleRankCommunicator
+from ladderstitch.text.bundle import SWITCHES, TextBundle, TextManifest, write_manifest
 from ladderstitch.text.engine.rank_config import RankConfig
-from ladderstitch.text.engine.rank_models import RankModel, load_models
-from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
+from ladderstitch.text.engine.rank_models import load_models
+from ladderstitch.text.messages import LogitsMode
 from ladderstitch.text.model.attention import PagedCache
-from ladderstitch.text.model.batch import Batch
-from ladderstitch.text.model.residual import LayerPlan, plan_layers
 from ladderstitch.text.model.shard import Shard
+from ladderstitch.text.switches import SwitchTable
 from ladderstitch.training.text.evaluate import (
     CONFIDENCE,
     METRIC,
     measure_quality,
     read_tokens,
     split_windows,
+)
+from ladderstitch.training.text.switches import (
+    CONTEXT_TOKENS,
+    NEXT_TOKENS,
+    PathRunner,
+    measure_switches,
 )
 
 
@@ -39,14 +43,17 @@ class Sample:
     """The part of a text that is measured: up to `tokens` predicted tokens.
 
     It is drawn in windows of `window` tokens, or as many as the model has positions. Each window
-    starts without context.
+    starts without context. Changes of path are measured on `switches` longer windows.
     """
 
     tokens: int = 16_384
     window: int = 256
+    switches: int = 8
 
 
 DEFAULT_SAMPLE = Sample()
+MAX_CALIBRATED_TOKENS = 1024
+"""Longest sequence for which `open_runner` has room."""
 
 
 def calibrate(
@@ -54,21 +61,17 @@ def calibrate(
 ) -> QualityTable:
     """Measure every path on a held-out text, and write the bundle's `quality.json`.
 
-    Raises `DataError` if the text cannot be read or is too short.
+    If the paths write different keys and values, changes between them are measured, too, and
+    written to `switches.json`. Raises `DataError` if the text cannot be read or is too short.
     """
     window = min(sample.window, bundle.manifest.config.max_positions)
-    windows = split_windows(read_tokens(text, bundle.tokenizer()), window, sample.tokens // window)
-    config = RankConfig.of(bundle, threads=threads, max_model_len=window, sequences=1)
-    torch.set_num_threads(threads)
-    shard, layers = Shard.of(config.model, 0, 1), config.model.layers
-    cache = PagedCache(config.model, shard, config.blocks, config.block_tokens, config.cache_dtype)
+    tokens = read_tokens(text, bundle.tokenizer())
+    windows = split_windows(tokens, window, sample.tokens // window)
+    runner = open_runner(bundle, threads)
     qualities = {}
-    for number, model in enumerate(load_models(config, shard)):
-        name = bundle.manifest.variants[number].name
-        plans = plan_layers(config.paths[number], layers, 1)
-
-        predict = partial(_predict, model, plans, cache, config)
-        task = progress.add_task(name, total=len(windows))
+    for number, variant in enumerate(bundle.manifest.variants):
+        task = progress.add_task(variant.name, total=len(windows))
+        predict = partial(runner.run, number, start=0, mode=LogitsMode.ALL)
         qualities[number] = measure_quality(predict, windows, partial(progress.advance, task))
     table = QualityTable(
         metric=METRIC,
@@ -80,20 +83,46 @@ def calibrate(
         variants=qualities,
     )
     (bundle.path / "quality.json").write_text(table.model_dump_json(indent=1) + "\n")
+    kinds = [min(paths) for paths in runner.config.alternatives]
+    if len(set(kinds)) > 1:
+        switches = _measure_switches(runner, kinds, tokens, sample, text.name, progress)
+        (bundle.path / SWITCHES).write_text(switches.model_dump_json(indent=1) + "\n")
     return table
 
 
-def _predict(
-    model: RankModel,
-    plans: Sequence[LayerPlan],
-    cache: PagedCache,
-    config: RankConfig,
+def open_runner(bundle: TextBundle, threads: int) -> PathRunner:
+    """Return all paths of a bundle on one rank, with a cache for one sequence of full length."""
+    longest = min(bundle.manifest.config.max_positions, MAX_CALIBRATED_TOKENS)
+    config = RankConfig.of(bundle, threads=threads, max_model_len=longest, sequences=1)
+    torch.set_num_threads(threads)
+    shard, family = Shard.of(config.model, 0, 1), config.family
+    cache = PagedCache(
+        config.model,
+        shard,
+        config.blocks,
+        config.block_tokens,
+        config.cache_dtype,
+        planes=family.num_planes,
+        query_heads=[anchor.heads for anchor in family.anchors],
+    )
+    return PathRunner(config, load_models(config, shard), cache)
+
+
+def _measure_switches(
+    runner: PathRunner,
+    kinds: Sequence[int],
     tokens: Tensor,
-) -> Tensor:
-    """Return the logits [T, V] of one window of tokens [T]."""
-    window = SequenceInput(tokens.tolist(), 0, range(config.blocks), LogitsMode.ALL)
-    batch = Batch(Step((window,)), config.block_tokens)
-    return model.forward(batch, cache, plans, SingleRankCommunicator())
+    sample: Sample,
+    data: str,
+    progress: Progress,
+) -> SwitchTable:
+    """Return the penalties of changes of path, in windows of the longest length that fits."""
+    length = min(CONTEXT_TOKENS + NEXT_TOKENS, runner.config.max_model_len, len(tokens) - 1)
+    context = length * CONTEXT_TOKENS // (CONTEXT_TOKENS + NEXT_TOKENS)
+    windows = split_windows(tokens, length, sample.switches)[:, :length]
+    task = progress.add_task("changes between paths", total=len(windows))
+    advance = partial(progress.advance, task)
+    return measure_switches(runner, kinds, windows, context, data, advance)
 
 
 def add_precision(bundle: TextBundle, precision: LowBitPrecision) -> TextBundle:
