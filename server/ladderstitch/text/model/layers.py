@@ -61,6 +61,7 @@ class Attention:
         self.heads, self.kv_heads = len(shard.heads), len(shard.kv_heads)
         self._qk_norms = weights.q_norm, weights.k_norm
         self.output_matrix = matrix_for_kernels(weights.output, weights.output_bias)
+        self._qkv = weights.qkv
         self.project = open_biased(weights.qkv, weights.qkv_bias, threads)
         self.output = open_biased(weights.output, weights.output_bias, threads)
 
@@ -87,6 +88,22 @@ class Attention:
         qk = rotate(projected[:, :turned], *rotation)
         cache.append(self.layer, batch, qk[:, self.heads :], projected[:, turned:])
         return qk[:, : self.heads]
+
+    def append_keys_only(
+        self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor], cache: PagedCache
+    ) -> None:
+        """Add keys and values of x [T, D] to the cache, without queries.
+
+        For matrices that are tensors, without biases and without norms of keys.
+        """
+        if cache.uses_kernels:
+            self.append_keys(x, batch, rotation, cache)
+            return
+        assert isinstance(self._qkv, Tensor), "only tensors have rows of their own"
+        rows = self._qkv[self.heads * self.width :]
+        projected = F.linear(x, rows).view(len(x), 2 * self.kv_heads, self.width)
+        k, v = projected.split(self.kv_heads, dim=1)
+        cache.append(self.layer, batch, rotate(k, *rotation), v)
 
     def _norm_queries_and_keys(self, projected: Tensor) -> Tensor:
         """Return [T, H_r + 2 K_r, d] with normed queries and keys.
@@ -181,7 +198,7 @@ class Layer:
     ) -> None:
         """Add keys and values to the cache for the stream x [T, D] that the layer would read."""
         normed = x if self._attention_norm is None else self._attention_norm(x)
-        self.attention.append_keys(normed, batch, rotation, cache)
+        self.attention.append_keys_only(normed, batch, rotation, cache)
 
 
 def matrix_for_kernels(matrix: Matrix, bias: Tensor | None) -> Tensor | None:
