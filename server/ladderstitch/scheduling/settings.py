@@ -59,6 +59,10 @@ class SchedulerSettings(BaseModel):
         description="seconds reserved for writing an answer; image models only",
     )
 
+    change_variants: bool = Field(
+        True,
+        description="whether an answer may go on with another variant; language models only",
+    )
     cache_mode: CacheMode = Field(
         "anytime",
         description="what happens to cached keys and values that the new variant of an answer "

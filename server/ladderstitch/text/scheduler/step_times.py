@@ -65,6 +65,13 @@ class StepTimes:
         self.latency = LatencyModel(profile, probability)
         self._sequence_s, self._translation_s = sequence_s, translation_s
 
+    def copy(self) -> StepTimes:
+        """Return the times as they were measured, without what has been learned since."""
+        latency = self.latency
+        return StepTimes(
+            latency.profile, self._sequence_s, latency.probability, self._translation_s
+        )
+
     @property
     def max_step_tokens(self) -> int:
         """The largest number of tokens of one step."""

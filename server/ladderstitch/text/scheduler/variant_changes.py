@@ -50,7 +50,7 @@ class ChangeRules:
         it. Without a budget, a sequence leaves a variant only if it may no longer be used.
         """
         movable = [s for s in active if self._may_change(s)]
-        if not movable:
+        if not movable or not self.settings.change_variants:
             return []
         affordable = {sequence: sequence.affordable_token_s(now) for sequence in movable}
         counts = dict(SchedulerLoad.from_sequences(active, ()).num_sequences)

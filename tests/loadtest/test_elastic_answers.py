@@ -1,0 +1,90 @@
+"""Tests of the comparison of answers that change their stitch with answers that keep it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from ladderstitch.scheduling.profiles import Latency, LatencyProfile
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.engine.rank_config import RankConfig
+from ladderstitch.text.scheduler.step_times import StepTimes
+from ladderstitch_loadtest.benchmarks.elastic_answers import (
+    SETTINGS,
+    Scenario,
+    Workload,
+    simulated_scheduler,
+    summarise,
+)
+from ladderstitch_loadtest.simulation.virtual_time import run_simulated
+from tests.support.elastic_models import write_elastic
+
+SECONDS = (0.001, 0.00125, 0.0015, 0.00175, 0.002, 0.00175, 0.0015, 0.00125)
+"""Of a step of one token, for each path; a step of 64 tokens takes ten times as long."""
+
+
+def test_simulated_time_passes_without_waiting() -> None:
+    async def program() -> list[float]:
+        started = time.monotonic()
+        await asyncio.gather(asyncio.sleep(1000), asyncio.sleep(2000))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.Event().wait(), 500)
+        return [started, time.monotonic()]
+
+    started = time.monotonic()
+    first, last = run_simulated(program())
+    assert last - first == pytest.approx(2500)
+    assert time.monotonic() - started < 500
+
+
+def test_simulated_program_that_never_ends_raises() -> None:
+    async def program() -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(RuntimeError, match="waits for an event that never comes"):
+        run_simulated(program())
+
+
+@pytest.fixture(scope="module")
+def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
+    bundle = TextBundle.load(write_elastic(tmp_path_factory.mktemp("models") / "elastic"))
+    config = RankConfig.of(bundle, max_model_len=512, kv_cache_tokens=8192)
+    profile = LatencyProfile(
+        device="none",
+        threads=1,
+        date="",
+        versions={},
+        batch_sizes=(1, 64),
+        variants={
+            v: Latency(median_s=(s, 10 * s), p99_s=(s, 10 * s)) for v, s in enumerate(SECONDS)
+        },
+    )
+    times = StepTimes(profile, 0.0, translation_s=1e-6)
+    tokenizer, quality = bundle.tokenizer(), bundle.quality
+    assert quality is not None
+    return Workload(
+        list(range(200)),
+        times,
+        lambda: simulated_scheduler(config, times, tokenizer, quality, None, seed=3),
+    )
+
+
+@pytest.mark.parametrize("scenario", ["mixed", "tightening"])
+def test_changing_meets_more_budgets_or_gives_more_quality(
+    workload: Workload, scenario: Scenario
+) -> None:
+    plan = workload.plan(scenario, 1, 6.0)
+    found = {
+        name: run_simulated(workload.run(plan, settings)) for name, settings in SETTINGS.items()
+    }
+    again = run_simulated(workload.run(plan, SETTINGS["changed"]))
+    assert again == found["changed"]  # the same seed gives the same run
+    assert {len(outcomes) for outcomes in found.values()} == {sum(a.counts for a in plan)}
+    assert all(outcome.changes == 0 for outcome in found["kept"])
+    assert any(outcome.changes for outcome in found["changed"])
+    figures = summarise([found])
+    gain = figures["effective_quality_difference"]
+    assert isinstance(gain, dict)
+    assert gain["mean"] > 0
