@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
 
-    from ladderstitch.scheduling.profiles import QualityTable
+    from ladderstitch.scheduling.profiles import LatencyProfile, QualityTable
     from ladderstitch.vision.frontier import FrontierRow
 
 BundleFolder = Annotated[
@@ -117,7 +117,10 @@ def profile(
         int, typer.Option(min=2, help="Measurements of each stitch and batch size.")
     ] = 40,
 ) -> None:
-    """Measure the latency of every stitch and batch size on this device; write latency.json."""
+    """Measure the latency of every stitch and batch size on this device; write latency.json.
+
+    Of language models: of steps of one stream on every path, in float32 on a CPU.
+    """
     from ladderstitch.training.vision.calibrate import BATCH_SIZES
     from ladderstitch.training.vision.calibrate import profile as run
     from ladderstitch.vision.engine.startup import make_config
@@ -125,19 +128,20 @@ def profile(
     with user_errors(), progress_bar() as progress:
         bundle = find_bundle(str(bundle))
         if is_language_bundle(bundle):
-            raise ConfigError(
-                "bundle: expected an image model; a language model is profiled while it is served"
+            if (device, dtype, runtime) != ("auto", "auto", "auto"):
+                raise ConfigError("device, dtype and runtime: expected none for a language model")
+            table = _profile_paths(bundle, rounds, threads, progress)
+        else:
+            loaded = VisionBundle.load(bundle)
+            config = make_config(
+                loaded,
+                runtime=runtime,
+                device=device,
+                dtype=dtype,
+                threads=threads,
+                max_batch_size=BATCH_SIZES[-1],
             )
-        loaded = VisionBundle.load(bundle)
-        config = make_config(
-            loaded,
-            runtime=runtime,
-            device=device,
-            dtype=dtype,
-            threads=threads,
-            max_batch_size=BATCH_SIZES[-1],
-        )
-        table = asyncio.run(run(loaded, config, rounds, progress))
+            table = asyncio.run(run(loaded, config, rounds, progress))
         write_table(bundle / "latency.json", table)
     err.print(f"wrote {bundle / 'latency.json'}; next: ladderstitch frontier {bundle}")
 
@@ -158,9 +162,9 @@ def frontier(
     with user_errors():
         path = find_bundle(str(bundle))
         if is_language_bundle(path):
-            if plot is not None or macs:
-                raise ConfigError("plot and macs: expected an image model, got a language model")
-            _print_paths(path)
+            if macs:
+                raise ConfigError("macs: expected an image model, got a language model")
+            _print_paths(path, plot)
             return
         loaded = VisionBundle.load(path)
         metric: CostMetric = "macs" if macs else "latency"
@@ -173,16 +177,46 @@ def frontier(
             err.print(f"wrote {plot}")
 
 
-def _print_paths(path: Path) -> None:
-    """Print the paths of a language model, whose times are measured while it is served."""
+def _profile_paths(path: Path, rounds: int, threads: int, progress: Progress) -> LatencyProfile:
+    """Return the latencies of the paths of a language model."""
     from ladderstitch.text.bundle import TextBundle
+    from ladderstitch.training.text.profile import profile
+
+    return profile(TextBundle.load(path, calibrated=False), rounds, threads, progress)
+
+
+def _print_paths(path: Path, plot: Path | None) -> None:
+    """Print the paths of a language model, and draw them if they have been profiled."""
+    from ladderstitch.text.bundle import TextBundle
+    from ladderstitch.text.frontier import path_rows, plot_paths, read_latency
 
     bundle = TextBundle.load(path)
     if bundle.quality is None:
         raise ConfigError(
             f"{path}: not calibrated; run `ladderstitch calibrate {path} --text FILE`"
         )
-    out.print(quality_table([v.name for v in bundle.manifest.variants], bundle.quality))
+    latency = read_latency(bundle)
+    if latency is None:
+        if plot is not None:
+            raise ConfigError(f"{path}: not profiled; run `ladderstitch profile {path}`")
+        out.print(quality_table([v.name for v in bundle.manifest.variants], bundle.quality))
+        return
+    rows = [
+        (
+            str(row.path),
+            row.name,
+            f"{row.quality.value:.4f}",
+            f"{row.nats:.3f}",
+            f"{1e3 * row.token_s:.2f} ms",
+            "yes" if row.on_frontier else "",
+        )
+        for row in path_rows(bundle, latency)
+    ]
+    columns = ("id", "path", bundle.quality.metric, "nats/token", "token", "frontier")
+    out.print(plain_table(columns, rows, text=("path", "frontier")))
+    if plot is not None:
+        plot_paths(bundle, latency, plot)
+        err.print(f"wrote {plot}")
 
 
 def frontier_table(rows: list[FrontierRow]) -> Table:
