@@ -14,6 +14,7 @@ from ladderstitch_loadtest.benchmarks import cli as benchmarks
 from ladderstitch_loadtest.benchmarks.breakdown_cli import breakdown
 from ladderstitch_loadtest.benchmarks.burst_cli import burst
 from ladderstitch_loadtest.benchmarks.compiled_cli import compiled
+from ladderstitch_loadtest.benchmarks.elastic_cli import elastic
 from ladderstitch_loadtest.benchmarks.generation_cli import generation, path_changes
 from ladderstitch_loadtest.benchmarks.language_peers_cli import language_peers
 from ladderstitch_loadtest.benchmarks.overlap_cli import overlap
@@ -46,6 +47,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         generation,
         language_peers,
         path_changes,
+        elastic,
         overlap,
     ),
     "Faults": (faults.kills, faults.malformed, fuzz, loads, restarts, soak, stops),
