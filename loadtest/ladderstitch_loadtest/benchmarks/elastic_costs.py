@@ -56,7 +56,7 @@ def time_switches(
 def divergence_by_mode(
     runner: PathRunner, source: int, target: int, windows: Tensor, context: int
 ) -> dict[str, float]:
-    """Return nats per token from the target path's own predictions, by what the cache went through.
+    """Return nats per token from the target path's own predictions, by the way of the cache.
 
     `projected`: translated. `repaired`: translated, then computed again by the target path.
     `recomputed`: only the latter.

@@ -203,7 +203,10 @@ def _print_accounting(last: TextChunk, options: GenerateOptions) -> None:
     if cost is None:
         return
     quality = f", {cost.quality_metric} {cost.quality:.3f}" if cost.HasField("quality") else ""
-    names = [f"{span.variant_name} ({span.tokens} tokens)" for span in cost.spans]
+    names = [
+        f"{span.variant_name} ({span.tokens} tokens{f', cache {span.cache}' if span.cache else ''})"
+        for span in cost.spans
+    ]
     variants = ", then ".join(names) if len(names) > 1 else cost.variant_name
     err.print(f"variant {variants}{quality}")
     for name, budget_s, met, took_us in (

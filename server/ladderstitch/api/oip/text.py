@@ -145,7 +145,9 @@ def _add_accounting(
     ):
         parameters[f"ladderstitch_{key}"].int64_param = value
     parameters["ladderstitch_variant_name"].string_param = info.name
-    spans = [[span.name, span.num_tokens] for span in info.spans]
+    spans = [
+        [s.name, s.num_tokens, *([s.cache, s.penalty_nats] if s.cache else [])] for s in info.spans
+    ]
     parameters["ladderstitch_spans"].string_param = json.dumps(spans)
     parameters["ladderstitch_replica"].string_param = replica
     parameters["ladderstitch_finish_reason"].string_param = last.finish or ""

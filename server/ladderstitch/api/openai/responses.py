@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from ladderstitch.api.native.generation import quality_metric
 from ladderstitch.errors import InvalidArgument, Overloaded, RequestError, Unauthenticated
 from ladderstitch.hosting.registry import TextModel
-from ladderstitch.scheduling.requests import GenerationUsage, TokenChunk
+from ladderstitch.scheduling.requests import GenerationUsage, TokenChunk, TokenSpan
 from ladderstitch.text.tokenizer import TextTokenizer
 
 Body = dict[str, Any]
@@ -125,10 +125,7 @@ class ResponseBuilder:
             "ladderstitch": {
                 "variant_name": info.name,
                 "variant_id": info.variant,
-                "spans": [
-                    {"variant_name": s.name, "variant_id": s.variant, "tokens": s.num_tokens}
-                    for s in info.spans
-                ],
+                "spans": [_describe_span(span) for span in info.spans],
                 "quality": quality.value if quality else None,
                 "quality_metric": quality_metric(self.model.bundle.quality),
                 "perplexity": quality.perplexity if quality else None,
@@ -243,6 +240,14 @@ def malformed_body(error: RequestValidationError) -> InvalidArgument:
 def _finite(logprob: float | None) -> float | None:
     """Return a log probability as a number of JSON, which has no infinity."""
     return None if logprob is None else max(logprob, LEAST_LOGPROB)
+
+
+def _describe_span(span: TokenSpan) -> dict[str, object]:
+    """Return a span of an answer; one after a change also says how it found the cache."""
+    fields = {"variant_name": span.name, "variant_id": span.variant, "tokens": span.num_tokens}
+    return (
+        fields | {"cache": span.cache, "penalty_nats": span.penalty_nats} if span.cache else fields
+    )
 
 
 def _milliseconds(seconds: float) -> float:
