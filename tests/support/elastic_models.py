@@ -237,7 +237,7 @@ def run_ranks(ranks: int, run: Callable[[int, ThreadedSum], Tensor]) -> list[Ten
     return [results[rank] for rank in range(ranks)]
 
 
-def write_elastic(path: Path, residual: ResidualScheme = LADDER) -> Path:
+def write_elastic(path: Path, residual: ResidualScheme = LADDER, positions: int = 128) -> Path:
     """Write a bundle of the family with one token per byte, and return its path.
 
     Qualities rise from 0.2 (small) by 0.1 to 0.6 (large); the ways back are worse than all others.
@@ -245,8 +245,8 @@ def write_elastic(path: Path, residual: ResidualScheme = LADDER) -> Path:
     variants = paths(residual)
     manifest = TextManifest(
         name="elastic",
-        config=LARGE,
-        anchors=(SMALL,),
+        config=LARGE.model_copy(update={"max_positions": positions}),
+        anchors=(SMALL.model_copy(update={"max_positions": positions}),),
         paths=variants,
         end_tokens=(END,),
         origin="random weights",

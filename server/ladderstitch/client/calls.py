@@ -128,6 +128,8 @@ class SchedulingChanges(TypedDict, total=False):
     attainment_probability: float | None
     priority_window_s: float | None
     overhead_s: float | None
+    change_variants: bool | None
+    cache_mode: str | None
 
 
 def update_scheduling(

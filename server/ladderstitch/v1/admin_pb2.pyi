@@ -81,6 +81,8 @@ class Scheduling(_message.Message):
     PRIORITY_WINDOW_S_FIELD_NUMBER: _builtins.int
     OVERHEAD_S_FIELD_NUMBER: _builtins.int
     UNFIT_MODELS_FIELD_NUMBER: _builtins.int
+    CHANGE_VARIANTS_FIELD_NUMBER: _builtins.int
+    CACHE_MODE_FIELD_NUMBER: _builtins.int
     policy: Global___PolicyName.ValueType
     """Active policy."""
     fixed_variant: _builtins.int
@@ -105,6 +107,12 @@ class Scheduling(_message.Message):
     """Seconds that the highest priority moves a deadline forward; image classifiers only."""
     overhead_s: _builtins.float
     """Seconds reserved for writing an answer; image classifiers only."""
+    change_variants: _builtins.bool
+    """Whether an answer may go on with another variant; language models only."""
+    cache_mode: _builtins.str
+    """What happens to cached keys and values that the new variant of an answer lacks: "anytime",
+    "project", "write-through", "catch-up" or "recompute"; language models only.
+    """
     @_builtins.property
     def unfit_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the models that these settings do not fit, e.g. that lack the pinned variant, sorted.
@@ -126,10 +134,12 @@ class Scheduling(_message.Message):
         priority_window_s: _builtins.float = ...,
         overhead_s: _builtins.float = ...,
         unfit_models: _abc.Iterable[_builtins.str] | None = ...,
+        change_variants: _builtins.bool = ...,
+        cache_mode: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant", "_pinned_variant", b"_pinned_variant", "fixed_variant", b"fixed_variant", "pinned_variant", b"pinned_variant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant", "_pinned_variant", b"_pinned_variant", "attainment_probability", b"attainment_probability", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "overhead_s", b"overhead_s", "pinned_variant", b"pinned_variant", "policy", b"policy", "priority_window_s", b"priority_window_s", "queue_limit_requests", b"queue_limit_requests", "queue_limit_s", b"queue_limit_s", "revision", b"revision", "slackfit_buckets", b"slackfit_buckets", "unfit_models", b"unfit_models"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant", "_pinned_variant", b"_pinned_variant", "attainment_probability", b"attainment_probability", "cache_mode", b"cache_mode", "change_variants", b"change_variants", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "overhead_s", b"overhead_s", "pinned_variant", b"pinned_variant", "policy", b"policy", "priority_window_s", b"priority_window_s", "queue_limit_requests", b"queue_limit_requests", "queue_limit_s", b"queue_limit_s", "revision", b"revision", "slackfit_buckets", b"slackfit_buckets", "unfit_models", b"unfit_models"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__fixed_variant: _TypeAlias = _typing.Literal["fixed_variant"]  # noqa: Y015
     _WhichOneofArgType__fixed_variant: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant"]  # noqa: Y015
@@ -206,6 +216,8 @@ class UpdateSchedulingRequest(_message.Message):
     ATTAINMENT_PROBABILITY_FIELD_NUMBER: _builtins.int
     PRIORITY_WINDOW_S_FIELD_NUMBER: _builtins.int
     OVERHEAD_S_FIELD_NUMBER: _builtins.int
+    CHANGE_VARIANTS_FIELD_NUMBER: _builtins.int
+    CACHE_MODE_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Name of the model whose variants and qualities the change is checked against; the change applies
     to all models. Unset: the server's only model, if it has just one.
@@ -234,6 +246,12 @@ class UpdateSchedulingRequest(_message.Message):
     """Seconds that the highest priority moves a deadline forward, 0 or more; unset: as it is."""
     overhead_s: _builtins.float
     """Seconds reserved for writing an answer, 0 or more; unset: as it is."""
+    change_variants: _builtins.bool
+    """Whether an answer may go on with another variant; unset: as it is."""
+    cache_mode: _builtins.str
+    """What happens to cached keys and values that the new variant of an answer lacks: "anytime",
+    "project", "write-through", "catch-up" or "recompute"; unset: as it is.
+    """
     def __init__(
         self,
         *,
@@ -249,13 +267,19 @@ class UpdateSchedulingRequest(_message.Message):
         attainment_probability: _builtins.float | None = ...,
         priority_window_s: _builtins.float | None = ...,
         overhead_s: _builtins.float | None = ...,
+        change_variants: _builtins.bool | None = ...,
+        cache_mode: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_attainment_probability", b"_attainment_probability", "_fixed_variant", b"_fixed_variant", "_min_quality", b"_min_quality", "_overhead_s", b"_overhead_s", "_pinned_variant", b"_pinned_variant", "_priority_window_s", b"_priority_window_s", "_queue_limit_requests", b"_queue_limit_requests", "_queue_limit_s", b"_queue_limit_s", "_slackfit_buckets", b"_slackfit_buckets", "attainment_probability", b"attainment_probability", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "overhead_s", b"overhead_s", "pinned_variant", b"pinned_variant", "priority_window_s", b"priority_window_s", "queue_limit_requests", b"queue_limit_requests", "queue_limit_s", b"queue_limit_s", "slackfit_buckets", b"slackfit_buckets"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_attainment_probability", b"_attainment_probability", "_cache_mode", b"_cache_mode", "_change_variants", b"_change_variants", "_fixed_variant", b"_fixed_variant", "_min_quality", b"_min_quality", "_overhead_s", b"_overhead_s", "_pinned_variant", b"_pinned_variant", "_priority_window_s", b"_priority_window_s", "_queue_limit_requests", b"_queue_limit_requests", "_queue_limit_s", b"_queue_limit_s", "_slackfit_buckets", b"_slackfit_buckets", "attainment_probability", b"attainment_probability", "cache_mode", b"cache_mode", "change_variants", b"change_variants", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "overhead_s", b"overhead_s", "pinned_variant", b"pinned_variant", "priority_window_s", b"priority_window_s", "queue_limit_requests", b"queue_limit_requests", "queue_limit_s", b"queue_limit_s", "slackfit_buckets", b"slackfit_buckets"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attainment_probability", b"_attainment_probability", "_fixed_variant", b"_fixed_variant", "_min_quality", b"_min_quality", "_overhead_s", b"_overhead_s", "_pinned_variant", b"_pinned_variant", "_priority_window_s", b"_priority_window_s", "_queue_limit_requests", b"_queue_limit_requests", "_queue_limit_s", b"_queue_limit_s", "_slackfit_buckets", b"_slackfit_buckets", "attainment_probability", b"attainment_probability", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "model_name", b"model_name", "overhead_s", b"overhead_s", "pinned_variant", b"pinned_variant", "policy", b"policy", "priority_window_s", b"priority_window_s", "queue_limit_requests", b"queue_limit_requests", "queue_limit_s", b"queue_limit_s", "slackfit_buckets", b"slackfit_buckets", "unpin", b"unpin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attainment_probability", b"_attainment_probability", "_cache_mode", b"_cache_mode", "_change_variants", b"_change_variants", "_fixed_variant", b"_fixed_variant", "_min_quality", b"_min_quality", "_overhead_s", b"_overhead_s", "_pinned_variant", b"_pinned_variant", "_priority_window_s", b"_priority_window_s", "_queue_limit_requests", b"_queue_limit_requests", "_queue_limit_s", b"_queue_limit_s", "_slackfit_buckets", b"_slackfit_buckets", "attainment_probability", b"attainment_probability", "cache_mode", b"cache_mode", "change_variants", b"change_variants", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "model_name", b"model_name", "overhead_s", b"overhead_s", "pinned_variant", b"pinned_variant", "policy", b"policy", "priority_window_s", b"priority_window_s", "queue_limit_requests", b"queue_limit_requests", "queue_limit_s", b"queue_limit_s", "slackfit_buckets", b"slackfit_buckets", "unpin", b"unpin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__attainment_probability: _TypeAlias = _typing.Literal["attainment_probability"]  # noqa: Y015
     _WhichOneofArgType__attainment_probability: _TypeAlias = _typing.Literal["_attainment_probability", b"_attainment_probability"]  # noqa: Y015
+    _WhichOneofReturnType__cache_mode: _TypeAlias = _typing.Literal["cache_mode"]  # noqa: Y015
+    _WhichOneofArgType__cache_mode: _TypeAlias = _typing.Literal["_cache_mode", b"_cache_mode"]  # noqa: Y015
+    _WhichOneofReturnType__change_variants: _TypeAlias = _typing.Literal["change_variants"]  # noqa: Y015
+    _WhichOneofArgType__change_variants: _TypeAlias = _typing.Literal["_change_variants", b"_change_variants"]  # noqa: Y015
     _WhichOneofReturnType__fixed_variant: _TypeAlias = _typing.Literal["fixed_variant"]  # noqa: Y015
     _WhichOneofArgType__fixed_variant: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant"]  # noqa: Y015
     _WhichOneofReturnType__min_quality: _TypeAlias = _typing.Literal["min_quality"]  # noqa: Y015
@@ -274,6 +298,10 @@ class UpdateSchedulingRequest(_message.Message):
     _WhichOneofArgType__slackfit_buckets: _TypeAlias = _typing.Literal["_slackfit_buckets", b"_slackfit_buckets"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__attainment_probability) -> _WhichOneofReturnType__attainment_probability | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_mode) -> _WhichOneofReturnType__cache_mode | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__change_variants) -> _WhichOneofReturnType__change_variants | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__fixed_variant) -> _WhichOneofReturnType__fixed_variant | None: ...
     @_typing.overload
