@@ -73,7 +73,7 @@ def test_profile_and_frontier_draw_the_paths(bundle: TextBundle, tmp_path: Path)
     runner, plot = CliRunner(), tmp_path / "frontier.png"
     early = runner.invoke(app, ["frontier", str(bundle.path), "--plot", str(plot)])
     assert early.exit_code == 2
-    assert "not profiled; run `ladderstitch profile" in early.output
+    assert "not profiled; run `ladderstitch profile" in " ".join(early.output.split())
     assert runner.invoke(app, ["profile", str(bundle.path), "--rounds", "2"]).exit_code == 0
     drawn = runner.invoke(app, ["frontier", str(bundle.path), "--plot", str(plot)])
     assert drawn.exit_code == 0, drawn.output
