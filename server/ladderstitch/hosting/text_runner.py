@@ -76,6 +76,7 @@ class TextRunner:
             self.variant_names,
             self.config.max_sequences,
             observer=self.metrics,
+            by_name=self.bundle.manifest.adapters,
         )
         try:
             await self._scheduler.measure()
