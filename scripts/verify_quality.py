@@ -30,7 +30,7 @@ def main() -> int:
         copy = Path(folder) / "bundle"
         shutil.copytree(EMBEDDED, copy)
         (copy / "quality.json").unlink()
-        images = load_idx_folder(data, "t10k")
+        images = load_idx_folder(data, "t10k", (1, 28, 28), 10)
         measured = calibrate(VisionBundle.load(copy), images, stated.data, 100, progress)
     largest = 0.0
     for variant, quality in stated.variants.items():

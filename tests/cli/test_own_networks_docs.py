@@ -42,8 +42,7 @@ def write_folder(folder: Path, scale: int) -> None:
 
 def export(folder: Path, name: str) -> None:
     """Run the code of the page on images of 32 pixels, and copy the files it names."""
-    code = blocks("python")[0]
-    code = code.replace("224, 224", "32, 32").replace("small.onnx", f"{name}.onnx")
+    code = blocks("python")[0].replace("224, 224", "32, 32")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exec(code.replace("./my-network", str(folder)), {})
@@ -56,21 +55,22 @@ def test_code_and_commands_for_networks_run_as_printed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
-    for name, scale in (("small", 1), ("large", 2)):
-        write_folder(tmp_path / name, scale)
-        export(tmp_path / name, name)
+    write_folder(tmp_path / "my-network", 1)
+    write_folder(tmp_path / "other", 2)
+    export(tmp_path / "other", "large")
     write_photographs(tmp_path / "photos", 12)
     for seed, label in enumerate(LABELS):
         write_photographs(tmp_path / "val" / label, 4, seed)
     (tmp_path / "family.yaml").write_text(blocks("yaml")[0])
     commands = [line for block in blocks("sh") for line in block.splitlines()]
-    assert len(commands) == 8
+    assert len(commands) == 9
     outputs = {}
     for command in commands:
         if not command.startswith("ladderstitch serve"):
             result = CliRunner().invoke(app, shlex.split(command)[1:])
             assert result.exit_code == 0, result.output
             outputs[command.split()[1]] = result.output
+    assert "logits: [batch, 2]" in outputs["export"]
     assert "cut points: " in outputs["inspect"]
     assert "ladderstitch serve --model mine" in outputs["make"]
     made = VisionBundle.load(tmp_path / "home" / "mine")

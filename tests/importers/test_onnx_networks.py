@@ -134,7 +134,7 @@ def test_networks_of_other_mean_and_std_share_images(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"size": {"height": 32, "width": 32}, "resample": 3}, "interpolation: expected the same"),
-        ({"size": {"shortest_edge": 32}, "crop_pct": 0.9}, "crop: expected the same"),
+        ({"size": {"shortest_edge": 32}, "crop_pct": 0.9}, "crop: expected all networks"),
     ],
 )
 def test_networks_of_other_crops_are_rejected(
@@ -154,15 +154,19 @@ def test_wrong_number_of_labels_is_rejected(tmp_path: Path) -> None:
         import_networks([write_network(tmp_path, "resnet", 8)], info, tmp_path / "bundle")
 
 
-def test_dense_output_is_rejected_by_name(tmp_path: Path) -> None:
+def test_dense_output_is_served_in_a_row(tmp_path: Path) -> None:
     model = onnx.load_from_string(network_bytes("resnet", 8))
     cut = Network(write_network(tmp_path, "resnet", 8), SHAPE).info.cuts[4]
     del model.graph.output[:]
     model.graph.output.add().name = cut.name
     path = tmp_path / "dense.onnx"
     onnx.save(model, path)
-    with pytest.raises(ConfigError, match="dense outputs can be inspected, not served"):
-        import_networks([path], INFO, tmp_path / "bundle")
+    bundle = import_networks([path], FamilyInfo("mine"), tmp_path / "bundle")
+    (output,) = bundle.manifest.outputs
+    assert (output.name, output.shape, output.kind) == (cut.name, cut.shape, "tensor")
+    images = random_images(2)
+    expected = reference(path, images).reshape(2, -1)
+    np.testing.assert_allclose(served(bundle, images, 0), expected, atol=1e-4)
 
 
 def test_file_changed_after_import_is_rejected(tmp_path: Path) -> None:

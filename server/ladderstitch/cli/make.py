@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from ladderstitch.bundles import find_bundle, is_language_bundle, models_home
-from ladderstitch.cli import own_models
+from ladderstitch.cli import own_models, train
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.cli.measure import quality_table
 from ladderstitch.cli.own_models import parse_numbers
@@ -18,9 +18,6 @@ from ladderstitch.errors import ConfigError
 NETWORK_SUFFIXES = (".onnx", ".yaml", ".yml")
 DATA = ("fashion-mnist", "brown", "austen")
 MODELS = ("smollm2", "smollm2-ladder", "efficientnet-lite")
-RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe, e.g. examples/*/recipe.yaml.")]
-DataFolder = Annotated[Path, typer.Option("--data", help="Folder of gzipped IDX files.")]
-RunFolder = Annotated[Path, typer.Option("--run", help="Folder for checkpoints, logs and weights.")]
 
 
 def fetch(
@@ -68,47 +65,17 @@ def _print_correct(num_correct: dict[int, int]) -> None:
     out.print(f"correct of 20 labelled photographs, by stitch: {listed}")
 
 
-def train(recipe: RecipeFile, data: DataFolder, run: RunFolder) -> None:
-    """Train the anchors of a family from scratch, largest first; resumes if it was interrupted."""
-    from ladderstitch.training.vision.anchors import train_anchors
-    from ladderstitch.training.vision.dataset import load_idx_folder
-    from ladderstitch.training.vision.recipe import Recipe
-
-    with user_errors(), progress_bar() as progress:
-        train_anchors(Recipe.load(recipe), load_idx_folder(data, "train"), run, progress)
-    err.print(f"wrote anchors to {run}; next: ladderstitch stitch {recipe} ...")
-
-
-def stitch(
-    recipe: RecipeFile,
-    data: DataFolder,
-    run: RunFolder,
-    bundle: Annotated[Path, typer.Option(help="Bundle directory to write.")],
-) -> None:
-    """Join trained anchors into a stitchable family and write its bundle.
-
-    Stitching layers are initialised by least squares on the anchors' features. Then all weights
-    are trained jointly, one stitch per step, on the labels and on the predictions of the largest
-    anchor. Resumes if it was interrupted.
-    """
-    from ladderstitch.training.vision.dataset import load_idx_folder
-    from ladderstitch.training.vision.recipe import Recipe
-    from ladderstitch.training.vision.stitch import export_family, stitch_family
-
-    with user_errors(), progress_bar() as progress:
-        parsed = Recipe.load(recipe)
-        model = stitch_family(parsed, load_idx_folder(data, "train"), run, progress)
-        export_family(parsed, model, bundle)
-    err.print(f"wrote {bundle}; next: ladderstitch calibrate {bundle} --data {data}")
-
-
 def quantize(
     bundle: Annotated[str, typer.Argument(help="Directory of a bundle, or name of a model.")],
     data: Annotated[
-        Path | None, typer.Option(help="Image models: folder of gzipped IDX files.")
+        Path | None,
+        typer.Option(
+            help="Image models: folder of images, whose labels are not used, CSV file of "
+            "path,label, or folder of gzipped IDX files."
+        ),
     ] = None,
     split: Annotated[
-        str, typer.Option(help="Image models: split of the data to take images from.")
+        str, typer.Option(help="Image models: split of IDX files to take images from.")
     ] = "train",
     images: Annotated[
         int, typer.Option(min=1, help="Image models: images that the ranges are measured on.")
@@ -148,14 +115,20 @@ def quantize(
 
 def _quantize_vision(path: Path, data: Path, split: str, images: int) -> Path:
     """Add the int8 variants of an image model; returns their folder."""
-    from ladderstitch.training.vision.dataset import load_idx_folder, normalise
+    from ladderstitch.training.vision.dataset import is_idx_folder, load_idx_folder, normalise
+    from ladderstitch.training.vision.image_files import load_sample
     from ladderstitch.training.vision.quantize import quantize as run
     from ladderstitch.vision.bundle import VisionBundle
 
     with progress_bar() as progress:
         loaded = VisionBundle.load(path)
         inputs = loaded.manifest.preprocessing
-        pixels = load_idx_folder(data, split).pixels[:images]
+        if is_idx_folder(data):
+            shape = (inputs.channels, inputs.height, inputs.width)
+            labelled = load_idx_folder(data, split, shape, len(loaded.manifest.labels))
+            pixels = labelled.pixels[:images]
+        else:
+            pixels = load_sample(data, images, inputs, seed=0)
         task = progress.add_task("quantize", total=None)
         run(
             loaded,
@@ -179,31 +152,39 @@ def _quantize_language(path: Path, precision: Literal["int4", "int8"], text: Pat
 def add_adapter(
     model: Annotated[str, typer.Argument(help="Name or folder of a language model.")],
     adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT adapter (LoRA).")],
-    text: Annotated[Path, typer.Option(help="Held-out text to measure all paths on.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Held-out text to measure all paths on (default: they are not measured)."
+        ),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the path (default: that of the folder).")
     ] = None,
 ) -> None:
-    """Add a LoRA adapter to a language model as a further path, which shares its weights.
+    """Add a LoRA adapter to a language model as a further path, for requests that name it.
 
-    Requests choose it with `variant_id`, or with `--variant` of `generate`.
+    OpenAI requests name it as their `model`, others by `variant_id` (`--variant` of `generate`).
 
-    Example: `ladderstitch add-adapter ./my-llama ./my-adapter --text held-out.txt`
+    Example: `ladderstitch add-adapter ./my-llama ./my-adapter`
     """
     from ladderstitch.text.bundle import TextBundle
     from ladderstitch.training.text.adapters import add_adapter as run
     from ladderstitch.training.text.calibrate import DEFAULT_SAMPLE
 
     with user_errors():
-        path = find_bundle(model)
+        path, name = find_bundle(model), name or adapter.resolve().name
         bundle = TextBundle.load(path, calibrated=False)
         with progress_bar() as progress:
-            table = run(
-                bundle, adapter, name or adapter.resolve().name, text, DEFAULT_SAMPLE, progress
-            )
+            table = run(bundle, adapter, name, text, DEFAULT_SAMPLE, progress)
         names = [variant.name for variant in TextBundle.load(path).manifest.variants]
-        out.print(quality_table(names, table))
-        err.print(f"wrote {path}; next: ladderstitch serve --model {model}", highlight=False)
+        if table is not None:
+            out.print(quality_table(names, table))
+        err.print(
+            f"wrote {path}; next: ladderstitch serve --model {model} --http-port 8081; requests "
+            f'name "{name}" as their model, or variant {len(names) - 1}',
+            highlight=False,
+        )
 
 
 Checkpoints = Annotated[
@@ -255,6 +236,8 @@ def import_(
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "not stated",
     mean: Mean = None,
     std: Std = None,
+    outputs: own_models.Outputs = "auto",
+    input_shape: own_models.InputShape = None,
 ) -> None:
     """Make a bundle from checkpoints or ONNX files, published ones or your own.
 
@@ -276,8 +259,15 @@ def import_(
                 mean=mean,
                 std=std,
                 image_size=image_size,
+                outputs=outputs,
+                input_shape=input_shape,
             )
             return
+        if folders := [path for path in checkpoints if path.is_dir()]:
+            raise ConfigError(
+                f"checkpoints: expected files, got the folder {folders[0]}; a language model of "
+                f"transformers needs no import: ladderstitch serve --model {folders[0]}"
+            )
         info = BundleInfo(
             name, licence, labels, parse_numbers("mean", mean), parse_numbers("std", std)
         )
@@ -389,8 +379,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
     group = "Make a family"
     app.command(rich_help_panel=group)(fetch)
-    app.command(rich_help_panel=group)(train)
-    app.command(rich_help_panel=group)(stitch)
+    train.register(app)
     app.command(rich_help_panel=group)(quantize)
     app.command("import", rich_help_panel=group)(import_)
     app.command("add-adapter", rich_help_panel=group)(add_adapter)

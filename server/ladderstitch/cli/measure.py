@@ -33,14 +33,27 @@ def calibrate(
         Path | None,
         typer.Option(
             help="Image models: folder with one subfolder per class, CSV file of path,label, or "
-            "folder of gzipped IDX files."
+            "folder of gzipped IDX files; with a metric, CSV file of path,target."
         ),
     ] = None,
     images: Annotated[
         Path | None,
         typer.Option(
             help="Image models: folder of images without labels; measures the agreement with the "
-            "most expensive network."
+            "most expensive network. For models of tensors: folder of .npy files."
+        ),
+    ] = None,
+    targets: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a PNG mask or .npy file per image, of the same name, for `--metric`."
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="Image models: accuracy, agreement, cosine, mean-iou, rmse, or module:function, a "
+            "function of outputs and target that returns 0 to 1 (default: by the outputs)."
         ),
     ] = None,
     split: Annotated[
@@ -68,7 +81,9 @@ def calibrate(
             following = f"ladderstitch serve --model {bundle}"
         else:
             loaded = VisionBundle.load(path)
-            calibrate_files(loaded, data, images, split, name, batch_size, progress)
+            calibrate_files(
+                loaded, data, images, split, name, batch_size, progress, metric, targets
+            )
             following = f"ladderstitch profile {bundle}"
     err.print(f"wrote {path / 'quality.json'}; next: {following}")
 

@@ -1,10 +1,10 @@
-"""The commands for ONNX networks of the user: `inspect` and `make`."""
+"""The commands for networks of the user: `export`, `inspect` and `make`."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -39,6 +39,83 @@ Crop = Annotated[
     ),
 ]
 Resize = Annotated[str | None, typer.Option(help="Interpolation: bilinear or bicubic.")]
+Outputs = Annotated[
+    str,
+    typer.Option(
+        help="What the networks return: scores, tensors, or auto: one tensor [batch, K] is scores."
+    ),
+]
+InputShape = Annotated[
+    str | None,
+    typer.Option(
+        help="Shape of one input, e.g. 3,16,112,112, if it is no image and the file leaves it open."
+    ),
+]
+
+
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder that transformers wrote, timm:NAME, or module:function of your own code, "
+            "which returns a torch module."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="ONNX file to write.")],
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Shape of one input, e.g. 3,224,224 (default: what the source states)."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights of a network of timm.", show_default=False)
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Let timm download its weights.")
+    ] = False,
+    outputs: Annotated[
+        str | None,
+        typer.Option(
+            help="Outputs by name, e.g. pooler_output,last_hidden_state (default: scores, or else "
+            "the embedding of an image; all of your own code)."
+        ),
+    ] = None,
+) -> None:
+    """Export a torch network to ONNX with its preprocessing and labels, and check the file.
+
+    The outputs of the file and of the network must be equal on random inputs. transformers or timm
+    must be installed for networks of theirs.
+
+    Example: `ladderstitch export ./my-network --output small.onnx`
+    """
+    from ladderstitch.importers.export_network import export_network
+    from ladderstitch.importers.torch_sources import SourceOptions
+
+    with user_errors(), err.status("exporting"):
+        options = SourceOptions(parse_shape(shape), checkpoint, pretrained)
+        chosen = tuple(outputs.split(",")) if outputs is not None else ()
+        report = export_network(source, output, options, chosen)
+    for name, sizes in ({"input": report.shape} | report.outputs).items():
+        out.print(
+            f"{name}: [{', '.join(map(str, ('batch', *sizes)))}]", highlight=False, markup=False
+        )
+    out.print(
+        f"largest difference to the network: {report.difference:.1e} of the largest output",
+        highlight=False,
+    )
+    err.print(f"wrote {', '.join(map(str, report.files))}", soft_wrap=True)
+
+
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
+    """Return the sizes of an option, which commas separate, or None if it is not given.
+
+    Raises `ConfigError` for anything else.
+    """
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(f"shape: expected sizes such as 3,224,224, got {text}")
+    return tuple(map(int, parts))
 
 
 def inspect(
@@ -90,10 +167,15 @@ def make(
     image_size: ImageSize = None,
     crop: Crop = None,
     resize: Resize = None,
+    outputs: Outputs = "auto",
+    input_shape: InputShape = None,
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "not stated",
     rounds: Annotated[int, typer.Option(min=2, help="Measurements of each latency.")] = 20,
     threads: Annotated[int, typer.Option(min=1, help="Number of threads of one batch.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of views and splits.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of views and splits.")] = 0,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Write over a bundle that exists.")
+    ] = False,
 ) -> None:
     """Stitch ONNX networks of one task into a family, measure it, and draw its frontier.
 
@@ -103,20 +185,23 @@ def make(
     Example: `ladderstitch make small.onnx large.onnx --images photos/ --labelled val/ --name mine`
     """
     from ladderstitch.importers.make_family import MakeOptions, make_family
-    from ladderstitch.importers.onnx_networks import FamilyInfo
+    from ladderstitch.importers.make_target import MakeTarget
     from ladderstitch.vision.frontier import plot_frontier
 
     with user_errors():
-        settings = build_settings(labels, mean, std, image_size, crop, resize)
-        info = FamilyInfo(name, licence, settings)
-        options = MakeOptions(images, labelled, paths, seed)
         folder = into or models_home() / name
-        with progress_bar() as progress:
-            bundle = make_family(networks, info, options, folder, progress)
-            bundle = _profile(bundle.path, rounds, threads, progress)
-        drawn = plot or folder / "frontier.png"
-        plot_frontier(bundle, drawn)
-        _print_frontier(bundle)
+        target = MakeTarget(folder, name, plot, replace)
+        target.check()
+        settings = build_settings(labels, mean, std, image_size, crop, resize)
+        info = build_info(name, licence, settings, outputs, input_shape)
+        options = MakeOptions(images, labelled, paths, seed)
+        with target.staged() as made:
+            with progress_bar() as progress:
+                make_family(networks, info, options, made, progress)
+                bundle = _profile(made, rounds, threads, progress)
+            plot_frontier(bundle, plot or made / "frontier.png")
+            _print_frontier(bundle)
+    drawn = plot or folder / "frontier.png"
     err.print(f"wrote {folder} and {drawn}", soft_wrap=True)
     served = name if into is None else folder
     out.print(f"ladderstitch serve --model {served}", highlight=False, soft_wrap=True)
@@ -159,17 +244,33 @@ def import_networks(
     mean: str | None,
     std: str | None,
     image_size: int | None,
+    outputs: str,
+    input_shape: str | None,
 ) -> None:
     """Write the bundle of independent ONNX networks, and print what to do next."""
     from ladderstitch.importers.onnx_bundle import import_networks as run
-    from ladderstitch.importers.onnx_networks import FamilyInfo
 
     settings = build_settings(labels, mean, std, image_size, None, None)
-    bundle = run(files, FamilyInfo(name, licence, settings), into)
+    bundle = run(files, build_info(name, licence, settings, outputs, input_shape), into)
     count = len(bundle.manifest.variants())
     known = f" of {bundle.quality.metric} quality" if bundle.quality is not None else ""
-    step = f"serve --model {into}" if known else f"calibrate {into} --data FOLDER"
+    given = "--images" if bundle.manifest.outputs else "--data"
+    step = f"serve --model {into}" if known else f"calibrate {into} {given} FOLDER"
     out.print(f"{into}: {count} networks{known}; next: ladderstitch {step}", soft_wrap=True)
+
+
+def build_info(
+    name: str, licence: str, settings: Any, outputs: str, input_shape: str | None
+) -> Any:
+    """Return what the user states about a family; raises `ConfigError` for an unknown choice."""
+    from ladderstitch.importers.network_outputs import OutputChoice
+    from ladderstitch.importers.onnx_networks import FamilyInfo
+
+    known: tuple[OutputChoice, ...] = get_args(OutputChoice)
+    for choice in known:
+        if choice == outputs:
+            return FamilyInfo(name, licence, settings, choice, parse_shape(input_shape))
+    raise ConfigError(f"outputs: expected one of {known}, got {outputs}")
 
 
 def build_settings(
@@ -191,6 +292,10 @@ def build_settings(
     share: float | str | None = crop
     if crop is not None and crop != WHOLE:
         share = (parse_numbers("crop", crop) or (0.0,))[0]
+        if not 0 < share <= 1:
+            raise ConfigError(f"crop: expected a share above 0 and up to 1, or {WHOLE}, got {crop}")
+    if min(parse_numbers("std", std) or (1.0,)) <= 0:
+        raise ConfigError(f"std: expected positive numbers, got {std}")
     try:
         listed = None if labels is None else tuple(labels.read_text().splitlines())
     except (OSError, UnicodeDecodeError) as error:
@@ -223,4 +328,5 @@ def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
     group = "Make a family"
     app.command(rich_help_panel=group)(make)
+    app.command(rich_help_panel=group)(export)
     app.command(rich_help_panel=group)(inspect)

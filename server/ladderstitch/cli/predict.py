@@ -6,7 +6,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.text import Text
 
 from ladderstitch.cli.console import (
@@ -24,6 +26,7 @@ from ladderstitch.cli.console import (
     plain_table,
 )
 from ladderstitch.cli.options import with_config_options
+from ladderstitch.cli.tensors import tensor_table, write_outputs
 from ladderstitch.client import Client, Prediction, RequestFailed, scheduling_settings
 from ladderstitch.client.calls import DEFAULT_ADDRESS
 from ladderstitch.errors import ConfigError
@@ -41,7 +44,9 @@ WIDE_COLUMNS = 100
 
 def predict(
     context: typer.Context,
-    images: Annotated[list[Path], typer.Argument(help="PNG or JPEG files.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="PNG or JPEG files, or .npy files of inputs [batch, ...].")
+    ],
     budget: Annotated[str | None, typer.Option(help="Latency budget, e.g. 800us or 5ms.")] = None,
     hard: Annotated[
         bool,
@@ -53,9 +58,16 @@ def predict(
     variant: Variant = None,
     priority: Priority = 0,
     model: ModelName = "",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="NPZ file for all outputs by name, of all files along the first axis."),
+    ] = None,
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
-    """Classify images, each with the most accurate variant that meets the latency budget."""
+    """Classify images, each with the most accurate variant that meets the latency budget.
+
+    Of models that return tensors, shape and range of each output are printed.
+    """
     answers: list[tuple[str, Prediction]] = []
     with exit_on_failure(address), connect(context, address) as client:
         options: InferOptions = {
@@ -73,8 +85,12 @@ def predict(
                 err.print(f"{path.name}: {format_failure(error, address)}", highlight=False)
                 if error.code.name == "UNAVAILABLE":
                     break
-        if answers:
+        if answers and answers[0][1].outputs:
+            out.print(tensor_table(answers))
+        elif answers:
             out.print(_answer_table(answers))
+        if answers and output is not None:
+            write_outputs(output, [answer for _, answer in answers])
         if advice := _advise(client, model, [answer for _, answer in answers]):
             err.print(advice, highlight=False)
     raise typer.Exit(int(len(answers) < len(images)))
@@ -97,11 +113,17 @@ def _advise(client: Client, model: str, answers: list[Prediction]) -> str:
     )
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> bytes | NDArray[Any]:
+    """Return the bytes of an image file, or the array of a .npy file in a type that models take."""
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"image: {error}") from error
+        if path.suffix != ".npy":
+            return path.read_bytes()
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"image: {path}: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+        raise ConfigError(f"image: {path}: expected a .npy file of numbers")
+    return array if array.dtype == np.uint8 else array.astype(np.float32)
 
 
 def _answer_table(answers: list[tuple[str, Prediction]]) -> Table:

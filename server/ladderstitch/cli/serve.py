@@ -273,27 +273,28 @@ def _print_ready(
         command = f'{sys.argv[0]} generate "The capital of France is"{option}'
     else:
         has_examples = EXAMPLE_IMAGES.is_dir() and config.bundle == EMBEDDED
-        images = f"{EXAMPLE_IMAGES}/*.png" if has_examples else "IMAGE.png"
-        budget = _suggest_budget(config, port)
-        command = f"{sys.argv[0]} predict {images} --budget {budget}{option}"
+        images = f"{EXAMPLE_IMAGES}/*.png" if has_examples else ""
+        kind, budget = _suggest_call(config, port)
+        command = f"{sys.argv[0]} predict {images or kind} --budget {budget}{option}"
     out.print(f"try:  {command}", soft_wrap=True, highlight=False)
 
 
-def _suggest_budget(config: ServerConfig, port: int) -> str:
-    """Return a latency budget that this machine keeps with the most accurate variant.
+def _suggest_call(config: ServerConfig, port: int) -> tuple[str, str]:
+    """Return a name of an input, and a budget that this machine keeps with the best variant.
 
     Without an answer, e.g. because only callers with credentials get one, it is 100 ms: a server
     that has started does not end because of a hint.
     """
     if config.tls_certificate is not None or config.token_file is not None:
-        return UNKNOWN_BUDGET
+        return "IMAGE.png", UNKNOWN_BUDGET
     try:
         with Client(join_address(config.host, port), timeout_s=HINT_TIMEOUT_S) as client:
             model = client.get_model()
     except RequestFailed:
-        return UNKNOWN_BUDGET
+        return "IMAGE.png", UNKNOWN_BUDGET
     planned_us = {v.id: v.planned_latency_us for v in model.variants if v.id in model.frontier}
-    return f"{math.ceil(2 * max(planned_us.values()) / 1e3 + AROUND_COMPUTE_MS)}ms"
+    budget = f"{math.ceil(2 * max(planned_us.values()) / 1e3 + AROUND_COMPUTE_MS)}ms"
+    return "IMAGE.png" if model.HasField("preprocessing") else "INPUTS.npy", budget
 
 
 def rank(

@@ -120,7 +120,9 @@ def open_channel(
     """
     _check_brackets(address)
     channel_credentials = credentials.channel_credentials(address)
-    options = [*retry_options(retry_policy), *credentials.channel_options]
+    # Outputs that are tensors exceed gRPC's default of 4 MiB; the server limits its answers.
+    size = ("grpc.max_receive_message_length", -1)
+    options = [size, *retry_options(retry_policy), *credentials.channel_options]
     if channel_credentials is None:
         return implementation.insecure_channel(address, options=options)
     return implementation.secure_channel(address, channel_credentials, options=options)

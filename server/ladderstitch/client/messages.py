@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
@@ -12,13 +13,17 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from numpy.typing import NDArray
 
+from ladderstitch.client.tensors import read_output
 from ladderstitch.v1 import generation_pb2, inference_pb2
 
 DETAILS_KEY = "grpc-status-details-bin"
 """Trailing metadata that holds a `google.rpc.Status`."""
 
 Image = bytes | NDArray[np.uint8] | NDArray[np.float32]
-"""A PNG or JPEG file, or an array [B, C, H, W]: uint8 pixels or preprocessed float32."""
+"""A PNG or JPEG file, or an array [B, C, H, W]: uint8 pixels or preprocessed float32.
+
+Models that do not take images have float32 inputs [B, ...].
+"""
 
 FINISH_REASONS = {
     generation_pb2.FINISH_REASON_STOP: "stop",
@@ -118,11 +123,14 @@ def infer_request(
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The answer to a `predict` call: the classes of its images and what the answer cost.
+    """The answer to a `predict` call: classes or tensors of its images, and what the answer cost.
 
     `label` and `probability` are those of the first image's most probable class. `budget_source` is
     grpc_deadline, field, metadata or model_default; without a budget, all three budget fields are
     None. `all` holds up to five (label, probability) pairs of each image, `logits` is [B, classes].
+
+    A model that returns tensors instead of classes has all `outputs` [B, ...] by their names; its
+    `label` is empty, `probability` NaN, and `logits` [0, 0].
     """
 
     label: str
@@ -140,13 +148,15 @@ class Prediction:
     batch_size: int
     all: list[list[tuple[str, float]]] = field(repr=False)
     logits: NDArray[np.float32] = field(repr=False)
+    outputs: dict[str, NDArray[np.generic]] = field(repr=False, default_factory=dict)
 
     @classmethod
     def from_response(cls, response: inference_pb2.InferResponse) -> Prediction:
         """Return the answer in a response."""
         cost = response.accounting
         classes = [[(c.label, c.probability) for c in p.top] for p in response.predictions]
-        label, probability = classes[0][0]
+        label, probability = classes[0][0] if classes else ("", math.nan)
+        logits = [p.logits for p in response.predictions]
         return cls(
             label=label,
             probability=probability,
@@ -162,7 +172,8 @@ class Prediction:
             budget_met=cost.budget_met if cost.HasField("budget_met") else None,
             batch_size=cost.batch_size,
             all=classes,
-            logits=np.array([p.logits for p in response.predictions], np.float32),
+            logits=np.array(logits, np.float32) if logits else np.zeros((0, 0), np.float32),
+            outputs={output.name: read_output(output) for output in response.outputs},
         )
 
 

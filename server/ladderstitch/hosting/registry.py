@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ladderstitch.errors import InvalidArgument, ModelNotFound, NotReady
+from ladderstitch.hosting.answer_limit import AnswerLimit
 from ladderstitch.runtime import ProgressCallback
 from ladderstitch.scheduling.settings import ActiveSettings, SchedulerSettings
 from ladderstitch.telemetry.model_metrics import TextMetrics
@@ -15,8 +16,8 @@ from ladderstitch.text.chat_template import ChatTemplate, Message
 from ladderstitch.text.scheduler.scheduler import TextScheduler
 from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.models.route import Stitch
-from ladderstitch.vision.preprocessing import ImageReader
 from ladderstitch.vision.scheduler.scheduler import Scheduler
+from ladderstitch.vision.tensor_inputs import TensorReader
 
 MAX_CHARACTERS_PER_TOKEN = 64
 """Characters per token of `max_prompt_tokens` above which a prompt is not tokenised."""
@@ -24,13 +25,17 @@ MAX_CHARACTERS_PER_TOKEN = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VisionModel:
-    """A loaded image classifier: its bundle and the scheduler that answers its requests."""
+    """A loaded image model: its bundle and the scheduler that answers its requests.
+
+    Most classify images. Others return tensors, or take them, as their manifests say.
+    """
 
     bundle: VisionBundle
     scheduler: Scheduler
-    reader: ImageReader
+    reader: TensorReader
     variants: dict[int, Stitch]
     variant_names: dict[int, str]
+    limit: AnswerLimit
 
     @property
     def name(self) -> str:

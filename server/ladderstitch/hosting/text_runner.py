@@ -77,6 +77,7 @@ class TextRunner:
             self.config.max_sequences,
             observer=self.metrics,
             switches=self.bundle.switches,
+            by_name=self.bundle.manifest.adapters,
         )
         try:
             await self._scheduler.measure()

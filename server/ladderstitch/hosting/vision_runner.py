@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -10,10 +11,12 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from typing import TextIO
 
+import numpy as np
 from PIL import Image
 
 from ladderstitch.config import ServerConfig
-from ladderstitch.errors import BundleError, ConfigError, InvalidArgument
+from ladderstitch.errors import BundleError, ConfigError, InvalidArgument, NonFiniteOutput
+from ladderstitch.hosting.answer_limit import AnswerLimit
 from ladderstitch.hosting.registry import ModelRegistry, VisionModel
 from ladderstitch.runtime import ProgressCallback
 from ladderstitch.runtime.cores import resolve_threads
@@ -35,6 +38,7 @@ from ladderstitch.vision.engine.startup import (
 from ladderstitch.vision.preprocessing import ImageReader
 from ladderstitch.vision.scheduler.batch_runner import HangLimits
 from ladderstitch.vision.scheduler.scheduler import Scheduler
+from ladderstitch.vision.tensor_inputs import TensorReader
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +52,13 @@ class VisionRunner:
     def __init__(self, config: ServerConfig, registry: ModelRegistry, metrics: Metrics) -> None:
         """Load the bundle's manifest and quality table.
 
-        Raises `BundleError` if the bundle is invalid or not calibrated.
+        Raises `BundleError` if the bundle is invalid or not calibrated, or if its outputs exceed
+        the largest message.
         """
         self.config, self.registry, self.metrics = config, registry, metrics
         self.bundle = VisionBundle.load(config.bundle)
+        self._limit = AnswerLimit(config.max_message_mb)
+        self._limit.check_bundle(self.bundle)
         self.quality = quality_table(self.bundle)
         self._engine: ProcessEngine | CompiledEngine | None = None
         self._model: VisionModel | None = None
@@ -162,22 +169,29 @@ class VisionRunner:
         except InvalidArgument as error:
             raise ConfigError(f"scheduling.{error}") from error
         _report_quality_range(scheduler)
-        reader = ImageReader(
-            self.bundle.manifest.preprocessing,
+        reader = self._make_reader()
+        self._parts.callback(reader.close)
+        await self._rehearse(engine, reader, quality, profile)
+        names = {variant: stitch.name for variant, stitch in variants.items()}
+        return VisionModel(self.bundle, scheduler, reader, variants, names, self._limit)
+
+    def _make_reader(self) -> TensorReader:
+        """Return the reader of the model's inputs."""
+        manifest = self.bundle.manifest
+        if not manifest.takes_images:
+            return TensorReader(manifest.config.inputs.shape)
+        return ImageReader(
+            manifest.preprocessing,
             self.config.max_image_pixels,
             max_bytes=self.config.max_image_mb << 20,
             decoders=self.config.image_decoders,
             decode_timeout_s=self.config.image_decode_timeout_s,
         )
-        self._parts.callback(reader.close)
-        await self._rehearse(engine, reader, quality, profile)
-        names = {variant: stitch.name for variant, stitch in variants.items()}
-        return VisionModel(self.bundle, scheduler, reader, variants, names)
 
     async def _rehearse(
         self,
         engine: Engine,
-        reader: ImageReader,
+        reader: TensorReader,
         quality: Mapping[int, float],
         profile: LatencyProfile,
     ) -> None:
@@ -189,16 +203,30 @@ class VisionRunner:
         metrics = VisionMetrics(Metrics(), self.name, quality)
         scheduler = Scheduler(engine, quality, profile, SchedulerSettings(), metrics)
         try:
-            for file_format in ("JPEG", "PNG"):
-                file = io.BytesIO()
-                Image.new(reader.target.mode, reader.shape[:0:-1]).save(file, file_format)
+            for file in _rehearsal_files(reader):
                 for number in range(REHEARSALS):
-                    images = await reader.read_encoded("image", file.getvalue())
+                    if file is None:
+                        images = np.zeros((1, *reader.shape), np.float32)
+                    else:
+                        images = await reader.read_encoded("image", file)
                     now = time.monotonic()
                     deadlines = Deadlines(soft=now + number / 1e3)
-                    await scheduler.submit(Request("rehearsal", images, now, deadlines))
+                    with contextlib.suppress(NonFiniteOutput):  # as the norm of zeros
+                        await scheduler.submit(Request("rehearsal", images, now, deadlines))
         finally:
             await scheduler.close()
+
+
+def _rehearsal_files(reader: TensorReader) -> list[bytes | None]:
+    """Return a black image in each format, or None for a model that takes tensors only."""
+    if not isinstance(reader, ImageReader):
+        return [None]
+    files: list[bytes | None] = []
+    for file_format in ("JPEG", "PNG"):
+        file = io.BytesIO()
+        Image.new(reader.target.mode, reader.shape[:0:-1]).save(file, file_format)
+        files.append(file.getvalue())
+    return files
 
 
 def _close_record(record: TextIO) -> None:

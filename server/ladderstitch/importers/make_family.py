@@ -22,13 +22,13 @@ from ladderstitch.scheduling.profiles import QualityTable, frontier
 from ladderstitch.training.vision.calibrate import calibrate, calibrate_agreement
 from ladderstitch.training.vision.image_files import (
     ImageFiles,
-    batches_of_views,
-    find_images,
     find_labelled,
     load_pixels,
     load_views,
     read_labelled,
 )
+from ladderstitch.training.vision.inputs import InputKind
+from ladderstitch.training.vision.measure_metric import measure, relative_metric
 from ladderstitch.training.vision.pairs import (
     Joint,
     best_joints,
@@ -77,10 +77,20 @@ def make_family(
     sources = find_sources(paths)
     if options.images is None and options.labelled is None:
         raise ConfigError("images: expected a folder of images or labelled images, got none")
+    for field in ("images", "labelled"):
+        given = getattr(options, field)
+        if given is not None and not given.exists():
+            raise ConfigError(f"{field}: expected a file or folder, got none at {given}")
     task = progress.add_task("read networks", total=len(sources))
     family = load_family(sources, info, lambda network: progress.advance(task))
     fitting, measured = _split_images(options, family)
+    progress.console.print(
+        f"{len(family.networks)} networks; {len(fitting)} images to fit on, {len(measured)} others "
+        "to measure on",
+        highlight=False,
+    )
     joints = _choose_joints(family, fitting, options, progress)
+    progress.console.print(f"{len(joints)} stitched paths to fit and measure", highlight=False)
     maps = _fit(family, joints, fitting, options, progress)
     with tempfile.TemporaryDirectory(prefix="ladderstitch-make-") as work:
         whole = write_family(family, Path(work) / info.name, joints, maps)
@@ -94,13 +104,26 @@ def _split_images(options: MakeOptions, family: LoadedFamily) -> tuple[ImageFile
     The latter have labels if the user has given labelled images.
     """
     labelled = None
+    if options.labelled is not None and not _classifies_images(family):
+        raise ConfigError(
+            "labelled: expected none for networks that take or return tensors; their agreement is "
+            "measured on --images, and `calibrate --metric` measures other qualities"
+        )
     if options.labelled is not None:
         labelled = find_labelled(options.labelled, family.labels)
     if options.images is None:
         assert labelled is not None
         return labelled.split(1 - HELD_OUT, options.seed)
-    files = find_images(options.images)
+    files = _kind(family).find(options.images)
     return (files, labelled) if labelled is not None else files.split(HELD_OUT, options.seed)
+
+
+def _classifies_images(family: LoadedFamily) -> bool:
+    return family.preprocessing is not None and not family.outputs
+
+
+def _kind(family: LoadedFamily) -> InputKind:
+    return InputKind(family.input_shape, family.preprocessing)
 
 
 def _choose_joints(
@@ -112,10 +135,8 @@ def _choose_joints(
         return []
     few = files.select(range(min(len(files), MAX_COMPARED_IMAGES)))
     views = max(1, min(MAX_VIEWS_EACH, MAX_COMPARED_IMAGES // len(few)))
-    batches = batches_of_views(
-        few, family.preprocessing, views=views, batch_size=BATCH, seed=options.seed
-    )
-    total = math.ceil(len(few) * views / BATCH)
+    count, batches = _kind(family).views_of(few, views=views, batch_size=BATCH, seed=options.seed)
+    total = math.ceil(count / BATCH)
     tracked = progress.track(batches, total=total, description="compare features")
     compared = compare(joints, family.networks, family.scalings, tracked)
     return best_joints(compared, FITTED_RATIO * options.max_paths)
@@ -132,10 +153,10 @@ def _fit(
     if not joints:
         return []
     views = max(1, min(MAX_VIEWS_EACH, math.ceil(MIN_VIEWS / len(files))))
-    batches = batches_of_views(
-        files, family.preprocessing, views=views, batch_size=BATCH, seed=options.seed + 1
+    count, batches = _kind(family).views_of(
+        files, views=views, batch_size=BATCH, seed=options.seed + 1
     )
-    total = math.ceil(len(files) * views / BATCH)
+    total = math.ceil(count / BATCH)
     tracked = progress.track(batches, total=total, description="fit maps")
     return fit_maps(joints, family.networks, family.scalings, tracked)
 
@@ -148,7 +169,10 @@ def _measure(
     progress: Progress,
 ) -> QualityTable:
     """Return accuracies on labelled images, or else agreements with the last network."""
-    inputs, count = bundle.manifest.preprocessing, len(files)
+    count = len(files)
+    if not _classifies_images(family):
+        return _measure_tensors(bundle, family, files, options, progress)
+    inputs = bundle.manifest.preprocessing
     if options.labelled is not None:
         name = f"{count} labelled images of {options.labelled.name}"
         return calibrate(bundle, read_labelled(files, inputs), name, BATCH, progress)
@@ -162,6 +186,26 @@ def _measure(
         pixels = load_pixels(files, inputs)
     reference = len(family.networks) - 1
     return calibrate_agreement(bundle, pixels, name, BATCH, progress, reference)
+
+
+def _measure_tensors(
+    bundle: VisionBundle,
+    family: LoadedFamily,
+    files: ImageFiles,
+    options: MakeOptions,
+    progress: Progress,
+) -> QualityTable:
+    """Return agreements with the last network: of classes, or the cosine of tensors."""
+    assert options.images is not None
+    views = max(1, min(MAX_VIEWS_EACH, math.ceil(MIN_MEASURED / len(files))))
+    count, batches = _kind(family).views_of(
+        files, views=views, batch_size=BATCH, seed=options.seed + 2
+    )
+    metric = relative_metric(bundle, "cosine" if family.outputs else "agreement")
+    name = f"{len(files)} inputs of {options.images.name} that no map was fitted on"
+    if count > len(files):
+        name = f"{views} views of each of {name}"
+    return measure(bundle, batches, count, metric, None, name, progress)
 
 
 def _keep_best(

@@ -31,6 +31,7 @@ from ladderstitch.vision.networks.config import (
     NetworkInputs,
     OnnxConfig,
     StitchedPath,
+    TensorInputs,
 )
 from ladderstitch.vision.networks.export import NETWORKS_FOLDER
 from ladderstitch.vision.networks.probe import Cut
@@ -88,14 +89,9 @@ def build_config(family: LoadedFamily, joints: Sequence[Joint] = ()) -> OnnxConf
         )
         for n in range(count)
     ]
-    (shape,) = family.networks[-1].info.inputs.values()
     return OnnxConfig(
-        inputs=NetworkInputs(
-            in_channels=shape[0],
-            height=shape[1],
-            width=shape[2],
-            num_classes=len(family.labels),
-        ),
+        inputs=_build_inputs(family),
+        outputs=family.outputs,
         networks=tuple(_build_entry(family, n, cuts[n]) for n in range(count)),
         paths=tuple(
             StitchedPath(
@@ -111,19 +107,36 @@ def build_config(family: LoadedFamily, joints: Sequence[Joint] = ()) -> OnnxConf
     )
 
 
+def _build_inputs(family: LoadedFamily) -> NetworkInputs | TensorInputs:
+    ((name, shape),) = family.networks[-1].info.inputs.items()
+    num_classes = len(family.labels) or None
+    if family.preprocessing is None:
+        return TensorInputs(name=name, shape=shape, num_classes=num_classes)
+    images = family.preprocessing
+    fields = {"in_channels": shape[0], "height": images.height, "width": images.width}
+    return NetworkInputs.model_validate({**fields, "num_classes": num_classes})
+
+
 def _build_entry(family: LoadedFamily, position: int, cuts: Sequence[Cut]) -> NetworkEntry:
     network, settings = family.networks[position], family.settings[position]
     macs = [0, *(cut.macs for cut in cuts), network.info.macs]
     parameters = [0, *(cut.parameters for cut in cuts), network.info.parameters]
+    images = family.preprocessing
+    own_names: tuple[str, ...] = ()
+    if family.outputs and family.output_names[position] != family.output_names[-1]:
+        own_names = family.output_names[position]
     name = re.sub(r"[^A-Za-z0-9._-]", "-", family.sources[position].name).lstrip("._-")[:60]
     return NetworkEntry(
         name=name or f"network-{position}",
         file=f"{name or position}.onnx",
-        mean=settings.mean if settings.mean != family.preprocessing.mean else None,
-        std=settings.std if settings.std != family.preprocessing.std else None,
+        mean=settings.mean if images is not None and settings.mean != images.mean else None,
+        std=settings.std if images is not None and settings.std != images.std else None,
         cuts=tuple(cut.name for cut in cuts),
         macs=tuple(b - a for a, b in pairwise(macs)),
         parameters=tuple(b - a for a, b in pairwise(parameters)),
+        size=family.own_size(position),
+        crop=family.kept_share(position),
+        outputs=own_names,
     )
 
 

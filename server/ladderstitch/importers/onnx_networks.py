@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ladderstitch.bundles.files import read_yaml, validate
 from ladderstitch.errors import ConfigError
-from ladderstitch.importers.image_settings import ImageSettings, read_settings
+from ladderstitch.importers.image_settings import WHOLE, ImageSettings, read_settings
+from ladderstitch.importers.network_outputs import OutputChoice, find_outputs
 from ladderstitch.vision.bundle import (
     Preprocessing,
 )
-from ladderstitch.vision.networks.export import scaling_between
 from ladderstitch.vision.networks.order import network_inputs
+from ladderstitch.vision.networks.outputs import OutputEntry
 from ladderstitch.vision.networks.probe import check_batches, open_quietly
 from ladderstitch.vision.networks.reader import read_network
-from ladderstitch.vision.networks.units import Network, Scaling
+from ladderstitch.vision.networks.scaling import Scaling, scaling_between
+from ladderstitch.vision.networks.units import Network
 
 DEFAULT_SIZE = 224
 """Height and width of the images of a network that takes any size, unless a file states it."""
@@ -38,30 +39,73 @@ class NetworkSource:
 
 @dataclass(frozen=True, slots=True)
 class FamilyInfo:
-    """Name and licence of a bundle, and the settings of images that the user gave."""
+    """Name and licence of a bundle, and what the user states about inputs and outputs.
+
+    `input_shape` is that of inputs that are no images, without the batch, if a file leaves it open.
+    """
 
     name: str
     licence: str = "not stated"
     settings: ImageSettings = field(default_factory=ImageSettings)
+    outputs: OutputChoice = "auto"
+    input_shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedFamily:
-    """Networks for images of one size, cheapest first, with what their bundle states."""
+    """Networks for inputs of one shape, cheapest first, with what their bundle states.
+
+    `preprocessing` is None if the inputs are no images. `outputs` is empty if the networks
+    classify; `output_names` has each network's own names of the outputs.
+    """
 
     sources: tuple[NetworkSource, ...]
     networks: tuple[Network, ...]
     settings: tuple[ImageSettings, ...]
     info: FamilyInfo
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None
     labels: tuple[str, ...]
+    outputs: tuple[OutputEntry, ...] = ()
+    output_names: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one input."""
+        (shape,) = self.networks[-1].info.inputs.values()
+        images = self.preprocessing
+        return shape if images is None else (shape[0], images.height, images.width)
+
+    def kept_share(self, position: int) -> float | None:
+        """Return the share of the sides of the bundle's images that a network keeps; None: all."""
+        own, images = self.settings[position].crop, self.preprocessing
+        if images is None or images.crop is None or own is None or own == images.crop:
+            return None
+        return float(own) / images.crop
 
     @property
     def scalings(self) -> list[Scaling | None]:
         """The change from the bundle's images to those of each network; None if equal."""
+        if self.preprocessing is None:
+            return [None for _ in self.networks]
         given = (self.preprocessing.mean, self.preprocessing.std)
-        own = [(s.mean or given[0], s.std or given[1]) for s in self.settings]
-        return [scaling_between(given, values) for values in own]
+        size = (self.preprocessing.height, self.preprocessing.width)
+        return [
+            scaling_between(
+                given,
+                (settings.mean or given[0], settings.std or given[1]),
+                sizes=(size, self.own_size(position) or size),
+                share=self.kept_share(position) or 1.0,
+                resize=self.preprocessing.resize,
+            )
+            for position, settings in enumerate(self.settings)
+        ]
+
+    def own_size(self, position: int) -> tuple[int, int] | None:
+        """Return height and width of a network's images; None if they are the bundle's."""
+        (shape,) = self.networks[position].info.inputs.values()
+        if self.preprocessing is None or shape == self.input_shape:
+            return None
+        return shape[1], shape[2]
 
 
 class NamedNetwork(BaseModel):
@@ -116,55 +160,102 @@ def load_family(
     loaded = []
     for source in sources:
         settings = info.settings.over(read_settings(source.path))
-        network = Network(source.path, image_shape(source.path, settings))
+        network = Network(source.path, find_input_shape(source.path, settings, info.input_shape))
         check_batches(open_quietly(network.model, source.path), source.path)
         on_network(network)
         loaded.append((source, network, settings))
     loaded.sort(key=lambda entry: entry[1].info.macs)
     _check_same([(source.name, n, s) for source, n, s in loaded])
-    _, network, last = loaded[-1]
-    (shape,) = network.info.inputs.values()
-    channels, height, width = shape
-    try:
-        fields = last.preprocessing((channels, height, width))
-        preprocessing = Preprocessing.model_validate(fields)
-    except ValidationError as error:
-        raise ConfigError(f"preprocessing: {error}") from error
+    networks = [network for _, network, _ in loaded]
+    all_settings = [settings for _, _, settings in loaded]
+    outputs = find_outputs(networks, all_settings, info.outputs)
     return LoadedFamily(
         tuple(source for source, _, _ in loaded),
-        tuple(network for _, network, _ in loaded),
-        tuple(settings for _, _, settings in loaded),
+        tuple(networks),
+        tuple(all_settings),
         info,
-        preprocessing,
-        _find_labels(network, [settings for _, _, settings in loaded]),
+        _find_preprocessing(networks, all_settings),
+        outputs.labels,
+        outputs.entries,
+        outputs.names,
     )
 
 
-def image_shape(path: Path, settings: ImageSettings) -> tuple[int, int, int]:
-    """Return the shape [C, H, W] of the images of the network in a file.
+def _find_preprocessing(
+    networks: Sequence[Network], all_settings: Sequence[ImageSettings]
+) -> Preprocessing | None:
+    """Return the preprocessing of images, or None for inputs that are no images.
 
-    Sizes that the file leaves open come from the settings.
+    The images keep the largest part that a network keeps, and are so large that no network lacks
+    pixels.
+    """
+    shapes = [next(iter(network.info.inputs.values())) for network in networks]
+    if not _is_image(shapes[-1]):
+        return None
+    settings = all_settings[-1]
+    crops = [s.crop for s in all_settings if isinstance(s.crop, float)]
+    if crops:
+        settings = replace(settings, crop=max(crops))
+    channels, _, _ = shapes[-1]
+    kept = settings.crop if isinstance(settings.crop, float) else 1.0
+    own = [s.crop if isinstance(s.crop, float) else kept for s in all_settings]
+    height, width = (
+        max(round(shape[axis] * kept / share) for shape, share in zip(shapes, own, strict=True))
+        for axis in (1, 2)
+    )
+    try:
+        return Preprocessing.model_validate(settings.preprocessing((channels, height, width)))
+    except ValidationError as error:
+        raise ConfigError(f"preprocessing: {error}") from error
+
+
+def _is_image(shape: Sequence[int]) -> bool:
+    """Return whether inputs of this shape are images of one or three channels."""
+    return len(shape) == 3 and shape[0] in (0, 1, 3)
+
+
+def find_input_shape(
+    path: Path, settings: ImageSettings, stated: tuple[int, ...] | None = None
+) -> tuple[int, ...]:
+    """Return the shape of the inputs of the network in a file, without the batch.
+
+    Sizes that the file leaves open come from `stated`, or from the settings of images. Raises
+    `ConfigError` if there is not one input, or if a size stays open.
     """
     model = read_network(path)
     inputs = network_inputs(model.graph)
     dims = [dim.dim_value for dim in inputs[0].type.tensor_type.shape.dim] if inputs else []
-    if len(inputs) != 1 or len(dims) != 4:
+    if len(inputs) != 1 or not dims:
         names = ", ".join(value.name[:80] for value in inputs)
         raise ConfigError(
-            f"{path}: expected one input, images [batch, channels, height, width], got "
-            f"{len(inputs)} ({names}) of shape {dims}"
+            f"{path}: expected one input with the batch as its first axis, got {len(inputs)} "
+            f"({names}) of shape {dims}"
         )
-    height, width = settings.size or (DEFAULT_SIZE, DEFAULT_SIZE)
-    return dims[1] or 3, dims[2] or height, dims[3] or width
+    if stated is not None:
+        return stated
+    if _is_image(dims[1:]):
+        height, width = settings.size or (DEFAULT_SIZE, DEFAULT_SIZE)
+        return dims[1] or 3, dims[2] or height, dims[3] or width
+    if 0 in dims[1:]:
+        shown = [dim or "?" for dim in dims[1:]]
+        raise ConfigError(
+            f"{path}: expected the sizes of the input {inputs[0].name[:80]!r}, got {shown}; state "
+            "them with --input-shape"
+        )
+    return tuple(dims[1:])
 
 
 def _check_same(loaded: Sequence[tuple[str, Network, ImageSettings]]) -> None:
     """Raise `ConfigError` unless all networks can share one image and one list of labels."""
+    kinds = {kind for _, _, settings in loaded if (kind := _kind_of_crop(settings)) is not None}
+    if len(kinds) > 1:
+        raise ConfigError(
+            "crop: expected all networks to stretch images, or all to keep a centred square, got "
+            "both; --crop states it for all"
+        )
     for (name, network, settings), (other, following, others) in pairwise(loaded):
         pairs: dict[str, list[Any]] = {
-            "image shape": [*network.info.inputs.values(), *following.info.inputs.values()],
-            "scores": [*network.info.outputs.values(), *following.info.outputs.values()],
-            "crop": [settings.crop, others.crop],
+            "input shape": [_without_sides(n) for n in (network, following)],
             "interpolation": [settings.resize, others.resize],
             "labels": [settings.labels, others.labels],
         }
@@ -177,16 +268,14 @@ def _check_same(loaded: Sequence[tuple[str, Network, ImageSettings]]) -> None:
                 )
 
 
-def _find_labels(network: Network, settings: Sequence[ImageSettings]) -> tuple[str, ...]:
-    """Return the labels of the classes, which are numbers if no file has their names."""
-    (scores,) = network.info.outputs.values() or [()]
-    if not scores or int(np.prod(scores)) != scores[0]:
-        raise ConfigError(
-            f"{network.path}: expected class scores [batch, classes], got outputs of shape "
-            f"[batch, {', '.join(map(str, scores))}]; dense outputs can be inspected, not served"
-        )
-    known = [s.labels for s in settings if s.labels is not None]
-    labels = known[-1] if known else tuple(f"class {i}" for i in range(scores[0]))
-    if len(labels) != scores[0]:
-        raise ConfigError(f"labels: expected {scores[0]} from the network, got {len(labels)}")
-    return labels
+def _without_sides(network: Network) -> tuple[int, ...]:
+    """Return the shape of an input; for images only the channels, as images are resized."""
+    (shape,) = network.info.inputs.values()
+    return shape[:1] if _is_image(shape) else shape
+
+
+def _kind_of_crop(settings: ImageSettings) -> str | None:
+    """Return whether images are stretched or cropped; a centred square has another content."""
+    if settings.crop is None or settings.crop == WHOLE:
+        return settings.crop
+    return "a centred square"

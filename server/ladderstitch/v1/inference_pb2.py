@@ -24,17 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fladderstitch/v1/inference.proto\x12\x0fladderstitch.v1\"S\n\x06Tensor\x12,\n\tdata_type\x18\x01 \x01(\x0e\x32\x19.ladderstitch.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xcb\x02\n\x0cInferRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12)\n\x06tensor\x18\x04 \x01(\x0b\x32\x17.ladderstitch.v1.TensorH\x00\x12\x17\n\rencoded_image\x18\x05 \x01(\x0cH\x00\x12\x1e\n\x11latency_budget_us\x18\x06 \x01(\x03H\x01\x88\x01\x01\x12\x15\n\rhard_deadline\x18\x07 \x01(\x08\x12\x18\n\x0bmin_quality\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x17\n\nvariant_id\x18\t \x01(\x05H\x03\x88\x01\x01\x12\x10\n\x08priority\x18\n \x01(\rB\x07\n\x05inputB\x14\n\x12_latency_budget_usB\x0e\n\x0c_min_qualityB\r\n\x0b_variant_id\"C\n\x0e\x43lassification\x12\r\n\x05index\x18\x01 \x01(\x05\x12\r\n\x05label\x18\x02 \x01(\t\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\"J\n\nPrediction\x12,\n\x03top\x18\x01 \x03(\x0b\x32\x1f.ladderstitch.v1.Classification\x12\x0e\n\x06logits\x18\x02 \x03(\x02\"\xd6\x02\n\nAccounting\x12\x12\n\nvariant_id\x18\x01 \x01(\x05\x12\x14\n\x0cvariant_name\x18\x02 \x01(\t\x12\x0f\n\x07quality\x18\x03 \x01(\x01\x12\x16\n\x0equality_metric\x18\x04 \x01(\t\x12\x14\n\x0cquality_data\x18\x05 \x01(\t\x12\x16\n\tbudget_us\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x34\n\rbudget_source\x18\x07 \x01(\x0e\x32\x1d.ladderstitch.v1.BudgetSource\x12\x17\n\nbudget_met\x18\x08 \x01(\x08H\x01\x88\x01\x01\x12\x10\n\x08queue_us\x18\t \x01(\x03\x12\x12\n\ncompute_us\x18\n \x01(\x03\x12\x10\n\x08total_us\x18\x0b \x01(\x03\x12\x12\n\nbatch_size\x18\x0c \x01(\x05\x12\x0f\n\x07replica\x18\r \x01(\tB\x0c\n\n_budget_usB\r\n\x0b_budget_met\"\xb1\x01\n\rInferResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x30\n\x0bpredictions\x18\x04 \x03(\x0b\x32\x1b.ladderstitch.v1.Prediction\x12/\n\naccounting\x18\x05 \x01(\x0b\x32\x1b.ladderstitch.v1.Accounting\"\x13\n\x11ListModelsRequest\"f\n\x0cModelSummary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x10\n\x08variants\x18\x04 \x01(\x05\x12\x16\n\x0egenerates_text\x18\x05 \x01(\x08\"C\n\x12ListModelsResponse\x12-\n\x06models\x18\x01 \x03(\x0b\x32\x1d.ladderstitch.v1.ModelSummary\"<\n\x0fGetModelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\"[\n\rPreprocessing\x12\x10\n\x08\x63hannels\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0c\n\x04mean\x18\x04 \x03(\x02\x12\x0b\n\x03std\x18\x05 \x03(\x02\"\xb7\x01\n\x07Variant\x12\n\n\x02id\x18\x01 \x01(\x05\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\tis_anchor\x18\x03 \x01(\x08\x12\x0f\n\x07quality\x18\x04 \x01(\x01\x12\x13\n\x0bquality_low\x18\x05 \x01(\x01\x12\x14\n\x0cquality_high\x18\x06 \x01(\x01\x12\x12\n\nlatency_us\x18\x07 \x01(\x03\x12\x1a\n\x12planned_latency_us\x18\x08 \x01(\x03\x12\x13\n\x0bon_frontier\x18\t \x01(\x08\"\xda\x02\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0e\n\x06labels\x18\x04 \x03(\t\x12\x35\n\rpreprocessing\x18\x05 \x01(\x0b\x32\x1e.ladderstitch.v1.Preprocessing\x12*\n\x08variants\x18\x06 \x03(\x0b\x32\x18.ladderstitch.v1.Variant\x12\x10\n\x08\x66rontier\x18\x07 \x03(\x05\x12\x16\n\x0equality_metric\x18\x08 \x01(\t\x12\x14\n\x0cquality_data\x18\t \x01(\t\x12\x16\n\x0emax_batch_size\x18\n \x01(\x05\x12\x0e\n\x06origin\x18\x0b \x01(\t\x12\x0f\n\x07licence\x18\x0c \x01(\t\x12,\n\x08language\x18\r \x01(\x0b\x32\x1a.ladderstitch.v1.TextModel\"\xa5\x01\n\x0bTextVariant\x12\x12\n\nvariant_id\x18\x01 \x01(\x05\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08residual\x18\x03 \x01(\t\x12\x14\n\x07quality\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\nperplexity\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x10planned_token_us\x18\x06 \x01(\x03\x42\n\n\x08_qualityB\r\n\x0b_perplexity\"\xdc\x01\n\tTextModel\x12\x15\n\rmax_model_len\x18\x01 \x01(\x05\x12\x17\n\x0fvocabulary_size\x18\x02 \x01(\x05\x12\x0e\n\x06layers\x18\x03 \x01(\x05\x12\x10\n\x08residual\x18\x04 \x01(\t\x12\x1c\n\x14tensor_parallel_size\x18\x05 \x01(\x05\x12.\n\x08variants\x18\x06 \x03(\x0b\x32\x1c.ladderstitch.v1.TextVariant\x12\x16\n\x0equality_metric\x18\x07 \x01(\t\x12\x17\n\x0fkv_cache_tokens\x18\x08 \x01(\x05\"\x9f\x01\n\x12\x43heckBudgetRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x1e\n\x11latency_budget_us\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x0bmin_quality\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x14\n\x12_latency_budget_usB\x0e\n\x0c_min_quality\"H\n\x05Offer\x12\x12\n\nvariant_id\x18\x01 \x01(\x05\x12\x0f\n\x07quality\x18\x02 \x01(\x01\x12\x1a\n\x12planned_latency_us\x18\x03 \x01(\x03\"\xd0\x01\n\x13\x43heckBudgetResponse\x12(\n\x03now\x18\x01 \x01(\x0b\x32\x16.ladderstitch.v1.OfferH\x00\x88\x01\x01\x12)\n\x04idle\x18\x02 \x01(\x0b\x32\x16.ladderstitch.v1.OfferH\x01\x88\x01\x01\x12\x1e\n\x16smallest_budget_now_us\x18\x03 \x01(\x03\x12\x1f\n\x17smallest_budget_idle_us\x18\x04 \x01(\x03\x12\x12\n\nwaiting_us\x18\x05 \x01(\x03\x42\x06\n\x04_nowB\x07\n\x05_idle*N\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x01\x12\x12\n\x0e\x44\x41TA_TYPE_FP32\x10\x02*\xa4\x01\n\x0c\x42udgetSource\x12\x1d\n\x19\x42UDGET_SOURCE_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x42UDGET_SOURCE_GRPC_DEADLINE\x10\x01\x12\x17\n\x13\x42UDGET_SOURCE_FIELD\x10\x02\x12\x1a\n\x16\x42UDGET_SOURCE_METADATA\x10\x03\x12\x1f\n\x1b\x42UDGET_SOURCE_MODEL_DEFAULT\x10\x04\x32\xdc\x02\n\x10InferenceService\x12\x46\n\x05Infer\x12\x1d.ladderstitch.v1.InferRequest\x1a\x1e.ladderstitch.v1.InferResponse\x12U\n\nListModels\x12\".ladderstitch.v1.ListModelsRequest\x1a#.ladderstitch.v1.ListModelsResponse\x12O\n\x08GetModel\x12 .ladderstitch.v1.GetModelRequest\x1a!.ladderstitch.v1.GetModelResponse\x12X\n\x0b\x43heckBudget\x12#.ladderstitch.v1.CheckBudgetRequest\x1a$.ladderstitch.v1.CheckBudgetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fladderstitch/v1/inference.proto\x12\x0fladderstitch.v1\"S\n\x06Tensor\x12,\n\tdata_type\x18\x01 \x01(\x0e\x32\x19.ladderstitch.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xcb\x02\n\x0cInferRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12)\n\x06tensor\x18\x04 \x01(\x0b\x32\x17.ladderstitch.v1.TensorH\x00\x12\x17\n\rencoded_image\x18\x05 \x01(\x0cH\x00\x12\x1e\n\x11latency_budget_us\x18\x06 \x01(\x03H\x01\x88\x01\x01\x12\x15\n\rhard_deadline\x18\x07 \x01(\x08\x12\x18\n\x0bmin_quality\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x17\n\nvariant_id\x18\t \x01(\x05H\x03\x88\x01\x01\x12\x10\n\x08priority\x18\n \x01(\rB\x07\n\x05inputB\x14\n\x12_latency_budget_usB\x0e\n\x0c_min_qualityB\r\n\x0b_variant_id\"C\n\x0e\x43lassification\x12\r\n\x05index\x18\x01 \x01(\x05\x12\r\n\x05label\x18\x02 \x01(\t\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\"J\n\nPrediction\x12,\n\x03top\x18\x01 \x03(\x0b\x32\x1f.ladderstitch.v1.Classification\x12\x0e\n\x06logits\x18\x02 \x03(\x02\"\xd6\x02\n\nAccounting\x12\x12\n\nvariant_id\x18\x01 \x01(\x05\x12\x14\n\x0cvariant_name\x18\x02 \x01(\t\x12\x0f\n\x07quality\x18\x03 \x01(\x01\x12\x16\n\x0equality_metric\x18\x04 \x01(\t\x12\x14\n\x0cquality_data\x18\x05 \x01(\t\x12\x16\n\tbudget_us\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x34\n\rbudget_source\x18\x07 \x01(\x0e\x32\x1d.ladderstitch.v1.BudgetSource\x12\x17\n\nbudget_met\x18\x08 \x01(\x08H\x01\x88\x01\x01\x12\x10\n\x08queue_us\x18\t \x01(\x03\x12\x12\n\ncompute_us\x18\n \x01(\x03\x12\x10\n\x08total_us\x18\x0b \x01(\x03\x12\x12\n\nbatch_size\x18\x0c \x01(\x05\x12\x0f\n\x07replica\x18\r \x01(\tB\x0c\n\n_budget_usB\r\n\x0b_budget_met\"g\n\x0cOutputTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\tdata_type\x18\x02 \x01(\x0e\x32\x19.ladderstitch.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\xe1\x01\n\rInferResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x30\n\x0bpredictions\x18\x04 \x03(\x0b\x32\x1b.ladderstitch.v1.Prediction\x12/\n\naccounting\x18\x05 \x01(\x0b\x32\x1b.ladderstitch.v1.Accounting\x12.\n\x07outputs\x18\x06 \x03(\x0b\x32\x1d.ladderstitch.v1.OutputTensor\"\x13\n\x11ListModelsRequest\"f\n\x0cModelSummary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x10\n\x08variants\x18\x04 \x01(\x05\x12\x16\n\x0egenerates_text\x18\x05 \x01(\x08\"C\n\x12ListModelsResponse\x12-\n\x06models\x18\x01 \x03(\x0b\x32\x1d.ladderstitch.v1.ModelSummary\"<\n\x0fGetModelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\"[\n\rPreprocessing\x12\x10\n\x08\x63hannels\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0c\n\x04mean\x18\x04 \x03(\x02\x12\x0b\n\x03std\x18\x05 \x03(\x02\"\xb7\x01\n\x07Variant\x12\n\n\x02id\x18\x01 \x01(\x05\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\tis_anchor\x18\x03 \x01(\x08\x12\x0f\n\x07quality\x18\x04 \x01(\x01\x12\x13\n\x0bquality_low\x18\x05 \x01(\x01\x12\x14\n\x0cquality_high\x18\x06 \x01(\x01\x12\x12\n\nlatency_us\x18\x07 \x01(\x03\x12\x1a\n\x12planned_latency_us\x18\x08 \x01(\x03\x12\x13\n\x0bon_frontier\x18\t \x01(\x08\"\x83\x01\n\x0bModelOutput\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\tdata_type\x18\x02 \x01(\x0e\x32\x19.ladderstitch.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12)\n\x04kind\x18\x04 \x01(\x0e\x32\x1b.ladderstitch.v1.OutputKind\"\x9e\x03\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0e\n\x06labels\x18\x04 \x03(\t\x12\x35\n\rpreprocessing\x18\x05 \x01(\x0b\x32\x1e.ladderstitch.v1.Preprocessing\x12*\n\x08variants\x18\x06 \x03(\x0b\x32\x18.ladderstitch.v1.Variant\x12\x10\n\x08\x66rontier\x18\x07 \x03(\x05\x12\x16\n\x0equality_metric\x18\x08 \x01(\t\x12\x14\n\x0cquality_data\x18\t \x01(\t\x12\x16\n\x0emax_batch_size\x18\n \x01(\x05\x12\x0e\n\x06origin\x18\x0b \x01(\t\x12\x0f\n\x07licence\x18\x0c \x01(\t\x12,\n\x08language\x18\r \x01(\x0b\x32\x1a.ladderstitch.v1.TextModel\x12-\n\x07outputs\x18\x0e \x03(\x0b\x32\x1c.ladderstitch.v1.ModelOutput\x12\x13\n\x0binput_shape\x18\x0f \x03(\x03\"\xa5\x01\n\x0bTextVariant\x12\x12\n\nvariant_id\x18\x01 \x01(\x05\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08residual\x18\x03 \x01(\t\x12\x14\n\x07quality\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\nperplexity\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x10planned_token_us\x18\x06 \x01(\x03\x42\n\n\x08_qualityB\r\n\x0b_perplexity\"\xdc\x01\n\tTextModel\x12\x15\n\rmax_model_len\x18\x01 \x01(\x05\x12\x17\n\x0fvocabulary_size\x18\x02 \x01(\x05\x12\x0e\n\x06layers\x18\x03 \x01(\x05\x12\x10\n\x08residual\x18\x04 \x01(\t\x12\x1c\n\x14tensor_parallel_size\x18\x05 \x01(\x05\x12.\n\x08variants\x18\x06 \x03(\x0b\x32\x1c.ladderstitch.v1.TextVariant\x12\x16\n\x0equality_metric\x18\x07 \x01(\t\x12\x17\n\x0fkv_cache_tokens\x18\x08 \x01(\x05\"\x9f\x01\n\x12\x43heckBudgetRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x1e\n\x11latency_budget_us\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x0bmin_quality\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x14\n\x12_latency_budget_usB\x0e\n\x0c_min_quality\"H\n\x05Offer\x12\x12\n\nvariant_id\x18\x01 \x01(\x05\x12\x0f\n\x07quality\x18\x02 \x01(\x01\x12\x1a\n\x12planned_latency_us\x18\x03 \x01(\x03\"\xd0\x01\n\x13\x43heckBudgetResponse\x12(\n\x03now\x18\x01 \x01(\x0b\x32\x16.ladderstitch.v1.OfferH\x00\x88\x01\x01\x12)\n\x04idle\x18\x02 \x01(\x0b\x32\x16.ladderstitch.v1.OfferH\x01\x88\x01\x01\x12\x1e\n\x16smallest_budget_now_us\x18\x03 \x01(\x03\x12\x1f\n\x17smallest_budget_idle_us\x18\x04 \x01(\x03\x12\x12\n\nwaiting_us\x18\x05 \x01(\x03\x42\x06\n\x04_nowB\x07\n\x05_idle*\x8c\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x01\x12\x12\n\x0e\x44\x41TA_TYPE_FP32\x10\x02\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x03\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x04\x12\x12\n\x0e\x44\x41TA_TYPE_BOOL\x10\x05*\xa4\x01\n\x0c\x42udgetSource\x12\x1d\n\x19\x42UDGET_SOURCE_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x42UDGET_SOURCE_GRPC_DEADLINE\x10\x01\x12\x17\n\x13\x42UDGET_SOURCE_FIELD\x10\x02\x12\x1a\n\x16\x42UDGET_SOURCE_METADATA\x10\x03\x12\x1f\n\x1b\x42UDGET_SOURCE_MODEL_DEFAULT\x10\x04*Y\n\nOutputKind\x12\x1b\n\x17OUTPUT_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12OUTPUT_KIND_SCORES\x10\x01\x12\x16\n\x12OUTPUT_KIND_TENSOR\x10\x02\x32\xdc\x02\n\x10InferenceService\x12\x46\n\x05Infer\x12\x1d.ladderstitch.v1.InferRequest\x1a\x1e.ladderstitch.v1.InferResponse\x12U\n\nListModels\x12\".ladderstitch.v1.ListModelsRequest\x1a#.ladderstitch.v1.ListModelsResponse\x12O\n\x08GetModel\x12 .ladderstitch.v1.GetModelRequest\x1a!.ladderstitch.v1.GetModelResponse\x12X\n\x0b\x43heckBudget\x12#.ladderstitch.v1.CheckBudgetRequest\x1a$.ladderstitch.v1.CheckBudgetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ladderstitch.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=2863
-  _globals['_DATATYPE']._serialized_end=2941
-  _globals['_BUDGETSOURCE']._serialized_start=2944
-  _globals['_BUDGETSOURCE']._serialized_end=3108
+  _globals['_DATATYPE']._serialized_start=3219
+  _globals['_DATATYPE']._serialized_end=3359
+  _globals['_BUDGETSOURCE']._serialized_start=3362
+  _globals['_BUDGETSOURCE']._serialized_end=3526
+  _globals['_OUTPUTKIND']._serialized_start=3528
+  _globals['_OUTPUTKIND']._serialized_end=3617
   _globals['_TENSOR']._serialized_start=52
   _globals['_TENSOR']._serialized_end=135
   _globals['_INFERREQUEST']._serialized_start=138
@@ -45,32 +47,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREDICTION']._serialized_end=614
   _globals['_ACCOUNTING']._serialized_start=617
   _globals['_ACCOUNTING']._serialized_end=959
-  _globals['_INFERRESPONSE']._serialized_start=962
-  _globals['_INFERRESPONSE']._serialized_end=1139
-  _globals['_LISTMODELSREQUEST']._serialized_start=1141
-  _globals['_LISTMODELSREQUEST']._serialized_end=1160
-  _globals['_MODELSUMMARY']._serialized_start=1162
-  _globals['_MODELSUMMARY']._serialized_end=1264
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1266
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1333
-  _globals['_GETMODELREQUEST']._serialized_start=1335
-  _globals['_GETMODELREQUEST']._serialized_end=1395
-  _globals['_PREPROCESSING']._serialized_start=1397
-  _globals['_PREPROCESSING']._serialized_end=1488
-  _globals['_VARIANT']._serialized_start=1491
-  _globals['_VARIANT']._serialized_end=1674
-  _globals['_GETMODELRESPONSE']._serialized_start=1677
-  _globals['_GETMODELRESPONSE']._serialized_end=2023
-  _globals['_TEXTVARIANT']._serialized_start=2026
-  _globals['_TEXTVARIANT']._serialized_end=2191
-  _globals['_TEXTMODEL']._serialized_start=2194
-  _globals['_TEXTMODEL']._serialized_end=2414
-  _globals['_CHECKBUDGETREQUEST']._serialized_start=2417
-  _globals['_CHECKBUDGETREQUEST']._serialized_end=2576
-  _globals['_OFFER']._serialized_start=2578
-  _globals['_OFFER']._serialized_end=2650
-  _globals['_CHECKBUDGETRESPONSE']._serialized_start=2653
-  _globals['_CHECKBUDGETRESPONSE']._serialized_end=2861
-  _globals['_INFERENCESERVICE']._serialized_start=3111
-  _globals['_INFERENCESERVICE']._serialized_end=3459
+  _globals['_OUTPUTTENSOR']._serialized_start=961
+  _globals['_OUTPUTTENSOR']._serialized_end=1064
+  _globals['_INFERRESPONSE']._serialized_start=1067
+  _globals['_INFERRESPONSE']._serialized_end=1292
+  _globals['_LISTMODELSREQUEST']._serialized_start=1294
+  _globals['_LISTMODELSREQUEST']._serialized_end=1313
+  _globals['_MODELSUMMARY']._serialized_start=1315
+  _globals['_MODELSUMMARY']._serialized_end=1417
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1419
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1486
+  _globals['_GETMODELREQUEST']._serialized_start=1488
+  _globals['_GETMODELREQUEST']._serialized_end=1548
+  _globals['_PREPROCESSING']._serialized_start=1550
+  _globals['_PREPROCESSING']._serialized_end=1641
+  _globals['_VARIANT']._serialized_start=1644
+  _globals['_VARIANT']._serialized_end=1827
+  _globals['_MODELOUTPUT']._serialized_start=1830
+  _globals['_MODELOUTPUT']._serialized_end=1961
+  _globals['_GETMODELRESPONSE']._serialized_start=1964
+  _globals['_GETMODELRESPONSE']._serialized_end=2378
+  _globals['_TEXTVARIANT']._serialized_start=2381
+  _globals['_TEXTVARIANT']._serialized_end=2546
+  _globals['_TEXTMODEL']._serialized_start=2549
+  _globals['_TEXTMODEL']._serialized_end=2769
+  _globals['_CHECKBUDGETREQUEST']._serialized_start=2772
+  _globals['_CHECKBUDGETREQUEST']._serialized_end=2931
+  _globals['_OFFER']._serialized_start=2933
+  _globals['_OFFER']._serialized_end=3005
+  _globals['_CHECKBUDGETRESPONSE']._serialized_start=3008
+  _globals['_CHECKBUDGETRESPONSE']._serialized_end=3216
+  _globals['_INFERENCESERVICE']._serialized_start=3620
+  _globals['_INFERENCESERVICE']._serialized_end=3968
 # @@protoc_insertion_point(module_scope)

@@ -28,9 +28,15 @@ class _DataTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DataType.Val
     DATA_TYPE_UNSPECIFIED: _DataType.ValueType  # 0
     """Not set: rejected."""
     DATA_TYPE_UINT8: _DataType.ValueType  # 1
-    """Raw pixel values, 0 to 255, which the server normalises."""
+    """One byte. In a request: raw pixel values, 0 to 255, which the server normalises."""
     DATA_TYPE_FP32: _DataType.ValueType  # 2
-    """Little-endian float32, already preprocessed according to `Preprocessing`."""
+    """Little-endian float32. In a request: already preprocessed according to `Preprocessing`."""
+    DATA_TYPE_INT64: _DataType.ValueType  # 3
+    """Little-endian int64; in answers only."""
+    DATA_TYPE_INT32: _DataType.ValueType  # 4
+    """Little-endian int32; in answers only."""
+    DATA_TYPE_BOOL: _DataType.ValueType  # 5
+    """One byte, 0 or 1; in answers only."""
 
 class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
     """Element type of a tensor."""
@@ -38,9 +44,15 @@ class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
 DATA_TYPE_UNSPECIFIED: DataType.ValueType  # 0
 """Not set: rejected."""
 DATA_TYPE_UINT8: DataType.ValueType  # 1
-"""Raw pixel values, 0 to 255, which the server normalises."""
+"""One byte. In a request: raw pixel values, 0 to 255, which the server normalises."""
 DATA_TYPE_FP32: DataType.ValueType  # 2
-"""Little-endian float32, already preprocessed according to `Preprocessing`."""
+"""Little-endian float32. In a request: already preprocessed according to `Preprocessing`."""
+DATA_TYPE_INT64: DataType.ValueType  # 3
+"""Little-endian int64; in answers only."""
+DATA_TYPE_INT32: DataType.ValueType  # 4
+"""Little-endian int32; in answers only."""
+DATA_TYPE_BOOL: DataType.ValueType  # 5
+"""One byte, 0 or 1; in answers only."""
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
 class _BudgetSource:
@@ -75,9 +87,33 @@ BUDGET_SOURCE_MODEL_DEFAULT: BudgetSource.ValueType  # 4
 """The model's default."""
 Global___BudgetSource: _TypeAlias = BudgetSource  # noqa: Y015
 
+class _OutputKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OutputKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OutputKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OUTPUT_KIND_UNSPECIFIED: _OutputKind.ValueType  # 0
+    """Not set; never sent."""
+    OUTPUT_KIND_SCORES: _OutputKind.ValueType  # 1
+    """Class scores, of which the first axis after the batch counts the model's labels."""
+    OUTPUT_KIND_TENSOR: _OutputKind.ValueType  # 2
+    """Anything else."""
+
+class OutputKind(_OutputKind, metaclass=_OutputKindEnumTypeWrapper):
+    """What an output of a model is."""
+
+OUTPUT_KIND_UNSPECIFIED: OutputKind.ValueType  # 0
+"""Not set; never sent."""
+OUTPUT_KIND_SCORES: OutputKind.ValueType  # 1
+"""Class scores, of which the first axis after the batch counts the model's labels."""
+OUTPUT_KIND_TENSOR: OutputKind.ValueType  # 2
+"""Anything else."""
+Global___OutputKind: _TypeAlias = OutputKind  # noqa: Y015
+
 @_typing.final
 class Tensor(_message.Message):
-    """A batch of images as an array."""
+    """A batch of images, or of other inputs, as an array."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -85,12 +121,14 @@ class Tensor(_message.Message):
     SHAPE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     data_type: Global___DataType.ValueType
-    """Element type of `data`."""
+    """Element type of `data`; FP32 for models that do not take images."""
     data: _builtins.bytes
     """The elements in row-major order, little endian."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """B, C, H, W: B from 1 to the server's maximum batch size, the others as in `Preprocessing`."""
+        """B, C, H, W: B from 1 to the server's maximum batch size, the others as in `Preprocessing`. For
+        models that do not take images: B, and `input_shape` of `GetModelResponse`.
+        """
 
     def __init__(
         self,
@@ -132,7 +170,8 @@ class InferRequest(_message.Message):
     encoded_image: _builtins.bytes
     """One image as the bytes of a PNG or JPEG file, by default at most 50 megapixels, 32 MiB and
     64 scans. EXIF's orientation is applied, other metadata and further images are skipped. The
-    model's background, by default white, is behind transparent pixels.
+    model's background, by default white, is behind transparent pixels. Rejected by models that do
+    not take images.
     """
     latency_budget_us: _builtins.int
     """Latency budget in microseconds from the arrival of the request, 1 to 3,600,000,000; unset: the
@@ -329,6 +368,42 @@ class Accounting(_message.Message):
 Global___Accounting: _TypeAlias = Accounting  # noqa: Y015
 
 @_typing.final
+class OutputTensor(_message.Message):
+    """One output of a model for all images of a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DATA_TYPE_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name, unique within the model."""
+    data_type: Global___DataType.ValueType
+    """Element type of `data`."""
+    data: _builtins.bytes
+    """The elements in row-major order, little endian."""
+    @_builtins.property
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """B, then the output's shape for one image."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        data_type: Global___DataType.ValueType = ...,
+        shape: _abc.Iterable[_builtins.int] | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "data_type", b"data_type", "name", b"name", "shape", b"shape"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OutputTensor: _TypeAlias = OutputTensor  # noqa: Y015
+
+@_typing.final
 class InferResponse(_message.Message):
     """The answer to one request."""
 
@@ -339,6 +414,7 @@ class InferResponse(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     PREDICTIONS_FIELD_NUMBER: _builtins.int
     ACCOUNTING_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Name of the model that answered."""
     model_version: _builtins.str
@@ -347,11 +423,15 @@ class InferResponse(_message.Message):
     """The caller's own id."""
     @_builtins.property
     def predictions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prediction]:
-        """One prediction per image, in order."""
+        """One prediction per image, in order; none if the model returns tensors."""
 
     @_builtins.property
     def accounting(self) -> Global___Accounting:
         """Cost of the answer."""
+
+    @_builtins.property
+    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutputTensor]:
+        """All outputs of a model that returns tensors, in its order; none if the model classifies."""
 
     def __init__(
         self,
@@ -361,10 +441,11 @@ class InferResponse(_message.Message):
         request_id: _builtins.str = ...,
         predictions: _abc.Iterable[Global___Prediction] | None = ...,
         accounting: Global___Accounting | None = ...,
+        outputs: _abc.Iterable[Global___OutputTensor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["accounting", b"accounting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounting", b"accounting", "model_name", b"model_name", "model_version", b"model_version", "predictions", b"predictions", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounting", b"accounting", "model_name", b"model_name", "model_version", b"model_version", "outputs", b"outputs", "predictions", b"predictions", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -574,6 +655,42 @@ class Variant(_message.Message):
 Global___Variant: _TypeAlias = Variant  # noqa: Y015
 
 @_typing.final
+class ModelOutput(_message.Message):
+    """One output of a model that returns tensors."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DATA_TYPE_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name, unique within the model."""
+    data_type: Global___DataType.ValueType
+    """Element type."""
+    kind: Global___OutputKind.ValueType
+    """What it is."""
+    @_builtins.property
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Shape for one image."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        data_type: Global___DataType.ValueType = ...,
+        shape: _abc.Iterable[_builtins.int] | None = ...,
+        kind: Global___OutputKind.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_type", b"data_type", "kind", b"kind", "name", b"name", "shape", b"shape"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelOutput: _TypeAlias = ModelOutput  # noqa: Y015
+
+@_typing.final
 class GetModelResponse(_message.Message):
     """The description of a model."""
 
@@ -592,6 +709,8 @@ class GetModelResponse(_message.Message):
     ORIGIN_FIELD_NUMBER: _builtins.int
     LICENCE_FIELD_NUMBER: _builtins.int
     LANGUAGE_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
+    INPUT_SHAPE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model."""
     version: _builtins.str
@@ -610,11 +729,11 @@ class GetModelResponse(_message.Message):
     """Licence of weights and data."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of its classes, by index."""
+        """Names of its classes, by index; none if it has no class scores."""
 
     @_builtins.property
     def preprocessing(self) -> Global___Preprocessing:
-        """How images become its inputs."""
+        """How images become its inputs; unset for models that do not take images."""
 
     @_builtins.property
     def variants(self) -> _containers.RepeatedCompositeFieldContainer[Global___Variant]:
@@ -627,6 +746,14 @@ class GetModelResponse(_message.Message):
     @_builtins.property
     def language(self) -> Global___TextModel:
         """Set for language models only; they have no labels, preprocessing and `variants`."""
+
+    @_builtins.property
+    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelOutput]:
+        """Outputs of a model that returns tensors; none if it classifies."""
+
+    @_builtins.property
+    def input_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Shape of its input without the batch."""
 
     def __init__(
         self,
@@ -644,10 +771,12 @@ class GetModelResponse(_message.Message):
         origin: _builtins.str = ...,
         licence: _builtins.str = ...,
         language: Global___TextModel | None = ...,
+        outputs: _abc.Iterable[Global___ModelOutput] | None = ...,
+        input_shape: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["language", b"language", "preprocessing", b"preprocessing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frontier", b"frontier", "labels", b"labels", "language", b"language", "licence", b"licence", "max_batch_size", b"max_batch_size", "name", b"name", "origin", b"origin", "preprocessing", b"preprocessing", "quality_data", b"quality_data", "quality_metric", b"quality_metric", "ready", b"ready", "variants", b"variants", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frontier", b"frontier", "input_shape", b"input_shape", "labels", b"labels", "language", b"language", "licence", b"licence", "max_batch_size", b"max_batch_size", "name", b"name", "origin", b"origin", "outputs", b"outputs", "preprocessing", b"preprocessing", "quality_data", b"quality_data", "quality_metric", b"quality_metric", "ready", b"ready", "variants", b"variants", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

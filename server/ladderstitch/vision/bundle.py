@@ -41,19 +41,17 @@ from ladderstitch.scheduling.profiles import LatencyProfile, QualityTable
 from ladderstitch.vision.models.families import AnyConfig
 from ladderstitch.vision.models.route import Precision, Stitch
 from ladderstitch.vision.models.stitched import StitchedModel
-from ladderstitch.vision.networks.config import OnnxConfig, raise_without_modules
+from ladderstitch.vision.networks.config import (
+    OnnxConfig,
+    TensorInputs,
+    raise_without_modules,
+)
 from ladderstitch.vision.networks.export import NetworkFiles
+from ladderstitch.vision.networks.outputs import OutputEntry, row_size
+from ladderstitch.vision.size_limits import check_sizes
 
-MAX_SIZE = 1 << 20
-"""Largest number in the configuration of a network."""
-MAX_BLOCKS = 500
-"""Largest depth of a network, or of a stage of it, in blocks."""
-MAX_COST = 1 << 50
-"""Largest number of multiply-accumulates or parameters in the configuration of a network."""
-MAX_ENTRIES = 64
-"""Entries of a list in the configuration of a network: anchors, stages."""
-MAX_PAIRS = 4096
-"""Entries of a list of stitched pairs."""
+NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+"""The pattern of a model's name."""
 Table = TypeVar("Table", QualityTable, LatencyProfile)
 
 
@@ -107,15 +105,17 @@ class VisionManifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[1] = 1
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    name: str = Field(pattern=NAME)
     version: str = Field("1", pattern=r"^[0-9]{1,9}$")
     family: Literal["snnet", "snnet-staged", "snnetv2", "onnx"] = "snnet"
     config: AnyConfig
     precisions: tuple[Precision, ...] = Field(
         ("float32",), description="number formats in which every network is offered"
     )
-    labels: tuple[str, ...]
-    preprocessing: Preprocessing
+    labels: tuple[str, ...] = Field((), description="none if the model has no class scores")
+    image_preprocessing: Preprocessing | None = Field(
+        None, alias="preprocessing", description="unset if the model takes tensors, not images"
+    )
     origin: str = Field(description="where the weights come from, as free text")
     licence: str
     default_budget_us: int | None = Field(None, gt=0, description="budget of requests without one")
@@ -158,41 +158,53 @@ class VisionManifest(BaseModel):
             for stitch in stitches
         )
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether requests may hold image files and pixels, not only tensors."""
+        return self.image_preprocessing is not None
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The steps from an image to an input; raises `BundleError` for a model without any."""
+        if self.image_preprocessing is None:
+            raise BundleError(
+                f"{self.name}: expected a model of images, got one of tensors "
+                f"{list(self.config.inputs.shape)}"
+            )
+        return self.image_preprocessing
+
+    @property
+    def outputs(self) -> tuple[OutputEntry, ...]:
+        """The outputs of a model that returns tensors; none if it classifies."""
+        return self.config.outputs if isinstance(self.config, OnnxConfig) else ()
+
+    @property
+    def row_size(self) -> int:
+        """The number of float32 values that an engine returns for one image."""
+        return row_size(self.outputs) if self.outputs else len(self.labels)
+
     @model_validator(mode="after")
     def _check_model_fits(self) -> VisionManifest:
         """Raise `ValueError` unless family, labels and input shape agree with the model's."""
         if self.config.family != self.family:
             raise ValueError(f"family: expected {self.config.family}, got {self.family}")
-        inputs = self.config.inputs
-        if len(self.labels) != inputs.num_classes:
+        inputs, images = self.config.inputs, self.image_preprocessing
+        if len(self.labels) != (inputs.num_classes or 0):
             raise ValueError(f"labels: expected {inputs.num_classes}, got {len(self.labels)}")
-        got = (self.preprocessing.channels, self.preprocessing.height, self.preprocessing.width)
+        if isinstance(inputs, TensorInputs):
+            if images is not None:
+                raise ValueError(f"preprocessing: expected none for tensors {list(inputs.shape)}")
+            return self
+        if images is None:
+            raise ValueError(
+                f"preprocessing: expected shape {inputs.shape} from the model, got none"
+            )
+        got = (images.channels, images.height, images.width)
         if got != inputs.shape:
             raise ValueError(
                 f"preprocessing: expected shape {inputs.shape} from the model, got {got}"
             )
         return self
-
-
-def check_sizes(value: Any, where: str) -> None:
-    """Raise `ValueError` if a number or a list in a configuration exceeds any real network.
-
-    `where` is the path of the value; numbers of blocks are under the names `depth` and `depths`.
-    """
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            check_sizes(inner, f"{where}.{key}")
-    elif isinstance(value, list | tuple):
-        most = MAX_PAIRS if where.endswith("_pairs") else MAX_ENTRIES
-        if len(value) > most:
-            raise ValueError(f"{where}: expected at most {most} entries, got {len(value)}")
-        for inner in value:
-            check_sizes(inner, where)
-    elif isinstance(value, int | float):
-        most = MAX_BLOCKS if where.endswith((".depth", ".depths")) else MAX_SIZE
-        most = MAX_COST if where.endswith((".macs", ".parameters")) else most
-        if not -most <= value <= most:
-            raise ValueError(f"{where}: expected at most {most}, got {value}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,9 +294,11 @@ class VisionBundle:
     @property
     def network_files(self) -> NetworkFiles:
         """The files of the networks of a family `onnx`."""
-        inputs, config = self.manifest.preprocessing, self.manifest.config
+        images, config = self.manifest.image_preprocessing, self.manifest.config
         assert isinstance(config, OnnxConfig)
-        return NetworkFiles(self.path, config, inputs.mean, inputs.std)
+        if images is None:
+            return NetworkFiles(self.path, config, (), ())
+        return NetworkFiles(self.path, config, images.mean, images.std, images.resize)
 
     @property
     def int8_folder(self) -> Path:
@@ -321,7 +335,7 @@ def write_bundle(path: Path, manifest: VisionManifest, model: StitchedModel) -> 
 
 def write_manifest(path: Path, manifest: VisionManifest) -> None:
     """Write `model.yaml`, and remove measurements of older weights."""
-    fields = manifest.model_dump(mode="json", exclude_none=True)
+    fields = manifest.model_dump(mode="json", exclude_none=True, by_alias=True)
     (path / "model.yaml").write_text(yaml.safe_dump(fields, sort_keys=False, width=100))
     for stale in ("quality.json", "latency.json"):
         (path / stale).unlink(missing_ok=True)

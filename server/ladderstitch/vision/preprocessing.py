@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,21 +19,24 @@ from ladderstitch.vision.bundle import Preprocessing
 from ladderstitch.vision.images.decode import InputFormat, decode
 from ladderstitch.vision.images.formats import ImageRejected, TooManySegments, read_headers
 from ladderstitch.vision.images.pool import DecoderPool
+from ladderstitch.vision.tensor_inputs import TensorReader
 
 MAX_INLINE_COST = 1 << 17
 """Images that cost more, over about 1 ms, are decoded in processes, not on the event loop."""
 MAX_INLINE_BYTES, MAX_INLINE_SEGMENTS = 32_768, 64
 """Limits of the headers that are read on the event loop."""
-ITEM_BYTES = {"UINT8": 1, "FP32": 4}
 
 
-class ImageReader:
+class ImageReader(TensorReader):
     """The preprocessing of one model.
 
     `max_pixels` and `max_bytes` are limits of an encoded image, `decoders` is the number of
     processes that decode concurrently for each range of costs, and `decode_timeout_s` the limit of
     one image. Processes start when they are first needed; `close` ends them.
     """
+
+    datatypes = ("UINT8", "FP32")
+    shape: tuple[int, int, int]
 
     def __init__(
         self,
@@ -46,7 +48,7 @@ class ImageReader:
         decode_timeout_s: float = IMAGE_DECODE_TIMEOUT_S,
     ) -> None:
         self.max_pixels, self.max_bytes = max_pixels, max_bytes
-        self.shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
+        super().__init__((preprocessing.channels, preprocessing.height, preprocessing.width))
         self.target = InputFormat(
             channels=preprocessing.channels,
             height=preprocessing.height,
@@ -71,26 +73,10 @@ class ImageReader:
         UINT8 data are pixels in 0 .. 255; FP32 data are already preprocessed. Raises
         `InvalidArgument` that names the wrong part of `field`.
         """
-        if datatype not in ITEM_BYTES:
-            raise InvalidArgument(f"{field}.datatype", f"expected UINT8 or FP32, got {datatype!r}")
-        if len(shape) != 4 or tuple(shape[1:]) != self.shape or shape[0] < 1:
-            expected = ("N >= 1", *self.shape)
-            raise InvalidArgument(f"{field}.shape", f"expected {list(expected)}, got {list(shape)}")
-        expected_bytes = math.prod(shape) * ITEM_BYTES[datatype]
-        if len(data) != expected_bytes:
-            raise InvalidArgument(
-                f"{field}.data",
-                f"expected {expected_bytes} bytes for {datatype} {list(shape)}, got {len(data)}",
-            )
+        self.check_tensor(field, datatype, shape, data)
         if datatype == "UINT8":
             return self.normalise(np.frombuffer(data, np.uint8).reshape(shape))
         return self.check_finite(field, np.frombuffer(data, "<f4").reshape(shape))
-
-    def check_finite(self, field: str, values: Pixels) -> Pixels:
-        """Return `values`; raises `InvalidArgument` if one is NaN or infinite."""
-        if not np.isfinite(values).all():
-            raise InvalidArgument(f"{field}.data", "expected finite numbers, got NaN or infinity")
-        return values
 
     async def read_encoded(self, field: str, data: bytes) -> Pixels:
         """Return one model input [1, C, H, W] from the bytes of a PNG or JPEG file.

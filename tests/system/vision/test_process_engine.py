@@ -33,7 +33,7 @@ def worker_config(bundle: VisionBundle, **changes: object) -> EngineConfig:
         "threads": 1,
         "max_batch_size": 8,
         "image_shape": (1, 8, 8),
-        "classes": 4,
+        "row_size": 4,
     }
     return EngineConfig(**(fields | changes))  # type: ignore[arg-type] # fields of mixed type
 

@@ -107,9 +107,8 @@ def test_assemble_pool_initialises_layers_from_maps(work_folder: Path) -> None:
 
     folder = write_recipe(work_folder, pool=POOL)
     ladderstitch("train", folder / "recipe.yaml", "--data", folder, "--run", folder / "run")
-    model = assemble(
-        Recipe.load(folder / "recipe.yaml"), load_idx_folder(folder, "train"), folder / "run"
-    )
+    images = load_idx_folder(folder, "train", (1, 8, 8), 2)
+    model = assemble(Recipe.load(folder / "recipe.yaml"), images.pixels, folder / "run")
     maps = load_file(folder / "run" / "anchor-0.maps.safetensors")
     expected = (maps["blocks.0.weight"] + maps["blocks.1.weight"]) / 2
     torch.testing.assert_close(model.affine("stitch_layers.0.0.transform").weight.data, expected)

@@ -212,4 +212,4 @@ def test_load_idx_folder_broken_file_raises(
 ) -> None:
     (work_folder / "train-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(DataError, match=message):
-        load_idx_folder(work_folder, "train")
+        load_idx_folder(work_folder, "train", (1, 8, 8), 2)

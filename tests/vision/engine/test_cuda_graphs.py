@@ -339,7 +339,7 @@ def test_worker_replays_graphs_on_cuda_only(
         threads=1,
         max_batch_size=8,
         image_shape=(1, 8, 8),
-        classes=4,
+        row_size=4,
     )
     execute = worker.make_executor(model, config)
     if index is None:

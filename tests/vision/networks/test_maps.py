@@ -20,6 +20,11 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "grid": (4, 4, 6),
     "large grid": (8, 8, 3),
 }
+VOLUMES: dict[str, tuple[int, ...]] = {
+    "volume": (6, 2, 4, 4),
+    "large volume": (5, 3, 8, 8),
+    "volume with channels last": (2, 4, 4, 6),
+}
 ALONE = ("vector", "tokens with a class token")
 """Layouts that are mapped to themselves only."""
 GRIDS = [name for name in SHAPES if name not in ALONE]
@@ -36,16 +41,28 @@ def with_opset(version: int) -> onnx.ModelProto:
 @pytest.mark.parametrize("opset", [11, 17, 21])
 @pytest.mark.parametrize(("front", "end"), MAPPED)
 def test_graph_equals_map_on_rows(front: str, end: str, opset: int) -> None:
-    x, y = Features.of(SHAPES[front]), Features.of(SHAPES[end])
+    check_map(SHAPES[front], SHAPES[end], opset)
+
+
+@pytest.mark.parametrize("opset", [11, 17, 21])
+@pytest.mark.parametrize("front", VOLUMES)
+@pytest.mark.parametrize("end", VOLUMES)
+def test_graph_equals_map_of_volumes(front: str, end: str, opset: int) -> None:
+    check_map(VOLUMES[front], VOLUMES[end], opset)
+
+
+def check_map(front: tuple[int, ...], end: tuple[int, ...], opset: int) -> None:
+    """Compare the graph of a random map with the map on aligned rows."""
+    x, y = Features.of(front), Features.of(end)
     assert x is not None
     assert y is not None
     assert x.can_map_to(y)
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(y.width, x.width)).astype(np.float32)
     bias = rng.normal(size=y.width).astype(np.float32)
-    features = rng.normal(size=(3, *SHAPES[front])).astype(np.float32)
+    features = rng.normal(size=(3, *front)).astype(np.float32)
     got = run(map_graph(weight, bias, x, y, with_opset(opset)), features)
-    assert got.shape == (3, *SHAPES[end])
+    assert got.shape == (3, *end)
     expected = aligned_rows(features, x, y).numpy() @ weight.T + bias
     np.testing.assert_allclose(feature_rows(got, y).numpy(), expected, atol=1e-4)
 
@@ -57,15 +74,17 @@ def test_graph_equals_map_on_rows(front: str, end: str, opset: int) -> None:
         ("map", "vector"),
         ("tokens", "tokens with a class token"),
         ("tokens with a class token", "map"),
+        ("volume", "map"),
+        ("tokens", "volume"),
     ],
 )
 def test_layouts_without_a_map_are_known(front: str, end: str) -> None:
-    x, y = Features.of(SHAPES[front]), Features.of(SHAPES[end])
+    x, y = (Features.of((SHAPES | VOLUMES)[name]) for name in (front, end))
     assert x is not None
     assert y is not None
     assert not x.can_map_to(y)
 
 
 def test_features_of_more_dimensions_have_no_layout() -> None:
-    assert Features.of((4, 4, 4, 4)) is None
+    assert Features.of((4, 4, 4, 4, 4)) is None
     assert Features.of(()) is None

@@ -286,8 +286,9 @@ def test_network_that_needs_one_batch_size_is_rejected(tmp_path: Path) -> None:
     [
         ("two inputs", "expected one input, got 2: x, other"),
         ("half precision", "expected a float32 input, got FLOAT16"),
-        ("volume", r"expected an input of images \[batch, 3, 32, 32\]"),
-        ("two outputs", "expected one output"),
+        ("volume", r"expected an input \[batch, 3, 32, 32\], got \[0, 3, 32, 32, 8\]"),
+        ("constant output", "output 'z': expected a tensor that the network computes"),
+        ("sum over the batch", "output 'z': expected the batch as the first axis"),
     ],
 )
 def test_network_of_other_interface_is_rejected(change: str, message: str, tmp_path: Path) -> None:
@@ -301,7 +302,10 @@ def test_network_of_other_interface_is_rejected(change: str, message: str, tmp_p
     elif change == "volume":
         graph.input[0].type.tensor_type.shape.dim.add().dim_value = 8
     else:
-        graph.node.append(helper.make_node("Neg", ["x"], ["z"]))
+        reads = "weight" if change == "constant output" else "x"
+        graph.initializer.append(constant("weight", [1, 2]))
+        operator = "Neg" if change == "constant output" else "ReduceSum"
+        graph.node.append(helper.make_node(operator, [reads], ["z"]))
         graph.output.add().name = "z"
     path = tmp_path / "other.onnx"
     path.write_bytes(model.SerializeToString())

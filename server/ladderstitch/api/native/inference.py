@@ -1,4 +1,4 @@
-"""`ladderstitch.v1.InferenceService`: image classification, model descriptions, budget checks."""
+"""`ladderstitch.v1.InferenceService`: answers of image models, descriptions, budget checks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ladderstitch.api.deadlines import (
     seconds_from_us,
 )
 from ladderstitch.api.native.generation import describe_text_model
+from ladderstitch.api.native.vision_models import DATATYPES, build_output, describe_vision_model
 from ladderstitch.api.status import Context, translate_errors
 from ladderstitch.errors import InvalidArgument, RequestError
 from ladderstitch.hosting.registry import LoadedModel, ModelRegistry, TextModel, VisionModel
-from ladderstitch.scheduling.profiles import Quality
 from ladderstitch.scheduling.requests import (
     ImageAnswer,
     Logits,
@@ -28,9 +28,9 @@ from ladderstitch.scheduling.requests import (
 )
 from ladderstitch.v1 import inference_pb2 as pb
 from ladderstitch.v1 import inference_pb2_grpc
+from ladderstitch.vision.networks.outputs import split_rows
 
 NUM_TOP_CLASSES = 5
-DATATYPES = {pb.DATA_TYPE_UINT8: "UINT8", pb.DATA_TYPE_FP32: "FP32"}
 BUDGET_SOURCES = {
     "grpc_deadline": pb.BUDGET_SOURCE_GRPC_DEADLINE,
     "latency_budget_us": pb.BUDGET_SOURCE_FIELD,
@@ -58,9 +58,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             default_us = model.bundle.manifest.default_budget_us
             budgets = call_deadlines(remaining_s, context.invocation_metadata(), default_us)
             budgets += message_budgets(budget_us, request.hard_deadline)
+            images = await _read_images(request, model)
+            model.limit.check_request("tensor", len(images), model.bundle.manifest.outputs)
             accepted = Request(
                 id=request.request_id,
-                images=await _read_images(request, model),
+                images=images,
                 arrival=arrival,
                 deadlines=resolve_deadlines(arrival, budgets),
                 min_quality=request.min_quality,
@@ -88,7 +90,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         model = self.registry.find(request.model_name, request.model_version)
         if isinstance(model, TextModel):
             return describe_text_model(model, self.registry.serving)
-        return _describe_vision_model(model, self.registry.serving)
+        return describe_vision_model(model, self.registry.serving)
 
     @translate_errors
     async def CheckBudget(
@@ -137,7 +139,6 @@ def _build_response(
         model_name=model.name,
         model_version=model.version,
         request_id=request.request_id,
-        predictions=build_predictions(completion.logits, model.bundle.manifest.labels),
         accounting=pb.Accounting(
             variant_id=completion.variant,
             variant_name=model.variant_names[completion.variant],
@@ -150,6 +151,12 @@ def _build_response(
             replica=replica,
         ),
     )
+    manifest = model.bundle.manifest
+    if manifest.outputs:
+        for name, values in split_rows(completion.logits, manifest.outputs).items():
+            response.outputs.append(build_output(name, values))
+    else:
+        response.predictions.extend(build_predictions(completion.logits, manifest.labels))
     accounting, now = response.accounting, time.monotonic()
     deadlines = accepted.deadlines
     if deadlines.soft != math.inf:
@@ -193,52 +200,6 @@ def _summarise(model: LoadedModel, ready: bool) -> pb.ModelSummary:
         ready=ready,
         variants=len(variants),
         generates_text=isinstance(model, TextModel),
-    )
-
-
-def _describe_vision_model(model: VisionModel, ready: bool) -> pb.GetModelResponse:
-    manifest, table, planner = model.bundle.manifest, model.bundle.quality, model.scheduler.planner
-    assert table is not None, "a replica hosts only calibrated bundles"
-    inputs = manifest.preprocessing
-    return pb.GetModelResponse(
-        name=model.name,
-        version=model.version,
-        ready=ready,
-        labels=manifest.labels,
-        preprocessing=pb.Preprocessing(
-            channels=inputs.channels,
-            height=inputs.height,
-            width=inputs.width,
-            mean=inputs.mean,
-            std=inputs.std,
-        ),
-        variants=[
-            _describe_variant(model, variant, quality)
-            for variant, quality in sorted(table.variants.items())
-            if variant in model.variants
-        ],
-        frontier=planner.candidates.frontier,
-        quality_metric=table.metric,
-        quality_data=table.data,
-        max_batch_size=planner.latency.view.max_batch_size,
-        origin=manifest.origin,
-        licence=manifest.licence,
-    )
-
-
-def _describe_variant(model: VisionModel, variant: int, quality: Quality) -> pb.Variant:
-    planner, stitch = model.scheduler.planner, model.variants[variant]
-    latency = planner.latency.view
-    return pb.Variant(
-        id=variant,
-        name=stitch.name,
-        is_anchor=stitch.is_anchor,
-        quality=quality.value,
-        quality_low=quality.low,
-        quality_high=quality.high,
-        latency_us=round(1e6 * latency.expected(variant, 1)),
-        planned_latency_us=round(1e6 * latency.seconds(variant, 1)),
-        on_frontier=variant in planner.candidates.frontier,
     )
 
 

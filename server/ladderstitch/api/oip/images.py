@@ -2,13 +2,13 @@
 
 One input, `images`: FP32 (preprocessed) or UINT8 (pixels) of [B, C, H, W], or BYTES of [B] (PNG or
 JPEG files). Outputs: `logits`, and on request `probabilities` and `labels`; instead of the values
-of the former two, clients may ask for the best classes.
+of the former two, clients may ask for the best classes. Models that return tensors have their own
+outputs by name. Models that do not take images have their own input, FP32 only.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import time
 
@@ -16,7 +16,6 @@ import numpy as np
 
 from ladderstitch.api.deadlines import LatencyBudget, resolve_deadlines
 from ladderstitch.api.oip.inputs import (
-    PLATFORM,
     InputTensor,
     RequestedOutput,
     bytes_contents,
@@ -28,15 +27,20 @@ from ladderstitch.api.oip.inputs import (
 from ladderstitch.errors import InvalidArgument
 from ladderstitch.hosting.registry import VisionModel
 from ladderstitch.oip import grpc_service_pb2 as pb
-from ladderstitch.oip import model_config_pb2
 from ladderstitch.scheduling.requests import ImageAnswer, Logits, Pixels, Request, check_id
+from ladderstitch.vision.networks.config import TensorInputs
+from ladderstitch.vision.networks.outputs import split_rows
 
 INPUT = "images"
 OUTPUTS = ("logits", "probabilities", "labels")
 
 
 async def build_request(
-    request: pb.ModelInferRequest, model: VisionModel, arrival: float, budgets: list[LatencyBudget]
+    request: pb.ModelInferRequest,
+    model: VisionModel,
+    arrival: float,
+    budgets: list[LatencyBudget],
+    outputs: tuple[RequestedOutput, ...],
 ) -> Request:
     """Return the request for the scheduler; `budgets` are those of the call itself.
 
@@ -44,8 +48,12 @@ async def build_request(
     """
     check_id("id", request.id)
     options = read_parameters(request, budgets, "images")
+    images = await _read_images(request, model)
+    requested = {output.name for output in outputs}
+    entries = [entry for entry in model.bundle.manifest.outputs if entry.name in requested]
+    model.limit.check_request(input_name(model), len(images), entries)
     return Request(
-        images=await _read_images(request, model),
+        images=images,
         id=request.id,
         arrival=arrival,
         deadlines=resolve_deadlines(arrival, options.budgets),
@@ -55,15 +63,24 @@ async def build_request(
     )
 
 
+def input_name(model: VisionModel) -> str:
+    """Return the name of a model's input."""
+    inputs = model.bundle.manifest.config.inputs
+    return inputs.name if isinstance(inputs, TensorInputs) else INPUT
+
+
 async def _read_images(request: pb.ModelInferRequest, model: VisionModel) -> Pixels:
-    tensor = only_input(request, INPUT)
+    name = input_name(model)
+    tensor = only_input(request, name)
     if tensor.datatype == "BYTES":
+        if not model.bundle.manifest.takes_images:
+            model.reader.check_bytes(name, request.ByteSize())
         max_batch_size = model.scheduler.planner.latency.view.max_batch_size
         files = bytes_elements(request, tensor, max_batch_size)
         return await _decode_files(tensor, files, model)
     is_typed = tensor.HasField("contents")
     data = _typed_contents(tensor) if is_typed else request.raw_input_contents[0]
-    return model.reader.read_tensor(INPUT, tensor.datatype, tensor.shape, data)
+    return model.reader.read_tensor(name, tensor.datatype, tensor.shape, data)
 
 
 async def _decode_files(tensor: InputTensor, files: list[bytes], model: VisionModel) -> Pixels:
@@ -93,13 +110,22 @@ def _typed_contents(tensor: InputTensor) -> bytes:
     )
 
 
-def read_outputs(request: pb.ModelInferRequest) -> tuple[RequestedOutput, ...]:
-    """Return the requested outputs, by default the logits; raises `InvalidArgument`."""
-    outputs = requested_outputs(request, OUTPUTS, ("logits",), "images")
-    if any(output.name == "labels" and output.num_classes for output in outputs):
-        raise InvalidArgument(
-            "outputs.parameters.classification", "expected none for labels, which are BYTES"
-        )
+def read_outputs(request: pb.ModelInferRequest, model: VisionModel) -> tuple[RequestedOutput, ...]:
+    """Return the requested outputs; raises `InvalidArgument`.
+
+    By default they are the logits, and all outputs of a model that returns tensors.
+    """
+    names = tuple(output.name for output in model.bundle.manifest.outputs)
+    if not names:
+        outputs = requested_outputs(request, OUTPUTS, ("logits",), "images")
+        without = "labels, which are BYTES"
+        wrong = any(output.name == "labels" and output.num_classes for output in outputs)
+    else:
+        outputs = requested_outputs(request, names, names, "images")
+        without = "tensors"
+        wrong = any(output.num_classes for output in outputs)
+    if wrong:
+        raise InvalidArgument("outputs.parameters.classification", f"expected none for {without}")
     return outputs
 
 
@@ -114,8 +140,17 @@ def build_response(
     response = pb.ModelInferResponse(
         model_name=model.name, model_version=model.version, id=request.id
     )
-    for output in outputs:
-        _add_output(response, output, completion, model.bundle.manifest.labels)
+    manifest = model.bundle.manifest
+    if manifest.outputs:
+        tensors = split_rows(completion.logits, manifest.outputs)
+        types = {entry.name: entry.data_type for entry in manifest.outputs}
+        for output in outputs:
+            values = tensors[output.name]
+            response.outputs.add(name=output.name, datatype=types[output.name], shape=values.shape)
+            response.raw_output_contents.append(values.tobytes())
+    else:
+        for output in outputs:
+            _add_output(response, output, completion, manifest.labels)
     now, parameters = time.monotonic(), response.parameters
     for key, value in (
         ("variant_id", completion.variant),
@@ -180,46 +215,3 @@ def _softmax(logits: Logits) -> Logits:
     powers: Logits = np.exp(logits - np.maximum.reduce(logits, axis=1, keepdims=True))
     powers /= np.add.reduce(powers, axis=1, keepdims=True)
     return powers
-
-
-def describe_metadata(model: VisionModel) -> pb.ModelMetadataResponse:
-    """Return the names, types and shapes of a model's inputs and outputs."""
-    tensor = pb.ModelMetadataResponse.TensorMetadata
-    manifest = model.bundle.manifest
-    return pb.ModelMetadataResponse(
-        name=model.name,
-        versions=[model.version],
-        platform=PLATFORM,
-        inputs=[tensor(name=INPUT, datatype="FP32", shape=[-1, *model.reader.shape])],
-        outputs=[tensor(name="logits", datatype="FP32", shape=[-1, len(manifest.labels)])],
-        properties={
-            "labels": json.dumps(manifest.labels),
-            "input_datatypes": "FP32 preprocessed [B,C,H,W]; UINT8 pixels [B,C,H,W]; "
-            "BYTES PNG or JPEG files [B]",
-            "outputs_on_demand": "probabilities, labels",
-            "mean": json.dumps(manifest.preprocessing.mean),
-            "std": json.dumps(manifest.preprocessing.std),
-            "variants": str(len(model.variants)),
-        },
-    )
-
-
-def describe_config(model: VisionModel) -> model_config_pb2.ModelConfig:
-    """Return the configuration of a model that clients of the protocol read."""
-    kinds = model_config_pb2.DataType
-    classes = len(model.bundle.manifest.labels)
-    return model_config_pb2.ModelConfig(
-        name=model.name,
-        platform=PLATFORM,
-        backend=PLATFORM,
-        max_batch_size=model.scheduler.planner.latency.view.max_batch_size,
-        input=[
-            model_config_pb2.ModelInput(
-                name=INPUT, data_type=kinds.TYPE_FP32, dims=model.reader.shape
-            )
-        ],
-        output=[
-            model_config_pb2.ModelOutput(name="logits", data_type=kinds.TYPE_FP32, dims=[classes])
-        ],
-        dynamic_batching=model_config_pb2.ModelDynamicBatching(),
-    )

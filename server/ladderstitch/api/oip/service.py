@@ -11,7 +11,7 @@ import grpc
 
 import ladderstitch
 from ladderstitch.api.deadlines import arrival_and_deadline, call_deadlines
-from ladderstitch.api.oip import images, text
+from ladderstitch.api.oip import image_models, images, text
 from ladderstitch.api.oip.extensions import TritonExtensions
 from ladderstitch.api.oip.options import check_parameters
 from ladderstitch.api.oip.statistics import describe_statistics
@@ -105,7 +105,7 @@ class OipService(TritonExtensions):
         model = self.registry.find(request.name, request.version)
         if isinstance(model, TextModel):
             return text.describe_metadata(model)
-        return images.describe_metadata(model)
+        return image_models.describe_metadata(model)
 
     @translate_errors
     async def ModelConfig(
@@ -115,7 +115,7 @@ class OipService(TritonExtensions):
         model = self.registry.find(request.name, request.version)
         if isinstance(model, TextModel):
             return pb.ModelConfigResponse(config=text.describe_config(model))
-        return pb.ModelConfigResponse(config=images.describe_config(model))
+        return pb.ModelConfigResponse(config=image_models.describe_config(model))
 
     @translate_errors
     async def ModelStatistics(
@@ -206,10 +206,10 @@ class OipService(TritonExtensions):
         arrival, remaining_s = arrival_and_deadline(context)
         model = self.registry.vision_model(request.model_name, request.model_version)
         try:
-            outputs = images.read_outputs(request)
+            outputs = images.read_outputs(request, model)
             default_us = model.bundle.manifest.default_budget_us
             budgets = call_deadlines(remaining_s, context.invocation_metadata(), default_us)
-            accepted = await images.build_request(request, model, arrival, budgets)
+            accepted = await images.build_request(request, model, arrival, budgets, outputs)
         except RequestError as error:
             model.scheduler.metrics.observe_rejection(error.code)
             raise

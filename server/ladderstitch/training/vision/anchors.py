@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ladderstitch.errors import ConfigError, DataError
-from ladderstitch.training.vision.dataset import LabelledImages
 from ladderstitch.training.vision.learngene import (
     FeatureRecorder,
     TeacherMaps,
@@ -21,6 +20,7 @@ from ladderstitch.training.vision.learngene import (
 )
 from ladderstitch.training.vision.loop import Loss, TrainingRun, accuracy, fit
 from ladderstitch.training.vision.recipe import Pool, Recipe, Schedule
+from ladderstitch.training.vision.training_data import TrainingData
 from ladderstitch.vision.models.snnet_staged import Hierarchical
 from ladderstitch.vision.models.stitched import Backbone
 from ladderstitch.vision.models.vit import Vit, VitConfig
@@ -48,20 +48,21 @@ def load_anchor(recipe: Recipe, folder: Path, anchor: int) -> Backbone:
     return model.eval()
 
 
-def train_anchors(recipe: Recipe, images: LabelledImages, folder: Path, progress: Progress) -> None:
+def train_anchors(data: TrainingData, folder: Path, progress: Progress) -> None:
     """Train each anchor and write its `anchor-{a}.safetensors` (float32, upstream's names).
 
     Anchors whose file exists are skipped. Raises `ConfigError` unless the recipe has a schedule for
-    every anchor.
+    every anchor, or if the run was begun with other images.
     """
+    recipe = data.recipe
     if len(recipe.anchors) != len(recipe.family.anchors):
         raise ConfigError(
             f"anchors: expected {len(recipe.family.anchors)} schedules, one per anchor, "
             f"got {len(recipe.anchors)}"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    data.enter(folder)
     torch.set_num_threads(recipe.threads)
-    trainer = Trainer(recipe, images, folder, progress)
+    trainer = Trainer(data, folder, progress)
     teacher = None if recipe.pool is None else trainer.train_teacher(recipe.pool)
     for anchor in reversed(range(len(recipe.anchors))):
         if not anchor_file(folder, anchor).exists():
@@ -79,12 +80,16 @@ class TrainingJob:
 
 @dataclass(frozen=True, slots=True)
 class Trainer:
-    """The trainer of all networks of a family, with the recipe and the data that they share."""
+    """The trainer of all networks of a family, with the data and the recipe that they share."""
 
-    recipe: Recipe
-    images: LabelledImages
+    data: TrainingData
     folder: Path
     progress: Progress
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe, with what the data state."""
+        return self.data.recipe
 
     def train_anchor(self, anchor: int, teacher: Vit | None) -> None:
         """Train one anchor, with distillation if there is a teacher, and write its file."""
@@ -138,18 +143,25 @@ class Trainer:
     def _fit(self, model: Backbone, trained: nn.Module, loss: Loss, job: TrainingJob) -> None:
         """Train `trained`, which is `model` or contains it, and validate `model`."""
         recipe, schedule = self.recipe, job.schedule
-        train, validation = self.images.split(recipe.data.validation_images)
-        bfloat16 = recipe.precision == "bfloat16"
-        seed = recipe.seed + job.seed
-        run = TrainingRun(job.name, self.folder, seed, schedule, recipe.data, train, bfloat16)
-        fit(
-            trained,
-            parameter_groups(trained, schedule.learning_rate),
-            loss,
-            lambda: {"validation_accuracy": accuracy(model, validation, recipe.data)},
-            run,
-            self.progress,
+        validation, inputs = self.data.validation, recipe.preprocessing
+        run = TrainingRun(
+            job.name,
+            self.folder,
+            recipe.seed + job.seed,
+            schedule,
+            inputs,
+            recipe.data.augmentation,
+            self.data.train,
+            recipe.precision == "bfloat16",
         )
+
+        def validate() -> dict[str, float]:
+            if not len(validation):
+                return {}
+            return {"validation_accuracy": accuracy(model, validation, inputs)}
+
+        groups = parameter_groups(trained, schedule.learning_rate)
+        fit(trained, groups, loss, validate, run, self.progress)
         run.checkpoint.unlink()
 
 

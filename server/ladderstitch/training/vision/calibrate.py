@@ -14,8 +14,14 @@ from torch import Tensor
 from ladderstitch.errors import ConfigError
 from ladderstitch.runtime.device import versions
 from ladderstitch.scheduling.profiles import LatencyProfile, Quality, QualityTable
-from ladderstitch.training.vision.dataset import LabelledImages, load_idx_folder, normalise
+from ladderstitch.training.vision.dataset import (
+    LabelledImages,
+    is_idx_folder,
+    load_idx_folder,
+    normalise,
+)
 from ladderstitch.training.vision.image_files import find_images, load_labelled, load_pixels
+from ladderstitch.training.vision.measure_metric import calibrate_by_metric, most_expensive
 from ladderstitch.vision.bundle import VisionBundle, write_table
 from ladderstitch.vision.engine.base import EngineConfig
 from ladderstitch.vision.engine.compiled import CompiledExecutor
@@ -25,7 +31,6 @@ from ladderstitch.vision.engine.startup import (
     open_executor,
     served_variants,
 )
-from ladderstitch.vision.frontier import variant_costs
 
 CONFIDENCE = 0.95
 IDX_NAME = "Fashion-MNIST test"
@@ -79,34 +84,41 @@ def calibrate_files(
     name: str | None,
     batch_size: int,
     progress: Progress,
+    metric: str | None = None,
+    targets: Path | None = None,
 ) -> QualityTable:
     """Return the quality on labelled `data`, or else the agreement on unlabelled `images`.
 
     `data` is a folder of IDX files, of which `split` is measured, a folder with one subfolder per
-    class, or a CSV file. Raises `ConfigError` without one of both, and `DataError` for files that
-    cannot be read.
+    class, or a CSV file. Models that take or return tensors, and other metrics than accuracy, are
+    measured by `calibrate_by_metric`. Raises `ConfigError` without one of both, and `DataError` for
+    files that cannot be read.
     """
     manifest = bundle.manifest
+    classifies = manifest.takes_images and not manifest.outputs
+    if not classifies or metric not in (None, "accuracy" if data is not None else "agreement"):
+        return calibrate_by_metric(
+            bundle, metric, data, images, targets, name, batch_size, progress
+        )
+    if targets is not None:
+        raise ConfigError("targets: expected none for accuracy, whose labels are in --data")
     if data is None and images is None:
         raise ConfigError("data: expected labelled images, or --images, got none")
     if data is None:
         assert images is not None
         pixels = load_pixels(find_images(images), manifest.preprocessing)
         name = name or f"{len(pixels)} images of {images.name}"
-        reference = _most_expensive(bundle)
+        reference = most_expensive(bundle)
         return calibrate_agreement(bundle, pixels, name, batch_size, progress, reference)
-    if data.is_dir() and any(data.glob("*-ubyte.gz")):
-        labelled, known = load_idx_folder(data, split), IDX_NAME
+    if is_idx_folder(data):
+        inputs = manifest.preprocessing
+        shape = (inputs.channels, inputs.height, inputs.width)
+        labelled = load_idx_folder(data, split, shape, len(manifest.labels))
+        known = IDX_NAME
     else:
         labelled = load_labelled(data, manifest.labels, manifest.preprocessing)
         known = f"{len(labelled)} labelled images of {data.name}"
     return calibrate(bundle, labelled, name or known, batch_size, progress)
-
-
-def _most_expensive(bundle: VisionBundle) -> int:
-    """Return the variant with the most multiply-accumulates."""
-    costs = variant_costs(bundle)
-    return max(costs, key=lambda variant: (costs[variant].macs, -variant))
 
 
 def calibrate_agreement(

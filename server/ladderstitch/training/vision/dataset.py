@@ -31,13 +31,10 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def split(self, last: int) -> tuple[LabelledImages, LabelledImages]:
-        """Return all images but the `last` ones, and the `last` ones."""
-        cut = len(self) - last
-        return (
-            LabelledImages(self.pixels[:cut], self.labels[:cut]),
-            LabelledImages(self.pixels[cut:], self.labels[cut:]),
-        )
+    def select(self, positions: Sequence[int] | slice) -> LabelledImages:
+        """Return the images at these positions, in their order."""
+        chosen = positions if isinstance(positions, slice) else list(positions)
+        return LabelledImages(self.pixels[chosen], self.labels[chosen])
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -56,16 +53,35 @@ def read_idx(path: Path) -> np.ndarray:
     return body.reshape(shape)
 
 
-def load_idx_folder(folder: Path, split: str) -> LabelledImages:
+def is_idx_folder(source: Path) -> bool:
+    """Return whether a folder holds gzipped IDX files."""
+    return source.is_dir() and any(source.glob("*-ubyte.gz"))
+
+
+def load_idx_folder(
+    folder: Path, split: str, shape: tuple[int, int, int], num_classes: int
+) -> LabelledImages:
     """Return the split `train` or `t10k` of a folder in the layout of MNIST and Fashion-MNIST.
 
-    Raises `DataError` if a file is missing or broken, or if the numbers of images and labels
-    differ.
+    `shape` [C, H, W] and `num_classes` are the model's. Raises `DataError` if a file is missing or
+    broken, if the numbers of images and labels differ, or if they do not fit the model: images are
+    neither resized nor turned from grey to colours.
     """
-    pixels = read_idx(folder / f"{split}-images-idx3-ubyte.gz")
+    file = folder / f"{split}-images-idx3-ubyte.gz"
+    pixels = read_idx(file)
     labels = read_idx(folder / f"{split}-labels-idx1-ubyte.gz")
-    if len(pixels) != len(labels):
-        raise DataError(f"{folder}: expected {len(pixels)} labels for {split}, got {len(labels)}")
+    if pixels.ndim != 3 or (1, *pixels.shape[1:]) != shape:
+        raise DataError(
+            f"{file}: expected grey images [N, height, width] for a model that takes "
+            f"{list(shape)}, got {list(pixels.shape)}; a folder of image files is converted"
+        )
+    if labels.shape != pixels.shape[:1]:
+        raise DataError(
+            f"{folder}: expected {len(pixels)} labels for {split}, got {list(labels.shape)}"
+        )
+    if not len(labels) or labels.max() >= num_classes:
+        got = f"{labels.max()}" if len(labels) else "no image"
+        raise DataError(f"{folder}: expected labels below {num_classes} for {split}, got {got}")
     return LabelledImages(
         torch.from_numpy(pixels.copy()).unsqueeze(1),
         torch.from_numpy(labels.astype(np.int64)),

@@ -27,6 +27,8 @@ from ladderstitch.vision.preprocessing import ImageReader
 MAX_CSV_BYTES = 256 << 20
 MAX_LISTED = 10
 """Names in an error message."""
+SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+"""Names of subfolders that are parts of a data set, not classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,26 +52,39 @@ class ImageFiles:
         With labels, the share is that of every class. The split depends on the seed and on the
         files only. Both parts have a file if there are two.
         """
-        groups: dict[int, list[int]] = defaultdict(list)
-        for position in range(len(self)):
-            groups[0 if self.labels is None else self.labels[position]].append(position)
-        rng = np.random.default_rng(seed)
-        kept: list[int] = []
-        held_out: list[int] = []
-        owed = 0.0
-        for label in sorted(groups):
-            shuffled = [groups[label][i] for i in rng.permutation(len(groups[label]))]
-            owed += share * len(shuffled)
-            count = min(round(owed), len(shuffled))
-            owed -= count
-            held_out += shuffled[:count]
-            kept += shuffled[count:]
-        for empty, full in ((held_out, kept), (kept, held_out)):
-            if not empty and len(full) > 1:
-                empty.append(full.pop())
-        rng.shuffle(kept)
-        rng.shuffle(held_out)
+        labels = (0,) * len(self) if self.labels is None else self.labels
+        kept, held_out = split_positions(labels, share, seed)
         return self.select(kept), self.select(held_out)
+
+
+def split_positions(
+    labels: Sequence[int], share: float, seed: int, *, keep_classes: bool = False
+) -> tuple[list[int], list[int]]:
+    """Return shuffled positions, and a `share` of those of every label that are held out.
+
+    Both parts have a position if there are two. With `keep_classes`, no label is held out
+    altogether.
+    """
+    groups: dict[int, list[int]] = defaultdict(list)
+    for position, label in enumerate(labels):
+        groups[label].append(position)
+    rng = np.random.default_rng(seed)
+    kept: list[int] = []
+    held_out: list[int] = []
+    owed = 0.0
+    for label in sorted(groups):
+        shuffled = [groups[label][i] for i in rng.permutation(len(groups[label]))]
+        owed += share * len(shuffled)
+        count = min(round(owed), len(shuffled) - keep_classes)
+        owed -= count
+        held_out += shuffled[:count]
+        kept += shuffled[count:]
+    for empty, full in ((held_out, kept), (kept, held_out)):
+        if not empty and len(full) > 1:
+            empty.append(full.pop())
+    rng.shuffle(kept)
+    rng.shuffle(held_out)
+    return kept, held_out
 
 
 def find_images(folder: Path) -> ImageFiles:
@@ -77,6 +92,35 @@ def find_images(folder: Path) -> ImageFiles:
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder of images, got none")
     return ImageFiles(tuple(find_photographs(folder)))
+
+
+def find_classes(source: Path) -> tuple[str, ...]:
+    """Return the names of the classes of a folder or CSV file as labels, in order.
+
+    Numbers are ordered by their value. Raises `DataError` unless there are two, and for a folder
+    whose subfolders are splits.
+    """
+    if source.is_dir():
+        names = {folder.name for folder in _class_folders(source)}
+        if len(names) > 1 and names <= SPLITS:
+            raise DataError(
+                f"{source}: expected one subfolder per class, got the splits {sorted(names)}; "
+                "name one of them"
+            )
+    else:
+        names = {label for _, label in read_rows(source)}
+    if len(names) < 2:
+        raise DataError(f"{source}: expected at least two classes, got {sorted(names)}")
+    numbers = all(name.isdecimal() for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
+
+
+def _class_folders(source: Path) -> list[Path]:
+    """Return the subfolders by name, without hidden ones; raises `DataError` if none exist."""
+    folders = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        raise DataError(f"{source}: expected one subfolder per class, got no subfolder")
+    return folders
 
 
 def find_labelled(source: Path, labels: Sequence[str]) -> ImageFiles:
@@ -88,21 +132,19 @@ def find_labelled(source: Path, labels: Sequence[str]) -> ImageFiles:
     for anything else.
     """
     if source.is_dir():
-        folders = sorted(path for path in source.iterdir() if path.is_dir())
-        if not folders:
-            raise DataError(f"{source}: expected one subfolder per class, got no subfolder")
+        folders = _class_folders(source)
         positions = _match_labels([folder.name for folder in folders], labels, source)
         found = [(p, folder) for folder in folders for p in find_photographs(folder)]
         return ImageFiles(
             tuple(path for path, _ in found), tuple(positions[folder.name] for _, folder in found)
         )
-    rows = _read_rows(source)
+    rows = read_rows(source)
     positions = _match_labels(sorted({label for _, label in rows}), labels, source, ordered=False)
     paths = tuple(source.parent / path for path, _ in rows)
     return ImageFiles(paths, tuple(positions[label] for _, label in rows))
 
 
-def _read_rows(source: Path) -> list[tuple[str, str]]:
+def read_rows(source: Path) -> list[tuple[str, str]]:
     """Return path and label of each line of a CSV file."""
     try:
         if source.stat().st_size > MAX_CSV_BYTES:
@@ -169,6 +211,16 @@ def read_labelled(files: ImageFiles, pre: Preprocessing) -> LabelledImages:
     """Return labelled files as images; raises `DataError` for one that cannot be read."""
     assert files.labels is not None
     return LabelledImages(load_pixels(files, pre), torch.tensor(files.labels))
+
+
+def load_sample(source: Path, count: int, preprocessing: Preprocessing, seed: int) -> Tensor:
+    """Return the pixels of at most `count` random images of a folder or CSV file, unlabelled."""
+    if source.is_dir():
+        files = find_images(source)
+    else:
+        files = ImageFiles(tuple(source.parent / path for path, _ in read_rows(source)))
+    chosen = np.random.default_rng(seed).permutation(len(files))[:count]
+    return load_pixels(files.select(sorted(chosen.tolist())), preprocessing)
 
 
 def load_views(files: ImageFiles, preprocessing: Preprocessing, views: int, seed: int) -> Tensor:

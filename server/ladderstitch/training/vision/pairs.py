@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ladderstitch.scheduling.requests import Pixels
 from ladderstitch.training.vision.affine_fit import AffineFit
+from ladderstitch.vision.models.graphs import INPUT
 from ladderstitch.vision.networks.maps import MIN_OPSET, Features, aligned_rows, feature_rows
 from ladderstitch.vision.networks.probe import Cut, open_quietly
-from ladderstitch.vision.networks.units import Network, Scaling
+from ladderstitch.vision.networks.scaling import Scaling
+from ladderstitch.vision.networks.units import Network
 
 MAX_CANDIDATES = 24
 """Cuts of one network that are compared, evenly spread over its cost."""
@@ -24,6 +26,8 @@ MAX_SIDE_RATIO = 2.0
 """Largest ratio between the sides of two grids of features that are joined."""
 SAMPLE_SIDE = 4
 """Rows and columns of the grid that features are averaged to when they are compared."""
+SAMPLE_DEPTH = 2
+"""Size of that grid along the first axis of volumes."""
 MARGIN = 0.02
 """Share by which a path must cost more than the cheaper network and less than the other one."""
 MAX_ROWS = 100
@@ -69,22 +73,21 @@ class FeatureReader:
 
     def __init__(self, network: Network, scaling: Scaling | None, cuts: Iterable[Cut]) -> None:
         self.names = list(dict.fromkeys(cut.name for cut in cuts))
-        self.scaling = scaling
         self.image = network.flow.images[0]
         self.session: onnxruntime.InferenceSession | None = None
+        self.change: onnxruntime.InferenceSession | None = None
         if self.names:
             self.session = open_quietly(network.with_outputs(self.names), network.path)
+        if scaling is not None:
+            change = scaling.model(network.model, network.opset)
+            self.change = open_quietly(change, network.path)
 
     def read(self, images: Pixels) -> dict[str, NDArray[np.float32]]:
         """Return the features [B, ...] by the names of the cuts."""
         if self.session is None:
             return {}
-        if self.scaling is not None:
-            factor, shift = (
-                np.asarray(values, np.float32).reshape(1, -1, 1, 1)
-                for values in (self.scaling.factor, self.scaling.shift)
-            )
-            images = images * factor + shift
+        if self.change is not None:
+            (images,) = self.change.run(None, {INPUT: images})
         return dict(zip(self.names, self.session.run(None, {self.image: images}), strict=True))
 
 
@@ -179,7 +182,11 @@ def _sample(values: NDArray[np.float32]) -> Tensor:
         places = np.linspace(0, features.rows - 1, min(SAMPLE_SIDE**2, features.rows))
         return rows[:, places.round().astype(int)]
     maps = rows.transpose(1, 2).reshape(len(values), features.width, *features.grid)
-    return F.adaptive_avg_pool2d(maps, SAMPLE_SIDE).flatten(2).transpose(1, 2)
+    if len(features.grid) == 2:
+        pooled = F.adaptive_avg_pool2d(maps, SAMPLE_SIDE)
+    else:
+        pooled = F.adaptive_avg_pool3d(maps, (SAMPLE_DEPTH, SAMPLE_SIDE, SAMPLE_SIDE))
+    return pooled.flatten(2).transpose(1, 2)
 
 
 def _with_similarity(joint: Joint, samples: Sequence[dict[str, Tensor]]) -> Joint:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ladderstitch.errors import ConfigError
+from ladderstitch.vision.bundle import Preprocessing
 from ladderstitch.vision.models.families import FamilyConfig
 from ladderstitch.vision.models.vit import VitConfig
+
+OWN_PICTURES = Path(__file__).with_name("pictures.yaml")
+"""The recipe for pictures of one's own, used if none is given."""
 
 
 class Schedule(BaseModel):
@@ -88,11 +92,28 @@ class DataSet(BaseModel):
 
     name: str
     licence: str
-    labels: tuple[str, ...] = Field(min_length=2)
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    validation_images: int = Field(
-        2000, ge=0, description="images at the end that are validated, not trained on"
+    labels: tuple[str, ...] | None = Field(
+        None, min_length=2, description="unset: the names of the classes of the pictures"
+    )
+    mean: tuple[float, ...] | None = Field(None, description="unset: that of the training images")
+    std: tuple[float, ...] | None = Field(None, description="unset: that of the training images")
+    resize: Literal["bilinear", "bicubic"] = "bilinear"
+    crop: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="side of the centred square of a picture that is kept, as a share of the "
+        "shorter side; unset: the whole picture is stretched",
+    )
+    validation_images: int | None = Field(
+        None,
+        ge=0,
+        description="images that are validated, not trained on; unset: a fifth, at most 2000",
+    )
+    validation_split: Literal["shuffled", "last"] = Field(
+        "shuffled",
+        description="shuffled: random images of every class, by the recipe's seed; last: those at "
+        "the end, which need classes in random order (IDX files only)",
     )
     augmentation: Augmentation = Augmentation()
 
@@ -122,6 +143,24 @@ class Recipe(BaseModel):
     )
 
     @model_validator(mode="after")
+    def _check_data(self) -> Recipe:
+        """Raise `ValueError` unless labels and channels agree with the family's inputs."""
+        inputs, data = self.family.inputs, self.data
+        if data.labels is not None and len(data.labels) != inputs.num_classes:
+            raise ValueError(
+                f"data.labels: expected {inputs.num_classes} from family.inputs.num_classes, got "
+                f"{len(data.labels)}"
+            )
+        for field in ("mean", "std"):
+            values = getattr(data, field)
+            if values is not None and len(values) != inputs.in_channels:
+                raise ValueError(
+                    f"data.{field}: expected {inputs.in_channels} values, one per channel, got "
+                    f"{len(values)}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_pool(self) -> Recipe:
         """Raise `ValueError` unless the anchors are ViTs whose depths divide the teacher's."""
         if self.pool is None:
@@ -133,6 +172,60 @@ class Recipe(BaseModel):
                     f"{self.pool.teacher.depth}"
                 )
         return self
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels; raises `ConfigError` if neither the recipe nor the data has named them."""
+        if self.data.labels is None:
+            raise ConfigError("data.labels: expected the names of the classes, got none")
+        return self.data.labels
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The preprocessing of the bundle.
+
+        A mean and a standard deviation that are not known yet are 0 and 1. Raises `ConfigError` for
+        inputs that a server does not have.
+        """
+        inputs, data = self.family.inputs, self.data
+        fields = {
+            "channels": inputs.in_channels,
+            "height": inputs.image_size,
+            "width": inputs.image_size,
+            "mean": data.mean or (0.0,) * inputs.in_channels,
+            "std": data.std or (1.0,) * inputs.in_channels,
+            "resize": data.resize,
+            "crop": data.crop,
+        }
+        try:
+            return Preprocessing.model_validate(fields)
+        except ValidationError as error:
+            raise ConfigError(f"recipe: {error}") from error
+
+    def completed(
+        self, *, image_size: int | None = None, num_classes: int | None = None, **data: Any
+    ) -> Recipe:
+        """Return the recipe with other inputs and fields of the data, checked again.
+
+        Raises `ConfigError` for values that do not fit.
+        """
+        inputs = self.family.inputs.model_dump()
+        inputs |= {"image_size": image_size} if image_size is not None else {}
+        inputs |= {"num_classes": num_classes} if num_classes is not None else {}
+        fields = self.model_dump()
+        fields["family"] |= {"inputs": inputs}
+        fields["data"] |= data
+        try:
+            return Recipe.model_validate(fields)
+        except ValidationError as error:
+            raise ConfigError(f"recipe: {error}") from error
+
+    def renamed(self, name: str, seed: int) -> Recipe:
+        """Return the recipe with another name and seed; raises `ConfigError` for a wrong name."""
+        try:
+            return Recipe.model_validate(self.model_dump() | {"name": name, "seed": seed})
+        except ValidationError as error:
+            raise ConfigError(f"name: expected lower-case letters and digits: {error}") from error
 
     @classmethod
     def load(cls, path: Path) -> Recipe:

@@ -12,8 +12,10 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ladderstitch.errors import ConfigError
 from ladderstitch.training.vision.anchors import load_anchor, parameter_groups
-from ladderstitch.training.vision.dataset import LabelledImages, normalise
+from ladderstitch.training.vision.dataset import normalise
+from ladderstitch.training.vision.image_files import load_sample
 from ladderstitch.training.vision.learngene import load_maps_into
 from ladderstitch.training.vision.loop import (
     Loss,
@@ -30,7 +32,8 @@ from ladderstitch.training.vision.stitching_layers import (
     fold_low_rank,
     initialise_stitching_layers,
 )
-from ladderstitch.vision.bundle import Preprocessing, VisionManifest, write_bundle
+from ladderstitch.training.vision.training_data import RunRecord, TrainingData
+from ladderstitch.vision.bundle import VisionManifest, write_bundle
 from ladderstitch.vision.models.families import FamilyConfig
 from ladderstitch.vision.models.snnet_staged import StagedConfig
 from ladderstitch.vision.models.stitched import Backbone, StitchedModel
@@ -41,14 +44,16 @@ def family_file(folder: Path) -> Path:
     return folder / "family.safetensors"
 
 
-def assemble(recipe: Recipe, images: LabelledImages, folder: Path) -> StitchedModel:
+def assemble(recipe: Recipe, pixels: Tensor, folder: Path) -> StitchedModel:
     """Return the family of the run's trained anchors, with initial stitching layers.
 
-    The layers come from least squares, or from the maps to the teacher of a Learngene Pool.
+    The layers come from least squares on images, uint8 [N, C, H, W], or from the maps to the
+    teacher of a Learngene Pool. No labels are necessary.
     """
     rng = torch.Generator().manual_seed(recipe.seed)
-    chosen = torch.randperm(len(images), generator=rng)[: recipe.init_images]
-    sample = normalise(images.pixels[chosen], recipe.data.mean, recipe.data.std)
+    chosen = torch.randperm(len(pixels), generator=rng)[: recipe.init_images]
+    inputs = recipe.preprocessing
+    sample = normalise(pixels[chosen], inputs.mean, inputs.std)
     anchors = [
         load_anchor(recipe, folder, index).state_dict()
         for index in range(len(recipe.family.anchors))
@@ -59,20 +64,47 @@ def assemble(recipe: Recipe, images: LabelledImages, folder: Path) -> StitchedMo
     return model.requires_grad_(True)
 
 
-def stitch_family(
-    recipe: Recipe, images: LabelledImages, folder: Path, progress: Progress
-) -> StitchedModel:
+def stitch_unlabelled(recipe: Recipe, folder: Path, images: Path) -> StitchedModel:
+    """Return the family with stitching layers fitted to images without labels, not trained further.
+
+    `recipe` is completed by the record of the run. Raises `ConfigError` if neither has the labels,
+    the mean and the standard deviation.
+    """
+    recipe = complete_recipe(recipe, folder)
+    torch.set_num_threads(recipe.threads)
+    pixels = load_sample(images, recipe.init_images, recipe.preprocessing, recipe.seed)
+    return assemble(recipe, pixels, folder).eval().requires_grad_(False)
+
+
+def complete_recipe(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with the labels, size, mean and deviation that a run has recorded.
+
+    Raises `ConfigError` if they are not known.
+    """
+    record = RunRecord.load(folder)
+    completed = recipe if record is None else record.complete(recipe)
+    if None in (completed.data.labels, completed.data.mean, completed.data.std):
+        raise ConfigError(
+            f"run: expected {folder}/data.json of `ladderstitch train`, got none; the recipe has "
+            "no labels, mean or std"
+        )
+    return completed
+
+
+def stitch_family(data: TrainingData, folder: Path, progress: Progress) -> StitchedModel:
     """Return the family after joint fine-tuning of all stitches (SN-Net, section 3.4).
 
-    Each step trains one random stitch. If the family's file exists, it is loaded instead.
+    Each step trains one random stitch. If the family's file exists, it is loaded instead. Raises
+    `ConfigError` if the run was begun with other images.
     """
+    recipe, validation = data.recipe, data.validation
+    data.enter(folder)
     torch.set_num_threads(recipe.threads)
     if family_file(folder).exists():
         model = recipe.family.build()
         model.load_state_dict(load_file(family_file(folder)))
         return model.eval()
-    train, validation = images.split(recipe.data.validation_images)
-    model = assemble(recipe, train, folder)
+    model = assemble(recipe, data.train.pixels, folder)
     teacher = load_anchor(recipe, folder, len(recipe.family.anchors) - 1)
     schedule = recipe.stitching
     usable = [stitch.id for stitch in model.stitches if stitch.usable]
@@ -81,13 +113,15 @@ def stitch_family(
         add_low_rank(model, schedule.low_rank)
     logged = [s.id for s in model.stitches if s.is_anchor]
     logged += [usable[len(usable) // 4], usable[3 * len(usable) // 4]]
+    inputs = recipe.preprocessing
 
     def validate() -> dict[str, float]:
         return {
             f"validation_accuracy_{stitch}": accuracy(
-                partial(model, stitch=stitch), validation, recipe.data
+                partial(model, stitch=stitch), validation, inputs
             )
             for stitch in logged
+            if len(validation)
         }
 
     bfloat16 = recipe.precision == "bfloat16"
@@ -97,8 +131,9 @@ def stitch_family(
         folder,
         seed,
         schedule,
-        recipe.data,
-        train,
+        inputs,
+        recipe.data.augmentation,
+        data.train,
         bfloat16,
         frozen_batch_norm=schedule.frozen_batch_norm,
     )
@@ -140,7 +175,7 @@ def _stitching_loss(recipe: Recipe, model: StitchedModel, teacher: Backbone) -> 
 
 def export_family(recipe: Recipe, model: StitchedModel, bundle: Path) -> None:
     """Write the family as a bundle, with the norms of convolutional ViT stems folded."""
-    config, inputs = recipe.family, recipe.family.inputs
+    config = recipe.family
     if not isinstance(config, StagedConfig):
         model.fold_batch_norm()
         anchors = [a.model_copy(update={"stem_batch_norm": False}) for a in config.anchors]
@@ -149,16 +184,8 @@ def export_family(recipe: Recipe, model: StitchedModel, bundle: Path) -> None:
         name=recipe.name,
         family=config.family,
         config=config,
-        labels=recipe.data.labels,
-        preprocessing=Preprocessing.model_validate(
-            {
-                "channels": inputs.in_channels,
-                "height": inputs.image_size,
-                "width": inputs.image_size,
-                "mean": recipe.data.mean,
-                "std": recipe.data.std,
-            }
-        ),
+        labels=recipe.labels,
+        preprocessing=recipe.preprocessing,
         origin=f"trained from scratch on {recipe.data.name} by `ladderstitch train` and `stitch`",
         licence=f"weights Apache-2.0; data {recipe.data.licence}",
     )

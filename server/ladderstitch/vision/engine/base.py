@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from ladderstitch.scheduling.requests import Logits, Pixels
+from ladderstitch.scheduling.requests import Logits, Mask, Pixels
 
 
 class EngineDied(Exception):
@@ -21,10 +21,19 @@ class EngineDied(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EngineResult:
-    """Logits [B, K] of K classes in the order of the images, and seconds of compute."""
+    """Logits [B, K] in the order of the images, and seconds of compute.
+
+    `finite` [B] says which rows hold finite numbers only, if the engine has checked them.
+    """
 
     logits: Logits
     compute_s: float
+    finite: Mask | None = None
+
+
+def finite_rows(logits: Logits) -> Mask:
+    """Return which rows of [B, K] hold finite numbers only."""
+    return np.asarray(np.isfinite(logits).all(axis=1))
 
 
 class Engine(Protocol):
@@ -66,8 +75,8 @@ class EngineConfig:
     dtype: str
     threads: int
     max_batch_size: int
-    image_shape: tuple[int, int, int]
-    classes: int
+    image_shape: tuple[int, ...]
+    row_size: int
 
     def to_json(self) -> str:
         """Return the fields as JSON."""
@@ -85,7 +94,7 @@ class EngineConfig:
 class Buffers:
     """Shared memory for one batch of at most N = `max_batch_size` images.
 
-    `images` [N, C, H, W] is the input, `logits` [N, K] of K classes the output.
+    `images` [N, C, H, W] is the input, `logits` [N, K] of rows of K values the output.
     """
 
     images: Pixels
@@ -98,7 +107,7 @@ class Buffers:
         The caller closes the descriptor.
         """
         descriptor = os.memfd_create("ladderstitch")
-        os.ftruncate(descriptor, _image_bytes(config) + config.max_batch_size * config.classes * 4)
+        os.ftruncate(descriptor, _image_bytes(config) + config.max_batch_size * config.row_size * 4)
         return cls.map(config, descriptor), descriptor
 
     @classmethod
@@ -110,7 +119,7 @@ class Buffers:
         logits = np.frombuffer(memory, np.float32, offset=split)
         return cls(
             images.reshape(config.max_batch_size, *config.image_shape),
-            logits.reshape(config.max_batch_size, config.classes),
+            logits.reshape(config.max_batch_size, config.row_size),
         )
 
 

@@ -19,7 +19,7 @@ import onnxruntime
 from ladderstitch.errors import InternalError
 from ladderstitch.runtime.sessions import open_session
 from ladderstitch.scheduling.requests import Logits, Pixels
-from ladderstitch.vision.engine.base import EngineResult
+from ladderstitch.vision.engine.base import EngineResult, finite_rows
 from ladderstitch.vision.models.graphs import INPUT, OUTPUT, join_runs
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 CLOSE_LIMIT_S = 5.0
 """Seconds that `close` waits for a function that runs."""
+MIN_CHECKED = 1 << 16
+"""Values of a batch above which the thread of the batch looks for those that are not finite."""
 MIN_JOINED_BYTES = 96 << 20
 MAX_JOINED_SHARE = 0.2
 """Memory of joined networks: this share of the family's weights, and at least 96 MiB."""
@@ -220,4 +222,7 @@ class CompiledEngine:
             logits = self.executor(batch, stitch)
         except Exception as error:
             raise InternalError(f"the batch failed: {type(error).__name__}: {error}") from error
-        return EngineResult(logits, (time.perf_counter_ns() - started) / 1e9)
+        compute_s = (time.perf_counter_ns() - started) / 1e9
+        # Large outputs are checked here, because the event loop would stand still for it.
+        finite = finite_rows(logits) if logits.size > MIN_CHECKED else None
+        return EngineResult(logits, compute_s, finite)

@@ -38,7 +38,7 @@ class GraphedExecutor:
         self,
         executor: StitchExecutor,
         backend: GraphBackend,
-        input_shape: tuple[int, int, int, int],
+        input_shape: tuple[int, ...],
         device: torch.device,
         max_graphs: int = MAX_GRAPHS,
     ) -> None:

@@ -74,7 +74,6 @@ def make_config(
 
     Raises `ConfigError` for a runtime, device or number format that cannot be used.
     """
-    inputs = bundle.manifest.preprocessing
     if isinstance(bundle.manifest.config, OnnxConfig):
         runtime, device, dtype = _resolve_for_networks(runtime, device, dtype)
     device = resolve_device(device)
@@ -86,8 +85,8 @@ def make_config(
         dtype=dtype,
         threads=threads,
         max_batch_size=max_batch_size,
-        image_shape=(inputs.channels, inputs.height, inputs.width),
-        classes=len(bundle.manifest.labels),
+        image_shape=bundle.manifest.config.inputs.shape,
+        row_size=bundle.manifest.row_size,
     )
 
 

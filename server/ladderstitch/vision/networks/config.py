@@ -7,27 +7,36 @@ that planning and counting read no network.
 
 from __future__ import annotations
 
-from typing import Literal, NoReturn
+import math
+from typing import Annotated, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from ladderstitch.errors import BundleError
 from ladderstitch.vision.models.route import Segment, Stitch
 from ladderstitch.vision.models.stitched import StitchedModel
+from ladderstitch.vision.networks.outputs import OutputEntry
 
 FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.onnx$"
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 
 
+MAX_INPUT_ELEMENTS = 1 << 28
+"""Elements of one input that is not an image."""
+
+
 class NetworkInputs(BaseModel):
-    """Shape of the images that all networks take, and the number of scores that they return."""
+    """Shape of the images that all networks take, and the number of their classes.
+
+    Networks that return tensors without class scores have no classes.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     in_channels: Literal[1, 3] = 3
     height: int = Field(gt=0, le=4096)
     width: int = Field(gt=0, le=4096)
-    num_classes: int = Field(gt=0)
+    num_classes: int | None = Field(None, gt=0)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -35,11 +44,46 @@ class NetworkInputs(BaseModel):
         return self.in_channels, self.height, self.width
 
 
-class NetworkEntry(BaseModel):
-    """One network: its file, and its costs by steps, the parts between its cuts.
+class TensorInputs(BaseModel):
+    """Name and shape, without the batch, of the float32 tensor that all networks take.
 
-    `mean` and `std` are the network's own if they differ from those of the bundle; images are
-    scaled from the one to the other before the first step.
+    It is no image: requests state it as a tensor.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=200)
+    shape: tuple[int, ...] = Field(max_length=15)
+    num_classes: int | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> TensorInputs:
+        """Raise `ValueError` for a shape that no input has."""
+        if min(self.shape, default=1) < 1 or math.prod(self.shape) > MAX_INPUT_ELEMENTS:
+            raise ValueError(
+                f"shape: expected 1 to {MAX_INPUT_ELEMENTS} elements, got {list(self.shape)}"
+            )
+        return self
+
+
+def _inputs_kind(value: object) -> str:
+    """Return whether inputs are images or tensors; only tensors have a field `shape`."""
+    is_tensor = "shape" in value if isinstance(value, dict) else isinstance(value, TensorInputs)
+    return "tensor" if is_tensor else "image"
+
+
+AnyInputs = Annotated[
+    Annotated[NetworkInputs, Tag("image")] | Annotated[TensorInputs, Tag("tensor")],
+    Discriminator(_inputs_kind),
+]
+
+
+class NetworkEntry(BaseModel):
+    """One network: its file, its outputs, and its costs by steps, the parts between its cuts.
+
+    `mean`, `std` and `size` are the network's own if they differ from those of the bundle, and
+    `crop` is the part of the bundle's images that it keeps; images are cropped, resized and scaled
+    from the one to the other before the first step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,9 +92,16 @@ class NetworkEntry(BaseModel):
     file: str = Field(pattern=FILE_NAME, description="in the folder `networks` of the bundle")
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    size: tuple[int, int] | None = Field(None, description="height and width of its images")
+    crop: float | None = Field(
+        None, gt=0, lt=1, description="side of the centred part that is kept, as a share"
+    )
     cuts: tuple[str, ...] = Field((), description="tensors between the steps, in order")
     macs: tuple[int, ...] = Field(description="multiply-accumulates of each step")
     parameters: tuple[int, ...] = Field(description="weights of each step")
+    outputs: tuple[str, ...] = Field(
+        (), description="its names of the outputs of the family, in their order; unset: the same"
+    )
 
     @model_validator(mode="after")
     def _check_steps(self) -> NetworkEntry:
@@ -80,14 +131,45 @@ class StitchedPath(BaseModel):
 
 
 class OnnxConfig(BaseModel):
-    """Configuration of a family of ONNX networks."""
+    """Configuration of a family of ONNX networks.
+
+    Without `outputs` the networks classify: they return one tensor, scores [batch, classes].
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: Literal["onnx"] = "onnx"
-    inputs: NetworkInputs
+    inputs: AnyInputs
+    outputs: tuple[OutputEntry, ...] = ()
     networks: tuple[NetworkEntry, ...] = Field(min_length=1, description="cheapest first")
     paths: tuple[StitchedPath, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_outputs(self) -> OnnxConfig:
+        """Raise `ValueError` for names that are not unique, and scores without classes."""
+        names = [output.name for output in self.outputs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"outputs.name: expected each once, got {names}")
+        for number, network in enumerate(self.networks):
+            if network.outputs and len(network.outputs) != len(names):
+                raise ValueError(
+                    f"networks.{number}.outputs: expected {len(names)} names, got "
+                    f"{list(network.outputs)}"
+                )
+        scores = [output for output in self.outputs if output.kind == "scores"]
+        wrong = [o.name for o in scores if o.shape[:1] != (self.inputs.num_classes,)]
+        if wrong:
+            raise ValueError(
+                f"outputs: expected {self.inputs.num_classes} classes on the first axis of scores, "
+                f"got another number for {wrong}"
+            )
+        if self.inputs.num_classes is None and not self.outputs:
+            raise ValueError("inputs.num_classes: expected a number for class scores, got none")
+        return self
+
+    def output_names(self, position: int) -> tuple[str, ...]:
+        """Return a network's own names of the outputs; without `outputs` there are none."""
+        return self.networks[position].outputs or tuple(output.name for output in self.outputs)
 
     @model_validator(mode="after")
     def _check_paths(self) -> OnnxConfig:

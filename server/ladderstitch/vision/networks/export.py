@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,15 @@ from ladderstitch.bundles.files import check_safetensors
 from ladderstitch.errors import BundleError
 from ladderstitch.runtime import ProgressCallback
 from ladderstitch.runtime.cache import cached_folder
-from ladderstitch.vision.networks.config import NetworkEntry, OnnxConfig, StitchedPath
+from ladderstitch.vision.networks.config import (
+    NetworkEntry,
+    OnnxConfig,
+    StitchedPath,
+    TensorInputs,
+)
 from ladderstitch.vision.networks.maps import Features, map_graph
-from ladderstitch.vision.networks.units import Network, Scaling
+from ladderstitch.vision.networks.scaling import Scaling, scaling_between
+from ladderstitch.vision.networks.units import Network
 
 LAYOUT = 1
 """Version of the cached files; a change makes older ones unused."""
@@ -34,13 +40,14 @@ Channels = tuple[float, ...]
 class NetworkFiles:
     """The files of a bundle of ONNX networks, and what the export of its units depends on.
 
-    `mean` and `std` are those of the images that the bundle's preprocessing makes.
+    `mean`, `std` and `resize` are those of the bundle's preprocessing.
     """
 
     folder: Path
     config: OnnxConfig
     mean: Channels
     std: Channels
+    resize: str = "bilinear"
 
     def network_path(self, entry: NetworkEntry) -> Path:
         """Return the file of a network."""
@@ -54,23 +61,16 @@ class NetworkFiles:
     def scaling(self, entry: NetworkEntry) -> Scaling | None:
         """Return the change from the bundle's images to those of a network; None if equal."""
         own = (entry.mean or self.mean, entry.std or self.std)
-        return scaling_between((self.mean, self.std), own)
-
-
-def scaling_between(
-    given: tuple[Channels, Channels], own: tuple[Channels, Channels]
-) -> Scaling | None:
-    """Return the change from images of one mean and standard deviation to those of others.
-
-    It is None if they are equal.
-    """
-    if given == own:
-        return None
-    pairs = list(zip(*given, *own, strict=True))
-    return Scaling(
-        factor=tuple(std0 / std1 for _, std0, _, std1 in pairs),
-        shift=tuple((mean0 - mean1) / std1 for mean0, _, mean1, std1 in pairs),
-    )
+        if isinstance(self.config.inputs, TensorInputs):
+            return scaling_between((self.mean, self.std), own)
+        given = self.config.inputs.height, self.config.inputs.width
+        return scaling_between(
+            (self.mean, self.std),
+            own,
+            sizes=(given, entry.size or given),
+            share=entry.crop or 1.0,
+            resize=self.resize,
+        )
 
 
 def cached_network_units(files: NetworkFiles, digest: str, on_progress: ProgressCallback) -> Path:
@@ -79,7 +79,7 @@ def cached_network_units(files: NetworkFiles, digest: str, on_progress: Progress
     `digest` identifies networks, maps and configuration. Raises `BundleError` for files that do
     not fit the configuration.
     """
-    text = f"{digest} {files.mean} {files.std} {onnxruntime.__version__} {LAYOUT}"
+    text = f"{digest} {files.mean} {files.std} {files.resize} {onnxruntime.__version__} {LAYOUT}"
     key = hashlib.sha256(text.encode()).hexdigest()[:24]
     return cached_folder("networks", key, lambda folder: export_units(files, folder, on_progress))
 
@@ -92,14 +92,18 @@ def export_units(files: NetworkFiles, folder: Path, on_progress: ProgressCallbac
     shapes: list[Mapping[str, tuple[int, ...]]] = []
     templates = []
     for position, entry in enumerate(config.networks):
-        network = Network(files.network_path(entry), config.inputs.shape)
-        _check_classes(network, config.inputs.num_classes)
+        shape = config.inputs.shape
+        if entry.size is not None:
+            shape = (shape[0], *entry.size)
+        network = Network(files.network_path(entry), shape)
+        outputs = config.output_names(position)
+        _check_outputs(network, config, outputs)
         shapes.append({name: cut.shape for name, cut in network.cuts.items()})
         templates.append(_empty_like(network.model))
         ends = (None, *entry.cuts, None)
         for step in range(len(entry.cuts) + 1):
             scaling = files.scaling(entry) if step == 0 else None
-            unit = network.unit(ends[step], ends[step + 1], scaling)
+            unit = network.unit(ends[step], ends[step + 1], scaling, outputs)
             onnx.save(unit, folder / f"network-{position}-{step}.onnx")
             done += 1
             on_progress(done, total)
@@ -132,14 +136,23 @@ def joint_features(
     return front, end
 
 
-def _check_classes(network: Network, num_classes: int) -> None:
-    """Raise `BundleError` unless a network returns this number of scores for each image."""
-    (shape,) = network.info.outputs.values() or [()]
-    if not shape or int(np.prod(shape)) != shape[0] or shape[0] != num_classes:
-        raise BundleError(
-            f"{network.path}: expected class scores [batch, {num_classes}], got [batch, "
-            f"{', '.join(map(str, shape))}]"
-        )
+def _check_outputs(network: Network, config: OnnxConfig, names: Sequence[str]) -> None:
+    """Raise `BundleError` unless a network returns what the configuration states."""
+    shapes = network.info.outputs
+    if not names:
+        (shape, *others) = shapes.values()
+        if others or not shape or shape != (config.inputs.num_classes, *(1 for _ in shape[1:])):
+            raise BundleError(
+                f"{network.path}: expected class scores [batch, {config.inputs.num_classes}], got "
+                f"{[['batch', *shape] for shape in shapes.values()]}"
+            )
+        return
+    for name, output in zip(names, config.outputs, strict=True):
+        if shapes.get(name) != output.shape:
+            raise BundleError(
+                f"{network.path}: expected an output {name[:80]!r} of shape "
+                f"{['batch', *output.shape]}, got {list(shapes.get(name, ())) or 'none'}"
+            )
 
 
 def _empty_like(model: onnx.ModelProto) -> onnx.ModelProto:

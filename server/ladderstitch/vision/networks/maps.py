@@ -21,7 +21,7 @@ MIN_OPSET = 11
 """Version of ONNX's operators from which images can be resized as in torch."""
 
 Layout = Literal["vector", "tokens", "map", "grid"]
-"""Features [D], [T, D], [D, h, w] and [h, w, D]."""
+"""Features [D], [T, D], [D, h, w] and [h, w, D]; maps and grids of volumes have an axis t first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +31,14 @@ class Features:
     layout: Layout
     width: int
     rows: int
-    grid: tuple[int, int] | None
+    grid: tuple[int, ...] | None
 
     @classmethod
     def of(cls, shape: Sequence[int]) -> Features | None:
         """Return the layout of a shape without the batch; None if it is none that can be mapped.
 
-        Four-dimensional features are channels-last if only their first two axes are equal.
+        Images are channels-last if only their first two axes are equal, and volumes if only the two
+        before the last one are.
         """
         if len(shape) == 1:
             return cls("vector", shape[0], 1, None)
@@ -45,19 +46,21 @@ class Features:
             side = math.isqrt(shape[0])
             square = (side, side) if side * side == shape[0] else None
             return cls("tokens", shape[1], shape[0], square)
-        if len(shape) != 3:
+        if len(shape) not in (3, 4):
             return None
-        first, second, third = shape
-        if first == second != third:
-            return cls("grid", third, first * second, (first, second))
-        return cls("map", first, second * third, (second, third))
+        before, second, last = shape[-3:]
+        if before == second != last:
+            return cls("grid", last, math.prod(shape[:-1]), tuple(shape[:-1]))
+        return cls("map", shape[0], math.prod(shape[1:]), tuple(shape[1:]))
 
     def can_map_to(self, end: Features) -> bool:
         """Return whether an affine map leads from these features to those at another cut."""
         if self.layout == "vector" or end.layout == "vector":
             return self.layout == end.layout
         same_tokens = self.layout == end.layout == "tokens" and self.rows == end.rows
-        return same_tokens or (self.grid is not None and end.grid is not None)
+        if self.grid is None or end.grid is None:
+            return same_tokens
+        return len(self.grid) == len(end.grid)
 
     def map_macs(self, end: Features) -> int:
         """Return the multiply-accumulates of the map for one image."""
@@ -73,8 +76,9 @@ def aligned_rows(x: NDArray[np.float32], front: Features, end: Features) -> Tens
     if front.grid is None or end.grid is None or front.grid == end.grid:
         return _as_rows(features, front)
     maps = _as_map(features, front)
-    resized = F.interpolate(maps, end.grid, mode="bilinear", align_corners=False)
-    return resized.permute(0, 2, 3, 1).reshape(-1, front.width)
+    mode = "bilinear" if len(end.grid) == 2 else "trilinear"
+    resized = F.interpolate(maps, end.grid, mode=mode, align_corners=False)
+    return resized.movedim(1, -1).reshape(-1, front.width)
 
 
 def feature_rows(y: NDArray[np.float32], end: Features) -> Tensor:
@@ -84,7 +88,7 @@ def feature_rows(y: NDArray[np.float32], end: Features) -> Tensor:
 
 def _as_rows(x: Tensor, features: Features) -> Tensor:
     if features.layout == "map":
-        x = x.permute(0, 2, 3, 1)
+        x = x.movedim(1, -1)
     return x.reshape(-1, features.width)
 
 
@@ -92,7 +96,7 @@ def _as_map(x: Tensor, features: Features) -> Tensor:
     assert features.grid is not None
     if features.layout == "map":
         return x
-    return x.reshape(len(x), *features.grid, features.width).permute(0, 3, 1, 2)
+    return x.reshape(len(x), *features.grid, features.width).movedim(-1, 1)
 
 
 def map_graph(
@@ -115,7 +119,8 @@ def map_graph(
         builder.to_map(front)
         if front.grid != end.grid:
             builder.resize(end.grid)
-        kernel = builder.constant("weight", weight.reshape(*weight.shape, 1, 1))
+        kernel_shape = (*weight.shape, *(1 for _ in end.grid or ()))
+        kernel = builder.constant("weight", weight.reshape(kernel_shape))
         builder.add("Conv", kernel, builder.constant("bias", bias))
         current = Features("map", end.width, end.rows, end.grid)
     builder.to_layout(current, end)
@@ -150,14 +155,16 @@ class _Builder:
     def to_map(self, front: Features) -> None:
         """Turn tokens or a grid into a map."""
         if front.layout == "grid":
-            self.add("Transpose", perm=[0, 3, 1, 2])
+            assert front.grid is not None
+            axes = range(1, len(front.grid) + 1)
+            self.add("Transpose", perm=[0, len(axes) + 1, *axes])
         elif front.layout == "tokens":
             assert front.grid is not None
             self.add("Transpose", perm=[0, 2, 1])
             self.reshape(front.width, *front.grid)
 
-    def resize(self, grid: tuple[int, int] | None) -> None:
-        """Resize a map by bilinear interpolation."""
+    def resize(self, grid: tuple[int, ...] | None) -> None:
+        """Resize a map by linear interpolation along each axis."""
         assert grid is not None
         unused = self.constant("none", np.zeros(0, np.float32))
         shape = f"shape-of-{self.last}"
@@ -182,7 +189,8 @@ class _Builder:
                     *((end.grid or ()) if end.layout == "grid" else (end.rows,)), end.width
                 )
         elif end.layout == "grid":
-            self.add("Transpose", perm=[0, 2, 3, 1])
+            assert end.grid is not None
+            self.add("Transpose", perm=[0, *range(2, len(end.grid) + 2), 1])
         else:
             self.reshape(end.width, end.rows)
             self.add("Transpose", perm=[0, 2, 1])

@@ -61,8 +61,9 @@ class NetworkInfo:
 
 
 def fix_size(model: onnx.ModelProto, shape: Sequence[int]) -> None:
-    """Let the network take images of `shape` [C, H, W] in batches of any size, in place.
+    """Let the network take inputs of `shape`, for images [C, H, W], in batches of any size.
 
+    The change is in place.
     Declared shapes of other tensors are removed, because they may hold for one batch size only.
     """
     (image,) = network_inputs(model.graph)
@@ -103,7 +104,7 @@ def probe(model: onnx.ModelProto, path: Path) -> NetworkInfo:
     found = tuple(
         Cut(name, flow.nodes[at].op_type, shapes[name][1:], sum(macs[: at + 1]), parameters[at])
         for name in cuts
-        if types[name] == FLOAT and _is_batch_first(name, runs)
+        if types[name] == FLOAT and len(shapes[name]) > 1 and _is_batch_first(name, runs)
         for at in [flow.writer[name]]
     )
     (image,) = network_inputs(model.graph)
@@ -122,16 +123,23 @@ def check_batches(session: onnxruntime.InferenceSession, path: Path) -> None:
     """Raise `BundleError` unless three images in a batch have the outputs of the single images."""
     (image,) = session.get_inputs()
     images = _random_images(3, image.shape[1:])
-    together = session.run(None, {image.name: images})[0]
-    alone = [session.run(None, {image.name: images[i : i + 1]})[0] for i in range(3)]
-    if together.shape != (single := np.concatenate(alone)).shape:
-        raise BundleError(f"{path}: expected output shapes that grow with the batch, got others")
-    difference = float(np.abs(together - single).max() / max(1.0, float(np.abs(single).max())))
-    if not difference <= BATCH_TOLERANCE:
-        raise BundleError(
-            f"{path}: expected the same outputs for images in a batch and alone, got a relative "
-            f"difference of {difference:.1e}; export the network with a dynamic batch axis"
-        )
+    together = session.run(None, {image.name: images})
+    alone = [session.run(None, {image.name: images[i : i + 1]}) for i in range(3)]
+    for number, output in enumerate(together):
+        single = np.concatenate([outputs[number] for outputs in alone])
+        if output.shape != single.shape:
+            raise BundleError(
+                f"{path}: expected output shapes that grow with the batch, got others"
+            )
+        values, expected = output.astype(np.float64), single.astype(np.float64)
+        scale = max(1.0, float(np.abs(expected).max(initial=0)))
+        difference = float(np.abs(values - expected).max(initial=0)) / scale
+        if not difference <= BATCH_TOLERANCE:
+            raise BundleError(
+                f"{path}: expected the same outputs for images in a batch and alone, got a "
+                f"relative difference of {difference:.1e}; export the network with a dynamic batch "
+                "axis"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +223,7 @@ def _is_batch_first(name: str, runs: Iterable[_Run]) -> bool:
     """Return whether the first axis of a tensor is the batch and the others have one size."""
     shapes = [tuple(run.shapes[name]) for run in runs]
     expected = [(run.batch, *shapes[0][1:]) for run in runs]
-    return len(shapes[0]) > 1 and shapes == expected
+    return len(shapes[0]) > 0 and shapes == expected
 
 
 def _fit_shape_values(

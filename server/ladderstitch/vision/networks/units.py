@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,28 +13,23 @@ from onnx.compose import add_prefix
 from ladderstitch.errors import BundleError
 from ladderstitch.vision.models.graphs import INPUT, OUTPUT
 from ladderstitch.vision.networks.order import SHAPE_OPERATORS, DataFlow
+from ladderstitch.vision.networks.outputs import SERVED_TYPES, join_outputs
 from ladderstitch.vision.networks.probe import NetworkInfo, fix_size, probe
 from ladderstitch.vision.networks.reader import read_network
+from ladderstitch.vision.networks.scaling import Scaling
 
 PREFIX = "network/"
 """Prefix of the names of a unit's own tensors, so that none is `x` or `y`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scaling:
-    """An affine change of images per channel: x times `factor` plus `shift`."""
-
-    factor: tuple[float, ...]
-    shift: tuple[float, ...]
-
-
 class Network:
-    """A network for images of one size [C, H, W], and its parts between cuts."""
+    """A network for inputs of one shape, such as images [C, H, W], and its parts between cuts."""
 
     def __init__(self, path: Path, image_shape: Sequence[int]) -> None:
         """Read, check and probe the network in an ONNX file.
 
-        Raises `BundleError` if it cannot be read or run, or has not one input and one output.
+        Raises `BundleError` if it cannot be read or run, has not one input, or has an output
+        without the batch as its first axis.
         """
         self.path = path
         self.model = read_network(path)
@@ -43,6 +37,7 @@ class Network:
         fix_size(self.model, image_shape)
         self.info: NetworkInfo = probe(self.model, path)
         self.flow = DataFlow(self.model.graph)
+        check_outputs(self.info, self.flow, path)
         self._weights = {tensor.name: tensor for tensor in self.model.graph.initializer}
         self.cuts = {cut.name: cut for cut in self.info.cuts}
 
@@ -51,33 +46,52 @@ class Network:
         """The version of ONNX's own operators."""
         return max(e.version for e in self.model.opset_import if e.domain in ("", "ai.onnx"))
 
-    def unit(self, start: str | None, end: str | None, scaling: Scaling | None) -> onnx.ModelProto:
-        """Return the part between two cuts; None stands for the images and for the output.
+    def unit(
+        self,
+        start: str | None,
+        end: str | None,
+        scaling: Scaling | None,
+        outputs: Sequence[str] = (),
+    ) -> onnx.ModelProto:
+        """Return the part between two cuts; None stands for the images and for the outputs.
 
-        `scaling` is applied to images. Raises `BundleError` for cuts that the network does not
-        have, or that are not in order.
+        `scaling` is applied to images. The end of a network that classifies is its scores
+        [batch, classes]; with the names of `outputs` it is their rows. Raises `BundleError` for
+        cuts that the network does not have, or that are not in order.
         """
         for name in (start, end):
             if name is not None and name not in self.cuts:
                 raise BundleError(f"{self.path}: expected the name of a cut, got {name[:80]!r}")
-        source, target = start or self.flow.images[0], end or self.flow.outputs[0]
+        source = start or self.flow.images[0]
+        targets = [end] if end is not None else list(outputs or self.flow.outputs[:1])
         first = self.flow.writer[start] + 1 if start is not None else 0
-        if first > self.flow.writer[target]:
-            raise BundleError(f"{self.path}: expected cut {source[:80]!r} before {target[:80]!r}")
-        parts = _Extraction(self, source, first, self.flow.writer[target])
+        last = max(self.flow.writer[target] for target in targets)
+        if first > last:
+            raise BundleError(
+                f"{self.path}: expected cut {source[:80]!r} before {targets[0][:80]!r}"
+            )
+        parts = _Extraction(self, source, first, last)
         graph = helper.make_graph(
             parts.nodes,
             "unit",
             [onnx.ValueInfoProto(name=source)],
-            [onnx.ValueInfoProto(name=target)],
+            [onnx.ValueInfoProto(name=target) for target in targets],
             [self._weights[name] for name in sorted(parts.names & self._weights.keys())],
         )
         inner = self._wrap(graph)
         inner = add_prefix(inner, PREFIX)
         shape = self.info.inputs[source] if start is None else self.cuts[source].shape
-        _connect(inner.graph, source, target, shape, scaling)
-        if end is None:
-            _flatten_output(inner.graph, self.info.outputs[target])
+        _connect_input(inner.graph, source, shape, scaling, self.opset)
+        names = [PREFIX + target for target in targets]
+        if end is None and outputs:
+            join_outputs(inner.graph, names, OUTPUT)
+        elif end is None and len(self.info.outputs[targets[0]]) > 1:  # [B, K, 1, 1] to [B, K]
+            inner.graph.node.append(helper.make_node("Flatten", names, [OUTPUT], axis=1))
+        else:
+            inner.graph.node.append(helper.make_node("Identity", names, [OUTPUT]))
+        del inner.graph.output[:]
+        float32 = onnx.TensorProto.FLOAT
+        inner.graph.output.append(helper.make_tensor_value_info(OUTPUT, float32, None))
         return inner
 
     def with_outputs(self, names: Sequence[str]) -> onnx.ModelProto:
@@ -95,7 +109,7 @@ class Network:
 
 
 def check_interface(model: onnx.ModelProto, path: Path, image_shape: Sequence[int]) -> None:
-    """Raise `BundleError` unless a model maps float32 images of this shape to one tensor."""
+    """Raise `BundleError` unless a model takes one float32 tensor of this shape, batch first."""
     weights = {tensor.name for tensor in model.graph.initializer}
     images = [value for value in model.graph.input if value.name not in weights]
     if len(images) != 1:
@@ -105,20 +119,31 @@ def check_interface(model: onnx.ModelProto, path: Path, image_shape: Sequence[in
     if kind.elem_type != onnx.TensorProto.FLOAT:
         name = onnx.TensorProto.DataType.Name(kind.elem_type)
         raise BundleError(f"{path}: expected a float32 input, got {name}")
-    fits = len(dims) == 4 and all(
+    fits = len(dims) == len(image_shape) + 1 and all(
         got in (0, size) for got, size in zip(dims[1:], image_shape, strict=True)
     )
     if not fits:
         raise BundleError(
-            f"{path}: expected an input of images [batch, {', '.join(map(str, image_shape))}], "
-            f"got {dims} (0: any)"
+            f"{path}: expected an input [batch, {', '.join(map(str, image_shape))}], got {dims} "
+            "(0: any)"
         )
-    if len(model.graph.output) != 1:
-        raise BundleError(
-            f"{path}: expected one output, class scores [batch, classes], got "
-            f"{len(model.graph.output)}: {_names(model.graph.output)}; networks with several "
-            "outputs can be inspected and not served"
-        )
+
+
+def check_outputs(info: NetworkInfo, flow: DataFlow, path: Path) -> None:
+    """Raise `BundleError` for an output that cannot be returned for each image of a batch."""
+    for name, kind in info.output_types.items():
+        where = f"{path}: output {name[:80]!r}"
+        if kind not in SERVED_TYPES:
+            raise BundleError(f"{where}: expected numbers, got {kind}")
+        if name not in flow.live or name not in flow.writer:
+            raise BundleError(
+                f"{where}: expected a tensor that the network computes from its input"
+            )
+        if name not in info.outputs:
+            raise BundleError(
+                f"{where}: expected the batch as the first axis, and sizes that do not depend on "
+                "the images or on the batch"
+            )
 
 
 def _names(values: Sequence[onnx.ValueInfoProto]) -> str:
@@ -180,36 +205,23 @@ def _constant(name: str, value: np.ndarray) -> onnx.NodeProto:
     return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value))
 
 
-def _connect(
+def _connect_input(
     graph: onnx.GraphProto,
     source: str,
-    target: str,
     shape: Sequence[int],
     scaling: Scaling | None,
+    opset: int,
 ) -> None:
-    """Let the graph read `x` instead of `source`, and write `y` instead of `target`."""
-    source, target = PREFIX + source, PREFIX + target
+    """Let the graph read `x` instead of `source`."""
+    source = PREFIX + source
+    sides: list[int | str] = [*shape[1:]]
+    if scaling is not None and (scaling.box or scaling.size):
+        sides = ["height", "width"]
     before = [helper.make_node("Identity", [INPUT], [source])]
     if scaling is not None:
-        names = ["scaling/factor", "scaling/scaled", "scaling/shift"]
-        values = [np.asarray(v, np.float32) for v in (scaling.factor, scaling.shift)]
-        before = [
-            _constant(names[0], values[0].reshape(1, -1, 1, 1)),
-            helper.make_node("Mul", [INPUT, names[0]], [names[1]]),
-            _constant(names[2], values[1].reshape(1, -1, 1, 1)),
-            helper.make_node("Add", [names[1], names[2]], [source]),
-        ]
+        before = scaling.nodes(INPUT, source, opset)
     for node in reversed(before):
         graph.node.insert(0, node)
-    graph.node.append(helper.make_node("Identity", [target], [OUTPUT]))
+    del graph.input[:]
     kind = onnx.TensorProto.FLOAT
-    del graph.input[:], graph.output[:]
-    graph.input.append(helper.make_tensor_value_info(INPUT, kind, ["batch", *shape]))
-    graph.output.append(helper.make_tensor_value_info(OUTPUT, kind, None))
-
-
-def _flatten_output(graph: onnx.GraphProto, shape: Sequence[int]) -> None:
-    """Turn class scores [B, K, 1, 1] into [B, K]."""
-    if len(shape) > 1:
-        last = graph.node[-1]
-        last.CopyFrom(helper.make_node("Flatten", list(last.input), [OUTPUT], axis=1))
+    graph.input.append(helper.make_tensor_value_info(INPUT, kind, ["batch", *shape[:1], *sides]))

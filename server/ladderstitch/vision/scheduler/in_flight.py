@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ladderstitch.errors import (
     ExpiredInCompute,
@@ -15,12 +14,11 @@ from ladderstitch.errors import (
     NonFiniteOutput,
     RequestError,
 )
-from ladderstitch.scheduling.requests import ImageAnswer, Request
+from ladderstitch.scheduling.requests import ImageAnswer, Mask, Request
 from ladderstitch.telemetry.model_metrics import VisionMetrics, harmless
 from ladderstitch.telemetry.statistics import Statistics
-from ladderstitch.vision.engine.base import EngineResult
+from ladderstitch.vision.engine.base import EngineResult, finite_rows
 
-Mask = npt.NDArray[np.bool_]
 MAX_LISTED = 8
 """Maximum number of images that one error message lists."""
 
@@ -98,7 +96,7 @@ class InFlightRequests:
         """
         settled = BatchResult(self.clock(), [])
         first, batch_size = 0, len(result.logits)
-        finite: Mask = np.asarray(np.isfinite(result.logits).all(axis=1))
+        finite = finite_rows(result.logits) if result.finite is None else result.finite
         for pending in batch:
             request = pending.request
             rows = slice(first, first + request.num_images)
@@ -147,7 +145,7 @@ class InFlightRequests:
         self.fail(
             pending,
             NonFiniteOutput(
-                f"logits: expected finite numbers, got NaN or infinity for {len(images)} of "
+                f"outputs: expected finite numbers, got NaN or infinity for {len(images)} of "
                 f"{len(finite)} images ({listed}); the input or the weights exceed the range of "
                 "the number format that the model computes in"
             ),

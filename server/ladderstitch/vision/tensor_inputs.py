@@ -1,0 +1,68 @@
+"""Convert the raw tensors of requests to model inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NoReturn
+
+import numpy as np
+
+from ladderstitch.errors import InvalidArgument
+from ladderstitch.scheduling.requests import Pixels
+
+ITEM_BYTES = {"UINT8": 1, "FP32": 4}
+
+
+class TensorReader:
+    """The reader of float32 tensors of one shape, the batch excluded."""
+
+    datatypes: tuple[str, ...] = ("FP32",)
+    """Types of the tensors that requests may hold."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = tuple(shape)
+
+    def read_tensor(self, field: str, datatype: str, shape: Sequence[int], data: bytes) -> Pixels:
+        """Return model inputs [B, ...] from raw little-endian bytes.
+
+        Raises `InvalidArgument` that names the wrong part of `field`.
+        """
+        self.check_tensor(field, datatype, shape, data)
+        return self.check_finite(field, np.frombuffer(data, "<f4").reshape(shape))
+
+    def check_tensor(self, field: str, datatype: str, shape: Sequence[int], data: bytes) -> None:
+        """Raise `InvalidArgument` unless type, shape and number of bytes of a tensor are right."""
+        if datatype not in self.datatypes:
+            expected = " or ".join(self.datatypes)
+            raise InvalidArgument(f"{field}.datatype", f"expected {expected}, got {datatype!r}")
+        if len(shape) != len(self.shape) + 1 or tuple(shape[1:]) != self.shape or shape[0] < 1:
+            wanted = ["N >= 1", *self.shape]
+            raise InvalidArgument(f"{field}.shape", f"expected {wanted}, got {list(shape)}")
+        expected_bytes = math.prod(shape) * ITEM_BYTES[datatype]
+        if len(data) != expected_bytes:
+            raise InvalidArgument(
+                f"{field}.data",
+                f"expected {expected_bytes} bytes for {datatype} {list(shape)}, got {len(data)}",
+            )
+
+    def check_finite(self, field: str, values: Pixels) -> Pixels:
+        """Return `values`; raises `InvalidArgument` if one is NaN or infinite."""
+        if not np.isfinite(values).all():
+            raise InvalidArgument(f"{field}.data", "expected finite numbers, got NaN or infinity")
+        return values
+
+    def check_bytes(self, field: str, num_bytes: int) -> None:
+        """Raise `InvalidArgument` for an encoded image of any size, which is no tensor."""
+        self._refuse_image(field)
+
+    async def read_encoded(self, field: str, data: bytes) -> Pixels:
+        """Raise `InvalidArgument`: the model does not take images."""
+        self._refuse_image(field)
+
+    def _refuse_image(self, field: str) -> NoReturn:
+        shape = ["N >= 1", *self.shape]
+        raise InvalidArgument(field, f"expected a tensor FP32 {shape}, got an encoded image")
+
+    def close(self) -> None:
+        """Do nothing: tensors are read without other processes."""
