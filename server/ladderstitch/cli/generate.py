@@ -144,7 +144,9 @@ async def _generate_locally(prompt: str, model: str, ranks: int, options: Genera
     try:
         await group.start()
         names = [variant.name for variant in manifest.variants]
-        scheduler = TextScheduler(group, tokenizer, manifest.end_tokens, bundle.quality, names)
+        scheduler = TextScheduler(
+            group, tokenizer, manifest.end_tokens, bundle.quality, names, by_name=manifest.adapters
+        )
         request = _local_request(tokens, options)
         count = 0
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from ladderstitch.runtime.linear import Matrix, Product, open_product
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import DecoderConfig
+from ladderstitch.text.model.query_key_norm import QueryKeyNorm, SumOverRanks
 from ladderstitch.text.model.residual import LayerPlan, ResidualStream
 from ladderstitch.text.model.rotation import rotate
 from ladderstitch.text.model.shard import Shard
@@ -57,15 +57,20 @@ class Attention:
         shard: Shard,
         threads: int,
     ) -> None:
-        self.layer, self.width, self._eps = layer, config.head_dim, config.norm_eps
+        self.layer, self.width = layer, config.head_dim
         self.heads, self.kv_heads = len(shard.heads), len(shard.kv_heads)
-        self._qk_norms = weights.q_norm, weights.k_norm
+        self._norm = QueryKeyNorm(weights.q_norm, weights.k_norm, config, shard)
         self.output_matrix = matrix_for_kernels(weights.output, weights.output_bias)
         self.project = open_biased(weights.qkv, weights.qkv_bias, threads)
         self.output = open_biased(weights.output, weights.output_bias, threads)
 
     def __call__(
-        self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor], cache: PagedCache
+        self,
+        x: Tensor,
+        batch: Batch,
+        rotation: tuple[Tensor, Tensor],
+        cache: PagedCache,
+        sum_over_ranks: SumOverRanks,
     ) -> Tensor:
         """Return the heads' outputs [T, H_r d] of x [T, D]; adds keys and values to the cache.
 
@@ -74,7 +79,7 @@ class Attention:
         """
         turned = self.heads + self.kv_heads
         projected = self.project(x).view(len(x), turned + self.kv_heads, self.width)
-        projected = self._norm_queries_and_keys(projected)
+        projected = self._norm(projected, sum_over_ranks)
         if cache.uses_kernels:
             q = cache.rotate_and_append(self.layer, batch, projected, rotation)
         else:
@@ -82,21 +87,6 @@ class Attention:
             cache.append(self.layer, batch, qk[:, self.heads :], projected[:, turned:])
             q = qk[:, : self.heads]
         return cache.attend(self.layer, batch, q).reshape(len(x), -1)
-
-    def _norm_queries_and_keys(self, projected: Tensor) -> Tensor:
-        """Return [T, H_r + 2 K_r, d] with normed queries and keys.
-
-        The norm is that of each head if the weight has the width of a head, else over all heads.
-        """
-        q_norm, k_norm = self._qk_norms
-        if q_norm is None or k_norm is None:
-            return projected
-        q, k, v = projected.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        normed = [
-            F.rms_norm(part.reshape(len(part), -1, len(gain)), gain.shape, gain, self._eps)
-            for part, gain in ((q, q_norm), (k, k_norm))
-        ]
-        return torch.cat([part.view(len(v), -1, self.width) for part in normed] + [v], dim=1)
 
 
 class Mlp:
@@ -154,7 +144,7 @@ class Layer:
     ) -> None:
         """Run the layer: read the stream, and add to it what `plan` says."""
         x = _read(stream, plan.lag, self._attention_norm)
-        mixed = self.attention(x, batch, rotation, cache)
+        mixed = self.attention(x, batch, rotation, cache, stream.sum_over_ranks)
         if plan.fused:
             y = x if self._mlp_norm is None else _read(stream, plan.lag, self._mlp_norm)
             stream.add(self.attention.output(mixed) + self.mlp.output(self.mlp(y)))
