@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 .PHONY: help install serve test unit lint format types protos tools manifests figures \
 	verify-models verify-serving verify-scheduling verify-training verify-language \
 	verify-generation verify-kernels verify-operations verify-gateway verify-peers \
-	verify-language-peers verify-faults verify-lifecycle verify-stops soak clean
+	verify-language-peers verify-faults verify-lifecycle verify-stops verify-own-models \
+	verify-own-networks soak clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -64,10 +65,11 @@ verify-models: install ## every golden case, those in LADDERSTITCH_GOLDEN too; m
 	$(BIN)/ladderstitch-loadtest memory --out loadtest/results
 	$(BIN)/ladderstitch-loadtest real-sizes --out loadtest/results
 
-verify-serving: install ## about 8 minutes: overhead, switching, mixed budgets, 10,000 malformed requests
+verify-serving: install ## about 12 minutes: overhead, switching, mixed budgets, families, 10,000 malformed requests
 	$(BIN)/ladderstitch-loadtest overhead --out loadtest/results
 	$(BIN)/ladderstitch-loadtest switching --out loadtest/results
 	$(BIN)/ladderstitch-loadtest mixed --out loadtest/results
+	$(BIN)/ladderstitch-loadtest families --out loadtest/results
 	$(BIN)/ladderstitch-loadtest malformed --out loadtest/results
 
 verify-scheduling: install ## about 10 minutes a line on two idle cores: policies, oracle, simulator against server, burst
@@ -129,6 +131,14 @@ verify-language-peers: install ## about 5 minutes: SmolLM2 with 4 bits behind ll
 verify-peers: install ## about 5 minutes: one network behind NVIDIA Triton, here, and a bare echo; where the time goes
 	$(BIN)/ladderstitch-loadtest peers --out loadtest/results
 	$(BIN)/ladderstitch-loadtest breakdown --out loadtest/results
+
+verify-own-models: install ## about 4 minutes: folders of transformers 4.57 and 5.23, adapters of PEFT; the first steps with own files
+	$(BIN)/python scripts/verify_own_models.py --out loadtest/results
+	$(BIN)/ladderstitch fetch efficientnet-lite
+	$(BIN)/ladderstitch-loadtest first-steps --out loadtest/results
+
+verify-own-networks: install ## about 6 minutes: 13 architectures of transformers, timm, torchvision exported, stitched, served
+	$(BIN)/ladderstitch-loadtest own-networks --out loadtest/results
 
 soak: install ## one hour of mixed load with cancels, bad input and restarted replicas
 	$(BIN)/ladderstitch-loadtest soak --out loadtest/results

@@ -15,9 +15,12 @@ from ladderstitch_loadtest.benchmarks.breakdown_cli import breakdown
 from ladderstitch_loadtest.benchmarks.burst_cli import burst
 from ladderstitch_loadtest.benchmarks.compiled_cli import compiled
 from ladderstitch_loadtest.benchmarks.elastic_cli import elastic
+from ladderstitch_loadtest.benchmarks.families_cli import families
+from ladderstitch_loadtest.benchmarks.first_steps_cli import first_steps
 from ladderstitch_loadtest.benchmarks.generation_cli import generation, path_changes
 from ladderstitch_loadtest.benchmarks.language_peers_cli import language_peers
 from ladderstitch_loadtest.benchmarks.overlap_cli import overlap
+from ladderstitch_loadtest.benchmarks.own_networks_cli import own_networks
 from ladderstitch_loadtest.benchmarks.peers_cli import peers
 from ladderstitch_loadtest.faults import cli as faults
 from ladderstitch_loadtest.faults.fuzz_cli import fuzz
@@ -49,6 +52,9 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         path_changes,
         elastic,
         overlap,
+        families,
+        first_steps,
+        own_networks,
     ),
     "Faults": (faults.kills, faults.malformed, fuzz, loads, restarts, soak, stops),
 }

@@ -5,103 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from tests.support.hugging_face_models import OWN, make_model
+from tests.support.language_models import write_byte_tokenizer
 
-from tests.support.language_models import END, write_byte_tokenizer
-
-SIZES = {
-    "vocab_size": END + 1,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 160,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": END,
-}
-OWN: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
-    "llama tied, linear rope": (
-        "Llama",
-        {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "linear", "factor": 3.0}},
-    ),
-    "llama, yarn": (
-        "Llama",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "factor": 4.0,
-                "original_max_position_embeddings": 40,
-                "rope_theta": 20_000.0,
-            }
-        },
-    ),
-    "mistral": ("Mistral", {"sliding_window": 5, "head_dim": 16}),
-    "qwen2": ("Qwen2", {}),
-    "qwen2 windows": (
-        "Qwen2",
-        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
-    ),
-    "qwen3": ("Qwen3", {"head_dim": 20, "attention_bias": True}),
-    "gemma2": (
-        "Gemma2",
-        {
-            "head_dim": 10,
-            "query_pre_attn_scalar": 30,
-            "sliding_window": 7,
-            "attn_logit_softcapping": 3.0,
-            "final_logit_softcapping": 5.0,
-        },
-    ),
-    "gemma3": (
-        "Gemma3",
-        {"head_dim": 10, "query_pre_attn_scalar": 17, "sliding_window": 4, "num_hidden_layers": 7},
-    ),
-    "phi3": ("Phi3", {"partial_rotary_factor": 0.5}),
-    "phi3 window": ("Phi3", {"sliding_window": 6}),
-    "olmo2": ("Olmo2", {}),
-    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1, 0]}),
-    "granite": (
-        "Granite",
-        {
-            "embedding_multiplier": 2.5,
-            "residual_multiplier": 0.4,
-            "attention_multiplier": 0.2,
-            "logits_scaling": 3.0,
-            "attention_bias": True,
-        },
-    ),
-    "cohere": ("Cohere", {"logit_scale": 0.3}),
-    "gpt_neox": ("GPTNeoX", {"rotary_pct": 0.5, "intermediate_size": 72}),
-    "gpt_neox sequential": ("GPTNeoX", {"use_parallel_residual": False, "attention_bias": False}),
-    "falcon multi-query": ("Falcon", {"multi_query": True, "ffn_hidden_size": 112}),
-    "falcon heads": ("Falcon", {"multi_query": False, "bias": True}),
-    "falcon sequential": ("Falcon", {"parallel_attn": False, "bias": True}),
-    "falcon groups": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 3}),
-    "falcon groups, one norm": (
-        "Falcon",
-        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
-    ),
-}
-CONFIG_NAMES = {"Gemma3": "Gemma3TextConfig"}
+__all__ = ["OWN", "write_folder"]
 
 
 def write_folder(folder: Path, name: str) -> Any:
     """Write a random model with one token per byte, as transformers does, and return it."""
-    kind, own = OWN[name]
-    fields = SIZES | own
-    if kind in ("Falcon", "GPTNeoX"):  # they have other fields, and write unknown ones
-        del fields["num_key_value_heads"]
-    if kind == "Falcon":
-        del fields["intermediate_size"]
-    config_type = getattr(transformers, CONFIG_NAMES.get(kind, f"{kind}Config"))
-    torch.manual_seed(len(name))
-    model = getattr(transformers, f"{kind}ForCausalLM")(config_type(**fields)).eval()
-    for tensor in model.parameters():  # also norms and biases, which are 1 and 0 at first
-        tensor.data = tensor.data * 3 + 0.1 * torch.randn(tensor.shape)
+    model = make_model(name)
     model.save_pretrained(folder)
     write_byte_tokenizer(folder / "tokenizer.json")
     return model

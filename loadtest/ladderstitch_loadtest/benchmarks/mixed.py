@@ -99,9 +99,9 @@ async def measure(
     """
     async with AsyncClient(address) as client:
         model = await client.get_model()
-        pixels, frontier = _make_images(model, images), model.frontier
+        pixels, frontier = make_images(model, images), model.frontier
         chosen = (frontier[0], frontier[len(frontier) // 2], frontier[-1])
-        unloaded = [await _measure_unloaded(client, pixels, variant) for variant in chosen]
+        unloaded = [await measure_unloaded(client, pixels, variant) for variant in chosen]
         classes = budget_classes(*unloaded)
         rate = load / unloaded[-1].compute_median_s
         found = MixedResult(
@@ -166,9 +166,10 @@ async def set_policy(client: AsyncClient, name: str) -> None:
     )
 
 
-async def _measure_unloaded(
+async def measure_unloaded(
     client: AsyncClient, pixels: Uint8Pixels, variant: int
 ) -> UnloadedLatency:
+    """Return the latency of a variant for one caller without any other load."""
     answers = [await client.predict(pixels, variant=variant) for _ in range(UNLOADED_CALLS)]
     return UnloadedLatency(
         variant,
@@ -186,7 +187,8 @@ def _draw_requests(
     return [(at, classes[pick], messages[pick]) for at, pick in picks]
 
 
-def _make_images(model: pb.GetModelResponse, images: int) -> Uint8Pixels:
+def make_images(model: pb.GetModelResponse, images: int) -> Uint8Pixels:
+    """Return random images [images, C, H, W] of the size that a model takes."""
     inputs = model.preprocessing
     shape = (images, inputs.channels, inputs.height, inputs.width)
     return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)

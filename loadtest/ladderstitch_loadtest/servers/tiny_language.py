@@ -37,9 +37,14 @@ def write_tiny(path: Path) -> Path:
         for name, shape in expected_shapes(CONFIG).items()
     }
     save_file(tensors, path / "model.safetensors")
+    write_byte_tokenizer(path / "tokenizer.json")
+    return path
+
+
+def write_byte_tokenizer(file: Path) -> None:
+    """Write a tokenizer with one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(path / "tokenizer.json"))
-    return path
+    tokenizer.save(str(file))

@@ -150,6 +150,7 @@ async def _generate_locally(prompt: str, model: str, ranks: int, options: Genera
             manifest.end_tokens,
             bundle.quality,
             names,
+            by_name=manifest.adapters,
             switches=bundle.switches,
         )
         request = _local_request(tokens, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ladderstitch.scheduling.profiles import LatencyProfile, frontier
@@ -30,11 +30,19 @@ class CandidateFilter:
 
     @classmethod
     def from_settings(
-        cls, quality: Mapping[int, float], profile: LatencyProfile, settings: SchedulerSettings
+        cls,
+        quality: Mapping[int, float],
+        profile: LatencyProfile,
+        settings: SchedulerSettings,
+        by_name: Collection[int] = (),
     ) -> CandidateFilter:
-        """Return the filter for the frontier of `quality` over the latency at batch size 1."""
+        """Return the filter for the frontier of `quality` over the latency at batch size 1.
+
+        Variants in `by_name` are not on it: only requests that name one get it.
+        """
+        chosen = {variant: q for variant, q in quality.items() if variant not in by_name}
         alone = {variant: profile.alone_s(variant) for variant in profile.variants}
-        points = frontier(quality, alone)
+        points = frontier(chosen, alone)
         return cls(
             frontier=tuple(point.variant for point in points),
             quality=quality,

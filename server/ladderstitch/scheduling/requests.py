@@ -16,10 +16,13 @@ from ladderstitch.errors import InvalidArgument
 from ladderstitch.scheduling.profiles import Quality
 
 Pixels = NDArray[np.float32]
-"""[B, C, H, W]: B preprocessed images in contiguous memory."""
+"""[B, C, H, W]: B preprocessed images, or other inputs [B, ...], in contiguous memory."""
 
 Logits = NDArray[np.float32]
-"""[B, K]: K class scores for each of B images."""
+"""[B, K]: K class scores for each of B images; of other models, all outputs of an image in a row.
+"""
+
+Mask = NDArray[np.bool_]
 
 MAX_ID_CHARACTERS = 128
 """Largest number of characters of the id that a caller gives a request."""

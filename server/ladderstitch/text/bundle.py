@@ -55,7 +55,7 @@ from ladderstitch.text.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
 
-MANIFEST, SWITCHES = "model.yaml", "switches.json"
+MANIFEST, QUALITY, SWITCHES = "model.yaml", "quality.json", "switches.json"
 TORCH_FILES = (TORCH_SINGLE, TORCH_INDEX)
 SPECIAL_TOKEN_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 """Files of a checkpoint that name its special tokens; the second has priority."""
@@ -78,6 +78,9 @@ class TextVariant(BaseModel):
     )
     route: Route = Field(
         (), description="layers of the anchors that it runs; empty: all of the largest anchor"
+    )
+    by_name: bool = Field(
+        False, description="whether only requests that name the path get it, as an adapter's"
     )
 
 
@@ -135,9 +138,10 @@ class TextManifest(BaseModel):
                 "(parallel layers have other tensors)"
             )
         late = {variant.residual.scheme for variant in self.variants} & {"ladder", "desync"}
-        if late and self.config.norm_place != "before":
+        if late and (self.config.norm_place != "before" or self.config.qk_norm == "all"):
             raise ValueError(
-                f"residual: expected standard, as norms of outputs need complete sums, got {late}"
+                "residual: expected standard, as norms of outputs or over all heads need complete "
+                f"sums, got {late}"
             )
         routes = {variant.name: variant.route for variant in self.variants}
         if (problem := self.decoder_family.find_problem(routes)) is not None:
@@ -147,6 +151,8 @@ class TextManifest(BaseModel):
         schemes = {variant.residual.scheme for variant in self.variants}
         if self.anchors and (other := schemes - {"standard", "ladder"}):
             raise ValueError(f"residual: expected standard or ladder in a family, got {other}")
+        if all(variant.by_name for variant in self.variants):
+            raise ValueError("paths: expected one without by_name, for requests that name none")
         names = [variant.name for variant in self.variants]
         if len(set(names)) < len(names):
             raise ValueError(f"paths: expected distinct names, got {names}")
@@ -163,6 +169,11 @@ class TextManifest(BaseModel):
     def variants(self) -> tuple[TextVariant, ...]:
         """The paths in the order of their ids; at least one."""
         return self.paths or (TextVariant(name=self.residual.scheme, residual=self.residual),)
+
+    @property
+    def adapters(self) -> dict[int, str]:
+        """The names of the paths that only requests which name them get, by id."""
+        return {n: variant.name for n, variant in enumerate(self.variants) if variant.by_name}
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +192,7 @@ class TextBundle:
         Raises `BundleError` that names the file, the field, the expected and the actual value.
         """
         manifest = read_manifest(path)
-        quality = _read_quality(path / "quality.json", manifest) if calibrated else None
+        quality = _read_quality(path / QUALITY, manifest) if calibrated else None
         switches = _read_switches(path / SWITCHES, manifest) if calibrated else None
         bundle = cls(path, manifest, quality, switches)
         files = bundle.open_files()
@@ -332,11 +343,11 @@ def _read_special_tokens(file: Path) -> dict[str, str | None]:
 
 
 def _read_quality(file: Path, manifest: TextManifest) -> QualityTable | None:
-    """Return the quality of each path; only a bundle with a single path may lack the file.
+    """Return the quality of each path; a bundle whose budgets have one choice may lack the file.
 
     The scheduler cannot choose between paths of unknown quality.
     """
-    if not file.exists() and len(manifest.variants) == 1:
+    if not file.exists() and len(manifest.variants) - len(manifest.adapters) == 1:
         return None
     table = read_table(file, QualityTable)
     expected, got = set(range(len(manifest.variants))), set(table.variants)
@@ -361,4 +372,4 @@ def write_manifest(path: Path, manifest: TextManifest) -> None:
     """Write `model.yaml` into a folder, which is created if it does not exist."""
     path.mkdir(parents=True, exist_ok=True)
     fields = manifest.model_dump(mode="json", exclude_none=True)
-    (path / "model.yaml").write_text(yaml.safe_dump(fields, sort_keys=False, width=100))
+    (path / MANIFEST).write_text(yaml.safe_dump(fields, sort_keys=False, width=100))

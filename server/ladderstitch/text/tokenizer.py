@@ -52,6 +52,11 @@ class TextTokenizer:
 
         Raises `BundleError` if the file is missing or is not a tokenizer.
         """
+        if not path.exists():
+            raise BundleError(
+                f"{path}: expected the tokenizer, got no such file; `save_pretrained` of the "
+                "model's fast tokenizer writes it"
+            )
         try:
             return cls(Tokenizer.from_str(read_text(path, MAX_TOKENIZER_BYTES)))
         except BundleError:

@@ -36,7 +36,7 @@ class OneTokenizer:
 
 def builder_of(kind: str, *, chat: bool) -> ResponseBuilder:
     """Return a builder of responses with log probabilities."""
-    return ResponseBuilder(cast("TextModel", OneTokenizer(tokenizer_of(kind))), chat, True)
+    return ResponseBuilder(cast("TextModel", OneTokenizer(tokenizer_of(kind))), chat, True, "tiny")
 
 
 def chunk_of(

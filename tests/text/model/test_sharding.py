@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ladderstitch.errors import ConfigError
+from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig, create_comm_spec
 from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.shard import Shard
 
@@ -43,9 +44,23 @@ def test_shards_hold_each_part_once_with_its_own_kv_heads(
         assert [shard.kv_heads[i // per_kv] for i in range(len(shard.heads))] == [
             head // group for head in shard.heads
         ]
+    counted = [
+        head
+        for shard in shards
+        for head, counts in zip(shard.kv_heads, shard.owned_kv_heads(whole), strict=True)
+        if counts
+    ]
+    assert counted == list(range(kv_heads))
 
 
 def test_shard_with_uneven_groups_or_a_wrong_rank() -> None:
     assert [Shard.of(config(9, 3), rank, 2).kv_heads for rank in (0, 1)] == [(0, 1), (2,)]
     with pytest.raises(ConfigError, match="rank: expected 0 to 1, got 2"):
         Shard.of(config(9, 3), 2, 2)
+
+
+def test_norms_over_all_heads_are_refused_on_a_link_of_one_width() -> None:
+    model = config(6, 3).model_copy(update={"qk_norm": "all"})
+    ranks = RankConfig(model=model, ranks=2, max_model_len=16)
+    with pytest.raises(ConfigError, match="link: expected nccl, shared_memory or tcp"):
+        create_comm_spec(ranks, GroupOptions(link="symmetric"), ())

@@ -193,3 +193,17 @@ def test_plan_step_with_missed_ttft_prefers_others(tokenizer: TextTokenizer) -> 
     plan = plan_step([late, possible], TIMES, 100.0)
     assert plan is not None
     assert [chunk.sequence for chunk in plan.chunks] == [possible]
+
+
+def test_variants_by_name_are_chosen_by_requests_that_name_them_only() -> None:
+    candidates = CandidateFilter.from_settings(QUALITY, PROFILE, SETTINGS, by_name={STANDARD})
+
+    def choose_among(**fields: object) -> int:
+        request = make_request(**fields)  # type: ignore[arg-type] # by name
+        assert isinstance(request, GenerationRequest)
+        return choose_variant(request, candidates, SETTINGS, TIMES, NO_LOAD, {}, now=100.0)
+
+    assert choose_among() == LADDER
+    assert choose_among(variant=STANDARD) == STANDARD
+    with pytest.raises(QualityUnavailable, match=r"min_quality: expected at most 0\.5000"):
+        choose_among(min_quality=0.55)

@@ -19,6 +19,7 @@ from ladderstitch.api.auth import AuthInterceptor
 from ladderstitch.api.native.generation import tenant_of
 from ladderstitch.api.openai.access import IN_FLIGHT, AccessMiddleware, rejection_response
 from ladderstitch.api.openai.body import BodyRejected, max_body_bytes, parse_body
+from ladderstitch.api.openai.models import NamedModel, find_model, named_models
 from ladderstitch.api.openai.requests import (
     ChatRequest,
     CompletionRequest,
@@ -94,13 +95,13 @@ def create_app(
     @app.get("/v1/models")
     async def list_models(request: Request) -> Body:
         async with _in_flight(request):
-            models = [_describe_model(model) for model in registry.text_models.values()]
+            models = [named.describe() for named in named_models(registry)]
             return {"object": "list", "data": models}
 
     @app.get("/v1/models/{name}")
     async def get_model(name: str, request: Request) -> Body:
         async with _in_flight(request):
-            return _describe_model(registry.text_model(name))
+            return find_model(registry, name).describe()
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
@@ -166,9 +167,10 @@ async def _respond(
     arrival = time.monotonic()
     async with _in_flight(request) as resources:
         body = await parse_body(request, fields)
-        model, accepted = await _accept(registry, body, request, arrival)
+        named = find_model(registry, body.model)
+        model, accepted = named.model, await _accept(named, body, request, arrival)
         builder = ResponseBuilder(
-            model, isinstance(body, ChatRequest), accepted.logprobs is not None
+            model, isinstance(body, ChatRequest), accepted.logprobs is not None, named.id
         )
         if not body.stream:
             whole = await _run_until_disconnect(_collect(model, accepted, builder), request)
@@ -185,18 +187,16 @@ async def _respond(
 
 
 async def _accept(
-    registry: ModelRegistry,
+    named: NamedModel,
     body: CompletionRequest | ChatRequest,
     request: Request,
     arrival: float,
-) -> tuple[TextModel, GenerationRequest]:
-    model = registry.text_model(body.model)
+) -> GenerationRequest:
     tenant = tenant_of(request.headers.items())
     try:
-        headers = request.headers
-        return model, await build_generation_request(body, model, headers, arrival, tenant)
+        return await build_generation_request(body, named, request.headers, arrival, tenant)
     except RequestError as error:
-        model.metrics.observe_rejection(error.code, had_budget=False)
+        named.model.metrics.observe_rejection(error.code, had_budget=False)
         raise
 
 
@@ -255,16 +255,3 @@ async def _collect(model: TextModel, accepted: GenerationRequest, builder: Respo
             if chunk.usage is not None:
                 return builder.full_response(chunks, chunk.usage)
     raise AssertionError("the last chunk of an answer has its usage")
-
-
-def _describe_model(model: TextModel) -> Body:
-    created = int((model.bundle.path / "model.yaml").stat().st_mtime)
-    variants = model.bundle.manifest.variants
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": created,
-        "owned_by": "ladderstitch",
-        "max_model_len": model.scheduler.max_tokens,
-        "variants": {str(number): variant.name for number, variant in enumerate(variants)},
-    }

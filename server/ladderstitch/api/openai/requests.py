@@ -19,6 +19,7 @@ from ladderstitch.api.deadlines import (
     seconds_from_ms,
 )
 from ladderstitch.api.native.generation import MAX_STOPS
+from ladderstitch.api.openai.models import NamedModel
 from ladderstitch.api.openai.options import UNSUPPORTED
 from ladderstitch.errors import InvalidArgument
 from ladderstitch.hosting.registry import TextModel
@@ -226,7 +227,7 @@ class ChatRequest(SamplingFields):
 
 async def build_generation_request(
     body: CompletionRequest | ChatRequest,
-    model: TextModel,
+    named: NamedModel,
     headers: Mapping[str, str],
     arrival: float,
     tenant: str,
@@ -236,6 +237,11 @@ async def build_generation_request(
     Raises `InvalidArgument` that names the wrong field or header.
     """
     body.check_unsupported()
+    model, variant = named.model, named.variant
+    if variant is not None and body.variant_id not in (None, variant):
+        raise InvalidArgument(
+            "variant_id", f"expected {variant}, that of {named.id}, got {body.variant_id}"
+        )
     tokens = await body.prompt_tokens(model)
     limit_s = _read_budget(headers, HARD_DEADLINE_KEY)
     answer_s = min(_read_budget(headers, LATENCY_BUDGET_KEY), limit_s)
@@ -252,7 +258,7 @@ async def build_generation_request(
             answer_s,
         ),
         min_quality=body.min_quality or 0.0,
-        variant=body.variant_id,
+        variant=body.variant_id if variant is None else variant,
         logprobs=body.num_logprobs,
         tenant=tenant,
     )

@@ -66,6 +66,8 @@ class ResponseBuilder:
     model: TextModel
     chat: bool
     logprobs: bool
+    name: str
+    """The name of the model in the request."""
     id: str = field(init=False)
     created: int = field(init=False)
     _num_characters: int = 0
@@ -108,7 +110,7 @@ class ResponseBuilder:
             "id": self.id,
             "object": kind,
             "created": self.created,
-            "model": self.model.name,
+            "model": self.name,
             "choices": choices,
         }
 

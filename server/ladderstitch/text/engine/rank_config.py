@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ladderstitch.errors import ConfigError
 from ladderstitch.runtime.device import DTYPES
 from ladderstitch.runtime.low_bit import LowBitPrecision
 from ladderstitch.text.bundle import TextBundle
@@ -261,6 +262,10 @@ def create_comm_spec(
     if kind == "nccl":
         return NcclSpec(store=addresses[0]), None
     if kind == "symmetric":
+        if rank_config.model.qk_norm == "all":
+            raise ConfigError(
+                "link: expected nccl, shared_memory or tcp for norms over all heads, got symmetric"
+            )
         from ladderstitch.text.comm.symmetric import SymmetricRegion
 
         folder = SymmetricRegion()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,8 @@ from ladderstitch.text.model.stitched_segments import FamilySegments, SegmentedP
 from ladderstitch.text.model.transformer import Transformer
 from ladderstitch.text.model.weight_reader import (
     EMBEDDING,
+    LAYERS,
+    UP,
     DeltaWeights,
     Weights,
     load_delta,
@@ -94,10 +97,7 @@ def load_models(
             continue
         delta = load_delta(file)
         changed = DeltaWeights(reader, delta)
-        layers = list(weights.layers)
-        for layer in touched_layers(delta):
-            layers[layer] = options.load_layer(changed, layer)
-        weights = replace(weights, layers=tuple(layers))
+        weights = options.load_changed(weights, changed, delta)
         models.append(options.make_model(weights, changed, segmented=segmented))
     return models
 
@@ -124,9 +124,23 @@ class ShardOptions:
             "bits": bits,
         }
 
-    def load_rank(self, reader: Weights) -> RankWeights:
-        """Return this rank's tensors."""
-        return load_rank(reader, **self._common)
+    def load_rank(self, reader: Weights, layers: Sequence[int] | None = None) -> RankWeights:
+        """Return this rank's tensors, with these layers; unset: all."""
+        return load_rank(reader, **self._common, layers=layers)
+
+    def load_changed(
+        self, weights: RankWeights, reader: Weights, delta: Mapping[str, Tensor]
+    ) -> RankWeights:
+        """Return this rank's tensors with those that a delta changes, which `reader` applies."""
+        if any(not name.startswith(LAYERS) for name in delta):
+            own = self.load_rank(reader, layers=())
+            weights = replace(weights, norm=own.norm, norm_bias=own.norm_bias, head=own.head)
+            if EMBEDDING + UP in delta:
+                weights = replace(weights, embedding=own.embedding)
+        layers = list(weights.layers)
+        for layer in touched_layers(delta):
+            layers[layer] = self.load_layer(reader, layer)
+        return replace(weights, layers=tuple(layers))
 
     def load_layer(self, reader: Weights, layer: int) -> LayerWeights:
         """Return this rank's tensors of one layer."""

@@ -13,34 +13,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ladderstitch.bundles.files import read_json
 from ladderstitch.errors import BundleError, ConfigError
 from ladderstitch.text.hugging_face.fields import Fields
-from ladderstitch.text.model.weight_reader import DOWN, UP, load_delta
+from ladderstitch.text.model.layout import LaidOutWeights
+from ladderstitch.text.model.weight_reader import DOWN, HEAD, UP, check_delta, load_delta
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# fmt: off
 HARMLESS = (
-    "base_model_name_or_path",
-    "eva_config",
-    "inference_mode",
-    "init_lora_weights",
-    "layer_replication",
-    "loftq_config",
-    "lora_dropout",
-    "megatron_config",
-    "megatron_core",
-    "peft_version",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "exclude_modules",
-    "layers_pattern",
-    "layers_to_transform",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "target_modules", "velora_config",
 )
 """Fields of `adapter_config.json` that the tensors already reflect, or that concern training."""
+OTHER_KINDS = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication",
+    "modules_to_save", "monteclora_config", "target_parameters", "use_bdlora",
+)
+# fmt: on
+"""Fields that make an adapter more than additions to some matrices."""
+BASE_KEEPING = (True, False, "gaussian", "eva", "orthogonal")
+"""The initial factors of adapters that are trained on unchanged base weights."""
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -67,6 +66,25 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
         else:
             delta[f"{base}.weight{UP}"] = scale(base, tensor.shape[1]) * tensor.float()
     return delta
+
+
+def lay_out(delta: Mapping[str, Tensor], weights: LaidOutWeights) -> dict[str, Tensor]:
+    """Return a delta of stored tensors as one of the tensors under Llama's names.
+
+    A fused matrix has one `down` and the rows of `up` of each of its parts, in their order and
+    scale. Raises `BundleError` naming the factors that do not fit a stored matrix.
+    """
+    stored = {part.name: weights.stored_shape(part.name) for part in weights.parts.values()}
+    if HEAD in weights.parts and HEAD not in stored:  # a module may have a newer name than its file
+        delta = {name.replace(HEAD, weights.parts[HEAD].name): f for name, f in delta.items()}
+    check_delta(delta, stored)
+    found = {}
+    for name, part in weights.parts.items():
+        if (up := delta.get(part.name + UP)) is not None:
+            rows = up if part.rows is None else up[torch.from_numpy(part.rows)]
+            found[name + UP] = (part.factor * rows).contiguous()
+            found[name + DOWN] = delta[part.name + DOWN].clone()
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +121,9 @@ def _read_scale(file: Path) -> _Scale:
         "trainable_token_indices",
     ):
         fields.expect(name, False)
-    for name in ("modules_to_save", "target_parameters", "arrow_config", "corda_config"):
+    for name in OTHER_KINDS:
         fields.expect(name)
+    fields.expect("init_lora_weights", *BASE_KEEPING)
     for name in ("r", "rank_pattern"):  # the tensors have their ranks
         fields.skip(name)
     alphas: dict[str, Any] = fields.get("alpha_pattern", {})

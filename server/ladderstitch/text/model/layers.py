@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from ladderstitch.runtime.linear import Matrix, Product, open_product
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import DecoderConfig
+from ladderstitch.text.model.query_key_norm import QueryKeyNorm, SumOverRanks
 from ladderstitch.text.model.residual import AffineMap, LayerPlan, ResidualStream
 from ladderstitch.text.model.rotation import rotate
 from ladderstitch.text.model.shard import Shard
@@ -57,32 +57,42 @@ class Attention:
         shard: Shard,
         threads: int,
     ) -> None:
-        self.layer, self.width, self._eps = layer, config.head_dim, config.norm_eps
+        self.layer, self.width = layer, config.head_dim
         self.heads, self.kv_heads = len(shard.heads), len(shard.kv_heads)
-        self._qk_norms = weights.q_norm, weights.k_norm
+        self._norm = QueryKeyNorm(weights.q_norm, weights.k_norm, config, shard)
         self.output_matrix = matrix_for_kernels(weights.output, weights.output_bias)
         self._qkv = weights.qkv
         self.project = open_biased(weights.qkv, weights.qkv_bias, threads)
         self.output = open_biased(weights.output, weights.output_bias, threads)
 
     def __call__(
-        self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor], cache: PagedCache
+        self,
+        x: Tensor,
+        batch: Batch,
+        rotation: tuple[Tensor, Tensor],
+        cache: PagedCache,
+        sum_over_ranks: SumOverRanks,
     ) -> Tensor:
         """Return the heads' outputs [T, H_r d] of x [T, D]; adds keys and values to the cache.
 
         `rotation` has the rows of the batch's tokens for `rotate`, or whole tables for
         `PagedCache.rotate_and_append` if the cache uses kernels.
         """
-        q = self.append_keys(x, batch, rotation, cache)
+        q = self.append_keys(x, batch, rotation, cache, sum_over_ranks)
         return cache.attend(self.layer, batch, q).reshape(len(x), -1)
 
     def append_keys(
-        self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor], cache: PagedCache
+        self,
+        x: Tensor,
+        batch: Batch,
+        rotation: tuple[Tensor, Tensor],
+        cache: PagedCache,
+        sum_over_ranks: SumOverRanks,
     ) -> Tensor:
         """Add keys and values of x [T, D] to the cache; return the rotated queries [T, H_r, d]."""
         turned = self.heads + self.kv_heads
         projected = self.project(x).view(len(x), turned + self.kv_heads, self.width)
-        projected = self._norm_queries_and_keys(projected)
+        projected = self._norm(projected, sum_over_ranks)
         if cache.uses_kernels:
             return cache.rotate_and_append(self.layer, batch, projected, rotation)
         qk = rotate(projected[:, :turned], *rotation)
@@ -97,7 +107,7 @@ class Attention:
         For matrices that are tensors, without biases and without norms of keys.
         """
         if cache.uses_kernels:
-            self.append_keys(x, batch, rotation, cache)
+            self.append_keys(x, batch, rotation, cache, _sum_nothing)
             return
         assert isinstance(self._qkv, Tensor), "only tensors have rows of their own"
         rows = self._qkv[self.heads * self.width :]
@@ -105,20 +115,10 @@ class Attention:
         k, v = projected.split(self.kv_heads, dim=1)
         cache.append(self.layer, batch, rotate(k, *rotation), v)
 
-    def _norm_queries_and_keys(self, projected: Tensor) -> Tensor:
-        """Return [T, H_r + 2 K_r, d] with normed queries and keys.
 
-        The norm is that of each head if the weight has the width of a head, else over all heads.
-        """
-        q_norm, k_norm = self._qk_norms
-        if q_norm is None or k_norm is None:
-            return projected
-        q, k, v = projected.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        normed = [
-            F.rms_norm(part.reshape(len(part), -1, len(gain)), gain.shape, gain, self._eps)
-            for part, gain in ((q, q_norm), (k, k_norm))
-        ]
-        return torch.cat([part.view(len(v), -1, self.width) for part in normed] + [v], dim=1)
+def _sum_nothing(part: Tensor) -> Tensor:
+    """Raise `AssertionError`: layers without norms over all heads sum nothing over ranks."""
+    raise AssertionError("expected no norm of keys over all heads")
 
 
 class Mlp:
@@ -180,7 +180,7 @@ class Layer:
         With `outgoing`, a stitching layer maps the stream after the layer.
         """
         x = _read(stream, plan.lag, self._attention_norm)
-        mixed = self.attention(x, batch, rotation, cache)
+        mixed = self.attention(x, batch, rotation, cache, stream.sum_over_ranks)
         if plan.fused:
             y = x if self._mlp_norm is None else _read(stream, plan.lag, self._mlp_norm)
             stream.add(self.attention.output(mixed) + self.mlp.output(self.mlp(y)))

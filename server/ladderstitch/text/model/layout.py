@@ -7,7 +7,7 @@ A norm of a sub-block's output is `attention_output_norm` or `mlp_output_norm`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -106,10 +106,14 @@ class LaidOutWeights:
         """Return the names of all tensors; those that the layout does not have under their own."""
         return [*self._parts, *self._unknown]
 
-    def is_as_stored(self, name: str) -> bool:
-        """Return whether a tensor is read as it is stored: whole, in its order and scale."""
-        part = self._parts.get(name)
-        return part is not None and part == StoredPart(name)
+    @property
+    def parts(self) -> Mapping[str, StoredPart]:
+        """Where each tensor is stored."""
+        return self._parts
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a stored tensor, by its stored name."""
+        return self._stored.shape(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor; raises `BundleError` if it is missing."""

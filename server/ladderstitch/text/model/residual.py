@@ -169,6 +169,14 @@ class ResidualStream:
             self._full = total
         return normed
 
+    def sum_over_ranks(self, partial: Tensor) -> Tensor:
+        """Return the sum over ranks of a tensor that is no part of the stream.
+
+        The caller has read the complete stream (lag 0): no sum of it may be in flight.
+        """
+        total: Tensor = self._comm.wait(self._comm.all_reduce_async(partial))
+        return total
+
     def add_product(self, x: Tensor, matrix: Tensor | None, product: Product) -> None:
         """Add the sum over ranks of x @ matrix.T, [T, D]; return before it is complete.
 

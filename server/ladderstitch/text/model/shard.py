@@ -33,10 +33,6 @@ class Shard:
         """
         if not 0 <= rank < ranks:
             raise ConfigError(f"rank: expected 0 to {ranks - 1}, got {rank}")
-        if config.qk_norm == "all" and ranks > 1:
-            raise ConfigError(
-                f"ranks: expected 1, as queries and keys are normed over all heads, got {ranks}"
-            )
         group = config.heads // config.kv_heads
         if ranks <= config.kv_heads:
             groups = _split(config.kv_heads, rank, ranks)
@@ -54,6 +50,17 @@ class Shard:
             _split(size, rank, ranks) for size in (config.intermediate_size, config.vocab_size)
         )
         return cls(rank, ranks, heads, kv_heads, ffn, vocabulary)
+
+    def owned_kv_heads(self, config: DecoderConfig) -> list[bool]:
+        """Return of each head in `kv_heads` whether it counts here in a sum over all ranks.
+
+        A head that is held several times counts where its first query head is.
+        """
+        served, group = len(self.heads) // len(self.kv_heads), config.heads // config.kv_heads
+        return [
+            self.heads.start + number * served == head * group
+            for number, head in enumerate(self.kv_heads)
+        ]
 
 
 def _split(size: int, rank: int, ranks: int) -> range:

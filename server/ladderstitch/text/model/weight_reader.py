@@ -24,6 +24,8 @@ from ladderstitch.errors import BundleError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LAYERS = "model.layers."
+"""The beginning of the names of all layers' tensors."""
 MODEL, BASE_PARTS = "model", ("embed_tokens", "layers", "norm")
 """The name of the model without its head in the Hugging Face layout, and its parts."""
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -85,7 +87,7 @@ class RandomWeights:
         shape = self._shapes[name]
         generator = torch.Generator().manual_seed(self._seed + list(self._shapes).index(name))
         if len(shape) == 1:
-            return torch.ones(shape)
+            return torch.ones(shape)[_slices(rows, None)]
         tensor = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
         return tensor[_slices(rows, columns)]
 
@@ -231,7 +233,7 @@ def check_delta(delta: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
 
 def touched_layers(delta: Mapping[str, Tensor]) -> list[int]:
     """Return the layers of which the delta changes a tensor, in order."""
-    return sorted({int(name.split(".")[2]) for name in delta if name.startswith("model.layers.")})
+    return sorted({int(name.split(".")[2]) for name in delta if name.startswith(LAYERS)})
 
 
 class DeltaWeights:
@@ -249,13 +251,16 @@ class DeltaWeights:
         return self._weights.shape(name)
 
     def read(self, name: str, rows: range | None = None, columns: range | None = None) -> Tensor:
-        """Return rows and columns of a tensor with its delta, in the dtype of the tensor."""
+        """Return rows and columns of a tensor; with a delta, in float32.
+
+        A sum that is rounded to the dtype of the file would lose much of a small delta.
+        """
         shared = self._weights.read(name, rows, columns)
         up, down = self._delta.get(name + UP), self._delta.get(name + DOWN)
         if up is None:
             return shared
         up = up.float() if rows is None else up[rows.start : rows.stop].float()
         if down is None:
-            return shared + up.to(shared.dtype)
+            return shared.float() + up
         down = down.float() if columns is None else down[:, columns.start : columns.stop].float()
-        return (shared.float() + up @ down).to(shared.dtype)
+        return shared.float() + up @ down

@@ -48,8 +48,8 @@ class LayerWeights:
     ffn_norm_bias: Tensor | None = None  # [D]
     attention_output_norm: Tensor | None = None  # [D]
     mlp_output_norm: Tensor | None = None  # [D]
-    q_norm: Tensor | None = None  # [d], or [H d] if over all heads
-    k_norm: Tensor | None = None  # [d], or [K d]
+    q_norm: Tensor | None = None  # [d], or [H_r d] if over all heads
+    k_norm: Tensor | None = None  # [d], or [K_r d]
     qkv_bias: Tensor | None = None  # [(H_r + 2 K_r) d]
     output_bias: Tensor | None = None  # [D]; of the first rank only, as ranks are summed
     gate_up_bias: Tensor | None = None  # as the rows of gate_up
@@ -153,11 +153,12 @@ def load_rank(
     *,
     shared_norm: bool = False,
     bits: int | None = None,
+    layers: Sequence[int] | None = None,
 ) -> RankWeights:
     """Return one rank's tensors; raises `BundleError` naming every tensor that does not fit.
 
-    With `bits` (4 or 8), each weight of the layers' matrices has that many; embedding and head
-    have 8, and norms are of `dtype`.
+    `layers` are those to read; unset: all. With `bits` (4 or 8), each weight of the layers'
+    matrices has that many; embedding and head have 8, and norms are of `dtype`.
     """
     check_weights(weights, config, shared_norm=shared_norm)
 
@@ -172,7 +173,7 @@ def load_rank(
     embedding = (
         rows if vocabulary_bits is None else quantise(rows, vocabulary_bits, is_fine=is_fine)
     )
-    layers = [
+    read = [
         load_layer(
             weights,
             layer,
@@ -183,13 +184,13 @@ def load_rank(
             shared_norm=shared_norm,
             bits=bits,
         )
-        for layer in range(config.layers)
+        for layer in (range(config.layers) if layers is None else layers)
     ]
     head = embedding
     if not config.tied_head:
         head = store(vocabulary(HEAD), vocabulary_bits, is_fine=is_fine)
     norm_bias = whole(FINAL_NORM_BIAS) if config.norm_bias else None
-    return RankWeights(embedding, tuple(layers), whole(FINAL_NORM), head, norm_bias)
+    return RankWeights(embedding, tuple(read), whole(FINAL_NORM), head, norm_bias)
 
 
 def load_layer(
@@ -247,8 +248,8 @@ class _LayerReader:
             ffn_norm_bias=norm("post_attention_layernorm", "bias"),
             attention_output_norm=norm("attention_output_norm"),
             mlp_output_norm=norm("mlp_output_norm"),
-            q_norm=self._vector("self_attn.q_norm.weight") if has_qk_norm else None,
-            k_norm=self._vector("self_attn.k_norm.weight") if has_qk_norm else None,
+            q_norm=self._head_norm("self_attn.q_norm", [queries]) if has_qk_norm else None,
+            k_norm=self._head_norm("self_attn.k_norm", kv_rows) if has_qk_norm else None,
             qkv_bias=self._bias(qkv) if config.qkv_bias else None,
             output_bias=(
                 self._vector("self_attn.o_proj.bias") if config.output_bias and is_first else None
@@ -264,6 +265,13 @@ class _LayerReader:
 
     def _vector(self, name: str) -> Tensor:
         return self.weights.read(self._name(name)).to(self.device, self.dtype)
+
+    def _head_norm(self, name: str, rows: Sequence[range]) -> Tensor:
+        """Return the weight of a norm of each head, or the rank's rows of one over all heads."""
+        if self.config.qk_norm == "head":
+            return self._vector(f"{name}.weight")
+        read = [self.weights.read(self._name(f"{name}.weight"), rows=part) for part in rows]
+        return torch.cat(read).to(self.device, self.dtype)
 
     def _rows(self, parts: Parts) -> Matrix:
         """Return the rows of several matrices as one, which is never in memory twice."""

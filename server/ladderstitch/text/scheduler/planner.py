@@ -210,7 +210,7 @@ def _admissible_variants(
     pin = request.variant
     if pin is not None and pin not in candidates.quality:
         raise VariantNotFound(f"variant_id: expected 0 to {len(candidates.quality) - 1}, got {pin}")
-    highest = max(candidates.quality.values()) if pin is None else candidates.quality[pin]
+    highest = candidates.quality[candidates.best if pin is None else pin]
     if request.min_quality > highest:
         raise QualityUnavailable(
             f"min_quality: expected at most {highest:.4f}, got {request.min_quality:.4f}",

@@ -88,7 +88,9 @@ class TextScheduler:
         observer: TextObserver | None = None,
         make_queue: abc.Callable[[BlockManager, int], SequenceQueue] = SequenceQueue,
         switches: SwitchTable | None = None,
+        by_name: abc.Collection[int] = (),
     ) -> None:
+        """Only requests that name a variant in `by_name` are answered with it."""
         config = group.rank_config
         self.cache_rules = CacheRules.of(config, switches, quality)
         self.group, self.tokenizer = group, tokenizer
@@ -98,7 +100,7 @@ class TextScheduler:
         self.times = StepTimes(
             placeholder_profile(len(config.paths), config.max_batched_tokens), 0.0
         )
-        self.draining = False
+        self._by_name, self.draining = frozenset(by_name), False
         self.statistics = Statistics()
         self._queue = make_queue(self.block_manager, max_sequences)
         self._plan: StepPlan | None = None
@@ -179,7 +181,7 @@ class TextScheduler:
             variant = getattr(settings, field)
             if variant not in (None, *variants):
                 raise InvalidArgument(field, f"expected 0 to {len(variants) - 1}, got {variant}")
-        best = max(quality.values())
+        best = max(quality[variant] for variant in variants if variant not in self._by_name)
         if settings.min_quality > best:
             raise InvalidArgument(
                 "min_quality",
@@ -188,7 +190,9 @@ class TextScheduler:
         self.settings = settings
         latency = self.times.latency
         latency.set_probability(settings.attainment_probability)
-        self.candidates = CandidateFilter.from_settings(quality, latency.profile, settings)
+        self.candidates = CandidateFilter.from_settings(
+            quality, latency.profile, settings, self._by_name
+        )
         self._change_rules = ChangeRules(self.cache_rules, self.candidates, settings)
 
     def generate(self, request: GenerationRequest) -> TokenStream:

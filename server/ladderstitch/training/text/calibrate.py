@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -83,8 +83,12 @@ def calibrate(
         variants=qualities,
     )
     (bundle.path / "quality.json").write_text(table.model_dump_json(indent=1) + "\n")
-    kinds = [min(paths) for paths in runner.config.alternatives]
-    if len(set(kinds)) > 1:
+    kinds = {
+        number: min(runner.config.alternatives[number])
+        for number, variant in enumerate(bundle.manifest.variants)
+        if not variant.by_name  # budgets do not choose it
+    }
+    if len(set(kinds.values())) > 1:
         switches = _measure_switches(runner, kinds, tokens, sample, text.name, progress)
         (bundle.path / SWITCHES).write_text(switches.model_dump_json(indent=1) + "\n")
     return table
@@ -110,7 +114,7 @@ def open_runner(bundle: TextBundle, threads: int) -> PathRunner:
 
 def _measure_switches(
     runner: PathRunner,
-    kinds: Sequence[int],
+    kinds: Mapping[int, int],
     tokens: Tensor,
     sample: Sample,
     data: str,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -58,7 +58,7 @@ class PathRunner:
 @torch.inference_mode()
 def measure_switches(
     runner: PathRunner,
-    kinds: Sequence[int],
+    kinds: Mapping[int, int],
     windows: Tensor,
     context: int,
     data: str,
@@ -66,15 +66,15 @@ def measure_switches(
 ) -> SwitchTable:
     """Return the penalties of all changes between paths of different kinds.
 
-    `kinds` has the kind of each path. Of each window [W, T], a source path computes `context`
-    tokens and a target path the others. Their predictions are compared with those of the target
-    path for the whole window.
+    `kinds` has the kind of each path that is measured. Of each window [W, T], a source path
+    computes `context` tokens and a target path the others. Their predictions are compared with
+    those of the target path for the whole window.
     """
-    paths = range(len(kinds))
+    paths = sorted(kinds)
     sums = {(a, b): 0.0 for a in paths for b in paths if kinds[a] != kinds[b]}
     for window in windows:
         before, after = window[:context], window[context:]
-        alone = [_predict_after(runner, target, before, after) for target in paths]
+        alone = {target: _predict_after(runner, target, before, after) for target in paths}
         for source in paths:
             runner.run(source, before, 0, LogitsMode.NONE)
             for target in paths:
