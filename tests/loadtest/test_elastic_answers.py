@@ -21,8 +21,9 @@ from ladderstitch_loadtest.benchmarks.elastic_answers import (
 from ladderstitch_loadtest.simulation.virtual_time import run_simulated
 from tests.support.elastic_models import write_elastic
 
-SECONDS = (0.001, 0.00125, 0.0015, 0.00175, 0.002, 0.00175, 0.0015, 0.00125)
-"""Of a step of one token, for each path; a step of 64 tokens takes ten times as long."""
+SECONDS = (0.001, 0.00135, 0.0017, 0.00205, 0.0024, 0.0025, 0.0025, 0.0025)
+CHUNK_SECONDS = (0.004, 0.007, 0.01, 0.013, 0.016, 0.02, 0.02, 0.02)
+"""Of steps of 1 and of 64 tokens, for each path."""
 
 
 def test_simulated_time_passes_without_waiting() -> None:
@@ -58,10 +59,11 @@ def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
         versions={},
         batch_sizes=(1, 64),
         variants={
-            v: Latency(median_s=(s, 10 * s), p99_s=(s, 10 * s)) for v, s in enumerate(SECONDS)
+            v: Latency(median_s=pair, p99_s=pair)
+            for v, pair in enumerate(zip(SECONDS, CHUNK_SECONDS, strict=True))
         },
     )
-    times = StepTimes(profile, 0.0, translation_s=1e-6)
+    times = StepTimes(profile, 2e-4, translation_s=3e-6)
     tokenizer, quality = bundle.tokenizer(), bundle.quality
     assert quality is not None
     return Workload(

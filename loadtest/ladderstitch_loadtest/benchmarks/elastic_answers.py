@@ -108,15 +108,15 @@ def tightening_arrivals(
 ) -> list[Arrival]:
     """Return long answers whose budget the best stitch meets alone, each with a burst midway.
 
-    The answers of the burst have budgets of their own, and do not count.
+    The budget is 1.2 to 1.5 times what they take alone, and 4 to 8 others arrive. These have budgets of their own, and do not count.
     """
     _, best_s = token_s
     random, plan, now = np.random.default_rng(seed), list[Arrival](), 0.0
     tokens = 256
     for _ in range(count):
-        budget = TokenBudget(answer_s=1.4 * best_s * tokens)
+        budget = TokenBudget(answer_s=random.uniform(1.2, 1.5) * best_s * tokens)
         plan.append(_arrival(now, prompts, 64, tokens, budget, random))
-        for _ in range(12):
+        for _ in range(random.integers(4, 9)):
             due_s = now + (0.4 + 0.02 * random.random()) * tokens * best_s
             urgent = TokenBudget(per_token_s=4 * best_s)
             burst = _arrival(due_s, prompts, 64, 64, urgent, random)
