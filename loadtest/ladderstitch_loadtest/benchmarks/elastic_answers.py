@@ -108,7 +108,8 @@ def tightening_arrivals(
 ) -> list[Arrival]:
     """Return long answers whose budget the best stitch meets alone, each with a burst midway.
 
-    The budget is 1.2 to 1.5 times what they take alone, and 4 to 8 others arrive. These have budgets of their own, and do not count.
+    The budget is 1.2 to 1.5 times what they take alone, and 4 to 8 others arrive. These have
+    budgets of their own, and do not count.
     """
     _, best_s = token_s
     random, plan, now = np.random.default_rng(seed), list[Arrival](), 0.0
