@@ -19,6 +19,7 @@ MODULES = (
     "predict",
     "generate",
     "make",
+    "elastic",
     "own_models",
     "measure",
 )

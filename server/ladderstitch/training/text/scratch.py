@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +169,7 @@ def train_schemes(
     folder.mkdir(parents=True, exist_ok=True)
     runs = {name: SchemeRun.create(recipe, r) for name, r in recipe.schemes.items()}
     checkpoint = folder / "checkpoint.pt"
-    done = _load_checkpoint(checkpoint, runs)
+    done = load_checkpoint(checkpoint, runs)
     task = progress.add_task("training", total=recipe.steps, completed=done)
     for step in range(done, recipe.steps):
         row = _train_step(recipe, runs, text, step)
@@ -180,7 +181,7 @@ def train_schemes(
             log.write(json.dumps(row) + "\n")
         progress.update(task, advance=1, description=" ".join(f"{n} {row[n]}" for n in runs))
         if last or (step + 1) % SAVE_STEPS == 0:
-            _save_checkpoint(checkpoint, runs, step + 1)
+            save_checkpoint(checkpoint, runs, step + 1)
     return runs
 
 
@@ -188,8 +189,8 @@ def _train_step(
     recipe: ScratchRecipe, runs: Mapping[str, SchemeRun], text: Tensor, step: int
 ) -> dict[str, object]:
     """Take one step with every run; return the losses and seconds for the log."""
-    batch = _select_batch(recipe, text, step)
-    rate = _learning_rate(recipe, step)
+    batch = select_batch(text, recipe.batch_windows, recipe.seed, step)
+    rate = recipe.learning_rate * rate_factor(step, recipe.warmup_steps, recipe.steps)
     row: dict[str, object] = {"step": step + 1}
     for name, run in runs.items():
         started = time.monotonic()
@@ -198,7 +199,19 @@ def _train_step(
     return row
 
 
-def _load_checkpoint(checkpoint: Path, runs: Mapping[str, SchemeRun]) -> int:
+class Resumable(Protocol):
+    """A training whose state a checkpoint holds."""
+
+    def state(self) -> dict[str, object]:
+        """Return the state for a checkpoint."""
+        ...
+
+    def restore(self, state: Mapping[str, dict[str, Tensor]]) -> None:
+        """Load the state of a checkpoint."""
+        ...
+
+
+def load_checkpoint(checkpoint: Path, runs: Mapping[str, Resumable]) -> int:
     """Restore the runs from the checkpoint, if there is one; return the number of steps done."""
     if not checkpoint.exists():
         return 0
@@ -208,7 +221,7 @@ def _load_checkpoint(checkpoint: Path, runs: Mapping[str, SchemeRun]) -> int:
     return int(state["steps"])
 
 
-def _save_checkpoint(checkpoint: Path, runs: Mapping[str, SchemeRun], steps: int) -> None:
+def save_checkpoint(checkpoint: Path, runs: Mapping[str, Resumable], steps: int) -> None:
     """Write the checkpoint; the previous one stays until the new one is complete."""
     partial = checkpoint.with_suffix(".partial")
     states = {name: run.state() for name, run in runs.items()}
@@ -216,18 +229,17 @@ def _save_checkpoint(checkpoint: Path, runs: Mapping[str, SchemeRun], steps: int
     partial.replace(checkpoint)
 
 
-def _select_batch(recipe: ScratchRecipe, text: Tensor, step: int) -> Tensor:
+def select_batch(text: Tensor, windows: int, seed: int, step: int) -> Tensor:
     """Return the windows of a step; the seed and the epoch determine the order of the windows."""
-    steps_per_epoch = len(text) // recipe.batch_windows
-    epoch, index = divmod(step, steps_per_epoch)
-    random = torch.Generator().manual_seed(recipe.seed * 100_003 + epoch)
+    epoch, index = divmod(step, len(text) // windows)
+    random = torch.Generator().manual_seed(seed * 100_003 + epoch)
     order = torch.randperm(len(text), generator=random)
-    return text[order[index * recipe.batch_windows : (index + 1) * recipe.batch_windows]]
+    return text[order[index * windows : (index + 1) * windows]]
 
 
-def _learning_rate(recipe: ScratchRecipe, step: int) -> float:
-    """Return the rate of a step: linear warm-up, then a cosine to 5 % of the peak rate."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    phase = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return recipe.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * phase)))
+def rate_factor(step: int, warmup_steps: int, steps: int) -> float:
+    """Return the factor on the peak rate of a step: linear warm-up, then a cosine to 5 %."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    phase = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * phase))

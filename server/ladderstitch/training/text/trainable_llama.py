@@ -5,7 +5,7 @@ The residual schemes are those of `text.model.residual`, written for one rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from ladderstitch.text.model.residual import LayerPlan
 from ladderstitch.text.model.rotation import rotate, rotation_tables
 from ladderstitch.text.model.weight_reader import EMBEDDING, HEAD
 from ladderstitch.text.model.weights import FINAL_NORM
+
+ATTENTION_NORM, MLP_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,24 @@ class StreamState:
     def full(self) -> Tensor:
         """The stream with the last sub-block's output."""
         return self.lagged + self.last
+
+    def read(self, lag: int) -> Tensor:
+        """Return the stream as a sub-block reads it: without the last one if it lags."""
+        return self.lagged if lag else self.full
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What T tokens of a run see of S tokens, some of which are not in the run.
+
+    `positions` [T] are those of the run's tokens in the text. `exchange` returns keys and values
+    [B, S, K, d] of all tokens that are seen, from those [B, T, K, d] of the run. `mask` [T, S] is
+    true where a token sees another.
+    """
+
+    positions: Tensor
+    exchange: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    mask: Tensor
 
 
 class TrainableLlama:
@@ -65,21 +85,32 @@ class TrainableLlama:
         layers: Sequence[int],
         plans: Sequence[LayerPlan],
         adapters: Mapping[str, LowRank] | None = None,
+        context: Context | None = None,
     ) -> StreamState:
-        """Return the stream after these layers, in order; `plans` has an entry for every layer."""
+        """Return the stream after these layers, in order; `plans` has an entry for every layer.
+
+        Without a context, each token sees those before it, from position 0 on.
+        """
         adapters = adapters or {}
         for layer in layers:
-            plan, prefix = plans[layer], f"model.layers.{layer}."
-            for norm, block in (
-                ("input_layernorm", self._attention),
-                ("post_attention_layernorm", self._mlp),
-            ):
-                full = stream.full
-                x = stream.lagged if plan.lag else full
-                gain = self._gain(f"{prefix}{norm}.weight", adapters)
-                normed = F.rms_norm(x, gain.shape, gain, self.config.norm_eps)
-                stream = StreamState(full, block(normed, prefix, adapters))
+            prefix, lag = f"model.layers.{layer}.", plans[layer].lag
+            normed = self._normed(stream.read(lag), f"{prefix}{ATTENTION_NORM}", adapters)
+            mixed = self._attention(normed, prefix, adapters, context)
+            stream = StreamState(stream.full, mixed)
+            normed = self._normed(stream.read(lag), f"{prefix}{MLP_NORM}", adapters)
+            stream = StreamState(stream.full, self._mlp(normed, prefix, adapters))
         return stream
+
+    def keys_values(self, read: Tensor, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rotated keys and the values [B, T, K, d] of a layer.
+
+        `read` [B, T, D] is the stream as the layer's attention reads it (`StreamState.read`), of
+        tokens at `positions` [T].
+        """
+        prefix = f"model.layers.{layer}."
+        normed = self._normed(read, f"{prefix}{ATTENTION_NORM}", {})
+        keys, values = (self._heads(normed, prefix, name, {}) for name in "kv")
+        return self._rotate(keys, positions), values
 
     def final_hidden(self, stream: StreamState) -> Tensor:
         """Return the normed stream [B, T, D] after the last layer, the input of `head`."""
@@ -101,26 +132,40 @@ class TrainableLlama:
         stream = self.run(self.embed(tokens), range(self.config.layers), plans, adapters)
         return F.linear(self.final_hidden(stream), self.head)
 
-    def _attention(self, x: Tensor, prefix: str, adapters: Mapping[str, LowRank]) -> Tensor:
+    def _attention(
+        self, x: Tensor, prefix: str, adapters: Mapping[str, LowRank], context: Context | None
+    ) -> Tensor:
         """Return the causal attention's output [B, T, D] for the normed stream [B, T, D]."""
-        config, (batch, tokens, _) = self.config, x.shape
-        q, k, v = (
-            self._linear(x, f"{prefix}self_attn.{name}_proj.weight", adapters).view(
-                batch, tokens, -1, config.head_dim
-            )
-            for name in "qkv"
-        )
-        rotation = tuple(table[:tokens].to(x.dtype) for table in self._rotation)
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k, v = (self._heads(x, prefix, name, adapters) for name in "qkv")
+        positions = torch.arange(x.shape[1]) if context is None else context.positions
+        q, k = self._rotate(q, positions), self._rotate(k, positions)
+        if context is not None:
+            k, v = context.exchange(k, v)
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=config.heads != config.kv_heads,
+            attn_mask=None if context is None else context.mask,
+            is_causal=context is None,
+            enable_gqa=self.config.heads != self.config.kv_heads,
         )
         joined = mixed.transpose(1, 2).flatten(2)
         return self._linear(joined, f"{prefix}self_attn.o_proj.weight", adapters)
+
+    def _heads(self, x: Tensor, prefix: str, name: str, adapters: Mapping[str, LowRank]) -> Tensor:
+        """Return the queries, keys or values (`name` q, k or v) [B, T, H, d] before rotation."""
+        product = self._linear(x, f"{prefix}self_attn.{name}_proj.weight", adapters)
+        return product.view(*product.shape[:-1], -1, self.config.head_dim)
+
+    def _rotate(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """Return heads [B, T, H, d] rotated by their positions [T]."""
+        cosines, sines = (table[positions].to(heads.dtype) for table in self._rotation)
+        return rotate(heads, cosines, sines)
+
+    def _normed(self, x: Tensor, name: str, adapters: Mapping[str, LowRank]) -> Tensor:
+        """Return the RMS norm of x [.., D] with the named weight."""
+        gain = self._gain(name, adapters)
+        return F.rms_norm(x, gain.shape, gain, self.config.norm_eps)
 
     def _mlp(self, x: Tensor, prefix: str, adapters: Mapping[str, LowRank]) -> Tensor:
         """Return the MLP's output [B, T, D] for the normed stream [B, T, D]."""
