@@ -89,17 +89,16 @@ def path_changes(
 
     The first half of each window is computed on one path, the second half on another.
     """
+    from ladderstitch.training.text.calibrate import open_runner
     from ladderstitch.training.text.evaluate import read_tokens, split_windows
-    from ladderstitch_loadtest.benchmarks.path_changes import Paths, measure
+    from ladderstitch_loadtest.benchmarks.path_changes import measure
 
     bundle = TextBundle.load(find_bundle(model))
     sample = split_windows(read_tokens(text, bundle.tokenizer()), CHANGE_WINDOW, windows)
     names = [variant.name for variant in bundle.manifest.variants]
     with progress_bar() as progress:
         task = progress.add_task("windows", total=len(sample))
-        rows = measure(
-            Paths(bundle, CHANGE_WINDOW, threads), names, sample, lambda: progress.advance(task)
-        )
+        rows = measure(open_runner(bundle, threads), names, sample, lambda: progress.advance(task))
     table = Table("first half", "second half", "perplexity", "over no change", "KL, nats/token")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))

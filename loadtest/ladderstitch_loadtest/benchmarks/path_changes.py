@@ -1,7 +1,7 @@
 """Cost of a change of the path within an answer: perplexity and divergence after it.
 
 The first half of a window of text is computed on one path and the second half on another, which
-reads the keys and values of the first.
+reads the keys and values of the first, translated if its own differ.
 """
 
 from __future__ import annotations
@@ -14,37 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladderstitch.text.bundle import TextBundle
-from ladderstitch.text.comm.base import SingleRankCommunicator
-from ladderstitch.text.engine.rank_config import RankConfig
-from ladderstitch.text.engine.rank_models import load_models
-from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
-from ladderstitch.text.model.attention import PagedCache
-from ladderstitch.text.model.batch import Batch
-from ladderstitch.text.model.residual import plan_layers
-from ladderstitch.text.model.shard import Shard
-
-
-class Paths:
-    """All paths of a bundle in this process, on one cache."""
-
-    def __init__(self, bundle: TextBundle, window: int, threads: int) -> None:
-        self.config = RankConfig.of(bundle, threads=threads, max_model_len=window, sequences=1)
-        config, shard = self.config, Shard.of(self.config.model, 0, 1)
-        self._models = load_models(config, shard)
-        self._plans = [plan_layers(path, config.model.layers, 1) for path in config.paths]
-        self._cache = PagedCache(
-            config.model, shard, config.blocks, config.block_tokens, config.cache_dtype
-        )
-
-    def predict(self, path: int, tokens: Tensor, start: int) -> Tensor:
-        """Return the log probabilities [T, V] of tokens [T] from position `start` on."""
-        blocks = range(self.config.blocks)
-        step = Step((SequenceInput(tokens.tolist(), start, blocks, LogitsMode.ALL),))
-        batch = Batch(step, self.config.block_tokens)
-        comm = SingleRankCommunicator()
-        logits = self._models[path].forward(batch, self._cache, self._plans[path], comm)
-        return logits.float().log_softmax(-1)
+from ladderstitch.text.messages import LogitsMode
+from ladderstitch.training.text.switches import PathRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +43,7 @@ class ChangeCost:
 
 
 def measure(
-    paths: Paths,
+    runner: PathRunner,
     names: Sequence[str],
     windows: Tensor,
     on_window: Callable[[], None] = lambda: None,
@@ -83,7 +54,7 @@ def measure(
     pairs = [(first, second) for first in numbers for second in numbers]
     nats, divergences = dict.fromkeys(pairs, 0.0), dict.fromkeys(pairs, 0.0)
     for window in windows:
-        found = _predict_second_halves(paths, pairs, window, middle)
+        found = _predict_second_halves(runner, pairs, window, middle)
         for (first, second), predicted in found.items():
             own, targets = found[second, second], window[middle + 1 :]
             nats[first, second] += float(F.nll_loss(predicted, targets)) / len(windows)
@@ -97,12 +68,14 @@ def measure(
 
 
 def _predict_second_halves(
-    paths: Paths, pairs: Sequence[tuple[int, int]], window: Tensor, middle: int
+    runner: PathRunner, pairs: Sequence[tuple[int, int]], window: Tensor, middle: int
 ) -> Mapping[tuple[int, int], Tensor]:
     """Return the log probabilities of the second half by (path of the first, of the second)."""
     found = {}
     with torch.inference_mode():
         for first, second in pairs:
-            paths.predict(first, window[:middle], 0)
-            found[first, second] = paths.predict(second, window[middle:-1], middle)
+            runner.run(first, window[:middle], 0, LogitsMode.NONE)
+            runner.translate(first, second, window[:middle])
+            logits = runner.run(second, window[middle:-1], middle, LogitsMode.ALL)
+            found[first, second] = logits.float().log_softmax(-1)
     return found
