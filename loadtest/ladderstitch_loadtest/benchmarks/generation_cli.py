@@ -94,7 +94,8 @@ def path_changes(
     from ladderstitch_loadtest.benchmarks.path_changes import measure
 
     bundle = TextBundle.load(find_bundle(model))
-    sample = split_windows(read_tokens(text, bundle.tokenizer()), CHANGE_WINDOW, windows)
+    length = min(CHANGE_WINDOW, bundle.manifest.config.max_positions)
+    sample = split_windows(read_tokens(text, bundle.tokenizer()), length, windows)
     names = [variant.name for variant in bundle.manifest.variants]
     with progress_bar() as progress:
         task = progress.add_task("windows", total=len(sample))
