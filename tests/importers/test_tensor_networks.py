@@ -50,7 +50,8 @@ INFO = FamilyInfo("mine", settings=ImageSettings(labels=CLASSES, crop=WHOLE))
 
 def run(*arguments: str | Path, fails: bool = False) -> str:
     """Run a command of the command line and return what it prints."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    options = [str(argument) for argument in arguments]
+    result = CliRunner().invoke(app, options, env={"COLUMNS": "1000"})  # keeps paths whole
     assert (result.exit_code == 2) is fails, result.output
     return " ".join(result.output.split())
 

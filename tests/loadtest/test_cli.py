@@ -14,6 +14,7 @@ NAMES = [
     "compare",
     "compiled",
     "decisions",
+    "elastic",
     "families",
     "first-steps",
     "fuzz",
