@@ -95,6 +95,8 @@ class Rank:
         )
         self.planes = [
             [family.plane_number(plane.anchor, plane.layer) for plane in family.planes(route)]
+            if config.anchors
+            else None  # all of them
             for route in config.path_routes
         ]
         trim_heap()

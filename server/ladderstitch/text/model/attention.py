@@ -75,8 +75,10 @@ class PagedCache:
         `planes` are those that were written, unset: all. Others read only blocks whose tokens are
         finite: a masked position has the weight 0, and 0 times infinity is NaN.
         """
-        written = self._memory if planes is None else self._memory[list(planes)]
-        return written[:, :, batch.new_slots].abs().amax(dim=(0, 1, 3, 4)).isfinite()
+        written = self._memory[:, :, batch.new_slots]  # before planes, which are copied
+        if planes is not None:
+            written = written[list(planes)]
+        return written.abs().amax(dim=(0, 1, 3, 4)).isfinite()
 
     def onnx_attention(self, query_heads: int) -> OnnxAttention | None:
         """Return the attention of that many query heads in ONNX Runtime; None: torch computes."""
