@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file
 from torch import nn
 from typer.testing import CliRunner
 
-from ladderstitch.cli import app
+from ladderstitch.cli import app, console
 from ladderstitch.errors import BundleError, ConfigError
 from ladderstitch.hosting.answer_limit import AnswerLimit
 from ladderstitch.importers.image_settings import WHOLE, ImageSettings
@@ -50,8 +51,8 @@ INFO = FamilyInfo("mine", settings=ImageSettings(labels=CLASSES, crop=WHOLE))
 
 def run(*arguments: str | Path, fails: bool = False) -> str:
     """Run a command of the command line and return what it prints."""
-    options = [str(argument) for argument in arguments]
-    result = CliRunner().invoke(app, options, env={"COLUMNS": "1000"})  # keeps paths whole
+    with mock.patch.object(console.err, "_width", 1000):  # keeps long paths whole
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert (result.exit_code == 2) is fails, result.output
     return " ".join(result.output.split())
 

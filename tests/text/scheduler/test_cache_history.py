@@ -47,7 +47,7 @@ class SlowHistory:
 
 @given(st.data())
 def test_history_equals_a_record_of_every_token(data: st.DataObject) -> None:
-    history, slow = CacheHistory(), SlowHistory()
+    history, slow, overwritten = CacheHistory(), SlowHistory(), False
     for _ in range(data.draw(st.integers(1, 12))):
         path = data.draw(st.sampled_from(PATHS))
         action = data.draw(st.sampled_from(["append", "repair", "truncate"]))
@@ -66,6 +66,7 @@ def test_history_equals_a_record_of_every_token(data: st.DataObject) -> None:
             count = data.draw(st.integers(0, left))
             sharing = sorted(data.draw(st.sets(st.sampled_from(PATHS))) - {path})
             if count:
+                overwritten |= bool(sharing)
                 history.repair(path, count, sharing)
                 slow.repair(path, count, sharing)
         elif action == "truncate":
@@ -76,7 +77,8 @@ def test_history_equals_a_record_of_every_token(data: st.DataObject) -> None:
         assert history.num_tokens == len(slow.computed_by)
         for other in PATHS:
             assert history.num_complete(other) == slow.leading(slow.has, other)
-            assert history.num_exact(other) == slow.leading(slow.exact, other)
+            exact, most = history.num_exact(other), slow.leading(slow.exact, other)
+            assert exact <= most if overwritten else exact == most  # may forget, never invent
 
 
 def test_spans_of_one_path_are_joined() -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from ladderstitch.cli import app
+from ladderstitch.cli import app, console
 from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.training.vision.recipe import OWN_PICTURES, Recipe
 from ladderstitch.training.vision.training_data import load_training_data, measure_channels
@@ -35,7 +36,8 @@ def recipe(tmp_path: Path) -> Path:
 
 def ladderstitch(*arguments: object, fails: bool = False) -> str:
     """Run a command, and return its output as one line."""
-    result = runner.invoke(app, [str(argument) for argument in arguments])
+    with mock.patch.object(console.err, "_width", 1000):  # keeps long paths whole
+        result = runner.invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == (2 if fails else 0), result.output
     return " ".join(result.output.split())
 
