@@ -203,8 +203,8 @@ class GenerationRequest:
 
 CacheUse = Literal["", "shared", "projected", "written-through", "caught-up", "recomputed"]
 """The origin of the keys and values that a span of an answer found: its own variant (empty), a
-variant with interchangeable ones, a translation at the change or of every token, or computed again,
-from the first token of another variant on or from the start."""
+variant that writes the same planes, a translation at the change or of every token, or computed
+again, from the first token of another variant on or from the start."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,20 +6,27 @@ tokens come from a definition in float64 that computes token by token.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from pathlib import Path
 
 import pytest
 import torch
 
+from ladderstitch.errors import InternalError
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile
 from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget, TokenChunk
 from ladderstitch.scheduling.settings import CacheMode, SchedulerSettings
 from ladderstitch.telemetry.model_metrics import NullObserver
-from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.bundle import TextBundle, TextVariant
+from ladderstitch.text.messages import LogitsMode, Step, StepOutput
+from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.scheduler.scheduler import TextScheduler
 from ladderstitch.text.scheduler.step_times import StepTimes
+from ladderstitch.text.switches import Penalty, SwitchTable
 from tests.support.elastic_models import Definition, paths, random_family, write_elastic
+from tests.support.language_models import write_tiny
 from tests.system.text.test_scheduler import collect, make_request, running_scheduler
 
 NAMES = [path.name for path in paths()]
@@ -230,3 +237,54 @@ def regrets_of_prompt(prompt: list[int], chunks: list[TokenChunk], path: int) ->
     definition = Definition(random_family(), lag=1)
     logits = definition.logits(tokens, [ROUTES[path]] * len(tokens))[len(prompt) - 1 :]
     return logits.max(dim=-1).values - logits[torch.arange(len(answer)), torch.tensor(answer)]
+
+
+async def test_failed_repair_ends_only_the_answer_that_it_repairs(
+    scheduler: TextScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = scheduler.group.run
+
+    async def fail_repairs(step: Step) -> StepOutput:
+        if step.inputs[0].logits_mode == LogitsMode.NONE:  # prompts are computed in one step
+            raise InternalError("the forward pass failed")
+        return await run(step)
+
+    scheduler.times = FixedTimes(1e-6)
+    monkeypatch.setattr(scheduler.group, "run", fail_repairs)
+    other = asyncio.create_task(collect(scheduler, make_request(PROMPT, 60, variant=MIDDLE)))
+    with pytest.raises(InternalError):
+        await change(scheduler, "anytime", SMALL, LARGE)
+    chunks = await other
+    assert spans_of(chunks[-1]) == [(MIDDLE, 60, "")]
+
+
+@pytest.mark.parametrize(
+    ("mode", "use"), [("recompute", "recomputed"), ("catch-up", "caught-up"), ("project", "shared")]
+)
+async def test_paths_with_the_same_planes_are_computed_again_if_asked(
+    tmp_path: Path, mode: CacheMode, use: str
+) -> None:
+    ladder = ResidualScheme(scheme="ladder", ladder_layers=2)
+    both = (
+        TextVariant(name="standard", residual=ResidualScheme()),
+        TextVariant(name="ladder", residual=ladder),
+    )
+    bundle = TextBundle.load(write_tiny(tmp_path / "tiny", paths=both))
+    penalties = (
+        Penalty(source=0, target=1, nats=0.25),
+        Penalty(source=1, target=0, nats=0.125),
+    )
+    table = SwitchTable(
+        data="none", date="", versions={}, context=1, tokens=1, windows=1, penalties=penalties
+    )
+    async with running_scheduler(bundle, switches=table) as running:
+        chunks = await change(running, mode, 0, 1)
+        whole = [*PROMPT, *(chunk.token for chunk in chunks)]
+        (_, before, _), (_, _, cache) = spans_of(chunks[-1])
+        assert cache == use
+        assert chunks[-1].answer.spans[1].penalty_nats == (0.25 if use == "shared" else 0.0)
+        if use != "shared":
+            tail = len(PROMPT) + before
+            alone = make_request(whole[:tail], COUNT - before, variant=1)
+            again = await collect(running, alone)
+            assert [c.token for c in again] == [c.token for c in chunks[before:]]

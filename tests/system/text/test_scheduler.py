@@ -28,6 +28,7 @@ from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.scheduler.block_manager import BlockManager
 from ladderstitch.text.scheduler.queue import SequenceQueue
 from ladderstitch.text.scheduler.scheduler import TextScheduler
+from ladderstitch.text.switches import SwitchTable
 from ladderstitch_loadtest.benchmarks.generation_load import StaticQueue
 from tests.support.language_models import TINY, one_rank_logits
 
@@ -44,6 +45,7 @@ async def running_scheduler(
     make_queue: Callable[[BlockManager, int], SequenceQueue] = SequenceQueue,
     options: GroupOptions | None = None,
     observer: TextObserver | None = None,
+    switches: SwitchTable | None = None,
     **fields: object,
 ) -> AsyncIterator[TextScheduler]:
     rank_config = RankConfig.of(
@@ -67,6 +69,7 @@ async def running_scheduler(
             max_sequences,
             observer,
             make_queue,
+            switches,
         )
         await scheduler.measure()
         yield scheduler

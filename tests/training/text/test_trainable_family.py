@@ -15,6 +15,8 @@ from torch import Tensor
 from ladderstitch.errors import ConfigError
 from ladderstitch.text.bundle import TextBundle, TextManifest, TextVariant, write_manifest
 from ladderstitch.text.model.config import DecoderConfig
+from ladderstitch.text.model.family import DecoderFamily
+from ladderstitch.text.model.family_weights import anchor_prefix, map_shapes
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.weights import expected_shapes
 from ladderstitch.training.text.calibrate import open_runner
@@ -23,7 +25,7 @@ from ladderstitch.training.text.family_routes import Route, Span, all_routes
 from ladderstitch.training.text.measure_family import switch_divergence
 from ladderstitch.training.text.stitching_maps import fit_maps
 from ladderstitch.training.text.switches import measure_switches
-from ladderstitch.training.text.trainable_family import TrainableFamily, anchor_prefix, map_shapes
+from ladderstitch.training.text.trainable_family import TrainableFamily
 from ladderstitch.training.text.trainable_llama import TrainableLlama
 
 SHARED = {
@@ -45,7 +47,7 @@ Tensors = Mapping[str, Tensor]
 def random_family(scheme: str, anchors: int = 3) -> TrainableFamily:
     """Return a family of the first configurations, with random weights of visible effect."""
     configs = CONFIGS[:anchors]
-    shapes = map_shapes(configs)
+    shapes = map_shapes(DecoderFamily(tuple(configs)))
     for number, config in enumerate(configs):
         prefix = anchor_prefix(number, anchors)
         shapes |= {prefix + name: shape for name, shape in expected_shapes(config).items()}

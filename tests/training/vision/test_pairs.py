@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ladderstitch.errors import DataError
-from ladderstitch.training.vision.affine_fit import AffineFit
+from ladderstitch.training.affine_fit import AffineFit
 from ladderstitch.training.vision.pairs import (
     Joint,
     best_joints,

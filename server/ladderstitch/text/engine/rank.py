@@ -105,11 +105,17 @@ class Rank:
         self.graphs: dict[int, GraphedDecoder] = {}
         self.load_stats = {
             "weight_bytes": self.models[0].weight_bytes,
-            "cache_bytes": self.cache.bytes,
+            "cache_bytes": self.cache.bytes + self._boundary_bytes,
             "memory_bytes": anonymous_bytes() - anonymous,
             "seconds": time.monotonic() - started,
             "notes": notes,
         }
+
+    @property
+    def _boundary_bytes(self) -> int:
+        """The memory of the streams from which a family's keys are translated, in bytes."""
+        first = self.models[0]
+        return first.model.boundaries.bytes if isinstance(first, StitchedPath) else 0
 
     def init_comm(self, spec: CommSpec, listener: socket.socket) -> None:
         """Close the old communicator, if any, and connect to the peers with a new one."""

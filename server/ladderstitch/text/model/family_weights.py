@@ -41,10 +41,16 @@ class WeightsView:
         return self._weights.read(self._prefix + name, rows, columns)
 
 
+def anchor_prefix(anchor: int, num_anchors: int) -> str:
+    """Return the prefix of an anchor's tensors in a bundle; the last, the largest, has none."""
+    return "" if anchor == num_anchors - 1 else f"{ANCHORS}{anchor}."
+
+
 def anchor_weights(weights: Weights, num_anchors: int) -> list[Weights]:
     """Return the weights of each anchor of a family, the largest one last."""
-    smaller = [WeightsView(weights, f"{ANCHORS}{number}.") for number in range(num_anchors - 1)]
-    return [*smaller, WeightsView(weights, "")]
+    return [
+        WeightsView(weights, anchor_prefix(anchor, num_anchors)) for anchor in range(num_anchors)
+    ]
 
 
 def stitch_weights(weights: Weights) -> Weights:
@@ -58,20 +64,24 @@ def check_family_weights(weights: Weights, family: DecoderFamily) -> None:
     parts = anchor_weights(weights, len(family.anchors))
     for part, config in zip(parts, family.anchors, strict=True):
         check_weights(part, config)
-    expected: dict[str, tuple[int, ...]] = {}
-    for name, shape in family.maps():
-        expected |= {name.weight: shape, name.bias: shape[:1]}
+    expected = {name.removeprefix(STITCHES): shape for name, shape in map_shapes(family).items()}
     check_tensors(
         expected, {name: maps.shape(name) for name in maps.names()}, where="stitching layers"
     )
 
 
-def family_shapes(family: DecoderFamily) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every tensor of a family, as a bundle stores them."""
-    shapes = dict(expected_shapes(family.largest))
-    for number, anchor in enumerate(family.anchors[:-1]):
-        own = expected_shapes(anchor)
-        shapes |= {f"{ANCHORS}{number}.{name}": shape for name, shape in own.items()}
+def map_shapes(family: DecoderFamily) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor of the stitching layers, as a bundle has them."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in family.maps():
         shapes |= {STITCHES + name.weight: shape, STITCHES + name.bias: shape[:1]}
     return shapes
+
+
+def family_shapes(family: DecoderFamily) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor of a family, as a bundle stores them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for number, anchor in enumerate(family.anchors):
+        prefix = anchor_prefix(number, len(family.anchors))
+        shapes |= {prefix + name: shape for name, shape in expected_shapes(anchor).items()}
+    return shapes | map_shapes(family)

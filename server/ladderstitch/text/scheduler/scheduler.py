@@ -35,6 +35,7 @@ from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.engine.rank_handle import RankLost
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.scheduler.block_manager import BlockManager
+from ladderstitch.text.scheduler.cache_changes import CacheChanges
 from ladderstitch.text.scheduler.cache_rules import CacheRules
 from ladderstitch.text.scheduler.guarded_observer import GuardedObserver
 from ladderstitch.text.scheduler.planner import (
@@ -43,7 +44,6 @@ from ladderstitch.text.scheduler.planner import (
     ScheduledChunk,
     StepPlan,
     choose_variant,
-    decode_round_s,
     estimate_token_times,
     plan_step,
 )
@@ -61,10 +61,6 @@ MAX_RANK_LOSSES = 8
 """Rank losses that one sequence survives; more than these are not a coincidence."""
 MAX_ENDS_IN_ROW = 5
 """Unexpected ends of the loop, with no progress in between, after which the model is not alive."""
-REPAIR_TOKENS = 64
-"""Tokens whose keys and values a step in idle time computes again."""
-REPAIR_MARGIN = 2.0
-"""Tokens per sequence that must fit between such a step and the next deadline."""
 LOAD_REPORT_TOKENS = 32
 """Prompt and answer length assumed when reporting load."""
 
@@ -103,6 +99,7 @@ class TextScheduler:
         self._by_name, self.draining = frozenset(by_name), False
         self.statistics = Statistics()
         self._queue = make_queue(self.block_manager, max_sequences)
+        self._cache_changes = CacheChanges(self.cache_rules, self._queue)
         self._plan: StepPlan | None = None
         self._apart: list[Sequence] = []
         """Sequences of a step that failed, which run one by one until one of them fails alone."""
@@ -282,57 +279,26 @@ class TextScheduler:
         """Move decoding sequences to the variants that their budgets allow from now on."""
         changes = self._change_rules.plan(self._queue.active, self.times, now)
         for change in changes:
-            self._change_variant(change.sequence, change.variant)
+            self._cache_changes.change(change.sequence, change.variant, self.settings.cache_mode)
         if changes:
             self._guarded.observe_variant_changes(len(changes))
 
-    def _change_variant(self, sequence: Sequence, variant: int) -> None:
-        """Move a sequence to a variant, and do with its cache what the settings say."""
-        rules, mode = self.cache_rules, self.settings.cache_mode
-        if not rules.num_missing[sequence.variant][variant]:
-            sequence.change_variant(variant, "shared")
-            return
-        if mode == "recompute":
-            sequence.change_variant(variant, "recomputed")
-            self._queue.restart(sequence)
-        elif mode == "catch-up":
-            sequence.change_variant(variant, "caught-up")
-            if self.block_manager.reclaim(sequence.block_table.blocks):
-                sequence.rewind(sequence.history.num_exact(sequence.kind))
-            else:
-                self._queue.restart(sequence)
-        else:
-            is_whole = not sequence.history.missing(rules.kinds[variant])
-            sequence.change_variant(variant, "written-through" if is_whole else "projected")
-
     async def _repair(self) -> None:
         """Compute translated keys and values again while every sequence can afford to wait."""
-        if self.settings.cache_mode != "anytime" or not self.cache_rules.translates:
+        if self.settings.cache_mode != "anytime":
             return
-        for sequence in self._queue.active:
-            repaired = sequence.next_repair(REPAIR_TOKENS)
-            if repaired is None or sequence.num_pending != 1:
-                continue
-            num_tokens = len(repaired.tokens)
-            seconds = self.times.expected(sequence.variant, num_tokens)
-            if not self._can_wait(seconds) or not self.block_manager.reclaim(repaired.blocks):
-                continue
-            started_at = time.monotonic()
-            await self.group.run(Step((repaired,), sequence.variant, seconds))
-            if not sequence.ended and sequence in self._queue.active:
-                sequence.mark_repaired(repaired)
-            self._guarded.observe_repair(num_tokens, time.monotonic() - started_at)
+        repair = self._cache_changes.next_repair(self.times, time.monotonic())
+        if repair is None:
             return
-
-    def _can_wait(self, seconds: float) -> bool:
-        """Return whether no sequence waits, and all active ones have a token and time to spare."""
-        now = time.monotonic()
-        round_s = decode_round_s(self._queue.load().num_sequences, self.times)
-        return not self._queue.waiting and all(
-            sequence.token_deadline(self.times.expected(sequence.variant, 1))
-            >= now + seconds + REPAIR_MARGIN * round_s
-            for sequence in self._queue.active
-        )
+        sequence, tokens = repair.sequence, repair.tokens
+        self._plan = StepPlan(sequence.variant, (ScheduledChunk(sequence, len(tokens.tokens)),))
+        started_at = time.monotonic()
+        output = await self.group.run(Step((tokens,), sequence.variant, repair.planned_s))
+        self._guarded.observe_repair(len(tokens.tokens), time.monotonic() - started_at)
+        if output.non_finite:
+            self._fail([sequence], non_finite_output())
+        elif not sequence.ended:
+            sequence.mark_repaired(tokens)
 
     def _make_room(self, wanted: StepPlan) -> StepPlan:
         plan, num_preempted = self._queue.make_room(wanted, self.times)
@@ -355,12 +321,7 @@ class TextScheduler:
         plan = StepPlan(plan.variant, tuple(chunks))
         planned_s = self.times.expected(plan.variant, plan.num_tokens, len(chunks))
         translations = tuple(t for c in chunks for t in c.sequence.next_translations())
-        planned_s += sum(
-            self.times.translation_s(
-                len(t.tokens), self.cache_rules.num_missing[t.source][t.target]
-            )
-            for t in translations
-        )
+        planned_s += self._cache_changes.translation_s(translations, self.times)
         step = Step(
             tuple(inputs),
             plan.variant,
@@ -376,8 +337,9 @@ class TextScheduler:
         """Append the new tokens to their sequences; remove the sequences that end or fail."""
         best, logits = iter(executed.output.best.tolist()), iter(executed.output.logits)
         both = zip(executed.plan.chunks, executed.step.inputs, strict=True)
-        others = self.cache_rules.other_kinds(executed.plan.variant)
-        write_through = others if executed.step.write_through else []
+        write_through: list[int] = []
+        if executed.step.write_through:
+            write_through = self.cache_rules.other_kinds(executed.plan.variant)
         for number, (chunk, step_input) in enumerate(both):
             token = next(best) if step_input.logits_mode == LogitsMode.BEST else None
             row = next(logits) if step_input.logits_mode == LogitsMode.LAST else None
@@ -400,14 +362,10 @@ class TextScheduler:
     def _observe(self, executed: ExecutedStep) -> None:
         plan, seconds = executed.plan, executed.ended_at - executed.started_at
         num_sequences = len(plan.chunks)
-        self._guarded.observe_translation(sum(len(t.tokens) for t in executed.step.translations))
-        seconds -= sum(
-            self.times.translation_s(
-                len(t.tokens), self.cache_rules.num_missing[t.source][t.target]
-            )
-            for t in executed.step.translations
-        )
-        seconds = max(seconds, 1e-6)
+        translations = executed.step.translations
+        self._guarded.observe_translation(sum(len(t.tokens) for t in translations))
+        translation_s = self._cache_changes.translation_s(translations, self.times)
+        seconds = max(seconds - translation_s, 0.1 * seconds)
         error = self.times.observe(plan.variant, plan.num_tokens, num_sequences, seconds)
         view = self.times.latency.view
         self._guarded.observe_step(

@@ -125,9 +125,8 @@ class Sequence:
 
         Blocks that are filled from now on hold a mixture, and are not cached for others.
         """
-        penalty = 0.0 if cache in ("caught-up", "recomputed") else None
-        if penalty is None:
-            penalty = self._rules.penalty_nats(self.variant, variant)
+        is_exact = cache in ("caught-up", "recomputed")
+        penalty = 0.0 if is_exact else self._rules.penalty_nats(self.variant, variant)
         self._span_start = TokenSpan(variant, self._names[variant], 0, cache, penalty)
         self.variant = variant
         self.block_table.stop_caching()
@@ -176,13 +175,13 @@ class Sequence:
         self.block_table.mark_computed(block_manager, self.tokens, num_tokens)
 
     def next_repair(self, num_tokens: int) -> SequenceInput | None:
-        """Return up to `num_tokens` translated tokens, to be computed on its variant; None: none.
+        """Return up to `num_tokens` tokens for its variant to compute again; None: none.
 
-        They are the first ones whose keys and values are not exact.
+        They are the first ones whose keys and values are not those of the variant alone.
         """
         begin = self.history.num_exact(self.kind)
         end = min(begin + num_tokens, self.history.num_tokens)
-        if begin >= end or self._span_start.cache != "projected":
+        if begin >= end:
             return None
         return SequenceInput(
             self.tokens[begin:end], begin, self.block_table.blocks, LogitsMode.NONE

@@ -49,8 +49,10 @@ class ChangeRules:
         would meet the budget with `MIN_LEAD`. A sequence of a request that names its variant keeps
         it. Without a budget, a sequence leaves a variant only if it may no longer be used.
         """
+        if not self.settings.change_variants:
+            return []
         movable = [s for s in active if self._may_change(s)]
-        if not movable or not self.settings.change_variants:
+        if not movable:
             return []
         affordable = {sequence: sequence.affordable_token_s(now) for sequence in movable}
         counts = dict(SchedulerLoad.from_sequences(active, ()).num_sequences)
@@ -104,10 +106,9 @@ class ChangeRules:
     def _change_s(self, sequence: Sequence, variant: int, times: StepTimes) -> float:
         """Return the seconds of a change, spread over the tokens in which an answer catches up."""
         rules, mode = self.cache_rules, self.settings.cache_mode
-        num_planes = rules.num_missing[sequence.variant][variant]
-        if not num_planes or mode == "write-through":
-            return 0.0
         cached, kind = sequence.history.num_tokens, rules.kinds[variant]
+        if kind == sequence.kind or mode == "write-through":
+            return 0.0
         left = sequence.request.max_tokens - sequence.num_generated
         if mode == "recompute":
             seconds = times.prefill_s(variant, cached)
@@ -115,5 +116,6 @@ class ChangeRules:
             seconds = times.prefill_s(variant, cached - sequence.history.num_exact(kind))
         else:
             missing = cached - sequence.history.num_complete(kind)
+            num_planes = rules.num_missing[sequence.variant][variant]
             seconds = times.translation_s(missing, num_planes)
         return seconds / max(1, min(left, PACE_TOKENS))

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ladderstitch.text.model.family import MapName
+from ladderstitch.text.model.family_weights import STITCHES
+from ladderstitch.training.affine_fit import AffineFit
 from ladderstitch.training.text.family_routes import anchor_pairs
-from ladderstitch.training.text.trainable_family import TrainableFamily, map_name
+from ladderstitch.training.text.trainable_family import TrainableFamily
 from ladderstitch.training.text.trainable_llama import StreamState
-from ladderstitch.training.vision.affine_fit import AffineFit
 
 FIT_WINDOWS = 8
 """Windows whose streams are in memory at a time."""
@@ -61,10 +63,10 @@ def fit_maps(
     explained = {}
     for place, fit in fits.items():
         weight, bias = fit.solve()
-        name = map_name(*place)
-        family.tensors[f"{name}.weight"].copy_(weight)
-        family.tensors[f"{name}.bias"].copy_(bias)
-        explained[name] = fit.explained(weight, bias)
+        name = MapName(*place)
+        family.tensors[STITCHES + name.weight].copy_(weight)
+        family.tensors[STITCHES + name.bias].copy_(bias)
+        explained[STITCHES + ".".join(map(str, place))] = fit.explained(weight, bias)
     return explained
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from ladderstitch.text.model.family_weights import STITCHES
 from ladderstitch.training.text.elastic_recipe import ElasticRecipe, StitchSchedule
 from ladderstitch.training.text.family_routes import Route, Span, all_routes
 from ladderstitch.training.text.scratch import (
@@ -52,7 +53,7 @@ class FamilyRun:
             if name.startswith(("model.", "lm_head.")) and not schedule.train_largest:
                 continue
             tensor.requires_grad_()
-            is_map = name.startswith("stitches.")
+            is_map = name.startswith(STITCHES)
             (maps if is_map else matrices if tensor.dim() > 1 else vectors).append(tensor)
         rate = schedule.learning_rate
         slow = rate * schedule.anchor_learning_rate_factor

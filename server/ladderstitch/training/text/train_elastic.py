@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ladderstitch.scheduling.profiles import Quality, QualityTable
 from ladderstitch.text.bundle import QUALITY, TextManifest, TextVariant, write_manifest
+from ladderstitch.text.model.family import DecoderFamily
+from ladderstitch.text.model.family_weights import anchor_prefix, map_shapes
 from ladderstitch.text.model.residual import plan_layers
 from ladderstitch.text.model.weight_reader import SINGLE
 from ladderstitch.text.tokenizer import TextTokenizer
@@ -36,7 +38,7 @@ from ladderstitch.training.text.measure_family import (
 from ladderstitch.training.text.scratch import train_schemes, train_tokenizer
 from ladderstitch.training.text.stitching_maps import fit_maps, half_precision
 from ladderstitch.training.text.switch_training import train_family
-from ladderstitch.training.text.trainable_family import TrainableFamily, anchor_prefix, map_shapes
+from ladderstitch.training.text.trainable_family import TrainableFamily
 
 LOGGED_WINDOWS = 16
 """Held-out windows of the figures in the log."""
@@ -155,7 +157,8 @@ def _assemble(
         prefix = anchor_prefix(number, len(training.names))
         trained = runs[ANCHOR_RUN].model.tensors
         tensors |= {prefix + key: tensor.detach().clone() for key, tensor in trained.items()}
-    tensors |= {name: torch.zeros(shape) for name, shape in map_shapes(recipe.configs).items()}
+    shapes = map_shapes(DecoderFamily(tuple(recipe.configs)))
+    tensors |= {name: torch.zeros(shape) for name, shape in shapes.items()}
     return _family(recipe, tensors)
 
 

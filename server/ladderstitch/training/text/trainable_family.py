@@ -15,35 +15,16 @@ from torch import Tensor
 
 from ladderstitch.errors import ConfigError
 from ladderstitch.text.model.config import DecoderConfig
+from ladderstitch.text.model.family import MapName
+from ladderstitch.text.model.family_weights import STITCHES, anchor_prefix
 from ladderstitch.text.model.residual import LayerPlan
-from ladderstitch.training.text.family_routes import Route, Span, anchor_pairs
+from ladderstitch.training.text.family_routes import Route, Span
 from ladderstitch.training.text.trainable_llama import Context, StreamState, TrainableLlama
 
 Streams = dict[int, StreamState]
 """The streams [B, T_a, D_a] of the tokens that are in each anchor, in order of their positions."""
 Places = dict[int, Tensor]
 """The positions [T_a] of the tokens that are in each anchor."""
-
-
-def anchor_prefix(anchor: int, anchors: int) -> str:
-    """Return the prefix of an anchor's tensors in a bundle; the last, the largest, has none."""
-    return "" if anchor == anchors - 1 else f"anchors.{anchor}."
-
-
-def map_name(front: int, end: int, layer: int) -> str:
-    """Return the name of the stitching map from an anchor to another before a layer."""
-    return f"stitches.{front}.{end}.{layer}"
-
-
-def map_shapes(configs: Sequence[DecoderConfig]) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor of the stitching maps."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for front, end in anchor_pairs(len(configs)):
-        width, end_width = configs[front].hidden_size, configs[end].hidden_size
-        for layer in range(1, configs[end].layers):
-            name = map_name(front, end, layer)
-            shapes |= {f"{name}.weight": (end_width, width), f"{name}.bias": (end_width,)}
-    return shapes
 
 
 class TrainableFamily:
@@ -125,9 +106,9 @@ class TrainableFamily:
 
         The bias belongs to one part of a stream only.
         """
-        name = map_name(front, end, layer)
-        offset = self.tensors[f"{name}.bias"] if bias else None
-        return F.linear(x, self.tensors[f"{name}.weight"], offset).float()
+        name = MapName(front, end, layer)
+        offset = self.tensors[STITCHES + name.bias] if bias else None
+        return F.linear(x, self.tensors[STITCHES + name.weight], offset).float()
 
     def _cross(
         self, streams: Streams, before: Tensor, after: Tensor, layer: int

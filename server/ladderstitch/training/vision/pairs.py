@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ladderstitch.scheduling.requests import Pixels
-from ladderstitch.training.vision.affine_fit import AffineFit
+from ladderstitch.training.affine_fit import AffineFit
 from ladderstitch.vision.models.graphs import INPUT
 from ladderstitch.vision.networks.maps import MIN_OPSET, Features, aligned_rows, feature_rows
 from ladderstitch.vision.networks.probe import Cut, open_quietly
