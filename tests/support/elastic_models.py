@@ -64,11 +64,15 @@ class Definition:
 
     Every token may take another route. Keys and values of a layer that a token did not run are
     translated from the stream that the other anchor's layer read. There is one rank, and the
-    stream is complete before it is mapped.
+    stream is complete before it is mapped. `parallel`: both sub-blocks of a layer read one stream.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, lag: int) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], *, lag: int = 0, parallel: bool = False
+    ) -> None:
         self._tensors, self._lag = {n: t.double() for n, t in tensors.items()}, lag
+        blocks = self._attention, self._mlp
+        self._groups = (blocks,) if parallel else tuple((block,) for block in blocks)
         dim = LARGE.head_dim
         frequencies = LARGE.rope_theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         angles = torch.outer(torch.arange(128, dtype=torch.float64), frequencies)
@@ -91,12 +95,14 @@ class Definition:
                     before = self._tensor(part.anchor, "embed_tokens.weight")[token]
                     last = torch.zeros_like(before)
                 for layer in range(part.first, part.last + 1):
-                    for block in (self._attention, self._mlp):
+                    for group in self._groups:
                         x = before if self._lag else before + last
-                        if block == self._attention:
+                        if self._attention in group:
                             read[position][part.anchor, layer] = x
                         before = before + last
-                        last = block(x, part.anchor, layer, position, tokens, read)
+                        last = torch.stack(
+                            [b(x, part.anchor, layer, position, tokens, read) for b in group]
+                        ).sum(0)
             end = path[-1].anchor
             final = self._norm(before + last, self._tensor(end, "norm.weight"))
             rows.append(self._tensor(end, "embed_tokens.weight") @ final)
