@@ -26,6 +26,8 @@ out = Console()
 err = Console(stderr=True)
 
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+MOST_MORE_DIGITS = 6
+"""Further digits that durations get at most to look different."""
 PANEL = "Connection to a server (before the command)"
 
 Address = Annotated[str, typer.Option(help="HOST:PORT of the server's gRPC endpoint.")]
@@ -153,11 +155,29 @@ def format_failure(error: RequestFailed, address: str) -> str:
         return f"[red]no server at {address}[/]; start one with `ladderstitch serve`"
     advice = ""
     if "min_feasible_us" in error.metadata:
-        advice = f"; the smallest budget is {int(error.metadata['min_feasible_us']) / 1e3:.2f} ms"
+        advice = f"; the smallest budget is {int(error.metadata['min_feasible_us']) / 1e3:.3f} ms"
     if error.retry_after_s is not None:
         advice = f"; try again in {1e3 * error.retry_after_s:.0f} ms"
     message = error.message.removeprefix(f"{error.code.name}: ")
     return f"[red]{error.code.name}[/] {escape(message)}{advice}"
+
+
+def format_ms(*seconds: float) -> tuple[str, ...]:
+    """Return durations in milliseconds with four digits, or as many as make all of them differ.
+
+    Durations that differ by less than a nanosecond may look equal.
+    """
+    texts: tuple[str, ...] = ()
+    for more in range(MOST_MORE_DIGITS):
+        texts = tuple(_format_ms(1e3 * each, more) for each in seconds)
+        if len(set(map(float, texts))) == len(set(seconds)):
+            break
+    return tuple(f"{text} ms" for text in texts)
+
+
+def _format_ms(number: float, more: int) -> str:
+    digits = 1 if number >= 100 else 2 if number >= 10 else 3
+    return f"{number:.{digits + more}f}"
 
 
 def progress_bar() -> Progress:

@@ -18,6 +18,7 @@ from ladderstitch.cli.console import (
     connect,
     err,
     exit_on_failure,
+    format_ms,
     parse_duration,
     user_errors,
 )
@@ -222,7 +223,10 @@ def _print_accounting(last: TextChunk, options: GenerateOptions) -> None:
     ):
         if budget_s is not None:
             result = "met" if met else "missed"
-            err.print(f"{name}: {took_us / 1e3:.0f} ms, budget of {1e3 * budget_s:.0f} ms {result}")
+            took, budget = format_ms(took_us / 1e6, budget_s)
+            if took == budget and not met:  # the accounting has whole microseconds
+                took = f"just over {took}"
+            err.print(f"{name}: {took}, budget of {budget} {result}", highlight=False)
 
 
 def _print_rate(tokens: int, seconds: float) -> None:

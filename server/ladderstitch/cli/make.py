@@ -11,11 +11,11 @@ from rich.table import Table
 from ladderstitch.bundles import find_bundle, is_language_bundle, models_home
 from ladderstitch.cli import own_models, train
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
+from ladderstitch.cli.language_families import NETWORK_SUFFIXES
 from ladderstitch.cli.measure import quality_table
 from ladderstitch.cli.own_models import parse_numbers
 from ladderstitch.errors import ConfigError
 
-NETWORK_SUFFIXES = (".onnx", ".yaml", ".yml")
 DATA = ("fashion-mnist", "brown", "austen")
 MODELS = ("smollm2", "smollm2-ladder", "efficientnet-lite")
 
@@ -266,7 +266,8 @@ def import_(
         if folders := [path for path in checkpoints if path.is_dir()]:
             raise ConfigError(
                 f"checkpoints: expected files, got the folder {folders[0]}; a language model of "
-                f"transformers needs no import: ladderstitch serve --model {folders[0]}"
+                f"transformers needs no import: ladderstitch serve --model {folders[0]}; several "
+                "of one tokenizer are stitched by `make`"
             )
         info = BundleInfo(
             name, licence, labels, parse_numbers("mean", mean), parse_numbers("std", std)

@@ -179,7 +179,9 @@ def frontier(
         if is_language_bundle(path):
             if macs:
                 raise ConfigError("macs: expected an image model, got a language model")
-            _print_paths(path, plot)
+            print_paths(path, plot)
+            if plot is not None:
+                err.print(f"wrote {plot}")
             return
         loaded = VisionBundle.load(path)
         metric: CostMetric = "macs" if macs else "latency"
@@ -200,7 +202,7 @@ def _profile_paths(path: Path, rounds: int, threads: int, progress: Progress) ->
     return profile(TextBundle.load(path, calibrated=False), rounds, threads, progress)
 
 
-def _print_paths(path: Path, plot: Path | None) -> None:
+def print_paths(path: Path, plot: Path | None) -> None:
     """Print the paths of a language model, and draw them if they have been profiled."""
     from ladderstitch.text.bundle import TextBundle
     from ladderstitch.text.frontier import path_rows, plot_paths, read_latency
@@ -231,7 +233,6 @@ def _print_paths(path: Path, plot: Path | None) -> None:
     out.print(plain_table(columns, rows, text=("path", "frontier")))
     if plot is not None:
         plot_paths(bundle, latency, plot)
-        err.print(f"wrote {plot}")
 
 
 def frontier_table(rows: list[FrontierRow]) -> Table:

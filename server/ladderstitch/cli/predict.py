@@ -21,6 +21,7 @@ from ladderstitch.cli.console import (
     err,
     exit_on_failure,
     format_failure,
+    format_ms,
     out,
     parse_duration,
     plain_table,
@@ -104,12 +105,12 @@ def _advise(client: Client, model: str, answers: list[Prediction]) -> str:
     details = client.get_model(model)
     planned_us = {v.id: v.planned_latency_us for v in details.variants if v.id in details.frontier}
     around_s = median(answer.total_s - answer.compute_s for answer in answers)
-    fastest_ms, best_ms = (
-        us / 1e3 + 1e3 * around_s for us in (min(planned_us.values()), max(planned_us.values()))
+    fastest, best = format_ms(
+        *(us / 1e6 + around_s for us in (min(planned_us.values()), max(planned_us.values())))
     )
     return (
         f"{len(missed)} of {len(answers)} budgets were missed; an idle server keeps "
-        f"{fastest_ms:.1f} ms with its fastest variant and {best_ms:.1f} ms with its best one"
+        f"{fastest} with its fastest variant and {best} with its best one"
     )
 
 
@@ -138,23 +139,26 @@ def _answer_table(answers: list[tuple[str, Prediction]]) -> Table:
 def _answer_cells(name: str, answer: Prediction, *, wide: bool) -> tuple[str | Text, ...]:
     variant = f"{answer.variant} ({answer.variant_name})" if wide else answer.variant_name
     parts = (answer.queue_s, answer.compute_s) if wide else ()
+    budget_s = answer.total_s if answer.budget_s is None else answer.budget_s
+    total, budget = format_ms(answer.total_s, budget_s)
     return (
         name,
         Text(answer.label, style="bold"),
         f"{answer.probability:.2f}",
         variant,
         f"{answer.quality:.4f}",
-        *(f"{1e3 * seconds:.2f} ms" for seconds in (*parts, answer.total_s)),
-        _format_budget(answer),
+        *(f"{1e3 * seconds:.2f} ms" for seconds in parts),
+        total,
+        _format_budget(answer, budget),
     )
 
 
-def _format_budget(answer: Prediction) -> Text:
+def _format_budget(answer: Prediction, budget: str) -> Text:
     """Return the caller's budget and whether it was met; `-` if the caller gave none."""
     if answer.budget_s is None or answer.budget_source != "field":
         return Text("-")
     result = ("met", "green") if answer.budget_met else ("missed", "red")
-    return Text.assemble(f"{1e3 * answer.budget_s:.1f} ms ", result)
+    return Text.assemble(f"{budget} ", result)
 
 
 def models(context: typer.Context, address: Address = DEFAULT_ADDRESS) -> None:
