@@ -314,12 +314,12 @@ def convert_ladder(
     """
     from ladderstitch.text.bundle import TextBundle
     from ladderstitch.training.text.convert import Conversion, convert, write_report
-    from ladderstitch.training.text.distil import LadderRecipe
+    from ladderstitch.training.text.distil import ConversionRecipe
 
     with user_errors():
         conversion = Conversion(
             source=TextBundle.load(find_bundle(source)),
-            recipe=LadderRecipe.load(recipe),
+            recipe=ConversionRecipe.load(recipe),
             text=text,
             held_out=dict(_parse_named_file(entry) for entry in held_out),
             into=into,

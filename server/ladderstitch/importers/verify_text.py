@@ -54,6 +54,7 @@ FAMILIES = (
     "ladder-llama",
     "desync-gpt",
     "parallel-gpt",
+    "parallel-groups",
 )
 RANK_COUNTS = (1, 2, 4)
 """Rank counts to try; if a model cannot be split over one, the next smaller one that fits."""
@@ -128,6 +129,9 @@ def _read_scheme(
     fitting = fitting_rank_counts(config)
     if family == "ladder-llama":
         return ResidualScheme(scheme="ladder", ladder_layers=tuple(entry["ladder_layers"])), fitting
+    if family == "parallel-groups":
+        groups = tuple((first, size) for first, size in entry["groups"])
+        return ResidualScheme(scheme="groups", groups=groups), fitting
     match entry.get("kind"):
         case "desync":
             ranks, pattern = entry["tensor_parallel_size"], entry["reduce_after"]

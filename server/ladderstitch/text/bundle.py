@@ -40,7 +40,7 @@ from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.family import DecoderFamily, Route
 from ladderstitch.text.model.family_weights import check_family_weights
 from ladderstitch.text.model.layout import LaidOutWeights, TensorLayout
-from ladderstitch.text.model.residual import ResidualScheme
+from ladderstitch.text.model.residual import ResidualScheme, find_group_problem
 from ladderstitch.text.model.weight_reader import (
     INDEX,
     SINGLE,
@@ -137,12 +137,16 @@ class TextManifest(BaseModel):
                 "paths: expected all schemes or none to be parallel, got both "
                 "(parallel layers have other tensors)"
             )
-        late = {variant.residual.scheme for variant in self.variants} & {"ladder", "desync"}
+        late = {variant.residual.scheme for variant in self.variants} & {"ladder", "desync", "groups"}
         if late and (self.config.norm_place != "before" or self.config.qk_norm == "all"):
             raise ValueError(
                 "residual: expected standard, as norms of outputs or over all heads need complete "
                 f"sums, got {late}"
             )
+        for variant in self.variants:
+            groups = variant.residual.groups or ()
+            if (problem := find_group_problem(groups, self.config.layers)) is not None:
+                raise ValueError(f"residual.{problem}")
         routes = {variant.name: variant.route for variant in self.variants}
         if (problem := self.decoder_family.find_problem(routes)) is not None:
             raise ValueError(problem)

@@ -6,9 +6,11 @@ heads of this rank, d head width, F_r feed-forward columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -197,12 +199,47 @@ class Layer:
             return
         _add(stream, self.mlp, self.mlp(x), reduce[1], self._mlp_output_norm)
 
+    def attend(
+        self,
+        stream: ResidualStream,
+        batch: Batch,
+        rotation: tuple[Tensor, Tensor],
+        cache: PagedCache,
+    ) -> Tensor:
+        """Return the attention's partial [T, D] for the complete stream, without adding it."""
+        x = _read(stream, 0, self._attention_norm)
+        mixed = self.attention(x, batch, rotation, cache, stream.sum_over_ranks)
+        return self.attention.output(mixed)
+
+    def transform(self, stream: ResidualStream) -> Tensor:
+        """Return the MLP's partial [T, D] for the complete stream, without adding it."""
+        return self.mlp.output(self.mlp(_read(stream, 0, self._mlp_norm)))
+
     def append_keys(
         self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor], cache: PagedCache
     ) -> None:
         """Add keys and values to the cache for the stream x [T, D] that the layer would read."""
         normed = x if self._attention_norm is None else self._attention_norm(x)
         self.attention.append_keys_only(normed, batch, rotation, cache)
+
+
+def run_group(
+    layers: Sequence[Layer],
+    stream: ResidualStream,
+    batch: Batch,
+    rotations: Sequence[tuple[Tensor, Tensor]],
+    cache: PagedCache,
+) -> None:
+    """Run layers as a group: all attentions read one stream and share one reduction, then all MLPs.
+
+    `rotations` has an entry for each layer. Norms of outputs are not supported.
+    """
+    attended = [
+        layer.attend(stream, batch, rotation, cache)
+        for layer, rotation in zip(layers, rotations, strict=True)
+    ]
+    stream.add(functools.reduce(torch.add, attended))
+    stream.add(functools.reduce(torch.add, [layer.transform(stream) for layer in layers]))
 
 
 def matrix_for_kernels(matrix: Matrix, bias: Tensor | None) -> Tensor | None:

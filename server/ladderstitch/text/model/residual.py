@@ -5,29 +5,34 @@ Sub-block k (attention of layer i is 2i, its MLP 2i + 1) adds h_k to the stream 
     standard   x_k = x_{k-1} + h_k(norm_k(x_{k-1}))
     ladder     x_k = x_{k-1} + h_k(norm_k(x_{k-2}))     Ladder Residual, arXiv 2501.06589
     parallel   x_i = x_{i-1} + attention_i(n) + mlp_i(n), n = norm_i(x_{i-1})
+    groups     layers k..l as one: x = x_{k-1} + sum attention_i(norm_i(x_{k-1})), then
+               x_l = x + sum mlp_i(norm_i(x))           Layer Parallelism, arXiv 2502.02790
     desync     each rank keeps a stream of its own. Where a sub-block reduces,
                x = sum over R ranks of (h + x / R); elsewhere x = x + h of this rank alone
 
 Under tensor parallelism, each h is a sum over ranks. The ladder reads the stream one sub-block
-late, so that the reduction of h_{k-1} overlaps with the computation of h_k.
+late, so that the reduction of h_{k-1} overlaps with the computation of h_k. A group of n layers has
+two reductions instead of 2n.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ladderstitch.errors import ConfigError
 from ladderstitch.runtime.linear import Product
 from ladderstitch.text.comm.base import Communicator, FusedCommunicator, Work
 
-Scheme = Literal["standard", "ladder", "parallel", "desync", "no_communication"]
+Scheme = Literal["standard", "ladder", "parallel", "desync", "groups", "no_communication"]
+Groups = tuple[tuple[int, int], ...]
+"""Groups of adjacent layers, each as its first layer and its number of layers."""
 
 
 class ResidualScheme(BaseModel):
@@ -43,6 +48,18 @@ class ResidualScheme(BaseModel):
         None, description="desync: for each layer, whether to reduce after attention and after MLP"
     )
     ranks: int | None = Field(None, gt=0, description="desync: the rank count it was trained for")
+    groups: Groups | None = Field(
+        None,
+        description="groups: first layer and number of layers of each; others run one by one",
+    )
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> ResidualScheme:
+        if self.scheme == "groups" and self.groups is None:
+            raise ValueError("groups: expected the first layer and size of each group, got none")
+        if self.scheme != "groups" and self.groups is not None:
+            raise ValueError(f"groups: expected none with the scheme {self.scheme}")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +72,8 @@ class LayerPlan:
     """Whether attention and MLP read the same norm and share one reduction (parallel)."""
     reduce: tuple[bool, bool] | None = None
     """Desync: whether attention and MLP end in a reduction of the streams. Unset: other schemes."""
+    joins: bool = False
+    """Groups: whether the layer runs together with the one before it."""
 
 
 def plan_layers(residual: ResidualScheme, layers: int, ranks: int) -> tuple[LayerPlan, ...]:
@@ -72,6 +91,8 @@ def plan_layers(residual: ResidualScheme, layers: int, ranks: int) -> tuple[Laye
             return tuple(LayerPlan(lag=int(layer in chosen)) for layer in range(layers))
         case "desync":
             return _desync_plans(residual, layers, ranks)
+        case "groups":
+            return _group_plans(residual.groups or (), layers)
 
 
 def ladder_layers(which: int | tuple[int, ...] | None, layers: int) -> frozenset[int]:
@@ -100,6 +121,37 @@ def _desync_plans(residual: ResidualScheme, layers: int, ranks: int) -> tuple[La
             f"got {ranks}"
         )
     return tuple(LayerPlan(reduce=pair) for pair in pattern)
+
+
+def find_group_problem(groups: Groups, layers: int) -> str | None:
+    """Return why the groups do not fit a model of that many layers; None if they do."""
+    end = 0
+    for first, size in sorted(groups):
+        if first < end or size < 1 or first + size > layers:
+            return (
+                f"groups: expected groups of at least 1 of layers 0 to {layers - 1} that do not "
+                f"overlap, got {[first, size]}"
+            )
+        end = first + size
+    return None
+
+
+def _group_plans(groups: Groups, layers: int) -> tuple[LayerPlan, ...]:
+    if (problem := find_group_problem(groups, layers)) is not None:
+        raise ConfigError(problem)
+    joined = {layer for first, size in groups for layer in range(first + 1, first + size)}
+    return tuple(LayerPlan(joins=layer in joined) for layer in range(layers))
+
+
+def split_groups(layers: Sequence[int], plans: Sequence[LayerPlan]) -> list[list[int]]:
+    """Return the layers, in order, as lists of those that run together: most of them alone."""
+    together: list[list[int]] = []
+    for layer in layers:
+        if plans[layer].joins and together:
+            together[-1].append(layer)
+        else:
+            together.append([layer])
+    return together
 
 
 class AffineMap(NamedTuple):
