@@ -79,6 +79,11 @@ class TextVariant(BaseModel):
     route: Route = Field(
         (), description="layers of the anchors that it runs; empty: all of the largest anchor"
     )
+    ffn_widths: tuple[int, ...] = Field(
+        (),
+        description="columns of the MLP of each layer, or one number for all layers, from "
+        "`nested_ffn`; empty: all columns",
+    )
     by_name: bool = Field(
         False, description="whether only requests that name the path get it, as an adapter's"
     )
@@ -144,6 +149,12 @@ class TextManifest(BaseModel):
                 f"sums, got {late}"
             )
         for variant in self.variants:
+            if (problem := self.config.find_width_problem(variant.ffn_widths)) is not None:
+                raise ValueError(f"paths: {problem}")
+            if variant.ffn_widths and (variant.precision or self.anchors):
+                raise ValueError(
+                    "paths: ffn_widths: expected none with a precision or in a family of anchors"
+                )
             groups = variant.residual.groups or ()
             if (problem := find_group_problem(groups, self.config.layers)) is not None:
                 raise ValueError(f"residual.{problem}")

@@ -48,7 +48,7 @@ from ladderstitch.text.messages import (
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch, find_sequences, select_rows
 from ladderstitch.text.model.graphed_decoder import GraphedDecoder, StepOutput, compute_step
-from ladderstitch.text.model.residual import LayerPlan, plan_layers
+from ladderstitch.text.model.residual import LayerPlan
 from ladderstitch.text.model.segments import SegmentedTransformer
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.stitched import FamilyPath
@@ -127,10 +127,10 @@ class Rank:
         self.comm = comm
         self.path_plans = [
             (
-                plan_layers(residual, config.family.deepest, config.ranks),
+                config.plans(path),
                 silent if residual.scheme == "no_communication" else comm,
             )
-            for residual in config.paths
+            for path, residual in enumerate(config.paths)
         ]
         self._capture_graphs()
 
@@ -205,7 +205,11 @@ class Rank:
         A path whose capture fails runs kernel by kernel.
         """
         config = self.rank_config
-        reads_spans = config.model.windowed_layers or config.model.attention_softcap
+        reads_spans = (
+            config.model.windowed_layers
+            or config.model.attention_softcap
+            or config.model.alibi_bias_max
+        )
         if not self.cache.uses_kernels or config.ranks > 1 or reads_spans or config.anchors:
             return
         backend = CudaGraphs()

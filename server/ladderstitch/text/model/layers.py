@@ -152,6 +152,31 @@ class Mlp:
         return self._activate(gate) * up
 
 
+class NarrowMlp:
+    """The first columns of an MLP on one rank, as views of its matrices: [T, D] -> [T, columns]."""
+
+    output_matrix = None
+
+    def __init__(self, weights: LayerWeights, columns: int, config: DecoderConfig) -> None:
+        assert isinstance(weights.gate_up, Tensor), "low-bit matrices have no slices"
+        assert isinstance(weights.down, Tensor), "low-bit matrices have no slices"
+        height, bias = weights.down.shape[1], weights.gate_up_bias
+        rows = [slice(at, at + columns) for at in ((0, height) if config.gated else (0,))]
+        self.parts = [(weights.gate_up[part], None if bias is None else bias[part]) for part in rows]
+        self.down, self._down_bias = weights.down[:, :columns], weights.down_bias
+        self._activate = ACTIVATIONS[config.activation]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the activations [T, columns] of x [T, D], as `Mlp` does."""
+        products = [F.linear(x, matrix, bias) for matrix, bias in self.parts]
+        activated = self._activate(products[0])
+        return activated * products[1] if len(products) > 1 else activated
+
+    def output(self, x: Tensor) -> Tensor:
+        """Return this rank's partial [T, D] of activations [T, columns]."""
+        return F.linear(x, self.down, self._down_bias)
+
+
 class Layer:
     """One decoder layer: attention, MLP, and up to four norms."""
 
@@ -162,7 +187,12 @@ class Layer:
             return None if gain is None else Norm(gain, bias, config)
 
         self.attention = Attention(number, weights, config, shard, threads)
-        self.mlp = Mlp(weights, threads, config.activation, gated=config.gated)
+        self._mlp = Mlp(weights, threads, config.activation, gated=config.gated)
+        self._narrow = {
+            width: NarrowMlp(weights, shard.num_first_columns(width), config)
+            for width in config.nested_ffn
+            if isinstance(weights.down, Tensor)
+        }
         self._attention_norm = norm(weights.attention_norm, weights.attention_norm_bias)
         self._mlp_norm = norm(weights.ffn_norm, weights.ffn_norm_bias)
         self._attention_output_norm = norm(weights.attention_output_norm)
@@ -181,11 +211,12 @@ class Layer:
 
         With `outgoing`, a stitching layer maps the stream after the layer.
         """
+        mlp = self.mlp(plan.ffn_width)
         x = _read(stream, plan.lag, self._attention_norm)
         mixed = self.attention(x, batch, rotation, cache, stream.sum_over_ranks)
         if plan.fused:
             y = x if self._mlp_norm is None else _read(stream, plan.lag, self._mlp_norm)
-            both = self.attention.output(mixed) + self.mlp.output(self.mlp(y))
+            both = self.attention.output(mixed) + mlp.output(mlp(y))
             if outgoing is None:
                 stream.add(both)
             else:
@@ -195,9 +226,13 @@ class Layer:
         _add(stream, self.attention, mixed, reduce[0], self._attention_output_norm)
         x = _read(stream, plan.lag, self._mlp_norm)
         if outgoing is not None:
-            stream.add_and_cross(self.mlp.output(self.mlp(x)), outgoing)
+            stream.add_and_cross(mlp.output(mlp(x)), outgoing)
             return
-        _add(stream, self.mlp, self.mlp(x), reduce[1], self._mlp_output_norm)
+        _add(stream, mlp, mlp(x), reduce[1], self._mlp_output_norm)
+
+    def mlp(self, width: int | None) -> Mlp | NarrowMlp:
+        """Return the MLP with the first `width` columns of all ranks; None: with all columns."""
+        return self._mlp if width is None else self._narrow[width]
 
     def attend(
         self,
@@ -211,9 +246,10 @@ class Layer:
         mixed = self.attention(x, batch, rotation, cache, stream.sum_over_ranks)
         return self.attention.output(mixed)
 
-    def transform(self, stream: ResidualStream) -> Tensor:
+    def transform(self, stream: ResidualStream, width: int | None) -> Tensor:
         """Return the MLP's partial [T, D] for the complete stream, without adding it."""
-        return self.mlp.output(self.mlp(_read(stream, 0, self._mlp_norm)))
+        mlp = self.mlp(width)
+        return mlp.output(mlp(_read(stream, 0, self._mlp_norm)))
 
     def append_keys(
         self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor], cache: PagedCache
@@ -225,6 +261,7 @@ class Layer:
 
 def run_group(
     layers: Sequence[Layer],
+    plans: Sequence[LayerPlan],
     stream: ResidualStream,
     batch: Batch,
     rotations: Sequence[tuple[Tensor, Tensor]],
@@ -232,14 +269,17 @@ def run_group(
 ) -> None:
     """Run layers as a group: all attentions read one stream and share one reduction, then all MLPs.
 
-    `rotations` has an entry for each layer. Norms of outputs are not supported.
+    `plans` and `rotations` have an entry for each layer. Norms of outputs are not supported.
     """
     attended = [
         layer.attend(stream, batch, rotation, cache)
         for layer, rotation in zip(layers, rotations, strict=True)
     ]
     stream.add(functools.reduce(torch.add, attended))
-    stream.add(functools.reduce(torch.add, [layer.transform(stream) for layer in layers]))
+    transformed = [
+        layer.transform(stream, plan.ffn_width) for layer, plan in zip(layers, plans, strict=True)
+    ]
+    stream.add(functools.reduce(torch.add, transformed))
 
 
 def matrix_for_kernels(matrix: Matrix, bias: Tensor | None) -> Tensor | None:
@@ -267,7 +307,7 @@ def _read(stream: ResidualStream, lag: int, norm: Norm | None) -> Tensor:
 
 def _add(
     stream: ResidualStream,
-    block: Attention | Mlp,
+    block: Attention | Mlp | NarrowMlp,
     x: Tensor,
     reduce: bool | None,
     output_norm: Norm | None,

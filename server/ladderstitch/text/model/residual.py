@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
@@ -74,6 +74,8 @@ class LayerPlan:
     """Desync: whether attention and MLP end in a reduction of the streams. Unset: other schemes."""
     joins: bool = False
     """Groups: whether the layer runs together with the one before it."""
+    ffn_width: int | None = None
+    """Columns of the MLP that run, the first ones. Unset: all."""
 
 
 def plan_layers(residual: ResidualScheme, layers: int, ranks: int) -> tuple[LayerPlan, ...]:
@@ -152,6 +154,20 @@ def split_groups(layers: Sequence[int], plans: Sequence[LayerPlan]) -> list[list
         else:
             together.append([layer])
     return together
+
+
+def narrow_plans(
+    plans: Sequence[LayerPlan], widths: Sequence[int], full: int
+) -> tuple[LayerPlan, ...]:
+    """Return the plans with MLPs of these widths, of `full` columns at most.
+
+    There is one width per layer, one for all layers, or none: all columns run.
+    """
+    each = widths if len(widths) == len(plans) else (*widths, full)[:1] * len(plans)
+    return tuple(
+        plan if width == full else replace(plan, ffn_width=width)
+        for plan, width in zip(plans, each, strict=True)
+    )
 
 
 class AffineMap(NamedTuple):

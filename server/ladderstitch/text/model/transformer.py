@@ -90,7 +90,7 @@ class Transformer:
         for group in split_groups(range(len(self.layers)), plans):
             layers, turns = [self.layers[n] for n in group], [rotations[kinds[n]] for n in group]
             if len(group) > 1:
-                run_group(layers, stream, batch, turns, cache)
+                run_group(layers, [plans[n] for n in group], stream, batch, turns, cache)
             else:
                 layers[0](plans[group[0]], stream, batch, turns[0], cache)
         return self.logits(stream, batch)

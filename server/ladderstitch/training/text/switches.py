@@ -17,7 +17,6 @@ from ladderstitch.text.engine.rank_models import RankModel
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
-from ladderstitch.text.model.residual import plan_layers
 from ladderstitch.text.model.stitched import FamilyPath
 from ladderstitch.text.switches import Penalty, SwitchTable
 
@@ -35,7 +34,7 @@ class PathRunner:
 
     def run(self, path: int, tokens: Tensor, start: int, mode: LogitsMode) -> Tensor:
         """Return the logits of tokens [T] at positions from `start` on; none with mode `NONE`."""
-        plans = plan_layers(self.config.paths[path], self.config.family.deepest, 1)
+        plans = self.config.plans(path)
         batch = self._batch(tokens, start, mode)
         return self.models[path].forward(batch, self.cache, plans, SingleRankCommunicator())
 
