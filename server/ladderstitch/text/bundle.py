@@ -261,6 +261,11 @@ class TextBundle:
         found = tuple(variant.precision for variant in self.manifest.variants)
         return found if any(found) else ()
 
+    def ffn_widths(self) -> tuple[tuple[int, ...], ...]:
+        """Return the widths of each path's MLPs, or an empty tuple if all have all columns."""
+        found = tuple(variant.ffn_widths for variant in self.manifest.variants)
+        return found if any(found) else ()
+
     def with_paths(self, names: Sequence[str]) -> TextBundle:
         """Return the bundle with only the paths of these names, in their own order.
 

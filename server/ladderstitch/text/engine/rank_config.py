@@ -89,7 +89,7 @@ class RankConfig(BaseModel):
                 "precisions": bundle.precisions(),
                 "anchors": manifest.anchors,
                 "routes": tuple(v.route for v in manifest.variants) if manifest.anchors else (),
-                "ffn_widths": tuple(variant.ffn_widths for variant in manifest.variants),
+                "ffn_widths": bundle.ffn_widths(),
                 "bundle": bundle.path.resolve(),
                 "shared_norm": bundle.shared_norm,
                 "max_model_len": manifest.config.max_positions,
