@@ -1,10 +1,11 @@
-"""Benchmark of the share of communication time that each residual scheme hides behind compute.
+"""Benchmark of the share of communication time that each residual scheme hides or saves.
 
 All schemes run on the same random weights, interleaved, and differ only in their residual stream.
 The scheme `no_communication` does not communicate (its outputs are wrong), so the communication of
-a step costs (standard - no_communication) seconds. The ladder hides
-(standard - ladder) / (standard - no_communication) of that. The same is measured on routes through
-two anchors of different width, whose stitching layer the ladder crosses with a reduction in flight.
+a step costs (standard - no_communication) seconds. A scheme hides or saves
+(standard - scheme) / (standard - no_communication) of that. Groups are pairs of all layers, and
+desync reduces after each MLP only. The same is measured on routes through two anchors of different
+width, whose stitching layer the ladder crosses with a reduction in flight.
 """
 
 from __future__ import annotations
@@ -29,13 +30,40 @@ from ladderstitch.text.engine.rank_config import (
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.family import LayerRange, Route
-from ladderstitch.text.model.residual import ResidualScheme, Scheme
+from ladderstitch.text.model.residual import (
+    ResidualScheme,
+    Scheme,
+    count_reductions,
+    plan_layers,
+)
 from ladderstitch_loadtest.benchmarks.delay_proxy import DelayProxy
 
-SCHEMES: tuple[Scheme, ...] = ("standard", "ladder", "parallel", "no_communication")
+SCHEMES: tuple[Scheme, ...] = (
+    "standard",
+    "ladder",
+    "parallel",
+    "desync",
+    "groups",
+    "no_communication",
+)
+ROUTE_SCHEMES: tuple[Scheme, ...] = ("standard", "ladder", "parallel", "no_communication")
+"""Those that cross stitching layers."""
 ROUTES = ("up", "down")
 """Names of the routes of a family: first half narrow, second half wide, and the reverse."""
 ProgressCallback = Callable[[int, int], None]
+
+
+def residual_of(scheme: Scheme, layers: int, ranks: int) -> ResidualScheme:
+    """Return a scheme for all layers: groups are pairs, desync reduces after each MLP."""
+    match scheme:
+        case "groups":
+            pairs = tuple((first, 2) for first in range(0, layers - 1, 2))
+            return ResidualScheme(scheme="groups", groups=pairs)
+        case "desync":
+            pattern = ((False, True),) * layers
+            return ResidualScheme(scheme="desync", reduce_after=pattern, ranks=ranks)
+        case _:
+            return ResidualScheme(scheme=scheme)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +116,29 @@ class OverlapPlan:
         """The names of the measured routes."""
         return ROUTES if self.front_width else ("one anchor",)
 
-    def path(self, route: str, scheme: str) -> int:
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The measured schemes."""
+        return ROUTE_SCHEMES if self.front_width else SCHEMES
+
+    @property
+    def residuals(self) -> tuple[ResidualScheme, ...]:
+        """The measured schemes as data."""
+        return tuple(residual_of(name, self.shape.layers, self.ranks) for name in self.schemes)
+
+    def path(self, route: str, scheme: Scheme) -> int:
         """Return the number of the path of a route with a scheme."""
-        return self.routes.index(route) * len(SCHEMES) + SCHEMES.index(scheme)
+        return self.routes.index(route) * len(self.schemes) + self.schemes.index(scheme)
+
+    def reductions(self) -> dict[str, int]:
+        """Return the sums over ranks of a step by scheme, without that of the embedding."""
+        layers = self.shape.layers
+        return {
+            residual.scheme: 0
+            if residual.scheme == "no_communication"
+            else count_reductions(plan_layers(residual, layers, self.ranks))
+            for residual in self.residuals
+        }
 
     def _anchors(self) -> dict[str, object]:
         """Return the fields of a family of two anchors; none if there is no narrower one."""
@@ -107,7 +155,7 @@ class OverlapPlan:
             first = LayerRange(anchor=front, first=0, last=half - 1)
             return first, LayerRange(anchor=1 - front, first=half, last=last)
 
-        routes = tuple(route(front) for front in range(len(ROUTES)) for _ in SCHEMES)
+        routes = tuple(route(front) for front in range(len(ROUTES)) for _ in self.schemes)
         return {"anchors": (large.model_copy(update=sizes),), "routes": routes}
 
     def rank_config(self) -> RankConfig:
@@ -116,8 +164,7 @@ class OverlapPlan:
             self._anchors()
             | {
                 "model": self.shape.config(self.prompt + 1),
-                "paths": tuple(ResidualScheme(scheme=scheme) for scheme in SCHEMES)
-                * len(self.routes),
+                "paths": self.residuals * len(self.routes),
                 "ranks": self.ranks,
                 "dtype": self.dtype,
                 "sequences": self.batch,
@@ -141,10 +188,11 @@ class OverlapRow:
     transport_ms: float | None
     step_ms: dict[str, float]
     tokens_per_s: dict[str, float]
-    ladder_over_standard: float
-    parallel_over_standard: float
-    hidden: float | None
-    bound: float
+    reductions: dict[str, int]
+    over_standard: dict[str, float]
+    """Speed by scheme, in multiples of the standard one's; no communication is the bound."""
+    hidden: dict[str, float | None]
+    """Share of the communication that a scheme hides or saves."""
 
     def to_dict(self) -> dict[str, object]:
         """Return the fields for the result file."""
@@ -154,7 +202,7 @@ class OverlapRow:
 async def measure(plan: OverlapPlan, on_progress: ProgressCallback) -> list[OverlapRow]:
     """Return one row per latency and route; raises `EngineRestarting` if no ranks start."""
     group = RankGroup(plan.rank_config(), GroupOptions(link="tcp" if plan.tcp else "shared_memory"))
-    steps = plan.rounds * len(SCHEMES) * len(plan.routes)
+    steps = plan.rounds * len(plan.schemes) * len(plan.routes)
     total = len(plan.latencies_s) * steps
 
     def report(before: int, done: int) -> None:
@@ -186,7 +234,7 @@ async def _measure_latency(
         on_progress(before + done)
 
     for number, route in enumerate(plan.routes):
-        before = number * plan.rounds * len(SCHEMES)
+        before = number * plan.rounds * len(plan.schemes)
         rounds = await _measure_rounds(group, plan, route, partial(report, before))
         rows.append(_summarise(plan, route, latency_s, proxy, rounds))
     if proxy:
@@ -213,14 +261,15 @@ async def _measure_rounds(
     Each round begins with another scheme.
     """
     prompt = np.ones((plan.batch, plan.prompt), np.int64)
-    await group.forward(prompt, 0, plan.path(route, SCHEMES[0]))
+    schemes = plan.schemes
+    await group.forward(prompt, 0, plan.path(route, schemes[0]))
     rounds = []
     for number in range(-1, plan.rounds):
-        turn = number % len(SCHEMES)
+        turn = number % len(schemes)
         seconds: dict[str, float] = {}
-        for scheme in (*SCHEMES[turn:], *SCHEMES[:turn]):
+        for scheme in (*schemes[turn:], *schemes[:turn]):
             seconds[scheme] = await _step_seconds(group, plan, plan.path(route, scheme))
-            on_progress(max(0, number) * len(SCHEMES) + len(seconds))
+            on_progress(max(0, number) * len(schemes) + len(seconds))
         if number >= 0:  # the first round warms up
             rounds.append(seconds)
     return rounds
@@ -243,7 +292,7 @@ def _summarise(
     proxy: DelayProxy | None,
     rounds: Sequence[dict[str, float]],
 ) -> OverlapRow:
-    step = {scheme: median(r[scheme] for r in rounds) for scheme in SCHEMES}
+    step = {scheme: median(r[scheme] for r in rounds) for scheme in plan.schemes}
     return OverlapRow(
         link="tcp" if plan.tcp else "shared memory, emulated latency",
         route=route,
@@ -251,21 +300,22 @@ def _summarise(
         transport_ms=round(1e3 * proxy.delay_median_s, 3) if proxy else None,
         step_ms={scheme: round(1e3 * s, 3) for scheme, s in step.items()},
         tokens_per_s={scheme: round(plan.batch / s, 1) for scheme, s in step.items()},
-        ladder_over_standard=round(median(r["standard"] / r["ladder"] for r in rounds), 3),
-        parallel_over_standard=round(median(r["standard"] / r["parallel"] for r in rounds), 3),
-        hidden=_hidden_share(rounds),
-        bound=round(median(r["standard"] / r["no_communication"] for r in rounds), 3),
+        reductions=plan.reductions(),
+        over_standard={
+            scheme: round(median(r["standard"] / r[scheme] for r in rounds), 3) for scheme in step
+        },
+        hidden={scheme: _hidden_share(rounds, scheme) for scheme in step},
     )
 
 
-def _hidden_share(rounds: Sequence[dict[str, float]]) -> float | None:
-    """Return the share of the communication that the ladder hides.
+def _hidden_share(rounds: Sequence[dict[str, float]], scheme: str) -> float | None:
+    """Return the share of the communication that a scheme hides or saves.
 
     Rounds whose communication takes at most 2 % of a step do not count: their ratio is noise over
     noise. The result is None if they are half of the rounds or more.
     """
     hidden = [
-        (r["standard"] - r["ladder"]) / cost
+        (r["standard"] - r[scheme]) / cost
         for r in rounds
         if (cost := r["standard"] - r["no_communication"]) > 0.02 * r["standard"]
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,6 @@ from ladderstitch.cli.console import err, out, parse_duration, progress_bar, use
 from ladderstitch.errors import ConfigError, RequestError
 from ladderstitch.runtime.device import device_name, versions
 from ladderstitch_loadtest.benchmarks.overlap import (
-    SCHEMES,
     ModelShape,
     OverlapPlan,
     OverlapRow,
@@ -50,14 +50,19 @@ def overlap(
         str, typer.Option(help="Dtype of the weights: float32 or bfloat16.")
     ] = "float32",
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds per latency.")] = 9,
+    losses: Annotated[
+        Path | None,
+        typer.Option(help="pair.json of `train-language`, with the held-out nats of the schemes."),
+    ] = None,
     to: Annotated[
-        Path | None, typer.Option("--out", help="Folder for overlap-LINK.json and .png.")
+        Path | None, typer.Option("--out", help="Folder for overlap-LINK.json, .md and .png.")
     ] = None,
 ) -> None:
-    """Measure decoding with standard, ladder, parallel and no communication, interleaved.
+    """Measure decoding with every residual scheme and with no communication, interleaved.
 
-    Weights are random, and each rank has one torch thread. Prints tokens/s, the ladder's speed-up,
-    the bound (no communication at all) and the share of the communication that the ladder hides.
+    Weights are random, and each rank has one torch thread. Prints by scheme the reductions of a
+    token, tokens/s, the speed-up (its bound is no communication at all) and the share of the
+    communication that is hidden or saved; and held-out losses, measured by `train-language`.
     """
     with user_errors():
         if link not in ("shared_memory", "tcp"):
@@ -74,6 +79,7 @@ def overlap(
             latencies_s=tuple(parse_duration(part, "latency") for part in latency.split(",")),
             tcp=link == "tcp",
         )
+        nats = {} if losses is None else _read_losses(losses)
         with progress_bar() as progress:
             task = progress.add_task("decoding", total=None)
             try:
@@ -82,32 +88,72 @@ def overlap(
                 )
             except RequestError as error:
                 raise ConfigError(str(error)) from error
-    out.print(_table(plan, rows))
-    if to is not None:
-        _save(to, f"overlap-{link}" + "-stitched" * bool(front_width), plan, rows)
-
-
-def _table(plan: OverlapPlan, rows: list[OverlapRow]) -> Table:
-    table = Table(title=f"{rows[0].link}, {plan.ranks} ranks, batch {plan.batch}: tokens/s")
-    for column in ("latency", "route", *SCHEMES, "ladder", "parallel", "bound", "hidden"):
-        table.add_column(column, justify="right")
     for row in rows:
-        latency = f"{row.latency_ms:g} ms"
-        if row.transport_ms is not None:
-            latency += f" ({row.transport_ms:.2f} measured)"
-        table.add_row(
-            latency,
-            row.route,
-            *(f"{row.tokens_per_s[scheme]:.1f}" for scheme in SCHEMES),
-            f"{row.ladder_over_standard:.2f}x",
-            f"{row.parallel_over_standard:.2f}x",
-            f"{row.bound:.2f}x",
-            "-" if row.hidden is None else f"{100 * row.hidden:.0f} %",
+        out.print(_table(plan, row, nats))
+    if to is not None:
+        _save(to, f"overlap-{link}" + "-stitched" * bool(front_width), plan, rows, nats)
+
+
+def _read_losses(file: Path) -> dict[str, float]:
+    """Return held-out nats per token by scheme; raises `ConfigError` if the file has none."""
+    try:
+        found = json.loads(file.read_text())["held_out_loss"]
+        return {str(name): float(nats) for name, nats in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"losses: {file}: expected held_out_loss by scheme: {error}") from error
+
+
+COLUMNS = ("scheme", "nats per token", "reductions", "tokens/s", "over standard", "hidden or saved")
+
+
+def _cells(plan: OverlapPlan, row: OverlapRow, nats: Mapping[str, float]) -> list[list[str]]:
+    """Return the cells of a table of all schemes at one latency."""
+    cells = []
+    for scheme in plan.schemes:
+        hidden = row.hidden[scheme]
+        cells.append(
+            [
+                scheme,
+                f"{nats[scheme]:.3f}" if scheme in nats else "-",
+                str(row.reductions[scheme]),
+                f"{row.tokens_per_s[scheme]:.1f}",
+                f"{row.over_standard[scheme]:.2f}x",
+                "-" if hidden is None else f"{100 * hidden:.0f} %",
+            ]
         )
+    return cells
+
+
+def _title(plan: OverlapPlan, row: OverlapRow) -> str:
+    latency = f"{row.latency_ms:g} ms"
+    if row.transport_ms is not None:
+        latency += f" ({row.transport_ms:.2f} measured)"
+    return f"{row.link}, {latency}, {row.route}, {plan.ranks} ranks, batch {plan.batch}"
+
+
+def _table(plan: OverlapPlan, row: OverlapRow, nats: Mapping[str, float]) -> Table:
+    table = Table(title=_title(plan, row))
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "scheme" else "right")
+    for cells in _cells(plan, row, nats):
+        table.add_row(*cells)
     return table
 
 
-def _save(folder: Path, name: str, plan: OverlapPlan, rows: list[OverlapRow]) -> None:
+def _markdown(plan: OverlapPlan, row: OverlapRow, nats: Mapping[str, float]) -> str:
+    lines = [_title(plan, row), "", " | ".join(("", *COLUMNS, "")).strip()]
+    lines.append("| --- |" + " ---: |" * (len(COLUMNS) - 1))
+    lines += [" | ".join(("", *cells, "")).strip() for cells in _cells(plan, row, nats)]
+    return "\n".join(lines) + "\n"
+
+
+def _save(
+    folder: Path,
+    name: str,
+    plan: OverlapPlan,
+    rows: list[OverlapRow],
+    nats: Mapping[str, float],
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     document = {
         "device": device_name(torch.device("cpu")),
@@ -116,15 +162,17 @@ def _save(folder: Path, name: str, plan: OverlapPlan, rows: list[OverlapRow]) ->
         "date": datetime.now(UTC).date().isoformat(),
         "versions": versions(),
         "plan": asdict(plan),
+        "held_out_nats": dict(nats),
         "rows": [row.to_dict() for row in rows],
     }
     path = folder / f"{name}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
-    _plot(path.with_suffix(".png"), rows)
+    path.with_suffix(".md").write_text("\n".join(_markdown(plan, row, nats) for row in rows))
+    _plot(path.with_suffix(".png"), plan, rows)
     err.print(f"Wrote {path} and {path.with_suffix('.png')}")
 
 
-def _plot(path: Path, rows: list[OverlapRow]) -> None:
+def _plot(path: Path, plan: OverlapPlan, rows: list[OverlapRow]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -136,7 +184,7 @@ def _plot(path: Path, rows: list[OverlapRow]) -> None:
     )
     for axes, (route, measured) in zip(panels[0], routes.items(), strict=True):
         latencies = [row.latency_ms for row in measured]
-        for scheme in SCHEMES:
+        for scheme in plan.schemes:
             style = "--" if scheme == "no_communication" else "o-"
             label = "bound (no communication)" if scheme == "no_communication" else scheme
             axes.plot(latencies, [row.tokens_per_s[scheme] for row in measured], style, label=label)

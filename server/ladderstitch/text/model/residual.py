@@ -170,6 +170,18 @@ def narrow_plans(
     )
 
 
+def count_reductions(plans: Sequence[LayerPlan]) -> int:
+    """Return the sums over ranks of one forward pass through these layers, without the embedding's.
+
+    It has two per layer, one if the layer is fused, none if it joins another one's.
+    """
+    counts = (
+        sum(plan.reduce) if plan.reduce else 0 if plan.joins else 1 if plan.fused else 2
+        for plan in plans
+    )
+    return sum(counts)
+
+
 class AffineMap(NamedTuple):
     """A stitching layer x -> matrix x + bias, from width D_front to D_end."""
 

@@ -94,6 +94,10 @@ class TrainableLlama:
         """
         adapters = adapters or {}
         for group in split_groups(layers, plans):
+            if plans[group[0]].fused:
+                both = self.parallel_layer(stream.full, group[0], adapters, context)
+                stream = StreamState(stream.full, both)
+                continue
             prefixes, lag = [f"model.layers.{layer}." for layer in group], plans[group[0]].lag
             read = stream.read(lag)
             mixed = (
@@ -111,6 +115,30 @@ class TrainableLlama:
             outputs = (self._mlp(x, p, adapters) for x, p in zip(normed, prefixes, strict=True))
             stream = StreamState(stream.full, _total(outputs))
         return stream
+
+    def parallel_layer(
+        self,
+        x: Tensor,
+        layer: int,
+        adapters: Mapping[str, LowRank],
+        context: Context | None = None,
+    ) -> Tensor:
+        """Return attention plus MLP of the norm that both share, [B, T, D] (parallel)."""
+        prefix = f"model.layers.{layer}."
+        normed = self._normed(x, f"{prefix}{ATTENTION_NORM}", adapters)
+        attended = self._attention(normed, prefix, adapters, context)
+        return attended + self._mlp(normed, prefix, adapters)
+
+    def attention(self, x: Tensor, layer: int) -> Tensor:
+        """Return the output [B, T, D] of a layer's attention for the stream [B, T, D]."""
+        prefix = f"model.layers.{layer}."
+        normed = self._normed(x, f"{prefix}{ATTENTION_NORM}", {})
+        return self._attention(normed, prefix, {}, None)
+
+    def mlp(self, x: Tensor, layer: int) -> Tensor:
+        """Return the output [B, T, D] of a layer's MLP for the stream [B, T, D]."""
+        prefix = f"model.layers.{layer}."
+        return self._mlp(self._normed(x, f"{prefix}{MLP_NORM}", {}), prefix, {})
 
     def keys_values(self, read: Tensor, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rotated keys and the values [B, T, K, d] of a layer.
