@@ -198,7 +198,8 @@ Family = Annotated[
     str | None,
     typer.Option(
         help="Kind of the stitched family: snnet-deit, snnet-swin, snnet-resnet, "
-        "snnet-resnet-swin, snnet-levit, snnetv2 or learngene-pool."
+        "snnet-resnet-swin, snnet-levit, snnetv2 or learngene-pool; or matformer-olmo, whose "
+        "checkpoint is a folder."
     ),
 ]
 FamilyConfig = Annotated[
@@ -263,6 +264,9 @@ def import_(
                 input_shape=input_shape,
             )
             return
+        if family == "matformer-olmo":
+            _import_olmo(checkpoints, into, name, licence)
+            return
         if folders := [path for path in checkpoints if path.is_dir()]:
             raise ConfigError(
                 f"checkpoints: expected files, got the folder {folders[0]}; a language model of "
@@ -284,6 +288,18 @@ def import_(
     out.print(f"{into}: {count} networks; next: ladderstitch calibrate {into} --data FOLDER")
 
 
+def _import_olmo(checkpoints: list[Path], into: Path, name: str, licence: str) -> None:
+    """Write the bundle of a folder of MatFormer-OLMo, and say how to measure its paths."""
+    from ladderstitch.importers.import_olmo import import_olmo
+
+    if len(checkpoints) != 1 or not checkpoints[0].is_dir():
+        got = ", ".join(map(str, checkpoints))
+        raise ConfigError(f"checkpoints: expected one folder for matformer-olmo, got {got}")
+    bundle = import_olmo(checkpoints[0], into, name, licence)
+    count = len(bundle.manifest.variants)
+    out.print(f"{into}: {count} paths; next: ladderstitch calibrate {into} --text FILE")
+
+
 def convert_ladder(
     source: Annotated[
         str, typer.Argument(help="Directory of a bundle, or name of a fetched model, e.g. smollm2.")
@@ -303,10 +319,10 @@ def convert_ladder(
     ] = None,
     report: Annotated[Path | None, typer.Option(help="File to write the measurements to.")] = None,
 ) -> None:
-    """Convert the upper layers of a language model to ladder layers and retrain them.
+    """Convert layers of a language model to ladder layers or to groups, and retrain them.
 
     A ladder layer reads the residual stream one sub-block late, so that ranks communicate while
-    they compute. Low-rank updates of the weights are trained on the predictions of the standard
+    they compute. Layers of a group read one input and share their reductions. Low-rank updates of the weights are trained on the predictions of the standard
     model. The new bundle has both variants, chosen per request. Resumes if it was interrupted.
 
     Example: `ladderstitch convert-ladder smollm2 --recipe examples/smollm2-ladder/ladder-8.yaml

@@ -64,8 +64,8 @@ def read_olmo(fields: Mapping[str, Any]) -> Architecture:
         )
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise ConfigError(f"model: {where}: {problem['msg']}") from error
+        where = ".".join(("model", *map(str, problem["loc"])))
+        raise ConfigError(f"{where}: {problem['msg']}") from error
     return Architecture(config, TensorLayout(names="olmo"))
 
 
