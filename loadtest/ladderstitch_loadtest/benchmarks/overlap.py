@@ -5,7 +5,8 @@ The scheme `no_communication` does not communicate (its outputs are wrong), so t
 a step costs (standard - no_communication) seconds. A scheme hides or saves
 (standard - scheme) / (standard - no_communication) of that. Groups are pairs of all layers, and
 desync reduces after each MLP only. The same is measured on routes through two anchors of different
-width, whose stitching layer the ladder crosses with a reduction in flight.
+width, whose stitching layer the ladder crosses with a reduction in flight, and on the paths of a
+bundle with their own weights.
 """
 
 from __future__ import annotations
@@ -28,150 +29,10 @@ from ladderstitch.text.engine.rank_config import (
     create_comm_spec,
 )
 from ladderstitch.text.engine.rank_group import RankGroup
-from ladderstitch.text.model.config import DecoderConfig
-from ladderstitch.text.model.family import LayerRange, Route
-from ladderstitch.text.model.residual import (
-    ResidualScheme,
-    Scheme,
-    count_reductions,
-    plan_layers,
-)
 from ladderstitch_loadtest.benchmarks.delay_proxy import DelayProxy
+from ladderstitch_loadtest.benchmarks.overlap_plan import OverlapPlan
 
-SCHEMES: tuple[Scheme, ...] = (
-    "standard",
-    "ladder",
-    "parallel",
-    "desync",
-    "groups",
-    "no_communication",
-)
-ROUTE_SCHEMES: tuple[Scheme, ...] = ("standard", "ladder", "parallel", "no_communication")
-"""Those that cross stitching layers."""
-ROUTES = ("up", "down")
-"""Names of the routes of a family: first half narrow, second half wide, and the reverse."""
 ProgressCallback = Callable[[int, int], None]
-
-
-def residual_of(scheme: Scheme, layers: int, ranks: int) -> ResidualScheme:
-    """Return a scheme for all layers: groups are pairs, desync reduces after each MLP."""
-    match scheme:
-        case "groups":
-            pairs = tuple((first, 2) for first in range(0, layers - 1, 2))
-            return ResidualScheme(scheme="groups", groups=pairs)
-        case "desync":
-            pattern = ((False, True),) * layers
-            return ResidualScheme(scheme="desync", reduce_after=pattern, ranks=ranks)
-        case _:
-            return ResidualScheme(scheme=scheme)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """The sizes of a model with random weights."""
-
-    width: int = 1536
-    ffn: int = 4096
-    layers: int = 20
-    heads: int = 12
-    kv_heads: int = 12
-    vocabulary: int = 4096
-
-    def config(self, positions: int) -> DecoderConfig:
-        """Return the configuration for sequences of at most `positions` tokens."""
-        return DecoderConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.width,
-            intermediate_size=self.ffn,
-            layers=self.layers,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.width // self.heads,
-            max_positions=positions,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class OverlapPlan:
-    """The measurement: decode steps after a prompt, for every latency of the link.
-
-    `batch` sequences have a prompt of `prompt` tokens. Each of `rounds` rounds takes `steps` decode
-    steps per scheme. `latencies_s` are one-way latencies, emulated or (`tcp`) real delays.
-    `front_width` is the width of a narrower anchor; set: `ROUTES` are measured, not one anchor.
-    """
-
-    shape: ModelShape
-    front_width: int | None = None
-    ranks: int = 2
-    batch: int = 1
-    prompt: int = 64
-    steps: int = 4
-    rounds: int = 9
-    dtype: str = "float32"
-    latencies_s: tuple[float, ...] = (0.0, 0.00025, 0.0005, 0.001, 0.0025)
-    tcp: bool = False
-
-    @property
-    def routes(self) -> tuple[str, ...]:
-        """The names of the measured routes."""
-        return ROUTES if self.front_width else ("one anchor",)
-
-    @property
-    def schemes(self) -> tuple[Scheme, ...]:
-        """The measured schemes."""
-        return ROUTE_SCHEMES if self.front_width else SCHEMES
-
-    @property
-    def residuals(self) -> tuple[ResidualScheme, ...]:
-        """The measured schemes as data."""
-        return tuple(residual_of(name, self.shape.layers, self.ranks) for name in self.schemes)
-
-    def path(self, route: str, scheme: Scheme) -> int:
-        """Return the number of the path of a route with a scheme."""
-        return self.routes.index(route) * len(self.schemes) + self.schemes.index(scheme)
-
-    def reductions(self) -> dict[str, int]:
-        """Return the sums over ranks of a step by scheme, without that of the embedding."""
-        layers = self.shape.layers
-        return {
-            residual.scheme: 0
-            if residual.scheme == "no_communication"
-            else count_reductions(plan_layers(residual, layers, self.ranks))
-            for residual in self.residuals
-        }
-
-    def _anchors(self) -> dict[str, object]:
-        """Return the fields of a family of two anchors; none if there is no narrower one."""
-        if self.front_width is None:
-            return {}
-        large = self.shape.config(self.prompt + 1)
-        sizes = {
-            "hidden_size": self.front_width,
-            "intermediate_size": self.shape.ffn * self.front_width // self.shape.width,
-        }
-        half, last = self.shape.layers // 2, self.shape.layers - 1
-
-        def route(front: int) -> Route:
-            first = LayerRange(anchor=front, first=0, last=half - 1)
-            return first, LayerRange(anchor=1 - front, first=half, last=last)
-
-        routes = tuple(route(front) for front in range(len(ROUTES)) for _ in self.schemes)
-        return {"anchors": (large.model_copy(update=sizes),), "routes": routes}
-
-    def rank_config(self) -> RankConfig:
-        """Return the configuration of the ranks, with one path per route and scheme."""
-        return RankConfig.model_validate(
-            self._anchors()
-            | {
-                "model": self.shape.config(self.prompt + 1),
-                "paths": self.residuals * len(self.routes),
-                "ranks": self.ranks,
-                "dtype": self.dtype,
-                "sequences": self.batch,
-                "max_model_len": self.prompt + 1,
-                "max_batched_tokens": self.batch * self.prompt,
-            }
-        )
 
 
 @dataclass(frozen=True, slots=True)

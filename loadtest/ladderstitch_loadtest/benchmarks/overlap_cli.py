@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.table import Table
 
+from ladderstitch.bundles import find_bundle
 from ladderstitch.cli.console import err, out, parse_duration, progress_bar, user_errors
 from ladderstitch.errors import ConfigError, RequestError
 from ladderstitch.runtime.device import device_name, versions
-from ladderstitch_loadtest.benchmarks.overlap import (
-    ModelShape,
-    OverlapPlan,
-    OverlapRow,
-    measure,
-)
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch_loadtest.benchmarks.overlap import OverlapRow, measure
+from ladderstitch_loadtest.benchmarks.overlap_plan import BundlePlan, ModelShape, OverlapPlan
 
 
 def overlap(
@@ -45,6 +44,10 @@ def overlap(
         typer.Option(
             help="Width of a narrower anchor: measure paths stitched to the other and back."
         ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Bundle whose paths are measured in place of random weights."),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="Dtype of the weights: float32 or bfloat16.")
@@ -69,17 +72,24 @@ def overlap(
             raise ConfigError(f"link: expected shared_memory or tcp, got {link!r}")
         if front_width is not None and not 1 <= front_width < width:
             raise ConfigError(f"front-width: expected 1 to {width - 1}, got {front_width}")
-        plan = OverlapPlan(
-            ModelShape(width, ffn, layers, heads, heads),
-            front_width=front_width,
-            ranks=ranks,
-            batch=batch,
-            rounds=rounds,
-            dtype=dtype,
-            latencies_s=tuple(parse_duration(part, "latency") for part in latency.split(",")),
-            tcp=link == "tcp",
-        )
+        if model is not None and (front_width is not None or losses is not None):
+            raise ConfigError("model: expected none with --front-width or --losses")
+        fields: dict[str, Any] = {
+            "ranks": ranks,
+            "batch": batch,
+            "rounds": rounds,
+            "dtype": dtype,
+            "latencies_s": tuple(parse_duration(part, "latency") for part in latency.split(",")),
+            "tcp": link == "tcp",
+        }
+        plan: OverlapPlan
         nats = {} if losses is None else _read_losses(losses)
+        if model is not None:
+            bundle = TextBundle.load(find_bundle(model))
+            plan, nats = BundlePlan.of(bundle, **fields), _read_qualities(bundle)
+        else:
+            shape = ModelShape(width, ffn, layers, heads, heads)
+            plan = OverlapPlan(shape, front_width=front_width, **fields)
         with progress_bar() as progress:
             task = progress.add_task("decoding", total=None)
             try:
@@ -91,7 +101,8 @@ def overlap(
     for row in rows:
         out.print(_table(plan, row, nats))
     if to is not None:
-        _save(to, f"overlap-{link}" + "-stitched" * bool(front_width), plan, rows, nats)
+        suffix = "-stitched" * bool(front_width) + "-model" * (model is not None)
+        _save(to, f"overlap-{link}{suffix}", plan, rows, nats)
 
 
 def _read_losses(file: Path) -> dict[str, float]:
@@ -101,6 +112,17 @@ def _read_losses(file: Path) -> dict[str, float]:
         return {str(name): float(nats) for name, nats in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"losses: {file}: expected held_out_loss by scheme: {error}") from error
+
+
+def _read_qualities(bundle: TextBundle) -> dict[str, float]:
+    """Return the measured held-out nats per token of a bundle's paths by name."""
+    if bundle.quality is None:
+        return {}
+    measured = {
+        variant.name: bundle.quality.variants[number].perplexity
+        for number, variant in enumerate(bundle.manifest.variants)
+    }
+    return {name: math.log(p) for name, p in measured.items() if p is not None}
 
 
 COLUMNS = ("scheme", "nats per token", "reductions", "tokens/s", "over standard", "hidden or saved")
@@ -134,7 +156,8 @@ def _title(plan: OverlapPlan, row: OverlapRow) -> str:
 def _table(plan: OverlapPlan, row: OverlapRow, nats: Mapping[str, float]) -> Table:
     table = Table(title=_title(plan, row))
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "scheme" else "right")
+        is_name = column == "scheme"
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
     for cells in _cells(plan, row, nats):
         table.add_row(*cells)
     return table

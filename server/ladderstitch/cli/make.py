@@ -322,8 +322,9 @@ def convert_ladder(
     """Convert layers of a language model to ladder layers or to groups, and retrain them.
 
     A ladder layer reads the residual stream one sub-block late, so that ranks communicate while
-    they compute. Layers of a group read one input and share their reductions. Low-rank updates of the weights are trained on the predictions of the standard
-    model. The new bundle has both variants, chosen per request. Resumes if it was interrupted.
+    they compute. Layers of a group read one input and share their reductions. Low-rank updates of
+    the weights are trained on the predictions of the standard model. The new bundle has both
+    variants, chosen per request. Resumes if it was interrupted.
 
     Example: `ladderstitch convert-ladder smollm2 --recipe examples/smollm2-ladder/ladder-8.yaml
     --text data/brown/train.txt --held-out brown=data/brown/heldout.txt --into smollm2-ladder`

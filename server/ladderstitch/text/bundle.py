@@ -88,6 +88,15 @@ class TextVariant(BaseModel):
         False, description="whether only requests that name the path get it, as an adapter's"
     )
 
+    def find_problem(self, config: DecoderConfig) -> str | None:
+        """Return why the path does not fit a model of this configuration; None if it does."""
+        if (problem := config.find_width_problem(self.ffn_widths)) is not None:
+            return f"paths: {problem}"
+        if self.ffn_widths and self.precision:
+            return f"paths: ffn_widths: expected none with a precision, got {self.ffn_widths}"
+        problem = find_group_problem(self.residual.groups or (), config.layers)
+        return None if problem is None else f"residual.{problem}"
+
 
 class SamplingDefaults(BaseModel):
     """The sampling that the authors of a model recommend; it applies to OpenAI's API only."""
@@ -142,28 +151,23 @@ class TextManifest(BaseModel):
                 "paths: expected all schemes or none to be parallel, got both "
                 "(parallel layers have other tensors)"
             )
-        late = {variant.residual.scheme for variant in self.variants} & {"ladder", "desync", "groups"}
+        schemes = {variant.residual.scheme for variant in self.variants}
+        late = schemes & {"ladder", "desync", "groups"}
         if late and (self.config.norm_place != "before" or self.config.qk_norm == "all"):
             raise ValueError(
                 "residual: expected standard, as norms of outputs or over all heads need complete "
                 f"sums, got {late}"
             )
         for variant in self.variants:
-            if (problem := self.config.find_width_problem(variant.ffn_widths)) is not None:
-                raise ValueError(f"paths: {problem}")
-            if variant.ffn_widths and (variant.precision or self.anchors):
-                raise ValueError(
-                    "paths: ffn_widths: expected none with a precision or in a family of anchors"
-                )
-            groups = variant.residual.groups or ()
-            if (problem := find_group_problem(groups, self.config.layers)) is not None:
-                raise ValueError(f"residual.{problem}")
+            if (problem := variant.find_problem(self.config)) is not None:
+                raise ValueError(problem)
         routes = {variant.name: variant.route for variant in self.variants}
         if (problem := self.decoder_family.find_problem(routes)) is not None:
             raise ValueError(problem)
-        if self.anchors and any(v.delta or v.precision for v in self.variants):
-            raise ValueError("paths: expected no delta and no precision in a family of anchors")
-        schemes = {variant.residual.scheme for variant in self.variants}
+        if self.anchors and any(v.delta or v.precision or v.ffn_widths for v in self.variants):
+            raise ValueError(
+                "paths: expected no delta, no precision and no ffn_widths in a family of anchors"
+            )
         if self.anchors and (other := schemes - {"standard", "ladder"}):
             raise ValueError(f"residual: expected standard or ladder in a family, got {other}")
         in_part = any(v.residual.ladder_layers is not None for v in self.variants)

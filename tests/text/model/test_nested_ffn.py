@@ -154,7 +154,7 @@ def test_widths_that_the_model_lacks_are_named(
 
 def test_low_bit_paths_have_all_columns(tmp_path: Path) -> None:
     path = PATHS[1].model_copy(update={"precision": "int8"})
-    with pytest.raises(ValidationError, match="ffn_widths: expected none with a precision"):
+    with pytest.raises(ValidationError, match="ffn_widths: expected none with a precision, got"):
         write_nested(tmp_path / "nested", (path,))
 
 
@@ -167,9 +167,7 @@ def test_nested_widths_ascend_below_the_whole(nested: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 3), (6, 1), (4, 4)])
 def test_alibi_equals_scores_computed_in_float64(heads: int, kv_heads: int) -> None:
     """ONNX Runtime (float32) and torch (bfloat16), a chunk after a prefix, and single tokens."""
-    config = TINY.model_copy(
-        update={"heads": heads, "kv_heads": kv_heads, "alibi_bias_max": 8.0}
-    )
+    config = TINY.model_copy(update={"heads": heads, "kv_heads": kv_heads, "alibi_bias_max": 8.0})
     generator, shard = torch.Generator().manual_seed(0), Shard.of(config, 0, 1)
     q, k, v = (
         torch.randn(20, count, config.head_dim, generator=generator).bfloat16().float()

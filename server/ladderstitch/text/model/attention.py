@@ -53,9 +53,9 @@ class PagedCache:
         self._arrays: list[tuple[Array, Array]] = []
         if self._memory.device.type == "cpu" and dtype == torch.float32:
             softcap = config.attention_softcap or 0.0
-            slopes = None if self._slopes is None else self._slopes.numpy()
+            per_head = None if self._slopes is None else self._slopes.numpy()
             self._attentions = {
-                heads: OnnxAttention(heads, kv_heads, config.head_dim, threads, softcap, slopes)
+                heads: OnnxAttention(heads, kv_heads, config.head_dim, threads, softcap, per_head)
                 for heads in {len(shard.heads), *query_heads}
             }
             self._arrays = [(keys, values) for keys, values in self._memory.flatten(3).numpy()]

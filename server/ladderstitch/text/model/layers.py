@@ -161,8 +161,10 @@ class NarrowMlp:
         assert isinstance(weights.gate_up, Tensor), "low-bit matrices have no slices"
         assert isinstance(weights.down, Tensor), "low-bit matrices have no slices"
         height, bias = weights.down.shape[1], weights.gate_up_bias
-        rows = [slice(at, at + columns) for at in ((0, height) if config.gated else (0,))]
-        self.parts = [(weights.gate_up[part], None if bias is None else bias[part]) for part in rows]
+        self.parts = []
+        for first in (0, height) if config.gated else (0,):
+            rows = slice(first, first + columns)
+            self.parts.append((weights.gate_up[rows], None if bias is None else bias[rows]))
         self.down, self._down_bias = weights.down[:, :columns], weights.down_bias
         self._activate = ACTIVATIONS[config.activation]
 

@@ -85,12 +85,7 @@ class OnnxAttention:
         if sequence.mask is None:
             return self._attend_token(queries, k, v)
         q = np.ascontiguousarray(queries)
-        mask = sequence.mask
-        if self._slopes is not None:
-            rows, seen = mask.shape
-            ago = np.arange(1 - seen, 1) - np.arange(1 - rows, 1)[:, None]
-            bias = self._slopes[:, None, None] * ago
-            mask = np.where(mask, bias, -np.inf).astype(np.float32)[None]
+        mask = sequence.mask if self._slopes is None else _bias(self._slopes, sequence.mask)
         feeds = {"q": q, "k": k, "v": v, "mask": mask}
         attended: Array = self._chunk.run(("attended",), feeds)[0]
         return attended
@@ -116,7 +111,17 @@ class OnnxAttention:
         return np.ascontiguousarray(heads).reshape(1, 1, -1)
 
 
-def _graph(heads: int, kv_heads: int, width: int, softcap: float, mask: int | None) -> bytes:
+def _bias(slopes: Array, mask: NDArray[np.bool_]) -> Array:
+    """Return what is added to scores [1, H, T, S]: ALiBi where `mask` [T, S] is true, else -inf."""
+    rows, seen = mask.shape
+    ago = np.arange(1 - seen, 1, dtype=np.float32) - np.arange(1 - rows, 1)[:, None]
+    bias: Array = np.where(mask, slopes[:, None, None] * ago, -np.inf).astype(np.float32)[None]
+    return bias
+
+
+def _graph(
+    heads: int, kv_heads: int, width: int, softcap: float, mask: TensorProto.DataType | None
+) -> bytes:
     """Return the graph of the attention of T rows over all S tokens of their sequence.
 
     Its inputs are q [1, T, H d], k and v [1, S, K d], and a mask of the type
@@ -131,7 +136,8 @@ def _graph(heads: int, kv_heads: int, width: int, softcap: float, mask: int | No
     }
     inputs = {name: (FLOAT, shape) for name, shape in shapes.items()}
     if mask is not None:
-        inputs["mask"] = (mask, (None, None) if mask == BOOL else (1, heads, None, None))
+        shape: Sequence[int | None] = (None, None) if mask == BOOL else (1, heads, None, None)
+        inputs["mask"] = (mask, shape)
     (attended,) = graph.operator(
         "Attention", list(inputs), q_num_heads=heads, kv_num_heads=kv_heads, softcap=softcap
     )

@@ -43,9 +43,7 @@ def desync_logits(
 def _shard(model: TrainableLlama, shard: Shard) -> TrainableLlama:
     """Return one rank's part of a model; its tensors are slices, through which gradients flow."""
     config = model.config
-    own = config.model_copy(
-        update={"heads": len(shard.heads), "kv_heads": len(shard.kv_heads)}
-    )
+    own = config.model_copy(update={"heads": len(shard.heads), "kv_heads": len(shard.kv_heads)})
     return TrainableLlama(own, _slices(model.tensors, config, shard))
 
 

@@ -84,7 +84,8 @@ def initial_weights(
 ) -> dict[str, nn.Parameter]:
     """Return normally distributed weights of standard deviation 0.02; norms are 1.
 
-    With `shared_norm`, attention and MLP of a layer share a norm (the parallel scheme). The deviation of a sub-block's last matrix is divided by sqrt(2 layers), like in GPT-2.
+    With `shared_norm`, attention and MLP of a layer share a norm (the parallel scheme). The
+    deviation of a sub-block's last matrix is divided by sqrt(2 layers), like in GPT-2.
     """
     random = torch.Generator().manual_seed(seed)
     tensors = {}
