@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ladderstitch.text.comm.base import SingleRankCommunicator
 from ladderstitch.text.model import stitched
-from ladderstitch.text.model.residual import AffineMap, ResidualScheme, ResidualStream, Scheme
+from ladderstitch.text.model.residual import ResidualScheme, Scheme
+from ladderstitch.text.model.residual_stream import AffineMap, ResidualStream
 from tests.support.elastic_models import Definition, random_family
 from tests.support.stitched_kernels import ROUTES, KernelRank, KernelStream, random_tokens
 

@@ -11,7 +11,8 @@ from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.family import Route
 from ladderstitch.text.model.family_weights import anchor_weights, stitch_weights
-from ladderstitch.text.model.residual import ResidualScheme, ResidualStream, plan_layers
+from ladderstitch.text.model.residual import ResidualScheme, plan_layers
+from ladderstitch.text.model.residual_stream import ResidualStream
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.stitched import (
     BoundaryCache,

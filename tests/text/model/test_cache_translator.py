@@ -14,7 +14,8 @@ from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.cache_translator import CacheTranslator
 from ladderstitch.text.model.config import DecoderConfig
-from ladderstitch.text.model.residual import AffineMap, plan_layers
+from ladderstitch.text.model.residual import plan_layers
+from ladderstitch.text.model.residual_stream import AffineMap
 from ladderstitch.text.model.stitched_segments import SegmentedPath
 from ladderstitch.text.model.weights import LayerWeights
 from ladderstitch.training.text.calibrate import open_runner

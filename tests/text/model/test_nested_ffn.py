@@ -23,7 +23,7 @@ from ladderstitch.text.messages import LogitsMode, dense_step
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import DecoderConfig
-from ladderstitch.text.model.layers import NarrowMlp
+from ladderstitch.text.model.mlp import NarrowMlp
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.transformer import Transformer
@@ -107,9 +107,9 @@ def test_paths_share_one_set_of_weights_and_slices_are_views(tmp_path: Path) -> 
     plain = load_rank(MemoryWeights(random_tensors(TINY)), TINY, Shard.of(TINY, 0, 1))
     assert model.weight_bytes == plain.bytes()
     for layer in model.layers:
-        whole = {layer.mlp(None).output_matrix.untyped_storage().data_ptr()}
+        whole = {layer.mlp.output_matrix.untyped_storage().data_ptr()}
         for width in NESTED.nested_ffn:
-            narrow = layer.mlp(width)
+            narrow = layer.mlp_of(width)
             assert isinstance(narrow, NarrowMlp)
             assert {narrow.down.untyped_storage().data_ptr()} == whole
             assert len({part.untyped_storage().data_ptr() for part, _ in narrow.parts}) == 1

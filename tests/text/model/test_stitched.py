@@ -21,7 +21,8 @@ from ladderstitch.text.model.family_weights import (
     check_family_weights,
     stitch_weights,
 )
-from ladderstitch.text.model.residual import ResidualScheme, ResidualStream, Scheme, plan_layers
+from ladderstitch.text.model.residual import ResidualScheme, Scheme, plan_layers
+from ladderstitch.text.model.residual_stream import ResidualStream
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.stitched import (
     BoundaryCache,

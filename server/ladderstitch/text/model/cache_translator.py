@@ -24,7 +24,7 @@ from ladderstitch.runtime.graph_builder import GraphBuilder
 from ladderstitch.runtime.sessions import open_rank_session
 from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.onnx_attention import Array
-from ladderstitch.text.model.residual import AffineMap
+from ladderstitch.text.model.residual_stream import AffineMap
 from ladderstitch.text.model.weights import LayerWeights
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64

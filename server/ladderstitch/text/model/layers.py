@@ -7,28 +7,23 @@ heads of this rank, d head width, F_r feed-forward columns.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladderstitch.runtime.linear import Matrix, Product, open_product
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import DecoderConfig
+from ladderstitch.text.model.mlp import Mlp, NarrowMlp
+from ladderstitch.text.model.products import matrix_for_kernels, open_biased
 from ladderstitch.text.model.query_key_norm import QueryKeyNorm, SumOverRanks
-from ladderstitch.text.model.residual import AffineMap, LayerPlan, ResidualStream
+from ladderstitch.text.model.residual import LayerPlan
+from ladderstitch.text.model.residual_stream import AffineMap, ResidualStream
 from ladderstitch.text.model.rotation import rotate
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.weights import LayerWeights
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
 
 
 class Norm:
@@ -123,62 +118,6 @@ def _sum_nothing(part: Tensor) -> Tensor:
     raise AssertionError("expected no norm of keys over all heads")
 
 
-class Mlp:
-    """The MLP over one rank's columns, SwiGLU or another: [T, D] -> [T, F_r].
-
-    The product with `output` [D, F_r] is this rank's partial [T, D].
-    """
-
-    def __init__(
-        self, weights: LayerWeights, threads: int, activation: str = "silu", *, gated: bool = True
-    ) -> None:
-        self.output_matrix = matrix_for_kernels(weights.down, weights.down_bias)
-        self.gate_up = open_biased(weights.gate_up, weights.gate_up_bias, threads)
-        self.output = open_biased(weights.down, weights.down_bias, threads)
-        self._activate, self._gated = ACTIVATIONS[activation], gated
-        on_gpu = isinstance(weights.down, Tensor) and weights.down.is_cuda
-        self.uses_kernels = on_gpu and gated and activation == "silu"
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return act(x @ gate.T) * (x @ up.T), or act(x @ up.T) without a gate, of x [T, D]."""
-        gate_up = self.gate_up(x)
-        if self.uses_kernels:
-            from ladderstitch_kernels.ops.swiglu import swiglu
-
-            return swiglu(gate_up)
-        if not self._gated:
-            return self._activate(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self._activate(gate) * up
-
-
-class NarrowMlp:
-    """The first columns of an MLP on one rank, as views of its matrices: [T, D] -> [T, columns]."""
-
-    output_matrix = None
-
-    def __init__(self, weights: LayerWeights, columns: int, config: DecoderConfig) -> None:
-        assert isinstance(weights.gate_up, Tensor), "low-bit matrices have no slices"
-        assert isinstance(weights.down, Tensor), "low-bit matrices have no slices"
-        height, bias = weights.down.shape[1], weights.gate_up_bias
-        self.parts = []
-        for first in (0, height) if config.gated else (0,):
-            rows = slice(first, first + columns)
-            self.parts.append((weights.gate_up[rows], None if bias is None else bias[rows]))
-        self.down, self._down_bias = weights.down[:, :columns], weights.down_bias
-        self._activate = ACTIVATIONS[config.activation]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the activations [T, columns] of x [T, D], as `Mlp` does."""
-        products = [F.linear(x, matrix, bias) for matrix, bias in self.parts]
-        activated = self._activate(products[0])
-        return activated * products[1] if len(products) > 1 else activated
-
-    def output(self, x: Tensor) -> Tensor:
-        """Return this rank's partial [T, D] of activations [T, columns]."""
-        return F.linear(x, self.down, self._down_bias)
-
-
 class Layer:
     """One decoder layer: attention, MLP, and up to four norms."""
 
@@ -189,7 +128,7 @@ class Layer:
             return None if gain is None else Norm(gain, bias, config)
 
         self.attention = Attention(number, weights, config, shard, threads)
-        self._mlp = Mlp(weights, threads, config.activation, gated=config.gated)
+        self.mlp = Mlp(weights, threads, config.activation, gated=config.gated)
         self._narrow = {
             width: NarrowMlp(weights, shard.num_first_columns(width), config)
             for width in config.nested_ffn
@@ -213,7 +152,7 @@ class Layer:
 
         With `outgoing`, a stitching layer maps the stream after the layer.
         """
-        mlp = self.mlp(plan.ffn_width)
+        mlp = self.mlp_of(plan.ffn_width)
         x = _read(stream, plan.lag, self._attention_norm)
         mixed = self.attention(x, batch, rotation, cache, stream.sum_over_ranks)
         if plan.fused:
@@ -232,9 +171,9 @@ class Layer:
             return
         _add(stream, mlp, mlp(x), reduce[1], self._mlp_output_norm)
 
-    def mlp(self, width: int | None) -> Mlp | NarrowMlp:
+    def mlp_of(self, width: int | None) -> Mlp | NarrowMlp:
         """Return the MLP with the first `width` columns of all ranks; None: with all columns."""
-        return self._mlp if width is None else self._narrow[width]
+        return self.mlp if width is None else self._narrow[width]
 
     def attend(
         self,
@@ -250,7 +189,7 @@ class Layer:
 
     def transform(self, stream: ResidualStream, width: int | None) -> Tensor:
         """Return the MLP's partial [T, D] for the complete stream, without adding it."""
-        mlp = self.mlp(width)
+        mlp = self.mlp_of(width)
         return mlp.output(mlp(_read(stream, 0, self._mlp_norm)))
 
     def append_keys(
@@ -282,20 +221,6 @@ def run_group(
         layer.transform(stream, plan.ffn_width) for layer, plan in zip(layers, plans, strict=True)
     ]
     stream.add(functools.reduce(torch.add, transformed))
-
-
-def matrix_for_kernels(matrix: Matrix, bias: Tensor | None) -> Tensor | None:
-    """Return a matrix with which a kernel can multiply and send at once; None: it cannot.
-
-    Low-bit matrices belong to their sessions alone, and the kernels add no bias.
-    """
-    return matrix if isinstance(matrix, Tensor) and bias is None else None
-
-
-def open_biased(matrix: Matrix, bias: Tensor | None, threads: int) -> Product:
-    """Return the product with a matrix, plus the bias if there is one."""
-    product = open_product(matrix, threads)
-    return product if bias is None else lambda x: product(x) + bias
 
 
 def _read(stream: ResidualStream, lag: int, norm: Norm | None) -> Tensor:

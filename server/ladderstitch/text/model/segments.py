@@ -32,7 +32,8 @@ from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.onnx_attention import Array
-from ladderstitch.text.model.residual import AffineMap, LayerPlan
+from ladderstitch.text.model.residual import LayerPlan
+from ladderstitch.text.model.residual_stream import AffineMap
 from ladderstitch.text.model.rotation import rotation_tables
 from ladderstitch.text.model.transformer import look_up
 from ladderstitch.text.model.weights import LayerWeights, RankWeights

@@ -24,7 +24,8 @@ from ladderstitch.text.comm.base import Communicator
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.family import DecoderFamily, LayerRange, MapName, Plane, Route
-from ladderstitch.text.model.residual import AffineMap, LayerPlan, ResidualStream
+from ladderstitch.text.model.residual import LayerPlan
+from ladderstitch.text.model.residual_stream import AffineMap, ResidualStream
 from ladderstitch.text.model.transformer import Transformer
 from ladderstitch.text.model.weight_reader import Weights
 

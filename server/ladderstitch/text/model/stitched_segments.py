@@ -16,7 +16,8 @@ from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.cache_translator import CacheTranslator
 from ladderstitch.text.model.family import DecoderFamily, MapName, Plane, Route
 from ladderstitch.text.model.onnx_attention import Array
-from ladderstitch.text.model.residual import AffineMap, LayerPlan
+from ladderstitch.text.model.residual import LayerPlan
+from ladderstitch.text.model.residual_stream import AffineMap
 from ladderstitch.text.model.segments import (
     FACTORS,
     Arrays,

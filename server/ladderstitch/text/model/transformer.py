@@ -35,7 +35,8 @@ from ladderstitch.text.model.attention import PagedCache, soft_cap
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.layers import Layer, Norm, run_group
-from ladderstitch.text.model.residual import LayerPlan, ResidualStream, split_groups
+from ladderstitch.text.model.residual import LayerPlan, split_groups
+from ladderstitch.text.model.residual_stream import ResidualStream
 from ladderstitch.text.model.rotation import rotation_tables
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.weights import RankWeights
