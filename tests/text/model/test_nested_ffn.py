@@ -30,7 +30,7 @@ from ladderstitch.text.model.transformer import Transformer
 from ladderstitch.text.model.weight_reader import MemoryWeights
 from ladderstitch.text.model.weights import load_rank
 from ladderstitch.text.scheduler.cache_rules import CacheRules
-from ladderstitch.training.text.calibrate import open_runner
+from ladderstitch.training.text.calibrate import add_precision, open_runner
 from tests.support.language_models import (
     TINY,
     made_up_quality,
@@ -156,6 +156,12 @@ def test_low_bit_paths_have_all_columns(tmp_path: Path) -> None:
     path = PATHS[1].model_copy(update={"precision": "int8"})
     with pytest.raises(ValidationError, match="ffn_widths: expected none with a precision, got"):
         write_nested(tmp_path / "nested", (path,))
+
+
+def test_quantised_forms_are_of_the_whole_path_only(tmp_path: Path) -> None:
+    bundle = TextBundle.load(write_nested(tmp_path / "nested"))
+    names = [variant.name for variant in add_precision(bundle, "int8").manifest.variants]
+    assert names == ["whole", "half", "eighth", "mix", "whole-int8"]
 
 
 @pytest.mark.parametrize("nested", [(0, 50), (50, 13), (100,), (50, 50)])

@@ -153,14 +153,14 @@ def _measure_switches(
 def add_precision(bundle: TextBundle, precision: LowBitPrecision) -> TextBundle:
     """Return the bundle with a form in this precision of every path that has none of its own.
 
-    The new paths must be calibrated before `write_paths`. Raises `ConfigError` if they exist.
+    Paths with narrower MLPs get none: low-bit matrices have no slices. The new paths must be calibrated before `write_paths`. Raises `ConfigError` if they exist.
     """
     present = bundle.manifest.variants
     names = {variant.name for variant in present}
     added = tuple(
         variant.model_copy(update={"name": f"{variant.name}-{precision}", "precision": precision})
         for variant in present
-        if variant.precision is None
+        if variant.precision is None and not variant.ffn_widths
     )
     if twice := sorted(names & {variant.name for variant in added}):
         raise ConfigError(f"precision: expected one that the bundle lacks, it has {twice}")
