@@ -153,7 +153,8 @@ def _measure_switches(
 def add_precision(bundle: TextBundle, precision: LowBitPrecision) -> TextBundle:
     """Return the bundle with a form in this precision of every path that has none of its own.
 
-    Paths with narrower MLPs get none: low-bit matrices have no slices. The new paths must be calibrated before `write_paths`. Raises `ConfigError` if they exist.
+    Paths with narrower MLPs get none: low-bit matrices have no slices. The new paths must be
+    calibrated before `write_paths`. Raises `ConfigError` if they exist.
     """
     present = bundle.manifest.variants
     names = {variant.name for variant in present}
