@@ -7,42 +7,42 @@ import contextlib
 import errno
 import math
 import os
+import shlex
+import shutil
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from ladderstitch.api.listener import ListenerConfig
+from ladderstitch.addresses import DEFAULT_ADDRESS, join_address
 from ladderstitch.bundles import EMBEDDED, find_bundle, is_language_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.cli.lifecycle import (
     Interrupt,
     InterruptingSignals,
+    ending_at_once,
     exit_now,
     run_until_stopped,
 )
 from ladderstitch.cli.options import with_config_options
 from ladderstitch.cli.supervisor import BEAT_S, end_directly, fork_servers
-from ladderstitch.client import Client, RequestFailed
-from ladderstitch.client.calls import DEFAULT_ADDRESS
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import ConfigError
-from ladderstitch.hosting.model_manager import make_runner
-from ladderstitch.hosting.registry import ModelRegistry
-from ladderstitch.replica.replica import Replica
 from ladderstitch.runtime.process import free_port, freeze_gc, release_ports, reserve_port
-from ladderstitch.security.listen_config import join_address
-from ladderstitch.telemetry.logs import configure as configure_logs
-from ladderstitch.telemetry.metrics import Metrics
-from ladderstitch.text.engine.rank_handle import launch_process
+
+if TYPE_CHECKING:  # the help page appears without torch
+    pass
 
 EXAMPLE_IMAGES = Path("examples/fashion-mnist/images")
+"""Images for the embedded model in the repository; the package has others."""
 UNKNOWN_BUDGET = "100ms"
 HINT_TIMEOUT_S = 5.0
 AROUND_COMPUTE_MS = 2
@@ -80,13 +80,14 @@ def serve(
         ),
     ] = False,
 ) -> None:
-    """Serve a model over gRPC, with metrics for Prometheus. Ctrl-C drains and stops the server.
+    """Serve a model over gRPC and HTTP until Ctrl-C.
 
-    Call it from another terminal: `ladderstitch predict IMAGE --budget 5ms`, or for a language
-    model (`ladderstitch fetch smollm2`) `ladderstitch generate "The capital of France is"`.
+    Ctrl-C drains and stops the server, a second one ends it at once. Call it from another terminal:
+    `ladderstitch predict IMAGE --budget 5ms`, or for a language model (`ladderstitch fetch
+    smollm2`) `ladderstitch generate "The capital of France is"`.
     """
     started = time.monotonic()
-    with user_errors():
+    with user_errors(), ending_at_once():
         if model is not None:
             given["bundle"] = find_bundle(model)
         if "record" in given:  # Ray's workers have another working directory
@@ -102,14 +103,18 @@ def serve(
             raise ConfigError(
                 "spare: expected --no-ray along with it; Ray restarts replicas itself"
             )
+        modules = ["ladderstitch.ray_serve.local_cluster"] if ray else _lazy_modules(parsed)
+        for module in modules:
+            import_module(module)
+        if ray:
+            _check_before_start(parsed)
+    with user_errors():
         send_beat: Callable[[], None] | None = None
         if spare:
             parsed = _choose_ports(parsed)
-            send_beat = fork_servers(_lazy_modules(parsed))
+            send_beat = fork_servers()
             started = time.monotonic()
     with end_directly() if spare else contextlib.nullcontext(), user_errors():
-        if ray:
-            _check_before_start(parsed)
         reserved = _reserve_ports(parsed)
         if ray:
             _serve_on_ray(parsed, started)
@@ -121,6 +126,12 @@ def serve(
 
 def _check_before_start(config: ServerConfig) -> None:
     """Raise now the `UserError` that a process of Ray would raise seconds later."""
+    from ladderstitch.api.listener import ListenerConfig
+    from ladderstitch.hosting.model_manager import make_runner
+    from ladderstitch.hosting.registry import ModelRegistry
+    from ladderstitch.telemetry.metrics import Metrics
+    from ladderstitch.text.engine.rank_handle import launch_process
+
     make_runner(config, ModelRegistry("check"), Metrics(), launch_process)
     ListenerConfig.from_config(config, lambda reason: None)
 
@@ -185,6 +196,8 @@ def _serve_on_ray(config: ServerConfig, started: float) -> None:
 
 def _drain_without_ray(config: ServerConfig, port: int) -> None:
     """Let the accepted requests end while Ray cannot; callers with tokens lose theirs."""
+    from ladderstitch.client import Client, RequestFailed
+
     if config.tls_certificate is not None or config.token_file is not None:
         return
     with (
@@ -207,7 +220,8 @@ def _choose_ports(config: ServerConfig) -> ServerConfig:
 
 def _lazy_modules(config: ServerConfig) -> list[str]:
     """Return the modules that a server with this configuration imports when it starts."""
-    modules = ["numpy.random"]  # draws the tokens or the requests of a warm-up
+    # numpy.random draws the tokens or the requests of a warm-up
+    modules = ["ladderstitch.replica.replica", "numpy.random"]
     if config.http_port is not None:
         modules.append("ladderstitch.api.openai.server")
     if not is_language_bundle(config.bundle):
@@ -219,6 +233,9 @@ async def _serve_alone(
     config: ServerConfig, started: float, send_beat: Callable[[], None] | None
 ) -> None:
     """Serve until a signal; `send_beat` is called when the server is ready, then every `BEAT_S`."""
+    from ladderstitch.replica.replica import Replica
+    from ladderstitch.telemetry.logs import configure as configure_logs
+
     configure_logs(config.log_format)
     replica = Replica(
         config,
@@ -258,37 +275,68 @@ async def _send_beats(send_beat: Callable[[], None]) -> None:
 def _print_ready(
     config: ServerConfig, port: int, metrics_port: int, http_port: int | None, started: float
 ) -> None:
-    """Print the addresses of the server, and a command that calls it."""
-    seconds = time.monotonic() - started
+    """Print one line: the addresses of the server, its page, and a command that calls it."""
     address = join_address(config.host, port)
-    where = (
-        f"gRPC on {address}, metrics on http://{join_address(config.host, metrics_port)}/metrics"
-    )
+    where = [
+        f"gRPC on {address}",
+        f"metrics on http://{join_address(config.host, metrics_port)}/metrics",
+    ]
     if http_port is not None:
         scheme = "https" if config.tls_certificate is not None else "http"
-        where += f", OpenAI API on {scheme}://{join_address(config.host, http_port)}/v1"
-    out.print(f"[bold green]ready[/] after {seconds:.1f} s: {where}", soft_wrap=True)
-    option = "" if address == DEFAULT_ADDRESS else f" --address {address}"
+        http = f"{scheme}://{join_address(config.host, http_port)}"
+        where.append(f"OpenAI API on {http}/v1")
+        if config.serves_page:
+            where.insert(0, f"page on {http}/")
+    command = suggest_command(config, address)
+    out.print(
+        f"[bold green]ready[/] after {time.monotonic() - started:.1f} s: "
+        f"{escape(', '.join(where))}, try: {escape(command)}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def suggest_command(config: ServerConfig, address: str) -> str:
+    """Return a command that calls the server at an address, as a shell takes it."""
+    option = [] if address == DEFAULT_ADDRESS else ["--address", address]
     if is_language_bundle(config.bundle):
-        command = f'{sys.argv[0]} generate "The capital of France is"{option}'
-    else:
-        has_examples = EXAMPLE_IMAGES.is_dir() and config.bundle == EMBEDDED
-        images = f"{EXAMPLE_IMAGES}/*.png" if has_examples else ""
-        kind, budget = _suggest_call(config, port)
-        command = f"{sys.argv[0]} predict {images or kind} --budget {budget}{option}"
-    out.print(f"try:  {command}", soft_wrap=True, highlight=False)
+        return f'{_program()} generate "The capital of France is" {shlex.join(option)}'.rstrip()
+    kind, budget = _suggest_call(config, address)
+    return f"{_program()} predict {_example_images(config.bundle) or kind} " + shlex.join(
+        ["--budget", budget, *option]
+    )
 
 
-def _suggest_call(config: ServerConfig, port: int) -> tuple[str, str]:
+def _program() -> str:
+    """Return how this program was started, the shortest form that works in this folder."""
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        return shlex.join([sys.executable, "-m", "ladderstitch"])
+    found = shutil.which(started.name)
+    on_path = found is not None and Path(found).resolve() == started.resolve()
+    return shlex.quote(started.name if on_path else str(started))
+
+
+def _example_images(bundle: Path) -> str:
+    """Return a pattern of the example images of a bundle; empty if it has none."""
+    if bundle == EMBEDDED and EXAMPLE_IMAGES.is_dir():
+        return f"{EXAMPLE_IMAGES}/*.png"
+    folder = bundle / "examples"
+    return f"{shlex.quote(str(folder))}/*.png" if any(folder.glob("*.png")) else ""
+
+
+def _suggest_call(config: ServerConfig, address: str) -> tuple[str, str]:
     """Return a name of an input, and a budget that this machine keeps with the best variant.
 
     Without an answer, e.g. because only callers with credentials get one, it is 100 ms: a server
     that has started does not end because of a hint.
     """
+    from ladderstitch.client import Client, RequestFailed
+
     if config.tls_certificate is not None or config.token_file is not None:
         return "IMAGE.png", UNKNOWN_BUDGET
     try:
-        with Client(join_address(config.host, port), timeout_s=HINT_TIMEOUT_S) as client:
+        with Client(address, timeout_s=HINT_TIMEOUT_S) as client:
             model = client.get_model()
     except RequestFailed:
         return "IMAGE.png", UNKNOWN_BUDGET
@@ -303,9 +351,10 @@ def rank(
         Path, typer.Option(help="File with the secret; the server's `rank_secret_file`.")
     ],
 ) -> None:
-    """Run one tensor-parallel rank for a server on another machine.
+    """Run one rank for a server on another machine.
 
-    The command exits when the server disconnects.
+    A rank holds its share of a tensor-parallel model. The command exits when the server
+    disconnects.
     """
     from ladderstitch.text.engine.rank import run
 
@@ -314,9 +363,3 @@ def rank(
             run(address, secret_file.read_text().strip())
         except OSError as error:
             raise ConfigError(f"rank: {error}") from error
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to `app`."""
-    app.command(rich_help_panel="Serve")(serve)
-    app.command(rich_help_panel="Serve")(rank)
