@@ -8,10 +8,12 @@ import logging
 import math
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import uvicorn
+from prometheus_client import CollectorRegistry
 
+from ladderstitch.addresses import is_loopback, join_address, strip_brackets
 from ladderstitch.api.auth import AuthInterceptor
 from ladderstitch.api.listener import certificate_files
 from ladderstitch.api.openai.app import create_app
@@ -19,8 +21,8 @@ from ladderstitch.api.openai.protocol import ConnectionLimits, LimitedProtocol
 from ladderstitch.config import ServerConfig
 from ladderstitch.hosting.registry import ModelRegistry
 from ladderstitch.runtime.process import address_family
-from ladderstitch.security.listen_config import join_address, strip_brackets
 from ladderstitch.security.tls import CertificateFiles, CertificateWatcher
+from ladderstitch.telemetry.logs import RecordSink
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +60,16 @@ class HttpServer:
     """The HTTP server of OpenAI's API; it listens from `start` until `stop`."""
 
     def __init__(
-        self, config: ServerConfig, registry: ModelRegistry, auth: AuthInterceptor | None
+        self,
+        config: ServerConfig,
+        registry: ModelRegistry,
+        auth: AuthInterceptor | None,
+        sinks: Sequence[RecordSink] = (),
+        metrics: CollectorRegistry | None = None,
     ) -> None:
         """Prepare the server; without `auth`, callers need no token.
+
+        Each request is reported to `sinks`, and `/metrics` has those of `metrics`.
 
         Raises `ConfigError` if the certificate files cannot be used.
         """
@@ -78,6 +87,10 @@ class HttpServer:
             body_timeout_s=config.message_timeout_s,
             max_unfinished=config.max_unfinished_messages,
             cors_origins=config.cors_origins,
+            trusts_loopback=is_loopback(config.host),
+            sinks=sinks,
+            metrics=metrics,
+            page=config.serves_page,
         )
         self._tls = None if files is None else server_context(files)
         settings = uvicorn.Config(
