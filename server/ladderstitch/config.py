@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic.config import JsonDict
 
+from ladderstitch.addresses import is_loopback, split_address
 from ladderstitch.bundles import EMBEDDED
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.security.listen_config import (
@@ -18,7 +19,6 @@ from ladderstitch.security.listen_config import (
     MAX_IMAGE_MB,
     MAX_IMAGE_PIXELS,
     ListenConfig,
-    split_address,
 )
 from ladderstitch.text.comm.base import CommChoice
 
@@ -35,6 +35,11 @@ class ServerConfig(ListenConfig):
         ge=0,
         le=65_535,
         description="HTTP port of OpenAI's API for language models; unset: none",
+    )
+    page: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="the page at / of the HTTP port; auto: on if only this machine can reach it, "
+        "or if callers need tokens, which the page asks for",
     )
     cors_origins: tuple[str, ...] = Field(
         (),
@@ -110,6 +115,11 @@ class ServerConfig(ListenConfig):
         le=3600,
         description="seconds after which the decoding of an image is ended and the image rejected",
         json_schema_extra=LIMITS,
+    )
+    non_finite_inputs: Literal["compute", "refuse"] = Field(
+        "compute",
+        description="FP32 inputs with NaN or infinity over the Open Inference Protocol: compute "
+        "them, as Triton does, or refuse them; the native protocol always refuses them",
     )
     max_prompt_tokens: int | None = Field(
         None,
@@ -239,6 +249,19 @@ class ServerConfig(ListenConfig):
             if value not in ("", None) and self.replicas > 1:
                 raise ValueError(f"{field}: expected replicas 1 along with it, got {self.replicas}")
         return self
+
+    @model_validator(mode="after")
+    def _check_page(self) -> ServerConfig:
+        if self.page == "on" and self.http_port is None:
+            raise ValueError("page: expected http_port along with it, got none")
+        return self
+
+    @property
+    def serves_page(self) -> bool:
+        """Whether the HTTP port has a page at `/`."""
+        if self.http_port is None or self.page != "auto":
+            return self.page == "on"
+        return self.token_file is not None or is_loopback(self.host)
 
     def port_fields(self) -> tuple[tuple[str, str], ...]:
         """Return the names of the port fields, each with the address that it is bound to."""

@@ -11,24 +11,26 @@ from dataclasses import replace
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2
 
 from ladderstitch.api.health import NOT_SERVING, SERVING, HealthService
 from ladderstitch.api.listener import ListenerConfig, bind, name_port, reserve, start_servers
+from ladderstitch.api.reflection import REFLECTION_SERVICES
 from ladderstitch.gateway.admin import BROADCAST_METHODS, GatewayAdmin
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.forwarder import Forwarder, method_path
+from ladderstitch.gateway.merged_queries import MERGED_METHODS, MergedQueries
 from ladderstitch.gateway.metrics import GatewayMetrics
 from ladderstitch.gateway.replica_pool import Discovery, ReplicaPool
 from ladderstitch.oip import grpc_service_pb2
 from ladderstitch.runtime.process import release_ports
+from ladderstitch.telemetry.metrics_server import Probes
 from ladderstitch.v1 import generation_pb2, inference_pb2
 
 SERVICES: tuple[ServiceDescriptor, ...] = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"],
     grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"],
-    reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"],
+    *REFLECTION_SERVICES,
 )
 SERVICE_NAMES = frozenset({"", *(service.full_name for service in SERVICES)})
 """Names of the health protocol that stand for the gateway as a whole."""
@@ -36,7 +38,7 @@ FORWARDED_METHODS = tuple(
     method
     for service in SERVICES
     for method in service.methods
-    if method_path(method) not in BROADCAST_METHODS
+    if method_path(method) not in BROADCAST_METHODS | MERGED_METHODS.keys()
 )
 PORT_TAKEOVER_POLL_S = 1.0
 """How often a gateway tries to bind the configured metrics port while another one holds it."""
@@ -68,7 +70,8 @@ class Gateway:
         self.pool = ReplicaPool(
             credentials, config.max_message_mb << 20, on_change=self._state_changed.set
         )
-        self.metrics = GatewayMetrics(lambda: self.pool.replicas.values())
+        self.metrics = GatewayMetrics(lambda: tuple(self.pool.replicas.values()))
+        self._probes = Probes(self._why_not_alive, self._why_not_serving)
         self._listener = ListenerConfig.from_config(
             config, self.metrics.observe_denial, share_port=config.share_port
         )
@@ -97,7 +100,7 @@ class Gateway:
             probes = listener.create_health_server()
             servers.append((probes, listener.health, False))
         admin.add_generic_rpc_handlers((GatewayAdmin(self.pool, self.drain),))
-        main.add_generic_rpc_handlers((self._forwarder,))
+        main.add_generic_rpc_handlers((MergedQueries(self.pool), self._forwarder))
         for server, *_ in servers:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         return servers
@@ -106,6 +109,18 @@ class Gateway:
     def serving(self) -> bool:
         """Whether a request that arrives now would be answered."""
         return not self.drain_announced and bool(self.pool.serving)
+
+    def _why_not_serving(self) -> str:
+        """Return why a request that arrives now would not be answered; empty if it would be."""
+        if self.drain_announced:
+            return "the gateway is draining"
+        replicas = list(self.pool.replicas.values())
+        if not any(replica.serving for replica in replicas):
+            return f"none of {len(replicas)} replicas serves"
+        return ""
+
+    def _why_not_alive(self) -> str:
+        return "" if self.alive else "a background task of the gateway has failed"
 
     @property
     def alive(self) -> bool:
@@ -134,11 +149,12 @@ class Gateway:
         """Serve metrics on the configured port, or on a free one if another gateway holds it."""
         port, host = self.config.metrics_port, self.config.host
         try:
-            self.metrics_port, self._close_metrics = self.metrics.expose(port, host)
+            exposed = self.metrics.expose(port, host, self._probes)
         except OSError:
             if not self.config.share_port:
                 raise
-            self.metrics_port, self._close_metrics = self.metrics.expose(0, host)
+            exposed = self.metrics.expose(0, host, self._probes)
+        self.metrics_port, self._close_metrics = exposed
 
     async def _take_over_metrics_port(self) -> None:
         """Bind the configured metrics port once the gateway that holds it has ended.
@@ -149,7 +165,8 @@ class Gateway:
         while port not in (0, self.metrics_port):
             await asyncio.sleep(PORT_TAKEOVER_POLL_S)
             with contextlib.suppress(OSError):
-                close_old, exposed = self._close_metrics, self.metrics.expose(port, host)
+                exposed = self.metrics.expose(port, host, self._probes)
+                close_old = self._close_metrics
                 self.metrics_port, self._close_metrics = exposed
                 await asyncio.to_thread(close_old)
 

@@ -17,6 +17,7 @@ from ray.serve.exceptions import RayServeException
 from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ladderstitch.addresses import join_address
 from ladderstitch.bundles import is_language_bundle
 from ladderstitch.config import ServerConfig
 from ladderstitch.gateway.config import GatewayConfig
@@ -28,7 +29,6 @@ from ladderstitch.replica.replica import Replica
 from ladderstitch.runtime.device import resolve_device
 from ladderstitch.runtime.process import freeze_gc
 from ladderstitch.scheduling.settings import ActiveSettings
-from ladderstitch.security.listen_config import join_address
 from ladderstitch.telemetry.logs import configure as configure_logs
 from ladderstitch.text.engine.rank import run
 from ladderstitch.text.engine.rank_handle import RankProcess, huge_pages

@@ -91,8 +91,8 @@ class InFlightRequests:
         """Give each request of a batch its part of the logits, [B, K] for its B images.
 
         `started` is the instant at which the batch started. The answers do not count in metrics and
-        statistics until the result is passed to `count`. A request whose logits are not finite
-        fails with `NonFiniteOutput`; the others of the batch keep theirs.
+        statistics until the result is passed to `count`. A request of finite inputs whose logits
+        are not finite fails with `NonFiniteOutput`; the others of the batch keep theirs.
         """
         settled = BatchResult(self.clock(), [])
         first, batch_size = 0, len(result.logits)
@@ -103,7 +103,7 @@ class InFlightRequests:
             first += request.num_images
             if settled.answered_at > request.deadlines.hard:
                 self.expire_in_compute(pending)
-            elif not finite[rows].all():
+            elif request.is_finite and not finite[rows].all():
                 self._fail_non_finite(pending, finite[rows])
             elif self._remove(pending):
                 queue_s = started - request.arrival
