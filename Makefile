@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 .PHONY: help install serve test unit lint wheels format types protos tools manifests figures \
 	verify-models verify-serving verify-scheduling verify-training verify-language \
-	verify-generation verify-kernels verify-operations verify-gateway verify-peers \
+	verify-generation verify-elastic verify-kernels verify-operations verify-gateway verify-peers \
 	verify-language-peers verify-faults verify-lifecycle verify-stops verify-own-models \
 	verify-own-networks verify-clients soak clean
 .DEFAULT_GOAL := help
@@ -100,6 +100,12 @@ verify-generation: install ## about 10 minutes: streams under token budgets, pre
 	$(BIN)/ladderstitch fetch brown --into data/brown
 	$(BIN)/ladderstitch-loadtest generation --text data/brown/heldout.txt --ladder-model smollm2-ladder --out loadtest/results
 	$(BIN)/ladderstitch-loadtest malformed --text --out loadtest/results
+
+verify-elastic: install ## about 10 minutes: changes of the stitch within answers, their cost, error and value; overlap
+	$(BIN)/ladderstitch fetch brown --into data/brown
+	$(BIN)/ladderstitch frontier elastic-text
+	$(BIN)/ladderstitch-loadtest elastic --model elastic-text --text data/brown/heldout.txt --out loadtest/results
+	$(BIN)/ladderstitch-loadtest overlap --front-width 1024 --latency 1ms --out loadtest/results
 
 verify-kernels: install ## about 3 minutes: long ladders, machine code for three GPUs; check and bench if there is a GPU
 	$(BIN)/pytest -q -m slow tests/system/kernels

@@ -10,7 +10,7 @@ import pytest
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_config import RankConfig
-from ladderstitch.text.scheduler.step_times import StepTimes
+from ladderstitch.text.scheduler.step_times import ExtraTimes, StepTimes
 from ladderstitch_loadtest.benchmarks.elastic_answers import (
     SETTINGS,
     Scenario,
@@ -63,7 +63,7 @@ def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
             for v, pair in enumerate(zip(SECONDS, CHUNK_SECONDS, strict=True))
         },
     )
-    times = StepTimes(profile, 2e-4, translation_s=3e-6)
+    times = StepTimes(profile, ExtraTimes(sequence_s=2e-4, translation_s=3e-6))
     tokenizer, quality = bundle.tokenizer(), bundle.quality
     assert quality is not None
     return Workload(

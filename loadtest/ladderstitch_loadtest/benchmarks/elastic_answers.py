@@ -64,7 +64,8 @@ class SimulatedRanks:
 
     async def run(self, step: Step) -> StepOutput:
         """Wait for the duration of a step, which varies at random, and return token 1 for all."""
-        seconds = self._times.expected(step.path, max(1, step.num_tokens), len(step.inputs))
+        cached = sum(part.start for part in step.inputs)
+        seconds = self._times.expected(step.path, max(1, step.num_tokens), len(step.inputs), cached)
         for translation in step.translations:
             source, target = (
                 self.rank_config.path_routes[path]

@@ -3,7 +3,8 @@
 All schemes run on the same random weights, interleaved, and differ only in their residual stream.
 The scheme `no_communication` does not communicate (its outputs are wrong), so the communication of
 a step costs (standard - no_communication) seconds. The ladder hides
-(standard - ladder) / (standard - no_communication) of that.
+(standard - ladder) / (standard - no_communication) of that. The same is measured on routes through
+two anchors of different width, whose stitching layer the ladder crosses with a reduction in flight.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from ladderstitch.text.engine.rank_config import (
 )
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.model.config import DecoderConfig
+from ladderstitch.text.model.family import LayerRange, Route
 from ladderstitch.text.model.residual import ResidualScheme, Scheme
 from ladderstitch_loadtest.benchmarks.delay_proxy import DelayProxy
 
 SCHEMES: tuple[Scheme, ...] = ("standard", "ladder", "parallel", "no_communication")
+ROUTES = ("up", "down")
+"""Names of the routes of a family: first half narrow, second half wide, and the reverse."""
 ProgressCallback = Callable[[int, int], None]
 
 
@@ -65,9 +69,11 @@ class OverlapPlan:
 
     `batch` sequences have a prompt of `prompt` tokens. Each of `rounds` rounds takes `steps` decode
     steps per scheme. `latencies_s` are one-way latencies, emulated or (`tcp`) real delays.
+    `front_width` is the width of a narrower anchor; set: `ROUTES` are measured, not one anchor.
     """
 
     shape: ModelShape
+    front_width: int | None = None
     ranks: int = 2
     batch: int = 1
     prompt: int = 64
@@ -77,12 +83,41 @@ class OverlapPlan:
     latencies_s: tuple[float, ...] = (0.0, 0.00025, 0.0005, 0.001, 0.0025)
     tcp: bool = False
 
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """The names of the measured routes."""
+        return ROUTES if self.front_width else ("one anchor",)
+
+    def path(self, route: str, scheme: str) -> int:
+        """Return the number of the path of a route with a scheme."""
+        return self.routes.index(route) * len(SCHEMES) + SCHEMES.index(scheme)
+
+    def _anchors(self) -> dict[str, object]:
+        """Return the fields of a family of two anchors; none if there is no narrower one."""
+        if self.front_width is None:
+            return {}
+        large = self.shape.config(self.prompt + 1)
+        sizes = {
+            "hidden_size": self.front_width,
+            "intermediate_size": self.shape.ffn * self.front_width // self.shape.width,
+        }
+        half, last = self.shape.layers // 2, self.shape.layers - 1
+
+        def route(front: int) -> Route:
+            first = LayerRange(anchor=front, first=0, last=half - 1)
+            return first, LayerRange(anchor=1 - front, first=half, last=last)
+
+        routes = tuple(route(front) for front in range(len(ROUTES)) for _ in SCHEMES)
+        return {"anchors": (large.model_copy(update=sizes),), "routes": routes}
+
     def rank_config(self) -> RankConfig:
-        """Return the configuration of the ranks, with one path per scheme."""
+        """Return the configuration of the ranks, with one path per route and scheme."""
         return RankConfig.model_validate(
-            {
+            self._anchors()
+            | {
                 "model": self.shape.config(self.prompt + 1),
-                "paths": tuple(ResidualScheme(scheme=scheme) for scheme in SCHEMES),
+                "paths": tuple(ResidualScheme(scheme=scheme) for scheme in SCHEMES)
+                * len(self.routes),
                 "ranks": self.ranks,
                 "dtype": self.dtype,
                 "sequences": self.batch,
@@ -101,6 +136,7 @@ class OverlapRow:
     """
 
     link: str
+    route: str
     latency_ms: float
     transport_ms: float | None
     step_ms: dict[str, float]
@@ -116,9 +152,9 @@ class OverlapRow:
 
 
 async def measure(plan: OverlapPlan, on_progress: ProgressCallback) -> list[OverlapRow]:
-    """Return one row per latency; raises `EngineRestarting` if the ranks do not start."""
+    """Return one row per latency and route; raises `EngineRestarting` if no ranks start."""
     group = RankGroup(plan.rank_config(), GroupOptions(link="tcp" if plan.tcp else "shared_memory"))
-    steps = plan.rounds * len(SCHEMES)
+    steps = plan.rounds * len(SCHEMES) * len(plan.routes)
     total = len(plan.latencies_s) * steps
 
     def report(before: int, done: int) -> None:
@@ -127,8 +163,11 @@ async def measure(plan: OverlapPlan, on_progress: ProgressCallback) -> list[Over
     try:
         await group.start()
         return [
-            await _measure_latency(group, plan, latency_s, partial(report, number * steps))
+            row
             for number, latency_s in enumerate(plan.latencies_s)
+            for row in await _measure_latency(
+                group, plan, latency_s, partial(report, number * steps)
+            )
         ]
     finally:
         await group.close()
@@ -136,16 +175,23 @@ async def measure(plan: OverlapPlan, on_progress: ProgressCallback) -> list[Over
 
 async def _measure_latency(
     group: RankGroup, plan: OverlapPlan, latency_s: float, on_progress: Callable[[int], None]
-) -> OverlapRow:
-    """Give the link of a started group this latency and measure all rounds."""
+) -> list[OverlapRow]:
+    """Give the link of a started group this latency and measure all rounds of every route."""
     proxy = DelayProxy(latency_s) if plan.tcp and latency_s else None
     options = replace(group.options, latency_s=0.0 if plan.tcp else latency_s)
     await group.change_comm(options, _route_through(proxy) if proxy else create_comm_spec)
-    rounds = await _measure_rounds(group, plan, on_progress)
-    row = _summarise(plan, latency_s, proxy, rounds)
+    rows = []
+
+    def report(before: int, done: int) -> None:
+        on_progress(before + done)
+
+    for number, route in enumerate(plan.routes):
+        before = number * plan.rounds * len(SCHEMES)
+        rounds = await _measure_rounds(group, plan, route, partial(report, before))
+        rows.append(_summarise(plan, route, latency_s, proxy, rounds))
     if proxy:
         proxy.close()
-    return row
+    return rows
 
 
 def _route_through(proxy: DelayProxy) -> CreateCommSpec:
@@ -160,20 +206,20 @@ def _route_through(proxy: DelayProxy) -> CreateCommSpec:
 
 
 async def _measure_rounds(
-    group: RankGroup, plan: OverlapPlan, on_progress: Callable[[int], None]
+    group: RankGroup, plan: OverlapPlan, route: str, on_progress: Callable[[int], None]
 ) -> list[dict[str, float]]:
-    """Return each round's median seconds of a step by scheme.
+    """Return each round's median seconds of a step of a route by scheme.
 
     Each round begins with another scheme.
     """
     prompt = np.ones((plan.batch, plan.prompt), np.int64)
-    await group.forward(prompt, 0)
+    await group.forward(prompt, 0, plan.path(route, SCHEMES[0]))
     rounds = []
     for number in range(-1, plan.rounds):
         turn = number % len(SCHEMES)
         seconds: dict[str, float] = {}
         for scheme in (*SCHEMES[turn:], *SCHEMES[:turn]):
-            seconds[scheme] = await _step_seconds(group, plan, SCHEMES.index(scheme))
+            seconds[scheme] = await _step_seconds(group, plan, plan.path(route, scheme))
             on_progress(max(0, number) * len(SCHEMES) + len(seconds))
         if number >= 0:  # the first round warms up
             rounds.append(seconds)
@@ -192,6 +238,7 @@ async def _step_seconds(group: RankGroup, plan: OverlapPlan, path: int) -> float
 
 def _summarise(
     plan: OverlapPlan,
+    route: str,
     latency_s: float,
     proxy: DelayProxy | None,
     rounds: Sequence[dict[str, float]],
@@ -199,6 +246,7 @@ def _summarise(
     step = {scheme: median(r[scheme] for r in rounds) for scheme in SCHEMES}
     return OverlapRow(
         link="tcp" if plan.tcp else "shared memory, emulated latency",
+        route=route,
         latency_ms=1e3 * latency_s,
         transport_ms=round(1e3 * proxy.delay_median_s, 3) if proxy else None,
         step_ms={scheme: round(1e3 * s, 3) for scheme, s in step.items()},

@@ -40,6 +40,12 @@ def overlap(
     ffn: Annotated[int, typer.Option(help="Feed-forward width.")] = 4096,
     layers: Annotated[int, typer.Option(help="Transformer layers.")] = 20,
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 12,
+    front_width: Annotated[
+        int | None,
+        typer.Option(
+            help="Width of a narrower anchor: measure paths stitched to the other and back."
+        ),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Dtype of the weights: float32 or bfloat16.")
     ] = "float32",
@@ -56,8 +62,11 @@ def overlap(
     with user_errors():
         if link not in ("shared_memory", "tcp"):
             raise ConfigError(f"link: expected shared_memory or tcp, got {link!r}")
+        if front_width is not None and not 1 <= front_width < width:
+            raise ConfigError(f"front-width: expected 1 to {width - 1}, got {front_width}")
         plan = OverlapPlan(
             ModelShape(width, ffn, layers, heads, heads),
+            front_width=front_width,
             ranks=ranks,
             batch=batch,
             rounds=rounds,
@@ -75,12 +84,12 @@ def overlap(
                 raise ConfigError(str(error)) from error
     out.print(_table(plan, rows))
     if to is not None:
-        _save(to, link, plan, rows)
+        _save(to, f"overlap-{link}" + "-stitched" * bool(front_width), plan, rows)
 
 
 def _table(plan: OverlapPlan, rows: list[OverlapRow]) -> Table:
     table = Table(title=f"{rows[0].link}, {plan.ranks} ranks, batch {plan.batch}: tokens/s")
-    for column in ("latency", *SCHEMES, "ladder", "parallel", "bound", "hidden"):
+    for column in ("latency", "route", *SCHEMES, "ladder", "parallel", "bound", "hidden"):
         table.add_column(column, justify="right")
     for row in rows:
         latency = f"{row.latency_ms:g} ms"
@@ -88,6 +97,7 @@ def _table(plan: OverlapPlan, rows: list[OverlapRow]) -> Table:
             latency += f" ({row.transport_ms:.2f} measured)"
         table.add_row(
             latency,
+            row.route,
             *(f"{row.tokens_per_s[scheme]:.1f}" for scheme in SCHEMES),
             f"{row.ladder_over_standard:.2f}x",
             f"{row.parallel_over_standard:.2f}x",
@@ -97,7 +107,7 @@ def _table(plan: OverlapPlan, rows: list[OverlapRow]) -> Table:
     return table
 
 
-def _save(folder: Path, link: str, plan: OverlapPlan, rows: list[OverlapRow]) -> None:
+def _save(folder: Path, name: str, plan: OverlapPlan, rows: list[OverlapRow]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     document = {
         "device": device_name(torch.device("cpu")),
@@ -108,7 +118,7 @@ def _save(folder: Path, link: str, plan: OverlapPlan, rows: list[OverlapRow]) ->
         "plan": asdict(plan),
         "rows": [row.to_dict() for row in rows],
     }
-    path = folder / f"overlap-{link}.json"
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     _plot(path.with_suffix(".png"), rows)
     err.print(f"Wrote {path} and {path.with_suffix('.png')}")
@@ -120,17 +130,21 @@ def _plot(path: Path, rows: list[OverlapRow]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
-    latencies = [row.latency_ms for row in rows]
-    for scheme in SCHEMES:
-        style = "--" if scheme == "no_communication" else "o-"
-        label = "bound (no communication)" if scheme == "no_communication" else scheme
-        axes.plot(latencies, [row.tokens_per_s[scheme] for row in rows], style, label=label)
-    axes.set_xlabel("added one-way latency of the link, ms")
-    axes.set_ylabel("tokens/s")
-    axes.set_ylim(bottom=0)
-    axes.set_title(rows[0].link, fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    routes = {row.route: [r for r in rows if r.route == row.route] for row in rows}
+    figure, panels = pyplot.subplots(
+        1, len(routes), figsize=(6.4 * len(routes), 4), layout="constrained", squeeze=False
+    )
+    for axes, (route, measured) in zip(panels[0], routes.items(), strict=True):
+        latencies = [row.latency_ms for row in measured]
+        for scheme in SCHEMES:
+            style = "--" if scheme == "no_communication" else "o-"
+            label = "bound (no communication)" if scheme == "no_communication" else scheme
+            axes.plot(latencies, [row.tokens_per_s[scheme] for row in measured], style, label=label)
+        axes.set_xlabel("added one-way latency of the link, ms")
+        axes.set_ylabel("tokens/s")
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"{measured[0].link}, {route}", fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -45,7 +45,9 @@ def frontier(
         if is_language_bundle(path):
             if macs:
                 raise ConfigError("macs: expected an image model, got a language model")
-            _print_paths(path, plot, as_json=as_json)
+            print_paths(path, plot, as_json=as_json)
+            if plot is not None:
+                err.print(f"wrote {plot}")
             return
         loaded = VisionBundle.load(path)
         metric: CostMetric = "macs" if macs else "latency"
@@ -61,7 +63,7 @@ def frontier(
             err.print(f"wrote {plot}")
 
 
-def _print_paths(path: Path, plot: Path | None, *, as_json: bool) -> None:
+def print_paths(path: Path, plot: Path | None, *, as_json: bool) -> None:
     """Print the paths of a language model, and draw them if they have been profiled."""
     from ladderstitch.text.bundle import TextBundle
     from ladderstitch.text.frontier import path_rows, plot_paths, read_latency
@@ -97,7 +99,6 @@ def _print_paths(path: Path, plot: Path | None, *, as_json: bool) -> None:
         print_records(records, columns, title=f"quality: {bundle.quality.metric}")
     if latency is not None and plot is not None:
         plot_paths(bundle, latency, plot)
-        err.print(f"wrote {plot}")
 
 
 PATH_COLUMNS = (

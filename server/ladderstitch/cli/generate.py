@@ -230,6 +230,8 @@ def _print_accounting(last: TextChunk, budgets: list[dict[str, Any]]) -> None:
         result = {True: "met", False: "missed", None: "not measured"}[budget["met"]]
         took = format_total(budget["took_s"], budget["budget_s"])
         limit = format_budget(budget["budget_s"])
+        if budget["met"] is False and budget["took_s"] <= budget["budget_s"]:
+            took = f"just over {took}"  # the accounting has whole microseconds
         err.print(f"{budget['of']}: {took}, budget of {limit} {result}", highlight=False)
 
 

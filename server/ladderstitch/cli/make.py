@@ -10,12 +10,12 @@ import typer
 from ladderstitch.bundles import find_bundle, is_language_bundle, models_home
 from ladderstitch.cli import own_models
 from ladderstitch.cli.console import Json, err, out, progress_bar, user_errors
+from ladderstitch.cli.language_families import NETWORK_SUFFIXES
 from ladderstitch.cli.measure import QUALITY_COLUMNS, quality_records
 from ladderstitch.cli.output import Column, Record, print_json, print_records
 from ladderstitch.cli.own_models import parse_numbers
 from ladderstitch.errors import ConfigError
 
-NETWORK_SUFFIXES = (".onnx", ".yaml", ".yml")
 DATA = ("fashion-mnist", "brown", "austen")
 MODELS = ("smollm2", "smollm2-ladder", "efficientnet-lite")
 
@@ -284,7 +284,8 @@ def import_(
         if folders := [path for path in checkpoints if path.is_dir()]:
             raise ConfigError(
                 f"checkpoints: expected files, got the folder {folders[0]}; a language model of "
-                f"transformers needs no import: ladderstitch serve --model {folders[0]}"
+                f"transformers needs no import: ladderstitch serve --model {folders[0]}; several "
+                "of one tokenizer are stitched by `make`"
             )
         info = BundleInfo(
             name, licence, labels, parse_numbers("mean", mean), parse_numbers("std", std)

@@ -16,6 +16,8 @@ from ladderstitch.cli.console import err, out, plain_table
 if TYPE_CHECKING:
     from rich.table import Table
 
+MOST_DECIMALS = 8
+"""Decimals of milliseconds that times get at most to look different."""
 UNLIMITED = 100_000
 """A width that no table reaches."""
 Record = Mapping[str, Any]
@@ -94,11 +96,12 @@ def format_budget(seconds: float) -> str:
 
 
 def format_total(total_s: float, budget_s: float | None) -> str:
-    """Return the time of an answer, with enough digits to differ from its budget."""
-    shown = format_ms(total_s)
-    if budget_s is None or total_s == budget_s or shown != format_ms(budget_s):
-        return shown
-    return format_ms(total_s, 3)
+    """Return the time of an answer, with as many digits as make it differ from its budget."""
+    for decimals in range(2, MOST_DECIMALS):
+        shown = format_ms(total_s, decimals)
+        if budget_s in (None, total_s) or shown != format_ms(budget_s, decimals):
+            break
+    return shown
 
 
 def _format_field(value: object) -> str:

@@ -9,12 +9,20 @@ import typer
 
 from ladderstitch.bundles import models_home
 from ladderstitch.cli.console import Json, err, out, progress_bar, user_errors
+from ladderstitch.cli.language_families import (
+    LanguageOptions,
+    are_language_models,
+    make_language_family,
+)
 from ladderstitch.cli.output import Column, print_json, print_records
 from ladderstitch.errors import ConfigError
 
 Networks = Annotated[
     list[Path],
-    typer.Argument(help="ONNX files, or a family.yaml that lists them; the order is of no effect."),
+    typer.Argument(
+        help="ONNX files, or a family.yaml that lists them; or folders or names of language "
+        "models. The order is of no effect."
+    ),
 ]
 Name = Annotated[str, typer.Option(help="Name of the model in requests.")]
 Labels = Annotated[
@@ -190,6 +198,18 @@ def make(
             "file of path,label. Unset: agreement with the most expensive network."
         ),
     ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Language models: text file to fit stitching layers on.")
+    ] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help="Language models: held-out text to measure all paths on.")
+    ] = None,
+    minutes: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Language models: time to train the stitching layers after the fit."
+        ),
+    ] = 0.0,
     into: Annotated[
         Path | None, typer.Option(help="Bundle directory to write (default: NAME).")
     ] = None,
@@ -214,18 +234,44 @@ def make(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Stitch ONNX networks of one task into a family.
+    """Stitch networks of one task into a family, measure it, and draw its frontier.
 
-    The family is measured, and its frontier drawn. Affine maps between the networks are fitted
-    without labels. Paths that are neither cheaper nor better than another one are dropped.
+    Affine maps between the networks are fitted without labels. Paths of ONNX networks that are
+    neither cheaper nor better than another one are dropped.
+
+    Language models have one tokenizer, and keys and values of one shape; their weights stay as they
+    are.
 
     Example: `ladderstitch make small.onnx large.onnx --images photos/ --labelled val/ --name mine`
+
+    Example: `ladderstitch make ./small ./large --text train.txt --held-out held.txt --name mine`
     """
     from ladderstitch.importers.make_family import MakeOptions, make_family
     from ladderstitch.importers.make_target import MakeTarget
     from ladderstitch.vision.frontier import plot_frontier
 
     with user_errors():
+        if are_language_models(networks):
+            if images is not None or labelled is not None:
+                raise ConfigError("images, labelled: expected none for language models")
+            given = LanguageOptions(
+                name=name,
+                text=text,
+                held_out=held_out,
+                into=into,
+                plot=plot,
+                paths=paths,
+                minutes=minutes,
+                licence=licence,
+                rounds=rounds,
+                threads=threads,
+                seed=seed,
+                replace=replace,
+            )
+            make_language_family(networks, given, as_json=as_json)
+            return
+        if text is not None or held_out is not None or minutes:
+            raise ConfigError("text, held-out, minutes: expected none for ONNX networks")
         folder = into or models_home() / name
         target = MakeTarget(folder, name, plot, replace)
         target.check()

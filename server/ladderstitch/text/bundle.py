@@ -151,6 +151,12 @@ class TextManifest(BaseModel):
         schemes = {variant.residual.scheme for variant in self.variants}
         if self.anchors and (other := schemes - {"standard", "ladder"}):
             raise ValueError(f"residual: expected standard or ladder in a family, got {other}")
+        in_part = any(v.residual.ladder_layers is not None for v in self.variants)
+        if in_part and len(set(self.decoder_family.depths)) > 1:
+            raise ValueError(
+                "residual.ladder_layers: expected none in a family of anchors of different depths, "
+                "all of whose layers are of one kind"
+            )
         if all(variant.by_name for variant in self.variants):
             raise ValueError("paths: expected one without by_name, for requests that name none")
         names = [variant.name for variant in self.variants]

@@ -85,6 +85,26 @@ class TextTokenizer:
         """Return a token as the vocabulary spells it; None for an unknown id."""
         return self._tokenizer.id_to_token(token)
 
+    def difference(self, other: TextTokenizer) -> str | None:
+        """Return in which way this tokenizer differs from another one; None: in no way.
+
+        Tokens and their ids count, and all rules by which a text is split.
+        """
+        own, others = (each._tokenizer.get_vocab() for each in (self, other))
+        if own != others:
+            first = min(number for _, number in own.items() ^ others.items())
+            counts = f"{len(own)} tokens instead of {len(others)}, e.g. "
+            return (
+                f"{counts if len(own) != len(others) else ''}token {first} is "
+                f"{self.token(first)!r} instead of {other.token(first)!r}"
+            )
+        rules, expected = (json.loads(each._tokenizer.to_str()) for each in (self, other))
+        for settings in (rules, expected):  # of training, not of encoding
+            settings.update(truncation=None, padding=None, version=None)
+        if wrong := sorted(key for key in rules | expected if rules.get(key) != expected.get(key)):
+            return f"other rules: {', '.join(wrong)}"
+        return None
+
     def bos_token(self, end_tokens: Sequence[int]) -> str | None:
         """Return the token that begins every text; None if the tokenizer has none.
 

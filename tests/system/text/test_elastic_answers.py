@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from ladderstitch.errors import InternalError
-from ladderstitch.scheduling.profiles import Latency, LatencyProfile
 from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget, TokenChunk
 from ladderstitch.scheduling.settings import CacheMode, SchedulerSettings
 from ladderstitch.telemetry.model_metrics import NullObserver
@@ -23,9 +22,9 @@ from ladderstitch.text.bundle import TextBundle, TextVariant
 from ladderstitch.text.messages import LogitsMode, Step, StepOutput
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.scheduler.scheduler import TextScheduler
-from ladderstitch.text.scheduler.step_times import StepTimes
 from ladderstitch.text.switches import Penalty, SwitchTable
 from tests.support.elastic_models import Definition, paths, random_family, write_elastic
+from tests.support.fixed_times import FixedTimes
 from tests.support.language_models import write_tiny
 from tests.system.text.test_scheduler import collect, make_request, running_scheduler
 
@@ -39,24 +38,9 @@ COUNT, CHANGE_AT = 30, 9
 TIE = 1e-3
 
 
-class FixedTimes(StepTimes):
-    """Step times that do not learn from the steps."""
-
-    def __init__(self, unit_s: float = 1.0) -> None:
-        seconds = [unit_s * s for s in SECONDS]
-        profile = LatencyProfile(
-            device="none",
-            threads=1,
-            date="",
-            versions={},
-            batch_sizes=(1, 48),
-            variants={v: Latency(median_s=(s, s), p99_s=(s, s)) for v, s in enumerate(seconds)},
-        )
-        super().__init__(profile, 0.0, translation_s=1e-3 * unit_s)
-
-    def observe(self, variant: int, num_tokens: int, num_sequences: int, seconds: float) -> float:
-        """Learn nothing."""
-        return 1.0
+def fixed_times(unit_s: float = 1.0) -> FixedTimes:
+    """Return step times of `SECONDS`, in units."""
+    return FixedTimes([unit_s * seconds for seconds in SECONDS], translation_s=1e-3 * unit_s)
 
 
 class Counter(NullObserver):
@@ -87,7 +71,7 @@ async def scheduler(
 ) -> AsyncIterator[TextScheduler]:
     ranks = getattr(request, "param", 1)
     async with running_scheduler(elastic, ranks=ranks, observer=Counter()) as running:
-        running.times = FixedTimes()
+        running.times = fixed_times()
         running.apply_settings(SchedulerSettings())
         yield running
 
@@ -173,7 +157,7 @@ async def test_cache_computed_again_equals_never_changing(
 async def test_idle_time_repairs_a_translated_cache(
     scheduler: TextScheduler, counter: Counter
 ) -> None:
-    scheduler.times = FixedTimes(1e-6)  # every step leaves time until the next deadline
+    scheduler.times = fixed_times(1e-6)  # every step leaves time until the next deadline
     chunks = await change(scheduler, "anytime", SMALL, LARGE)
     (_, before, _), (_, _, cache) = spans_of(chunks[-1])
     assert cache == "projected"
@@ -249,7 +233,7 @@ async def test_failed_repair_ends_only_the_answer_that_it_repairs(
             raise InternalError("the forward pass failed")
         return await run(step)
 
-    scheduler.times = FixedTimes(1e-6)
+    scheduler.times = fixed_times(1e-6)
     monkeypatch.setattr(scheduler.group, "run", fail_repairs)
     other = asyncio.create_task(collect(scheduler, make_request(PROMPT, 60, variant=MIDDLE)))
     with pytest.raises(InternalError):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from ladderstitch.scheduling.profiles import Latency, LatencyProfile
 from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget, TokenChunk
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.model_metrics import NullObserver
@@ -27,7 +26,7 @@ from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.scheduler.scheduler import TextScheduler
-from ladderstitch.text.scheduler.step_times import StepTimes
+from tests.support.fixed_times import FixedTimes
 from tests.support.language_models import write_tiny
 from tests.system.text.test_scheduler import collect, make_request, running_scheduler
 
@@ -44,25 +43,6 @@ SECONDS = (1e3, 1e6, 1.0, 0.5)
 PROMPT = [5, 80, 13, 200, 7, 91, 33]
 COUNT = 24
 BUDGET = TokenBudget(per_token_s=1500.0)
-
-
-class FixedTimes(StepTimes):
-    """Step times that do not learn from the steps."""
-
-    def __init__(self) -> None:
-        profile = LatencyProfile(
-            device="none",
-            threads=1,
-            date="",
-            versions={},
-            batch_sizes=(1, 48),
-            variants={v: Latency(median_s=(s, s), p99_s=(s, s)) for v, s in enumerate(SECONDS)},
-        )
-        super().__init__(profile, 0.0)
-
-    def observe(self, variant: int, num_tokens: int, num_sequences: int, seconds: float) -> float:
-        """Learn nothing."""
-        return 1.0
 
 
 class ChangeCounter(NullObserver):
@@ -97,7 +77,7 @@ def precisions(tmp_path_factory: pytest.TempPathFactory) -> TextBundle:
 @pytest.fixture
 async def scheduler(precisions: TextBundle) -> AsyncIterator[TextScheduler]:
     async with running_scheduler(precisions, observer=ChangeCounter()) as running:
-        running.times = FixedTimes()
+        running.times = FixedTimes(SECONDS)
         running.apply_settings(SchedulerSettings())
         yield running
 

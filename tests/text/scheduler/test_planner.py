@@ -47,7 +47,7 @@ PROFILE = LatencyProfile(
     batch_sizes=(1, 100),
     variants={STANDARD: linear_latency(0.049), LADDER: linear_latency(0.019)},
 )
-TIMES = StepTimes(PROFILE, 0.0)
+TIMES = StepTimes(PROFILE)
 QUALITY = {STANDARD: 0.6, LADDER: 0.5}
 CANDIDATES = CandidateFilter.from_settings(QUALITY, PROFILE, SETTINGS)
 

@@ -166,7 +166,7 @@ class RankConfig(BaseModel):
     @property
     def partial_bytes(self) -> int:
         """The size of the largest partial that ranks exchange: [max_batched_tokens, D]."""
-        return self.max_batched_tokens * self.model.hidden_size * self.cache_dtype.itemsize
+        return self.max_batched_tokens * self.family.width * self.cache_dtype.itemsize
 
     def weights(self) -> Weights:
         """Return the weights of the bundle, or random weights if there is no bundle.

@@ -183,7 +183,11 @@ class Layer:
         mixed = self.attention(x, batch, rotation, cache, stream.sum_over_ranks)
         if plan.fused:
             y = x if self._mlp_norm is None else _read(stream, plan.lag, self._mlp_norm)
-            stream.add(self.attention.output(mixed) + self.mlp.output(self.mlp(y)))
+            both = self.attention.output(mixed) + self.mlp.output(self.mlp(y))
+            if outgoing is None:
+                stream.add(both)
+            else:
+                stream.add_and_cross(both, outgoing)
             return
         reduce = plan.reduce or (None, None)
         _add(stream, self.attention, mixed, reduce[0], self._attention_output_norm)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from ladderstitch.scheduling.settings import CacheMode
 from ladderstitch.text.messages import SequenceInput, Translation
 from ladderstitch.text.scheduler.cache_rules import CacheRules
-from ladderstitch.text.scheduler.planner import decode_round_s
+from ladderstitch.text.scheduler.planner import DecodeRound
 from ladderstitch.text.scheduler.queue import SequenceQueue
 from ladderstitch.text.scheduler.sequence import Sequence
 from ladderstitch.text.scheduler.step_times import StepTimes
 
 REPAIR_TOKENS = 64
-"""Tokens whose keys and values a step in idle time computes again."""
+"""Most tokens whose keys and values a step in idle time computes again."""
 REPAIR_MARGIN = 2.0
 """Tokens per sequence that must fit between such a step and the next deadline."""
 
@@ -70,8 +70,9 @@ class CacheChanges:
         """
         if len(set(self.rules.kinds)) == 1:
             return None
+        num_tokens = min(REPAIR_TOKENS, times.max_step_tokens)
         for sequence in self.queue.active:
-            tokens = sequence.next_repair(REPAIR_TOKENS)
+            tokens = sequence.next_repair(num_tokens)
             if tokens is None or sequence.num_pending != 1:
                 continue
             seconds = times.expected(sequence.variant, len(tokens.tokens))
@@ -83,7 +84,7 @@ class CacheChanges:
 
     def _can_wait(self, seconds: float, times: StepTimes, now: float) -> bool:
         """Return whether no sequence waits, and all active ones have a token and time to spare."""
-        round_s = decode_round_s(self.queue.load().num_sequences, times)
+        round_s = DecodeRound(self.queue.load(), times).seconds
         return not self.queue.waiting and all(
             sequence.token_deadline(times.expected(sequence.variant, 1))
             >= now + seconds + REPAIR_MARGIN * round_s

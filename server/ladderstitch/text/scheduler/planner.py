@@ -57,10 +57,14 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class ExecutedStep:
-    """A step that the ranks ran, its output, and the instants at which it started and ended."""
+    """A step that the ranks ran, its output, and the instants at which it started and ended.
+
+    `num_cached` is the number of cached tokens that its attention read.
+    """
 
     plan: StepPlan
     step: Step
+    num_cached: int
     output: StepOutput
     started_at: float
     ended_at: float
@@ -102,7 +106,8 @@ def _prefill_tokens(variant: int, decoding: list[Sequence], times: StepTimes, no
         return room
     token_s = times.expected(variant, 1)
     slack_s = min(sequence.token_deadline(token_s) for sequence in decoding) - now
-    affordable = times.largest_fit(variant, slack_s, len(decoding) + 1) - len(decoding)
+    cached = sum(sequence.history.num_tokens for sequence in decoding)
+    affordable = times.largest_fit(variant, slack_s, len(decoding) + 1, cached) - len(decoding)
     return min(room, max(MIN_PREFILL_CHUNK, affordable))
 
 
@@ -115,6 +120,8 @@ class SchedulerLoad:
     prefill_tokens: dict[int, int]
     """Prompt tokens that are still to be computed, by variant."""
     num_waiting: int
+    num_cached: int = 0
+    """Tokens of all sequences in the cache, which a round of tokens reads."""
 
     @classmethod
     def from_sequences(
@@ -123,12 +130,14 @@ class SchedulerLoad:
         """Return the load of active and waiting sequences."""
         num_sequences: dict[int, int] = {}
         prefill_tokens: dict[int, int] = {}
+        num_cached = 0
         for sequence in (*active, *waiting):
             variant, num_pending = sequence.variant, sequence.num_pending
+            num_cached += sequence.history.num_tokens
             num_sequences[variant] = num_sequences.get(variant, 0) + 1
             if num_pending > 1:
                 prefill_tokens[variant] = prefill_tokens.get(variant, 0) + num_pending
-        return cls(num_sequences, prefill_tokens, len(waiting))
+        return cls(num_sequences, prefill_tokens, len(waiting), num_cached)
 
 
 NO_LOAD = SchedulerLoad({}, {}, 0)
@@ -146,12 +155,35 @@ class TokenTimeEstimate:
         return self.first_s + self.token_s * (num_tokens - 1)
 
 
-def decode_round_s(num_sequences: abc.Mapping[int, int], times: StepTimes) -> float:
-    """Return the expected seconds until every sequence has one more token.
+class DecodeRound:
+    """The expected seconds until every sequence has one more token.
 
-    `num_sequences` counts them by variant; each variant in use takes a step.
+    Each variant in use takes one step, which all of its sequences share.
     """
-    return sum(times.expected(variant, n, n) for variant, n in num_sequences.items() if n)
+
+    def __init__(self, load: SchedulerLoad, times: StepTimes) -> None:
+        self._counts, self._times = dict(load.num_sequences), times
+        steps_s = sum(self._step_s(variant, n) for variant, n in self._counts.items())
+        self.seconds = steps_s + times.cached_s(load.num_cached)
+
+    def seconds_with(self, variant: int) -> float:
+        """Return the seconds with one more sequence on a variant."""
+        count = self._counts.get(variant, 0)
+        return self.seconds + self._step_s(variant, count + 1) - self._step_s(variant, count)
+
+    def add(self, variant: int) -> None:
+        """Add a sequence on a variant."""
+        self.seconds = self.seconds_with(variant)
+        self._counts[variant] = self._counts.get(variant, 0) + 1
+
+    def remove(self, variant: int) -> None:
+        """Remove one of the sequences on a variant."""
+        count = self._counts[variant]
+        self.seconds += self._step_s(variant, count - 1) - self._step_s(variant, count)
+        self._counts[variant] = count - 1
+
+    def _step_s(self, variant: int, num_sequences: int) -> float:
+        return self._times.expected(variant, num_sequences, num_sequences) if num_sequences else 0.0
 
 
 def estimate_token_times(
@@ -161,9 +193,7 @@ def estimate_token_times(
 
     Steps of different variants take turns, so that every variant in progress adds its step.
     """
-    num_sequences = dict(load.num_sequences)
-    num_sequences[variant] = num_sequences.get(variant, 0) + 1
-    token_s = decode_round_s(num_sequences, times)
+    token_s = DecodeRound(load, times).seconds_with(variant) + times.cached_s(num_tokens)
     ahead_s = sum(times.prefill_s(other, n) for other, n in load.prefill_tokens.items())
     return TokenTimeEstimate(ahead_s + times.prefill_s(variant, num_tokens), token_s)
 
@@ -236,8 +266,8 @@ def _reject_infeasible(
     if left_s < alone_s:
         feasible_us = round(1e6 * (alone_s + now - request.arrival))
         raise BudgetInfeasible(
-            f"hard deadline: expected at least {1e3 * alone_s:.1f} ms for the first token, got "
-            f"{1e3 * max(0.0, left_s):.1f} ms",
+            f"hard deadline: expected at least {1e3 * alone_s:.3f} ms for the first token, got "
+            f"{1e3 * max(0.0, left_s):.3f} ms",
             min_feasible_us=str(feasible_us),
         )
     ahead_s = shared_s - alone_s

@@ -96,9 +96,9 @@ class TextScheduler:
         self.grammars = GrammarCompiler(tokenizer, self.end_tokens)
         self.variant_names = tuple(variant_names) or tuple(path.scheme for path in config.paths)
         self.block_manager = BlockManager(config.blocks, config.block_tokens)
-        self.times = StepTimes(
-            placeholder_profile(len(config.paths), config.max_batched_tokens), 0.0
-        )
+        self.times = StepTimes(placeholder_profile(len(config.paths), config.max_batched_tokens))
+        self._last_step: tuple[int, float] | None = None
+        """Sequences and end of the step just before; None after a pause without work."""
         self._by_name, self.draining = frozenset(by_name), False
         self.statistics = Statistics()
         self._queue = make_queue(self.block_manager, max_sequences)
@@ -249,6 +249,7 @@ class TextScheduler:
                 is_idle = not await self.step()
                 self._loop.report_progress()
                 if is_idle:
+                    self._last_step = None
                     self._changed.clear()
                     await self._changed.wait()
             except RankLost as error:
@@ -295,7 +296,7 @@ class TextScheduler:
             return
         sequence, tokens = repair.sequence, repair.tokens
         self._plan = StepPlan(sequence.variant, (ScheduledChunk(sequence, len(tokens.tokens)),))
-        started_at = time.monotonic()
+        self._last_step, started_at = None, time.monotonic()
         output = await self.group.run(Step((tokens,), sequence.variant, repair.planned_s))
         self._guarded.observe_repair(len(tokens.tokens), time.monotonic() - started_at)
         if output.non_finite:
@@ -322,7 +323,8 @@ class TextScheduler:
         if not chunks:
             return None
         plan = StepPlan(plan.variant, tuple(chunks))
-        planned_s = self.times.expected(plan.variant, plan.num_tokens, len(chunks))
+        num_cached = sum(chunk.sequence.history.num_tokens for chunk in chunks)
+        planned_s = self.times.expected(plan.variant, plan.num_tokens, len(chunks), num_cached)
         translations = tuple(t for c in chunks for t in c.sequence.next_translations())
         planned_s += self._cache_changes.translation_s(translations, self.times)
         step = Step(
@@ -334,7 +336,7 @@ class TextScheduler:
         )
         started_at = time.monotonic()
         output = await self.group.run(step)
-        return ExecutedStep(plan, step, output, started_at, time.monotonic())
+        return ExecutedStep(plan, step, num_cached, output, started_at, time.monotonic())
 
     def _deliver(self, executed: ExecutedStep) -> None:
         """Append the new tokens to their sequences; remove the sequences that end or fail."""
@@ -373,7 +375,13 @@ class TextScheduler:
             self._guarded.observe_occupancy(self.occupancy)
             return  # logits of all tokens take longer than other steps do
         seconds = max(seconds - translation_s, 0.1 * seconds)
-        error = self.times.observe(plan.variant, plan.num_tokens, num_sequences, seconds)
+        if self._last_step is not None:
+            before, ended_at = self._last_step
+            self.times.observe_gap(before, executed.started_at - ended_at)
+        self._last_step = num_sequences, executed.ended_at
+        error = self.times.observe(
+            plan.variant, plan.num_tokens, num_sequences, executed.num_cached, seconds
+        )
         view = self.times.latency.view
         self._guarded.observe_step(
             StepReport(plan.variant, num_sequences, seconds, error, view.slowdown, view.tail),

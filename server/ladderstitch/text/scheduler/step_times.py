@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from statistics import median
 
@@ -47,37 +49,49 @@ def token_deadline(
     return min(paced, first_token_at + (end - first_token_at) * num_generated / (max_tokens - 1))
 
 
-class StepTimes:
-    """The expected seconds of a step by variant, tokens and sequences.
+GAP_WINDOW = 32
+"""Pauses between steps whose median is remembered."""
 
-    They are a profile over the tokens of a step, plus `sequence_s` for every sequence after the
-    first, times the current slowdown of this machine.
+
+@dataclass(frozen=True, slots=True)
+class ExtraTimes:
+    """The seconds that steps take in addition to those of their tokens, on any variant."""
+
+    sequence_s: float = 0.0
+    """Seconds of each sequence after the first."""
+    cached_token_s: float = 0.0
+    """Seconds for each token of the cache that the attention of a step reads."""
+    translation_s: float = 0.0
+    """Seconds of translating one token for one plane of the cache."""
+
+
+class StepTimes:
+    """The expected seconds of a step by variant, tokens, sequences, and cached tokens it reads.
+
+    They are a profile over the tokens of a step plus the extra times, times the current slowdown of
+    this machine, plus the pause before the step, which is learned for each of its sequences.
     """
 
     def __init__(
-        self,
-        profile: LatencyProfile,
-        sequence_s: float,
-        probability: float = 0.99,
-        translation_s: float = 0.0,
+        self, profile: LatencyProfile, extra: ExtraTimes | None = None, probability: float = 0.99
     ) -> None:
-        """Set up; `translation_s` are the seconds of one token and plane of the cache."""
         self.latency = LatencyModel(profile, probability)
-        self._sequence_s, self._translation_s = sequence_s, translation_s
+        self.extra = extra or ExtraTimes()
+        self._gaps: deque[float] = deque(maxlen=GAP_WINDOW)
+        self._gap_s = 0.0
 
     def copy(self) -> StepTimes:
         """Return the times as they were measured, without what has been learned since."""
-        latency = self.latency
-        return StepTimes(
-            latency.profile, self._sequence_s, latency.probability, self._translation_s
-        )
+        return StepTimes(self.latency.profile, self.extra, self.latency.probability)
 
     @property
     def max_step_tokens(self) -> int:
         """The largest number of tokens of one step."""
         return self.latency.view.max_batch_size
 
-    def expected(self, variant: int, num_tokens: int, num_sequences: int = 1) -> float:
+    def expected(
+        self, variant: int, num_tokens: int, num_sequences: int = 1, num_cached: int = 0
+    ) -> float:
         """Return the expected seconds of `num_tokens` tokens, at least 1.
 
         Beyond `max_step_tokens` the seconds grow in proportion to the tokens.
@@ -86,13 +100,23 @@ class StepTimes:
         seconds = view.expected(variant, min(num_tokens, view.max_batch_size)) * max(
             1.0, num_tokens / view.max_batch_size
         )
-        return seconds + max(0, num_sequences - 1) * self._sequence_s * view.slowdown
+        return seconds + self._extra_s(num_sequences, num_cached) + num_sequences * self._gap_s
 
-    def largest_fit(self, variant: int, slack_s: float, num_sequences: int) -> int:
+    def cached_s(self, num_cached: int) -> float:
+        """Return the expected seconds of reading this number of cached tokens once."""
+        return num_cached * self.extra.cached_token_s * self.latency.view.slowdown
+
+    def _extra_s(self, num_sequences: int, num_cached: int) -> float:
+        sequences_s = max(0, num_sequences - 1) * self.extra.sequence_s
+        return sequences_s * self.latency.view.slowdown + self.cached_s(num_cached)
+
+    def largest_fit(
+        self, variant: int, slack_s: float, num_sequences: int, num_cached: int = 0
+    ) -> int:
         """Return the largest number of tokens, of all sequences, of a step within the slack."""
         view = self.latency.view
-        extra_s = max(0, num_sequences - 1) * self._sequence_s * view.slowdown * view.tail
-        left_s = slack_s - extra_s
+        extra_s = self._extra_s(num_sequences, num_cached) * view.tail
+        left_s = slack_s - extra_s - num_sequences * self._gap_s
         return view.largest_fit(variant, left_s) if left_s > 0 else 0
 
     def prefill_s(self, variant: int, num_tokens: int) -> float:
@@ -104,12 +128,19 @@ class StepTimes:
 
     def translation_s(self, num_tokens: int, num_planes: int) -> float:
         """Return the expected seconds of translating keys and values of `num_planes` layers."""
-        return num_tokens * num_planes * self._translation_s * self.latency.view.slowdown
+        return num_tokens * num_planes * self.extra.translation_s * self.latency.view.slowdown
 
-    def observe(self, variant: int, num_tokens: int, num_sequences: int, seconds: float) -> float:
-        """Learn from one step; return its actual over its expected seconds."""
-        extra_s = max(0, num_sequences - 1) * self._sequence_s * self.latency.view.slowdown
+    def observe(
+        self, variant: int, num_tokens: int, num_sequences: int, num_cached: int, seconds: float
+    ) -> float:
+        """Learn from the compute of one step; return its actual over its expected seconds."""
+        extra_s = self._extra_s(num_sequences, num_cached)
         return self.latency.observe(variant, num_tokens, max(seconds - extra_s, 0.1 * seconds))
+
+    def observe_gap(self, num_sequences: int, seconds: float) -> None:
+        """Learn the seconds between two steps, in which tokens are delivered and steps planned."""
+        self._gaps.append(seconds / num_sequences)
+        self._gap_s = median(self._gaps)
 
 
 def placeholder_profile(num_variants: int, max_step_tokens: int) -> LatencyProfile:
@@ -131,33 +162,35 @@ def placeholder_profile(num_variants: int, max_step_tokens: int) -> LatencyProfi
 
 MEASURED_STEP_TOKENS = (1, 8, 64)
 """Tokens of the steps that are measured, besides the largest step."""
+SHORT_STEP_TOKENS = 8
+"""Steps of at most this number of tokens are timed more often, as noise is larger for them."""
+NUM_TURNS = 4
+"""Turns in which each variant's short step is timed; longer ones have one."""
 NUM_REPEATS = 3
-"""Timed runs of each step, after one run that is not timed."""
+"""Timed runs of a step in a turn, after one run that is not timed."""
 MEASURED_SEQUENCES = 8
 """Sequences of the step that measures the seconds of an additional sequence."""
+MIN_MEASURED_CACHED = 32
+"""Fewest cached tokens of a sequence whose reading can be measured."""
 
 
 async def measure_steps(group: RankGroup, max_step_tokens: int) -> StepTimes:
     """Return the step times of a group, measured with prompts of several sizes on every variant.
 
-    One more step measures several sequences at once. The caches hold arbitrary values afterwards.
-    Raises `RankLost` if a rank died.
+    The variants take turns, so that a disturbance of the machine affects all of them. Further steps
+    measure the extra times. The caches hold arbitrary values afterwards. Raises `RankLost` if a
+    rank died.
     """
     config = group.rank_config
     sizes = (*(size for size in MEASURED_STEP_TOKENS if size < max_step_tokens), max_step_tokens)
-    variants = {}
-    for variant in range(len(config.paths)):
-        samples = [await _time_step(group, variant, size, 1) for size in sizes]
-        variants[variant] = Latency(
-            median_s=tuple(min(seconds) for seconds in samples),
-            p99_s=tuple(max(seconds) for seconds in samples),
+    by_size = [await _time_variants(group, size) for size in sizes]
+    variants = {
+        variant: Latency(
+            median_s=tuple(_undisturbed(seconds[variant]) for seconds in by_size),
+            p99_s=tuple(max(seconds[variant]) for seconds in by_size),
         )
-    num_sequences = min(MEASURED_SEQUENCES, max_step_tokens, config.blocks)
-    sequence_s = 0.0
-    if num_sequences > 1:
-        separate_s = median(await _time_step(group, 0, 1, num_sequences))
-        together_s = median(await _time_step(group, 0, num_sequences, 1))
-        sequence_s = max(0.0, (separate_s - together_s) / num_sequences)
+        for variant in range(len(config.paths))
+    }
     profile = LatencyProfile(
         device=config.device,
         threads=config.threads,
@@ -166,8 +199,51 @@ async def measure_steps(group: RankGroup, max_step_tokens: int) -> StepTimes:
         batch_sizes=sizes,
         variants=variants,
     )
+    return StepTimes(profile, await _time_extra(group, max_step_tokens))
+
+
+async def _time_variants(group: RankGroup, num_tokens: int) -> list[list[float]]:
+    """Return the seconds of repeated steps of a sequence's `num_tokens`, by variant, in turns."""
+    variants = range(len(group.rank_config.paths))
+    steps = [Step(tuple(_prompts(group, num_tokens, 1)), variant) for variant in variants]
+    seconds: list[list[float]] = [[] for _ in variants]
+    turns = NUM_TURNS if num_tokens <= SHORT_STEP_TOKENS else 1
+    for _ in range(turns):
+        for variant, step in enumerate(steps):
+            await _time_step(group, step)  # the weights of another variant are in the CPU's caches
+            seconds[variant] += [await _time_step(group, step) for _ in range(NUM_REPEATS)]
+    return seconds
+
+
+def _undisturbed(seconds: list[float]) -> float:
+    """Return the lower quartile of repeated measurements, of which noise lengthens some."""
+    return sorted(seconds)[len(seconds) // 4]
+
+
+async def _time_extra(group: RankGroup, max_step_tokens: int) -> ExtraTimes:
+    """Return the seconds of additional sequences, of cached tokens, and of translations.
+
+    The first two are measured on variant 0.
+    """
+    config = group.rank_config
+    count = min(MEASURED_SEQUENCES, max_step_tokens, config.blocks)
+    sequence_s = cached_token_s = 0.0
+    if count > 1:
+        together_s = await _time_repeated(group, Step(tuple(_prompts(group, count, 1)), 0))
+        separate_s = await _time_repeated(group, Step(tuple(_prompts(group, 1, count)), 0))
+        sequence_s = max(0.0, separate_s - together_s) / (count - 1)
+    longest = min(config.max_model_len, config.blocks // count * config.block_tokens)
+    if longest > MIN_MEASURED_CACHED:
+        start = longest - 1
+        far = tuple(
+            SequenceInput(prompt.tokens[-1:], start, prompt.blocks)
+            for prompt in _prompts(group, longest, count)
+        )
+        near_s = await _time_repeated(group, Step(tuple(_prompts(group, 1, count)), 0))
+        far_s = await _time_repeated(group, Step(far, 0))
+        cached_token_s = max(0.0, far_s - near_s) / (count * start)
     translation_s = await _time_translation(group, max_step_tokens)
-    return StepTimes(profile, sequence_s, translation_s=translation_s)
+    return ExtraTimes(sequence_s, cached_token_s, translation_s)
 
 
 async def _time_translation(group: RankGroup, num_tokens: int) -> float:
@@ -193,30 +269,25 @@ async def _time_translation(group: RankGroup, num_tokens: int) -> float:
     for source, target in (pair, pair[::-1]):
         await group.run(Step((prompt,), source))
         translation = Translation(prompt.tokens, 0, prompt.blocks, source, target)
-        plain = await _time_repeated(group, Step((lone,), target))
-        both = await _time_repeated(group, Step((lone,), target, translations=(translation,)))
-        seconds.append((min(both) - min(plain)) / missing[source, target] / num_tokens)
+        plain_s = await _time_repeated(group, Step((lone,), target))
+        both_s = await _time_repeated(group, Step((lone,), target, translations=(translation,)))
+        seconds.append((both_s - plain_s) / missing[source, target] / num_tokens)
     return max(0.0, sum(seconds) / 2)
 
 
-async def _time_step(
-    group: RankGroup, variant: int, num_tokens: int, num_sequences: int
-) -> list[float]:
-    """Return the seconds of repeated steps of `num_tokens` new tokens of each sequence."""
-    return await _time_repeated(
-        group, Step(tuple(_prompts(group, num_tokens, num_sequences)), variant)
-    )
+async def _time_repeated(group: RankGroup, step: Step) -> float:
+    """Return the seconds of a step, of which some repeated runs may be disturbed."""
+    await _time_step(group, step)  # the first run of a size is slower
+    short = step.num_tokens <= SHORT_STEP_TOKENS and not step.translations
+    repeats = NUM_REPEATS * (NUM_TURNS if short else 1)
+    return _undisturbed([await _time_step(group, step) for _ in range(repeats)])
 
 
-async def _time_repeated(group: RankGroup, step: Step) -> list[float]:
-    """Return the seconds of repeated runs of a step."""
-    seconds = []
-    await group.run(step)  # the first run of a size is slower
-    for _ in range(NUM_REPEATS):
-        started = time.perf_counter()
-        await group.run(step)
-        seconds.append(time.perf_counter() - started)
-    return seconds
+async def _time_step(group: RankGroup, step: Step) -> float:
+    """Return the seconds of one run of a step."""
+    started = time.perf_counter()
+    await group.run(step)
+    return time.perf_counter() - started
 
 
 def _prompts(group: RankGroup, num_tokens: int, num_sequences: int) -> Iterator[SequenceInput]:

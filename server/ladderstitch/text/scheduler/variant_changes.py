@@ -9,12 +9,12 @@ family read other planes of the cache, which are translated or computed again fi
 from __future__ import annotations
 
 from collections import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ladderstitch.scheduling.candidates import CandidateFilter
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.text.scheduler.cache_rules import CacheRules
-from ladderstitch.text.scheduler.planner import SchedulerLoad, decode_round_s
+from ladderstitch.text.scheduler.planner import NO_LOAD, DecodeRound, SchedulerLoad
 from ladderstitch.text.scheduler.sequence import PACE_TOKENS, Sequence
 from ladderstitch.text.scheduler.step_times import StepTimes
 
@@ -55,13 +55,14 @@ class ChangeRules:
         if not movable:
             return []
         affordable = {sequence: sequence.affordable_token_s(now) for sequence in movable}
-        counts = dict(SchedulerLoad.from_sequences(active, ()).num_sequences)
+        shared = DecodeRound(SchedulerLoad.from_sequences(active, ()), times)
         changes = []
         for sequence in sorted(movable, key=affordable.__getitem__):
-            variant = self._choose(sequence, affordable[sequence], counts, times)
+            shared.remove(sequence.variant)
+            others = shared if self.settings.policy != "max_quality" else _alone(sequence, times)
+            variant = self._choose(sequence, affordable[sequence], others, times)
+            shared.add(variant)
             if variant != sequence.variant:
-                counts[sequence.variant] -= 1
-                counts[variant] = counts.get(variant, 0) + 1
                 changes.append(VariantChange(sequence, variant))
         return changes
 
@@ -74,22 +75,19 @@ class ChangeRules:
         )
 
     def _choose(
-        self, sequence: Sequence, affordable_s: float, counts: dict[int, int], times: StepTimes
+        self, sequence: Sequence, affordable_s: float, others: DecodeRound, times: StepTimes
     ) -> int:
-        """Return the variant for the next tokens of a sequence; `counts` has all sequences."""
+        """Return the variant for the next tokens of a sequence, given the round of the others."""
         allowed = self.candidates.for_quality(sequence.request.min_quality)
         quality, current = self.candidates.quality, sequence.variant
         variants = [v for v in allowed if v in self.cache_rules.alternatives[current]]
         if not variants:
             return current
-        others = {} if self.settings.policy == "max_quality" else dict(counts)
-        others[current] = max(0, others.get(current, 0) - 1)
         for variant in reversed(variants):
-            expected_s = decode_round_s(others | {variant: others.get(variant, 0) + 1}, times)
             is_better = quality[variant] > quality[current]
             if is_better and not self._pays(sequence, variant):
                 continue
-            expected_s += self._change_s(sequence, variant, times)
+            expected_s = others.seconds_with(variant) + self._change_s(sequence, variant, times)
             if expected_s * (MIN_LEAD if is_better else 1.0) <= affordable_s:
                 return variant
         return variants[0]
@@ -119,3 +117,8 @@ class ChangeRules:
             num_planes = rules.num_missing[sequence.variant][variant]
             seconds = times.translation_s(missing, num_planes)
         return seconds / max(1, min(left, PACE_TOKENS))
+
+
+def _alone(sequence: Sequence, times: StepTimes) -> DecodeRound:
+    """Return the round of no other sequences, with the cache of this one."""
+    return DecodeRound(replace(NO_LOAD, num_cached=sequence.history.num_tokens), times)

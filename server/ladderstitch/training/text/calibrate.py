@@ -83,15 +83,36 @@ def calibrate(
         variants=qualities,
     )
     (bundle.path / "quality.json").write_text(table.model_dump_json(indent=1) + "\n")
+    _write_switches(bundle, runner, tokens, sample, text.name, progress)
+    return table
+
+
+def add_switches(bundle: TextBundle, text: Path, threads: int, progress: Progress) -> None:
+    """Measure the changes of path of a bundle on a held-out text, as `calibrate` does."""
+    runner, tokens = open_runner(bundle, threads), read_tokens(text, bundle.tokenizer())
+    _write_switches(bundle, runner, tokens, DEFAULT_SAMPLE, text.name, progress)
+
+
+def _write_switches(
+    bundle: TextBundle,
+    runner: PathRunner,
+    tokens: Tensor,
+    sample: Sample,
+    data: str,
+    progress: Progress,
+) -> None:
+    """Measure changes between paths that write different keys and values, on tokens [T].
+
+    They are written to the bundle's `switches.json`, if there are any. `data` names the text.
+    """
     kinds = {
         number: min(runner.config.alternatives[number])
         for number, variant in enumerate(bundle.manifest.variants)
         if not variant.by_name  # budgets do not choose it
     }
     if len(set(kinds.values())) > 1:
-        switches = _measure_switches(runner, kinds, tokens, sample, text.name, progress)
+        switches = _measure_switches(runner, kinds, tokens, sample, data, progress)
         (bundle.path / SWITCHES).write_text(switches.model_dump_json(indent=1) + "\n")
-    return table
 
 
 def open_runner(bundle: TextBundle, threads: int) -> PathRunner:
