@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt scripts/install.sh
 	@touch $@
 
 serve: install ## the embedded model on 127.0.0.1:8001, its page on :8081; Ctrl-C stops both
-	@exec $(BIN)/ladderstitch serve --http-port 8081
+	@exec $(BIN)/ladderstitch serve
 
 test: install tools lint types ## everything that CI runs, from nothing
 	$(BIN)/buf lint

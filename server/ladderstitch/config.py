@@ -34,7 +34,8 @@ class ServerConfig(ListenConfig):
         None,
         ge=0,
         le=65_535,
-        description="HTTP port of OpenAI's API for language models; unset: none",
+        description="HTTP port of the page and of OpenAI's API; unset: none, but `serve` opens "
+        "8081 if `port` is unset, too, and the server is one replica on loopback",
     )
     page: Literal["auto", "on", "off"] = Field(
         "auto",

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ladderstitch.addresses import DEFAULT_ADDRESS, join_address
+from ladderstitch.addresses import DEFAULT_ADDRESS, is_loopback, join_address
 from ladderstitch.bundles import EMBEDDED, find_bundle, is_language_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.cli.lifecycle import (
@@ -41,6 +41,7 @@ from ladderstitch.runtime.process import free_port, freeze_gc, release_ports, re
 if TYPE_CHECKING:  # the help page appears without torch
     pass
 
+DEFAULT_HTTP_PORT = 8081
 EXAMPLE_IMAGES = Path("examples/fashion-mnist/images")
 """Images for the embedded model in the repository; the package has others."""
 UNKNOWN_BUDGET = "100ms"
@@ -79,6 +80,14 @@ def serve(
             "again within seconds if it dies, or if its event loop hangs for 10 s.",
         ),
     ] = False,
+    http: Annotated[
+        bool,
+        typer.Option(
+            "--http/--no-http",
+            help=f"Open HTTP port {DEFAULT_HTTP_PORT}, too, if neither port is chosen, and the "
+            "server is one replica on loopback.",
+        ),
+    ] = True,
 ) -> None:
     """Serve a model over gRPC and HTTP until Ctrl-C.
 
@@ -93,6 +102,8 @@ def serve(
         if "record" in given:  # Ray's workers have another working directory
             given["record"] = given["record"].absolute()
         parsed = ServerConfig.load(config, given)
+        if http:
+            parsed = _with_default_http(parsed)
         if parsed.replicas > 1 and not ray:
             raise ConfigError(
                 f"replicas: expected 1 without Ray, got {parsed.replicas}; start each replica with "
@@ -122,6 +133,17 @@ def serve(
             release_ports(reserved)  # most servers without Ray do not share their ports
             asyncio.run(_serve_alone(parsed, started, send_beat))
         err.print("stopped")
+
+
+def _with_default_http(config: ServerConfig) -> ServerConfig:
+    """Return the configuration with the default HTTP port if all addresses are the default ones.
+
+    A server that others can reach, or that has a port of its own, opens HTTP only if it is asked to.
+    """
+    chosen = {"port", "http_port"} & config.model_fields_set
+    if chosen or config.replicas > 1 or not is_loopback(config.host):
+        return config
+    return config.model_copy(update={"http_port": DEFAULT_HTTP_PORT})
 
 
 def _check_before_start(config: ServerConfig) -> None:
