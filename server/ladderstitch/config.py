@@ -30,23 +30,10 @@ class ServerConfig(ListenConfig):
     """Configuration of a server: what is fixed while a replica runs, and its initial scheduling."""
 
     bundle: Path = Field(EMBEDDED, description="model bundle directory")
-    http_port: int | None = Field(
-        None,
-        ge=0,
-        le=65_535,
-        description="HTTP port of the page and of OpenAI's API; unset: none, but `serve` opens "
-        "8081 if `port` is unset, too, and the server is one replica on loopback",
-    )
     page: Literal["auto", "on", "off"] = Field(
         "auto",
         description="the page at / of the HTTP port; auto: on if only this machine can reach it, "
         "or if callers need tokens, which the page asks for",
-    )
-    cors_origins: tuple[str, ...] = Field(
-        (),
-        description="origins of web pages that may call the HTTP port from a browser, such as "
-        "https://example.org; * for all; empty: none",
-        json_schema_extra={**TEXT, "flags": ["--cors-origin"]},
     )
     device: str = Field("auto", description="device: auto, cpu or cuda[:N]")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -242,13 +229,11 @@ class ServerConfig(ListenConfig):
 
     @model_validator(mode="after")
     def _check_one_replica(self) -> ServerConfig:
-        """Raise `ValueError` for fields that one replica supports only.
-
-        Ranks on other machines know one address, and gateways do not forward HTTP.
-        """
-        for field, value in (("rank_address", self.rank_address), ("http_port", self.http_port)):
-            if value not in ("", None) and self.replicas > 1:
-                raise ValueError(f"{field}: expected replicas 1 along with it, got {self.replicas}")
+        """Raise `ValueError` for several replicas with one address that ranks must know."""
+        if self.rank_address and self.replicas > 1:
+            raise ValueError(
+                f"rank_address: expected replicas 1 along with it, got {self.replicas}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -263,7 +248,3 @@ class ServerConfig(ListenConfig):
         if self.http_port is None or self.page != "auto":
             return self.page == "on"
         return self.token_file is not None or is_loopback(self.host)
-
-    def port_fields(self) -> tuple[tuple[str, str], ...]:
-        """Return the names of the port fields, each with the address that it is bound to."""
-        return (*super().port_fields(), ("http_port", self.host))

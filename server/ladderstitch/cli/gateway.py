@@ -52,10 +52,15 @@ async def _run(config: GatewayConfig) -> None:
 
     async def print_ready() -> None:
         freeze_gc()
-        out.print(
-            f"[bold green]ready[/]: gRPC on {join_address(config.host, gateway.port)}, metrics on "
-            f"http://{join_address(config.host, gateway.metrics_port)}/metrics, replicas' on /sd",
-            soft_wrap=True,
-        )
+        where = [
+            f"gRPC on {join_address(config.host, gateway.port)}",
+            f"metrics on http://{join_address(config.host, gateway.metrics_port)}/metrics, "
+            "replicas' on /sd",
+        ]
+        if gateway.http is not None:
+            scheme = "https" if config.tls_certificate is not None else "http"
+            address = join_address(config.host, gateway.http.port)
+            where.append(f"OpenAI API on {scheme}://{address}/v1")
+        out.print(f"[bold green]ready[/]: {', '.join(where)}", soft_wrap=True)
 
     await run_until_stopped(gateway, gateway.start(), print_ready)

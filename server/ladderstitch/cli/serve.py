@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -50,7 +50,7 @@ AROUND_COMPUTE_MS = 2
 """Milliseconds of a suggested budget for everything but the model."""
 CLUSTER_CHECK_S = 0.5
 """Period of the check whether Ray's processes run."""
-GATEWAY_PORTS = ("port", "metrics_port")
+GATEWAY_PORTS = ("port", "metrics_port", "http_port")
 """Fields of the ports that all gateways of one machine share."""
 
 
@@ -85,7 +85,7 @@ def serve(
         typer.Option(
             "--http/--no-http",
             help=f"Open HTTP port {DEFAULT_HTTP_PORT}, too, if neither port is chosen, and the "
-            "server is one replica on loopback.",
+            "server is on loopback.",
         ),
     ] = True,
 ) -> None:
@@ -114,6 +114,7 @@ def serve(
             raise ConfigError(
                 "spare: expected --no-ray along with it; Ray restarts replicas itself"
             )
+        release_ports(_reserve_ports(parsed))  # a taken port is reported before the slow imports
         modules = ["ladderstitch.ray_serve.local_cluster"] if ray else _lazy_modules(parsed)
         for module in modules:
             import_module(module)
@@ -138,10 +139,10 @@ def serve(
 def _with_default_http(config: ServerConfig) -> ServerConfig:
     """Return the configuration with the default HTTP port if all addresses are the default ones.
 
-    A server that others can reach, or that has a port of its own, opens HTTP only if it is asked to.
+    A server that others can reach, or that has a port of its own, opens HTTP only if asked to.
     """
     chosen = {"port", "http_port"} & config.model_fields_set
-    if chosen or config.replicas > 1 or not is_loopback(config.host):
+    if chosen or not is_loopback(config.host):
         return config
     return config.model_copy(update={"http_port": DEFAULT_HTTP_PORT})
 
@@ -159,8 +160,9 @@ def _check_before_start(config: ServerConfig) -> None:
 
 
 def _reserve_ports(config: ServerConfig) -> list[socket.socket]:
-    """Return sockets that reserve all ports; raises `ConfigError` that names one that is taken."""
+    """Return sockets that reserve all ports; raises `ConfigError` that names all taken ones."""
     reserved: list[socket.socket] = []
+    taken: dict[str, str] = {}
     for field, host in config.port_fields():
         number = getattr(config, field)
         if number is None or (field == "metrics_port" and config.replicas > 1):
@@ -168,15 +170,27 @@ def _reserve_ports(config: ServerConfig) -> list[socket.socket]:
         try:
             reserved += reserve_port(host, number)
         except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
             address = join_address(host, number)
-            raise ConfigError(
-                f"{field}: expected a free port, got {address}, which is taken; choose another one "
-                f"with --{field.replace('_', '-')}, or 0 for any"
-                if taken
-                else f"{field}: cannot listen on {address}: {error.strerror}"
-            ) from error
+            if error.errno != errno.EADDRINUSE:
+                release_ports(reserved)
+                raise ConfigError(
+                    f"{field}: cannot listen on {address}: {error.strerror}"
+                ) from error
+            taken[field] = address
+    if taken:
+        release_ports(reserved)
+        raise ConfigError(_describe_taken(taken))
     return reserved
+
+
+def _describe_taken(taken: Mapping[str, str]) -> str:
+    """Return an error for the addresses of fields whose ports are taken, and what to do."""
+    found = "; ".join(
+        f"{field}: expected a free port, got {address}, which is taken"
+        for field, address in taken.items()
+    )
+    options = " ".join(f"--{field.replace('_', '-')} 0" for field in taken)
+    return f"{found}. Another server may run already; {options} picks free ports for this one"
 
 
 def _serve_on_ray(config: ServerConfig, started: float) -> None:
@@ -188,9 +202,9 @@ def _serve_on_ray(config: ServerConfig, started: float) -> None:
 
     signals = InterruptingSignals()
     actors = config.replicas * (1 + config.tensor_parallel_size + config.spare_ranks)
-    if config.replicas > 1:  # restarted gateways need the same ports
-        ports = {name: getattr(config, name) or free_port(config.host) for name in GATEWAY_PORTS}
-        config = config.model_copy(update=ports)
+    fixed = GATEWAY_PORTS if config.replicas > 1 else ("http_port",)
+    ports = {name: free_port(config.host) for name in fixed if getattr(config, name) == 0}
+    config = config.model_copy(update=ports)  # restarted gateways need the same ports
     try:
         with local_ray(actors) as cluster:
             signals.install()  # Ray has installed its own
@@ -245,7 +259,7 @@ def _lazy_modules(config: ServerConfig) -> list[str]:
     # numpy.random draws the tokens or the requests of a warm-up
     modules = ["ladderstitch.replica.replica", "numpy.random"]
     if config.http_port is not None:
-        modules.append("ladderstitch.api.openai.server")
+        modules += ["ladderstitch.api.http_server", "ladderstitch.api.openai.app"]
     if not is_language_bundle(config.bundle):
         modules += ["PIL.JpegImagePlugin", "PIL.PngImagePlugin"]
     return modules
@@ -321,10 +335,13 @@ def _print_ready(
 def suggest_command(config: ServerConfig, address: str) -> str:
     """Return a command that calls the server at an address, as a shell takes it."""
     option = [] if address == DEFAULT_ADDRESS else ["--address", address]
+    access = " --ca CA.pem" if config.tls_certificate is not None else ""
+    access += " --token-file TOKEN" if config.token_file is not None else ""
+    program = _program() + access
     if is_language_bundle(config.bundle):
-        return f'{_program()} generate "The capital of France is" {shlex.join(option)}'.rstrip()
+        return f'{program} generate "The capital of France is" {shlex.join(option)}'.rstrip()
     kind, budget = _suggest_call(config, address)
-    return f"{_program()} predict {_example_images(config.bundle) or kind} " + shlex.join(
+    return f"{program} predict {_example_images(config.bundle) or kind} " + shlex.join(
         ["--budget", budget, *option]
     )
 

@@ -13,11 +13,15 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2_grpc
 
 from ladderstitch.api.health import NOT_SERVING, SERVING, HealthService
+from ladderstitch.api.http_server import HttpServer
 from ladderstitch.api.listener import ListenerConfig, bind, name_port, reserve, start_servers
 from ladderstitch.api.reflection import REFLECTION_SERVICES
+from ladderstitch.errors import ConfigError
 from ladderstitch.gateway.admin import BROADCAST_METHODS, GatewayAdmin
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.forwarder import Forwarder, method_path
+from ladderstitch.gateway.http_exchange import ReplicaClient
+from ladderstitch.gateway.http_forwarder import HttpForwarder, gateway_app
 from ladderstitch.gateway.merged_queries import MERGED_METHODS, MergedQueries
 from ladderstitch.gateway.metrics import GatewayMetrics
 from ladderstitch.gateway.replica_pool import Discovery, ReplicaPool
@@ -80,6 +84,7 @@ class Gateway:
         self._health_names = set(SERVICE_NAMES)
         self._servers = self._make_servers()
         self._discovery = discovery
+        self.http, self._http_forwarder, self._http_client = self._make_http()
         self._tasks: list[asyncio.Task[None]] = []
         self._close_metrics: Callable[[], None] = lambda: None
         self._reserved: list[socket.socket] = []
@@ -104,6 +109,20 @@ class Gateway:
         for server, *_ in servers:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         return servers
+
+    def _make_http(self) -> tuple[HttpServer | None, HttpForwarder | None, ReplicaClient | None]:
+        """Create the HTTP server, its application, and the client of replicas, if there is one."""
+        if self.config.http_port is None:
+            return None, None, None
+        try:
+            client = ReplicaClient(self.config)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"replica_ca, replica_certificate: {error}") from error
+        forwarder = HttpForwarder(
+            client, self.pool, self.metrics, self.config.retry_timeout_s, lambda: self.serving
+        )
+        application = gateway_app(self.config, forwarder, self._listener.auth, self.metrics)
+        return HttpServer(self.config, application), forwarder, client
 
     @property
     def serving(self) -> bool:
@@ -137,6 +156,9 @@ class Gateway:
             self.port = self.port or bound
         with name_port("metrics_port"):
             self._expose_metrics()
+        if self.http is not None and self.config.http_port is not None:
+            with name_port("http_port"):
+                await self.http.start(self.config.http_port, share_port=self.config.share_port)
         await self._update_health()
         await start_servers(server for server, *_ in self._servers)
         self._tasks = [
@@ -183,8 +205,21 @@ class Gateway:
         self.drain_announced = True
         await self._update_health()
         await asyncio.sleep(announce_s)
-        self._forwarder.draining = True
-        return await self._forwarder.wait_until_idle(self.config.drain_s)
+        self._reject_new_calls()
+        both = await asyncio.gather(
+            *(each.wait_until_idle(self.config.drain_s) for each in self._forwarders)
+        )
+        return all(both)
+
+    @property
+    def _forwarders(self) -> tuple[Forwarder | HttpForwarder, ...]:
+        if self._http_forwarder is None:
+            return (self._forwarder,)
+        return self._forwarder, self._http_forwarder
+
+    def _reject_new_calls(self) -> None:
+        for forwarder in self._forwarders:
+            forwarder.draining = True
 
     async def stop(self) -> None:
         """Drain, then stop the servers and close all connections."""
@@ -192,19 +227,28 @@ class Gateway:
         await self._update_health()
         if not self._forwarder.draining:
             await asyncio.sleep(self.config.drain_announce_s)
-        self._forwarder.draining = True
+        self._reject_new_calls()
         await asyncio.sleep(DRAIN_GRACE_S)
         await self.close(grace_s=self.config.drain_s)
 
     async def close(self, grace_s: float = 0.0) -> None:
         """Stop the servers, cancel calls in flight after `grace_s` s, and close all connections."""
-        await asyncio.gather(*(server.stop(grace_s) for server, *_ in self._servers))
+        await asyncio.gather(
+            *(server.stop(grace_s) for server, *_ in self._servers), self._close_http(grace_s)
+        )
         release_ports(self._reserved)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.pool.close()
         self._close_metrics()
+
+    async def _close_http(self, grace_s: float) -> None:
+        if self.http is None or self._http_forwarder is None or self._http_client is None:
+            return
+        await self._http_forwarder.wait_until_idle(grace_s)
+        await self.http.stop()
+        await self._http_client.close()
 
     async def _follow_health(self) -> None:
         while True:

@@ -173,6 +173,8 @@ class ModelRegistry:
     drain_announced: bool = False
     """Whether the replica reports NOT_SERVING while it still accepts requests."""
     draining: bool = False
+    http_port: int = 0
+    """Bound port of the HTTP API; 0: there is none."""
     metrics_port: int = 0
     active_settings: ActiveSettings = field(
         default_factory=lambda: ActiveSettings(0, SchedulerSettings())

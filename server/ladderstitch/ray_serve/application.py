@@ -83,6 +83,8 @@ def loopback_config(config: ServerConfig) -> ServerConfig:
             "host": "127.0.0.1",
             "port": 0,
             "metrics_port": 0,
+            "http_port": None if config.http_port is None else 0,
+            "page": "on" if config.serves_page else "off",
             "admin_port": None,
             "health_port": None,
             "tls_certificate": None,

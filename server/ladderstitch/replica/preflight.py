@@ -243,7 +243,10 @@ def check_ports(config: ServerConfig) -> Iterator[CheckResult]:
         if port is not None:
             free = port_is_free(address, port)
             detail = f"{join_address(address, port)} {'is free' if free else 'is taken'}"
-            advice = f"stop the listener (ss -ltnp 'sport = :{port}' shows it), or set {field}: 0"
+            option = f"--{field.replace('_', '-')} 0"
+            advice = (
+                f"stop the listener (ss -ltnp 'sport = :{port}' shows it), or give serve {option}"
+            )
             yield _result(field, free, detail, advice)
 
 

@@ -28,7 +28,7 @@ from ladderstitch.telemetry.metrics_server import Probes
 from ladderstitch.text.engine.rank_handle import Launcher, launch_process
 
 if TYPE_CHECKING:
-    from ladderstitch.api.openai.server import HttpServer
+    from ladderstitch.api.http_server import HttpServer
 
 log = logging.getLogger(__name__)
 
@@ -102,10 +102,13 @@ class Replica:
         """Return the server of OpenAI's API; None without an HTTP port."""
         if self.config.http_port is None:
             return None
-        from ladderstitch.api.openai.server import HttpServer  # takes a second to import
+        from ladderstitch.api.http_server import HttpServer
+        from ladderstitch.api.openai.app import replica_app  # takes a second to import
 
         sinks = () if listener.request_log is None else listener.request_log.sinks
-        return HttpServer(self.config, self.registry, listener.auth, sinks, self.metrics.registry)
+        metrics = self.metrics.registry
+        application = replica_app(self.config, self.registry, listener.auth, sinks, metrics)
+        return HttpServer(self.config, application)
 
     def _sinks(self, name: str) -> list[RecordSink]:
         """Return the recipients of each request's record: the log, traces, both or none."""
@@ -148,7 +151,8 @@ class Replica:
             await self.server.start(self.config.host, self.config.port)
         with name_port("http_port"):
             if self.http is not None and self.config.http_port is not None:
-                await self.http.start(self.config.http_port, share_port=self.share_port)
+                port = await self.http.start(self.config.http_port, share_port=self.share_port)
+                self.registry.http_port = port
         with name_port("metrics_port"):
             self.metrics_port, self._close_metrics = self.metrics.expose(
                 self.config.metrics_port,

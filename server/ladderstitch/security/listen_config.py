@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -34,12 +34,19 @@ IMAGE_DECODE_TIMEOUT_S = 10.0
 class ListenConfig(BaseModel):
     """Configuration that all servers share: addresses, access, and limits of each connection."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     host: str = Field("127.0.0.1", description="address to bind")
     port: int = Field(8001, ge=0, le=65_535, description="gRPC port; 0 picks a free one")
     metrics_port: int = Field(
         9464, ge=0, le=65_535, description="HTTP port of /metrics; 0 picks a free one"
+    )
+    http_port: int | None = Field(
+        None,
+        ge=0,
+        le=65_535,
+        description="HTTP port of the page and of OpenAI's API; unset: none, but a "
+        "local `serve` opens 8081 if `port` is unset, too",
     )
     admin_port: int | None = Field(
         None,
@@ -57,6 +64,12 @@ class ListenConfig(BaseModel):
         le=65_535,
         description="port of a plaintext grpc.health.v1 service for probes; unset: none",
         json_schema_extra=ACCESS,
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (),
+        description="origins of web pages that may call the HTTP port from a browser, such as "
+        "https://example.org; * for all; empty: none",
+        json_schema_extra={**ACCESS, "flags": ["--cors-origin"]},
     )
     tls_certificate: Path | None = Field(
         None,
@@ -179,6 +192,7 @@ class ListenConfig(BaseModel):
         return (
             ("port", self.host),
             ("metrics_port", self.host),
+            ("http_port", self.host),
             ("admin_port", self.admin_host),
             ("health_port", self.host),
         )
@@ -190,6 +204,8 @@ class ListenConfig(BaseModel):
         Nested mappings are merged. Raises `ConfigError` that names the field, the expected value
         and the given one.
         """
+        import yaml  # help does without it
+
         try:
             fields: Any = yaml.safe_load(path.read_text()) or {} if path else {}
             if not isinstance(fields, dict):
@@ -197,8 +213,37 @@ class ListenConfig(BaseModel):
                     f"{path}: expected a mapping of fields, got {type(fields).__name__}"
                 )
             return cls.model_validate(_merge(fields, given or {}))
-        except (OSError, yaml.YAMLError, ValidationError) as error:
-            raise ConfigError(f"{path or 'options'}: {error}") from error
+        except ValidationError as error:
+            source = f"{path}: " if path else ""
+            raise ConfigError(source + _describe_problems(error, cls.model_fields)) from error
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+
+def _describe_problems(error: ValidationError, known: Collection[str]) -> str:
+    """Return `field: expected X, got Y` for every wrong field; `known` are the model's fields."""
+    expected: dict[str, list[str]] = {}
+    got: dict[str, object] = {}
+    for problem in error.errors(include_url=False):
+        # other parts of a place name a member of a union
+        parts = [str(part) for part in problem["loc"]]
+        field = ".".join(part for part in parts if part.isidentifier() or part.isdigit())
+        text = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        if problem["type"] == "extra_forbidden":
+            similar = get_close_matches(parts[0], known, 1) if len(parts) == 1 else []
+            text = f"a known field{f' such as {similar[0]}' if similar else ''}"
+            got[field] = "an unknown one"
+        elif problem["type"] != "value_error":
+            text = text.partition(", unable to")[0]
+            got[field] = repr(problem["input"])
+        expected.setdefault(field, []).append(text)
+    lines = []
+    for field, texts in expected.items():
+        found = f"expected {' or '.join(texts)}, got {got[field]}" if field in got else texts[0]
+        lines.append(f"{field}: {found}" if field else found)
+    return "; ".join(lines)
 
 
 def _merge(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ladderstitch.api.openai.tools import (
     LLAMA3,
     MISTRAL,
     Tool,
+    ToolCallFields,
     ToolFormat,
     ToolUse,
     find_format,
@@ -132,3 +133,10 @@ def test_forced_arguments_are_the_declared_ones() -> None:
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(wrong, schema)
     assert tool.function.parameters == parameters
+
+
+@pytest.mark.parametrize("arguments", ["[" * 200_000, "{", '{"a":' * 200_000])
+def test_earlier_call_with_arguments_that_are_no_json_keeps_their_text(arguments: str) -> None:
+    fields = {"function": {"name": "f", "arguments": arguments}}
+    call = ToolCallFields.model_validate(fields).to_template()
+    assert call["function"] == {"name": "f", "arguments": arguments}

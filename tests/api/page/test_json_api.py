@@ -102,6 +102,7 @@ async def test_own_image_gets_the_answer_of_the_same_example(served: ServedPage)
         ({"example": "../model.yaml"}, "example: expected one of first-01.png"),
         ({"example": "README.md"}, "example: expected one of"),
         ({"image": "no base64"}, "image: expected base64"),
+        ({"image": "\u00e9"}, "image: expected base64"),
         ({"image": "eA=="}, "image: expected"),
         ({"image": "A" * (4 * (MAX_IMAGE_BYTES // 3) + 8)}, f"at most {MAX_IMAGE_BYTES} bytes"),
         ({"example": "first-01.png", "budget_ms": -1}, "budget_ms: expected 0.001 to"),

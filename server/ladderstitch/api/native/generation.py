@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -143,7 +142,7 @@ async def _compile_grammar(request: pb.GenerateRequest, model: TextModel) -> Gra
     if kind is None:
         return None
     source, compiler = getattr(request, kind), model.scheduler.grammars
-    return await asyncio.to_thread(compiler.compile, kind, kind, source)
+    return await compiler.compile_in_thread(kind, kind, source)
 
 
 def _first_token_s(answer: pb.AnswerSoFar) -> float | None:

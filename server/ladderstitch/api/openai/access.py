@@ -12,8 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ladderstitch.api.auth import AuthInterceptor
-from ladderstitch.api.openai.body import BodyRejected
-from ladderstitch.api.openai.responses import ERROR_TYPES, error_response
+from ladderstitch.api.openai.errors import ERROR_TYPES, BodyRejected, error_response
 from ladderstitch.errors import Overloaded, RequestError
 
 HEALTH_PATH = "/health"

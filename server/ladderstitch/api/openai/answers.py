@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, aclosing
@@ -17,15 +18,14 @@ from ladderstitch.api.openai.access import IN_FLIGHT
 from ladderstitch.api.openai.bodies import ChatRequest, CompletionRequest
 from ladderstitch.api.openai.body import parse_body
 from ladderstitch.api.openai.choices import MergedStreams, NumberedChunk
+from ladderstitch.api.openai.errors import Body, error_body
 from ladderstitch.api.openai.fields import StreamOptions
 from ladderstitch.api.openai.models import NamedModel, find_model
 from ladderstitch.api.openai.request_ids import MODEL
 from ladderstitch.api.openai.requests import AcceptedRequest, accept_request
 from ladderstitch.api.openai.responses import (
     DONE,
-    Body,
     ResponseBuilder,
-    error_body,
     error_event,
     named_event,
     server_sent_event,
@@ -43,6 +43,8 @@ T = TypeVar("T")
 
 CLIENT_CLOSED_REQUEST = Response(status_code=499)
 """499: client closed the connection."""
+MAX_PROMPT_AT_ONCE = 64
+"""Tokens of a prompt whose log probabilities are written at once, within 8 ms."""
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 """Headers of streams: caches and nginx pass every event on at once."""
 
@@ -87,7 +89,7 @@ async def answer_request(
             collected = await _run_until_disconnect(_collect(stream, accepted), request)
             if collected is None:
                 return CLIENT_CLOSED_REQUEST
-            return JSONResponse(builder.full_response(collected))
+            return await _whole_answer(builder, accepted, collected)
         # An error before the first token still gets its own HTTP status.
         first = await _run_until_disconnect(_next_chunk(stream), request)
         if first is None:
@@ -178,9 +180,9 @@ async def _events(
     """
     try:
         async with resources:
-            yield server_sent_event(builder.chunk(*first))
+            yield await _chunk_event(builder, *first)
             async for number, chunk in stream:
-                yield server_sent_event(builder.chunk(number, chunk))
+                yield await _chunk_event(builder, number, chunk)
             if include_usage:
                 yield server_sent_event(builder.usage_chunk())
         last_event = DONE
@@ -189,6 +191,28 @@ async def _events(
     except Exception as error:
         last_event = server_sent_event(error_body(InternalError.logged("HTTP stream", error)))
     yield last_event
+
+
+async def _whole_answer(
+    builder: ResponseBuilder, accepted: AcceptedRequest, generations: list[list[TokenChunk]]
+) -> Response:
+    """Return the whole answer; log probabilities, of which there may be many, in a thread."""
+    if not accepted.reports_logprobs:
+        return JSONResponse(builder.full_response(generations))
+
+    def write() -> bytes:
+        """Return the answer as JSON, by an encoder in Python, so that other threads run, too."""
+        encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return "".join(encoder.iterencode(builder.full_response(generations))).encode()
+
+    return Response(await asyncio.to_thread(write), media_type="application/json")
+
+
+async def _chunk_event(builder: ResponseBuilder, number: int, chunk: TokenChunk) -> str:
+    """Return the event of a chunk; the first one may have the log probabilities of its prompt."""
+    if len(chunk.prompt) <= MAX_PROMPT_AT_ONCE:
+        return server_sent_event(builder.chunk(number, chunk))
+    return server_sent_event(await asyncio.to_thread(builder.chunk, number, chunk))
 
 
 async def _next_chunk(stream: MergedStreams) -> NumberedChunk:

@@ -13,31 +13,46 @@ from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from ladderstitch.addresses import is_loopback
 from ladderstitch.api.auth import AuthInterceptor
 from ladderstitch.api.openai.access import AccessMiddleware, rejection_response
 from ladderstitch.api.openai.answers import answer_request, answer_response_request, in_flight
 from ladderstitch.api.openai.bodies import ChatRequest, CompletionRequest
-from ladderstitch.api.openai.body import BodyRejected, max_body_bytes, parse_body
+from ladderstitch.api.openai.body import max_body_bytes, parse_body
+from ladderstitch.api.openai.cors import cors_options
+from ladderstitch.api.openai.errors import ERROR_TYPES, Body, BodyRejected, error_response
 from ladderstitch.api.openai.fields import EmbeddingRequest
 from ladderstitch.api.openai.models import find_model, named_models
 from ladderstitch.api.openai.request_ids import RequestIdMiddleware
-from ladderstitch.api.openai.responses import (
-    ERROR_TYPES,
-    Body,
-    error_response,
-    malformed_body,
-)
+from ladderstitch.api.openai.responses import malformed_body
 from ladderstitch.api.page.assets import page_assets
 from ladderstitch.api.page.routes import add_page, max_page_body_bytes
-from ladderstitch.api.request_log import REQUEST_ID
+from ladderstitch.config import ServerConfig
 from ladderstitch.errors import InternalError, InvalidArgument, RequestError
 from ladderstitch.hosting.registry import ModelRegistry
 from ladderstitch.telemetry.logs import RecordSink
 
-LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?"
-"""Origins of pages that this machine serves."""
-CORS_MAX_AGE_S = 600
-"""Seconds for which browsers remember which requests are allowed."""
+
+def replica_app(
+    config: ServerConfig,
+    registry: ModelRegistry,
+    auth: AuthInterceptor | None,
+    sinks: Sequence[RecordSink] = (),
+    metrics: CollectorRegistry | None = None,
+) -> FastAPI:
+    """Return the application of a replica with this configuration, as `create_app` does."""
+    return create_app(
+        registry,
+        auth,
+        config.max_message_mb << 20,
+        body_timeout_s=config.message_timeout_s,
+        max_unfinished=config.max_unfinished_messages,
+        cors_origins=config.cors_origins,
+        trusts_loopback=is_loopback(config.host),
+        sinks=sinks,
+        metrics=metrics,
+        page=config.serves_page,
+    )
 
 
 def create_app(
@@ -74,16 +89,8 @@ def create_app(
         open_paths=page_assets().keys() if page else (),
     )
     app.add_middleware(RequestIdMiddleware, sinks=sinks)
-    if cors_origins or trusts_loopback:  # added last, it comes first: browsers ask without a token
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=cors_origins,
-            allow_origin_regex=LOOPBACK_ORIGIN if trusts_loopback else None,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["retry-after", "retry-after-ms", REQUEST_ID],
-            max_age=CORS_MAX_AGE_S,
-        )
+    if cors := cors_options(cors_origins, trusts_loopback=trusts_loopback):
+        app.add_middleware(CORSMiddleware, **cors)  # added last, it comes first
     _add_error_handlers(app)
 
     @app.api_route("/health", methods=["GET", "HEAD"])

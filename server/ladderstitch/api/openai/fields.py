@@ -11,8 +11,7 @@ from ladderstitch.api.native.generation import MAX_STOP_TOKENS, MAX_STOPS
 from ladderstitch.api.openai.options import UNSUPPORTED
 from ladderstitch.api.openai.schemas import close_objects
 from ladderstitch.errors import InvalidArgument
-from ladderstitch.hosting.registry import TextModel
-from ladderstitch.scheduling.sampling import GREEDY, Grammar, Sampling
+from ladderstitch.scheduling.sampling import GREEDY, Sampling
 from ladderstitch.text.bundle import SamplingDefaults
 
 RANDOM_SEED, ALL_TOKENS = -1, -1
@@ -171,16 +170,6 @@ class SamplingFields(OpenFields):
             repetition_penalty=sampling.repetition_penalty,
             logit_bias=sampling.logit_bias,
         )
-
-    def grammar(self, model: TextModel) -> Grammar | None:
-        """Return the grammar of the answer; must run in a thread, as compiling takes time.
-
-        Raises `InvalidArgument` if the schema is not supported.
-        """
-        source = None if self.response_format is None else self.response_format.schema_text()
-        if source is None:
-            return None
-        return model.scheduler.grammars.compile("response_format", "json_schema", source)
 
     def _biases(self) -> tuple[tuple[int, float], ...]:
         biases = self.logit_bias or {}

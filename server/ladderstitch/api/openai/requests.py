@@ -6,9 +6,8 @@ the answer (`user`, `metadata`) and unknown ones are ignored, as other servers o
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ladderstitch.api.deadlines import (
@@ -29,6 +28,8 @@ from ladderstitch.hosting.registry import TextModel
 from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget
 from ladderstitch.scheduling.sampling import Grammar
 
+MAX_LOGPROB_VALUES = 1 << 20
+"""Largest number of log probabilities of several answers together, with their alternatives."""
 HARD_DEADLINE_KEY = "x-deadline-ms"
 """Header of a hard deadline, after which the answer ends with an error."""
 
@@ -97,6 +98,7 @@ async def accept_request(
         for prompt in prompts
         for number in range(candidates)
     ]
+    _check_number_of_logprobs(generations)
     return AcceptedRequest(
         tuple(generations),
         tuple(prompts),
@@ -108,15 +110,35 @@ async def accept_request(
     )
 
 
+def _check_number_of_logprobs(generations: Sequence[GenerationRequest]) -> None:
+    """Raise `InvalidArgument` if several answers may have too many log probabilities together."""
+    most = sum(
+        (1 + count) * num_tokens
+        for request in generations
+        for count, num_tokens in (
+            (request.logprobs, request.max_tokens),
+            (request.prompt_logprobs, len(request.tokens)),
+        )
+        if count
+    )
+    if len(generations) > 1 and most > MAX_LOGPROB_VALUES:
+        raise InvalidArgument(
+            "logprobs",
+            f"expected at most {MAX_LOGPROB_VALUES} log probabilities of all answers together, "
+            f"got up to {most}; lower n, max_tokens or logprobs, or send fewer prompts",
+        )
+
+
 async def _compile_grammar(
     body: SamplingFields, model: TextModel, used: ToolUse | None
 ) -> Grammar | None:
+    compiler = model.scheduler.grammars
     if used is not None and used.schema is not None:
-        compiler, schema = model.scheduler.grammars, used.schema
-        return await asyncio.to_thread(compiler.compile, "tools", "json_schema", schema)
-    if body.response_format is None or body.response_format.type == "text":
+        return await compiler.compile_in_thread("tools", "json_schema", used.schema)
+    source = None if body.response_format is None else body.response_format.schema_text()
+    if source is None:
         return None
-    return await asyncio.to_thread(body.grammar, model)
+    return await compiler.compile_in_thread("response_format", "json_schema", source)
 
 
 def _first_generation(

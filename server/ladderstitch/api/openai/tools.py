@@ -78,7 +78,7 @@ class ToolCallFields(BaseModel):
         """Return the call with its arguments as an object, which templates expect."""
         try:
             arguments = json.loads(self.function.arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             arguments = self.function.arguments
         function = {"name": self.function.name, "arguments": arguments}
         return {"id": self.id, "type": self.type, "function": function}

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ladderstitch.errors import InvalidArgument
 from ladderstitch.hosting.registry import LoadedModel, ModelRegistry, TextModel, VisionModel
+from ladderstitch.runtime.device import device_name
 
 EXAMPLES = "examples"
 """Folder of a bundle with images to try it with."""
@@ -85,7 +88,7 @@ def _describe_text(model: TextModel) -> Body:
         "name": model.name,
         "version": model.version,
         "kind": "text",
-        "device": profile.device,
+        "device": _name_device(profile.device),
         "threads": profile.threads,
         "quality_metric": table.metric if table else "",
         "quality_data": table.data if table else "",
@@ -103,6 +106,11 @@ def _describe_text(model: TextModel) -> Body:
             for number, variant in enumerate(model.bundle.manifest.variants)
         ],
     }
+
+
+def _name_device(device: str) -> str:
+    """Return the processor's name; of a GPU its number, because the ranks alone have opened it."""
+    return device_name(torch.device(device)) if device == "cpu" else device
 
 
 def _stage(anchor: int, first: int, last: int) -> Body:

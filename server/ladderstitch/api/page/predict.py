@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 import time
 
@@ -71,7 +70,7 @@ async def _read_image(model: VisionModel, fields: PagePrediction) -> Pixels:
         return await model.reader.read_encoded("example", data)
     try:
         data = base64.b64decode(fields.image or "", validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # of its own, or for characters beyond ASCII
         raise InvalidArgument("image", f"expected base64, got {error}") from None
     if len(data) > MAX_IMAGE_BYTES:
         raise InvalidArgument("image", f"expected at most {MAX_IMAGE_BYTES} bytes, got {len(data)}")

@@ -1,7 +1,7 @@
 // The answers to this page: the latest one in full, the ones before it as rows.
 
 import { byId, element } from './dom.js';
-import { count, milliseconds, percent, plainMilliseconds } from './format.js';
+import { count, milliseconds, percent, plainPair } from './format.js';
 import { stages, sumByPath, tokensByPath } from './stitch.js';
 
 const ROWS = 8;
@@ -22,12 +22,12 @@ export function showNote(text) {
   byId('answer').replaceChildren(element('p', { className: 'muted', textContent: text }));
 }
 
-/** Show an answer; `text` is that of a language model, null for an image. */
-export function showAnswer(model, answer, text = null) {
+/** Show an answer; `prompt` and `text` are those of a language model, null for an image. */
+export function showAnswer(model, answer, prompt = null, text = null) {
   const variant = model.variants.find((v) => v.id === answer.variant_id);
   const strip = answer.spans ? tokensByPath(model, answer.spans) : stages(model, variant);
   const parts = [verdictLine(answer)];
-  if (text !== null) parts.push(element('p', { className: 'written', textContent: text.trim() }));
+  if (text !== null) parts.push(written(prompt, text.trimEnd()));
   if (answer.top?.length) parts.push(classes(answer.top));
   parts.push(element('h3', { textContent: titleOf(answer), id: 'stitch' }), strip);
   if (answer.quality !== null) {
@@ -40,8 +40,13 @@ export function showAnswer(model, answer, text = null) {
 }
 
 /** Show a text that is being written. */
-export function showWriting(text) {
-  byId('answer').replaceChildren(element('p', { className: 'written', textContent: text || '…' }));
+export function showWriting(prompt, text) {
+  byId('answer').replaceChildren(written(prompt, text || ' …'));
+}
+
+/** The prompt, and what the model has written after it. */
+function written(prompt, text) {
+  return element('p', { className: 'written' }, element('span', { className: 'muted', textContent: prompt }), text);
 }
 
 /** Show that the server refused a request, and why; with a budget, it was missed. */
@@ -70,15 +75,18 @@ function timeText(answer) {
   const per = answer.spans ? ' a token' : '';
   if (answer.budget_ms === null) return milliseconds(answer.latency_ms) + per;
   const both = [answer.latency_ms, answer.budget_ms];
-  const [taken, budget] = Math.max(...both) >= 1000 ? both.map(milliseconds) : both.map(plainMilliseconds);
-  return `${taken} of ${budget}${Math.max(...both) >= 1000 ? '' : ' ms'}${per}`;
+  if (Math.max(...both) >= 1000) return `${both.map(milliseconds).join(' of ')}${per}`;
+  return `${plainPair(...both).join(' of ')} ms${per}`;
 }
 
 function verdictLine(answer) {
+  const both = [answer.latency_ms, answer.budget_ms];
+  const isShort = answer.budget_ms !== null && Math.max(...both) < 1000;
+  const [taken, budget] = isShort ? plainPair(...both).map((text) => `${text} ms`) : both.map(milliseconds);
   const line = element('p', { className: 'verdict' }, badge(verdictOf(answer)),
-    element('strong', { className: 'took', textContent: milliseconds(answer.latency_ms) }));
+    element('strong', { className: 'took', textContent: taken }));
   const per = answer.spans ? ' a token' : '';
-  if (answer.budget_ms !== null) line.append(element('span', { className: 'muted', textContent: `of ${milliseconds(answer.budget_ms)}${per}` }));
+  if (answer.budget_ms !== null) line.append(element('span', { className: 'muted', textContent: `of ${budget}${per}` }));
   if (answer.detail) line.append(element('span', { className: 'muted small detail', textContent: answer.detail }));
   return line;
 }
@@ -89,7 +97,7 @@ function classes(top) {
     const bar = element('span', { className: 'bar', ariaHidden: 'true' }, element('span'));
     bar.firstChild.style.width = `${100 * probability}%`;
     list.append(element('li', {}, element('span', { textContent: label }), bar,
-      element('span', { className: 'number', textContent: percent(probability, 0) })));
+      element('span', { className: 'number', textContent: probability < 0.005 ? '< 1 %' : percent(probability, 0) })));
   }
   return list;
 }

@@ -15,6 +15,17 @@ export function plainMilliseconds(value) {
   return value.toPrecision(2);
 }
 
+/** Both of a pair without units, with as many digits as tell different values apart. */
+export function plainPair(one, other) {
+  const [a, b] = [one, other].map(plainMilliseconds);
+  if (a !== b || one === other) return [a, b];
+  for (let digits = 3; digits < 7; digits += 1) {
+    const longer = [one, other].map((value) => value.toPrecision(digits));
+    if (longer[0] !== longer[1]) return longer;
+  }
+  return [a, b];
+}
+
 /** A share as a percentage. */
 export function percent(share, digits = 1) {
   return share === null || share === undefined ? '–' : `${(100 * share).toFixed(digits)} %`;

@@ -82,6 +82,7 @@ function describe() {
     : 'From arrival to answer, at the server. The frontier shows compute alone, so answers lie to its right.';
   const latency = model.kind === 'text' ? 'Token' : 'Latency';
   byId('th-latency').textContent = latency;
+  for (const id of ['th-name', 'th-log-name']) byId(id).textContent = model.kind === 'text' ? 'Path' : 'Stitch';
   byId('th-quality').textContent = capitalised(model.quality_metric);
   const line = model.frontier.map((id) => model.variants.find((v) => v.id === id));
   byId('frontier-rows').replaceChildren(...line.map((v) => element('tr', {},
@@ -128,16 +129,17 @@ async function classify(asked, budget) {
 
 async function writeText(asked, budget) {
   let text = '';
-  showWriting(text);
-  const answer = await api.generate(asked.name, prompt(), maxTokens(), budget, (part) => {
+  const start = prompt();
+  showWriting(start, text);
+  const answer = await api.generate(asked.name, start, maxTokens(), budget, (part) => {
     text += part;
-    showWriting(text);
+    showWriting(start, text);
   });
   Object.assign(answer, {
     met: answer.budgets_met, latency_ms: answer.mean_token_ms, budget_ms: budget,
     detail: `first token ${milliseconds(answer.first_token_ms)}, answer ${milliseconds(answer.total_ms)}`,
   });
-  showAnswer(asked, answer, text);
+  showAnswer(asked, answer, start, text);
   return answer;
 }
 

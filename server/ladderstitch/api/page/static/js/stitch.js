@@ -41,7 +41,12 @@ const sizeOf = (some) => some.reduce((total, stage) => total + stage.last - stag
 /** Cells of `parts` on a line of `most`, so that a short stitch is a short strip. */
 function strip(parts, most, labels, between, suffix = '') {
   const bar = element('div', { className: 'strip' });
-  const line = element('p', { className: 'small', textContent: labels.join(between) + suffix });
+  const line = element('p', { className: 'small' });
+  for (const [index, label] of labels.entries()) { // a name breaks at no hyphen
+    if (index) line.append(between);
+    line.append(element('span', { className: 'whole', textContent: label }));
+  }
+  line.append(suffix);
   for (const part of parts) {
     const shade = `shade-${Math.round(part.rank * (SHADES - 1))}`;
     const cells = Math.max(1, Math.round(part.size * Math.min(1, MAX_CELLS / most)));
