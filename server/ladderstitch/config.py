@@ -22,6 +22,8 @@ from ladderstitch.security.listen_config import (
 )
 from ladderstitch.text.comm.base import CommChoice
 
+DEFAULT_HTTP_PORT = 8081
+"""The HTTP port that `serve` opens unless it is given ports or an address."""
 TEXT: JsonDict = {"panel": "Language models"}
 OBSERVABILITY: JsonDict = {"panel": "Observability"}
 
@@ -239,8 +241,20 @@ class ServerConfig(ListenConfig):
     @model_validator(mode="after")
     def _check_page(self) -> ServerConfig:
         if self.page == "on" and self.http_port is None:
-            raise ValueError("page: expected http_port along with it, got none")
+            raise ValueError(
+                f"page: expected http_port along with it, e.g. --http-port {DEFAULT_HTTP_PORT}, "
+                "got none"
+            )
         return self
+
+    def with_default_http(self) -> ServerConfig:
+        """Return the configuration with the default HTTP port if all addresses are the default.
+
+        A server that others can reach, or that has a port of its own, opens HTTP only if asked to.
+        """
+        if {"port", "http_port"} & self.model_fields_set or not is_loopback(self.host):
+            return self
+        return self.model_copy(update={"http_port": DEFAULT_HTTP_PORT})
 
     @property
     def serves_page(self) -> bool:

@@ -182,11 +182,17 @@ def test_invalid_arguments_exit_with_2_and_a_reason(arguments: list[str], messag
     assert "Traceback" not in done.stderr
 
 
-def test_serve_taken_port_is_named_in_the_error(server: RunningServer, tmp_path: Path) -> None:
+def test_serve_taken_ports_are_all_named_in_the_error(
+    server: RunningServer, tmp_path: Path
+) -> None:
     port = server.address.split(":")[1]
-    done = ladderstitch("serve", "--no-ray", "--bundle", tmp_path / "tiny", "--port", port)
+    taken = ("--port", port, "--metrics-port", port)
+    done = ladderstitch("serve", "--no-ray", "--bundle", tmp_path / "tiny", *taken)
     assert done.returncode == 2
-    assert f"port: expected a free port, got 127.0.0.1:{port}" in done.stderr
+    error = " ".join(done.stderr.split())
+    for field in ("port", "metrics_port"):
+        assert f"{field}: expected a free port, got 127.0.0.1:{port}, which is taken" in error
+    assert "--port 0 --metrics-port 0 picks free ports" in error
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ ENTRIES = (
     Entry("convert-ladder", "make", MAKE, "Convert a language model's layers to ladder layers."),
     Entry("train-language", "make", MAKE, "Train small language models to compare schemes."),
     Entry("train-elastic", "elastic", MAKE, "Train a stitched language family from texts."),
-    Entry("make", "own_models", MAKE, "Stitch ONNX networks of one task into a family."),
+    Entry("make", "own_models", MAKE, "Stitch networks or language models into a family."),
     Entry("export", "own_models", MAKE, "Export a torch network to ONNX, and check the file."),
     Entry("inspect", "own_models", MAKE, "List tensors, costs and cut points of an ONNX file."),
     Entry("calibrate", "measure", MEASURE, "Measure the quality of every variant."),

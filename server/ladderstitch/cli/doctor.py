@@ -35,7 +35,7 @@ def doctor(
 
     with user_errors():
         given = {"bundle": find_bundle(model)} if model is not None else {}
-        results = list(run_checks(ServerConfig.load(config, given)))
+        results = list(run_checks(ServerConfig.load(config, given).with_default_http()))
     records = [
         {
             "check": result.name,

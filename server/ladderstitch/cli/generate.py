@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,7 @@ from ladderstitch.cli.console import (
     parse_duration,
     user_errors,
 )
-from ladderstitch.cli.output import format_budget, format_total, print_json
+from ladderstitch.cli.output import format_budget, format_count, format_total, print_json
 from ladderstitch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -90,9 +91,10 @@ def generate(
 ) -> None:
     """Continue a prompt with a language model.
 
-    The answer is printed token by token. Start a server first: `ladderstitch fetch smollm2`, then
-    `ladderstitch serve --model smollm2`. Or use `--local`. The server answers with the best variant
-    that the budgets allow.
+    The answer is printed token by token. The server answers with the best variant that the budgets
+    allow. Start one first: `ladderstitch serve --model elastic-text` (a small model that needs no
+    download), or `ladderstitch fetch smollm2` and `ladderstitch serve --model smollm2`. Or use
+    `--local`.
     """
     with user_errors():
         options: GenerateOptions = {
@@ -220,12 +222,18 @@ def _print_accounting(last: TextChunk, budgets: list[dict[str, Any]]) -> None:
     if cost is None:
         return
     quality = f", {cost.quality_metric} {cost.quality:.3f}" if cost.HasField("quality") else ""
-    names = [
-        f"{span.variant_name} ({span.tokens} tokens{f', cache {span.cache}' if span.cache else ''})"
-        for span in cost.spans
-    ]
-    variants = ", then ".join(names) if len(names) > 1 else cost.variant_name
-    err.print(f"variant {variants}{quality}")
+    if len(cost.spans) > 1:
+        tokens: Counter[str] = Counter()
+        for span in cost.spans:
+            tokens[span.variant_name] += span.tokens
+        changes = format_count(len(cost.spans) - 1, "change")
+        parts = ", ".join(f"{name} {number}" for name, number in tokens.items())
+        err.print(f"{changes} of variant; tokens by variant: {parts}", highlight=False)
+        quality = quality.removeprefix(", ")
+        if quality:
+            err.print(f"mean of all tokens: {quality}", highlight=False)
+    else:
+        err.print(f"variant {cost.variant_name}{quality}", highlight=False)
     for budget in budgets:
         result = {True: "met", False: "missed", None: "not measured"}[budget["met"]]
         took = format_total(budget["took_s"], budget["budget_s"])
@@ -237,4 +245,5 @@ def _print_accounting(last: TextChunk, budgets: list[dict[str, Any]]) -> None:
 
 def print_rate(tokens: int, seconds: float) -> None:
     """Print the number of tokens and their rate on standard error."""
-    err.print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s")
+    number = format_count(tokens, "token")
+    err.print(f"{number} in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s", highlight=False)

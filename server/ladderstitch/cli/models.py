@@ -11,6 +11,7 @@ from ladderstitch.cli.console import Address, Json, connect, exit_on_failure, ou
 from ladderstitch.cli.output import (
     Column,
     Record,
+    format_count,
     format_ms,
     print_fields,
     print_json,
@@ -26,7 +27,9 @@ def models(
 ) -> None:
     """List models with quality and latency of each variant.
 
-    Of image models, the variants on the frontier. Tab-separated in a pipe.
+    Of image models, the variants on the frontier. `expected` is the mean time to compute one
+    request, estimated from recent batches; `planned` includes the tail of the latency, and budgets
+    are compared with it. Tab-separated in a pipe.
     """
     with exit_on_failure(address), connect(context, address) as client:
         found = [client.get_model(summary.name) for summary in client.list_models().models]
@@ -68,9 +71,10 @@ def _title(model: inference_pb2.GetModelResponse) -> str:
         about = f"{model.quality_metric} on {model.quality_data}"
     else:
         text = model.language
+        ranks = format_count(text.tensor_parallel_size, "rank")
         about = (
             f"{text.quality_metric or 'quality not measured'}, {text.layers} layers, "
-            f"{text.max_model_len} tokens of context, {text.tensor_parallel_size} ranks"
+            f"{text.max_model_len} tokens of context, {ranks}"
         )
     return f"{model.name} version {model.version}: {about}"
 

@@ -24,6 +24,11 @@ Record = Mapping[str, Any]
 """One row: its fields by the names that JSON and tab-separated output have."""
 
 
+def format_count(number: int, noun: str) -> str:
+    """Return a number with its noun, such as `1 rank` or `2 ranks`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """A column of a table on a terminal."""

@@ -234,10 +234,11 @@ def make(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Stitch networks of one task into a family, measure it, and draw its frontier.
+    """Stitch networks or language models into a family.
 
-    Affine maps between the networks are fitted without labels. Paths of ONNX networks that are
-    neither cheaper nor better than another one are dropped.
+    The family is measured, and its frontier drawn. Networks are ONNX files of one task. Affine maps
+    between the networks are fitted without labels. Paths of ONNX networks that are neither cheaper
+    nor better than another one are dropped.
 
     Language models have one tokenizer, and keys and values of one shape; their weights stay as they
     are.

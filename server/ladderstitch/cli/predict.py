@@ -174,7 +174,8 @@ def _read(path: Path) -> bytes | NDArray[Any]:
 
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(f"image: {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"image: {path}: {reason}") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
         raise ConfigError(f"image: {path}: expected a .npy file of numbers")
     return array if array.dtype == np.uint8 else array.astype(np.float32)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ladderstitch.addresses import DEFAULT_ADDRESS, is_loopback, join_address
+from ladderstitch.addresses import DEFAULT_ADDRESS, join_address
 from ladderstitch.bundles import EMBEDDED, find_bundle, is_language_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.cli.lifecycle import (
@@ -34,14 +34,13 @@ from ladderstitch.cli.lifecycle import (
 )
 from ladderstitch.cli.options import with_config_options
 from ladderstitch.cli.supervisor import BEAT_S, end_directly, fork_servers
-from ladderstitch.config import ServerConfig
+from ladderstitch.config import DEFAULT_HTTP_PORT, ServerConfig
 from ladderstitch.errors import ConfigError
 from ladderstitch.runtime.process import free_port, freeze_gc, release_ports, reserve_port
 
 if TYPE_CHECKING:  # the help page appears without torch
     pass
 
-DEFAULT_HTTP_PORT = 8081
 EXAMPLE_IMAGES = Path("examples/fashion-mnist/images")
 """Images for the embedded model in the repository; the package has others."""
 UNKNOWN_BUDGET = "100ms"
@@ -84,16 +83,16 @@ def serve(
         bool,
         typer.Option(
             "--http/--no-http",
-            help=f"Open HTTP port {DEFAULT_HTTP_PORT}, too, if neither port is chosen, and the "
-            "server is on loopback.",
+            help=f"Without --port and --http-port, and on loopback: open HTTP port "
+            f"{DEFAULT_HTTP_PORT}, too.",
         ),
     ] = True,
 ) -> None:
     """Serve a model over gRPC and HTTP until Ctrl-C.
 
     Ctrl-C drains and stops the server, a second one ends it at once. Call it from another terminal:
-    `ladderstitch predict IMAGE --budget 5ms`, or for a language model (`ladderstitch fetch
-    smollm2`) `ladderstitch generate "The capital of France is"`.
+    `ladderstitch predict IMAGE --budget 5ms`, or for a language model (`--model elastic-text`)
+    `ladderstitch generate "The house was" --per-token 4ms`.
     """
     started = time.monotonic()
     with user_errors(), ending_at_once():
@@ -103,7 +102,7 @@ def serve(
             given["record"] = given["record"].absolute()
         parsed = ServerConfig.load(config, given)
         if http:
-            parsed = _with_default_http(parsed)
+            parsed = parsed.with_default_http()
         if parsed.replicas > 1 and not ray:
             raise ConfigError(
                 f"replicas: expected 1 without Ray, got {parsed.replicas}; start each replica with "
@@ -134,17 +133,6 @@ def serve(
             release_ports(reserved)  # most servers without Ray do not share their ports
             asyncio.run(_serve_alone(parsed, started, send_beat))
         err.print("stopped")
-
-
-def _with_default_http(config: ServerConfig) -> ServerConfig:
-    """Return the configuration with the default HTTP port if all addresses are the default ones.
-
-    A server that others can reach, or that has a port of its own, opens HTTP only if asked to.
-    """
-    chosen = {"port", "http_port"} & config.model_fields_set
-    if chosen or not is_loopback(config.host):
-        return config
-    return config.model_copy(update={"http_port": DEFAULT_HTTP_PORT})
 
 
 def _check_before_start(config: ServerConfig) -> None:

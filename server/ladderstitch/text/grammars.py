@@ -1,19 +1,23 @@
 """Grammars that answers must match: JSON, JSON schemas and regular expressions, by llguidance.
 
-The tokenizer's trie is built once a model, when the first grammar is asked for. A grammar is
-compiled once a request, in a thread; each answer has a matcher of its own, which computes the mask
-of its next token from the state of a parser.
+The tokenizer's trie is built once a model, before its first request, as that holds the
+interpreter's lock. A grammar is compiled once a request, in the one thread of its model; each
+answer has a matcher of its own, which computes the mask of its next token from the state of a
+parser.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import threading
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
 from ladderstitch.errors import InvalidArgument
@@ -22,9 +26,15 @@ from ladderstitch.text.tokenizer import TextTokenizer
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
+log = logging.getLogger(__name__)
+
 GrammarKind = Literal["json_schema", "regex", "lark"]
 
 MAX_GRAMMAR_BYTES = 64 << 10
+LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+"""A state takes 1 to 2 KB; verbose errors would log what callers' answers say."""
+SILENT = 0
+"""The log level of llguidance; it writes past `logging`."""
 END = "<|ladderstitch end of answer|>"
 """The end of an answer for models without an end token; they cannot draw it."""
 JSON_OPTIONS: JsonCompileOptions = {
@@ -43,16 +53,35 @@ class GrammarCompiler:
         self._end_tokens = sorted(end_tokens)
         self._trie: LLTokenizer | None = None
         self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "grammars")
+
+    def prepare(self) -> None:
+        """Build the trie, which takes up to a second; a failure is logged, and met again later."""
+        try:
+            self._load_trie()
+        except ValueError as error:
+            log.warning("no grammars for the tokenizer of this model: %s", error)
+
+    async def compile_in_thread(
+        self, field: str, kind: GrammarKind, source: str
+    ) -> CompiledGrammar:
+        """Return what `compile` does; grammars of one model wait for each other, and no one else.
+
+        Raises `InvalidArgument`, which names `field`.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self.compile, field, kind, source)
 
     def compile(self, field: str, kind: GrammarKind, source: str) -> CompiledGrammar:
-        """Return a grammar; takes up to a second, so that it must run in a thread.
+        """Return a grammar; takes up to three seconds, so that it must run in a thread.
 
         Raises `InvalidArgument`, which names `field`, if the source is not valid or too complex.
         """
         if (size := len(source.encode())) > MAX_GRAMMAR_BYTES:
             raise InvalidArgument(field, f"expected at most {MAX_GRAMMAR_BYTES} bytes, got {size}")
         try:
-            matcher = LLMatcher(self._load_trie(), _grammar_text(kind, source))
+            text = _grammar_text(kind, source)
+            matcher = LLMatcher(self._load_trie(), text, log_level=SILENT, limits=LIMITS)
         except ValueError as error:
             raise _rejected(field, kind, str(error)) from None
         first = matcher.deep_copy()

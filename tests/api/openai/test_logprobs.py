@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from ladderstitch.api.openai import answers
 from ladderstitch.api.openai.bodies import Prompt
-from ladderstitch.api.openai.logprobs import LEAST_LOGPROB
+from ladderstitch.api.openai.logprobs import LEAST_LOGPROB, LogprobWriter
 from ladderstitch.api.openai.requests import AcceptedRequest
 from ladderstitch.api.openai.responses import ResponseBuilder
 from ladderstitch.hosting.registry import TextModel
@@ -25,6 +28,7 @@ from ladderstitch.text.tokenizer import TextStream, TextTokenizer
 from tests.api.openai.served_model import AsgiCall, ServedModel, write_chat_bundle
 from tests.text.tokenizer_kinds import KINDS, tokenizer_of
 
+LIMIT_S = 300.0
 INFO = GenerationInfo((TokenSpan(0, "standard", 1),), None, 0.0, 0)
 
 
@@ -149,3 +153,28 @@ async def test_completion_reports_each_token_over_http(tmp_path: Path, stream: b
         assert headers[b"x-accel-buffering"] == b"no"
         assert headers[b"cache-control"] == b"no-cache"
     assert body.count('"top_logprobs"') == (12 if stream else 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_other_requests_run_while_log_probabilities_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    served = ServedModel(write_chat_bundle(tmp_path))
+    writing, released = threading.Event(), threading.Event()
+
+    def write_later(self: LogprobWriter, *parts: Any) -> dict[str, Any]:
+        writing.set()
+        assert released.wait(LIMIT_S)  # only the loop that it must not hold sets it
+        return write(self, *parts)
+
+    write = LogprobWriter.of_completion
+    monkeypatch.setattr(LogprobWriter, "of_completion", write_later)
+    monkeypatch.setattr(answers, "MAX_PROMPT_AT_ONCE", -1)  # no prompt is short
+    served.scheduler.steps.release()
+    call = AsgiCall(False, max_tokens=1, logprobs=1, stream=stream)
+    async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as tasks:
+        tasks.create_task(call.run(served, lambda message: None))
+        assert await asyncio.to_thread(writing.wait, LIMIT_S)
+        released.set()
+    await served.scheduler.close()
+    assert b'"token_logprobs"' in b"".join(m.get("body", b"") for m in call.sent)

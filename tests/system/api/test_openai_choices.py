@@ -525,3 +525,35 @@ def test_bad_value_is_refused_by_name(
     error = answer.json()["error"]
     assert error["param"].split(".")[0] == field, error
     assert error["type"] == "invalid_request_error"
+
+
+def test_many_log_probabilities_are_refused(server: RunningServer) -> None:
+    body = {"model": "tiny", "prompt": ["x"] * 128, "logprobs": 20, "max_tokens": 400}
+    answer = httpx2.post(f"{server.http}/completions", json=body, timeout=300)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["message"] == (
+        "logprobs: expected at most 1048576 log probabilities of all answers together, got up to "
+        "1075200; lower n, max_tokens or logprobs, or send fewer prompts"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("stop", 1, "stop: Input should be a valid string"),
+        ("stop", "\ud800", "stop: expected Unicode text, got a lone surrogate"),
+        ("prompt", [[1], "x"], "prompt: Input should be a valid string"),
+        ("logit_bias", {"A": "x"}, "logit_bias: Input should be a valid number"),
+        ("stop_token_ids", [1, "x"], "stop_token_ids.1: Input should be a valid integer"),
+    ],
+)
+def test_field_of_several_types_is_refused_by_its_own_name(
+    server: RunningServer, field: str, value: Any, error: str
+) -> None:
+    body = json.dumps({"model": "tiny", "prompt": "x"} | {field: value})
+    headers = {"content-type": "application/json"}
+    address = f"{server.http}/completions"
+    answer = httpx2.post(address, content=body, headers=headers, timeout=300)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["message"] == error
+    assert answer.json()["error"]["param"] == error.partition(":")[0]

@@ -118,6 +118,24 @@ def test_missed_budget_is_shown_as_missed_in_words_and_by_shape(page: Page) -> N
     expect(page.locator("#log tr").first.locator(".name")).to_have_text("BUDGET_INFEASIBLE")
 
 
+@pytest.mark.parametrize(
+    ("taken", "budget", "shown"),
+    [
+        (10.04, 10, ["10.04", "10.00"]),
+        (10.4, 10, ["10.4", "10.0"]),
+        (0.5, 2, ["0.50", "2.0"]),
+        (3, 3, ["3.0", "3.0"]),
+    ],
+)
+def test_unequal_times_are_shown_with_unequal_digits(
+    page: Page, taken: float, budget: float, shown: list[str]
+) -> None:
+    pair = page.evaluate(
+        "async ([a, b]) => (await import('/page/js/format.js')).plainPair(a, b)", [taken, budget]
+    )
+    assert pair == shown
+
+
 def test_page_asks_no_other_host_and_logs_no_error(browser: Browser, server: RunningServer) -> None:
     """Blocked by the content policy, a request to another host would be an error, too."""
     with browser.new_context() as context:

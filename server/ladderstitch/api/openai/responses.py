@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import uuid
@@ -17,6 +18,7 @@ from ladderstitch.errors import InvalidArgument, RequestError
 from ladderstitch.hosting.registry import TextModel
 from ladderstitch.scheduling.requests import TokenChunk, TokenSpan
 
+TYPES = ("bool", "float", "int", "str")
 DONE = "data: [DONE]\n\n"
 """The last event of a stream that was completed."""
 
@@ -136,10 +138,19 @@ def error_event(error: RequestError) -> Body:
 
 
 def malformed_body(error: RequestValidationError) -> InvalidArgument:
-    """Return the error of a body that lacks a field or has a wrong one."""
+    """Return the error of a body that lacks a field or has a wrong one.
+
+    Of a field of several types, pydantic also names the type in which it found the error.
+    """
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"][1:]) or BODY
-    return InvalidArgument(field, first["msg"])
+    names = itertools.takewhile(_is_name, first["loc"][1:])
+    field = ".".join(map(str, names)) or BODY
+    return InvalidArgument(field, first["msg"].removeprefix("Value error, "))
+
+
+def _is_name(part: str | int) -> bool:
+    """Return whether a part of a place is a field or an index, and no type."""
+    return isinstance(part, int) or (part.islower() and part.isidentifier() and part not in TYPES)
 
 
 def _describe_span(span: TokenSpan) -> dict[str, object]:

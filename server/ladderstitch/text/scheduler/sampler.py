@@ -13,6 +13,8 @@ from ladderstitch.scheduling.requests import GenerationRequest
 from ladderstitch.scheduling.sampling import Sampling
 from ladderstitch.text.messages import Logits
 
+FLOAT32 = np.finfo(np.float32)
+
 
 def non_finite_output() -> NonFiniteOutput:
     """Return the error of a sequence whose keys, values or logits are not finite."""
@@ -87,6 +89,7 @@ class TokenChooser:
         self._sampler = Sampler(request.sampling, len(request.answered))
         self._matcher = None if request.grammar is None else request.grammar.matcher()
         self._prompt = set(request.tokens)
+        self._biased, self._biases = _sum_biases(request.sampling.logit_bias)
         self._counts: Counter[int] = Counter()
         for token in request.answered:
             self.add(token)
@@ -138,14 +141,15 @@ class TokenChooser:
         sampling = self._request.sampling
         if sampling.repetition_penalty != 1:
             seen = _index(self._prompt | self._counts.keys())
-            values, by = logits[seen], np.float32(sampling.repetition_penalty)
-            logits[seen] = np.where(values < 0, values * by, values / by)
+            values, by = logits[seen], max(np.float32(sampling.repetition_penalty), FLOAT32.tiny)
+            with np.errstate(over="ignore"):
+                changed = np.where(values < 0, values * by, values / by)
+            logits[seen] = np.clip(changed, FLOAT32.min, FLOAT32.max)
         if self._counts and (sampling.presence_penalty or sampling.frequency_penalty):
             answered = _index(list(self._counts))
             counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
             logits[answered] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-        for token, bias in sampling.logit_bias:
-            logits[token] += bias
+        logits[self._biased] += self._biases
 
     def _match(self, logits: Logits) -> Logits:
         """Return the logits with -inf for all tokens that the grammar does not permit."""
@@ -156,6 +160,17 @@ class TokenChooser:
         if np.isneginf(matching).all():  # only the end matches, which `min_tokens` delays
             matching[allowed] = 0.0
         return matching
+
+
+def _sum_biases(
+    entries: Sequence[tuple[int, float]],
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the different tokens of entries, and the sum of the biases of each."""
+    tokens, places = np.unique(_index([token for token, _ in entries]), return_inverse=True)
+    biases = np.array([bias for _, bias in entries], np.float32)
+    sums = np.zeros(len(tokens), np.float32)
+    np.add.at(sums, places, biases)
+    return tokens, sums
 
 
 def _index(tokens: Collection[int]) -> NDArray[np.int64]:

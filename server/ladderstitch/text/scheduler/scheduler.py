@@ -163,12 +163,13 @@ class TextScheduler:
         return LoadReport((shared_s - alone_s,) * len(HORIZONS_S), request_s)
 
     async def measure(self) -> None:
-        """Measure the duration of steps; must be called before the first request.
+        """Measure the duration of steps, and prepare grammars, before the first request.
 
         Raises `RankLost` if a rank died.
         """
         self.times = await measure_steps(self.group, self.group.rank_config.max_batched_tokens)
         self.apply_settings(self.settings)
+        await asyncio.to_thread(self.grammars.prepare)
 
     def apply_settings(self, settings: SchedulerSettings) -> None:
         """Choose variants by these settings from now on.
