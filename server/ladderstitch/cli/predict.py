@@ -58,6 +58,13 @@ def predict(
     min_quality: MinQuality = None,
     variant: Variant = None,
     priority: Priority = 0,
+    min_confidence: Annotated[
+        float | None,
+        typer.Option(
+            help="Confidence, 0 to 1, from which the answer of a cheap variant suffices; only "
+            "images that it is less sure of go on to a better one."
+        ),
+    ] = None,
     model: ModelName = "",
     output: Annotated[
         Path | None,
@@ -77,6 +84,7 @@ def predict(
             "min_quality": min_quality,
             "variant": variant,
             "priority": priority,
+            "min_confidence": min_confidence,
             "model": model,
         }
         for path in images:
@@ -131,14 +139,20 @@ def _answer_table(answers: list[tuple[str, Prediction]]) -> Table:
     """Return a table of answers; a narrow terminal shows neither variant ids nor latency parts."""
     wide = out.width >= WIDE_COLUMNS
     latencies = ("queue", "compute", "total") if wide else ("total",)
-    columns = ("image", "label", "p", "variant", "quality", *latencies, "budget")
-    cells = [_answer_cells(name, answer, wide=wide) for name, answer in answers]
+    sure = any(answer.confidence is not None for _, answer in answers)
+    certainty = ("confidence", "stages") if sure else ()
+    columns = ("image", "label", "p", "variant", "quality", *certainty, *latencies, "budget")
+    cells = [_answer_cells(name, answer, wide=wide, sure=sure) for name, answer in answers]
     return plain_table(columns, cells, text=("image", "label", "variant"))
 
 
-def _answer_cells(name: str, answer: Prediction, *, wide: bool) -> tuple[str | Text, ...]:
+def _answer_cells(
+    name: str, answer: Prediction, *, wide: bool, sure: bool
+) -> tuple[str | Text, ...]:
     variant = f"{answer.variant} ({answer.variant_name})" if wide else answer.variant_name
     parts = (answer.queue_s, answer.compute_s) if wide else ()
+    confidence = "-" if answer.confidence is None else f"{answer.confidence:.3f}"
+    certainty = (confidence, "+".join(map(str, answer.stages)) or "-") if sure else ()
     budget_s = answer.total_s if answer.budget_s is None else answer.budget_s
     total, budget = format_ms(answer.total_s, budget_s)
     return (
@@ -147,6 +161,7 @@ def _answer_cells(name: str, answer: Prediction, *, wide: bool) -> tuple[str | T
         f"{answer.probability:.2f}",
         variant,
         f"{answer.quality:.4f}",
+        *certainty,
         *(f"{1e3 * seconds:.2f} ms" for seconds in parts),
         total,
         _format_budget(answer, budget),

@@ -92,6 +92,16 @@ class Metrics:
             buckets=SLACK_BUCKETS,
         )
 
+        self.cascade_answers = self._counter(
+            "cascade_answers",
+            "Answers with a minimum confidence, by the variants that ran and why they ended: sure, "
+            "complete, or time.",
+            ["model", "stages", "end"],
+        )
+        self.cascade_images = self._counter(
+            "cascade_images", "Images that went on to the last variant of a cascade.", ["model"]
+        )
+
     def _define_state_metrics(self) -> None:
         model = ["model"]
         self.model_ready = self._gauge(

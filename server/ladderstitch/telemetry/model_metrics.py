@@ -144,6 +144,13 @@ class VisionMetrics(ModelMetrics):
         super().__init__(metrics, model, variants)
         self._dispatch_slack_seconds = metrics.dispatch_slack_seconds.labels(model)
         self.turnaround = metrics.turnaround_seconds.labels(model)
+        self._cascade_answers = metrics.cascade_answers
+        self._cascade_images = metrics.cascade_images.labels(model)
+
+    def observe_last_stage(self, num_images: int, compute_s: float) -> None:
+        """Count the images that went on to the last variant of a cascade."""
+        self._cascade_images.inc(num_images)
+        self._compute_seconds.observe(compute_s)
 
     def observe_dispatch(self, requests: Sequence[Request], now: float, num_waiting: int) -> None:
         """Count a batch that goes to the engine while `num_waiting` requests stay in the queue."""
@@ -158,6 +165,9 @@ class VisionMetrics(ModelMetrics):
         self._count_request(str(completion.variant), "OK")
         self._request_duration_seconds.observe(now - request.arrival)
         self._served_quality.observe(completion.quality)
+        if (certainty := completion.certainty) is not None:
+            stages = "+".join(map(str, certainty.stages))
+            self._cascade_answers.labels(self._model, stages, certainty.end).inc()
         if request.deadlines.soft != float("inf"):
             self._count_budget(met=now <= request.deadlines.soft)
 

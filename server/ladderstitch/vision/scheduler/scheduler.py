@@ -7,9 +7,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TextIO
 
 from ladderstitch.errors import Draining, EngineRestarting, InternalError, RequestError
+from ladderstitch.scheduling.cascades import NO_CASCADES, CascadeSet
 from ladderstitch.scheduling.load_report import LoadReport
 from ladderstitch.scheduling.profiles import LatencyProfile
 from ladderstitch.scheduling.requests import ImageAnswer, Request
@@ -65,12 +67,13 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         record: TextIO | None = None,
         hang_limits: HangLimits | None = None,
+        cascades: CascadeSet = NO_CASCADES,
     ) -> None:
         self.engine = engine
         self.metrics = metrics
         self.clock = clock
         recorder = None if record is None else PlannerRecorder(record, metrics.failures.inc)
-        self.planner = Planner(quality, profile, settings, recorder)
+        self.planner = Planner(quality, profile, settings, recorder, cascades)
         self.in_flight = InFlightRequests(metrics, clock)
         self.batch_runner = BatchRunner(engine, self.planner, self.in_flight, metrics, clock)
         self._draining = self._closing = False
@@ -296,7 +299,7 @@ class Scheduler:
         if isinstance(choice, Defer):
             return choice
         wanted = tuple(r for r in choice.requests if self.in_flight[r] in self.in_flight)
-        return Decision(wanted, choice.variant) if wanted else None
+        return replace(choice, requests=wanted) if wanted else None
 
     def _decide_isolated(self, now: float) -> Decision | None:
         """Return a batch of the next request that must run alone, or None."""
