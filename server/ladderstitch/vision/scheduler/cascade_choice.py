@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 
 from ladderstitch.scheduling.candidates import CandidateFilter
 from ladderstitch.scheduling.cascades import Cascade, CascadeSet, fill_share
@@ -12,50 +12,68 @@ from ladderstitch.scheduling.latency_model import LatencyView
 from ladderstitch.scheduling.requests import Request
 from ladderstitch.vision.scheduler.policies.base import SLACK_SCAN_LIMIT, Decision
 
+Needs = Mapping[float, int]
+"""Numbers of images by the minimum confidence of their requests."""
 
-@dataclass(frozen=True, slots=True)
+
 class CascadeChooser:
-    """The rule that replaces a variant by a cascade if that is expected to take less time.
+    """The rule that replaces the variant that a policy has chosen by a cascade.
 
-    The last variant of the cascade is at least as good as the replaced one, and all requests of the
-    batch allow both of its variants. Its planned seconds, in which as many images go on as in 99
-    of 100 batches, keep the deadlines of the batch. They keep those of the next waiting requests,
-    too, except for those that the replaced variant alone would make late.
+    A cascade may be expected to take as long as the variant, at most. For a request that runs
+    alone while none waits, the rule takes one with the best last variant, and of these the one that
+    is expected to take least. Otherwise time is scarce: the rule takes the cascade of the highest
+    expected quality, and only if that exceeds the variant's. The last variant is at least as good as the
+    replaced one, and all requests of the batch allow both.
+
+    The planned seconds, in which as many images go on as in 99 of 100 batches, keep the deadlines
+    of the batch. They keep those of the next waiting requests, too, except for those that the
+    replaced variant alone would make late.
     """
 
-    cascades: CascadeSet
-    candidates: CandidateFilter
-    overhead_s: float
+    def __init__(
+        self, cascades: CascadeSet, candidates: CandidateFilter, overhead_s: float
+    ) -> None:
+        self.candidates, self.overhead_s = candidates, overhead_s
+        quality = candidates.quality
+        best_first = sorted(cascades.cascades, key=lambda c: -quality[c.last])
+        self._by_quality = [
+            (value, tuple(same)) for value, same in groupby(best_first, lambda c: quality[c.last])
+        ]
 
     def choose(
         self, decision: Decision, waiting: Sequence[Request], latency: LatencyView, now: float
     ) -> Decision:
         """Return the decision with a cascade, or as it is; `waiting` is the rest of the queue."""
-        requests = decision.requests
-        if requests[0].min_confidence == 0 or self.candidates.fixed is not None:
+        candidates = self.candidates
+        if decision.requests[0].min_confidence == 0 or candidates.fixed is not None:
             return decision
-        requests = tuple(r for r in requests if r.min_confidence > 0)
-        num_images = sum(request.num_images for request in requests)
+        requests = tuple(r for r in decision.requests if r.min_confidence > 0)
+        if candidates.pinned is not None or any(r.variant is not None for r in requests):
+            return decision
+        needs = count_needs(requests)
+        num_images = sum(needs.values())
         start = now + latency.dispatch_overhead_s
         planned_end = start + latency.seconds(decision.variant, num_images)
         latest_end = self._latest_end(requests, waiting, latency, planned_end)
-        best: Cascade | None = None
-        least_s = latency.expected(decision.variant, num_images)
-        for cascade in self.cascades.cascades:
-            if not self._is_allowed(cascade, decision.variant, requests):
-                continue
-            expected_s = expected_seconds(cascade, requests, latency)
-            if expected_s >= least_s:
-                continue
-            if start + _planned_seconds(cascade, requests, latency) <= latest_end:
-                best, least_s = cascade, expected_s
+        floor = max(candidates.floor, *(r.min_quality for r in requests))
+        replaced = candidates.quality[decision.variant]
+        scarce = bool(waiting) or len(decision.requests) > 1
+        most_s, best, best_quality = latency.expected(decision.variant, num_images), None, replaced
+        for last_quality, cascades in self._by_quality:
+            if last_quality < max(replaced, floor) or (best is not None and not scarce):
+                break
+            for cascade in cascades:
+                expected_s = expected_seconds(cascade, needs, latency)
+                if expected_s >= most_s or candidates.quality[cascade.first] < floor:
+                    continue
+                quality = _expected_quality(cascade, needs) if scarce else replaced
+                if scarce and quality <= best_quality:
+                    continue
+                if _planned_seconds(cascade, needs, latency) > latest_end - start:
+                    continue
+                best, best_quality = cascade, quality
+                most_s = most_s if scarce else expected_s
         return decision if best is None else Decision(requests, best.last, best, latest_end)
-
-    def _is_allowed(self, cascade: Cascade, variant: int, requests: Sequence[Request]) -> bool:
-        quality, allows = self.candidates.quality, self.candidates.allows
-        return quality[cascade.last] >= quality[variant] and all(
-            allows(request, cascade.first) and allows(request, cascade.last) for request in requests
-        )
 
     def _latest_end(
         self,
@@ -74,9 +92,24 @@ class CascadeChooser:
         return min(ends)
 
 
-def going_on(cascade: Cascade, requests: Sequence[Request]) -> float:
+def count_needs(requests: Iterable[Request]) -> Needs:
+    """Return the images of a batch by their minimum confidence."""
+    needs: dict[float, int] = {}
+    for request in requests:
+        confidence = request.min_confidence
+        needs[confidence] = needs.get(confidence, 0) + request.num_images
+    return needs
+
+
+def _going_on(cascade: Cascade, needs: Needs) -> float:
     """Return the images of a batch that are expected to go on to the last variant."""
-    return sum(cascade.going_on(r.min_confidence) * r.num_images for r in requests)
+    return sum(cascade.going_on(confidence) * count for confidence, count in needs.items())
+
+
+def _expected_quality(cascade: Cascade, needs: Needs) -> float:
+    """Return the mean expected accuracy of a batch."""
+    total = sum(cascade.quality(confidence) * count for confidence, count in needs.items())
+    return total / sum(needs.values())
 
 
 def tail_seconds(cascade: Cascade, num_images: int, whole_s: float) -> float:
@@ -84,19 +117,17 @@ def tail_seconds(cascade: Cascade, num_images: int, whole_s: float) -> float:
     return (1.0 - cascade.shared) * whole_s if num_images else 0.0
 
 
-def expected_seconds(cascade: Cascade, requests: Sequence[Request], latency: LatencyView) -> float:
+def expected_seconds(cascade: Cascade, needs: Needs, latency: LatencyView) -> float:
     """Return the expected seconds of compute of a batch on a cascade."""
-    num_images = sum(request.num_images for request in requests)
-    mean = going_on(cascade, requests)
+    mean = _going_on(cascade, needs)
     count = max(1, round(mean))
     tail_s = tail_seconds(cascade, count, latency.expected(cascade.last, count))
-    return latency.expected(cascade.first, num_images) + tail_s * mean / count
+    return latency.expected(cascade.first, sum(needs.values())) + tail_s * mean / count
 
 
-def _planned_seconds(cascade: Cascade, requests: Sequence[Request], latency: LatencyView) -> float:
+def _planned_seconds(cascade: Cascade, needs: Needs, latency: LatencyView) -> float:
     """Return the seconds to plan with, if as many images go on as in 99 of 100 batches."""
-    num_images = sum(request.num_images for request in requests)
-    mean = going_on(cascade, requests)
+    num_images, mean = sum(needs.values()), _going_on(cascade, needs)
     count = min(num_images, math.ceil(fill_share(mean, mean / num_images)))
     tail_s = tail_seconds(cascade, count, latency.seconds(cascade.last, max(1, count)))
     return latency.seconds(cascade.first, num_images) + tail_s

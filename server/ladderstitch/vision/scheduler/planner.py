@@ -18,7 +18,11 @@ from ladderstitch.scheduling.profiles import LatencyProfile
 from ladderstitch.scheduling.requests import Request
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.vision.scheduler import admission
-from ladderstitch.vision.scheduler.cascade_choice import CascadeChooser, expected_seconds
+from ladderstitch.vision.scheduler.cascade_choice import (
+    CascadeChooser,
+    count_needs,
+    expected_seconds,
+)
 from ladderstitch.vision.scheduler.policies import make_policy
 from ladderstitch.vision.scheduler.policies.adaptive import Adaptive
 from ladderstitch.vision.scheduler.policies.base import Decision, Defer
@@ -214,7 +218,7 @@ class Planner:
         view = self.latency.view
         if decision.cascade is None:
             return view.expected(decision.variant, decision.num_images)
-        return expected_seconds(decision.cascade, decision.requests, view)
+        return expected_seconds(decision.cascade, count_needs(decision.requests), view)
 
     def on_batch_started(
         self, batch_size: int, variant: int, now: float, expected_s: float | None = None
