@@ -174,6 +174,7 @@ class VisionRunner:
             record=record,
             hang_limits=limits,
             cascades=cascades,
+            agreements=self.quality.agreements,
         )
         self._parts.push_async_callback(scheduler.close)
         try:

@@ -29,6 +29,9 @@ class Quality(BaseModel):
     calibration_error: float | None = Field(
         None, ge=0, le=1, description="expected calibration error of the confidences, 15 bins"
     )
+    agreement: float | None = Field(
+        None, ge=0, le=1, description="share of images with the class of the best variant"
+    )
 
     @classmethod
     def mean(cls, parts: Sequence[tuple[Quality, int]]) -> Quality:
@@ -62,6 +65,12 @@ class QualityTable(BaseModel):
     versions: dict[str, str]
     variants: dict[int, Quality] = Field(min_length=1)
     cascades: tuple[Cascade, ...] = ()
+
+    @property
+    def agreements(self) -> dict[int, float]:
+        """The agreement with the best variant, of all variants whose agreement was measured."""
+        measured = {variant: quality.agreement for variant, quality in self.variants.items()}
+        return {variant: share for variant, share in measured.items() if share is not None}
 
     @property
     def cascade_set(self) -> CascadeSet:

@@ -144,8 +144,26 @@ class VisionMetrics(ModelMetrics):
         super().__init__(metrics, model, variants)
         self._dispatch_slack_seconds = metrics.dispatch_slack_seconds.labels(model)
         self.turnaround = metrics.turnaround_seconds.labels(model)
+        self._all = metrics
         self._cascade_answers = metrics.cascade_answers
         self._cascade_images = metrics.cascade_images.labels(model)
+
+    def observe_audit(
+        self,
+        variant: int,
+        seconds: float,
+        *,
+        agrees: bool,
+        agreement: tuple[float, float, float],
+        drifted: bool,
+    ) -> None:
+        """Count an audited image; `agreement` has the share and both ends of its interval."""
+        model, name = self._model, str(variant)
+        self._all.audited_images.labels(model, name, str(agrees).lower()).inc()
+        self._all.audit_seconds.labels(model).inc(seconds)
+        for end, share in zip(("mean", "low", "high"), agreement, strict=True):
+            self._all.audit_agreement.labels(model, name, end).set(share)
+        self._all.audit_drift.labels(model, name).set(int(drifted))
 
     def observe_last_stage(self, num_images: int, compute_s: float) -> None:
         """Count the images that went on to the last variant of a cascade."""

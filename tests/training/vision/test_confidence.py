@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def test_calibration_error_is_the_weighted_gap_of_fifteen_bins() -> None:
     rng = np.random.default_rng(1)
     confidence, right = rng.uniform(0.1, 1.0, 500), rng.random(500) < 0.7
     expected, edges = 0.0, np.linspace(0, 1, 16)
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         among = (confidence >= low) & (confidence < high)
         if among.any():
             gap = abs(confidence[among].mean() - right[among].mean())
@@ -113,9 +114,7 @@ def test_few_images_calibrate_no_confidence(tmp_path: Path) -> None:
     bundle = make_tiny_bundle(tmp_path / "tiny")
     (bundle.path / "quality.json").unlink()
     with Progress(disable=True) as progress:
-        table = calibrate(
-            VisionBundle.load(bundle.path), make_images(50), "random", 50, progress
-        )
+        table = calibrate(VisionBundle.load(bundle.path), make_images(50), "random", 50, progress)
     assert not table.cascade_set.temperatures
     assert not table.cascades
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from ladderstitch.errors import ConfigError
 from ladderstitch.runtime.device import versions
 from ladderstitch.scheduling.cascades import Cascade
-from ladderstitch.scheduling.profiles import LatencyProfile, Quality, QualityTable, frontier
+from ladderstitch.scheduling.profiles import LatencyProfile, Quality, QualityTable
 from ladderstitch.scheduling.requests import Logits
 from ladderstitch.training.vision.confidence import (
     MIN_IMAGES,
@@ -92,11 +93,42 @@ def calibrate(
         )
         write_table(bundle.path / "quality.json", table)
     if len(images) >= MIN_IMAGES:
-        table = table.model_copy(
-            update={"cascades": _measure_cascades(bundle, executor, table, known, images)}
-        )
+        _measure_again(bundle, executor, table, known, images)
+        table = _with_agreements(table, known)
+        cascades = _measure_cascades(bundle, executor, table, known, images)
+        table = table.model_copy(update={"cascades": cascades})
         write_table(bundle.path / "quality.json", table)
     return table
+
+
+def _measure_again(
+    bundle: VisionBundle,
+    executor: CompiledExecutor,
+    table: QualityTable,
+    known: dict[int, Confidence],
+    images: LabelledImages,
+) -> None:
+    """Add the variants that an interrupted run has measured to `known`."""
+    for variant in table.variants.keys() - known.keys():
+        logits = compute_logits(executor, variant, images, bundle, RESUMED_BATCH)
+        temperature = table.variants[variant].temperature
+        known[variant] = fit_confidence(logits, images.labels.numpy(), temperature)
+
+
+def _with_agreements(table: QualityTable, known: Mapping[int, Confidence]) -> QualityTable:
+    """Return the table with the temperatures of `known`, and with agreements with the best one."""
+    best = max(known, key=lambda variant: table.value(variant))
+    variants = {
+        variant: quality.model_copy(
+            update={
+                "temperature": known[variant].temperature,
+                "calibration_error": known[variant].calibration_error,
+                "agreement": float((known[variant].classes == known[best].classes).mean()),
+            }
+        )
+        for variant, quality in table.variants.items()
+    }
+    return table.model_copy(update={"variants": variants})
 
 
 def _measure_cascades(
@@ -106,23 +138,17 @@ def _measure_cascades(
     known: dict[int, Confidence],
     images: LabelledImages,
 ) -> tuple[Cascade, ...]:
-    """Return the cascades of a measured table; `known` are the variants measured just now.
+    """Return the cascades of a measured table.
 
     Costs are latencies if the bundle has them, and multiply-accumulates otherwise.
     """
     costs = {variant: float(cost.macs) for variant, cost in variant_costs(bundle).items()}
     if bundle.latency is not None and table.variants.keys() <= bundle.latency.variants.keys():
         costs = {variant: bundle.latency.alone_s(variant) for variant in table.variants}
-    quality = {v: q.value for v, q in table.variants.items() if q.temperature is not None}
-    points = [p.variant for p in frontier(quality, costs)]
-    for variant in points:
-        if variant not in known:  # measured by a run that was interrupted
-            logits = compute_logits(executor, variant, images, bundle, RESUMED_BATCH)
-            temperature = table.variants[variant].temperature
-            known[variant] = fit_confidence(logits, images.labels.numpy(), temperature)
+    quality = {variant: q.value for variant, q in table.variants.items()}
     scaling = bundle.manifest.preprocessing
     image = normalise(images.pixels[:1], scaling.mean, scaling.std).numpy()
-    return find_cascades(executor, {v: known[v] for v in points}, quality, costs, image)
+    return find_cascades(executor, known, quality, costs, image)
 
 
 def calibrate_files(

@@ -39,11 +39,12 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Confidence:
-    """The temperature of a variant, its confidence [N] for each image, and if it is right [N]."""
+    """The temperature of a variant, and its confidence, class and whether it is right, all [N]."""
 
     temperature: float
     calibration_error: float
     confidence: NDArray[np.float64]
+    classes: Labels
     right: Flags
 
 
@@ -61,9 +62,10 @@ def fit_confidence(logits: Logits, labels: Labels, temperature: float | None = N
     if temperature is None:
         temperature = fit_temperature(logits[~judged], labels[~judged])
     confidence = confidences(logits, temperature)
-    right = logits.argmax(axis=1) == labels
+    classes = logits.argmax(axis=1)
+    right = classes == labels
     error = calibration_error(confidence[judged], right[judged])
-    return Confidence(temperature, error, confidence, right)
+    return Confidence(temperature, error, confidence, classes, right)
 
 
 def fit_temperature(logits: Logits, labels: Labels) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ladderstitch.errors import EngineRestarting, InternalError, RequestError
-from ladderstitch.scheduling.requests import ImageAnswer
+from ladderstitch.scheduling.requests import ImageAnswer, Request
 from ladderstitch.telemetry.model_metrics import VisionMetrics, harmless
 from ladderstitch.vision.engine.base import Engine, EngineDied, EngineResult, run_cascade
 from ladderstitch.vision.scheduler.cascade_run import CascadeRun, StageAnswer, certainty_of
@@ -51,6 +51,8 @@ class BatchRunner:
         metrics: VisionMetrics,
         clock: Callable[[], float],
     ) -> None:
+        self.on_answer: Callable[[Request, ImageAnswer], None] = lambda request, answer: None
+        """Called with every answer of a variant that ran alone, after it has left."""
         self.running: list[PendingRequest] = []
         """Requests of the batch that runs now."""
         self.isolated: deque[PendingRequest] = deque()
@@ -223,6 +225,8 @@ class BatchRunner:
         result: EngineResult,
     ) -> None:
         self._in_flight.count(settled)
+        for request, answer in settled.answers:
+            self.on_answer(request, answer)
         latency = self._planner.latency
         tail = latency.view.tail
         error = self._planner.on_batch_finished(variant, batch_size, result.compute_s, total_s)

@@ -22,8 +22,8 @@ class CascadeChooser:
     A cascade may be expected to take as long as the variant, at most. For a request that runs
     alone while none waits, the rule takes one with the best last variant, and of these the one that
     is expected to take least. Otherwise time is scarce: the rule takes the cascade of the highest
-    expected quality, and only if that exceeds the variant's. The last variant is at least as good as the
-    replaced one, and all requests of the batch allow both.
+    expected quality, and only if that exceeds the variant's. The last variant is at least as good
+    as the replaced one, and all requests of the batch allow both.
 
     The planned seconds, in which as many images go on as in 99 of 100 batches, keep the deadlines
     of the batch. They keep those of the next waiting requests, too, except for those that the
