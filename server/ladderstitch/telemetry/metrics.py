@@ -109,8 +109,8 @@ class Metrics:
         )
         self.audit_agreement = self._gauge(
             "audit_agreement",
-            "Agreement of the last 1,000 audited images with the best variant, and the ends low and "
-            "high of its 95 % interval.",
+            "Agreement of the last 1,000 audited images with the best variant, and the ends of its "
+            "95 % interval.",
             [*variant, "end"],
         )
         self.audit_drift = self._gauge(
