@@ -190,7 +190,7 @@ def _draw(
     """Return arrivals, each with a class and an image [1, C, H, W]."""
     rng = np.random.default_rng(seed)
     return [
-        (at, classes[rng.integers(len(classes))], pixels[[rng.integers(len(pixels))]])
+        (at, classes[int(rng.integers(len(classes)))], pixels[[rng.integers(len(pixels))]])
         for at in poisson(rate, seconds, rng)
     ]
 

@@ -6,6 +6,7 @@ the variant's temperature, which `calibrate` fits on images that are not trained
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ Confidences = NDArray[np.float64]
 
 THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.99, 0.999, 1.0)
 """Confidences at which a cascade is measured."""
+MAX_SMALL = 128
+"""Values of logits up to which confidences are computed without NumPy."""
 TAIL_SIGMAS = 2.33
 """Standard deviations above the mean of the 99th percentile of a normal distribution."""
 
@@ -31,6 +34,21 @@ def confidences(logits: NDArray[np.floating], temperature: float) -> Confidences
         scaled = logits.astype(np.float64) / temperature
         scaled -= np.maximum.reduce(scaled, axis=1, keepdims=True)
         found: Confidences = 1.0 / np.add.reduce(np.exp(scaled), axis=1)
+    return found
+
+
+def row_confidences(logits: NDArray[np.floating], temperature: float) -> list[float]:
+    """Return what `confidences` does as a list.
+
+    The arithmetic of a few rows is Python's own: right after a model has run, NumPy's functions are
+    in no cache, and take longer.
+    """
+    if logits.size > MAX_SMALL:
+        return confidences(logits, temperature).tolist()
+    found = []
+    for row in logits.tolist():
+        largest = max(row)
+        found.append(1.0 / sum([math.exp((value - largest) / temperature) for value in row]))
     return found
 
 
@@ -129,4 +147,4 @@ NO_CASCADES = CascadeSet({})
 
 def fill_share(mean: float, share: float) -> float:
     """Return the images that go on in 99 of 100 batches; `mean` is expected, each with `share`."""
-    return mean + TAIL_SIGMAS * float(np.sqrt(max(0.0, mean * (1.0 - share))))
+    return mean + TAIL_SIGMAS * math.sqrt(max(0.0, mean * (1.0 - share)))

@@ -97,13 +97,13 @@ left for it."""
 
 @dataclass(frozen=True, slots=True)
 class Certainty:
-    """How sure an answer is: the confidence [B] of each image, and the variant of its logits.
+    """How sure an answer is: the confidence of each of B images, and the variant of its logits.
 
     `stages` are the variants that ran for the request, in order.
     """
 
     stages: tuple[int, ...]
-    confidence: NDArray[np.float64]
+    confidence: tuple[float, ...]
     variants: tuple[int, ...]
     end: StageEnd = "complete"
 

@@ -176,9 +176,9 @@ def _build_response(
 def _add_certainty(response: pb.InferResponse, certainty: Certainty) -> None:
     """State which variants ran and how sure the answer is, also for each image."""
     response.accounting.stages.extend(certainty.stages)
-    response.accounting.confidence = certainty.confidence.min()
+    response.accounting.confidence = min(certainty.confidence)
     for prediction, confidence, variant in zip(
-        response.predictions, certainty.confidence.tolist(), certainty.variants, strict=True
+        response.predictions, certainty.confidence, certainty.variants, strict=True
     ):
         prediction.confidence, prediction.variant_id = confidence, variant
 

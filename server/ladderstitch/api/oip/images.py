@@ -168,7 +168,7 @@ def build_response(
     if (certainty := completion.certainty) is not None:
         stages = ",".join(map(str, certainty.stages))
         parameters["ladderstitch_stages"].string_param = stages
-        parameters["ladderstitch_confidence"].double_param = certainty.confidence.min()
+        parameters["ladderstitch_confidence"].double_param = min(certainty.confidence)
     deadlines = request.deadlines
     if deadlines.soft != math.inf:
         budget_us = round(1e6 * (deadlines.soft - request.arrival))

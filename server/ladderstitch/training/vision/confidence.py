@@ -50,7 +50,8 @@ class Confidence:
 
 def held_out(num_images: int) -> Flags:
     """Return which of N images temperatures are not fitted on: every second one."""
-    return np.arange(num_images) % 2 == 1
+    odd: Flags = np.arange(num_images) % 2 == 1
+    return odd
 
 
 def fit_confidence(logits: Logits, labels: Labels, temperature: float | None = None) -> Confidence:
@@ -131,9 +132,8 @@ def measure_cascade(
 ) -> Cascade:
     """Return the cascade of two variants, measured on the images that were held out."""
     judged = held_out(len(one.right))
-    confidence, early, late = (
-        values[judged] for values in (one.confidence, one.right, other.right)
-    )
+    confidence = one.confidence[judged]
+    early, late = one.right[judged], other.right[judged]
     unsure = [confidence < threshold for threshold in THRESHOLDS]
     return Cascade(
         first=first,

@@ -242,6 +242,7 @@ class CompiledEngine:
         self._loop = asyncio.get_running_loop()
         self._compute = ComputeThread(self._loop)
         self._last_compute_s: dict[tuple[int, int], float] = {}
+        self._last_cascade_s: dict[tuple[int, int, int], float] = {}
         self._idle_since = 0.0
         self._previous_single = True
 
@@ -256,7 +257,7 @@ class CompiledEngine:
         Raises `InternalError` if the batch failed.
         """
         batch = images[0] if len(images) == 1 else np.concatenate(images)
-        if self._is_inline(images, stitch):
+        if self._is_inline(images, self._last_compute_s.get((stitch, len(batch)))):
             self.inline_batches += 1
             result = self._run(batch, stitch)
         else:
@@ -273,12 +274,16 @@ class CompiledEngine:
         Both and `select` run in one turn of the thread. Raises `InternalError` if the batch failed.
         """
         batch = images[0] if len(images) == 1 else np.concatenate(images)
-        if self._is_inline(images, last):
+        route = (first, last, len(batch))
+        if self._is_inline(images, self._last_cascade_s.get(route)):
             self.inline_batches += 1
             result = self._run_cascade(batch, first, last, select)
         else:
             job = partial(self._run_cascade, batch, first, last, select)
             result = await self._compute.run(job)
+        if result.last is not None:  # the limit holds for both variants
+            seconds = result.first.compute_s + result.last.compute_s
+            self._last_cascade_s[route] = seconds
         self._idle_since = self._loop.time()
         return result
 
@@ -301,14 +306,14 @@ class CompiledEngine:
         """Do what `close` does, without holding the event loop until a batch has ended."""
         await asyncio.to_thread(self.close)
 
-    def _is_inline(self, images: Sequence[Pixels], stitch: int) -> bool:
+    def _is_inline(self, images: Sequence[Pixels], last_s: float | None) -> bool:
+        """Return whether a batch, which took `last_s` seconds the last time, runs here."""
         single = len(images) == 1
         previous, self._previous_single = self._previous_single, single
         idle = self._loop.time() - self._idle_since > IDLE_BEFORE_INLINE_S
         if not (single and previous and idle):
             return False
-        last_s = self._last_compute_s.get((stitch, len(images[0])), self.inline_limit_s)
-        return last_s < self.inline_limit_s
+        return last_s is not None and last_s < self.inline_limit_s
 
     def _run(self, batch: Pixels, stitch: int) -> EngineResult:
         return _timed(lambda: self.executor(batch, stitch))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
-from ladderstitch.scheduling.cascades import Cascade, CascadeSet, confidences
+from ladderstitch.scheduling.cascades import Cascade, CascadeSet, row_confidences
 from ladderstitch.scheduling.latency_model import LatencyView
 from ladderstitch.scheduling.requests import Certainty, Logits, StageEnd
 from ladderstitch.vision.engine.base import CascadeResult, EngineResult, Rows, finite_rows
@@ -31,7 +32,8 @@ def certainty_of(variant: int, logits: Logits, cascades: CascadeSet) -> Certaint
     temperature = cascades.temperatures.get(variant)
     if temperature is None:
         return None
-    return Certainty((variant,), confidences(logits, temperature), (variant,) * len(logits))
+    confidence = tuple(row_confidences(logits, temperature))
+    return Certainty((variant,), confidence, (variant,) * len(logits))
 
 
 class CascadeRun:
@@ -55,37 +57,43 @@ class CascadeRun:
         self._latest_end, self._latency, self._clock = decision.latest_end, latency, clock
         self._temperatures, self._answer = temperatures, answer
         self._loop = asyncio.get_running_loop()
-        edges = np.cumsum([0, *(pending.request.num_images for pending in batch)]).tolist()
+        ends = list(accumulate(pending.request.num_images for pending in batch))
         self._slices = [
-            (pending, slice(first, end))
-            for pending, first, end in zip(batch, edges, edges[1:], strict=False)
+            (pending, slice(end - pending.request.num_images, end))
+            for pending, end in zip(batch, ends, strict=True)
         ]
+        self._confidence: list[float] = []
         self._ended: list[StageAnswer] = []
 
     def select(self, first: EngineResult) -> Rows:
         """Return the rows that go on; the other requests are answered in the event loop."""
-        confidence = confidences(first.logits, self._temperatures[self.cascade.first])
-        needed = np.concatenate(
-            [np.full(p.request.num_images, p.request.min_confidence) for p, _ in self._slices]
-        )
-        unsure = confidence < needed  # NaN is not: rows that are not finite fail in any case
-        waiting = [(p.request, int(unsure[rows].sum())) for p, rows in self._slices]
-        waiting = [pair for pair in waiting if pair[1]]
-        goes_on = set(
+        confidence = row_confidences(first.logits, self._temperatures[self.cascade.first])
+        self._confidence = confidence
+        unsure = {
+            pending.request: [
+                row
+                for row in range(rows.start, rows.stop)
+                # NaN is not below: rows that are not finite fail in any case
+                if confidence[row] < pending.request.min_confidence
+            ]
+            for pending, rows in self._slices
+        }
+        waiting = [(request, len(rows)) for request, rows in unsure.items() if rows]
+        goes_on = (
             select_in_time(self.cascade, waiting, self._latency, self._clock(), self._latest_end)
+            if waiting
+            else []
         )
-        going = np.zeros(len(unsure), bool)
         for pending, rows in self._slices:
             if pending.request in goes_on:
-                going[rows] = unsure[rows]
                 continue
-            end: StageEnd = "time" if unsure[rows].any() else "sure"
+            end: StageEnd = "time" if unsure[pending.request] else "sure"
             variants = (self.cascade.first,) * pending.request.num_images
-            certainty = Certainty((self.cascade.first,), confidence[rows], variants, end)
+            certainty = Certainty((self.cascade.first,), tuple(confidence[rows]), variants, end)
             self._ended.append(StageAnswer(pending, _rows_of(first, rows), certainty))
         if self._ended and goes_on:
             self._loop.call_soon_threadsafe(self._answer_ended)
-        return np.flatnonzero(going)
+        return np.array(sorted(row for request in goes_on for row in unsure[request]), np.intp)
 
     def finish(self, result: CascadeResult) -> None:
         """Answer all requests that have no answer yet."""
@@ -95,25 +103,21 @@ class CascadeRun:
         first, last = self.cascade.variants
         logits = result.first.logits.copy()
         logits[result.rows] = result.last.logits
-        confidence = confidences(result.first.logits, self._temperatures[first])
-        confidence[result.rows] = confidences(result.last.logits, self._temperatures[last])
-        went_on = np.zeros(len(logits), bool)
-        went_on[result.rows] = True
+        went_on = set(result.rows.tolist())
+        confidence = list(self._confidence)
+        found = row_confidences(result.last.logits, self._temperatures[last])
+        for row, value in zip(result.rows.tolist(), found, strict=True):
+            confidence[row] = value
         compute_s = result.first.compute_s + result.last.compute_s
         merged = EngineResult(logits, compute_s)
-        answers = [
-            StageAnswer(
-                pending,
-                _rows_of(merged, rows),
-                Certainty(
-                    (first, last),
-                    confidence[rows],
-                    tuple(last if on else first for on in went_on[rows]),
-                ),
-            )
-            for pending, rows in self._slices
-            if went_on[rows].any()
-        ]
+        answers = []
+        for pending, rows in self._slices:
+            numbers = range(rows.start, rows.stop)
+            if went_on.isdisjoint(numbers):
+                continue
+            variants = tuple(last if row in went_on else first for row in numbers)
+            certainty = Certainty((first, last), tuple(confidence[rows]), variants)
+            answers.append(StageAnswer(pending, _rows_of(merged, rows), certainty))
         self._answer(answers)
 
     def _answer_ended(self) -> None:
