@@ -44,7 +44,7 @@ def row_confidences(logits: NDArray[np.floating], temperature: float) -> list[fl
     in no cache, and take longer.
     """
     if logits.size > MAX_SMALL:
-        return confidences(logits, temperature).tolist()
+        return [float(value) for value in confidences(logits, temperature)]
     found = []
     for row in logits.tolist():
         largest = max(row)

@@ -17,9 +17,10 @@ from ladderstitch.scheduling.profiles import LatencyProfile
 from ladderstitch.scheduling.requests import ImageAnswer, Request
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.model_metrics import VisionMetrics, harmless
-from ladderstitch.vision.engine.base import Engine, EngineDied
+from ladderstitch.vision.engine.base import Engine
 from ladderstitch.vision.scheduler import admission
 from ladderstitch.vision.scheduler.audit import Auditor
+from ladderstitch.vision.scheduler.audit_run import AuditRunner
 from ladderstitch.vision.scheduler.batch_runner import BatchRunner, HangLimits
 from ladderstitch.vision.scheduler.in_flight import InFlightRequests
 from ladderstitch.vision.scheduler.planner import Planner
@@ -78,12 +79,13 @@ class Scheduler:
         self.planner = Planner(quality, profile, settings, recorder, cascades)
         self.in_flight = InFlightRequests(metrics, clock)
         self.batch_runner = BatchRunner(engine, self.planner, self.in_flight, metrics, clock)
-        self.auditor = Auditor(agreements or {}, clock())
-        self.batch_runner.on_answer = self._sample
-        self._set_audit_share(settings)
         self._draining = self._closing = False
         self._recent_in_flight = 1.0
         self._wake = asyncio.Event()
+        auditor = Auditor(agreements or {}, clock())
+        self._audits = AuditRunner(engine, self.planner, auditor, metrics, clock, self._wake)
+        self._audits.configure(settings)
+        self.batch_runner.on_answer = self._audits.sample
         self._idle = asyncio.Event()
         self._expiry_timer: asyncio.TimerHandle | None = None
         self._hang_watch: asyncio.Task[None] | None = None
@@ -98,7 +100,7 @@ class Scheduler:
         Raises `InvalidArgument` if the model lacks a variant or the floor that they name.
         """
         self.planner.configure(settings)
-        self._set_audit_share(settings)
+        self._audits.configure(settings)
         self._wake.set()
 
     @property
@@ -237,7 +239,7 @@ class Scheduler:
                 if not self.in_flight:
                     self._idle.set()
                 self._wake.clear()
-                await self._wait_and_audit()
+                await self._audits.wait()
             await self._collect()
             now = self.clock()
             self._expire_queued(now)
@@ -246,50 +248,6 @@ class Scheduler:
                     await self.batch_runner.run(decision, now)
                 case Defer(seconds):
                     await self._defer(seconds)
-
-    def _set_audit_share(self, settings: SchedulerSettings) -> None:
-        """Audit only models with calibrated confidences: others return tensors, not classes."""
-        audits = bool(self.planner.cascades.temperatures)
-        self.auditor.share = settings.audit_share if audits else 0.0
-
-    def _sample(self, request: Request, answer: ImageAnswer) -> None:
-        if self.auditor.sample(request, answer, self.planner.candidates.best):
-            self._wake.set()  # the dispatch loop may wait for a request already
-
-    async def _wait_and_audit(self) -> None:
-        """Wait for the next request, and audit answers while none comes."""
-        best, idle_since = self.planner.candidates.best, self.clock()
-        while not self._wake.is_set():
-            expected_s = self.planner.latency.view.expected(best, 1)
-            delay_s = self.auditor.delay_s(expected_s, self.clock(), idle_since)
-            if delay_s is None:
-                await self._wake.wait()
-            elif delay_s:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), delay_s)
-            else:
-                await self._audit(best)
-
-    async def _audit(self, best: int) -> None:
-        """Run one answered image again on the best variant."""
-        case, started = self.auditor.take(), self.clock()
-        self.planner.on_batch_started(1, best, started)
-        try:
-            result = await self.engine.forward([case.image], best)
-        except (EngineDied, InternalError) as error:
-            log.warning("an audit failed: %s", error)
-            return
-        finally:
-            self.planner.on_engine_idle()
-        monitor = self.auditor.add(case, result.logits, result.compute_s)
-        with harmless("observation of an audit", self.metrics.failures):
-            self.metrics.observe_audit(
-                case.variant,
-                result.compute_s,
-                agrees=monitor.recent[-1],
-                agreement=monitor.agreement,
-                drifted=monitor.drifted,
-            )
 
     async def _collect(self) -> None:
         """Let requests that have reached this process join the next batch.
