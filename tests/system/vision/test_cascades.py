@@ -24,6 +24,8 @@ EXAMPLES = sorted(
     (Path(__file__).parents[3] / "examples" / "fashion-mnist" / "images").glob("*.png")
 )
 LONG_S = 60.0
+GOOD = 0.94
+"""Quality of the variants that a server chooses for a long budget, also on a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +62,11 @@ def test_answers_are_sure_or_from_the_last_stage(
 ) -> None:
     assert bundle.quality is not None
     temperatures = bundle.quality.cascade_set.temperatures
-    best = max(bundle.quality.variants, key=bundle.quality.value)
     for path in EXAMPLES:
         answer = client.predict(path.read_bytes(), min_confidence=minimum)
         assert answer.confidence is not None
         assert answer.stages[-1] == answer.variant
-        assert answer.variant == best or answer.confidence >= minimum
+        assert answer.quality >= GOOD or answer.confidence >= minimum
         expected = softmax_maximum(answer.logits[0], temperatures[answer.variant])
         assert answer.confidence == pytest.approx(expected, abs=1e-4)
         alone = client.predict(path.read_bytes(), variant=answer.variant)
@@ -73,19 +74,14 @@ def test_answers_are_sure_or_from_the_last_stage(
         assert alone.confidence is None
 
 
-def test_lower_minimum_is_answered_by_cheaper_variants(
-    client: Client, bundle: VisionBundle
-) -> None:
-    assert bundle.quality is not None
-    best = max(bundle.quality.variants, key=bundle.quality.value)
-    answered = {
-        minimum: {
-            client.predict(path.read_bytes(), min_confidence=minimum).variant for path in EXAMPLES
-        }
+def test_lower_minimum_is_answered_by_cheaper_variants(client: Client) -> None:
+    quality = {
+        minimum: [
+            client.predict(path.read_bytes(), min_confidence=minimum).quality for path in EXAMPLES
+        ]
         for minimum in (0.1, 1.0)
     }
-    assert best not in answered[0.1]
-    assert answered[1.0] == {best}  # a cascade would take longer than the best variant alone
+    assert max(quality[0.1]) < GOOD <= min(quality[1.0])
 
 
 @pytest.mark.parametrize("minimum", [-0.1, 1.1, float("nan")])
