@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from ladderstitch.addresses import is_loopback, join_address, split_address
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import ConfigError
-from ladderstitch.security.listen_config import is_loopback, join_address, split_address
 
 TLS = {"tls_certificate": Path("c"), "tls_key": Path("k")}
 

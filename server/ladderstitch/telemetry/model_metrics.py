@@ -16,6 +16,7 @@ from ladderstitch.scheduling.requests import (
     ImageAnswer,
     Request,
 )
+from ladderstitch.telemetry.activity import RecentActivity, RecentAnswer
 from ladderstitch.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,8 @@ class ModelMetrics:
         self._batch_size = metrics.batch_size.labels(model)
         self._served_quality = metrics.served_quality.labels(model)
         self._last_variant: int | None = None
+        self.activity = RecentActivity() if metrics.keeps_activity else None
+        """The record of the last minutes; None where no page shows it."""
         self.running = metrics.running_requests.labels(model)
         self.ready = metrics.model_ready.labels(model)
         self.restarts = metrics.engine_restarts.labels(model)
@@ -103,6 +106,8 @@ class ModelMetrics:
     def set_queue_length(self, num_waiting: int) -> None:
         """Set the number of waiting requests."""
         self._queue_requests.set(num_waiting)
+        if self.activity is not None:
+            self.activity.set_queue_length(num_waiting)
 
     def observe_batch(
         self,
@@ -132,6 +137,15 @@ class ModelMetrics:
         if key not in self._requests:
             self._requests[key] = self._all_requests.labels(self._model, variant, code)
         self._requests[key].inc()
+
+    def _count_rejection(self, code: str, *, had_budget: bool) -> None:
+        """Count a request without an answer; its budget is missed unless the caller is at fault."""
+        self._count_request("none", code)
+        is_missed = had_budget and code not in CALLER_ERROR_CODES
+        if is_missed:
+            self._count_budget(met=False)
+        if self.activity is not None:
+            self.activity.add_rejection(is_missed=is_missed)
 
     def _count_budget(self, *, met: bool) -> None:
         self._slo_requests[met].inc()
@@ -186,19 +200,28 @@ class VisionMetrics(ModelMetrics):
         if (certainty := completion.certainty) is not None:
             stages = "+".join(map(str, certainty.stages))
             self._cascade_answers.labels(self._model, stages, certainty.end).inc()
-        if request.deadlines.soft != float("inf"):
-            self._count_budget(met=now <= request.deadlines.soft)
+        soft, met = request.deadlines.soft, None
+        if soft != float("inf"):
+            met = now <= soft
+            self._count_budget(met=met)
+        if self.activity is not None:
+            self.activity.add(
+                RecentAnswer(
+                    completion.variant,
+                    completion.quality,
+                    now - request.arrival,
+                    met,
+                    None if met is None else soft - request.arrival,
+                )
+            )
 
     def observe_rejection(self, code: str, request: Request | None = None) -> None:
         """Count a request that ended with a status instead of an answer.
 
         Its budget counts as missed unless the caller caused the error.
         """
-        self._count_request("none", code)
-        if request is None or code in CALLER_ERROR_CODES:
-            return
-        if request.deadlines.soft != float("inf"):
-            self._count_budget(met=False)
+        has_budget = request is not None and request.deadlines.soft != float("inf")
+        self._count_rejection(code, had_budget=has_budget)
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,12 +416,21 @@ class TextMetrics(ModelMetrics):
             self._served_quality.observe(answer.quality.value)
         if usage.met is not None:
             self._count_budget(met=usage.met)
+        if self.activity is not None:
+            self.activity.add(
+                RecentAnswer(
+                    answer.variant,
+                    answer.quality.value if answer.quality is not None else None,
+                    usage.total_s,
+                    usage.met,
+                    token_s=usage.mean_token_s if usage.generated_tokens > 1 else None,
+                    spans=answer.spans,
+                )
+            )
 
     def observe_rejection(self, code: str, *, had_budget: bool) -> None:
         """Count a request that ended with a status, before or after its first token.
 
         Its budget counts as missed unless the caller caused the error.
         """
-        self._count_request("none", code)
-        if had_budget and code not in CALLER_ERROR_CODES:
-            self._count_budget(met=False)
+        self._count_rejection(code, had_budget=had_budget)

@@ -6,6 +6,8 @@ import json
 import mmap
 import os
 import struct
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -155,7 +157,7 @@ class Buffers:
 
         The caller closes the descriptor.
         """
-        descriptor = os.memfd_create("ladderstitch")
+        descriptor = _anonymous_file()
         os.ftruncate(descriptor, _image_bytes(config) + config.max_batch_size * config.row_size * 4)
         return cls.map(config, descriptor), descriptor
 
@@ -174,3 +176,11 @@ class Buffers:
 
 def _image_bytes(config: EngineConfig) -> int:
     return config.max_batch_size * int(np.prod(config.image_shape)) * 4
+
+
+def _anonymous_file() -> int:
+    """Return the descriptor of an empty file without a name: in memory, where the system has it."""
+    if sys.platform == "linux":
+        return os.memfd_create("ladderstitch")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

@@ -92,9 +92,9 @@ class InFlightRequests:
         """Give each request of a batch its part of the logits, [B, K] for its B images.
 
         `started` is the instant at which the batch started. The answers do not count in metrics and
-        statistics until the result is passed to `count`. A request whose logits are not finite
-        fails with `NonFiniteOutput`; the others of the batch keep theirs. `certify` says how sure
-        the answers of requests with `min_confidence` are.
+        statistics until the result is passed to `count`. A request of finite inputs whose logits
+        are not finite fails with `NonFiniteOutput`; the others of the batch keep theirs. `certify`
+        says how sure the answers of requests with `min_confidence` are.
         """
         settled = BatchResult(self.clock(), [])
         first, batch_size = 0, len(result.logits)
@@ -117,7 +117,7 @@ class InFlightRequests:
         """Give one request its answer, unless it has ended, is late or is not `finite` [B]."""
         if settled.answered_at > pending.request.deadlines.hard:
             self.expire_in_compute(pending)
-        elif not finite.all():
+        elif pending.request.is_finite and not finite.all():
             self._fail_non_finite(pending, finite)
         elif self._remove(pending):
             pending.answer.set_result(answer)
