@@ -68,6 +68,13 @@ def predict(
         Path | None,
         typer.Option(help="NPZ file for all outputs by name, of all files along the first axis."),
     ] = None,
+    min_confidence: Annotated[
+        float | None,
+        typer.Option(
+            help="Confidence, 0 to 1, from which the answer of a cheap variant suffices; only "
+            "images that it is less sure of go on to a better one."
+        ),
+    ] = None,
     require_met: RequireMet = False,
     as_json: Json = False,
     address: Address = DEFAULT_ADDRESS,
@@ -82,6 +89,7 @@ def predict(
         "min_quality": min_quality,
         "variant": variant,
         "priority": priority,
+        "min_confidence": min_confidence,
         "model": model,
     }
     with exit_on_failure(address):
@@ -142,7 +150,8 @@ def _print_answers(answers: Answers, failures: list[Record], *, as_json: bool) -
         records = tensor_records(answers)
         columns: tuple[Column, ...] = TENSOR_COLUMNS
     else:
-        records, columns = [_answer_record(*answer) for answer in answers], ANSWER_COLUMNS
+        records = [_answer_record(*answer) for answer in answers]
+        columns = tuple(c for c in ANSWER_COLUMNS if c is not CONFIDENCE or _any_sure(records))
     if as_json:
         print_json({"answers": records, "failures": failures})
     elif records:
@@ -203,12 +212,22 @@ def _answer_record(name: str, answer: Prediction) -> Record:
         [{"label": label, "probability": share} for label, share in image] for image in answer.all
     ]
     own = {"file": name, "label": answer.label, "probability": answer.probability}
-    return own | cost_fields(answer) | {"top": top}
+    certainty = {"confidence": answer.confidence, "stages": list(answer.stages) or None}
+    return own | cost_fields(answer) | certainty | {"top": top}
 
 
 def show_total(record: Record) -> str:
     """Return the time of an answer, with enough digits to differ from its budget."""
     return format_total(record["total_s"], record["budget_s"])
+
+
+def _any_sure(records: list[Record]) -> bool:
+    return any(record["confidence"] is not None for record in records)
+
+
+def show_confidence(record: Record) -> str:
+    """Return the calibrated confidence of an answer; `-` if the request asked for none."""
+    return "-" if record["confidence"] is None else f"{record['confidence']:.3f}"
 
 
 def show_budget(record: Record) -> Text:
@@ -219,6 +238,8 @@ def show_budget(record: Record) -> Text:
     return Text.assemble(f"{format_budget(record['budget_s'])} ", result)
 
 
+CONFIDENCE = Column("sure", show_confidence, drop=6)
+"""Shown if a request has `min_confidence`."""
 ANSWER_COLUMNS = (
     Column("image", lambda r: str(r["file"]), text=True),
     Column("label", lambda r: Text(r["label"], style="bold"), text=True),
@@ -226,6 +247,7 @@ ANSWER_COLUMNS = (
     Column("id", lambda r: str(r["variant"]), drop=4),
     Column("variant", lambda r: str(r["variant_name"]), text=True, drop=1),
     Column("quality", lambda r: f"{r['quality']:.4f}"),
+    CONFIDENCE,
     Column("queue", lambda r: format_ms(r["queue_s"]), drop=5),
     Column("compute", lambda r: format_ms(r["compute_s"]), drop=3),
     Column("total", show_total),

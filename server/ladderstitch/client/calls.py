@@ -133,6 +133,7 @@ class SchedulingChanges(TypedDict, total=False):
     overhead_s: float | None
     change_variants: bool | None
     cache_mode: str | None
+    audit_share: float | None
 
 
 def update_scheduling(

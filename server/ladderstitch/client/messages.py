@@ -87,6 +87,7 @@ class InferOptions(TypedDict, total=False):
     min_quality: float | None
     variant: int | None
     priority: int
+    min_confidence: float | None
 
 
 def infer_request(
@@ -98,12 +99,14 @@ def infer_request(
     min_quality: float | None = None,
     variant: int | None = None,
     priority: int = 0,
+    min_confidence: float | None = None,
 ) -> inference_pb2.InferRequest:
     """Return the message of a `predict` call.
 
     `budget_s` is the latency budget in seconds, a hard deadline if `hard`. `min_quality` is in
     [0, 1]. `variant` is the id of the variant to run; if unset, the scheduler chooses. `priority`
-    is 1 (highest) to 255 (lowest), 0 for the default. Raises `TypeError` for an array of another
+    is 1 (highest) to 255 (lowest), 0 for the default. From `min_confidence` in [0, 1] on, the
+    answer of a cheap variant suffices. Raises `TypeError` for an array of another
     type.
     """
     request = inference_pb2.InferRequest(
@@ -112,6 +115,7 @@ def infer_request(
         min_quality=min_quality,
         variant_id=variant,
         priority=priority,
+        min_confidence=min_confidence,
         latency_budget_us=microseconds(budget_s),
     )
     if isinstance(image, bytes):
@@ -152,6 +156,12 @@ class Prediction:
     batch_size: int
     all: list[list[tuple[str, float]]] = field(repr=False)
     response: inference_pb2.InferResponse = field(repr=False)
+    stages: tuple[int, ...] = ()
+    """Ids of the variants that ran, in order, if the request has `min_confidence`."""
+    confidence: float | None = None
+    """Least calibrated confidence of the images, if the request has `min_confidence`."""
+    confidences: tuple[float, ...] = field(repr=False, default=())
+    """Confidence of each image."""
 
     @property
     def logits(self) -> NDArray[np.float32]:
@@ -185,6 +195,11 @@ class Prediction:
             batch_size=cost.batch_size,
             all=classes,
             response=response,
+            stages=tuple(cost.stages),
+            confidence=cost.confidence if cost.HasField("confidence") else None,
+            confidences=tuple(
+                p.confidence for p in response.predictions if p.HasField("confidence")
+            ),
         )
 
 

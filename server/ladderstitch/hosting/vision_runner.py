@@ -19,7 +19,7 @@ from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.telemetry.model_metrics import VisionMetrics
 from ladderstitch.vision.bundle import VisionBundle
-from ladderstitch.vision.engine.base import Engine, EngineConfig
+from ladderstitch.vision.engine.base import ContinuingEngine, Engine, EngineConfig
 from ladderstitch.vision.engine.compiled import CompiledEngine
 from ladderstitch.vision.engine.process import ProcessEngine
 from ladderstitch.vision.engine.startup import (
@@ -151,8 +151,21 @@ class VisionRunner:
         settings = self.registry.active_settings.settings
         record = self._open_record()
         limits = HangLimits() if isinstance(engine, CompiledEngine) else None
+        continues = isinstance(engine, ContinuingEngine)
+        served = [variant for variant in quality if variant in profile.variants]
+        cascades = self.quality.cascade_set.restricted(served, continues=continues)
+        if isinstance(engine, ContinuingEngine):
+            await engine.join_cascades(cascades.pairs)
         scheduler = Scheduler(
-            engine, quality, profile, settings, metrics, record=record, hang_limits=limits
+            engine,
+            quality,
+            profile,
+            settings,
+            metrics,
+            record=record,
+            hang_limits=limits,
+            cascades=cascades,
+            agreements=self.quality.agreements,
         )
         self._parts.push_async_callback(scheduler.close)
         try:

@@ -57,6 +57,8 @@ class Request:
     variant: int | None = None
     priority: int = 0
     """0 for unset, 1 (highest) to 255 (lowest)."""
+    min_confidence: float = 0.0
+    """Calibrated probability of the first class from which a cheap variant suffices; 0: none."""
     is_finite: bool = True
     """Whether all numbers are finite; with others, outputs that are not finite are an answer."""
 
@@ -80,17 +82,42 @@ def check_quality(min_quality: float) -> None:
         raise InvalidArgument("min_quality", f"expected 0 to 1, got {min_quality}")
 
 
+def check_confidence(min_confidence: float) -> None:
+    """Raise `InvalidArgument` if a minimum confidence is not in [0, 1]."""
+    if not 0 <= min_confidence <= 1:  # NaN fails too
+        raise InvalidArgument("min_confidence", f"expected 0 to 1, got {min_confidence}")
+
+
 def check_priority(priority: int) -> None:
     """Raise `InvalidArgument` if a priority is neither 0, for unset, nor 1 to 255."""
     if not 0 <= priority <= MAX_PRIORITY:
         raise InvalidArgument("priority", f"expected 0 to {MAX_PRIORITY}, got {priority}")
 
 
+StageEnd = Literal["sure", "complete", "time"]
+"""Why the stages of a cascade ended: the first one is sure, the last one has run, or no time was
+left for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certainty:
+    """How sure an answer is: the confidence of each of B images, and the variant of its logits.
+
+    `stages` are the variants that ran for the request, in order.
+    """
+
+    stages: tuple[int, ...]
+    confidence: tuple[float, ...]
+    variants: tuple[int, ...]
+    end: StageEnd = "complete"
+
+
 @dataclass(frozen=True, slots=True)
 class ImageAnswer:
     """The answer to one request: logits [B, K] of its B images, and the seconds that it took.
 
-    `batch_size` counts the images of the whole batch that the request ran in.
+    `batch_size` counts the images of the whole batch that the request ran in. `variant` is the last
+    one that ran for it, and `certainty` is set if the request has `min_confidence`.
     """
 
     logits: Logits
@@ -99,6 +126,7 @@ class ImageAnswer:
     queue_s: float
     compute_s: float
     batch_size: int
+    certainty: Certainty | None = None
 
 
 FinishReason = Literal["stop", "length"]

@@ -95,6 +95,36 @@ class Metrics:
             buckets=SLACK_BUCKETS,
         )
 
+        self.cascade_answers = self._counter(
+            "cascade_answers",
+            "Answers with a minimum confidence, by the variants that ran and why they ended: sure, "
+            "complete, or time.",
+            ["model", "stages", "end"],
+        )
+        variant = ["model", "variant"]
+        self.audited_images = self._counter(
+            "audited_images",
+            "Answered images that ran again on the best variant, by whether both agree.",
+            [*variant, "agrees"],
+        )
+        self.audit_seconds = self._counter(
+            "audit_seconds", "Idle time in which answered images ran again.", ["model"]
+        )
+        self.audit_agreement = self._gauge(
+            "audit_agreement",
+            "Agreement of the last 1,000 audited images with the best variant, and the ends of its "
+            "95 % interval.",
+            [*variant, "end"],
+        )
+        self.audit_drift = self._gauge(
+            "audit_drift",
+            "1 while the audited agreement of a variant is below the calibrated one, else 0.",
+            variant,
+        )
+        self.cascade_images = self._counter(
+            "cascade_images", "Images that went on to the last variant of a cascade.", ["model"]
+        )
+
     def _define_state_metrics(self) -> None:
         model = ["model"]
         self.model_ready = self._gauge(

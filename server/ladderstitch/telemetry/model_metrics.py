@@ -158,6 +158,31 @@ class VisionMetrics(ModelMetrics):
         super().__init__(metrics, model, variants)
         self._dispatch_slack_seconds = metrics.dispatch_slack_seconds.labels(model)
         self.turnaround = metrics.turnaround_seconds.labels(model)
+        self._all = metrics
+        self._cascade_answers = metrics.cascade_answers
+        self._cascade_images = metrics.cascade_images.labels(model)
+
+    def observe_audit(
+        self,
+        variant: int,
+        seconds: float,
+        *,
+        agrees: bool,
+        agreement: tuple[float, float, float],
+        drifted: bool,
+    ) -> None:
+        """Count an audited image; `agreement` has the share and both ends of its interval."""
+        model, name = self._model, str(variant)
+        self._all.audited_images.labels(model, name, str(agrees).lower()).inc()
+        self._all.audit_seconds.labels(model).inc(seconds)
+        for end, share in zip(("mean", "low", "high"), agreement, strict=True):
+            self._all.audit_agreement.labels(model, name, end).set(share)
+        self._all.audit_drift.labels(model, name).set(int(drifted))
+
+    def observe_last_stage(self, num_images: int, compute_s: float) -> None:
+        """Count the images that went on to the last variant of a cascade."""
+        self._cascade_images.inc(num_images)
+        self._compute_seconds.observe(compute_s)
 
     def observe_dispatch(self, requests: Sequence[Request], now: float, num_waiting: int) -> None:
         """Count a batch that goes to the engine while `num_waiting` requests stay in the queue."""
@@ -172,6 +197,9 @@ class VisionMetrics(ModelMetrics):
         self._count_request(str(completion.variant), "OK")
         self._request_duration_seconds.observe(now - request.arrival)
         self._served_quality.observe(completion.quality)
+        if (certainty := completion.certainty) is not None:
+            stages = "+".join(map(str, certainty.stages))
+            self._cascade_answers.labels(self._model, stages, certainty.end).inc()
         soft, met = request.deadlines.soft, None
         if soft != float("inf"):
             met = now <= soft

@@ -33,6 +33,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "latency_budget_us": {"int64_param": 3_000_000_000},
     "timeout": {"int64_param": 3_000_000_000},
     "variant_id": {"int64_param": 0},
+    "min_confidence": {"double_param": 0.0},
     "min_quality": {"double_param": 0.0},
     "priority": {"uint64_param": 3},
     "temperature": {"double_param": 0.5},

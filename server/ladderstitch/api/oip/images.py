@@ -60,6 +60,7 @@ async def build_request(
         min_quality=options.min_quality,
         variant=options.variant,
         priority=options.priority,
+        min_confidence=options.min_confidence,
         is_finite=is_finite,
     )
 
@@ -170,6 +171,10 @@ def build_response(
     parameters["ladderstitch_variant_name"].string_param = variant_name
     parameters["ladderstitch_quality"].double_param = completion.quality
     parameters["ladderstitch_replica"].string_param = replica
+    if (certainty := completion.certainty) is not None:
+        stages = ",".join(map(str, certainty.stages))
+        parameters["ladderstitch_stages"].string_param = stages
+        parameters["ladderstitch_confidence"].double_param = min(certainty.confidence)
     deadlines = request.deadlines
     if deadlines.soft != math.inf:
         budget_us = round(1e6 * (deadlines.soft - request.arrival))
