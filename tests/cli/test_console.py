@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ladderstitch.cli import make
-from ladderstitch.cli.console import format_ms, parse_duration, plain_table
+from ladderstitch.cli.console import parse_duration, plain_table
 from ladderstitch.client.channel import read_token
 from ladderstitch.errors import ConfigError
 from ladderstitch.importers import fetch, fetch_efficientnet
@@ -27,22 +27,6 @@ def test_parse_duration_reads_each_unit(text: str, seconds: float) -> None:
 def test_parse_duration_rejects_text_without_a_unit(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^announce: expected a number with a unit .*got '"):
         parse_duration(text, "announce")
-
-
-@pytest.mark.parametrize(
-    ("took", "budget", "texts"),
-    [
-        (0.00213, 0.002, ("2.130 ms", "2.000 ms")),
-        (0.0020004, 0.002, ("2.0004 ms", "2.0000 ms")),
-        (0.8004, 0.8, ("800.4 ms", "800.0 ms")),
-        (0.099999999, 0.1, ("99.999999 ms", "100.00000 ms")),
-        (0.05, 0.05, ("50.00 ms", "50.00 ms")),
-    ],
-)
-def test_format_ms_shows_every_difference(
-    took: float, budget: float, texts: tuple[str, str]
-) -> None:
-    assert format_ms(took, budget) == texts
 
 
 def print_table(width: int, name: str) -> list[str]:

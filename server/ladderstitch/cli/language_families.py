@@ -8,9 +8,7 @@ from pathlib import Path
 
 from ladderstitch.bundles import find_bundle, models_home
 from ladderstitch.cli.console import err, out, progress_bar
-from ladderstitch.cli.measure import print_paths
 from ladderstitch.errors import ConfigError
-from ladderstitch.vision.bundle import write_table
 
 NETWORK_SUFFIXES = (".onnx", ".yaml", ".yml")
 """Of files that list or are networks for images or tensors."""
@@ -39,11 +37,14 @@ def are_language_models(networks: Sequence[Path]) -> bool:
     return not any(path.is_file() or path.suffix.lower() in NETWORK_SUFFIXES for path in networks)
 
 
-def make_language_family(models: Sequence[Path], options: LanguageOptions) -> None:
+def make_language_family(
+    models: Sequence[Path], options: LanguageOptions, *, as_json: bool
+) -> None:
     """Stitch language models, measure the family, draw its frontier, and print what to do next.
 
     Raises `ConfigError`, `BundleError` and `DataError` for models and texts that do not fit.
     """
+    from ladderstitch.cli.frontier import print_paths
     from ladderstitch.importers.make_target import MakeTarget
     from ladderstitch.text.bundle import TextBundle
     from ladderstitch.text.frontier import LATENCY
@@ -51,6 +52,7 @@ def make_language_family(models: Sequence[Path], options: LanguageOptions) -> No
     from ladderstitch.training.text.profile import profile
     from ladderstitch.training.text.source_anchors import SourceAnchors
     from ladderstitch.training.text.stitch_anchors import StitchOptions, stitch_anchors
+    from ladderstitch.vision.bundle import write_table
 
     text = _given("text", options.text, "a text to fit the stitching layers on")
     held_out = _given("held-out", options.held_out, "another text to measure all paths on")
@@ -75,16 +77,17 @@ def make_language_family(models: Sequence[Path], options: LanguageOptions) -> No
             calibrate(bundle, held_out, DEFAULT_SAMPLE, options.threads, progress)
             table = profile(bundle, options.rounds, options.threads, progress)
             write_table(made / LATENCY, table)
-        print_paths(made, options.plot or made / "frontier.png")
+        print_paths(made, options.plot or made / "frontier.png", as_json=as_json)
     shares = sorted(explained.values())
-    out.print(
+    err.print(
         f"stitching layers explain {shares[0]:.0%} to {shares[-1]:.0%} of the variance",
         highlight=False,
     )
     drawn = options.plot or folder / "frontier.png"
     err.print(f"wrote {folder} and {drawn}", soft_wrap=True)
     served = options.name if options.into is None else folder
-    out.print(f"ladderstitch serve --model {served}", highlight=False, soft_wrap=True)
+    if not as_json:
+        out.print(f"ladderstitch serve --model {served}", highlight=False, soft_wrap=True)
 
 
 def _given(option: str, file: Path | None, meaning: str) -> Path:

@@ -75,6 +75,12 @@ class TextTokenizer:
         added = self._tokenizer.get_added_tokens_decoder().values()
         return {token.content: token.special for token in added}
 
+    def to_json(self, extra_tokens: Sequence[str] = ()) -> str:
+        """Return the tokenizer as `tokenizer.json` has it, with these special tokens, too."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.add_special_tokens(list(extra_tokens))
+        return tokenizer.to_str()
+
     def token(self, token: int) -> str | None:
         """Return a token as the vocabulary spells it; None for an unknown id."""
         return self._tokenizer.id_to_token(token)
@@ -290,9 +296,16 @@ class StoppableText:
         self.stopped = False
         self._stream, self._stop, self._held = stream, stop, ""
 
-    def add(self, token: int) -> str:
-        """Return the text that a new token releases; empty while a stop string is possible."""
-        return self._release(self._stream.add(token))
+    def add(self, token: int, *, may_stop: bool = True) -> str:
+        """Return the text that a new token releases; empty while a stop string is possible.
+
+        Without `may_stop`, all text so far is released, whatever it is.
+        """
+        new = self._stream.add(token)
+        if may_stop:
+            return self._release(new)
+        released, self._held = self._held + new, ""
+        return released
 
     def finish(self) -> str:
         """Return the text held back, after the last token; nothing after a stop string."""

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ladderstitch.addresses import split_address
 from ladderstitch.runtime.cuda_graphs import CudaGraphs
 from ladderstitch.runtime.device import use_device
 from ladderstitch.runtime.process import trim_heap
-from ladderstitch.security.listen_config import split_address
 from ladderstitch.text.comm.base import (
     CommSpec,
     Communicator,
@@ -249,7 +249,9 @@ class Rank:
 
 
 def anonymous_bytes() -> int:
-    """Return the resident memory of this process that no file backs, in bytes."""
+    """Return the resident memory of this process that no file backs, in bytes; 0 if unknown."""
+    if sys.platform != "linux":
+        return 0
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
