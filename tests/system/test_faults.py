@@ -72,7 +72,7 @@ def test_command_line_works_through_a_gateway(running: ReplicasAndGateways) -> N
     address = running[1][0].address
     wait_until_serving([gateway.metrics for gateway in running[1]], 2)
     listed = ladderstitch("models", "--address", address)
-    assert "tiny version 1" in listed.stdout
+    assert "\ntiny\t0\tanchor-0\t" in listed.stdout
     assert ladderstitch("health", "--address", address).stdout.strip() == "SERVING"
     changed = ladderstitch("schedule", "--pin", 3, "--address", address)
     assert "pinned_variant: 3" in changed.stdout

@@ -222,12 +222,13 @@ def show_total(record: Record) -> str:
 
 
 def _any_sure(records: list[Record]) -> bool:
-    return any(record["confidence"] is not None for record in records)
+    return any(record.get("confidence") is not None for record in records)
 
 
 def show_confidence(record: Record) -> str:
     """Return the calibrated confidence of an answer; `-` if the request asked for none."""
-    return "-" if record["confidence"] is None else f"{record['confidence']:.3f}"
+    confidence = record.get("confidence")
+    return "-" if confidence is None else f"{confidence:.3f}"
 
 
 def show_budget(record: Record) -> Text:

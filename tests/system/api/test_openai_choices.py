@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -453,11 +454,14 @@ def test_requests_have_ids_in_answers_and_in_the_log(
     with pytest.raises(openai.NotFoundError) as missing:
         raw.create(model="none", prompt="x")
     assert missing.value.request_id
-    log = server.log.read_text()
-    assert "request_id=own id 7 method=POST /v1/completions model=tiny code=OK" in log
-    assert (
-        f"request_id={missing.value.request_id} method=POST /v1/completions model= code=NOT" in log
-    )
+    lines = [
+        "request_id=own id 7 method=POST /v1/completions model=tiny code=OK",
+        f"request_id={missing.value.request_id} method=POST /v1/completions model= code=NOT",
+    ]
+    end = time.monotonic() + 300
+    while not all(line in server.log.read_text() for line in lines):  # written after the answer
+        assert time.monotonic() < end, f"not logged: {lines}"
+        time.sleep(0.05)
 
 
 def test_metrics_are_on_the_http_port_as_well(server: RunningServer) -> None:

@@ -23,7 +23,7 @@ from tests.support.elastic_models import FAMILY, LADDER, Definition, random_fami
 from tests.support.stitched_kernels import ROUTES, KernelRank, KernelStream, random_tokens
 from tests.system.kernels.ranks import Delay, RankContext, run_ranks
 
-RESIDUAL = "ladderstitch.text.model.residual"
+RESIDUAL = "ladderstitch.text.model.residual_stream"
 UP, DOWN = "small-2+large", "large-2+small"
 PROMPT, TOKENS = 2, 4
 Edit = tuple[str, str]

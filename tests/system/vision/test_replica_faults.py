@@ -342,7 +342,11 @@ async def test_load_model_checks_and_measures_off_the_event_loop(
             threads.append(threading.current_thread())
             return make(config)
 
+        async def no_rehearsal(twin: object) -> None:
+            """Send no requests: small ones would be computed in the event loop."""
+
         monkeypatch.setattr(replica.models, "make", recorded)
+        monkeypatch.setattr(replica.models, "_rehearse", no_rehearsal)
         monkeypatch.setenv("LADDERSTITCH_CACHE", str(home / "cache"))
         await client.load_model("other")
         assert len(threads) == 1
