@@ -80,7 +80,7 @@ def measure(family: str) -> RealSize:
         bundle = write_random(family, Path(folder))
         loaded = VisionBundle.load(bundle)
         config = loaded.manifest.config
-        cached_units(loaded.digest(), loaded.load_model, SHAPE, lambda done, total: None)
+        cached_units(loaded.digest(), loaded.load_stitched, SHAPE, lambda done, total: None)
         cost = json.loads(_load_in_new_process(bundle))
         with torch.device("meta"):
             model = config.build()

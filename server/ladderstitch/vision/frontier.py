@@ -12,6 +12,8 @@ from ladderstitch.errors import BundleError
 from ladderstitch.scheduling.profiles import LatencyProfile, Quality, QualityTable, frontier
 from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.models.cost import Cost, stitch_cost
+from ladderstitch.vision.models.nested.cost import path_costs
+from ladderstitch.vision.models.nested.model import NestedConfig
 from ladderstitch.vision.models.route import Precision
 from ladderstitch.vision.networks.config import OnnxConfig
 
@@ -76,6 +78,8 @@ def variant_costs(bundle: VisionBundle) -> dict[int, Cost]:
     config, variants = bundle.manifest.config, bundle.manifest.variants()
     if isinstance(config, OnnxConfig):
         return {variant.id: Cost(*config.cost(variant)) for variant in variants}
+    if isinstance(config, NestedConfig):
+        return path_costs(config)
     with torch.device("meta"):
         model = config.build()
     return {v.id: stitch_cost(model, v, config.inputs.image_size) for v in variants}

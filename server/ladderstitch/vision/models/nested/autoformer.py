@@ -183,11 +183,11 @@ class AutoFormer(BaseModel):
             q, k, v = project_qkv(x)
             by_token = q.permute(2, 0, 1, 3)  # [T, B, H, size]
             offsets = by_token.flatten(1, 2) @ keys().transpose(1, 2)  # [T, B * H, T]
-            offsets = offsets.unflatten(1, by_token.shape[1:3]).permute(1, 2, 0, 3)
+            offsets = offsets.unflatten(1, (-1, heads)).permute(1, 2, 0, 3)
             weights = ((q @ k.transpose(2, 3) + offsets) * scale).softmax(-1)
             by_token = weights.permute(2, 0, 1, 3)
             added = by_token.flatten(1, 2) @ values()  # [T, B * H, size]
-            added = added.unflatten(1, by_token.shape[1:3]).permute(1, 2, 0, 3)
+            added = added.unflatten(1, (-1, heads)).permute(1, 2, 0, 3)
             return project((weights @ v + added).transpose(1, 2).flatten(2))
 
         return attend

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import torch
@@ -20,6 +19,7 @@ from ladderstitch.vision.models.nested.slices import (
     Plan,
     Slices,
     Statistics,
+    WidthSlices,
     build_tree,
 )
 from ladderstitch.vision.models.nested.thinking_vit import ThinkingVit
@@ -129,10 +129,11 @@ class NestedModel(nn.Module):
                 plan(batch)
         self.statistics[path] = slices.averages()
 
-    @cached_property
-    def normalises_batches(self) -> bool:
-        """Whether the supernet has batch normalisation."""
-        return bool(self.norm_names)
+    def norm_widths(self, path: int) -> dict[str, int]:
+        """Return the active channels of every batch normalisation of a path, by its name."""
+        slices = WidthSlices(self)
+        self.plan(path, slices)
+        return slices.widths
 
     def _apply(self, fn: Any, recurse: bool = True) -> NestedModel:
         """Move or convert the paths' statistics together with the weights."""

@@ -174,6 +174,19 @@ class BatchSlices(Slices):
         return lambda x: F.batch_norm(x, mean, variance, weight, bias, True, MOMENTUM, eps)
 
 
+class WidthSlices(Slices):
+    """Slices that note the width of every batch normalisation, in `widths`."""
+
+    def __init__(self, tree: nn.Module) -> None:
+        super().__init__(tree)
+        self.widths: dict[str, int] = {}
+
+    def batch_norm(self, name: str, width: int) -> Step:
+        """Note the width."""
+        self.widths[name] = width
+        return super().batch_norm(name, width)
+
+
 class MeasuringSlices(Slices):
     """Slices that normalise with each batch's statistics and average them, to recalibrate.
 
