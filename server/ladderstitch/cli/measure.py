@@ -170,9 +170,20 @@ def frontier(
     macs: Annotated[
         bool, typer.Option("--macs", help="Cost in multiply-accumulates instead of latency.")
     ] = False,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(help="Further image model whose frontier is drawn into the plot."),
+    ] = None,
+    prune_into: Annotated[
+        Path | None,
+        typer.Option(
+            "--prune", help="Supernets: bundle directory to write, with the frontier's paths only."
+        ),
+    ] = None,
 ) -> None:
     """Show the frontier: the stitches for which no other has better quality and lower cost."""
     from ladderstitch.vision.frontier import CostMetric, frontier_rows, plot_frontier
+    from ladderstitch.vision.prune import prune
 
     with user_errors():
         path = find_bundle(str(bundle))
@@ -188,8 +199,12 @@ def frontier(
         out.print(f"[bold]{title}[/]", highlight=False)
         out.print(frontier_table(listed))
         if plot is not None:
-            plot_frontier(loaded, plot, metric)
+            others = [VisionBundle.load(find_bundle(other)) for other in compare or ()]
+            plot_frontier(loaded, plot, metric, others)
             err.print(f"wrote {plot}")
+        if prune_into is not None:
+            names = prune(loaded, prune_into, metric)
+            err.print(f"wrote {prune_into} with {len(names)} paths", soft_wrap=True)
 
 
 def _profile_paths(path: Path, rounds: int, threads: int, progress: Progress) -> LatencyProfile:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ladderstitch.bundles import check_tensors, shapes_of
 from ladderstitch.errors import ConfigError
 from ladderstitch.vision.models.nested.model import NestedConfig, NestedModel
-from ladderstitch.vision.models.nested.sampling import sample_paths
+from ladderstitch.vision.models.nested.sampling import sampled_config
 
 Fields = dict[str, Any]
 Tensors = Mapping[str, Tensor]
@@ -60,7 +60,7 @@ def _thinking_vit(config: Mapping[str, Any]) -> Fields:
     return {name: config[name] for name in names}
 
 
-_OWN_RESNET = ("base_depths", "stem_width", "stage_widths", "small_images")
+_OWN_RESNET = ("base_depths", "stem_width", "stage_widths", "stem_pool")
 LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Fields]] = {
     "ofa-resnet": _ofa_resnet,
     "ofa-mbv3": _ofa_mobilenet,
@@ -156,15 +156,6 @@ def read_nested(
         raise ConfigError(f"config: expected the field {error}") from error
     except ValidationError as error:
         raise ConfigError(f"config: {error}") from error
-
-
-def sampled_config(fields: Fields, count: int, seed: int) -> NestedConfig:
-    """Return the family of a supernet's fields without paths, with sampled ones."""
-    net = NestedConfig.model_fields["net"]
-    kinds = {kind.model_fields["kind"].default: kind for kind in net.annotation.__args__}
-    empty = kinds[fields["net"]["kind"]].model_construct(**fields["net"])
-    fields["net"]["paths"] = sample_paths(empty, count, seed)
-    return NestedConfig.model_validate(fields)
 
 
 def import_nested(family: str, config: NestedConfig, tensors: Tensors) -> NestedModel:

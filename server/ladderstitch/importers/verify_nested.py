@@ -60,22 +60,22 @@ def _outputs(model: NestedModel, tensors: Tensors) -> Iterator[Pair]:
     """Yield the logits of every path, then those after recalibration and the statistics."""
     images = tensors["input"]
     batches = [tensors[name] for name in sorted(tensors) if name.startswith("calibration.")]
+    serving = StitchExecutor(model)
     for stitch in model.stitches:
         name = stitch.given_name
-        yield name, StitchExecutor(model)(images, stitch.id), tensors[f"output.{name}"]
-        if not batches:
-            continue
+        yield name, serving(images, stitch.id), tensors[f"output.{name}"]
+    if not batches:
+        return
+    for stitch in model.stitches:
         model.recalibrate(stitch.id, batches)
+    serving = StitchExecutor(model)
+    for stitch in model.stitches:
+        name = stitch.given_name
         wanted = tensors[f"output.{name}.recalibrated"]
-        yield f"{name}.recalibrated", StitchExecutor(model)(images, stitch.id), wanted
+        yield f"{name}.recalibrated", serving(images, stitch.id), wanted
         for norm, (mean, variance) in model.statistics[stitch.id].items():
             for part, got in (("running_mean", mean), ("running_var", variance)):
                 yield f"{name}.{norm}.{part}", got, tensors[f"recalibrated.{name}.{norm}.{part}"]
-    # the paths' own plans share no state: all of them again, in another order
-    for stitch in reversed(model.stitches):
-        name, again = stitch.given_name, "" if not batches else ".recalibrated"
-        got = StitchExecutor(model)(images, stitch.id)
-        yield f"{name}{again}, last", got, tensors[f"output.{name}{again}"]
 
 
 def _exits(model: NestedModel, metadata: Mapping[str, Any], tensors: Tensors) -> Iterator[Pair]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CostMetric = Literal["latency", "macs"]
+OTHER_COLOURS = ("tab:orange", "tab:green", "tab:purple")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +99,17 @@ def load_measurements(bundle: VisionBundle) -> tuple[QualityTable, LatencyProfil
     return bundle.quality, bundle.latency
 
 
-def plot_frontier(bundle: VisionBundle, path: Path, metric: CostMetric = "latency") -> None:
-    """Draw all stitches, the anchors and the frontier into a PNG file."""
+def plot_frontier(
+    bundle: VisionBundle,
+    path: Path,
+    metric: CostMetric = "latency",
+    others: Sequence[VisionBundle] = (),
+) -> None:
+    """Draw all stitches, the anchors and the frontier into a PNG file.
+
+    Of `others`, which should have been measured on the same data, only the frontiers are drawn.
+    Raises `BundleError` for a bundle that lacks a measurement.
+    """
     from matplotlib.figure import Figure  # takes a second to import; only this command needs it
 
     quality, latency = load_measurements(bundle)
@@ -109,6 +120,8 @@ def plot_frontier(bundle: VisionBundle, path: Path, metric: CostMetric = "latenc
     axes.step(*_points(best, metric), where="post", color="tab:blue", linewidth=1, label="frontier")
     for precision, marker in (("float32", "o"), ("int8", "^")):
         _plot_points(axes, [row for row in rows if row.precision == precision], metric, marker)
+    for number, other in enumerate(others):
+        _plot_other(axes, other, metric, OTHER_COLOURS[number % len(OTHER_COLOURS)])
     threads = "1 thread" if latency.threads == 1 else f"{latency.threads} threads"
     device = f"{latency.device}, {threads}"
     axes.set_xlabel(
@@ -121,6 +134,15 @@ def plot_frontier(bundle: VisionBundle, path: Path, metric: CostMetric = "latenc
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path)
+
+
+def _plot_other(axes: Axes, bundle: VisionBundle, metric: CostMetric, colour: str) -> None:
+    """Draw the frontier of another bundle."""
+    quality, _ = load_measurements(bundle)
+    best = [row for row in frontier_rows(bundle, metric) if row.on_frontier]
+    label = f"{bundle.manifest.name} ({quality.data}, n = {quality.n:,})"
+    axes.step(*_points(best, metric), where="post", color=colour, linewidth=1)
+    axes.plot(*_points(best, metric), "s", color=colour, ms=4, label=label)
 
 
 def _plot_points(axes: Axes, rows: list[FrontierRow], metric: CostMetric, marker: str) -> None:

@@ -49,9 +49,7 @@ class OfaResNet(BaseModel):
     base_depths: tuple[int, int, int, int] = (2, 2, 4, 2)
     stem_width: int = Field(64, gt=0)
     stage_widths: tuple[int, int, int, int] = (256, 512, 1024, 2048)
-    small_images: bool = Field(
-        False, description="a stem without strides and pooling, for images of about 32 x 32"
-    )
+    stem_pool: bool = Field(True, description="halve the maps after the stem; not for small images")
     paths: tuple[OfaResNetPath, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -130,13 +128,13 @@ class OfaResNet(BaseModel):
         """Return the stem and its width."""
         middle, _ = self._stem(self.width_mult_list[path.w[0]])
         _, width = self._stem(self.width_mult_list[path.w[1]])
-        small = self.small_images
+        pools = self.stem_pool
 
         def conv(name: str, outputs: int, ins: int, stride: int) -> Step:
             weight = slices.take(f"{name}.conv.conv.weight", outputs, ins)
             return slices.conv_norm(weight, f"{name}.bn.bn", stride)
 
-        first = conv("input_stem.0", middle, inputs.in_channels, 1 if small else 2)
+        first = conv("input_stem.0", middle, inputs.in_channels, 2)
         runs_middle = path.d[0] == max(self.depth_list)
         second = conv("input_stem.1.conv", middle, middle, 1) if runs_middle else None
         third = conv("input_stem.2", width, middle, 1)
@@ -146,7 +144,7 @@ class OfaResNet(BaseModel):
             if second is not None:
                 x = F.relu(second(x)) + x
             x = F.relu(third(x))
-            return x if small else F.max_pool2d(x, 3, 2, 1)
+            return F.max_pool2d(x, 3, 2, 1) if pools else x
 
         return embed, width
 

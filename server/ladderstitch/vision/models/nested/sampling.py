@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.vision.models.nested.model import Net
+from ladderstitch.vision.models.nested.model import Net, NestedConfig
 
 ATTEMPTS = 50
 """Draws for each listed path, after which a supernet is taken to have no more."""
@@ -39,3 +39,17 @@ def sample_paths(net: Net, count: int, seed: int) -> list[Mapping[str, Any]]:
         any(add(None, min(max(level, 0.001), 0.999)) for _ in range(ATTEMPTS))
     add("largest", 1.0)
     return list(drawn.values())
+
+
+def sampled_config(fields: Mapping[str, Any], count: int, seed: int) -> NestedConfig:
+    """Return the family of these fields, whose supernet has no paths yet, with sampled ones.
+
+    Raises `ConfigError` for a count below two, `ValidationError` for fields that do not fit.
+    """
+    net = dict(fields["net"])
+    kinds = {kind.model_fields["kind"].default: kind for kind in get_args(get_args(Net)[0])}
+    kind = kinds.get(net.get("kind"))
+    if kind is None:
+        raise ConfigError(f"net.kind: expected one of {sorted(kinds)}, got {net.get('kind')!r}")
+    net["paths"] = sample_paths(kind.model_construct(**net), count, seed)
+    return NestedConfig.model_validate({**fields, "net": net})
