@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -240,14 +242,24 @@ class _Offsets:
     ) -> None:
         self._vertical = slices.take(f"{name}.embeddings_table_v", None, size)
         self._horizontal = slices.take(f"{name}.embeddings_table_h", None, size)
-        side, most = inputs.image_size // net.patch_size, net.max_relative_position
-        place = torch.arange(side * side, device=self._vertical.device)
-        rows, columns = place // side, place % side
-        self._rows, self._columns = (
-            F.pad((p[None] - p[:, None]).clamp(-most, most) + most + 1, (1, 0, 1, 0))
-            for p in (rows, columns)
-        )
+        side, device = inputs.image_size // net.patch_size, self._vertical.device
+        self._rows, self._columns = _positions(side, net.max_relative_position, device)
 
     def __call__(self) -> Tensor:
         """Return the embeddings of all pairs (query, key)."""
         return self._vertical[self._rows] + self._horizontal[self._columns]
+
+
+@lru_cache(maxsize=8)
+def _positions(side: int, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the tables' vertical and horizontal entries [T, T] of all pairs (query, key).
+
+    All layers and paths share them: on 197 tokens they take 0.6 MB.
+    """
+    place = np.arange(side * side)
+    entries = []
+    for position in (place // side, place % side):
+        distance = np.clip(position[None] - position[:, None], -most, most) + most + 1
+        padded = np.pad(distance, ((1, 0), (1, 0)))
+        entries.append(torch.from_numpy(padded).to(device))
+    return entries[0], entries[1]

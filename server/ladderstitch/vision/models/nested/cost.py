@@ -6,11 +6,12 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ladderstitch.vision.models.cost import BATCH_NORM, LAYER_NORM, POOLING, Cost
 from ladderstitch.vision.models.nested.model import NestedConfig
-from ladderstitch.vision.models.nested.slices import Slices
+from ladderstitch.vision.models.nested.slices import Plan, Slices
 
 aten = torch.ops.aten
 
@@ -18,20 +19,27 @@ aten = torch.ops.aten
 def path_costs(config: NestedConfig) -> dict[int, Cost]:
     """Return multiply-accumulates per image and parameters of every path, by its id.
 
-    Elementwise operations count as in `models/cost.py`.
+    Elementwise operations count as in `models/cost.py`. What is computed once for a batch, like
+    kernels of other kernels, counts nothing: the cost is what a second image adds.
     """
     with torch.device("meta"):
         model = config.build().eval().requires_grad_(False)
-        images = torch.empty(1, *config.inputs.shape)
+        batches = [torch.empty(size, *config.inputs.shape) for size in (1, 2)]
     costs = {}
     for stitch in model.stitches:
         slices = Slices(model)
         plan = model.plan(stitch.id, slices)
-        counter = FlopCounterMode(display=False, custom_mapping=_ELEMENTWISE)
-        with counter, torch.no_grad():
-            plan(images)
-        costs[stitch.id] = Cost(counter.get_total_flops() // 2, slices.parameters)
+        one, two = (_count_flops(plan, images) for images in batches)
+        costs[stitch.id] = Cost((two - one) // 2, slices.parameters)
     return costs
+
+
+def _count_flops(plan: Plan, images: Tensor) -> int:
+    """Return the floating-point operations of a batch."""
+    counter = FlopCounterMode(display=False, custom_mapping=_ELEMENTWISE)
+    with counter, torch.no_grad():
+        plan(images)
+    return counter.get_total_flops()
 
 
 def _per_element(operations: int) -> Any:

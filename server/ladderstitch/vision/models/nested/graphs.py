@@ -12,9 +12,12 @@ import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ladderstitch.runtime import ProgressCallback
@@ -22,7 +25,7 @@ from ladderstitch.runtime.cache import cached_folder
 from ladderstitch.vision.models.graphs import INPUT, OPSET, OUTPUT, TRACED_BATCH
 from ladderstitch.vision.models.nested.model import NestedModel
 
-LAYOUT = 1
+LAYOUT = 3
 """Version of the cached files; a change makes older ones unused."""
 PREFIX = "model."
 """What precedes the names of the supernet's tensors in graphs."""
@@ -62,6 +65,7 @@ def export_path(model: NestedModel, path: int) -> onnx.ModelProto:
         )
     graph = onnx.load_from_string(file.getvalue())
     _bind_by_name(graph, model)
+    _compute_indices(graph.graph)
     return graph
 
 
@@ -80,6 +84,37 @@ def _bind_by_name(model: onnx.ModelProto, source: NestedModel) -> None:
             stub.dims.extend(tensors[entry.name].shape)
             stub.data_location = onnx.TensorProto.EXTERNAL
             stub.external_data.add(key="location", value="weights")
+
+
+def _compute_indices(graph: onnx.GraphProto) -> None:
+    """Turn constants, and those with further axes, into tensors; equal ones exist once.
+
+    They are the bounds of slices, four times as many nodes as there are others, and the path's
+    statistics.
+    """
+    values: dict[str, NDArray[Any]] = {}
+    kept = []
+    for node in graph.node:
+        (name,) = node.output[:1]
+        if node.op_type == "Constant":
+            values[name] = onnx.numpy_helper.to_array(node.attribute[0].t)
+        elif node.op_type == "Unsqueeze" and all(source in values for source in node.input):
+            data, axes = (values[source] for source in node.input)
+            values[name] = np.expand_dims(data, tuple(axes.tolist()))
+        else:
+            kept.append(node)
+    names: dict[tuple[bytes, str, tuple[int, ...]], str] = {}
+    for node in kept:
+        for number, name in enumerate(node.input):
+            if name in values:
+                value = values[name]
+                key = (value.tobytes(), str(value.dtype), value.shape)
+                if key not in names:
+                    names[key] = name
+                    graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+                node.input[number] = names[key]
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def bound_names(model: onnx.ModelProto) -> list[str]:

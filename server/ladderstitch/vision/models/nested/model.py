@@ -14,7 +14,6 @@ from ladderstitch.vision.models.nested.ofa_mobilenet import OfaMobileNet
 from ladderstitch.vision.models.nested.ofa_resnet import OfaResNet
 from ladderstitch.vision.models.nested.slices import (
     BatchSlices,
-    FoldedSlices,
     MeasuringSlices,
     Plan,
     Slices,
@@ -105,10 +104,6 @@ class NestedModel(nn.Module):
         chosen = Slices(self, self.statistics.get(path)) if slices is None else slices
         plan: Plan = net.plan(net.paths[path], chosen, self.config.inputs)
         return plan
-
-    def folded_plan(self, path: int) -> Plan:
-        """Return the functions of a path with copies of its weights, batch normalisation folded."""
-        return self.plan(path, FoldedSlices(self, self.statistics.get(path)))
 
     def forward(self, images: Tensor, stitch: int) -> Tensor:
         """Return the logits [B, num_classes] of images [B, C, H, W] on the path with this id."""

@@ -162,8 +162,8 @@ class OfaMobileNet(BaseModel):
         down = f"{name}.point_linear"
         weight = slices.take(f"{up}.conv.conv.weight", middle, ins)
         expand = slices.conv_norm(weight, f"{up}.bn.bn")
-        weight = self._kernel(slices, f"{deep}.conv", middle, kernel)
-        convolve = slices.conv_norm(weight, f"{deep}.bn.bn", stride, groups=middle)
+        kernels = self._kernels(slices, f"{deep}.conv", middle, kernel)
+        convolve = slices.depthwise_norm(kernels, f"{deep}.bn.bn", middle, stride)
         squeeze = _squeeze(slices, f"{deep}.se.fc", middle) if SQUEEZES[stage] else None
         weight = slices.take(f"{down}.conv.conv.weight", outputs, middle)
         project = slices.conv_norm(weight, f"{down}.bn.bn")
@@ -176,18 +176,30 @@ class OfaMobileNet(BaseModel):
 
         return forward
 
-    def _kernel(self, slices: Slices, name: str, channels: int, size: int) -> Tensor:
-        """Return the kernels [channels, 1, size, size] of a depthwise convolution."""
-        kernels = slices.take(f"{name}.conv.weight", channels)
+    def _kernels(
+        self, slices: Slices, name: str, channels: int, size: int
+    ) -> Callable[[], Tensor]:
+        """Return the function that gives the kernels [channels, 1, size, size].
+
+        They are computed at each call, which takes little time: stored for every path, they would
+        be a quarter of the weights.
+        """
+        largest = slices.take(f"{name}.conv.weight", channels)
+        steps: list[tuple[int, int, Tensor]] = []
         for target, source in zip(self.ks_list[-2::-1], self.ks_list[:0:-1], strict=True):
-            if source <= size:
-                break
-            edge = (source - target) // 2
-            centre = kernels[:, :, edge : edge + target, edge : edge + target]
-            matrix = slices.take(f"{name}.{source}to{target}_matrix")
-            kernels = F.linear(centre.reshape(channels, -1), matrix)
-            kernels = kernels.reshape(channels, 1, target, target)
-        return kernels
+            if source > size:
+                matrix = slices.take(f"{name}.{source}to{target}_matrix")
+                steps.append((source, target, matrix))
+
+        def transform() -> Tensor:
+            kernels = largest
+            for source, target, matrix in steps:
+                edge = (source - target) // 2
+                centre = kernels[:, :, edge : edge + target, edge : edge + target]
+                kernels = F.linear(centre.flatten(1), matrix).view(channels, 1, target, target)
+            return kernels
+
+        return transform
 
     def sample(self, rng: random.Random, level: float) -> dict[str, object]:
         """Return the fields of a random path; `level` from 0 to 1 leans towards large choices."""
@@ -203,9 +215,10 @@ def _first_block(slices: Slices, width: int) -> Step:
     """Return the fixed first block, without expansion, with a shortcut."""
     name = "blocks.0.conv"
     weight = slices.take(f"{name}.depth_conv.conv.weight")
-    convolve = slices.conv_norm(weight, f"{name}.depth_conv.bn", groups=width)
-    weight = slices.take(f"{name}.point_linear.conv.weight")
-    project = slices.conv_norm(weight, f"{name}.point_linear.bn")
+    convolve = slices.depthwise_norm(lambda: weight, f"{name}.depth_conv.bn", width)
+    project = slices.conv_norm(
+        slices.take(f"{name}.point_linear.conv.weight"), f"{name}.point_linear.bn"
+    )
     return lambda x: x + project(F.relu(convolve(x)))
 
 

@@ -105,7 +105,7 @@ class Slices:
         tensor: Tensor = self._tree.get_parameter(name)
         for axis, size in enumerate(sizes):
             if size is not None and size < tensor.shape[axis]:
-                tensor = tensor.narrow(axis, 0, size)
+                tensor = _first(tensor, axis, size)
         self._count(name, tensor.numel())
         return tensor
 
@@ -142,24 +142,25 @@ class Slices:
         mean = self._tree.get_buffer(f"{name}.running_mean")
         return mean[:width], self._tree.get_buffer(f"{name}.running_var")[:width]
 
-    def conv_norm(self, weight: Tensor, norm: str, stride: int = 1, groups: int = 1) -> Step:
+    def conv_norm(self, weight: Tensor, norm: str, stride: int = 1) -> Step:
         """Return a convolution without bias and the batch normalisation after it."""
         padding = weight.shape[-1] // 2
         normalise = self.batch_norm(norm, weight.shape[0])
-        return lambda x: normalise(F.conv2d(x, weight, None, stride, padding, 1, groups))
+        return lambda x: normalise(F.conv2d(x, weight, None, stride, padding))
 
+    def depthwise_norm(
+        self, kernels: Callable[[], Tensor], norm: str, channels: int, stride: int = 1
+    ) -> Step:
+        """Return a depthwise convolution, whose kernels are computed, and its normalisation."""
+        normalise = self.batch_norm(norm, channels)
 
-class FoldedSlices(Slices):
-    """Slices with batch normalisation folded into copies of the weights, for a graph of one path."""
+        def convolve(x: Tensor) -> Tensor:
+            weight = kernels()
+            return normalise(
+                F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, groups=channels)
+            )
 
-    def conv_norm(self, weight: Tensor, norm: str, stride: int = 1, groups: int = 1) -> Step:
-        """Return one convolution with a bias that equals convolution and normalisation."""
-        width, padding = weight.shape[0], weight.shape[-1] // 2
-        mean, variance = self.stored_statistics(norm, width)
-        scale = self.take(f"{norm}.weight", width) * torch.rsqrt(variance + BATCH_NORM_EPS)
-        bias = self.take(f"{norm}.bias", width) - mean * scale
-        weight = weight * scale[:, None, None, None]
-        return lambda x: F.conv2d(x, weight, bias, stride, padding, 1, groups)
+        return convolve
 
 
 class BatchSlices(Slices):
@@ -225,3 +226,12 @@ def make_divisible(value: float, divisor: int = 8) -> int:
     """Return the multiple of `divisor` next to a width, never over 10 % below it."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+def _first(tensor: Tensor, axis: int, size: int) -> Tensor:
+    """Return a view of the first entries along an axis.
+
+    `narrow` is the same, but becomes nine nodes of a graph instead of one.
+    """
+    view: Tensor = torch.ops.aten.slice.Tensor(tensor, axis, 0, size)
+    return view
