@@ -256,10 +256,10 @@ def import_(
 ) -> None:
     """Make a bundle from checkpoints or ONNX files, published ones or your own.
 
-    The input is one file of a stitched family or of a supernet, or files of DeiT, ViT, Swin or ResNet networks in
-    the layout of timm or Hugging Face, which become the anchors of a new family, or ONNX files or a
-    `family.yaml` that lists them, among which budgets choose (`make` stitches them). Only weights
-    are read: no code in a file is run. The error lists tensors that do not fit.
+    The input is one file of a stitched family or of a supernet, or files of DeiT, ViT, Swin or
+    ResNet networks in the layout of timm or Hugging Face, which become the anchors of a new family,
+    or ONNX files or a `family.yaml` that lists them, among which budgets choose (`make` stitches
+    them). Only weights are read: no code in a file is run. The error lists tensors that do not fit.
     """
     from ladderstitch.importers.import_bundle import BundleInfo, import_anchors, import_released
 

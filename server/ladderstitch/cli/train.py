@@ -74,8 +74,8 @@ def train(
     """Train the anchors of a family from scratch, largest first; resumes if it was interrupted.
 
     With `--into`, all steps to a bundle that can be served follow. With `--nested`, one supernet is
-    trained instead, whose listed networks are slices of the largest (`--into` is needed). Labels are the names of the
-    classes, unless the recipe states them.
+    trained instead, whose listed networks are slices of the largest (`--into` is needed). Labels
+    are the names of the classes, unless the recipe states them.
 
     Example: `ladderstitch train --data photos/ --into bundles/mine`
     """

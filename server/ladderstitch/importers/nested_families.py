@@ -43,8 +43,8 @@ def _autoformer(config: Mapping[str, Any]) -> Fields:
     for name, value in fixed.items():
         if config.get(name, value) is not value:
             raise ConfigError(f"config.{name}: expected {value}, got {config[name]}")
-    names = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
-    names += ("relative_position", "change_qkv", "max_relative_position")
+    sizes = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    names = (*sizes, "relative_position", "change_qkv", "max_relative_position")
     optional = ("head_dim", "embed_dims", "depths", "heads", "mlp_ratios")
     fields = {name: config[name] for name in names}
     fields |= {name: config[name] for name in optional if name in config}

@@ -17,7 +17,7 @@ from torch import Tensor
 from ladderstitch.importers.nested_families import import_nested, read_nested
 from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.nested.model import NestedModel
-from ladderstitch.vision.models.nested.thinking_vit import exit_entropy
+from ladderstitch.vision.models.nested.thinking_vit import ThinkingVitPath, exit_entropy
 
 Tensors = Mapping[str, Tensor]
 Pair = tuple[str, Tensor, Tensor]
@@ -80,13 +80,15 @@ def _outputs(model: NestedModel, tensors: Tensors) -> Iterator[Pair]:
 
 def _exits(model: NestedModel, metadata: Mapping[str, Any], tensors: Tensors) -> Iterator[Pair]:
     """Yield entropies, stages and logits of networks that stop when they are sure."""
+    paths_of = enumerate(model.config.net.paths)
+    stages = {n: path.stages for n, path in paths_of if isinstance(path, ThinkingVitPath)}
     for entry in metadata["ids"]:
         if entry.get("kind") != "threshold":
             continue
         paths = {
             stitch.given_name: stitch.id
             for stitch in model.stitches
-            if tuple(model.config.net.paths[stitch.id].stages) == tuple(entry["stages"])
+            if stages.get(stitch.id) == tuple(entry["stages"])
         }
         logits = [model(tensors["input"], path) for _, path in sorted(paths.items())]
         entropies = [exit_entropy(stage) for stage in logits]

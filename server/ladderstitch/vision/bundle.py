@@ -336,9 +336,7 @@ def _file_digest(path: Path, modified_ns: int, size: int) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def write_bundle(
-    path: Path, manifest: VisionManifest, model: StitchedModel | NestedModel
-) -> None:
+def write_bundle(path: Path, manifest: VisionManifest, model: StitchedModel | NestedModel) -> None:
     """Write `model.yaml` and half-precision weights, and remove measurements of older weights.
 
     Batch normalisation keeps its precision: variances may leave the range of half precision.

@@ -87,7 +87,7 @@ def test_statistics_of_other_paths_are_rejected(tmp_path: Path) -> None:
     tensors = load_file(bundle.statistics_path)
     tensors["0.input_stem.0.bn.bn.running_var"] = torch.ones(3)
     save_file(tensors, bundle.statistics_path)
-    with pytest.raises(BundleError, match="0.input_stem.0.bn.bn.running_var: expected"):
+    with pytest.raises(BundleError, match=r"0\.input_stem\.0\.bn\.bn\.running_var: expected"):
         bundle.load_model()
 
 

@@ -20,9 +20,9 @@ from ladderstitch.training.vision.dataset import (
     load_idx_folder,
     normalise,
 )
-from ladderstitch.training.vision.recalibrate import needs_statistics, recalibrate
 from ladderstitch.training.vision.image_files import find_images, load_labelled, load_pixels
 from ladderstitch.training.vision.measure_metric import calibrate_by_metric, most_expensive
+from ladderstitch.training.vision.recalibrate import needs_statistics, recalibrate
 from ladderstitch.vision.bundle import VisionBundle, write_table
 from ladderstitch.vision.engine.base import EngineConfig
 from ladderstitch.vision.engine.compiled import CompiledExecutor

@@ -23,9 +23,7 @@ from ladderstitch.vision.models.nested.model import NestedConfig, NestedModel
 from ladderstitch.vision.models.nested.statistics import write_statistics
 
 
-def train_nested(
-    data: TrainingData[NestedRecipe], folder: Path, progress: Progress
-) -> NestedModel:
+def train_nested(data: TrainingData[NestedRecipe], folder: Path, progress: Progress) -> NestedModel:
     """Return the trained supernet, every path with its own statistics of batch normalisation.
 
     If the supernet's file exists, it is loaded instead. Raises `ConfigError` if the run was begun

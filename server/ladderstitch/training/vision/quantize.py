@@ -53,8 +53,8 @@ def quantize(bundle: VisionBundle, images: Pixels, on_progress: ProgressCallback
     Writes the graphs of the units, and `precisions` in `model.yaml`. The new variants must be
     calibrated then. Classifiers stay in float32: they take little time, and their error is not
     corrected by later layers. Weights have 7 bits, because processors without 8-bit dot products
-    would saturate sums of 8-bit ones; all processors give the same quality. Raises `ConfigError` for
-    a supernet, whose weights have other ranges in each path.
+    would saturate sums of 8-bit ones; all processors give the same quality. Raises
+    `ConfigError` for a supernet, whose weights have other ranges in each path.
     """
     if isinstance(bundle.manifest.config, NestedConfig):
         raise ConfigError(f"bundle: expected a family of anchors, got the supernet {bundle.path}")

@@ -58,6 +58,4 @@ class NestedExecutor(CompiledExecutor):
     def _open(self, stitch: int, *, copies: bool) -> onnxruntime.InferenceSession:
         graph = onnx.load(path_file(self._folder, stitch), load_external_data=False)
         values = {name: self._tensors[name] for name in bound_names(graph)}
-        return open_sliced_session(
-            graph.SerializeToString(), self._threads, values, copies=copies
-        )
+        return open_sliced_session(graph.SerializeToString(), self._threads, values, copies=copies)

@@ -23,6 +23,7 @@ from ladderstitch.vision.models.stitched import Backbone, StitchedModel, Stitchi
 from ladderstitch.vision.models.swin import SwinBlock, mix_windows
 from ladderstitch.vision.models.vit import Block, ConvStem, Vit
 
+
 class StitchExecutor:
     """A stitched or nested model as one plan per network, for inference only."""
 

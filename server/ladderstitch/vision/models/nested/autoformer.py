@@ -82,7 +82,9 @@ class AutoFormer(BaseModel):
         if self.change_qkv and not 0 < heads <= self.num_heads:
             raise ValueError(f"paths.num_heads: expected at most {self.num_heads}, got {heads}")
         if not self.change_qkv and (heads < 1 or self.embed_dim % heads):
-            raise ValueError(f"paths.num_heads: expected a divisor of {self.embed_dim}, got {heads}")
+            raise ValueError(
+                f"paths.num_heads: expected a divisor of {self.embed_dim}, got {heads}"
+            )
 
     @property
     def _inner(self) -> int:
@@ -143,9 +145,7 @@ class AutoFormer(BaseModel):
 
         return Plan(embed, blocks, classify)
 
-    def _block(
-        self, path: AutoFormerPath, layer: int, slices: Slices, inputs: InputShape
-    ) -> Step:
+    def _block(self, path: AutoFormerPath, layer: int, slices: Slices, inputs: InputShape) -> Step:
         """Return one layer: attention and a hidden layer, each after its norm."""
         name, width = f"blocks.{layer}", path.embed_dim
         hidden = int(width * path.mlp_ratio[layer])

@@ -1,14 +1,14 @@
 """Paths of a supernet as ONNX graphs without weights, which are bound to one set of tensors.
 
 A graph has the slices and transforms of weights as operations, and names the supernet's tensors.
-Only a path's own statistics of batch normalisation are in its graph. Whoever opens it decides
-whether slices are computed at each run (weights exist once) or once (a faster copy).
+Only a path's own statistics of batch normalisation are in its graph. The caller that opens it
+decides whether slices are computed at each run (weights exist once) or once (a faster copy).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -45,15 +45,25 @@ class _Path(nn.Module):
 
 def export_path(model: NestedModel, path: int) -> onnx.ModelProto:
     """Return the graph of a path of a float32 model in eval mode, with tensors by name only."""
-    file = io.BytesIO()
-    example = torch.zeros(TRACED_BATCH, *model.config.inputs.shape)
+    with tempfile.TemporaryDirectory(prefix="ladderstitch-") as folder:
+        file = path_file(Path(folder), path)
+        example = torch.zeros(TRACED_BATCH, *model.config.inputs.shape)
+        _trace(_Path(model, path).eval(), example, file)
+        graph = onnx.load(file)
+    _bind_by_name(graph, model)
+    _compute_indices(graph.graph)
+    return graph
+
+
+def _trace(network: nn.Module, example: Tensor, file: Path) -> None:
+    """Write the graph of a network, with its parameters as inputs."""
     with warnings.catch_warnings():
         # torch prefers its newer exporter, which takes much longer
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            _Path(model, path).eval(),
+            network,
             (example,),
-            file,
+            str(file),
             dynamo=False,
             opset_version=OPSET,
             export_params=False,
@@ -63,10 +73,6 @@ def export_path(model: NestedModel, path: int) -> onnx.ModelProto:
             output_names=[OUTPUT],
             dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
         )
-    graph = onnx.load_from_string(file.getvalue())
-    _bind_by_name(graph, model)
-    _compute_indices(graph.graph)
-    return graph
 
 
 def _bind_by_name(model: onnx.ModelProto, source: NestedModel) -> None:

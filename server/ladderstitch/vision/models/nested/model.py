@@ -25,9 +25,7 @@ from ladderstitch.vision.models.nested.thinking_vit import ThinkingVit
 from ladderstitch.vision.models.route import Segment, Stitch
 from ladderstitch.vision.models.vit import InputShape
 
-Net = Annotated[
-    OfaResNet | OfaMobileNet | AutoFormer | ThinkingVit, Field(discriminator="kind")
-]
+Net = Annotated[OfaResNet | OfaMobileNet | AutoFormer | ThinkingVit, Field(discriminator="kind")]
 """A supernet's layout, its sizes and its listed paths."""
 
 

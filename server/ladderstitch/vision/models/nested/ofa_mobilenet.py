@@ -95,14 +95,19 @@ class OfaMobileNet(BaseModel):
             outputs = self._width(WIDTHS[stage])
             middle = make_divisible(round(width * max(self.expand_ratio_list)))
             name = f"blocks.{block + 1}.conv"
-            up, deep, down = (f"{name}.{p}" for p in ("inverted_bottleneck", "depth_conv", "point_linear"))
+            up, deep, down = (
+                f"{name}.{p}" for p in ("inverted_bottleneck", "depth_conv", "point_linear")
+            )
             conv(f"{up}.conv.conv", f"{up}.bn.bn", middle, width, 1)
             conv(f"{deep}.conv.conv", f"{deep}.bn.bn", middle, 1, max(self.ks_list))
             for target, source in zip(self.ks_list, self.ks_list[1:], strict=False):
                 parameters[f"{deep}.conv.{source}to{target}_matrix"] = (target**2, target**2)
             if SQUEEZES[stage]:
                 squeezed = make_divisible(middle // 4)
-                for part, rows, columns in (("reduce", squeezed, middle), ("expand", middle, squeezed)):
+                for part, rows, columns in (
+                    ("reduce", squeezed, middle),
+                    ("expand", middle, squeezed),
+                ):
                     parameters[f"{deep}.se.fc.{part}.weight"] = (rows, columns, 1, 1)
                     parameters[f"{deep}.se.fc.{part}.bias"] = (rows,)
             conv(f"{down}.conv.conv", f"{down}.bn.bn", outputs, middle, 1)
@@ -176,9 +181,7 @@ class OfaMobileNet(BaseModel):
 
         return forward
 
-    def _kernels(
-        self, slices: Slices, name: str, channels: int, size: int
-    ) -> Callable[[], Tensor]:
+    def _kernels(self, slices: Slices, name: str, channels: int, size: int) -> Callable[[], Tensor]:
         """Return the function that gives the kernels [channels, 1, size, size].
 
         They are computed at each call, which takes little time: stored for every path, they would

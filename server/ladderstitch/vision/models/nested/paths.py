@@ -23,9 +23,7 @@ class NestedPath(BaseModel):
     )
 
 
-def require(
-    field: str, values: Sequence[Choice], count: int, allowed: Collection[Choice]
-) -> None:
+def require(field: str, values: Sequence[Choice], count: int, allowed: Collection[Choice]) -> None:
     """Raise `ValueError` unless there are `count` values, all of them among those allowed."""
     if len(values) != count:
         raise ValueError(f"paths.{field}: expected {count} values, got {len(values)}")

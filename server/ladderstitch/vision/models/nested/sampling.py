@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.vision.models.nested.model import Net, NestedConfig
+from ladderstitch.vision.models.nested.model import NestedConfig, Net
 
 ATTEMPTS = 50
 """Draws for each listed path, after which a supernet is taken to have no more."""
@@ -17,8 +17,8 @@ ATTEMPTS = 50
 def sample_paths(net: Net, count: int, seed: int) -> list[Mapping[str, Any]]:
     """Return the fields of the smallest, the largest and random paths, `count` different ones.
 
-    Random paths are spread evenly from small to large. A supernet with fewer paths gives all that
-    were drawn. Raises `ConfigError` for fewer than two.
+    Random paths are spread from small to large. A supernet with fewer paths gives those that were
+    drawn. Raises `ConfigError` for fewer than two.
     """
     if count < 2:
         raise ConfigError(f"paths: expected at least 2 (smallest and largest), got {count}")
@@ -37,6 +37,10 @@ def sample_paths(net: Net, count: int, seed: int) -> list[Mapping[str, Any]]:
     for number in range(1, count - 1):
         level = number / (count - 1)
         any(add(None, min(max(level, 0.001), 0.999)) for _ in range(ATTEMPTS))
+    for _ in range(ATTEMPTS * count):  # what is missing where there are few choices
+        if len(drawn) >= count - 1:
+            break
+        add(None, rng.uniform(0.001, 0.999))
     add("largest", 1.0)
     return list(drawn.values())
 

@@ -121,7 +121,10 @@ class Slices:
 
     def linear(self, name: str, outputs: int | None, inputs: int | None) -> Step:
         """Return the map [.., inputs] -> [.., outputs] of a linear layer's prefix."""
-        weight, bias = self.take(f"{name}.weight", outputs, inputs), self.take(f"{name}.bias", outputs)
+        weight, bias = (
+            self.take(f"{name}.weight", outputs, inputs),
+            self.take(f"{name}.bias", outputs),
+        )
         return lambda x: F.linear(x, weight, bias)
 
     def layer_norm(self, name: str, width: int, eps: float) -> Step:
