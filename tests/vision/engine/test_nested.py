@@ -15,11 +15,11 @@ from ladderstitch.vision.models.nested.model import NestedModel
 from tests.support.nested_nets import NETS, make_config, make_model
 
 
-def open_paths(model: NestedModel, folder: Path) -> NestedExecutor:
+def open_paths(model: NestedModel, folder: Path, copy_limit: float | None = 0) -> NestedExecutor:
     """Export all paths and open them."""
     for stitch in model.stitches:
         onnx.save(export_path(model, stitch.id), path_file(folder, stitch.id))
-    return NestedExecutor(model, folder, 1)
+    return NestedExecutor(model, folder, 1, copy_limit)
 
 
 @pytest.mark.parametrize("kind", NETS)
@@ -50,6 +50,18 @@ def test_sessions_read_the_models_own_weights_until_they_are_joined(tmp_path: Pa
     changed = executor(images.numpy(), 1)
     np.testing.assert_allclose(changed, model(images, 1).numpy(), atol=2e-4, rtol=1e-3)
     np.testing.assert_allclose(executor(images.numpy(), 2), before, atol=1e-5)
+    executor.close()
+
+
+def test_small_supernets_are_copied_at_once(tmp_path: Path) -> None:
+    model = make_model(make_config("autoformer", 2))
+    executor = open_paths(model, tmp_path, copy_limit=None)
+    images = torch.randn(2, *model.config.inputs.shape)
+    wanted = model(images, 1).numpy()
+    model.get_parameter("head.weight").data.zero_()
+    assert executor.all_copied
+    assert executor.join([1, 0]) == [1, 0]
+    np.testing.assert_allclose(executor(images.numpy(), 1), wanted, atol=2e-4, rtol=1e-3)
     executor.close()
 
 

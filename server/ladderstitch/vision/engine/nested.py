@@ -2,45 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import onnx
 import onnxruntime
 
 from ladderstitch.runtime.sessions import open_sliced_session
-from ladderstitch.vision.engine.compiled import CompiledExecutor
+from ladderstitch.vision.engine.compiled import (
+    MAX_JOINED_SHARE,
+    MIN_JOINED_BYTES,
+    CompiledExecutor,
+)
 from ladderstitch.vision.models.nested.graphs import PREFIX, bound_names, path_file
 from ladderstitch.vision.models.nested.model import NestedModel
 from ladderstitch.vision.models.nested.slices import Slices
 
 
 class NestedExecutor(CompiledExecutor):
-    """The paths of a supernet, each as one session, on tensors that exist once.
+    """The paths of a supernet, each as one session.
 
-    A session computes its slices of the weights at each run, without packed copies of weights.
-    `join` opens paths again with copies: slices are computed once, batch normalisation is folded
-    and weights are packed, which takes less time, while the memory for copies lasts.
+    If copies of the weights of all paths fit into the memory that `join` may spend, every path is
+    opened with its copy: slices are computed once, batch normalisation is folded and weights are
+    packed. Otherwise sessions compute their slices of the weights, which exist once, at each run,
+    and `join` opens the most important paths again with copies, while the memory lasts.
     """
 
-    def __init__(self, model: NestedModel, folder: Path, threads: int) -> None:
-        """Open the sessions of all paths, whose graphs are in `folder`, on `threads` threads."""
+    def __init__(
+        self, model: NestedModel, folder: Path, threads: int, copy_limit: float | None = None
+    ) -> None:
+        """Open the sessions of all paths, whose graphs are in `folder`, on `threads` threads.
+
+        `copy_limit` is the number of bytes up to which all paths are copied; None: that of `join`.
+        """
         self._folder, self._threads = folder, threads
+        tensors = model.state_dict()
         self._tensors = {
             PREFIX + name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
-            for name, tensor in model.state_dict().items()
+            for name, tensor in tensors.items()
             if tensor.is_floating_point()
         }
         self._kept = model  # the values above are its memory
-        self._copied_bytes: dict[int, int] = {}
-        for stitch in model.stitches:
-            slices = Slices(model)
-            model.plan(stitch.id, slices)
-            self._copied_bytes[stitch.id] = 4 * slices.parameters
+        self.weight_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+        self._copied_bytes = {s.id: 4 * _count_parameters(model, s.id) for s in model.stitches}
+        limit = max(MIN_JOINED_BYTES, MAX_JOINED_SHARE * self.weight_bytes)
+        limit = limit if copy_limit is None else copy_limit
+        self.all_copied = sum(self._copied_bytes.values()) <= limit
         self._sessions = {
-            stitch.id: (self._open(stitch.id, copies=False),) for stitch in model.stitches
+            stitch.id: (self._open(stitch.id, copies=self.all_copied),) for stitch in model.stitches
         }
-        tensors = model.state_dict().values()
-        self.weight_bytes = sum(t.numel() * t.element_size() for t in tensors)
+
+    def join(self, stitches: Iterable[int]) -> list[int]:
+        """Open paths with copies of their weights, as `CompiledExecutor.join`; return which."""
+        return list(stitches) if self.all_copied else super().join(stitches)
 
     def copied_bytes(self, stitch: int) -> int:
         """Return the bytes of a path's weights if they are copied."""
@@ -59,3 +73,10 @@ class NestedExecutor(CompiledExecutor):
         graph = onnx.load(path_file(self._folder, stitch), load_external_data=False)
         values = {name: self._tensors[name] for name in bound_names(graph)}
         return open_sliced_session(graph.SerializeToString(), self._threads, values, copies=copies)
+
+
+def _count_parameters(model: NestedModel, path: int) -> int:
+    """Return the number of parameters of a path."""
+    slices = Slices(model)
+    model.plan(path, slices)
+    return slices.parameters
