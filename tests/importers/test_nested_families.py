@@ -142,6 +142,8 @@ def test_import_names_wrong_tensors_and_paths(tmp_path: Path) -> None:
 
 def test_published_sizes_follow_from_the_tensors() -> None:
     tiny = released_config("autoformer", {"pos_embed": torch.empty(1, 197, 256)})
+    names = [stitch.name for stitch in read_nested("autoformer", tiny, 32).stitches()]
+    assert (len(names), names[0], names[-1]) == (32, "smallest", "largest")
     config = read_nested("autoformer", tiny, 5)
     largest = path_costs(config)[4]
     assert 10e6 < largest.parameters < 11e6  # supernet-tiny: width 240, 14 layers

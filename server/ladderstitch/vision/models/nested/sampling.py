@@ -24,11 +24,12 @@ def sample_paths(net: Net, count: int, seed: int) -> list[Mapping[str, Any]]:
         raise ConfigError(f"paths: expected at least 2 (smallest and largest), got {count}")
     rng = random.Random(seed)
     drawn: dict[str, Mapping[str, Any]] = {}
+    largest = json.dumps(net.sample(random.Random(seed), 1.0))
 
     def add(name: str | None, level: float) -> bool:
         fields = net.sample(rng, level)
         key = json.dumps(fields)
-        if key in drawn:
+        if key in drawn or (key == largest and name is None):
             return False
         drawn[key] = fields if name is None else {"name": name, **fields}
         return True
