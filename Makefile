@@ -4,11 +4,11 @@ TORCH ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install serve test unit lint format types protos tools manifests figures \
+.PHONY: help install serve test unit lint wheels format types protos tools manifests figures \
 	verify-models verify-serving verify-scheduling verify-training verify-language \
 	verify-generation verify-elastic verify-kernels verify-operations verify-gateway verify-peers \
 	verify-language-peers verify-faults verify-lifecycle verify-stops verify-own-models \
-	verify-own-networks soak clean
+	verify-own-networks verify-clients soak clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt scripts/install.sh
 	PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) sh scripts/install.sh
 	@touch $@
 
-serve: install ## the embedded model on 127.0.0.1:8001; Ctrl-C stops it and leaves nothing behind
+serve: install ## the embedded model on 127.0.0.1:8001, its page on :8081; Ctrl-C stops both
 	@exec $(BIN)/ladderstitch serve
 
 test: install tools lint types ## everything that CI runs, from nothing
@@ -37,6 +37,9 @@ lint: install ## formatting, lint, boundaries between packages, English
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_prose.py
 
+wheels: install ## the wheels of the server and of the client, in dist/
+	$(BIN)/pip wheel -q --no-deps -w dist . ./clients/python
+
 format: install ## apply formatting and safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -51,6 +54,7 @@ tools: install ## helm, kubectl, promtool and others into .venv/tools; tests tha
 	@VENV=$(VENV) sh scripts/tools.sh
 
 manifests: tools ## render deploy/chart into deploy/kustomize, the dashboard, examples/serve.yaml
+	$(BIN)/python scripts/chart_schema.py
 	$(BIN)/python scripts/manifests.py
 	$(BIN)/python scripts/dashboard.py
 	$(BIN)/python scripts/example_config.py
@@ -145,6 +149,9 @@ verify-own-models: install ## about 4 minutes: folders of transformers 4.57 and 
 
 verify-own-networks: install ## about 6 minutes: 13 architectures of transformers, timm, torchvision exported, stitched, served
 	$(BIN)/ladderstitch-loadtest own-networks --out loadtest/results
+
+verify-clients: install ## about 8 minutes: clients of other projects, each unmodified in an environment of its own
+	$(BIN)/python scripts/clients/run.py --out loadtest/results --page docs/clients.md
 
 soak: install ## one hour of mixed load with cancels, bad input and restarted replicas
 	$(BIN)/ladderstitch-loadtest soak --out loadtest/results

@@ -21,6 +21,7 @@ GRAFANA_SCHEMA = 39
 """Schema version of Grafana 11."""
 
 MODEL_FILTER = "{model=~'$model'}"
+BUILD_INFO = "ladderstitch_build_info"
 
 Query = tuple[str, str]
 """PromQL and legend; `@` becomes `MODEL_FILTER`, and Grafana fills in its variables."""
@@ -33,18 +34,27 @@ class Panel:
     title: str
     unit: str
     queries: list[Query]
-    description: str = ""
+    description: str
 
 
 OVERVIEW = [
     Panel(
-        "SLO attainment", "percentunit", [("ladderstitch:attainment:ratio_rate1m@", "{{model}}")]
+        "SLO attainment",
+        "percentunit",
+        [("ladderstitch:attainment:ratio_rate1m@", "{{model}}")],
+        "Share of the requests with a budget whose budget was met, over the last minute.",
     ),
-    Panel("Requests by status", "reqps", [("ladderstitch:requests:rate1m@", "{{model}} {{code}}")]),
+    Panel(
+        "Requests by status",
+        "reqps",
+        [("ladderstitch:requests:rate1m@", "{{model}} {{code}}")],
+        "Requests ended a second, by gRPC status, over the last minute.",
+    ),
     Panel(
         "Quality spent (0: best variant, 1: fastest)",
         "percentunit",
         [("ladderstitch:quality_spent:ratio1m@", "{{model}}")],
+        "Where the mean served quality lies between the best and the fastest variant's.",
     ),
     Panel(
         "Served quality and the frontier",
@@ -53,11 +63,13 @@ OVERVIEW = [
             ("ladderstitch:served_quality:mean1m@", "{{model}} served"),
             ("max by (model, end) (ladderstitch_frontier_quality@)", "{{model}} {{end}}"),
         ],
+        "Mean quality of the answers of the last minute, between the fastest and the best variant.",
     ),
     Panel(
         "p99 request duration",
         "s",
         [("ladderstitch:request_duration_seconds:p99_1m@", "{{model}}")],
+        "Arrival to answer of all but the slowest hundredth, over the last minute.",
     ),
     Panel(
         "Requests by variant",
@@ -69,12 +81,18 @@ OVERVIEW = [
                 "{{variant}}",
             )
         ],
+        "Requests answered a second, by the variant that answered.",
     ),
 ]
 """Panels of the first row."""
 
 SCALING = [
-    Panel("Autoscaler state", "short", [("ray_ladderstitch_scaling", "{{state}}")]),
+    Panel(
+        "Autoscaler state",
+        "short",
+        [("ray_ladderstitch_scaling", "{{state}}")],
+        "1 for the state that the autoscaler is in, 0 for the others.",
+    ),
     Panel(
         "Desired and ready replicas",
         "short",
@@ -82,6 +100,7 @@ SCALING = [
             ("ray_ladderstitch_desired_replicas", "desired"),
             ("sum by (model) (ladderstitch_model_ready@)", "ready {{model}}"),
         ],
+        "Replicas that the autoscaler wants, and those whose model is ready.",
     ),
 ]
 """Panels of the autoscaler; series with the prefix `ray_` exist only if it runs."""
@@ -99,6 +118,8 @@ WORDS = {
 def panels_of(metrics: Metrics | GatewayMetrics) -> Iterator[Panel]:
     """Yield one panel per metric, with queries that suit its type."""
     for metric in metrics.registry.collect():
+        if isinstance(metrics, GatewayMetrics) and metric.name == BUILD_INFO:
+            continue  # replicas have it too, and their panel shows both
         queries = _queries(metric, metrics)
         yield Panel(_title(metric), _unit(metric), queries, metric.documentation)
 

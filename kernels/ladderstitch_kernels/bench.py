@@ -28,9 +28,9 @@ from ladderstitch_kernels.comm.symmetric import StreamRanks
 from ladderstitch_kernels.device import describe, medians_us, missing_gpu
 from ladderstitch_kernels.ops.add_rms_norm import add_rms_norm
 from ladderstitch_kernels.ops.decode_attention import paged_decode_attention
-from ladderstitch_kernels.ops.stitch_linear import stitch_linear
+from ladderstitch_kernels.ops.stitch_linear import stitch_linear, stitch_pending
 from ladderstitch_kernels.ops.swiglu import swiglu
-from ladderstitch_kernels.overlap import measure_hidden
+from ladderstitch_kernels.overlap import SHAPE, STITCHED, measure_hidden
 
 DTYPE = torch.bfloat16
 
@@ -163,6 +163,21 @@ class Bench:
                 f"paged_decode_attention {batch} x 8192", keys.nbytes + values.nbytes, kernel, eager
             )
 
+    def crossings(self) -> Iterator[Timing]:
+        """Time stitching layers that map the stream and a sum in flight, to half the width."""
+        for m, k, n in ((1, 8192, 4096), (16, 8192, 4096), (16, 4096, 2048)):
+            x, pending, weight, bias = (random(*shape) for shape in ((m, k), (m, k), (n, k), (n,)))
+
+            def eager(x=x, pending=pending, w=weight, b=bias) -> tuple[Tensor, Tensor]:
+                return F.linear(x, w, b), F.linear(pending, w)
+
+            yield self.timing(
+                f"stitch_pending {m} x {k} -> {n}",
+                weight.nbytes + 2 * (x.nbytes + m * n * 2),
+                partial(stitch_pending, x, pending, weight, bias),
+                eager,
+            )
+
     def stitches(self) -> Iterator[Timing]:
         """Time stitching layers between widths of DeiT and of Llama, plain and with rank 16."""
         for m, k, n in (
@@ -205,15 +220,16 @@ def results() -> Iterator[dict[str, object]]:
         "kernels": timings,
         "two_ranks_as_streams": overlaps,
     }
-    for part in (bench.streams, bench.products, bench.attention, bench.stitches):
+    for part in (bench.streams, bench.products, bench.attention, bench.stitches, bench.crossings):
         print(part.__doc__, file=sys.stderr, flush=True)  # noqa: T201
         timings += [asdict(timing) for timing in part()]
         torch.cuda.empty_cache()
         yield found
     print("Time two ranks as streams.", file=sys.stderr, flush=True)  # noqa: T201
-    for pinned, rows in itertools.product((True, False), (1, 8)):
-        name = f"{rows} rows, {'pinned host' if pinned else 'device'} slots"
-        overlaps[name] = measure_hidden(rows, pinned=pinned)
+    models = {"": [SHAPE], ", stitched": STITCHED}
+    for (kind, shapes), pinned, rows in itertools.product(models.items(), (True, False), (1, 8)):
+        name = f"{rows} rows, {'pinned host' if pinned else 'device'} slots{kind}"
+        overlaps[name] = measure_hidden(rows, shapes, pinned=pinned)
         yield found
 
 

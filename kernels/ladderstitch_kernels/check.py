@@ -3,7 +3,8 @@
     python -m ladderstitch_kernels.check
 
 The check compares every kernel at real sizes in float32, float16 and bfloat16 with its float32
-reference. It then runs two ranks as streams of the GPU: a ladder and a standard decoder, over
+reference, and decoders with stitches in between with a stream that is always complete. It then runs
+two ranks as streams of the GPU: a ladder and a standard decoder, plain and with stitches, over
 device memory and over pinned host memory, in CUDA graphs, compared with the same decoder on one
 rank. It exits with 1 if a comparison fails. Without a GPU it prints the reason and exits with 0.
 With TRITON_INTERPRET=1 it runs the first part at small sizes in the interpreter.
@@ -15,7 +16,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -25,7 +26,9 @@ from ladderstitch_kernels import reference
 from ladderstitch_kernels.comm.all_reduce import AllReduce
 from ladderstitch_kernels.comm.split_phase import Exchange, gemv_post, post, wait_add_norm, wait_sum
 from ladderstitch_kernels.comm.symmetric import StreamRanks
-from ladderstitch_kernels.decoder import Decoder, DecoderShape, Scheme, random_layers
+from ladderstitch_kernels.comparison import SMALL, TOLERANCES, Comparison, Sizes, largest_error
+from ladderstitch_kernels.crossings import crossings, whole_decoders
+from ladderstitch_kernels.decoder import DecoderShape, Scheme, stitched_step
 from ladderstitch_kernels.device import capture_graph, describe, missing_gpu
 from ladderstitch_kernels.launch import interpreted
 from ladderstitch_kernels.ops.add_rms_norm import add_rms_norm
@@ -34,53 +37,6 @@ from ladderstitch_kernels.ops.rope_append import rope_append
 from ladderstitch_kernels.ops.stitch_linear import stitch_pending
 from ladderstitch_kernels.ops.swiglu import swiglu
 from ladderstitch_kernels.overlap import StreamPair
-
-TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Limits for the largest difference over the largest element."""
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """One comparison of a kernel with its reference; `error` as of `largest_error`."""
-
-    name: str
-    dtype: torch.dtype
-    error: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is within the tolerance of the dtype."""
-        return self.error <= TOLERANCES[self.dtype]
-
-    def __str__(self) -> str:
-        status = "ok" if self.passed else f"FAILED: more than {TOLERANCES[self.dtype]:.1e}"
-        kind = str(self.dtype).partition(".")[2]
-        return f"{self.name:44}{kind:10}{self.error:9.1e}  {status}"
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Sizes of the inputs; those for a GPU are orders of magnitude larger than `SMALL`."""
-
-    rows: int = 333
-    width: int = 8192
-    ffn: int = 14336
-    heads: int = 64
-    kv_heads: int = 8
-    head_dim: int = 128
-    length: int = 8192
-
-
-SMALL = Sizes(rows=3, width=48, ffn=80, heads=4, kv_heads=2, head_dim=16, length=40)
-
-
-def largest_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the largest difference over the largest element; infinite if a result is NaN."""
-    errors = []
-    for a, b in zip(got, expected, strict=True):
-        difference = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-9)
-        errors.append(difference.nan_to_num(nan=float("inf")).item())
-    return max(errors)
 
 
 def single_rank(sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Comparison]:
@@ -193,21 +149,24 @@ def all_reduces(dtype: torch.dtype, ranks: int) -> Iterator[Comparison]:
 def decoders(dtype: torch.dtype) -> Iterator[Comparison]:
     """Yield comparisons of decoders: two ranks as captured streams, and one unsharded rank."""
     shape = DecoderShape(layers=3, width=1024, heads=16, kv_heads=4, head_dim=64, ffn=2816)
+    part = replace(shape, layers=2)
+    narrow = replace(part, width=512, ffn=1408)
+    models = {"": [shape], "stitched ": [part, narrow, part]}
     schemes: tuple[Scheme, ...] = ("standard", "ladder")
-    for pinned, scheme in itertools.product((False, True), schemes):
-        pair = StreamPair(shape, dtype, 2, 64, pinned=pinned)
+    for pinned, scheme, (kind, shapes) in itertools.product((False, True), schemes, models.items()):
+        pair = StreamPair(shapes, dtype, 2, 64, pinned=pinned)
         graph, outputs = capture_graph(pair.steps(scheme), pair.exchanges)
         pair.rewind()
-        whole = Decoder(shape, list(random_layers(shape, 0, dtype, "cuda")), 2, 64)
+        whole = whole_decoders(shapes, dtype, "cuda", 2, 64)
         own = Exchange(StreamRanks.group(1, "cuda")[0], 2, shape.width, dtype, "cuda")
         error = 0.0
         for _ in range(20):
             graph.replay()
-            expected = whole.step(pair.x, own, scheme)
+            expected = stitched_step(whole, pair.stitches, pair.x, own, scheme)
             torch.cuda.synchronize()
             error = max(error, largest_error(outputs, [expected] * 2))
         place = "pinned host" if pinned else "device"
-        yield Comparison(f"{scheme} decoder, 2 ranks, {place} slots", dtype, error)
+        yield Comparison(f"{kind}{scheme} decoder, 2 ranks, {place} slots", dtype, error)
 
 
 def comparisons() -> Iterator[Comparison]:
@@ -216,11 +175,13 @@ def comparisons() -> Iterator[Comparison]:
         for dtype in (torch.float32, torch.float16):
             yield from single_rank(SMALL, dtype, "cpu")
             yield from split_phase(SMALL, dtype, "cpu", 2)
+            yield from crossings(SMALL, dtype, "cpu", 2)
         return
     for dtype in TOLERANCES:
         yield from single_rank(Sizes(), dtype, "cuda")
         for ranks in (2, 8):
             yield from split_phase(Sizes(), dtype, "cuda", ranks)
+            yield from crossings(Sizes(), dtype, "cuda", ranks)
         yield from all_reduces(dtype, 2)
         yield from all_reduces(dtype, 4)
         yield from decoders(dtype)

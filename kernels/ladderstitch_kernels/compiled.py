@@ -58,7 +58,7 @@ def compile_case(case: KernelCase, target: str) -> CompiledKernel:
     """Compile one kernel for a target and check its code against the rules of the case."""
     names = case.kernel.arg_names
     signature = {name: case.types.get(name, "constexpr") for name in names}
-    multiples = ("m", "n", "k", "f", "max_rows", "slot_elements", "piece", "heads", "split_tokens")
+    multiples = ("m", "n", "k", "f", "slot_elements", "piece", "heads", "split_tokens")
     divisible = {
         (at,): [["tt.divisibility", 16]]
         for at, name in enumerate(names)

@@ -47,7 +47,7 @@ GEMV = {
     "m": "i32",
     "n": "i32",
     "k": "i32",
-    "max_rows": "i32",
+    "slot_elements": "i32",
 }
 DECODE = {
     "q": "*bf16",
@@ -96,7 +96,7 @@ CASES = (
     KernelCase(
         "post",
         post_kernel,
-        {"x": "*bf16", **TABLES, "m": "i32", "n": "i32", "max_rows": "i32"},
+        {"x": "*bf16", **TABLES, "m": "i32", "n": "i32", "slot_elements": "i32"},
         {**COMM, "SLOTS": 4, "BLOCK_M": 16, "BLOCK_N": 32},
         warps=2,
         signals=1,
@@ -113,7 +113,7 @@ CASES = (
             "total_out": "*bf16",
             "norm_out": "*bf16",
             "n": "i32",
-            "max_rows": "i32",
+            "slot_elements": "i32",
             "eps": "fp32",
             "programs": "i32",
         },

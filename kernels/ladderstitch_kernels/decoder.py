@@ -5,11 +5,13 @@ nor output head; a step maps vectors to vectors. Sub-block k adds h_k to the str
 
     standard   x_k = x_{k-1} + h_k(norm_k(x_{k-1}))
     ladder     x_k = x_{k-1} + h_k(norm_k(x_{k-2}))     Ladder Residual, arXiv 2501.06589
+
+Decoders of different widths make one with stitching layers in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladderstitch_kernels.comm.split_phase import Exchange, gemv_post, wait_add, wait_add_norm
+from ladderstitch_kernels.comm.split_phase import Exchange
 from ladderstitch_kernels.ops.decode_attention import paged_decode_attention
 from ladderstitch_kernels.ops.rope_append import rope_append
 from ladderstitch_kernels.ops.swiglu import swiglu
+from ladderstitch_kernels.reference import CompleteStream
+from ladderstitch_kernels.stream import Stitch, Stream
 
-EPS = 1e-5
 PAGE_TOKENS = 16
 Scheme = Literal["standard", "ladder"]
 
@@ -143,24 +146,22 @@ class Decoder:
         The caches grow by one token. The only difference of the ladder is that it collects each
         reduction one sub-block later than the standard residual.
         """
-        lag = 1 if scheme == "ladder" else 0
-        in_flight = 0
-        for layer in range(self.shape.layers):
-            for attention in (True, False):
-                weights = self.layers[layer]
-                gain = weights.attention_norm if attention else weights.ffn_norm
-                if in_flight > lag:
-                    x, normed = wait_add_norm(x, gain, EPS, exchange)
-                    in_flight -= 1
-                else:
-                    normed = F.rms_norm(x, gain.shape, gain, EPS)
-                mixed = self._attend(layer, normed) if attention else self._gate(layer, normed)
-                gemv_post(mixed, weights.output if attention else weights.down, exchange)
-                in_flight += 1
-        for _ in range(in_flight):
-            x = wait_add(x, exchange)
+        return stitched_step([self], [], x, exchange, scheme)
+
+    def run(self, stream: Stream | CompleteStream, outgoing: Stitch | None = None) -> None:
+        """Run all layers for one token of each sequence, then cross the `outgoing` stitch, if any.
+
+        The caches grow by one token.
+        """
+        for layer, weights in enumerate(self.layers):
+            mixed = self._attend(layer, stream.read_normed(weights.attention_norm))
+            stream.add_product(mixed, weights.output)
+            mixed = self._gate(layer, stream.read_normed(weights.ffn_norm))
+            if outgoing is None or layer + 1 < len(self.layers):
+                stream.add_product(mixed, weights.down)
+            else:
+                stream.add_and_cross(mixed, weights.down, outgoing)
         self.position += 1
-        return x
 
     def _attend(self, layer: int, x: Tensor) -> Tensor:
         shape = self.shape
@@ -179,3 +180,35 @@ class Decoder:
 
     def _gate(self, layer: int, x: Tensor) -> Tensor:
         return swiglu(F.linear(x, self.layers[layer].gate_up))
+
+
+def stitched_step(
+    parts: Sequence[Decoder],
+    stitches: Sequence[Stitch],
+    x: Tensor,
+    exchange: Exchange,
+    scheme: Scheme,
+) -> Tensor:
+    """Decode one token through decoders of different widths, with a stitch between each two.
+
+    Map `x` [M, D] of the first width to the final stream of the last one. The exchange is of the
+    largest width. Raises `ValueError` unless there is one stitch fewer than decoders.
+    """
+    stream = Stream(x, exchange, 1 if scheme == "ladder" else 0)
+    run_parts(parts, stitches, stream)
+    return stream.drain()
+
+
+def run_parts(
+    parts: Sequence[Decoder], stitches: Sequence[Stitch], stream: Stream | CompleteStream
+) -> None:
+    """Run decoders of different widths on a stream, which crosses a stitch between each two.
+
+    Raises `ValueError` unless there is one stitch fewer than decoders.
+    """
+    if len(stitches) != len(parts) - 1:
+        raise ValueError(
+            f"stitches: expected one fewer than {len(parts)} decoders, got {len(stitches)}"
+        )
+    for part, outgoing in zip(parts, (*stitches, None), strict=True):
+        part.run(stream, outgoing)

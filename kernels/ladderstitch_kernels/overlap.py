@@ -6,8 +6,10 @@ Timings are of one CUDA graph that holds a decoding step of both ranks. The hidd
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,33 +23,53 @@ from ladderstitch_kernels.decoder import (
     Scheme,
     random_layers,
     shard_layer,
+    stitched_step,
 )
 from ladderstitch_kernels.device import capture_graph, medians_us
+from ladderstitch_kernels.stream import random_stitch
 
 RANKS = 2
 SHAPE = DecoderShape(layers=8, width=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336)
 """Eight layers of a Llama of 8B parameters."""
+HALF = replace(SHAPE, layers=4)
+STITCHED = (HALF, replace(HALF, width=2048, ffn=8192))
+"""The first four of these layers, and four of half the width, with a stitch in between."""
 
 
 class StreamPair:
-    """Both ranks of a decoder on one GPU, with slots in its memory or in pinned host memory."""
+    """Both ranks of a decoder on one GPU, with slots in its memory or in pinned host memory.
+
+    A decoder of several shapes has a part of each, and a stitch between each two.
+    """
 
     def __init__(
-        self, shape: DecoderShape, dtype: torch.dtype, rows: int, tokens: int, *, pinned: bool
+        self,
+        shapes: Sequence[DecoderShape],
+        dtype: torch.dtype,
+        rows: int,
+        tokens: int,
+        *,
+        pinned: bool,
     ) -> None:
-        whole = random_layers(shape, 0, dtype, "cuda")
-        shards: list[list[LayerWeights]] = [[] for _ in range(RANKS)]
-        for layer in whole:
-            for rank in range(RANKS):
-                shards[rank].append(shard_layer(layer, shape, rank, RANKS))
+        self.parts: list[list[Decoder]] = [[] for _ in range(RANKS)]
+        for seed, shape in enumerate(shapes):
+            shards: list[list[LayerWeights]] = [[] for _ in range(RANKS)]
+            for layer in random_layers(shape, seed, dtype, "cuda"):
+                for rank in range(RANKS):
+                    shards[rank].append(shard_layer(layer, shape, rank, RANKS))
+            for parts, layers in zip(self.parts, shards, strict=True):
+                parts.append(Decoder(shape.shard(RANKS), layers, rows, tokens))
+        self.stitches = [
+            random_stitch(front.width, end.width, seed, dtype, "cuda")
+            for seed, (front, end) in enumerate(pairwise(shapes))
+        ]
         memories = StreamRanks.group(RANKS, "cuda", pinned=pinned)
         own = [StreamRanks.group(1, "cuda")[0] for _ in range(RANKS)]
-        self.decoders = [Decoder(shape.shard(RANKS), layers, rows, tokens) for layers in shards]
+        width = max(shape.width for shape in shapes)
         self.exchanges, self.alone = (
-            [Exchange(m, rows, shape.width, dtype, "cuda") for m in places]
-            for places in (memories, own)
+            [Exchange(m, rows, width, dtype, "cuda") for m in places] for places in (memories, own)
         )
-        self.x = torch.randn(rows, shape.width, device="cuda").to(dtype)
+        self.x = torch.randn(rows, shapes[0].width, device="cuda").to(dtype)
 
     def steps(self, scheme: Scheme, *, communicate: bool = True) -> list[Callable[[], Tensor]]:
         """Return a function for each rank that runs one decoding step.
@@ -56,23 +78,29 @@ class StreamPair:
         """
         places = self.exchanges if communicate else self.alone
         return [
-            partial(decoder.step, self.x, exchange, scheme)
-            for decoder, exchange in zip(self.decoders, places, strict=True)
+            partial(stitched_step, parts, self.stitches, self.x, exchange, scheme)
+            for parts, exchange in zip(self.parts, places, strict=True)
         ]
 
     def rewind(self) -> None:
         """Set the position of both ranks to the first token."""
-        for decoder in self.decoders:
-            decoder.position.zero_()
+        for part in (part for parts in self.parts for part in parts):
+            part.position.zero_()
 
 
-def measure_hidden(rows: int, *, pinned: bool, rounds: int = 50) -> dict[str, float]:
+def measure_hidden(
+    rows: int,
+    shapes: Sequence[DecoderShape] = (SHAPE,),
+    *,
+    pinned: bool,
+    rounds: int = 50,
+) -> dict[str, float]:
     """Return microseconds per step of each scheme, and the share that the ladder hides.
 
     Times are medians over `rounds` replays, for `rows` sequences. `exposed_*_us` is the time over
     no communication, per reduction.
     """
-    pair = StreamPair(SHAPE, torch.bfloat16, rows, tokens=16 * (rounds + 8), pinned=pinned)
+    pair = StreamPair(shapes, torch.bfloat16, rows, tokens=16 * (rounds + 8), pinned=pinned)
     graphs = {
         "standard": capture_graph(pair.steps("standard"), pair.exchanges)[0],
         "ladder": capture_graph(pair.steps("ladder"), pair.exchanges)[0],
@@ -81,7 +109,7 @@ def measure_hidden(rows: int, *, pinned: bool, rounds: int = 50) -> dict[str, fl
     pair.rewind()
     times = medians_us({name: graph.replay for name, graph in graphs.items()}, rounds)
     exposed = times["standard"] - times["no_communication"]
-    reductions = 2 * SHAPE.layers
+    reductions = 2 * sum(shape.layers for shape in shapes)
     return {
         **{f"{name}_us": taken for name, taken in times.items()},
         "speedup": times["standard"] / times["ladder"],

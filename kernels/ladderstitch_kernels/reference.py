@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+EPS = 1e-5
+"""Of the norms of decoders."""
+
 
 def _upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
@@ -114,3 +117,32 @@ def stitch_pending(
         stitch_linear(x, weight, bias, down, up),
         stitch_linear(pending, weight, None, down, up),
     )
+
+
+class CompleteStream:
+    """The stream of a decoder on one rank, always complete: what `stream.Stream` computes.
+
+    A lag of 1 reads the stream of before the last sub-block. A stitch maps both.
+    """
+
+    def __init__(self, x: Tensor, lag: int) -> None:
+        self._before, self._last, self._lag = x, x, lag
+
+    def read_normed(self, gain: Tensor) -> Tensor:
+        """Return the RMS norm [M, D] of the stream."""
+        return rms_norm(self._before if self._lag else self._last, gain, EPS)
+
+    def add_product(self, x: Tensor, weight: Tensor) -> None:
+        """Add x @ weight.T."""
+        added = _upcast(self._last) + _upcast(x) @ _upcast(weight).T
+        self._before, self._last = self._last, added.to(x.dtype)
+
+    def add_and_cross(self, x: Tensor, weight: Tensor, stitch: tuple[Tensor, Tensor]) -> None:
+        """Add x @ weight.T, then map the stream by a stitching layer, weight and bias."""
+        self.add_product(x, weight)
+        self._before = stitch_linear(self._before, *stitch)
+        self._last = stitch_linear(self._last, *stitch)
+
+    def drain(self) -> Tensor:
+        """Return the stream [M, D]."""
+        return self._last

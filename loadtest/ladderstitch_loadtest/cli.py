@@ -13,6 +13,7 @@ import typer
 from ladderstitch_loadtest.benchmarks import cli as benchmarks
 from ladderstitch_loadtest.benchmarks.breakdown_cli import breakdown
 from ladderstitch_loadtest.benchmarks.burst_cli import burst
+from ladderstitch_loadtest.benchmarks.cascade_cli import cascade
 from ladderstitch_loadtest.benchmarks.compiled_cli import compiled
 from ladderstitch_loadtest.benchmarks.elastic_cli import elastic
 from ladderstitch_loadtest.benchmarks.families_cli import families
@@ -39,6 +40,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         benchmarks.overhead,
         peers,
         breakdown,
+        cascade,
         compiled,
         benchmarks.switching,
         benchmarks.mixed,

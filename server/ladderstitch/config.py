@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic.config import JsonDict
 
+from ladderstitch.addresses import is_loopback, split_address
 from ladderstitch.bundles import EMBEDDED
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.security.listen_config import (
@@ -18,10 +19,11 @@ from ladderstitch.security.listen_config import (
     MAX_IMAGE_MB,
     MAX_IMAGE_PIXELS,
     ListenConfig,
-    split_address,
 )
 from ladderstitch.text.comm.base import CommChoice
 
+DEFAULT_HTTP_PORT = 8081
+"""The HTTP port that `serve` opens unless it is given ports or an address."""
 TEXT: JsonDict = {"panel": "Language models"}
 OBSERVABILITY: JsonDict = {"panel": "Observability"}
 
@@ -30,17 +32,10 @@ class ServerConfig(ListenConfig):
     """Configuration of a server: what is fixed while a replica runs, and its initial scheduling."""
 
     bundle: Path = Field(EMBEDDED, description="model bundle directory")
-    http_port: int | None = Field(
-        None,
-        ge=0,
-        le=65_535,
-        description="HTTP port of OpenAI's API for language models; unset: none",
-    )
-    cors_origins: tuple[str, ...] = Field(
-        (),
-        description="origins of web pages that may call the HTTP port from a browser, such as "
-        "https://example.org; * for all; empty: none",
-        json_schema_extra={**TEXT, "flags": ["--cors-origin"]},
+    page: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="the page at / of the HTTP port; auto: on if only this machine can reach it, "
+        "or if callers need tokens, which the page asks for",
     )
     device: str = Field("auto", description="device: auto, cpu or cuda[:N]")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -110,6 +105,11 @@ class ServerConfig(ListenConfig):
         le=3600,
         description="seconds after which the decoding of an image is ended and the image rejected",
         json_schema_extra=LIMITS,
+    )
+    non_finite_inputs: Literal["compute", "refuse"] = Field(
+        "compute",
+        description="FP32 inputs with NaN or infinity over the Open Inference Protocol: compute "
+        "them, as Triton does, or refuse them; the native protocol always refuses them",
     )
     max_prompt_tokens: int | None = Field(
         None,
@@ -231,15 +231,34 @@ class ServerConfig(ListenConfig):
 
     @model_validator(mode="after")
     def _check_one_replica(self) -> ServerConfig:
-        """Raise `ValueError` for fields that one replica supports only.
-
-        Ranks on other machines know one address, and gateways do not forward HTTP.
-        """
-        for field, value in (("rank_address", self.rank_address), ("http_port", self.http_port)):
-            if value not in ("", None) and self.replicas > 1:
-                raise ValueError(f"{field}: expected replicas 1 along with it, got {self.replicas}")
+        """Raise `ValueError` for several replicas with one address that ranks must know."""
+        if self.rank_address and self.replicas > 1:
+            raise ValueError(
+                f"rank_address: expected replicas 1 along with it, got {self.replicas}"
+            )
         return self
 
-    def port_fields(self) -> tuple[tuple[str, str], ...]:
-        """Return the names of the port fields, each with the address that it is bound to."""
-        return (*super().port_fields(), ("http_port", self.host))
+    @model_validator(mode="after")
+    def _check_page(self) -> ServerConfig:
+        if self.page == "on" and self.http_port is None:
+            raise ValueError(
+                f"page: expected http_port along with it, e.g. --http-port {DEFAULT_HTTP_PORT}, "
+                "got none"
+            )
+        return self
+
+    def with_default_http(self) -> ServerConfig:
+        """Return the configuration with the default HTTP port if all addresses are the default.
+
+        A server that others can reach, or that has a port of its own, opens HTTP only if asked to.
+        """
+        if {"port", "http_port"} & self.model_fields_set or not is_loopback(self.host):
+            return self
+        return self.model_copy(update={"http_port": DEFAULT_HTTP_PORT})
+
+    @property
+    def serves_page(self) -> bool:
+        """Whether the HTTP port has a page at `/`."""
+        if self.http_port is None or self.page != "auto":
+            return self.page == "on"
+        return self.token_file is not None or is_loopback(self.host)

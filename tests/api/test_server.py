@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -14,8 +17,10 @@ from ladderstitch.api.listener import ListenerConfig
 from ladderstitch.api.server import ACCEPTORS, Server
 from ladderstitch.client import AsyncClient, RequestFailed
 from ladderstitch.config import ServerConfig
+from ladderstitch.errors import ModelNotFound
 from ladderstitch.hosting.registry import AdminActions, ModelRegistry
 from ladderstitch.oip import grpc_service_pb2, grpc_service_pb2_grpc
+from ladderstitch.replica import replica as replica_module
 from ladderstitch.replica.replica import Replica
 from ladderstitch.runtime.process import free_port
 from ladderstitch.scheduling.settings import ActiveSettings
@@ -87,6 +92,12 @@ async def test_server_while_loading_is_live_but_not_ready(loading: Server) -> No
         assert (await health.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
 
 
+def test_server_without_models_says_so() -> None:
+    registry = ModelRegistry("r", ready=True)
+    with pytest.raises(ModelNotFound, match=r"no model 'x'; this server has no models$"):
+        registry.find("x")
+
+
 async def test_health_watch_reports_every_change(loading: Server) -> None:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{loading.port}") as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
@@ -137,3 +148,50 @@ async def test_stopping_replica_answers_accepted_requests_only(tiny_bundle: Visi
     rejected = [end for end in ends if isinstance(end, RequestFailed)]
     assert len(ends) - len(rejected) > 0
     assert {end.code for end in rejected} <= {grpc.StatusCode.UNAVAILABLE}
+
+
+def probe(port: int, path: str) -> tuple[int, str]:
+    """Return the status and the text of a page of the metrics port."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=300) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as refused:
+        with refused:
+            return refused.code, refused.read().decode()
+
+
+async def test_probes_of_a_replica_follow_its_state(
+    tiny_bundle: VisionBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = Replica(ServerConfig(bundle=tiny_bundle.path, port=0, metrics_port=0))
+    start, seen = replica.models.start, []
+
+    async def start_after_a_probe(on_progress: Any) -> None:
+        seen.append(await asyncio.to_thread(probe, replica.metrics_port, "/readyz"))
+        seen.append(await asyncio.to_thread(probe, replica.metrics_port, "/healthz"))
+        await start(on_progress)
+
+    monkeypatch.setattr(replica.models, "start", start_after_a_probe)
+    await replica.start()
+    assert seen == [(503, "the replica is loading its models\n"), (200, "ok\n")]
+    assert await asyncio.to_thread(probe, replica.metrics_port, "/readyz") == (200, "ok\n")
+    await replica.drain()
+    ready = await asyncio.to_thread(probe, replica.metrics_port, "/readyz")
+    assert ready == (503, "the replica is draining\n")
+    assert await asyncio.to_thread(probe, replica.metrics_port, "/healthz") == (200, "ok\n")
+    await replica.close()
+
+
+async def test_probe_reports_an_event_loop_that_is_held(
+    tiny_bundle: VisionBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica_module, "MAX_LOOP_DELAY_S", 0.5)
+    replica = Replica(ServerConfig(bundle=tiny_bundle.path, port=0, metrics_port=0))
+    await replica.start()
+    with ThreadPoolExecutor(1) as pool:  # the loop is held until the probe sees it
+        status = 200
+        while status == 200:
+            status, text = pool.submit(probe, replica.metrics_port, "/healthz").result()
+    assert status == 503
+    assert text.startswith("the event loop has been held for")
+    await replica.close()

@@ -1,25 +1,38 @@
-"""The command line as a whole: its commands and their help, and the imports of light modules."""
+"""The command line as a whole: its commands, their help, and what is imported for them."""
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 from typer.testing import CliRunner
 
 from ladderstitch.cli import app
-from ladderstitch.cli.app import LIGHT, MODULES, commands_of
+from ladderstitch.cli.app import COMMANDS, ENTRIES, Entry
 
-COMMANDS = [name for module in MODULES for name in commands_of(module)]
+HEAVY = ("torch", "ray", "onnxruntime", "fastapi", "transformers", "matplotlib")
+WITHOUT_NUMPY = ("health", "predict", "models", "schedule", "generate", "load", "drain")
+"""Commands whose help page needs neither numpy nor grpc."""
 
 
 def test_help_lists_every_command_once() -> None:
     done = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"})
     assert done.exit_code == 0
-    assert len(set(COMMANDS)) == len(COMMANDS) > 15
+    assert len(COMMANDS) == len(ENTRIES) > 25
     for name in COMMANDS:
         assert f"│ {name} " in done.stdout
+    assert "3 a budget was missed" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_summary_is_the_first_line_of_the_command(entry: Entry) -> None:
+    module = import_module(f"ladderstitch.cli.{entry.module}")
+    documentation = inspect.getdoc(getattr(module, entry.function))
+    assert documentation is not None
+    assert documentation.partition("\n")[0] == entry.summary
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -27,6 +40,7 @@ def test_command_help_shows_its_usage(name: str) -> None:
     done = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "120"})
     assert done.exit_code == 0, done.output
     assert f"{name} [OPTIONS]" in done.stdout
+    assert "Exit codes: 0 success" in done.stdout
 
 
 def test_unknown_command_is_named_in_the_error() -> None:
@@ -35,10 +49,37 @@ def test_unknown_command_is_named_in_the_error() -> None:
     assert "No such command 'serv'" in done.output
 
 
-@pytest.mark.parametrize("module", LIGHT)
-def test_light_module_imports_neither_torch_nor_ray(module: str) -> None:
+def imported_for(*commands: list[str]) -> set[str]:
+    """Return the packages that a process imports for command lines that end at once."""
     code = (
-        "import sys; from ladderstitch.cli.app import commands_of; "
-        f"commands_of({module!r}); sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+        "import sys\n"
+        "from ladderstitch.cli import app\n"
+        f"for arguments in {commands!r}:\n"
+        "    try:\n"
+        "        app(arguments)\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code in (0, 1, 2), (arguments, end.code)\n"
+        "print('|'.join(sys.modules), file=sys.stderr)"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {module.partition(".")[0] for module in done.stderr.splitlines()[-1].split("|")}
+
+
+def test_help_of_no_command_imports_torch() -> None:
+    imported = imported_for(["--help"], *([name, "--help"] for name in COMMANDS))
+    assert "typer" in imported
+    assert imported.isdisjoint(HEAVY)
+
+
+def test_help_of_clients_imports_neither_numpy_nor_grpc() -> None:
+    imported = imported_for(["--help"], *([name, "--help"] for name in WITHOUT_NUMPY))
+    assert imported.isdisjoint({*HEAVY, "numpy", "grpc"})
+
+
+def test_commands_that_call_a_server_import_no_torch() -> None:
+    address = ["--address", "127.0.0.1:9"]  # where no server is
+    imported = imported_for(
+        ["health", *address], ["models", *address], ["predict", __file__, *address]
+    )
+    assert "grpc" in imported
+    assert imported.isdisjoint(HEAVY)

@@ -14,12 +14,17 @@ from ladderstitch.client import RequestFailed
 from ladderstitch.errors import Overloaded
 from ladderstitch.gateway import replica_connection
 from ladderstitch.gateway.forwarder import MODEL_READY
-from ladderstitch.oip.grpc_service_pb2 import ModelReadyRequest, ModelReadyResponse
+from ladderstitch.oip.grpc_service_pb2 import (
+    ModelInferRequest,
+    ModelReadyRequest,
+    ModelReadyResponse,
+)
 from tests.support.fake_replicas import (
     GENERATE,
     INFER,
     LOAD,
     REFLECT,
+    STREAM,
     UPDATE,
     Context,
     FakeReplica,
@@ -400,3 +405,25 @@ async def test_model_ready_is_asked_where_the_model_is(start_gateway: StartGatew
         request = ModelReadyRequest(name="neither").SerializeToString()
         assert await ready(request, timeout=300) in (b"", b"\x08\x01")
         await ready(b"\xff\xff", timeout=300)
+
+
+async def test_stream_goes_to_a_replica_with_its_first_model(start_gateway: StartGateway) -> None:
+    replicas = [FakeReplica("r0"), FakeReplica("r1", ("text",)), FakeReplica("r2")]
+    async with start_gateway(replicas) as running:
+        for name, answers in (("text", {b"r1"}), ("tiny", {b"r0", b"r2"}), ("no", None)):
+            request = ModelInferRequest(model_name=name).SerializeToString()
+            for _ in range(4):
+                call = running.channel.stream_stream(STREAM)(timeout=300)
+                await call.write(request)
+                answer = await call.read()
+                assert answer.endswith(request)
+                assert answers is None or answer.removesuffix(request) in answers
+                await call.done_writing()
+                assert await call.read() is grpc.aio.EOF
+
+
+async def test_stream_without_a_request_ends(start_gateway: StartGateway) -> None:
+    async with start_gateway(1) as running:
+        call = running.channel.stream_stream(STREAM)(timeout=300)
+        await call.done_writing()
+        assert await call.read() is grpc.aio.EOF

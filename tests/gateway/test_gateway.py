@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,23 @@ def test_token_without_tls_to_another_host_is_rejected(tmp_path: Path) -> None:
     config = GatewayConfig(replicas=("192.0.2.1:1",), replica_token_file=secret)
     with pytest.raises(ValueError, match="token: expected ca or tls"):
         config.credentials.channel_credentials("192.0.2.1:1")
+
+
+async def test_probes_of_a_gateway_follow_its_replicas(start_gateway: StartGateway) -> None:
+    replica = FakeReplica("r0")
+    async with start_gateway([replica]) as running:
+        port = running.gateway.metrics_port
+        assert await fetch(port, "/readyz") == "ok\n"
+        assert await fetch(port, "/healthz") == "ok\n"
+        assert 'process_cpu_seconds_total{process="gateway"}' in await fetch(port, "/metrics")
+        replica.state.serving = False
+        await running.wait_until(lambda: not running.gateway.serving)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            await fetch(port, "/readyz")
+        with refused.value as reply:
+            assert reply.code == 503
+            assert reply.read() == b"none of 1 replicas serves\n"
+        with pytest.raises(urllib.error.HTTPError) as unknown:
+            await fetch(port, "/livez")
+        unknown.value.close()
+        assert unknown.value.code == 404

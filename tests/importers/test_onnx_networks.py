@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from rich.progress import Progress
 
 from ladderstitch.errors import BundleError, ConfigError
@@ -152,6 +153,42 @@ def test_wrong_number_of_labels_is_rejected(tmp_path: Path) -> None:
     info = FamilyInfo("mine", settings=ImageSettings(labels=("one", "two")))
     with pytest.raises(ConfigError, match="labels: expected 5 from the network, got 2"):
         import_networks([write_network(tmp_path, "resnet", 8)], info, tmp_path / "bundle")
+
+
+def dynamic_network(path: Path, most: float) -> Path:
+    """Write a network with dynamic quantisation of pixels that are clipped to [0, `most`]."""
+    size = int(np.prod(SHAPE))
+    weights = np.random.default_rng(0).integers(-127, 128, (size, len(LABELS)))
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("Clip", ["flat", "least", "most"], ["clipped"]),
+        helper.make_node("DynamicQuantizeLinear", ["clipped"], ["q", "scale", "zero"]),
+        helper.make_node("MatMulInteger", ["q", "w", "zero"], ["product"]),
+        helper.make_node("Cast", ["product"], ["sum"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["sum", "scale"], ["y"]),
+    ]
+    constants = [
+        numpy_helper.from_array(weights.astype(np.int8), "w"),
+        numpy_helper.from_array(np.float32(0), "least"),
+        numpy_helper.from_array(np.float32(most), "most"),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", *SHAPE])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", len(LABELS)])
+    graph = helper.make_graph(nodes, "g", [x], [y], constants)
+    opsets = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("most", "neighbour"), [(1e30, "in a batch and alone"), (0.5, "next to one of NaN")]
+)
+def test_network_whose_images_influence_each_other_is_rejected(
+    most: float, neighbour: str, tmp_path: Path
+) -> None:
+    path = dynamic_network(tmp_path / "dynamic.onnx", most)
+    with pytest.raises(BundleError, match=f"{neighbour}.*quantise it with static ranges"):
+        import_networks([path], INFO, tmp_path / "bundle")
 
 
 def test_dense_output_is_served_in_a_row(tmp_path: Path) -> None:

@@ -20,9 +20,11 @@ from ladderstitch_kernels import (
     swiglu,
 )
 from ladderstitch_kernels.comm.all_reduce import AllReduce
-from ladderstitch_kernels.comm.split_phase import Exchange, post, wait_sum
+from ladderstitch_kernels.comm.split_phase import Exchange, gemv_post, post, wait_sum
 from ladderstitch_kernels.comm.symmetric import StreamRanks
+from ladderstitch_kernels.decoder import run_parts
 from ladderstitch_kernels.ops.decode_attention import split_sequence
+from ladderstitch_kernels.stream import Stream
 from tests.kernels.tolerances import DTYPES, assert_close
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
@@ -242,6 +244,40 @@ def test_reference_rotation_matches_complex_numbers(random: Callable[..., Tensor
 def test_ops_with_bad_argument_name_it(call: Callable[[Tensor], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.ones(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, e: post(x, e), r"partial: expected shape \[1 to 2, 1 to 3\], got \[2, 4\]"),
+        (lambda x, e: post(x[:0, :3], e), r"partial: expected shape \[1 to 2, 3\], got \[0, 3\]"),
+        (lambda x, e: gemv_post(x, x.T @ x, e), "weight: expected at most 3 rows, got 4"),
+        (lambda x, e: wait_sum(1, e, 4), r"sum: expected shape .*, got \[1, 4\]"),
+        (lambda x, e: wait_sum(3, e, 2), r"sum: expected shape \[1 to 2, 2\], got \[3, 2\]"),
+        (lambda x, e: run_parts([], [], Stream(x, e, 1)), "one fewer than 0 decoders, got 0"),
+    ],
+)
+def test_reduction_of_bad_shape_names_it(
+    call: Callable[[Tensor, Exchange], object], message: str
+) -> None:
+    exchange = Exchange(StreamRanks.group(1, "cpu")[0], 2, 3, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(2, 4), exchange)
+
+
+def test_sums_of_changing_width_keep_their_slots() -> None:
+    memories = StreamRanks.group(2, "cpu")
+    exchanges = [Exchange(memory, 2, 40, torch.float32, columns=16) for memory in memories]
+    shapes = [(2, 40), (1, 8), (2, 8), (1, 40), (2, 17), (2, 40), (1, 3)]
+    parts = [torch.randn(2, *shape) for shape in shapes]
+    for number in range(len(parts) + 1):  # two in flight
+        if number < len(parts):
+            for exchange, part in zip(exchanges, parts[number], strict=True):
+                post(part, exchange)
+        if number:
+            rows, width = shapes[number - 1]
+            for exchange in exchanges:
+                assert torch.equal(wait_sum(rows, exchange, width), parts[number - 1].sum(0))
 
 
 def test_ranks_with_released_waits_run_alone_and_count_on_together() -> None:

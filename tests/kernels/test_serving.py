@@ -22,8 +22,9 @@ from ladderstitch.text.model import transformer
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.graphed_decoder import GraphedDecoder, StepOutput
-from ladderstitch.text.model.layers import Mlp
-from ladderstitch.text.model.residual import ResidualScheme, ResidualStream, plan_layers
+from ladderstitch.text.model.mlp import Mlp
+from ladderstitch.text.model.residual import ResidualScheme, plan_layers
+from ladderstitch.text.model.residual_stream import ResidualStream
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.transformer import Transformer
 from ladderstitch.text.model.weight_reader import MemoryWeights

@@ -11,6 +11,7 @@ NAMES = [
     "agree",
     "breakdown",
     "burst",
+    "cascade",
     "compare",
     "compiled",
     "decisions",

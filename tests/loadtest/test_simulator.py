@@ -8,7 +8,9 @@ from itertools import product
 import numpy as np
 import pytest
 
+from ladderstitch.bundles import EMBEDDED, find_bundle
 from ladderstitch.scheduling.load_report import PUSH_S
+from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch_loadtest.load.traces import BudgetClass, Trace, gamma, step
 from ladderstitch_loadtest.simulation.oracle import MAX_REQUESTS, oracle
 from ladderstitch_loadtest.simulation.policy_sweep import (
@@ -216,3 +218,21 @@ def test_adaptive_keeps_budgets_of_requests_with_several_images(images: int) -> 
     )
     assert ours.attainment > 0.99
     assert ours.effective_quality > lowest.effective_quality + 0.01
+
+
+def test_cascades_keep_budgets_and_are_deterministic() -> None:
+    family = Family.from_bundle(VisionBundle.load(find_bundle(str(EMBEDDED))))
+    assert family.cascades.cascades
+    trace = Scenario("gamma", 0.1, requests=400).trace(family, seed=1)
+    machine, settings = Machine(min_confidence=0.9), policy_settings("adaptive")
+    found = simulate(family, trace, settings, machine, seed=1)
+    again = simulate(family, trace, settings, machine, seed=1)
+    without = simulate(family, trace, settings, Machine(), seed=1)
+    assert found.total_s == again.total_s
+    assert found.variant == again.variant
+    assert found.met.mean() >= without.met.mean()
+    lasts = {cascade.last for cascade in family.cascades.cascades}
+    firsts = {cascade.first for cascade in family.cascades.cascades}
+    assert len(set(found.variant) & (firsts - lasts)) > 0
+    busy = [sum(outcome.compute_s) for outcome in (found, without)]
+    assert busy[0] < busy[1]

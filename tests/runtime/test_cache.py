@@ -67,3 +67,13 @@ def test_cache_home_without_a_writable_home_is_private(
     assert home == cache_home() == tmp_path / f"ladderstitch-{os.getuid()}"
     home.chmod(0o777)  # another user may have written to it
     assert cache_home() not in (home, cache_home())
+
+
+def test_user_without_a_home_has_a_temporary_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("LADDERSTITCH_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME, no entry in passwd
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert cache_home().parent == tmp_path

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ladderstitch.addresses import is_loopback, join_address, split_address
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import ConfigError
-from ladderstitch.security.listen_config import is_loopback, join_address, split_address
 
 TLS = {"tls_certificate": Path("c"), "tls_key": Path("k")}
 
@@ -43,6 +44,33 @@ def test_public_admin_address_needs_tls_and_tokens() -> None:
 def test_incomplete_tls_files_are_rejected(fields: dict[str, Path], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         ServerConfig.load(None, fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"port": 99_999}, "port: expected less than or equal to 65535, got 99999"),
+        ({"threads": "x"}, "threads: expected a valid integer or 'auto', got 'x'"),
+        ({"prot": 1}, "prot: expected a known field such as port, got an unknown one"),
+        ({"scheduling": {"prot": 1}}, "scheduling.prot: expected a known field, got an unknown"),
+        ({"scheduling": {"queue_limit_s": 0}}, "scheduling.queue_limit_s: expected greater than 0"),
+    ],
+)
+def test_wrong_field_is_named_with_the_expected_value(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        ServerConfig.load(None, fields)
+    assert str(error.value).startswith(problem)
+    assert "\n" not in str(error.value), "the text of pydantic"
+
+
+def test_all_wrong_fields_of_a_file_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("port: many\nmetrics_port: -1\n")
+    with pytest.raises(ConfigError) as error:
+        ServerConfig.load(path)
+    first, second = str(error.value).split("; ")
+    assert first == f"{path}: port: expected a valid integer, got 'many'"
+    assert second == "metrics_port: expected greater than or equal to 0, got -1"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])

@@ -50,12 +50,12 @@ def paths(residual: ResidualScheme = LADDER) -> tuple[TextVariant, ...]:
     return tuple(TextVariant(name=n, residual=residual, route=r) for n, r in routes.items())
 
 
-def random_family(seed: int = 0) -> dict[str, Tensor]:
+def random_family(seed: int = 0, family: DecoderFamily = FAMILY) -> dict[str, Tensor]:
     """Return random tensors of a bundle of the family."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(shape, generator=generator) * (0.3 if len(shape) > 1 else 1.0)
-        for name, shape in family_shapes(FAMILY).items()
+        for name, shape in family_shapes(family).items()
     }
 
 
@@ -68,10 +68,15 @@ class Definition:
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], *, lag: int = 0, parallel: bool = False
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        lag: int = 0,
+        parallel: bool = False,
+        depths: tuple[int, int] = (4, 4),
     ) -> None:
         self._tensors, self._lag = {n: t.double() for n, t in tensors.items()}, lag
-        blocks = self._attention, self._mlp
+        self._depths, blocks = depths, (self._attention, self._mlp)
         self._groups = (blocks,) if parallel else tuple((block,) for block in blocks)
         dim = LARGE.head_dim
         frequencies = LARGE.rope_theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -88,7 +93,8 @@ class Definition:
             for number, part in enumerate(path):
                 if number:
                     source, end = path[number - 1].anchor, part.anchor
-                    name = f"stitches.{source}.{end}.{part.first}"
+                    name = self._map_name(source, end, part.first)
+                    assert f".{path[number - 1].last + 1}-" in f".{name.split('.')[-1]}-"
                     weight, bias = self._tensors[f"{name}.weight"], self._tensors[f"{name}.bias"]
                     before, last = F.linear(before, weight, bias), F.linear(last, weight)
                 else:
@@ -107,6 +113,16 @@ class Definition:
             final = self._norm(before + last, self._tensor(end, "norm.weight"))
             rows.append(self._tensor(end, "embed_tokens.weight") @ final)
         return torch.stack(rows)
+
+    def _paired(self, front: int, end: int, layer: int) -> int:
+        """Return the first layer of `front` that is not before a layer of `end`, else the last."""
+        own, other = self._depths[front], self._depths[end]
+        return next((n for n in range(own) if n / own >= layer / other), own - 1)
+
+    def _map_name(self, front: int, end: int, layer: int) -> str:
+        paired = self._paired(front, end, layer)
+        place = str(layer) if paired == layer else f"{paired}-{layer}"
+        return f"stitches.{front}.{end}.{place}"
 
     def _tensor(self, anchor: int, name: str) -> Tensor:
         prefix = "anchors.0.model." if anchor == 0 else "model."
@@ -131,8 +147,8 @@ class Definition:
             return read[anchor, layer]
         if layer == 0:
             return self._tensor(anchor, "embed_tokens.weight")[token]
-        name = f"stitches.{1 - anchor}.{anchor}.{layer}"
-        x = read[1 - anchor, layer]
+        name = self._map_name(1 - anchor, anchor, layer)
+        x = read[1 - anchor, self._paired(1 - anchor, anchor, layer)]
         return F.linear(x, self._tensors[f"{name}.weight"], self._tensors[f"{name}.bias"])
 
     def _attention(
@@ -243,29 +259,40 @@ def run_ranks(ranks: int, run: Callable[[int, ThreadedSum], Tensor]) -> list[Ten
     return [results[rank] for rank in range(ranks)]
 
 
+def write_family(path: Path, family: DecoderFamily, variants: Sequence[TextVariant]) -> Path:
+    """Write a bundle of a family with one token per byte and without qualities."""
+    manifest = TextManifest(
+        name="elastic",
+        config=family.largest,
+        anchors=family.anchors[:-1],
+        paths=tuple(variants),
+        end_tokens=(END,),
+        origin="random weights",
+        licence="Apache-2.0",
+    )
+    write_manifest(path, manifest)
+    save_file(random_family(family=family), path / "model.safetensors")
+    write_byte_tokenizer(path / "tokenizer.json")
+    return path
+
+
 def write_elastic(path: Path, residual: ResidualScheme = LADDER, positions: int = 128) -> Path:
     """Write a bundle of the family with one token per byte, and return its path.
 
     Qualities rise from 0.2 (small) by 0.1 to 0.6 (large); the ways back are worse than all others.
     """
     variants = paths(residual)
-    manifest = TextManifest(
-        name="elastic",
-        config=LARGE.model_copy(update={"max_positions": positions}),
-        anchors=(SMALL.model_copy(update={"max_positions": positions}),),
-        paths=variants,
-        end_tokens=(END,),
-        origin="random weights",
-        licence="Apache-2.0",
-    )
-    write_manifest(path, manifest)
-    save_file(random_family(), path / "model.safetensors")
-    write_byte_tokenizer(path / "tokenizer.json")
-    values = (0.2, 0.3, 0.4, 0.5, 0.6, 0.15, 0.14, 0.13)
+    longer = [a.model_copy(update={"max_positions": positions}) for a in FAMILY.anchors]
+    write_family(path, DecoderFamily(tuple(longer)), variants)
+    write_qualities(path, (0.2, 0.3, 0.4, 0.5, 0.6, 0.15, 0.14, 0.13))
+    return path
+
+
+def write_qualities(path: Path, values: Sequence[float]) -> None:
+    """Write made-up qualities of the paths of a bundle."""
     qualities = {
         n: Quality(value=value, low=0.0, high=1.0, perplexity=10 - 10 * value)
         for n, value in enumerate(values)
     }
     table = made_up_quality(1).model_copy(update={"variants": qualities})
     (path / "quality.json").write_text(table.model_dump_json())
-    return path

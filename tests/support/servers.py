@@ -21,7 +21,9 @@ from ladderstitch.client import Client
 from ladderstitch.oip import grpc_service_pb2_grpc
 from tests.conftest import make_tiny_bundle
 
-READY = re.compile(r"ready after .* gRPC on (\S+), metrics on ([^\s,]+)(?:, OpenAI API on (\S+))?")
+READY = re.compile(
+    r"ready after .* gRPC on (\S+), metrics on ([^\s,]+)(?:, OpenAI API on ([^\s,]+))?"
+)
 
 
 @dataclass(frozen=True)

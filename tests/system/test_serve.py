@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -14,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,8 +62,11 @@ def test_predict_prints_the_cost_of_each_answer(server: RunningServer, tmp_path:
     files = [tmp_path / "a.png", tmp_path / "b.jpg"]
     done = ladderstitch("predict", *files, "--budget", "800ms", "--address", server.address)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"a\.png.*(ankle|bag|coat|dress).*0\.6600.*800\.0 ms met", done.stdout)
-    assert "b.jpg" in done.stdout
+    names, *rows = (line.split("\t") for line in done.stdout.splitlines())
+    assert [row[0] for row in rows] == ["a.png", "b.jpg"]
+    first = dict(zip(names, rows[0], strict=True))
+    assert first["label"] in ("ankle", "bag", "coat", "dress")
+    assert (first["quality"], first["budget_s"], first["budget_met"]) == ("0.66", "0.8", "true")
     assert "missed" not in done.stderr
 
     late = ladderstitch("predict", files[0], "--budget", "1us", "--address", server.address)
@@ -68,32 +74,75 @@ def test_predict_prints_the_cost_of_each_answer(server: RunningServer, tmp_path:
     said = " ".join(late.stderr.split())
     assert re.search(r"1 of 1 budgets were missed; an idle server keeps [\d.]+ ms with", said)
 
+    required = ["--budget", "1us", "--require-met", "--address", server.address]
+    assert ladderstitch("predict", files[0], *required).returncode == 3
     rejected = ladderstitch(
         "predict", files[0], "--budget", "10us", "--hard", "--address", server.address
     )
     assert rejected.returncode == 1
     assert "BUDGET_INFEASIBLE" in rejected.stderr
-    assert "the smallest budget is" in rejected.stderr
+    assert "the expected time of the fastest allowed variant" in rejected.stderr
+    assert "try a budget of" in rejected.stderr
+
+
+def on_a_terminal(*arguments: object, columns: int) -> str:
+    """Return what a command prints on a terminal of some width, without its colours."""
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
+    command = [sys.executable, "-m", "ladderstitch", *map(str, arguments)]
+    environment = os.environ | {"COLUMNS": str(columns), "TERM": "dumb"}
+    with open(ours, "rb", buffering=0) as screen, open(theirs, "wb", buffering=0) as terminal:
+        done = subprocess.run(command, stdout=terminal, timeout=500, env=environment)
+        printed: bytes = screen.readall() or b""
+    assert done.returncode == 0
+    return re.sub(r"\x1b\[[0-9;]*m", "", printed.decode())
 
 
 def test_predict_and_models_tables_fit_80_columns(server: RunningServer, tmp_path: Path) -> None:
     image = tmp_path / "a-long-name-00.png"
     image.write_bytes(picture())
     for command in (["predict", image, "--budget", "800ms"], ["models"]):
-        done = ladderstitch(*command, "--address", server.address, columns=80)
-        assert done.returncode == 0, done.stderr
-        assert max(len(line.rstrip()) for line in done.stdout.splitlines()) <= 80
-        assert "…" not in done.stdout
-    rows = [line.split() for line in done.stdout.splitlines()]
+        shown = on_a_terminal(*command, "--address", server.address, columns=80)
+        assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
+        assert "…" not in shown
+    rows = [line.split() for line in shown.splitlines()]
     assert ["variant", "name", "quality", "expected", "planned"] in rows
     assert sum(row[1:2] == ["anchor-0"] and "0.5000" in row for row in rows) == 1
+    assert rows[0][:3] == ["tiny", "version", "1:"]
+
+
+def test_commands_that_call_a_server_print_json(server: RunningServer, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "b.png").write_bytes(b"no picture")
+
+    def read(*arguments: object, status: int = 0) -> Any:
+        done = ladderstitch(*arguments, "--json", "--address", server.address)
+        assert done.returncode == status, done.stderr
+        return json.loads(done.stdout)
+
+    files = (tmp_path / "a.png", tmp_path / "b.png")
+    document = read("predict", *files, "--budget", "800ms", status=1)
+    (answer,), (failure,) = document["answers"], document["failures"]
+    assert answer["file"] == "a.png"
+    assert answer["budget_met"] is True
+    assert answer["top"][0][0]["label"] == answer["label"]
+    assert 0 < answer["compute_s"] <= answer["total_s"] <= answer["budget_s"] == 0.8
+    assert (failure["file"], failure["code"]) == ("b.png", "INVALID_ARGUMENT")
+    assert "BytesIO" not in failure["message"]
+    free = read("predict", files[0])["answers"][0]
+    assert free["budget_s"] is free["budget_met"] is None
+    (model,) = read("models")["models"]
+    assert (model["name"], model["kind"]) == ("tiny", "image")
+    assert {"variant", "name", "quality", "planned_s"} <= model["variants"][0].keys()
+    assert read("schedule")["settings"]["policy"] == "adaptive"
+    assert read("health") == {"service": "", "state": "SERVING"}
 
 
 def test_models_and_schedule_show_and_change_a_server(server: RunningServer) -> None:
     listed = ladderstitch("models", "--address", server.address)
-    assert "tiny version 1" in listed.stdout
+    assert listed.stdout.splitlines()[1].startswith("tiny\t0\tanchor-0\t")
     changed = ladderstitch("schedule", "--pin", 3, "--address", server.address)
-    assert "pinned_variant: 3" in changed.stdout
+    assert "pinned_variant\t3" in changed.stdout
     wrong = ladderstitch("schedule", "--pin", 999, "--address", server.address)
     assert wrong.returncode == 1
     assert "pinned_variant: expected a variant" in wrong.stderr
@@ -133,11 +182,17 @@ def test_invalid_arguments_exit_with_2_and_a_reason(arguments: list[str], messag
     assert "Traceback" not in done.stderr
 
 
-def test_serve_taken_port_is_named_in_the_error(server: RunningServer, tmp_path: Path) -> None:
+def test_serve_taken_ports_are_all_named_in_the_error(
+    server: RunningServer, tmp_path: Path
+) -> None:
     port = server.address.split(":")[1]
-    done = ladderstitch("serve", "--no-ray", "--bundle", tmp_path / "tiny", "--port", port)
+    taken = ("--port", port, "--metrics-port", port)
+    done = ladderstitch("serve", "--no-ray", "--bundle", tmp_path / "tiny", *taken)
     assert done.returncode == 2
-    assert f"port: expected a free port, got 127.0.0.1:{port}" in done.stderr
+    error = " ".join(done.stderr.split())
+    for field in ("port", "metrics_port"):
+        assert f"{field}: expected a free port, got 127.0.0.1:{port}, which is taken" in error
+    assert "--port 0 --metrics-port 0 picks free ports" in error
 
 
 @pytest.fixture

@@ -58,7 +58,10 @@ def test_vision_metrics_of_answered_requests_are_counted() -> None:
     assert value(metrics, "dispatch_slack_seconds_bucket", le="+Inf") == 2
 
 
-KNOWN_LABELS = {"model", "variant", "code", "met", "within_plan", "end", "reason", "le", "process"}
+KNOWN_LABELS = {
+    *("model", "variant", "code", "met", "within_plan", "end", "reason", "le", "process"),
+    *("version", "python", "platform"),
+}
 
 
 @pytest.mark.parametrize(

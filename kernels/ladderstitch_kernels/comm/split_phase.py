@@ -9,6 +9,10 @@ If a reduction is collected right after it is posted, the pair is an all-reduce:
 residual. With one sub-block in between it is the Ladder Residual (arXiv 2501.06589), which has up
 to two reductions in flight. A peer's post e + 2 is then the first proof that it has read the slot
 of e. Therefore slots are reused after 4 reductions.
+
+The width of the sums may change between reductions, as when a stream crosses a stitching layer. The
+places of slots and the number of programs of a post are those of the largest width. They do not
+depend on the sums that came before.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ SLOTS = 4
 
 
 class Exchange:
-    """One rank's slots and counters for reductions of up to `rows` rows of `width` elements.
+    """One rank's slots and counters for reductions of up to `rows` rows of up to `width` elements.
 
     All ranks create their exchanges in the same order, post the same shapes, and collect in posting
     order with at most two reductions in flight. No state changes on the host after creation, so
@@ -54,6 +58,8 @@ class Exchange:
         self.rows, self.width, self.dtype, self.columns = rows, width, dtype, columns
         self.device = torch.device(device)
         self.programs = triton.cdiv(width, columns)
+        """Programs of a post; those after the last column of a narrower sum only signal."""
+        self.slot_elements = rows * width
         self.slots = memory.zeros((SLOTS, self.ranks, rows, width), dtype)
         self.arrivals = memory.zeros((self.ranks,), torch.int32)
         """The number of programs of each rank that have posted, over all posts."""
@@ -72,18 +78,26 @@ class Exchange:
         """Let this rank wait again after `stop`, if all ranks have posted and collected equally."""
         self.arrivals.local.sub_(STOPPED)
 
-    def check(self, name: str, x: Tensor, width: int) -> int:
-        """Return the rows M of `x` [M, width].
+    def check(self, name: str, x: Tensor) -> tuple[int, int]:
+        """Return rows and columns of a sum, or of this rank's part of it.
 
         Raises `ValueError` for a shape or dtype that this exchange was not made for.
         """
+        if x.dim() != 2 or not 0 < x.shape[1] <= self.width:
+            raise ValueError(
+                f"{name}: expected shape [1 to {self.rows}, 1 to {self.width}], got {list(x.shape)}"
+            )
+        self.check_rows(name, x, x.shape[1])
+        return x.shape[0], x.shape[1]
+
+    def check_rows(self, name: str, x: Tensor, width: int) -> None:
+        """Raise `ValueError` unless `x` is [M, width], and its M and dtype are of this exchange."""
         if x.dim() != 2 or not 0 < x.shape[0] <= self.rows or x.shape[1] != width:
             raise ValueError(
                 f"{name}: expected shape [1 to {self.rows}, {width}], got {list(x.shape)}"
             )
         if x.dtype != self.dtype:
             raise ValueError(f"{name}: expected {self.dtype}, got {x.dtype}")
-        return x.shape[0]
 
 
 @triton.jit
@@ -123,7 +137,7 @@ def gemv_post_kernel(
     m,
     n,
     k,
-    max_rows,
+    slot_elements,
     RANKS: tl.constexpr,
     RANKS_PAD: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -164,7 +178,7 @@ def gemv_post_kernel(
         where = rows[None, :] * n + columns[:, None]
         exists = (rows[None, :] < m) & (columns[:, None] < n)
     partial = partial.to(x.dtype.element_ty)
-    _push(partial, where, exists, slots, epoch, rank, max_rows * n, RANKS, SLOTS)
+    _push(partial, where, exists, slots, epoch, rank, slot_elements, RANKS, SLOTS)
     signal(arrivals, rank, RANKS, RANKS_PAD)
     advance(counts, counts + 1, tl.num_programs(0))
 
@@ -172,14 +186,17 @@ def gemv_post_kernel(
 def gemv_post(x: Tensor, weight: Tensor, exchange: Exchange) -> None:
     """Start the sum over ranks of x @ weight.T, [M, N], for x [M, K_r] and weight [N, K_r].
 
-    K_r is this rank's share of the reduced dimension. The product accumulates in float32 and is
-    sent in the dtype of `x`. M is at most 16: the op is for decoding, where reading the weight
-    bounds the time. Raises `ValueError` for a shape or dtype that the exchange was not made for.
+    N is at most the width of the exchange, and K_r this rank's share of the reduced dimension. The
+    product accumulates in float32 and is sent in the dtype of `x`. M is at most 16: the op is for
+    decoding, where reading the weight bounds the time. Raises `ValueError` for a shape or dtype
+    that the exchange was not made for.
     """
-    m, k = exchange.check("x", x, weight.shape[1]), weight.shape[1]
+    m, (n, k) = x.shape[0], weight.shape
+    exchange.check_rows("x", x, k)
     if m > 16:
         raise ValueError(f"x: expected at most 16 rows, got {m}; use a matmul and `post`")
-    expect_shape("weight", weight, (exchange.width, k))
+    if n > exchange.width:
+        raise ValueError(f"weight: expected at most {exchange.width} rows, got {n}")
     expect_like("weight", weight, x)
     expect_like("x", x, x)
     tile = 16384 if m == 1 else 8192  # elements of the weight; measured on an H100
@@ -192,9 +209,9 @@ def gemv_post(x: Tensor, weight: Tensor, exchange: Exchange) -> None:
         exchange.counts,
         exchange.rank,
         m,
-        exchange.width,
+        n,
         k,
-        exchange.rows,
+        exchange.slot_elements,
         **_constants(exchange),
         M=1 if m == 1 else 16,
         BLOCK_N=exchange.columns,
@@ -214,7 +231,7 @@ def post_kernel(
     rank,
     m,
     n,
-    max_rows,
+    slot_elements,
     RANKS: tl.constexpr,
     RANKS_PAD: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -229,7 +246,7 @@ def post_kernel(
         exists = (rows < m) & (columns < n)
         where = rows * n + columns
         partial = tl.load(x + where, mask=exists, other=0.0)
-        _push(partial, where, exists, slots, epoch, rank, max_rows * n, RANKS, SLOTS)
+        _push(partial, where, exists, slots, epoch, rank, slot_elements, RANKS, SLOTS)
     signal(arrivals, rank, RANKS, RANKS_PAD)
     advance(counts, counts + 1, tl.num_programs(0))
 
@@ -237,9 +254,10 @@ def post_kernel(
 def post(partial: Tensor, exchange: Exchange) -> None:
     """Start the sum over ranks of a product [M, N] that is computed already.
 
-    Raises `ValueError` for a shape or dtype that the exchange was not made for.
+    N is at most the width of the exchange. Raises `ValueError` for a shape or dtype that the
+    exchange was not made for.
     """
-    m = exchange.check("partial", partial, exchange.width)
+    m, n = exchange.check("partial", partial)
     expect_like("partial", partial, partial)
     post_kernel[(exchange.programs,)](
         partial,
@@ -248,8 +266,8 @@ def post(partial: Tensor, exchange: Exchange) -> None:
         exchange.counts,
         exchange.rank,
         m,
-        exchange.width,
-        exchange.rows,
+        n,
+        exchange.slot_elements,
         **_constants(exchange),
         BLOCK_M=min(16, triton.next_power_of_2(m)),
         BLOCK_N=exchange.columns,
@@ -267,7 +285,7 @@ def wait_add_norm_kernel(
     total_out,
     norm_out,
     n,
-    max_rows,
+    slot_elements,
     eps,
     programs,
     RANKS: tl.constexpr,
@@ -284,10 +302,10 @@ def wait_add_norm_kernel(
     wait(arrivals + source, source < RANKS, epoch * programs)
     columns = tl.arange(0, BLOCK)
     exists = columns < n
-    slot = slots + _slot(epoch, SLOTS).to(tl.int64) * RANKS * max_rows * n + row * n + columns
+    slot = slots + _slot(epoch, SLOTS).to(tl.int64) * RANKS * slot_elements + row * n + columns
     total = tl.zeros([BLOCK], tl.float32)
     for source in tl.static_range(RANKS):
-        part = tl.load(slot + source * max_rows * n, mask=exists, other=0.0)
+        part = tl.load(slot + source * slot_elements, mask=exists, other=0.0)
         total += part.to(tl.float32)
     if ADD:
         before = tl.load(residual + row * n + columns, mask=exists, other=0.0)
@@ -312,8 +330,8 @@ def wait_add_norm(
     dtype before the norm. Raises `ValueError` for a shape or dtype that the exchange was not made
     for.
     """
-    exchange.check("residual", residual, exchange.width)
-    expect_shape("weight", weight, (exchange.width,))
+    _, n = exchange.check("residual", residual)
+    expect_shape("weight", weight, (n,))
     expect_like("residual", residual, residual)
     expect_like("weight", weight, residual)
     total, normed = torch.empty_like(residual), torch.empty_like(residual)
@@ -326,20 +344,22 @@ def wait_add(residual: Tensor, exchange: Exchange) -> Tensor:
 
     Raises `ValueError` for a shape or dtype that the exchange was not made for.
     """
-    exchange.check("residual", residual, exchange.width)
+    exchange.check("residual", residual)
     expect_like("residual", residual, residual)
     total = torch.empty_like(residual)
     _collect(exchange, residual, None, 0.0, total, None)
     return total
 
 
-def wait_sum(rows: int, exchange: Exchange) -> Tensor:
-    """Collect the oldest reduction, which has `rows` rows, and return it, [M, N].
+def wait_sum(rows: int, exchange: Exchange, width: int | None = None) -> Tensor:
+    """Collect the oldest reduction, [rows, width], and return it.
 
-    Raises `ValueError` for more rows than the exchange was made for.
+    Without `width`, it is the width of the exchange. Raises `ValueError` for more rows or columns
+    than the exchange was made for.
     """
-    total = torch.empty(rows, exchange.width, dtype=exchange.dtype, device=exchange.device)
-    exchange.check("rows", total, exchange.width)
+    n = exchange.width if width is None else width
+    total = torch.empty(rows, n, dtype=exchange.dtype, device=exchange.device)
+    exchange.check("sum", total)
     _collect(exchange, None, None, 0.0, total, None)
     return total
 
@@ -352,8 +372,9 @@ def _collect(
     total: Tensor,
     normed: Tensor | None,
 ) -> None:
-    block = triton.next_power_of_2(exchange.width)
-    wait_add_norm_kernel[(total.shape[0],)](
+    rows, n = total.shape
+    block = triton.next_power_of_2(n)
+    wait_add_norm_kernel[(rows,)](
         exchange.slots.local,
         exchange.arrivals.local,
         exchange.counts,
@@ -361,8 +382,8 @@ def _collect(
         weight,
         total,
         normed,
-        exchange.width,
-        exchange.rows,
+        n,
+        exchange.slot_elements,
         eps,
         exchange.programs,
         **_constants(exchange),

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ladderstitch.errors import UserError
 from ladderstitch_loadtest.servers.peer_packages import tail
 
-READY = re.compile(r"ready after .* gRPC on (\S+), metrics on (\S+)")
+READY = re.compile(r"ready after .* gRPC on (\S+), metrics on ([^\s,]+)")
 OPENAI_URL = re.compile(r"OpenAI API on http://(\S+)/v1")
 """The HTTP address in a ready line."""
 STOP_TIMEOUT_S = 60.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ladderstitch.scheduling.cascades import NO_CASCADES, CascadeSet
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile, frontier
 from ladderstitch.vision.bundle import VisionBundle
 
@@ -21,6 +22,7 @@ class Family:
     name: str
     quality: Mapping[int, float]
     profile: LatencyProfile
+    cascades: CascadeSet = NO_CASCADES
 
     @classmethod
     def from_bundle(cls, bundle: VisionBundle) -> Family:
@@ -28,7 +30,7 @@ class Family:
         if bundle.quality is None or bundle.latency is None:
             raise ValueError(f"{bundle.path}: expected quality.json and latency.json")
         quality = {variant: q.value for variant, q in bundle.quality.variants.items()}
-        return cls(bundle.manifest.name, quality, bundle.latency)
+        return cls(bundle.manifest.name, quality, bundle.latency, bundle.quality.cascade_set)
 
     @property
     def frontier(self) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ladderstitch.errors import DataError, RequestError
+from ladderstitch.scheduling.cascades import Cascade, CascadeSet
 from ladderstitch.scheduling.profiles import LatencyProfile
 from ladderstitch.scheduling.requests import Request
 from ladderstitch.scheduling.settings import SchedulerSettings
@@ -126,8 +127,12 @@ class _Replayer:
         quality = {int(variant): value for variant, value in model["quality"].items()}
         profile = LatencyProfile.model_validate(model["profile"])
         settings = SchedulerSettings.model_validate(configured[1])
-        self.planner = Planner(quality, profile, settings)
-        self.found = Replay(Family("recorded", quality, profile), settings)
+        temperatures = {int(v): t for v, t in model.get("temperatures", {}).items()}
+        known = tuple(Cascade.model_validate(fields) for fields in model.get("cascades", ()))
+        cascades = CascadeSet(temperatures, known)
+        self.planner = Planner(quality, profile, settings, cascades=cascades)
+        self.found = Replay(Family("recorded", quality, profile, cascades), settings)
+        self.cascade: Cascade | None = None
         self.requests: dict[int, Request] = {}
         self.batch: list[Request] = []
         self.started_at = 0.0
@@ -189,19 +194,26 @@ class _Replayer:
         got = "a batch" if isinstance(choice, Decision) else f"defer {choice.seconds}"
         self._compare(now, f"defer {seconds}", got)
 
-    def _decide(self, now: float, variant: int, numbers: list[int]) -> None:
+    def _decide(
+        self, now: float, variant: int, numbers: list[int], first: int | None = None
+    ) -> None:
         self.found.decisions += 1
         self.batch = [self.requests.pop(number) for number in numbers]
         choice = self.planner.decide(now)
         got = "defer"
         if isinstance(choice, Decision):
             same = list(choice.requests) == self.batch
-            got = f"{len(choice.requests)}{'' if same else ' other'} requests on {choice.variant}"
-        self._compare(now, f"{len(numbers)} requests on {variant}", got)
+            route = _route(None if choice.cascade is None else choice.first, choice.variant)
+            got = f"{len(choice.requests)}{'' if same else ' other'} requests on {route}"
+        self._compare(now, f"{len(numbers)} requests on {_route(first, variant)}", got)
+        found = (c for c in self.planner.cascades.cascades if c.variants == (first, variant))
+        self.cascade = next(found, None)
 
-    def _start_batch(self, batch_size: int, variant: int, now: float) -> None:
+    def _start_batch(
+        self, batch_size: int, variant: int, now: float, expected_s: float | None = None
+    ) -> None:
         self.started_at = now
-        self.planner.on_batch_started(batch_size, variant, now)
+        self.planner.on_batch_started(batch_size, variant, now, expected_s)
 
     def _finish_batch(
         self, variant: int, batch_size: int, compute_s: float, total_s: float
@@ -212,9 +224,15 @@ class _Replayer:
         for request in self.batch:
             if self.started_at + total_s <= request.deadlines.soft:
                 found.met_images += request.num_images
-                found.value += request.num_images * found.family.quality[variant]
-        self.batch = []
+                found.value += request.num_images * self._quality(request, variant)
+        self.batch, self.cascade = [], None
         self.planner.on_batch_finished(variant, batch_size, compute_s, total_s)
+
+    def _quality(self, request: Request, variant: int) -> float:
+        """Return the calibrated quality of the variant, or of the cascade, that answered."""
+        if self.cascade is None:
+            return self.found.family.quality[variant]
+        return self.cascade.quality(request.min_confidence)
 
     def _compare(self, now: float, recorded: str, replayed: str, why: str = "") -> None:
         if recorded == replayed:
@@ -223,6 +241,10 @@ class _Replayer:
             self.found.differences.append(
                 f"at {now:.6f} s: recorded {recorded}, replayed {replayed} {why}".rstrip()
             )
+
+
+def _route(first: int | None, variant: int) -> str:
+    return f"{variant}" if first is None else f"{first} and {variant}"
 
 
 def _make_request(fields: Sequence[Any]) -> Request:

@@ -5,7 +5,7 @@ It is deterministic: the same family, trace, settings and seed give the same out
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import exp, inf
@@ -15,8 +15,10 @@ import numpy as np
 
 from ladderstitch.errors import RequestError
 from ladderstitch.gateway.routing import ReplicaLoad, RequestTicket, pick_replica
+from ladderstitch.scheduling.cascades import Cascade
 from ladderstitch.scheduling.requests import Deadlines, Request
 from ladderstitch.scheduling.settings import SchedulerSettings
+from ladderstitch.vision.scheduler.cascade_choice import select_in_time
 from ladderstitch.vision.scheduler.planner import Planner
 from ladderstitch.vision.scheduler.policies.base import Decision
 from ladderstitch_loadtest.load.outcome import LoadOutcome
@@ -43,21 +45,46 @@ class Machine:
     """Periods (from, to, factor) in which a noisy neighbour slows everything by the factor."""
     images: int = 1
     """Images of a request."""
+    min_confidence: float = 0.0
+    """Minimum confidence of every request; 0: none."""
 
     def factor(self, now: float) -> float:
         """Return the factor by which batches are slower at `now`."""
         return max((f for start, end, f in self.slow if start <= now < end), default=1.0)
 
 
+@dataclass(frozen=True, slots=True)
+class CascadeDraw:
+    """The drawn course of a batch on a cascade: its seconds, and the requests that go on."""
+
+    cascade: Cascade
+    first_s: float
+    last_s: float
+    unsure: Mapping[Request, int]
+    """Images of each request of which the first variant is not sure."""
+    going: frozenset[Request]
+
+    def answer(self, request: Request, started: float, ended: float) -> tuple[float, int, float]:
+        """Return the instant of the answer, its last variant and its expected quality."""
+        cascade, share = self.cascade, self.unsure[request] / request.num_images
+        go_on = request in self.going
+        sure, unsure = cascade.part_qualities(request.min_confidence, complete=go_on)
+        quality = (1 - share) * sure + share * unsure
+        overhead_s = ended - started - self.first_s - self.last_s
+        at = ended if go_on else started + self.first_s + overhead_s
+        return at, cascade.last if go_on else cascade.first, quality
+
+
 class SimulatedReplica:
     """A planner, and the batch that its engine runs."""
 
     def __init__(self, family: Family, settings: SchedulerSettings) -> None:
-        self.planner = Planner(family.quality, family.profile, settings)
+        self.planner = Planner(family.quality, family.profile, settings, cascades=family.cascades)
         self.running: tuple[Request, ...] = ()
         self.variant = -1
         self.started = 0.0
         self.compute_s = 0.0
+        self.stages: CascadeDraw | None = None
         self.load = ReplicaLoad(reported_at=-inf)
         self.tickets: dict[Request, RequestTicket] = {}
         self.num_decisions = 0
@@ -90,7 +117,8 @@ class Simulation:
             self._advance(at, outcome, index)
             soft = at + budget
             deadlines = Deadlines(soft, soft if hard else inf, "trace", "trace")
-            request = Request("", images, at, deadlines)
+            confidence = self.machine.min_confidence
+            request = Request("", images, at, deadlines, min_confidence=confidence)
             if self._submit(request, at):
                 index[request] = i
         self._advance(inf, outcome, index)
@@ -142,12 +170,21 @@ class Simulation:
     ) -> None:
         batch, batch_size = replica.running, _num_images(replica.running)
         variant, started, compute_s = replica.variant, replica.started, replica.compute_s
-        quality = self.family.quality[variant]
+        stages = replica.stages
         for request in batch:
             replica.load.on_ended(replica.tickets.pop(request))
             i = index.pop(request)
-            outcome.answer(i, now, started, compute_s, variant, quality, batch_size)
-        replica.planner.on_batch_finished(variant, batch_size, compute_s, now - started)
+            if stages is None:
+                quality = self.family.quality[variant]
+                outcome.answer(i, now, started, compute_s, variant, quality, batch_size)
+                continue
+            at, answered, quality = stages.answer(request, started, now)
+            outcome.answer(i, at, started, at - started, answered, quality, batch_size)
+        last_s = 0.0 if stages is None else stages.last_s
+        first = variant if stages is None else stages.cascade.first
+        replica.planner.on_batch_finished(
+            first, batch_size, compute_s - last_s, now - started - last_s
+        )
         replica.planner.on_engine_idle()
         replica.running = ()
 
@@ -165,8 +202,14 @@ class Simulation:
             return
         variant, batch_size = choice.variant, _num_images(choice.requests)
         replica.running, replica.variant, replica.started = choice.requests, variant, now
-        planner.on_batch_started(batch_size, variant, now)
-        replica.compute_s = self._draw_compute_s(planner, variant, batch_size, now)
+        expected_s = None if choice.cascade is None else planner.expected_s(choice)
+        planner.on_batch_started(batch_size, variant, now, expected_s)
+        replica.stages = None
+        if choice.cascade is None:
+            replica.compute_s = self._draw_compute_s(planner, variant, batch_size, now)
+        else:
+            replica.stages = self._draw_stages(planner, choice, now)
+            replica.compute_s = replica.stages.first_s + replica.stages.last_s
         end = now + replica.compute_s + self.machine.dispatch_overhead_s
         self._schedule(end, number, replica.num_decisions)
 
@@ -174,6 +217,29 @@ class Simulation:
         seconds = planner.latency.view.profiled[variant][batch_size] * self.machine.factor(now)
         sigma = self._sigma[variant]
         return seconds * exp(sigma * self._random.gauss(0.0, 1.0)) if sigma else seconds
+
+    def _draw_stages(self, planner: Planner, choice: Decision, now: float) -> CascadeDraw:
+        """Return which images of a batch go on, at the share that was calibrated.
+
+        The planner's rule says which requests stop because no time is left.
+        """
+        cascade, view = choice.cascade, planner.latency.view
+        assert cascade is not None
+        first_s = self._draw_compute_s(planner, cascade.first, choice.num_images, now)
+        unsure = {
+            request: sum(
+                self._random.random() < cascade.going_on(request.min_confidence)
+                for _ in range(request.num_images)
+            )
+            for request in choice.requests
+        }
+        waiting = [(request, count) for request, count in unsure.items() if count]
+        going = select_in_time(cascade, waiting, view, now + first_s, choice.latest_end)
+        count, last_s = sum(unsure[request] for request in going), 0.0
+        if count:
+            last_s = self._draw_compute_s(planner, cascade.last, count, now)
+            last_s *= 1.0 - cascade.shared
+        return CascadeDraw(cascade, first_s, last_s, unsure, frozenset(going))
 
     def _schedule(self, time: float, number: int, decision: int) -> None:
         self._num_events += 1

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from ladderstitch.addresses import join_address
 from ladderstitch.api.auth import AuthInterceptor
 from ladderstitch.api.receiving import ReceiveInterceptor
 from ladderstitch.api.request_log import RequestLogInterceptor
 from ladderstitch.errors import ConfigError
 from ladderstitch.runtime.process import reserve_port
-from ladderstitch.security.listen_config import ListenConfig, join_address
+from ladderstitch.security.listen_config import ListenConfig
 from ladderstitch.security.tls import CertificateData, CertificateFiles, CertificateWatcher
 from ladderstitch.security.tokens import RateLimiter, Token, TokenFile
 from ladderstitch.telemetry.logs import RecordSink

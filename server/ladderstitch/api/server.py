@@ -8,7 +8,6 @@ import socket
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from ladderstitch.api.health import NOT_SERVING, SERVING, HealthService
 from ladderstitch.api.listener import ListenerConfig, bind, reserve, start_servers
@@ -17,6 +16,7 @@ from ladderstitch.api.native.generation import GenerationService
 from ladderstitch.api.native.inference import InferenceService
 from ladderstitch.api.native.replica import ReplicaService
 from ladderstitch.api.oip.service import OipService, add_oip_service
+from ladderstitch.api.reflection import enable_reflection
 from ladderstitch.hosting.registry import AdminActions, ModelRegistry
 from ladderstitch.oip import grpc_service_pb2
 from ladderstitch.runtime.process import release_ports
@@ -80,13 +80,7 @@ class Server:
         return [s for s in (*self._acceptors, self._admin, self._probes) if s is not None]
 
     def _add_inference(self, server: grpc.aio.Server, actions: AdminActions | None) -> None:
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceService(self.registry), server
-        )
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(self.registry), server
-        )
-        add_oip_service(OipService(self.registry, actions), server)
+        add_inference_services(self.registry, server, actions)
         replica_pb2_grpc.add_ReplicaServiceServicer_to_server(ReplicaService(self.registry), server)
 
     def _enable_all_reflection(self) -> None:
@@ -100,8 +94,7 @@ class Server:
         self, server: grpc.aio.Server, services: tuple[ServiceDescriptor, ...]
     ) -> None:
         health = health_pb2.DESCRIPTOR.services_by_name["Health"]
-        names = [service.full_name for service in (*services, health)]
-        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+        enable_reflection((*services, health), server)
 
     async def start(self, host: str, port: int) -> int:
         """Bind and listen; returns the bound port. Raises `OSError` if an address is taken."""
@@ -134,3 +127,12 @@ class Server:
         """Reject new calls; cancel those that are still in flight after `grace_s` seconds."""
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
         release_ports(self._reserved)
+
+
+def add_inference_services(
+    registry: ModelRegistry, server: grpc.aio.Server, actions: AdminActions | None = None
+) -> None:
+    """Add the services that answer requests; with `actions`, one of them loads models, too."""
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(registry), server)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(registry), server)
+    add_oip_service(OipService(registry, actions), server)

@@ -28,7 +28,9 @@ def models_home() -> Path:
     """Return the folder of fetched bundles: LADDERSTITCH_HOME, or one in the user's data folder."""
     if home := os.environ.get(HOME_VARIABLE):
         return Path(home)
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    if not Path(data).is_absolute():  # a user id without an entry in passwd, and no HOME
+        data = "/var/lib"
     return Path(data) / "ladderstitch"
 
 

@@ -1,56 +1,118 @@
-"""The command line; each group of commands has its own module, imported when it is needed."""
+"""The command line: the table of its commands, each imported when it is run."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-import ladderstitch
+from ladderstitch import __version__
 from ladderstitch.cli import console
 
-MODULES = (
-    "serve",
-    "gateway",
-    "admin",
-    "predict",
-    "generate",
-    "make",
-    "elastic",
-    "own_models",
-    "measure",
+SERVE, CALL, OPERATE = "Serve", "Call a server", "Operate"
+MAKE, MEASURE = "Make a family", "Measure and check"
+EXIT_CODES = (
+    "Exit codes: 0 success; 1 a request, check or server failed; 2 wrong usage, file or option; "
+    "3 a budget was missed, with --require-met."
 )
-"""The modules in the order of the help page; `register` of each adds its commands to a Typer."""
-LIGHT = ("admin", "predict", "generate", "gateway")
-"""Modules that do not import torch: orchestrators run some of their commands every few seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of the help page; `summary` is the first line of the command's docstring."""
+
+    name: str
+    module: str
+    """The module in this package whose function of the same name is the command."""
+    panel: str
+    summary: str
+
+    @property
+    def function(self) -> str:
+        """The name of the function that is the command."""
+        return {"import": "import_"}.get(self.name, self.name.replace("-", "_"))
+
+
+ENTRIES = (
+    Entry("serve", "serve", SERVE, "Serve a model over gRPC and HTTP until Ctrl-C."),
+    Entry("rank", "serve", SERVE, "Run one rank for a server on another machine."),
+    Entry("gateway", "gateway", SERVE, "Forward each request to the best of several replicas."),
+    Entry("load", "admin", OPERATE, "Load a model on a running server, or a new version."),
+    Entry("unload", "admin", OPERATE, "Unload a model once its accepted requests have ended."),
+    Entry("drain", "admin", OPERATE, "Take a replica out of service; wait for its requests."),
+    Entry("health", "admin", OPERATE, "Print whether a server accepts requests."),
+    Entry("doctor", "doctor", OPERATE, "Check that this machine can run a server."),
+    Entry("predict", "predict", CALL, "Classify images, each within a latency budget."),
+    Entry("models", "models", CALL, "List models with quality and latency of each variant."),
+    Entry("schedule", "schedule", CALL, "Show or change the scheduling of a running server."),
+    Entry("generate", "generate", CALL, "Continue a prompt with a language model."),
+    Entry("fetch", "make", MAKE, "Download a data set that a recipe names, or a model."),
+    Entry("train", "train", MAKE, "Train the anchors of a family from scratch."),
+    Entry("stitch", "train", MAKE, "Join trained anchors into a stitchable family."),
+    Entry("quantize", "make", MAKE, "Add low-bit forms of all variants of a bundle."),
+    Entry("import", "make", MAKE, "Make a bundle from checkpoints or ONNX files."),
+    Entry("add-adapter", "make", MAKE, "Add a LoRA adapter to a language model as a path."),
+    Entry("convert-ladder", "make", MAKE, "Convert a language model's layers to ladder layers."),
+    Entry("train-language", "make", MAKE, "Train small language models to compare schemes."),
+    Entry("train-elastic", "elastic", MAKE, "Train a stitched language family from texts."),
+    Entry("make", "own_models", MAKE, "Stitch networks or language models into a family."),
+    Entry("export", "own_models", MAKE, "Export a torch network to ONNX, and check the file."),
+    Entry("inspect", "own_models", MAKE, "List tensors, costs and cut points of an ONNX file."),
+    Entry("calibrate", "measure", MEASURE, "Measure the quality of every variant."),
+    Entry("profile", "measure", MEASURE, "Measure the latency of every variant here."),
+    Entry("frontier", "frontier", MEASURE, "Show the best variants by quality and cost."),
+    Entry("verify", "measure", MEASURE, "Check forward passes against recorded outputs."),
+)
+COMMANDS = {
+    entry.name: entry
+    for entry in ENTRIES
+    if (Path(__file__).parent / f"{entry.module}.py").exists()  # the client's package has fewer
+}
+"""All commands, in the order of the help page, which is printed without importing them."""
 
 
 @cache
-def commands_of(module: str) -> dict[str, Any]:
-    """Return the commands of a module by name."""
+def load_command(name: str) -> Any:
+    """Return a command of `COMMANDS` with its options; imports its module."""
+    entry = COMMANDS[name]
+    function = getattr(import_module(f".{entry.module}", __package__), entry.function)
     part = typer.Typer(rich_markup_mode="markdown")
-    import_module(f"ladderstitch.cli.{module}").register(part)
+    part.command(name, epilog=EXIT_CODES)(function)
     part.callback()(lambda: None)  # a group even of one command
-    commands: dict[str, Any] = dict(typer.main.get_group(part).commands)
-    return commands
+    group: Any = typer.main.get_group(part)
+    return group.commands[name]
 
 
 class Commands(TyperGroup):
-    """A group that imports modules until it finds the command, the light modules first."""
+    """A group that imports the module of a command when it is called."""
+
+    listing = False
+    """Whether the help page is being printed, which shows the entries only."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all commands, in the order of the help page."""
-        return [name for module in MODULES for name in commands_of(module)]
+        return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command, or None if there is none of that name."""
-        for module in sorted(MODULES, key=lambda module: module not in LIGHT):
-            if cmd_name in commands_of(module):
-                return commands_of(module)[cmd_name]
-        return None
+        if (entry := COMMANDS.get(cmd_name)) is None:
+            return None
+        if self.listing:
+            return TyperCommand(entry.name, help=entry.summary, rich_help_panel=entry.panel)
+        return load_command(cmd_name)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help page of the group."""
+        self.listing = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self.listing = False
 
 
 app = typer.Typer(
@@ -59,6 +121,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Serve elastic models under latency budgets: one set of weights holds many networks, and "
     "the server answers each request with the most accurate one that meets its budget.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -66,7 +129,7 @@ app = typer.Typer(
 
 def _print_version(requested: bool) -> None:
     if requested:
-        typer.echo(ladderstitch.__version__)
+        typer.echo(__version__)
         raise typer.Exit
 
 

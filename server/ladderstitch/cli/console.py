@@ -7,25 +7,27 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from ladderstitch.client import Client, Credentials, RequestFailed
-from ladderstitch.client.calls import DEFAULT_TIMEOUT_S
-from ladderstitch.client.channel import read_token
 from ladderstitch.errors import ConfigError, UserError
-from ladderstitch.scheduling.requests import MAX_PRIORITY
+
+if TYPE_CHECKING:  # help and usage errors appear without grpc
+    from rich.progress import Progress
+
+    from ladderstitch.client import Client, Credentials, RequestFailed
 
 out = Console()
 err = Console(stderr=True)
 
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+MISSED = 3
+"""Exit code of `--require-met` if a budget was missed."""
 PANEL = "Connection to a server (before the command)"
 
 Address = Annotated[str, typer.Option(help="HOST:PORT of the server's gRPC endpoint.")]
@@ -33,9 +35,14 @@ ModelName = Annotated[str, typer.Option(help="Name of the model (default: the se
 Variant = Annotated[int | None, typer.Option(help="Id of the variant to run, whatever the budget.")]
 Priority = Annotated[
     int,
-    typer.Option(
-        min=0, max=MAX_PRIORITY, help="Priority, 1 (highest) to 255 (lowest); 0: normal (128)."
-    ),
+    typer.Option(min=0, max=255, help="Priority, 1 (highest) to 255 (lowest); 0: normal (128)."),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document; docs/cli.md has its fields."),
+]
+RequireMet = Annotated[
+    bool, typer.Option("--require-met", help="Exit with 3 if a budget was missed.")
 ]
 MinQuality = Annotated[
     float | None,
@@ -108,20 +115,27 @@ class ConnectionOptions:
 
         Raises `OSError` or `ValueError` if the token file cannot be read or holds no token.
         """
+        from ladderstitch.client import Credentials
+        from ladderstitch.client.channel import read_token
+
         token = read_token(self.token_file) if self.token_file else None
         return Credentials(self.ca, self.certificate, self.key, token, self.tls, self.server_name)
 
 
-def connect(context: typer.Context, address: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> Client:
-    """Return a client with the options of the running command.
+def connect(context: typer.Context, address: str, timeout_s: float | None = None) -> Client:
+    """Return a client with the options of the running command; unset: its default deadline.
 
     The client does not retry, so that users see a failure immediately. Raises `ConfigError` for
     options that cannot be used.
     """
+    from ladderstitch.client import Client
+    from ladderstitch.client.calls import DEFAULT_TIMEOUT_S
+
     options = context.find_object(ConnectionOptions)
     assert options is not None, "set before every command"
     try:
-        return Client(address, timeout_s, options.credentials(), retry_policy=None)
+        credentials = options.credentials()
+        return Client(address, timeout_s or DEFAULT_TIMEOUT_S, credentials, retry_policy=None)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
 
@@ -139,6 +153,8 @@ def user_errors() -> Iterator[None]:
 @contextmanager
 def exit_on_failure(address: str) -> Iterator[None]:
     """Print a failed call as one message and exit with 1; handle a `UserError` as `user_errors`."""
+    from ladderstitch.client import RequestFailed
+
     try:
         with user_errors():
             yield
@@ -153,7 +169,7 @@ def format_failure(error: RequestFailed, address: str) -> str:
         return f"[red]no server at {address}[/]; start one with `ladderstitch serve`"
     advice = ""
     if "min_feasible_us" in error.metadata:
-        advice = f"; the smallest budget is {int(error.metadata['min_feasible_us']) / 1e3:.2f} ms"
+        advice = f"; try a budget of {int(error.metadata['min_feasible_us']) / 1e3:.2f} ms"
     if error.retry_after_s is not None:
         advice = f"; try again in {1e3 * error.retry_after_s:.0f} ms"
     message = error.message.removeprefix(f"{error.code.name}: ")
@@ -162,6 +178,14 @@ def format_failure(error: RequestFailed, address: str) -> str:
 
 def progress_bar() -> Progress:
     """Return a progress bar on standard error."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from ladderstitch.cli.console import err, out, progress_bar, user_errors
+from ladderstitch.cli.console import Json, err, progress_bar, user_errors
+from ladderstitch.cli.output import Column, print_json, print_records
 
 
 def train_elastic(
@@ -20,13 +20,14 @@ def train_elastic(
         Path | None,
         typer.Option(help="Folder of checkpoints, logs and figures (default: INTO.work)."),
     ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Train a stitched language family from texts and write its bundle.
+    """Train a stitched language family from texts.
 
-    The anchors are language models of different widths, trained from scratch. Stitching maps
-    between them are fitted by least squares. Then all weights are trained on texts whose tokens
-    take different paths, so that an answer may change its path. The work folder has the
-    measurements in `elastic.json`. Resumes if it was interrupted.
+    Writes its bundle. The anchors are language models of different widths, trained from scratch.
+    Stitching maps between them are fitted by least squares. Then all weights are trained on texts
+    whose tokens take different paths, so that an answer may change its path. The work folder has
+    the measurements in `elastic.json`. Resumes if it was interrupted.
 
     Example: `ladderstitch train-elastic examples/elastic-text/recipe.yaml --text
     data/brown/train.txt --held-out data/brown/heldout.txt --into elastic-text`
@@ -40,19 +41,29 @@ def train_elastic(
         training = ElasticTraining(ElasticRecipe.load(recipe), text, held_out, into, folder)
         with progress_bar() as progress:
             measured = run(training, progress)
-    table = Table("path", "next-token accuracy", "loss, nats", "gap closed")
-    for name, path in measured.paths.items():
-        table.add_row(
-            name, f"{path.accuracy:.4f}", f"{path.loss_nats:.3f}", f"{path.gap_closed:.0%}"
-        )
-    out.print(table)
-    for switch, curve in measured.switches.items():
-        out.print(f"switch {switch}: divergence {curve.divergence_nats:.4f} nats", highlight=False)
+    paths = [
+        {
+            "name": name,
+            "quality": path.accuracy,
+            "loss_nats": path.loss_nats,
+            "gap_closed": path.gap_closed,
+        }
+        for name, path in measured.paths.items()
+    ]
+    switches = {name: curve.divergence_nats for name, curve in measured.switches.items()}
+    if as_json:
+        print_json({"bundle": str(into), "variants": paths, "switch_divergence_nats": switches})
+    else:
+        listed = [f"switch {name}: divergence {d:.4f} nats" for name, d in switches.items()]
+        print_records(paths, COLUMNS, note="\n".join(listed))
     err.print(
         f"wrote {into}; next: ladderstitch serve --model {into}", highlight=False, soft_wrap=True
     )
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to `app`."""
-    app.command("train-elastic", rich_help_panel="Make a family")(train_elastic)
+COLUMNS = (
+    Column("path", lambda r: str(r["name"]), text=True),
+    Column("next-token accuracy", lambda r: f"{r['quality']:.4f}"),
+    Column("loss, nats", lambda r: f"{r['loss_nats']:.3f}"),
+    Column("gap closed", lambda r: f"{r['gap_closed']:.0%}"),
+)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from contextlib import aclosing
-from typing import TYPE_CHECKING, Annotated
+from collections import Counter
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ladderstitch.bundles import find_bundle
+from ladderstitch.addresses import DEFAULT_ADDRESS
 from ladderstitch.cli.console import (
+    MISSED,
     Address,
+    Json,
     MinQuality,
+    RequireMet,
     Variant,
     connect,
     err,
@@ -21,12 +24,11 @@ from ladderstitch.cli.console import (
     parse_duration,
     user_errors,
 )
-from ladderstitch.client import TextChunk
-from ladderstitch.client.calls import DEFAULT_ADDRESS
-from ladderstitch.errors import RequestError
-from ladderstitch.scheduling.requests import GenerationRequest, Sampling, TokenBudget
+from ladderstitch.cli.output import format_budget, format_count, format_total, print_json
+from ladderstitch.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ladderstitch.client import TextChunk
     from ladderstitch.client.messages import GenerateOptions
 
 CALL_TIMEOUT_S = 600.0
@@ -83,12 +85,16 @@ def generate(
     model: TextModelName = "",
     local: Local = False,
     ranks: Ranks = 1,
+    require_met: RequireMet = False,
+    as_json: Json = False,
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
-    """Continue a prompt with a language model, printed token by token.
+    """Continue a prompt with a language model.
 
-    Start a server first: `ladderstitch fetch smollm2`, then `ladderstitch serve --model smollm2`.
-    Or use `--local`. The server answers with the best variant that the budgets allow.
+    The answer is printed token by token. The server answers with the best variant that the budgets
+    allow. Start one first: `ladderstitch serve --model elastic-text` (a small model that needs no
+    download), or `ladderstitch fetch smollm2` and `ladderstitch serve --model smollm2`. Or use
+    `--local`.
     """
     with user_errors():
         options: GenerateOptions = {
@@ -105,130 +111,139 @@ def generate(
             "variant": variant,
         }
         if local:
-            asyncio.run(_generate_locally(prompt, model or LOCAL_MODEL, ranks, options))
-        else:
-            _generate_remotely(context, address, prompt, model, options)
+            if as_json or require_met:
+                raise ConfigError("local: expected neither --json nor --require-met along with it")
+            _generate_in_this_process(prompt, model or LOCAL_MODEL, ranks, options)
+            return
+    options["model"] = model
+    seconds, chunks = _generate_remotely(context, address, prompt, options, show=not as_json)
+    budgets = _budgets(chunks[-1], options) if chunks else []
+    if as_json:
+        print_json(_answer_record(chunks, seconds, budgets))
+    elif chunks:
+        print_rate(len(chunks), seconds)
+        _print_accounting(chunks[-1], budgets)
+    if require_met and any(budget["met"] is False for budget in budgets):
+        raise typer.Exit(MISSED)
+
+
+def _generate_in_this_process(
+    prompt: str, model: str, ranks: int, options: GenerateOptions
+) -> None:
+    """Run `--local`, for which the client's package lacks the module."""
+    if find_spec(".generate_local", __package__) is None:
+        raise ConfigError("local: expected the server's package ladderstitch, got none")
+    from ladderstitch.cli.generate_local import generate_locally
+
+    asyncio.run(generate_locally(prompt, model, ranks, options))
 
 
 def _parse_budget(text: str | None, option: str) -> float | None:
-    return parse_duration(text, option) if text else None
+    return parse_duration(text, option) if text is not None else None
 
 
 def _generate_remotely(
-    context: typer.Context, address: str, prompt: str, model: str, options: GenerateOptions
-) -> None:
-    last: TextChunk | None = None
-    options["model"] = model
+    context: typer.Context, address: str, prompt: str, options: GenerateOptions, *, show: bool
+) -> tuple[float, list[TextChunk]]:
+    """Return seconds and chunks of an answer, which is printed as it arrives if `show` is set."""
+    chunks: list[TextChunk] = []
     with exit_on_failure(address), connect(context, address, CALL_TIMEOUT_S) as client:
         started = time.monotonic()
-        for last in client.generate(prompt, **options):
-            typer.echo(last.text, nl=False)
-    typer.echo()
-    if last is not None:
-        _print_rate(last.index + 1, time.monotonic() - started)
-        _print_accounting(last, options)
-
-
-async def _generate_locally(prompt: str, model: str, ranks: int, options: GenerateOptions) -> None:
-    """Load a model in this process and print its answer."""
-    from ladderstitch.text.bundle import TextBundle
-    from ladderstitch.text.engine.rank_config import RankConfig
-    from ladderstitch.text.engine.rank_group import RankGroup
-    from ladderstitch.text.scheduler.scheduler import TextScheduler
-
-    bundle = TextBundle.load(find_bundle(model))
-    tokenizer, manifest = bundle.tokenizer(), bundle.manifest
-    tokens = tuple(tokenizer.encode(prompt))
-    max_model_len = len(tokens) + (options["max_tokens"] or 0)
-    group = RankGroup(RankConfig.of(bundle, ranks=ranks, max_model_len=max_model_len))
-    try:
-        await group.start()
-        names = [variant.name for variant in manifest.variants]
-        scheduler = TextScheduler(
-            group,
-            tokenizer,
-            manifest.end_tokens,
-            bundle.quality,
-            names,
-            by_name=manifest.adapters,
-            switches=bundle.switches,
-        )
-        request = _local_request(tokens, options)
-        count = 0
-        try:
-            async with aclosing(scheduler.generate(request)) as chunks:
-                async for chunk in chunks:
-                    typer.echo(chunk.text, nl=False)
-                    count += 1
-        finally:
-            await scheduler.close()
+        for chunk in client.generate(prompt, **options):
+            chunks.append(chunk)
+            if show:
+                typer.echo(chunk.text, nl=False)
+    if show:
         typer.echo()
-        _print_rate(count, time.monotonic() - request.arrival)
-    except RequestError as error:
-        err.print(f"[bold red]error:[/] {error}", highlight=False)
-        raise typer.Exit(1) from None
-    finally:
-        await group.close()
+    return time.monotonic() - started, chunks
 
 
-def _local_request(tokens: tuple[int, ...], options: GenerateOptions) -> GenerationRequest:
-    """Return the request for a scheduler in this process; its budget is a hard deadline."""
-    arrival = time.monotonic()
-    return GenerationRequest(
-        tokens=tokens,
-        arrival=arrival,
-        max_tokens=options["max_tokens"] or 0,
-        sampling=Sampling(
-            temperature=options["temperature"],
-            top_k=options["top_k"],
-            top_p=1.0 if options["top_p"] is None else options["top_p"],
-            seed=options["seed"],
-        ),
-        stop=tuple(options["stop"]),
-        hard_deadline=arrival + _or_infinity(options["budget_s"]),
-        budget=TokenBudget(
-            first_token_s=_or_infinity(options["first_token_budget_s"]),
-            per_token_s=_or_infinity(options["token_budget_s"]),
-        ),
-        min_quality=options["min_quality"] or 0.0,
-        variant=options["variant"],
+def _budgets(last: TextChunk, options: GenerateOptions) -> list[dict[str, Any]]:
+    """Return the budgets of a request, the times that count, and whether they were met."""
+    cost = last.accounting
+    if cost is None:
+        return []
+    whole = cost.budget_met if cost.HasField("budget_met") else None
+    first = cost.first_token_budget_met if cost.HasField("first_token_budget_met") else None
+    token = cost.token_budget_met if cost.HasField("token_budget_met") else None
+    rows = (
+        ("whole answer", "budget_s", whole, cost.total_us),
+        ("first token", "first_token_budget_s", first, cost.first_token_us),
+        ("mean per token", "token_budget_s", token, cost.mean_token_us),
     )
+    return [
+        {
+            "of": of,
+            "budget_s": options.get(option),
+            "took_s": took_us / 1e6,
+            "met": met,
+        }
+        for of, option, met, took_us in rows
+        if options.get(option) is not None
+    ]
 
 
-def _or_infinity(seconds: float | None) -> float:
-    return math.inf if seconds is None else seconds
+def _answer_record(
+    chunks: list[TextChunk], seconds: float, budgets: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return an answer as a document."""
+    cost = chunks[-1].accounting if chunks else None
+    record: dict[str, Any] = {
+        "text": "".join(chunk.text for chunk in chunks),
+        "tokens": [chunk.token for chunk in chunks],
+        "finish": chunks[-1].finish if chunks else None,
+        "seconds": seconds,
+        "budgets": budgets,
+    }
+    if cost is not None:
+        record |= {
+            "variant": cost.variant_id,
+            "variant_name": cost.variant_name,
+            "quality": cost.quality if cost.HasField("quality") else None,
+            "quality_metric": cost.quality_metric or None,
+            "queue_s": cost.queue_us / 1e6,
+            "first_token_s": cost.first_token_us / 1e6,
+            "mean_token_s": cost.mean_token_us / 1e6,
+            "total_s": cost.total_us / 1e6,
+            "spans": [
+                {
+                    "variant_name": span.variant_name,
+                    "tokens": span.tokens,
+                    "cache": span.cache or None,
+                }
+                for span in cost.spans
+            ],
+        }
+    return record
 
 
-def _print_accounting(last: TextChunk, options: GenerateOptions) -> None:
+def _print_accounting(last: TextChunk, budgets: list[dict[str, Any]]) -> None:
     cost = last.accounting
     if cost is None:
         return
     quality = f", {cost.quality_metric} {cost.quality:.3f}" if cost.HasField("quality") else ""
-    names = [
-        f"{span.variant_name} ({span.tokens} tokens{f', cache {span.cache}' if span.cache else ''})"
-        for span in cost.spans
-    ]
-    variants = ", then ".join(names) if len(names) > 1 else cost.variant_name
-    err.print(f"variant {variants}{quality}")
-    for name, budget_s, met, took_us in (
-        ("whole answer", options["budget_s"], cost.budget_met, cost.total_us),
-        (
-            "first token",
-            options["first_token_budget_s"],
-            cost.first_token_budget_met,
-            cost.first_token_us,
-        ),
-        ("mean per token", options["token_budget_s"], cost.token_budget_met, cost.mean_token_us),
-    ):
-        if budget_s is not None:
-            result = "met" if met else "missed"
-            err.print(f"{name}: {took_us / 1e3:.0f} ms, budget of {1e3 * budget_s:.0f} ms {result}")
+    if len(cost.spans) > 1:
+        tokens: Counter[str] = Counter()
+        for span in cost.spans:
+            tokens[span.variant_name] += span.tokens
+        changes = format_count(len(cost.spans) - 1, "change")
+        parts = ", ".join(f"{name} {number}" for name, number in tokens.items())
+        err.print(f"{changes} of variant; tokens by variant: {parts}", highlight=False)
+        quality = quality.removeprefix(", ")
+        if quality:
+            err.print(f"mean of all tokens: {quality}", highlight=False)
+    else:
+        err.print(f"variant {cost.variant_name}{quality}", highlight=False)
+    for budget in budgets:
+        result = {True: "met", False: "missed", None: "not measured"}[budget["met"]]
+        took = format_total(budget["took_s"], budget["budget_s"])
+        limit = format_budget(budget["budget_s"])
+        if budget["met"] is False and budget["took_s"] <= budget["budget_s"]:
+            took = f"just over {took}"  # the accounting has whole microseconds
+        err.print(f"{budget['of']}: {took}, budget of {limit} {result}", highlight=False)
 
 
-def _print_rate(tokens: int, seconds: float) -> None:
-    err.print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to `app`."""
-    app.command(rich_help_panel="Call a server")(generate)
+def print_rate(tokens: int, seconds: float) -> None:
+    """Print the number of tokens and their rate on standard error."""
+    number = format_count(tokens, "token")
+    err.print(f"{number} in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s", highlight=False)

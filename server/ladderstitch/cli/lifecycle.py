@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, NoReturn, Protocol
 
 from ladderstitch.cli.console import err
@@ -36,6 +36,23 @@ def handled_signals() -> list[signal.Signals]:
     """Return the signals that stop a command: SIGHUP unless it is ignored, as under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [n for n in STOP_SIGNALS if n != signal.SIGHUP or not ignored]
+
+
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """End the process at a signal, at once, while it only imports modules and reads files.
+
+    The interrupt of Python would wait for an event loop, or appear as an error of the library that
+    is being imported.
+    """
+    before = {number: signal.getsignal(number) for number in handled_signals()}
+    for number in before:
+        signal.signal(number, lambda *_: exit_now(0))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopSignals:

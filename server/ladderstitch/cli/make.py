@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table
 
 from ladderstitch.bundles import find_bundle, is_language_bundle, models_home
-from ladderstitch.cli import own_models, train
-from ladderstitch.cli.console import err, out, progress_bar, user_errors
-from ladderstitch.cli.measure import quality_table
+from ladderstitch.cli import own_models
+from ladderstitch.cli.console import Json, err, out, progress_bar, user_errors
+from ladderstitch.cli.language_families import NETWORK_SUFFIXES
+from ladderstitch.cli.measure import QUALITY_COLUMNS, quality_records
+from ladderstitch.cli.output import Column, Record, print_json, print_records
 from ladderstitch.cli.own_models import parse_numbers
 from ladderstitch.errors import ConfigError
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from ladderstitch.vision.models.nested.model import NestedModel
     from ladderstitch.vision.models.stitched import StitchedModel
 
-NETWORK_SUFFIXES = (".onnx", ".yaml", ".yml")
 DATA = ("fashion-mnist", "brown", "austen")
 SUPERNETS = ("ofa-resnet", "ofa-mbv3", "autoformer", "thinkingvit")
 MODELS = ("smollm2", "smollm2-ladder", "efficientnet-lite")
@@ -37,7 +37,10 @@ def fetch(
         ),
     ] = None,
 ) -> None:
-    """Download a data set that a recipe names, or a model to serve; no root access is needed."""
+    """Download a data set that a recipe names, or a model.
+
+    No root access is needed.
+    """
     from ladderstitch.importers.fetch import fetch_data, fetch_model
     from ladderstitch.importers.fetch_efficientnet import fetch_efficientnet
 
@@ -92,12 +95,14 @@ def quantize(
         Literal["int4", "int8"],
         typer.Option(help="Language models: number format; image models have int8 only."),
     ] = "int4",
+    as_json: Json = False,
 ) -> None:
-    """Add low-bit forms of all variants of a bundle, as further variants.
+    """Add low-bit forms of all variants of a bundle.
 
-    Image models: weights and the inputs of products get 8 bits; the ranges of activations are
-    measured on images of the data. The new variants have the ids after the present ones.
-    `calibrate` measures their quality, and the frontier contains those of them that are worth it.
+    They are further variants. Image models: weights and the inputs of products get 8 bits; the
+    ranges of activations are measured on images of the data. The new variants have the ids after
+    the present ones. `calibrate` measures their quality, and the frontier contains those of them
+    that are worth it.
 
     Language models: weights get 4 or 8 bits when the model is loaded, and activations 8. All paths
     are measured on the text.
@@ -109,12 +114,14 @@ def quantize(
         if is_language_bundle(path):
             if text is None:
                 raise ConfigError("text: expected a held-out text for a language model, got none")
-            _quantize_language(path, precision, text)
+            _quantize_language(path, precision, text, as_json=as_json)
             err.print(f"wrote {path}; next: ladderstitch serve --model {bundle}")
         else:
             if data is None:
                 raise ConfigError("data: expected a folder of images for an image model, got none")
             folder = _quantize_vision(path, data, split, images)
+            if as_json:
+                print_json({"bundle": str(path), "written": str(folder)})
             err.print(f"wrote {folder}; next: ladderstitch calibrate {bundle} --data {data}")
 
 
@@ -143,7 +150,9 @@ def _quantize_vision(path: Path, data: Path, split: str, images: int) -> Path:
     return loaded.int8_folder
 
 
-def _quantize_language(path: Path, precision: Literal["int4", "int8"], text: Path) -> None:
+def _quantize_language(
+    path: Path, precision: Literal["int4", "int8"], text: Path, *, as_json: bool
+) -> None:
     from ladderstitch.text.bundle import TextBundle
     from ladderstitch.training.text.calibrate import DEFAULT_SAMPLE, quantise
 
@@ -151,7 +160,14 @@ def _quantize_language(path: Path, precision: Literal["int4", "int8"], text: Pat
     with progress_bar() as progress:
         table = quantise(bundle, precision, text, DEFAULT_SAMPLE, 1, progress)
     names = [variant.name for variant in TextBundle.load(path).manifest.variants]
-    out.print(quality_table(names, table))
+    _print_measured(path, quality_records(names, table), as_json=as_json)
+
+
+def _print_measured(path: Path, records: list[Record], *, as_json: bool) -> None:
+    if as_json:
+        print_json({"bundle": str(path), "variants": records})
+    else:
+        print_records(records, QUALITY_COLUMNS)
 
 
 def add_adapter(
@@ -166,8 +182,9 @@ def add_adapter(
     name: Annotated[
         str | None, typer.Option(help="Name of the path (default: that of the folder).")
     ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Add a LoRA adapter to a language model as a further path, for requests that name it.
+    """Add a LoRA adapter to a language model as a path.
 
     OpenAI requests name it as their `model`, others by `variant_id` (`--variant` of `generate`).
 
@@ -184,7 +201,7 @@ def add_adapter(
             table = run(bundle, adapter, name, text, DEFAULT_SAMPLE, progress)
         names = [variant.name for variant in TextBundle.load(path).manifest.variants]
         if table is not None:
-            out.print(quality_table(names, table))
+            _print_measured(path, quality_records(names, table), as_json=as_json)
         err.print(
             f"wrote {path}; next: ladderstitch serve --model {model} --http-port 8081; requests "
             f'name "{name}" as their model, or variant {len(names) - 1}',
@@ -204,7 +221,8 @@ Family = Annotated[
     typer.Option(
         help="Kind of the stitched family: snnet-deit, snnet-swin, snnet-resnet, "
         "snnet-resnet-swin, snnet-levit, snnetv2 or learngene-pool; or of the supernet: "
-        "ofa-resnet, ofa-mbv3, autoformer or thinkingvit."
+        "ofa-resnet, ofa-mbv3, autoformer or thinkingvit; or matformer-olmo, whose checkpoint is "
+        "a folder."
     ),
 ]
 FamilyConfig = Annotated[
@@ -254,12 +272,13 @@ def import_(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Supernets: seed of the random ones.")] = 0,
 ) -> None:
-    """Make a bundle from checkpoints or ONNX files, published ones or your own.
+    """Make a bundle from checkpoints or ONNX files.
 
-    The input is one file of a stitched family or of a supernet, or files of DeiT, ViT, Swin or
-    ResNet networks in the layout of timm or Hugging Face, which become the anchors of a new family,
-    or ONNX files or a `family.yaml` that lists them, among which budgets choose (`make` stitches
-    them). Only weights are read: no code in a file is run. The error lists tensors that do not fit.
+    The input, published or your own, is one file of a stitched family or of a supernet, or files of
+    DeiT, ViT, Swin or ResNet networks in the layout of timm or Hugging Face, which become the
+    anchors of a new family, or ONNX files or a `family.yaml` that lists them, among which budgets
+    choose (`make` stitches them). Only weights are read: no code in a file is run. The error lists
+    tensors that do not fit.
     """
     from ladderstitch.importers.import_bundle import BundleInfo, import_anchors, import_released
 
@@ -278,10 +297,14 @@ def import_(
                 input_shape=input_shape,
             )
             return
+        if family == "matformer-olmo":
+            _import_olmo(checkpoints, into, name, licence)
+            return
         if folders := [path for path in checkpoints if path.is_dir()]:
             raise ConfigError(
                 f"checkpoints: expected files, got the folder {folders[0]}; a language model of "
-                f"transformers needs no import: ladderstitch serve --model {folders[0]}"
+                f"transformers needs no import: ladderstitch serve --model {folders[0]}; several "
+                "of one tokenizer are stitched by `make`"
             )
         info = BundleInfo(
             name, licence, labels, parse_numbers("mean", mean), parse_numbers("std", std)
@@ -305,6 +328,18 @@ def import_(
     out.print(f"{into}: {count} networks; next: ladderstitch calibrate {into} --data FOLDER")
 
 
+def _import_olmo(checkpoints: list[Path], into: Path, name: str, licence: str) -> None:
+    """Write the bundle of a folder of MatFormer-OLMo, and say how to measure its paths."""
+    from ladderstitch.importers.import_olmo import import_olmo
+
+    if len(checkpoints) != 1 or not checkpoints[0].is_dir():
+        got = ", ".join(map(str, checkpoints))
+        raise ConfigError(f"checkpoints: expected one folder for matformer-olmo, got {got}")
+    bundle = import_olmo(checkpoints[0], into, name, licence)
+    count = len(bundle.manifest.variants)
+    out.print(f"{into}: {count} paths; next: ladderstitch calibrate {into} --text FILE")
+
+
 def convert_ladder(
     source: Annotated[
         str, typer.Argument(help="Directory of a bundle, or name of a fetched model, e.g. smollm2.")
@@ -323,24 +358,26 @@ def convert_ladder(
         typer.Option(help="Folder of checkpoints and intermediate data (default: INTO.work)."),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="File to write the measurements to.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Convert the upper layers of a language model to ladder layers and retrain them.
+    """Convert a language model's layers to ladder layers or to groups.
 
-    A ladder layer reads the residual stream one sub-block late, so that ranks communicate while
-    they compute. Low-rank updates of the weights are trained on the predictions of the standard
-    model. The new bundle has both variants, chosen per request. Resumes if it was interrupted.
+    They are retrained. A ladder layer reads the residual stream one sub-block late, so that ranks
+    communicate while they compute. Layers of a group read one input and share their reductions.
+    Low-rank updates of the weights are trained on the predictions of the standard model. The new
+    bundle has both variants, chosen per request. Resumes if it was interrupted.
 
     Example: `ladderstitch convert-ladder smollm2 --recipe examples/smollm2-ladder/ladder-8.yaml
     --text data/brown/train.txt --held-out brown=data/brown/heldout.txt --into smollm2-ladder`
     """
     from ladderstitch.text.bundle import TextBundle
     from ladderstitch.training.text.convert import Conversion, convert, write_report
-    from ladderstitch.training.text.distil import LadderRecipe
+    from ladderstitch.training.text.distil import ConversionRecipe
 
     with user_errors():
         conversion = Conversion(
             source=TextBundle.load(find_bundle(source)),
-            recipe=LadderRecipe.load(recipe),
+            recipe=ConversionRecipe.load(recipe),
             text=text,
             held_out=dict(_parse_named_file(entry) for entry in held_out),
             into=into,
@@ -350,7 +387,7 @@ def convert_ladder(
             found = convert(conversion, progress)
         if report is not None:
             write_report(found, report)
-        _print_qualities(found)
+        _print_qualities(found, as_json=as_json)
         err.print(f"ladderstitch serve --model {into}", highlight=False)
 
 
@@ -362,10 +399,11 @@ def train_language(
     held_out: Annotated[list[Path], typer.Option(help="Held-out text files.")],
     run: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and bundles.")],
 ) -> None:
-    """Train a small language model from scratch with each residual scheme, and compare the losses.
+    """Train small language models to compare schemes.
 
-    Text, seed and batches are the same, so that the held-out losses show the cost of the scheme.
-    Writes a bundle for each scheme, a plot and `pair.json`. Resumes if it was interrupted.
+    One is trained from scratch with each residual scheme. Text, seed and batches are the same, so
+    that the held-out losses show the cost of the scheme. Writes a bundle for each scheme, a plot
+    and `pair.json`. Resumes if it was interrupted.
 
     Example: `ladderstitch train-language --recipe examples/small-pair/pair.yaml --text
     data/brown/train.txt --held-out data/brown/heldout.txt --run runs/small-pair`
@@ -377,7 +415,7 @@ def train_language(
         comparison = SchemeComparison(ScratchRecipe.load(recipe), text, held_out, run)
         with progress_bar() as progress:
             found = compare_schemes(comparison, progress)
-        out.print_json(data={name: found[name] for name in ("parameters", "held_out_loss")})
+        print_json({name: found[name] for name in ("parameters", "held_out_loss")})
 
 
 def _parse_named_file(entry: str) -> tuple[str, Path]:
@@ -387,23 +425,28 @@ def _parse_named_file(entry: str) -> tuple[str, Path]:
     return name, Path(file)
 
 
-def _print_qualities(found: dict[str, object]) -> None:
-    table = Table("data", "variant", "next-token accuracy", "perplexity")
+def _print_qualities(found: dict[str, object], *, as_json: bool) -> None:
     measured = found["paths"]
     assert isinstance(measured, dict)
-    for data, paths in measured.items():
-        for path, quality in paths.items():
-            table.add_row(data, path, f"{quality['value']:.4f}", f"{quality['perplexity']:.1f}")
-    out.print(table)
+    records = [
+        {
+            "data": data,
+            "name": path,
+            "quality": quality["value"],
+            "perplexity": quality["perplexity"],
+        }
+        for data, paths in measured.items()
+        for path, quality in paths.items()
+    ]
+    if as_json:
+        print_json({"variants": records})
+    else:
+        print_records(records, LADDER_COLUMNS)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to `app`."""
-    group = "Make a family"
-    app.command(rich_help_panel=group)(fetch)
-    train.register(app)
-    app.command(rich_help_panel=group)(quantize)
-    app.command("import", rich_help_panel=group)(import_)
-    app.command("add-adapter", rich_help_panel=group)(add_adapter)
-    app.command("convert-ladder", rich_help_panel=group)(convert_ladder)
-    app.command("train-language", rich_help_panel=group)(train_language)
+LADDER_COLUMNS = (
+    Column("data", lambda r: str(r["data"]), text=True),
+    Column("variant", lambda r: str(r["name"]), text=True),
+    Column("next-token accuracy", lambda r: f"{r['quality']:.4f}"),
+    Column("perplexity", lambda r: f"{r['perplexity']:.1f}"),
+)

@@ -1,8 +1,8 @@
-"""The commands that measure a bundle: `calibrate`, `profile`, `frontier`; and `verify`."""
+"""The commands that measure a bundle: `calibrate` and `profile`; and `verify`."""
 
 from __future__ import annotations
 
-import asyncio
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ladderstitch.bundles import EMBEDDED, find_bundle, is_language_bundle
-from ladderstitch.cli.console import err, out, plain_table, progress_bar, user_errors
+from ladderstitch.cli.console import Json, err, out, progress_bar, user_errors
+from ladderstitch.cli.output import Column, Record, print_json, print_records
 from ladderstitch.errors import ConfigError
-from ladderstitch.vision.bundle import VisionBundle, write_table
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-    from rich.table import Table
 
     from ladderstitch.scheduling.profiles import LatencyProfile, QualityTable
-    from ladderstitch.vision.frontier import FrontierRow
 
 BundleFolder = Annotated[
     Path,
@@ -67,17 +65,21 @@ def calibrate(
     text: Annotated[
         Path | None, typer.Option(help="Language models: held-out text file to measure on.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Measure the quality of every variant with 95 % intervals, and write quality.json.
+    """Measure the quality of every variant.
 
-    The measurement of an image model resumes if it was interrupted.
+    Writes quality.json, which has 95 % intervals. The measurement of an image model resumes if it
+    was interrupted.
     """
     from ladderstitch.training.vision.calibrate import calibrate_files
+    from ladderstitch.vision.bundle import VisionBundle
 
+    measured: list[Record] = []
     with user_errors(), progress_bar() as progress:
         path = find_bundle(str(bundle))
         if is_language_bundle(path):
-            _calibrate_language(path, text, progress)
+            measured = _calibrate_language(path, text, progress)
             following = f"ladderstitch serve --model {bundle}"
         else:
             loaded = VisionBundle.load(path)
@@ -85,10 +87,28 @@ def calibrate(
                 loaded, data, images, split, name, batch_size, progress, metric, targets
             )
             following = f"ladderstitch profile {bundle}"
+            if as_json:
+                measured = _image_qualities(path)
+    if as_json:
+        print_json({"bundle": str(path), "variants": measured})
+    elif measured:
+        print_records(measured, QUALITY_COLUMNS)
     err.print(f"wrote {path / 'quality.json'}; next: {following}")
 
 
-def _calibrate_language(path: Path, text: Path | None, progress: Progress) -> None:
+def _image_qualities(path: Path) -> list[Record]:
+    """Return the measured qualities of an image model by its variants' ids."""
+    from ladderstitch.vision.bundle import VisionBundle
+
+    table = VisionBundle.load(path).quality
+    assert table is not None, "written before"
+    return [
+        {"variant": variant, "quality": q.value, "low": q.low, "high": q.high}
+        for variant, q in sorted(table.variants.items())
+    ]
+
+
+def _calibrate_language(path: Path, text: Path | None, progress: Progress) -> list[Record]:
     from ladderstitch.text.bundle import TextBundle
     from ladderstitch.training.text.calibrate import DEFAULT_SAMPLE
     from ladderstitch.training.text.calibrate import calibrate as run
@@ -97,25 +117,37 @@ def _calibrate_language(path: Path, text: Path | None, progress: Progress) -> No
         raise ConfigError("text: expected a held-out text for a language model, got none")
     loaded = TextBundle.load(path, calibrated=False)
     table = run(loaded, text, DEFAULT_SAMPLE, 1, progress)
-    out.print(quality_table([v.name for v in loaded.manifest.variants], table))
+    return quality_records([v.name for v in loaded.manifest.variants], table)
 
 
-def quality_table(names: Sequence[str], table: QualityTable) -> Table:
+def quality_records(names: Sequence[str], table: QualityTable) -> list[Record]:
     """Return the qualities of a language model's paths, by their names in order of their ids."""
-    rows = [
-        (
-            str(number),
-            name,
-            f"{quality.value:.4f}",
-            f"{quality.low:.4f}-{quality.high:.4f}",
-            f"{quality.perplexity:.2f}",
-        )
-        for number, (name, quality) in enumerate(
-            zip(names, (table.variants[n] for n in range(len(names))), strict=True)
-        )
+    return [
+        {
+            "variant": number,
+            "name": name,
+            "quality": table.variants[number].value,
+            "low": table.variants[number].low,
+            "high": table.variants[number].high,
+            "quality_metric": table.metric,
+            "perplexity": table.variants[number].perplexity,
+        }
+        for number, name in enumerate(names)
     ]
-    columns = ("id", "path", table.metric, "95 % interval", "perplexity")
-    return plain_table(columns, rows, text=("path",))
+
+
+def show_interval(record: Record) -> str:
+    """Return the 95 % interval of a quality."""
+    return f"{record['low']:.4f}-{record['high']:.4f}"
+
+
+QUALITY_COLUMNS = (
+    Column("id", lambda r: str(r["variant"])),
+    Column("path", lambda r: str(r["name"]), text=True),
+    Column("quality", lambda r: f"{r['quality']:.4f}"),
+    Column("95 % interval", show_interval),
+    Column("perplexity", lambda r: f"{r['perplexity']:.2f}"),
+)
 
 
 def profile(
@@ -132,12 +164,16 @@ def profile(
         int, typer.Option(min=2, help="Measurements of each stitch and batch size.")
     ] = 40,
 ) -> None:
-    """Measure the latency of every stitch and batch size on this device; write latency.json.
+    """Measure the latency of every variant here.
 
-    Of language models: of steps of one stream on every path, in float32 on a CPU.
+    Writes latency.json, of every batch size on this device. Of language models: of steps of one
+    stream on every path, in float32 on a CPU.
     """
+    import asyncio
+
     from ladderstitch.training.vision.calibrate import BATCH_SIZES
     from ladderstitch.training.vision.calibrate import profile as run
+    from ladderstitch.vision.bundle import VisionBundle, write_table
     from ladderstitch.vision.engine.startup import make_config
 
     with user_errors(), progress_bar() as progress:
@@ -161,52 +197,6 @@ def profile(
     err.print(f"wrote {bundle / 'latency.json'}; next: ladderstitch frontier {bundle}")
 
 
-def frontier(
-    bundle: BundleFolder = EMBEDDED,
-    plot: Annotated[Path | None, typer.Option(help="PNG file to draw the frontier to.")] = None,
-    all_stitches: Annotated[
-        bool, typer.Option("--all", help="List dominated stitches, too.")
-    ] = False,
-    macs: Annotated[
-        bool, typer.Option("--macs", help="Cost in multiply-accumulates instead of latency.")
-    ] = False,
-    compare: Annotated[
-        list[str] | None,
-        typer.Option(help="Further image model whose frontier is drawn into the plot."),
-    ] = None,
-    prune_into: Annotated[
-        Path | None,
-        typer.Option(
-            "--prune", help="Supernets: bundle directory to write, with the frontier's paths only."
-        ),
-    ] = None,
-) -> None:
-    """Show the frontier: the stitches for which no other has better quality and lower cost."""
-    from ladderstitch.vision.frontier import CostMetric, frontier_rows, plot_frontier
-    from ladderstitch.vision.prune import prune
-
-    with user_errors():
-        path = find_bundle(str(bundle))
-        if is_language_bundle(path):
-            if macs:
-                raise ConfigError("macs: expected an image model, got a language model")
-            _print_paths(path, plot)
-            return
-        loaded = VisionBundle.load(path)
-        metric: CostMetric = "macs" if macs else "latency"
-        listed = [row for row in frontier_rows(loaded, metric) if row.on_frontier or all_stitches]
-        title = f"{loaded.manifest.name}: frontier of quality and {metric}"
-        out.print(f"[bold]{title}[/]", highlight=False)
-        out.print(frontier_table(listed))
-        if plot is not None:
-            others = [VisionBundle.load(find_bundle(other)) for other in compare or ()]
-            plot_frontier(loaded, plot, metric, others)
-            err.print(f"wrote {plot}")
-        if prune_into is not None:
-            names = prune(loaded, prune_into, metric)
-            err.print(f"wrote {prune_into} with {len(names)} paths", soft_wrap=True)
-
-
 def _profile_paths(path: Path, rounds: int, threads: int, progress: Progress) -> LatencyProfile:
     """Return the latencies of the paths of a language model."""
     from ladderstitch.text.bundle import TextBundle
@@ -215,76 +205,27 @@ def _profile_paths(path: Path, rounds: int, threads: int, progress: Progress) ->
     return profile(TextBundle.load(path, calibrated=False), rounds, threads, progress)
 
 
-def _print_paths(path: Path, plot: Path | None) -> None:
-    """Print the paths of a language model, and draw them if they have been profiled."""
-    from ladderstitch.text.bundle import TextBundle
-    from ladderstitch.text.frontier import path_rows, plot_paths, read_latency
-
-    bundle = TextBundle.load(path)
-    if bundle.quality is None:
-        raise ConfigError(
-            f"{path}: not calibrated; run `ladderstitch calibrate {path} --text FILE`"
-        )
-    latency = read_latency(bundle)
-    if latency is None:
-        if plot is not None:
-            raise ConfigError(f"{path}: not profiled; run `ladderstitch profile {path}`")
-        out.print(quality_table([v.name for v in bundle.manifest.variants], bundle.quality))
-        return
-    rows = [
-        (
-            str(row.path),
-            row.name,
-            f"{row.quality.value:.4f}",
-            f"{row.nats:.3f}",
-            f"{1e3 * row.token_s:.2f} ms",
-            "yes" if row.on_frontier else "",
-        )
-        for row in path_rows(bundle, latency)
-    ]
-    columns = ("id", "path", bundle.quality.metric, "nats/token", "token", "frontier")
-    out.print(plain_table(columns, rows, text=("path", "frontier")))
-    if plot is not None:
-        plot_paths(bundle, latency, plot)
-        err.print(f"wrote {plot}")
-
-
-def frontier_table(rows: list[FrontierRow]) -> Table:
-    """Return a table of the measured variants."""
-    columns = ("id", "stitch", "quality", "95 % interval", "batch 1", "p99", "MMACs", "weights")
-    cells = [
-        (
-            str(row.stitch),
-            row.name,
-            f"{row.quality.value:.4f}",
-            f"{row.quality.low:.4f}-{row.quality.high:.4f}",
-            f"{row.median_s * 1e3:.2f} ms",
-            f"{row.p99_s * 1e3:.2f} ms",
-            f"{row.macs / 1e6:.1f}",
-            f"{row.parameters / 1e6:.2f} M",
-            "yes" if row.on_frontier else "",
-        )
-        for row in rows
-    ]
-    return plain_table((*columns, "frontier"), cells, text=("stitch",))
-
-
 def verify(
     cases: Annotated[
         list[Path], typer.Argument(help="Files CASE.safetensors, each next to its CASE.json.")
     ],
+    as_json: Json = False,
 ) -> None:
-    """Check the importer and the forward pass against recorded outputs of the original code.
+    """Check forward passes against recorded outputs.
 
-    Prints one line per case. Exits with 1 if a case fails.
+    The original code of each family computed them. Prints one line per case. Exits with 1 if a case
+    fails.
     """
     from ladderstitch.importers.verify import verify_case
 
-    failed = 0
+    failed, records = 0, []
     with user_errors():
         for path in cases:
             result = verify_case(path)
             failed += not result.passed
+            records.append(dataclasses.asdict(result))
+            if as_json:
+                continue
             word = "[green]pass[/]" if result.passed else "[bold red]FAIL[/]"
             out.print(
                 f"{word} {result.name}: {result.family}, {result.num_checked} "
@@ -293,13 +234,6 @@ def verify(
                 highlight=False,
                 soft_wrap=True,
             )
+    if as_json:
+        print_json({"cases": records})
     raise typer.Exit(1 if failed else 0)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to `app`."""
-    group = "Measure and check"
-    app.command(rich_help_panel=group)(calibrate)
-    app.command(rich_help_panel=group)(profile)
-    app.command(rich_help_panel=group)(frontier)
-    app.command(rich_help_panel=group)(verify)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
 from ladderstitch.bundles import models_home
-from ladderstitch.cli.console import err, out, plain_table, progress_bar, user_errors
+from ladderstitch.cli.console import Json, err, out, progress_bar, user_errors
+from ladderstitch.cli.language_families import (
+    LanguageOptions,
+    are_language_models,
+    make_language_family,
+)
+from ladderstitch.cli.output import Column, print_json, print_records
 from ladderstitch.errors import ConfigError
 
 Networks = Annotated[
     list[Path],
-    typer.Argument(help="ONNX files, or a family.yaml that lists them; the order is of no effect."),
+    typer.Argument(
+        help="ONNX files, or a family.yaml that lists them; or folders or names of language "
+        "models. The order is of no effect."
+    ),
 ]
 Name = Annotated[str, typer.Option(help="Name of the model in requests.")]
 Labels = Annotated[
@@ -79,11 +87,12 @@ def export(
             "the embedding of an image; all of your own code)."
         ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Export a torch network to ONNX with its preprocessing and labels, and check the file.
+    """Export a torch network to ONNX, and check the file.
 
-    The outputs of the file and of the network must be equal on random inputs. transformers or timm
-    must be installed for networks of theirs.
+    It has the network's preprocessing and labels. The outputs of the file and of the network must
+    be equal on random inputs. transformers or timm must be installed for networks of theirs.
 
     Example: `ladderstitch export ./my-network --output small.onnx`
     """
@@ -94,14 +103,23 @@ def export(
         options = SourceOptions(parse_shape(shape), checkpoint, pretrained)
         chosen = tuple(outputs.split(",")) if outputs is not None else ()
         report = export_network(source, output, options, chosen)
-    for name, sizes in ({"input": report.shape} | report.outputs).items():
-        out.print(
-            f"{name}: [{', '.join(map(str, ('batch', *sizes)))}]", highlight=False, markup=False
+    if as_json:
+        print_json(
+            {
+                "input": report.shape,
+                "outputs": report.outputs,
+                "relative_difference": report.difference,
+                "files": [str(file) for file in report.files],
+            }
         )
-    out.print(
-        f"largest difference to the network: {report.difference:.1e} of the largest output",
-        highlight=False,
-    )
+    else:
+        for name, sizes in ({"input": report.shape} | report.outputs).items():
+            shape = ", ".join(map(str, ("batch", *sizes)))
+            out.print(f"{name}: [{shape}]", highlight=False, markup=False)
+        out.print(
+            f"largest difference to the network: {report.difference:.1e} of the largest output",
+            highlight=False,
+        )
     err.print(f"wrote {', '.join(map(str, report.files))}", soft_wrap=True)
 
 
@@ -121,8 +139,9 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
 def inspect(
     model: Annotated[Path, typer.Argument(help="ONNX file.")],
     image_size: ImageSize = None,
+    as_json: Json = False,
 ) -> None:
-    """List what an ONNX network takes and returns, its costs, and where it can be cut.
+    """List tensors, costs and cut points of an ONNX file.
 
     A cut is a float32 tensor with the batch first through which all data of the network pass.
 
@@ -132,13 +151,38 @@ def inspect(
 
     with user_errors():
         report = inspect_network(model, image_size)
-    out.print(f"[bold]{model.name}[/]", highlight=False)
-    out.print(plain_table(("tensor", "name", "type", "shape"), report.tensors, text=("name",)))
-    out.print(f"parameters: {report.parameters:,}; MACs per image: {report.macs}", highlight=False)
-    out.print(f"cut points: {report.summary}", highlight=False, soft_wrap=True)
-    if report.cuts:
-        columns = ("cut", "shape", "MMACs before", "after", "tensor")
-        out.print(plain_table(columns, report.cuts, text=("shape", "after", "tensor")))
+    tensors = [dict(zip(TENSOR_FIELDS, row, strict=True)) for row in report.tensors]
+    cuts = [dict(zip(CUT_FIELDS, row, strict=True)) for row in report.cuts]
+    if as_json:
+        print_json(
+            {
+                "file": str(model),
+                "parameters": report.parameters,
+                "macs": report.macs,
+                "summary": report.summary,
+                "tensors": tensors,
+                "cuts": cuts,
+            }
+        )
+        return
+    costs = f"parameters: {report.parameters:,}; MACs per image: {report.macs}"
+    note = f"{costs}\ncut points: {report.summary}"
+    print_records(tensors, _text_columns(TENSOR_FIELDS), title=model.name, note=note)
+    if cuts:
+        out.print()
+        print_records(cuts, _text_columns(CUT_FIELDS))
+
+
+TENSOR_FIELDS = ("tensor", "name", "type", "shape")
+CUT_FIELDS = ("cut", "shape", "mmacs_before", "mmacs_after", "tensor")
+
+
+def _text_columns(fields: tuple[str, ...]) -> list[Column]:
+    """Return columns of texts, which the fields are."""
+    return [
+        Column(field, lambda record, field=field: str(record[field]), text=True)  # type: ignore[misc]
+        for field in fields
+    ]
 
 
 def make(
@@ -154,6 +198,18 @@ def make(
             "file of path,label. Unset: agreement with the most expensive network."
         ),
     ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Language models: text file to fit stitching layers on.")
+    ] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help="Language models: held-out text to measure all paths on.")
+    ] = None,
+    minutes: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Language models: time to train the stitching layers after the fit."
+        ),
+    ] = 0.0,
     into: Annotated[
         Path | None, typer.Option(help="Bundle directory to write (default: NAME).")
     ] = None,
@@ -176,19 +232,47 @@ def make(
     replace: Annotated[
         bool, typer.Option("--replace", help="Write over a bundle that exists.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Stitch ONNX networks of one task into a family, measure it, and draw its frontier.
+    """Stitch networks or language models into a family.
 
-    Affine maps between the networks are fitted without labels. Paths that are neither cheaper nor
-    better than another one are dropped.
+    The family is measured, and its frontier drawn. Networks are ONNX files of one task. Affine maps
+    between the networks are fitted without labels. Paths of ONNX networks that are neither cheaper
+    nor better than another one are dropped.
+
+    Language models have one tokenizer, and keys and values of one shape; their weights stay as they
+    are.
 
     Example: `ladderstitch make small.onnx large.onnx --images photos/ --labelled val/ --name mine`
+
+    Example: `ladderstitch make ./small ./large --text train.txt --held-out held.txt --name mine`
     """
     from ladderstitch.importers.make_family import MakeOptions, make_family
     from ladderstitch.importers.make_target import MakeTarget
     from ladderstitch.vision.frontier import plot_frontier
 
     with user_errors():
+        if are_language_models(networks):
+            if images is not None or labelled is not None:
+                raise ConfigError("images, labelled: expected none for language models")
+            given = LanguageOptions(
+                name=name,
+                text=text,
+                held_out=held_out,
+                into=into,
+                plot=plot,
+                paths=paths,
+                minutes=minutes,
+                licence=licence,
+                rounds=rounds,
+                threads=threads,
+                seed=seed,
+                replace=replace,
+            )
+            make_language_family(networks, given, as_json=as_json)
+            return
+        if text is not None or held_out is not None or minutes:
+            raise ConfigError("text, held-out, minutes: expected none for ONNX networks")
         folder = into or models_home() / name
         target = MakeTarget(folder, name, plot, replace)
         target.check()
@@ -200,15 +284,18 @@ def make(
                 make_family(networks, info, options, made, progress)
                 bundle = _profile(made, rounds, threads, progress)
             plot_frontier(bundle, plot or made / "frontier.png")
-            _print_frontier(bundle)
+            _print_frontier(bundle, folder, as_json=as_json)
     drawn = plot or folder / "frontier.png"
     err.print(f"wrote {folder} and {drawn}", soft_wrap=True)
     served = name if into is None else folder
-    out.print(f"ladderstitch serve --model {served}", highlight=False, soft_wrap=True)
+    if not as_json:
+        out.print(f"ladderstitch serve --model {served}", highlight=False, soft_wrap=True)
 
 
 def _profile(folder: Path, rounds: int, threads: int, progress: Any) -> Any:
     """Write the latency profile of a bundle, and return the bundle with it."""
+    import asyncio
+
     from ladderstitch.training.vision.calibrate import BATCH_SIZES
     from ladderstitch.training.vision.calibrate import profile as run
     from ladderstitch.vision.bundle import VisionBundle, write_table
@@ -227,11 +314,15 @@ def _profile(folder: Path, rounds: int, threads: int, progress: Any) -> Any:
     return VisionBundle.load(folder)
 
 
-def _print_frontier(bundle: Any) -> None:
-    from ladderstitch.cli.measure import frontier_table
+def _print_frontier(bundle: Any, folder: Path, *, as_json: bool) -> None:
+    from ladderstitch.cli.frontier import FRONTIER_COLUMNS, frontier_records
     from ladderstitch.vision.frontier import frontier_rows
 
-    out.print(frontier_table(frontier_rows(bundle)))
+    records = frontier_records(frontier_rows(bundle))
+    if as_json:
+        print_json({"bundle": str(folder), "variants": records})
+    else:
+        print_records(records, FRONTIER_COLUMNS)
 
 
 def import_networks(
@@ -322,11 +413,3 @@ def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"{option}: expected numbers such as 0.5,0.5,0.5, got {text}") from None
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to `app`."""
-    group = "Make a family"
-    app.command(rich_help_panel=group)(make)
-    app.command(rich_help_panel=group)(export)
-    app.command(rich_help_panel=group)(inspect)

@@ -1,4 +1,4 @@
-"""The commands `predict`, `models` and `schedule`, which call a running server."""
+"""The command `predict`, which sends images or other inputs to a running server."""
 
 from __future__ import annotations
 
@@ -6,40 +6,44 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.text import Text
 
+from ladderstitch.addresses import DEFAULT_ADDRESS
 from ladderstitch.cli.console import (
+    MISSED,
     Address,
+    Json,
     MinQuality,
     ModelName,
     Priority,
+    RequireMet,
     Variant,
     connect,
     err,
     exit_on_failure,
     format_failure,
-    out,
     parse_duration,
-    plain_table,
 )
-from ladderstitch.cli.options import with_config_options
-from ladderstitch.cli.tensors import tensor_table, write_outputs
-from ladderstitch.client import Client, Prediction, RequestFailed, scheduling_settings
-from ladderstitch.client.calls import DEFAULT_ADDRESS
+from ladderstitch.cli.output import (
+    Column,
+    Record,
+    format_budget,
+    format_ms,
+    format_total,
+    print_json,
+    print_records,
+)
 from ladderstitch.errors import ConfigError
-from ladderstitch.scheduling.settings import SchedulerSettings
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from numpy.typing import NDArray
 
+    from ladderstitch.client import Client, Prediction, RequestFailed
     from ladderstitch.client.messages import InferOptions
-    from ladderstitch.v1 import admin_pb2, inference_pb2
 
-WIDE_COLUMNS = 100
-"""Width of the terminal, in columns, from which `predict` prints all columns."""
+NO_BUDGET = "grpc_deadline"
+"""The source of the budget of a request without one: the deadline of the call."""
 
 
 def predict(
@@ -47,7 +51,9 @@ def predict(
     images: Annotated[
         list[Path], typer.Argument(help="PNG or JPEG files, or .npy files of inputs [batch, ...].")
     ],
-    budget: Annotated[str | None, typer.Option(help="Latency budget, e.g. 800us or 5ms.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Latency budget with its unit, e.g. 800us or 5ms.")
+    ] = None,
     hard: Annotated[
         bool,
         typer.Option(
@@ -62,48 +68,103 @@ def predict(
         Path | None,
         typer.Option(help="NPZ file for all outputs by name, of all files along the first axis."),
     ] = None,
+    min_confidence: Annotated[
+        float | None,
+        typer.Option(
+            help="Confidence, 0 to 1, from which the answer of a cheap variant suffices; only "
+            "images that it is less sure of go on to a better one."
+        ),
+    ] = None,
+    require_met: RequireMet = False,
+    as_json: Json = False,
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
-    """Classify images, each with the most accurate variant that meets the latency budget.
+    """Classify images, each within a latency budget.
 
-    Of models that return tensors, shape and range of each output are printed.
+    Each is answered by the most accurate variant that meets the budget. Of models that return
+    tensors, shape and range of each output are printed. Tab-separated in a pipe.
     """
-    answers: list[tuple[str, Prediction]] = []
-    with exit_on_failure(address), connect(context, address) as client:
-        options: InferOptions = {
-            "budget_s": parse_duration(budget) if budget else None,
-            "hard": hard,
-            "min_quality": min_quality,
-            "variant": variant,
-            "priority": priority,
-            "model": model,
-        }
-        for path in images:
-            try:
-                answers.append((path.name, client.predict(_read(path), **options)))
-            except RequestFailed as error:
-                err.print(f"{path.name}: {format_failure(error, address)}", highlight=False)
-                if error.code.name == "UNAVAILABLE":
-                    break
-        if answers and answers[0][1].outputs:
-            out.print(tensor_table(answers))
-        elif answers:
-            out.print(_answer_table(answers))
-        if answers and output is not None:
-            write_outputs(output, [answer for _, answer in answers])
-        if advice := _advise(client, model, [answer for _, answer in answers]):
-            err.print(advice, highlight=False)
-    raise typer.Exit(int(len(answers) < len(images)))
+    options: InferOptions = {
+        "hard": hard,
+        "min_quality": min_quality,
+        "variant": variant,
+        "priority": priority,
+        "min_confidence": min_confidence,
+        "model": model,
+    }
+    with exit_on_failure(address):
+        options["budget_s"] = parse_duration(budget) if budget is not None else None
+        with connect(context, address) as client:
+            answers, failures = _ask(client, images, options, address)
+            _print_answers(answers, failures, as_json=as_json)
+            if answers and output is not None:
+                from ladderstitch.cli.tensors import write_outputs
+
+                write_outputs(output, [answer for _, answer in answers])
+            missed = [answer for _, answer in answers if answer.budget_met is False]
+            if missed:
+                err.print(_advise(client, model, answers), highlight=False, soft_wrap=True)
+    if failures:
+        raise typer.Exit(1)
+    raise typer.Exit(MISSED if missed and require_met else 0)
 
 
-def _advise(client: Client, model: str, answers: list[Prediction]) -> str:
-    """Return what would have been possible if budgets were missed, and nothing otherwise."""
-    missed = [answer for answer in answers if answer.budget_met is False]
-    if not missed:
-        return ""
+Answers = list[tuple[str, "Prediction"]]
+"""The names of files with their answers."""
+
+
+def _ask(
+    client: Client, images: list[Path], options: InferOptions, address: str
+) -> tuple[Answers, list[Record]]:
+    """Return the answers, and a record of each file without one; stops if there is no server."""
+    from ladderstitch.client import RequestFailed
+
+    answers: Answers = []
+    failures: list[Record] = []
+    for path in images:
+        try:
+            answers.append((path.name, client.predict(_read(path), **options)))
+        except RequestFailed as error:
+            failures.append(_failure_record(path.name, error))
+            message = format_failure(error, address)
+            err.print(f"{path.name}: {message}", highlight=False, soft_wrap=True)
+            if error.code.name == "UNAVAILABLE":
+                break
+    return answers, failures
+
+
+def _failure_record(name: str, error: RequestFailed) -> Record:
+    return {
+        "file": name,
+        "code": error.code.name,
+        "reason": error.reason or None,
+        "message": error.message,
+    }
+
+
+def _print_answers(answers: Answers, failures: list[Record], *, as_json: bool) -> None:
+    """Print the answers as a table, or answers and failures as one document."""
+    if answers and answers[0][1].response.outputs:
+        from ladderstitch.cli.tensors import TENSOR_COLUMNS, tensor_records
+
+        records = tensor_records(answers)
+        columns: tuple[Column, ...] = TENSOR_COLUMNS
+    else:
+        records = [_answer_record(*answer) for answer in answers]
+        columns = tuple(c for c in ANSWER_COLUMNS if c is not CONFIDENCE or _any_sure(records))
+    if as_json:
+        print_json({"answers": records, "failures": failures})
+    elif records:
+        rows = [{key: value for key, value in r.items() if key != "top"} for r in records]
+        print_records(rows, columns)
+
+
+def _advise(client: Client, model: str, answers: Answers) -> str:
+    """Return what would have been possible when budgets were missed."""
+    missed = [answer for _, answer in answers if answer.budget_met is False]
     details = client.get_model(model)
     planned_us = {v.id: v.planned_latency_us for v in details.variants if v.id in details.frontier}
-    around_s = median(answer.total_s - answer.compute_s for answer in answers)
+    around_s = median(answer.total_s - answer.compute_s for _, answer in answers)
     fastest_ms, best_ms = (
         us / 1e3 + 1e3 * around_s for us in (min(planned_us.values()), max(planned_us.values()))
     )
@@ -118,141 +179,77 @@ def _read(path: Path) -> bytes | NDArray[Any]:
     try:
         if path.suffix != ".npy":
             return path.read_bytes()
+        import numpy as np
+
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(f"image: {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"image: {path}: {reason}") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
         raise ConfigError(f"image: {path}: expected a .npy file of numbers")
     return array if array.dtype == np.uint8 else array.astype(np.float32)
 
 
-def _answer_table(answers: list[tuple[str, Prediction]]) -> Table:
-    """Return a table of answers; a narrow terminal shows neither variant ids nor latency parts."""
-    wide = out.width >= WIDE_COLUMNS
-    latencies = ("queue", "compute", "total") if wide else ("total",)
-    columns = ("image", "label", "p", "variant", "quality", *latencies, "budget")
-    cells = [_answer_cells(name, answer, wide=wide) for name, answer in answers]
-    return plain_table(columns, cells, text=("image", "label", "variant"))
+def cost_fields(answer: Prediction) -> dict[str, Any]:
+    """Return variant, quality, times and budget of an answer; without a budget, None for it."""
+    has_budget = answer.budget_source != NO_BUDGET
+    return {
+        "variant": answer.variant,
+        "variant_name": answer.variant_name,
+        "quality": answer.quality,
+        "quality_metric": answer.quality_metric,
+        "queue_s": answer.queue_s,
+        "compute_s": answer.compute_s,
+        "total_s": answer.total_s,
+        "batch_size": answer.batch_size,
+        "budget_s": answer.budget_s if has_budget else None,
+        "budget_met": answer.budget_met if has_budget else None,
+    }
 
 
-def _answer_cells(name: str, answer: Prediction, *, wide: bool) -> tuple[str | Text, ...]:
-    variant = f"{answer.variant} ({answer.variant_name})" if wide else answer.variant_name
-    parts = (answer.queue_s, answer.compute_s) if wide else ()
-    return (
-        name,
-        Text(answer.label, style="bold"),
-        f"{answer.probability:.2f}",
-        variant,
-        f"{answer.quality:.4f}",
-        *(f"{1e3 * seconds:.2f} ms" for seconds in (*parts, answer.total_s)),
-        _format_budget(answer),
-    )
+def _answer_record(name: str, answer: Prediction) -> Record:
+    top = [
+        [{"label": label, "probability": share} for label, share in image] for image in answer.all
+    ]
+    own = {"file": name, "label": answer.label, "probability": answer.probability}
+    certainty = {"confidence": answer.confidence, "stages": list(answer.stages) or None}
+    return own | cost_fields(answer) | certainty | {"top": top}
 
 
-def _format_budget(answer: Prediction) -> Text:
-    """Return the caller's budget and whether it was met; `-` if the caller gave none."""
-    if answer.budget_s is None or answer.budget_source != "field":
+def show_total(record: Record) -> str:
+    """Return the time of an answer, with enough digits to differ from its budget."""
+    return format_total(record["total_s"], record["budget_s"])
+
+
+def _any_sure(records: list[Record]) -> bool:
+    return any(record["confidence"] is not None for record in records)
+
+
+def show_confidence(record: Record) -> str:
+    """Return the calibrated confidence of an answer; `-` if the request asked for none."""
+    return "-" if record["confidence"] is None else f"{record['confidence']:.3f}"
+
+
+def show_budget(record: Record) -> Text:
+    """Return the budget and whether it was met; `-` if the request had none."""
+    if record["budget_s"] is None:
         return Text("-")
-    result = ("met", "green") if answer.budget_met else ("missed", "red")
-    return Text.assemble(f"{1e3 * answer.budget_s:.1f} ms ", result)
+    result = ("met", "green") if record["budget_met"] else ("missed", "red")
+    return Text.assemble(f"{format_budget(record['budget_s'])} ", result)
 
 
-def models(context: typer.Context, address: Address = DEFAULT_ADDRESS) -> None:
-    """List models with the quality and latency of each variant."""
-    with exit_on_failure(address), connect(context, address) as client:
-        for summary in client.list_models().models:
-            model = client.get_model(summary.name)
-            title = f"{model.name} version {model.version}: {_describe(model)}"
-            out.print(f"[bold]{title}[/]", highlight=False)
-            if summary.generates_text:
-                out.print(_text_variants(model))
-            else:
-                out.print(_vision_variants(model))
-
-
-def _describe(model: inference_pb2.GetModelResponse) -> str:
-    if not model.HasField("language"):
-        return f"{model.quality_metric} on {model.quality_data}"
-    text = model.language
-    return (
-        f"{text.quality_metric or 'quality not measured'}, {text.layers} layers, "
-        f"{text.max_model_len} tokens of context, {text.tensor_parallel_size} ranks"
-    )
-
-
-def _vision_variants(model: inference_pb2.GetModelResponse) -> Table:
-    """Return a table of the variants on the frontier of quality over latency."""
-    columns = ("variant", "name", "quality", "expected", "planned")
-    variants = {variant.id: variant for variant in model.variants}
-    cells = [
-        (
-            str(variant.id),
-            variant.name,
-            f"{variant.quality:.4f}",
-            f"{variant.latency_us / 1e3:.2f} ms",
-            f"{variant.planned_latency_us / 1e3:.2f} ms",
-        )
-        for variant in (variants[number] for number in model.frontier)
-    ]
-    return plain_table(columns, cells, text=("name",))
-
-
-def _text_variants(model: inference_pb2.GetModelResponse) -> Table:
-    """Return a table of the variants of a language model."""
-    columns = ("variant", "name", "residual", "quality", "per token")
-    cells = [
-        (
-            str(variant.variant_id),
-            variant.name,
-            variant.residual,
-            f"{variant.quality:.4f}" if variant.HasField("quality") else "-",
-            f"{variant.planned_token_us / 1e3:.2f} ms",
-        )
-        for variant in model.language.variants
-    ]
-    return plain_table(columns, cells, text=("name", "residual"))
-
-
-@with_config_options(SchedulerSettings, skip=("pinned_variant",), show_defaults=False)
-def schedule(
-    context: typer.Context,
-    given: dict[str, Any],
-    pin: Annotated[
-        int | None, typer.Option(help="Id of a variant that overrides the policy.")
-    ] = None,
-    unpin: Annotated[bool, typer.Option("--unpin", help="Remove the pinned variant.")] = False,
-    model: Annotated[
-        str,
-        typer.Option(help="Model whose variants are meant (default: the server's only one)."),
-    ] = "",
-    address: Address = DEFAULT_ADDRESS,
-) -> None:
-    """Show the scheduling settings of a running server, or change those that are given.
-
-    They apply to all models and all replicas of a deployment, from the next batch on.
-    `--fixed-variant` implies the policy `fixed`.
-    """
-    if "fixed_variant" in given:
-        given.setdefault("policy", "fixed")
-    with exit_on_failure(address), connect(context, address) as client:
-        if given or unpin or pin is not None:
-            scheduling = client.update_scheduling(model, **given, pinned_variant=pin, unpin=unpin)
-        else:
-            scheduling = client.get_scheduling(model)
-    _print_settings(scheduling)
-
-
-def _print_settings(scheduling: admin_pb2.Scheduling) -> None:
-    for name, value in scheduling_settings(scheduling).items():
-        out.print(f"{name}: {'-' if value is None else value}", highlight=False)
-    if scheduling.unfit_models:
-        names = ", ".join(scheduling.unfit_models)
-        err.print(f"these settings do not fit {names}: the last ones that did apply there")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to `app`."""
-    group = "Call a server"
-    app.command(rich_help_panel=group)(predict)
-    app.command(rich_help_panel=group)(models)
-    app.command(rich_help_panel=group)(schedule)
+CONFIDENCE = Column("sure", show_confidence, drop=6)
+"""Shown if a request has `min_confidence`."""
+ANSWER_COLUMNS = (
+    Column("image", lambda r: str(r["file"]), text=True),
+    Column("label", lambda r: Text(r["label"], style="bold"), text=True),
+    Column("p", lambda r: f"{r['probability']:.2f}", drop=2),
+    Column("id", lambda r: str(r["variant"]), drop=4),
+    Column("variant", lambda r: str(r["variant_name"]), text=True, drop=1),
+    Column("quality", lambda r: f"{r['quality']:.4f}"),
+    CONFIDENCE,
+    Column("queue", lambda r: format_ms(r["queue_s"]), drop=5),
+    Column("compute", lambda r: format_ms(r["compute_s"]), drop=3),
+    Column("total", show_total),
+    Column("budget", show_budget),
+)

@@ -7,49 +7,49 @@ import contextlib
 import errno
 import math
 import os
+import shlex
+import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from ladderstitch.api.listener import ListenerConfig
+from ladderstitch.addresses import DEFAULT_ADDRESS, join_address
 from ladderstitch.bundles import EMBEDDED, find_bundle, is_language_bundle
 from ladderstitch.cli.console import err, out, progress_bar, user_errors
 from ladderstitch.cli.lifecycle import (
     Interrupt,
     InterruptingSignals,
+    ending_at_once,
     exit_now,
     run_until_stopped,
 )
 from ladderstitch.cli.options import with_config_options
 from ladderstitch.cli.supervisor import BEAT_S, end_directly, fork_servers
-from ladderstitch.client import Client, RequestFailed
-from ladderstitch.client.calls import DEFAULT_ADDRESS
-from ladderstitch.config import ServerConfig
+from ladderstitch.config import DEFAULT_HTTP_PORT, ServerConfig
 from ladderstitch.errors import ConfigError
-from ladderstitch.hosting.model_manager import make_runner
-from ladderstitch.hosting.registry import ModelRegistry
-from ladderstitch.replica.replica import Replica
 from ladderstitch.runtime.process import free_port, freeze_gc, release_ports, reserve_port
-from ladderstitch.security.listen_config import join_address
-from ladderstitch.telemetry.logs import configure as configure_logs
-from ladderstitch.telemetry.metrics import Metrics
-from ladderstitch.text.engine.rank_handle import launch_process
+
+if TYPE_CHECKING:  # the help page appears without torch
+    pass
 
 EXAMPLE_IMAGES = Path("examples/fashion-mnist/images")
+"""Images for the embedded model in the repository; the package has others."""
 UNKNOWN_BUDGET = "100ms"
 HINT_TIMEOUT_S = 5.0
 AROUND_COMPUTE_MS = 2
 """Milliseconds of a suggested budget for everything but the model."""
 CLUSTER_CHECK_S = 0.5
 """Period of the check whether Ray's processes run."""
-GATEWAY_PORTS = ("port", "metrics_port")
+GATEWAY_PORTS = ("port", "metrics_port", "http_port")
 """Fields of the ports that all gateways of one machine share."""
 
 
@@ -79,19 +79,30 @@ def serve(
             "again within seconds if it dies, or if its event loop hangs for 10 s.",
         ),
     ] = False,
+    http: Annotated[
+        bool,
+        typer.Option(
+            "--http/--no-http",
+            help=f"Without --port and --http-port, and on loopback: open HTTP port "
+            f"{DEFAULT_HTTP_PORT}, too.",
+        ),
+    ] = True,
 ) -> None:
-    """Serve a model over gRPC, with metrics for Prometheus. Ctrl-C drains and stops the server.
+    """Serve a model over gRPC and HTTP until Ctrl-C.
 
-    Call it from another terminal: `ladderstitch predict IMAGE --budget 5ms`, or for a language
-    model (`ladderstitch fetch smollm2`) `ladderstitch generate "The capital of France is"`.
+    Ctrl-C drains and stops the server, a second one ends it at once. Call it from another terminal:
+    `ladderstitch predict IMAGE --budget 5ms`, or for a language model (`--model elastic-text`)
+    `ladderstitch generate "The house was" --per-token 4ms`.
     """
     started = time.monotonic()
-    with user_errors():
+    with user_errors(), ending_at_once():
         if model is not None:
             given["bundle"] = find_bundle(model)
         if "record" in given:  # Ray's workers have another working directory
             given["record"] = given["record"].absolute()
         parsed = ServerConfig.load(config, given)
+        if http:
+            parsed = parsed.with_default_http()
         if parsed.replicas > 1 and not ray:
             raise ConfigError(
                 f"replicas: expected 1 without Ray, got {parsed.replicas}; start each replica with "
@@ -102,14 +113,19 @@ def serve(
             raise ConfigError(
                 "spare: expected --no-ray along with it; Ray restarts replicas itself"
             )
+        release_ports(_reserve_ports(parsed))  # a taken port is reported before the slow imports
+        modules = ["ladderstitch.ray_serve.local_cluster"] if ray else _lazy_modules(parsed)
+        for module in modules:
+            import_module(module)
+        if ray:
+            _check_before_start(parsed)
+    with user_errors():
         send_beat: Callable[[], None] | None = None
         if spare:
             parsed = _choose_ports(parsed)
-            send_beat = fork_servers(_lazy_modules(parsed))
+            send_beat = fork_servers()
             started = time.monotonic()
     with end_directly() if spare else contextlib.nullcontext(), user_errors():
-        if ray:
-            _check_before_start(parsed)
         reserved = _reserve_ports(parsed)
         if ray:
             _serve_on_ray(parsed, started)
@@ -121,13 +137,20 @@ def serve(
 
 def _check_before_start(config: ServerConfig) -> None:
     """Raise now the `UserError` that a process of Ray would raise seconds later."""
+    from ladderstitch.api.listener import ListenerConfig
+    from ladderstitch.hosting.model_manager import make_runner
+    from ladderstitch.hosting.registry import ModelRegistry
+    from ladderstitch.telemetry.metrics import Metrics
+    from ladderstitch.text.engine.rank_handle import launch_process
+
     make_runner(config, ModelRegistry("check"), Metrics(), launch_process)
     ListenerConfig.from_config(config, lambda reason: None)
 
 
 def _reserve_ports(config: ServerConfig) -> list[socket.socket]:
-    """Return sockets that reserve all ports; raises `ConfigError` that names one that is taken."""
+    """Return sockets that reserve all ports; raises `ConfigError` that names all taken ones."""
     reserved: list[socket.socket] = []
+    taken: dict[str, str] = {}
     for field, host in config.port_fields():
         number = getattr(config, field)
         if number is None or (field == "metrics_port" and config.replicas > 1):
@@ -135,15 +158,27 @@ def _reserve_ports(config: ServerConfig) -> list[socket.socket]:
         try:
             reserved += reserve_port(host, number)
         except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
             address = join_address(host, number)
-            raise ConfigError(
-                f"{field}: expected a free port, got {address}, which is taken; choose another one "
-                f"with --{field.replace('_', '-')}, or 0 for any"
-                if taken
-                else f"{field}: cannot listen on {address}: {error.strerror}"
-            ) from error
+            if error.errno != errno.EADDRINUSE:
+                release_ports(reserved)
+                raise ConfigError(
+                    f"{field}: cannot listen on {address}: {error.strerror}"
+                ) from error
+            taken[field] = address
+    if taken:
+        release_ports(reserved)
+        raise ConfigError(_describe_taken(taken))
     return reserved
+
+
+def _describe_taken(taken: Mapping[str, str]) -> str:
+    """Return an error for the addresses of fields whose ports are taken, and what to do."""
+    found = "; ".join(
+        f"{field}: expected a free port, got {address}, which is taken"
+        for field, address in taken.items()
+    )
+    options = " ".join(f"--{field.replace('_', '-')} 0" for field in taken)
+    return f"{found}. Another server may run already; {options} picks free ports for this one"
 
 
 def _serve_on_ray(config: ServerConfig, started: float) -> None:
@@ -155,9 +190,9 @@ def _serve_on_ray(config: ServerConfig, started: float) -> None:
 
     signals = InterruptingSignals()
     actors = config.replicas * (1 + config.tensor_parallel_size + config.spare_ranks)
-    if config.replicas > 1:  # restarted gateways need the same ports
-        ports = {name: getattr(config, name) or free_port(config.host) for name in GATEWAY_PORTS}
-        config = config.model_copy(update=ports)
+    fixed = GATEWAY_PORTS if config.replicas > 1 else ("http_port",)
+    ports = {name: free_port(config.host) for name in fixed if getattr(config, name) == 0}
+    config = config.model_copy(update=ports)  # restarted gateways need the same ports
     try:
         with local_ray(actors) as cluster:
             signals.install()  # Ray has installed its own
@@ -185,6 +220,8 @@ def _serve_on_ray(config: ServerConfig, started: float) -> None:
 
 def _drain_without_ray(config: ServerConfig, port: int) -> None:
     """Let the accepted requests end while Ray cannot; callers with tokens lose theirs."""
+    from ladderstitch.client import Client, RequestFailed
+
     if config.tls_certificate is not None or config.token_file is not None:
         return
     with (
@@ -207,9 +244,10 @@ def _choose_ports(config: ServerConfig) -> ServerConfig:
 
 def _lazy_modules(config: ServerConfig) -> list[str]:
     """Return the modules that a server with this configuration imports when it starts."""
-    modules = ["numpy.random"]  # draws the tokens or the requests of a warm-up
+    # numpy.random draws the tokens or the requests of a warm-up
+    modules = ["ladderstitch.replica.replica", "numpy.random"]
     if config.http_port is not None:
-        modules.append("ladderstitch.api.openai.server")
+        modules += ["ladderstitch.api.http_server", "ladderstitch.api.openai.app"]
     if not is_language_bundle(config.bundle):
         modules += ["PIL.JpegImagePlugin", "PIL.PngImagePlugin"]
     return modules
@@ -219,6 +257,9 @@ async def _serve_alone(
     config: ServerConfig, started: float, send_beat: Callable[[], None] | None
 ) -> None:
     """Serve until a signal; `send_beat` is called when the server is ready, then every `BEAT_S`."""
+    from ladderstitch.replica.replica import Replica
+    from ladderstitch.telemetry.logs import configure as configure_logs
+
     configure_logs(config.log_format)
     replica = Replica(
         config,
@@ -258,37 +299,71 @@ async def _send_beats(send_beat: Callable[[], None]) -> None:
 def _print_ready(
     config: ServerConfig, port: int, metrics_port: int, http_port: int | None, started: float
 ) -> None:
-    """Print the addresses of the server, and a command that calls it."""
-    seconds = time.monotonic() - started
+    """Print one line: the addresses of the server, its page, and a command that calls it."""
     address = join_address(config.host, port)
-    where = (
-        f"gRPC on {address}, metrics on http://{join_address(config.host, metrics_port)}/metrics"
-    )
+    where = [
+        f"gRPC on {address}",
+        f"metrics on http://{join_address(config.host, metrics_port)}/metrics",
+    ]
     if http_port is not None:
         scheme = "https" if config.tls_certificate is not None else "http"
-        where += f", OpenAI API on {scheme}://{join_address(config.host, http_port)}/v1"
-    out.print(f"[bold green]ready[/] after {seconds:.1f} s: {where}", soft_wrap=True)
-    option = "" if address == DEFAULT_ADDRESS else f" --address {address}"
+        http = f"{scheme}://{join_address(config.host, http_port)}"
+        where.append(f"OpenAI API on {http}/v1")
+        if config.serves_page:
+            where.insert(0, f"page on {http}/")
+    command = suggest_command(config, address)
+    out.print(
+        f"[bold green]ready[/] after {time.monotonic() - started:.1f} s: "
+        f"{escape(', '.join(where))}, try: {escape(command)}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def suggest_command(config: ServerConfig, address: str) -> str:
+    """Return a command that calls the server at an address, as a shell takes it."""
+    option = [] if address == DEFAULT_ADDRESS else ["--address", address]
+    access = " --ca CA.pem" if config.tls_certificate is not None else ""
+    access += " --token-file TOKEN" if config.token_file is not None else ""
+    program = _program() + access
     if is_language_bundle(config.bundle):
-        command = f'{sys.argv[0]} generate "The capital of France is"{option}'
-    else:
-        has_examples = EXAMPLE_IMAGES.is_dir() and config.bundle == EMBEDDED
-        images = f"{EXAMPLE_IMAGES}/*.png" if has_examples else ""
-        kind, budget = _suggest_call(config, port)
-        command = f"{sys.argv[0]} predict {images or kind} --budget {budget}{option}"
-    out.print(f"try:  {command}", soft_wrap=True, highlight=False)
+        return f'{program} generate "The capital of France is" {shlex.join(option)}'.rstrip()
+    kind, budget = _suggest_call(config, address)
+    return f"{program} predict {_example_images(config.bundle) or kind} " + shlex.join(
+        ["--budget", budget, *option]
+    )
 
 
-def _suggest_call(config: ServerConfig, port: int) -> tuple[str, str]:
+def _program() -> str:
+    """Return how this program was started, the shortest form that works in this folder."""
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        return shlex.join([sys.executable, "-m", "ladderstitch"])
+    found = shutil.which(started.name)
+    on_path = found is not None and Path(found).resolve() == started.resolve()
+    return shlex.quote(started.name if on_path else str(started))
+
+
+def _example_images(bundle: Path) -> str:
+    """Return a pattern of the example images of a bundle; empty if it has none."""
+    if bundle == EMBEDDED and EXAMPLE_IMAGES.is_dir():
+        return f"{EXAMPLE_IMAGES}/*.png"
+    folder = bundle / "examples"
+    return f"{shlex.quote(str(folder))}/*.png" if any(folder.glob("*.png")) else ""
+
+
+def _suggest_call(config: ServerConfig, address: str) -> tuple[str, str]:
     """Return a name of an input, and a budget that this machine keeps with the best variant.
 
     Without an answer, e.g. because only callers with credentials get one, it is 100 ms: a server
     that has started does not end because of a hint.
     """
+    from ladderstitch.client import Client, RequestFailed
+
     if config.tls_certificate is not None or config.token_file is not None:
         return "IMAGE.png", UNKNOWN_BUDGET
     try:
-        with Client(join_address(config.host, port), timeout_s=HINT_TIMEOUT_S) as client:
+        with Client(address, timeout_s=HINT_TIMEOUT_S) as client:
             model = client.get_model()
     except RequestFailed:
         return "IMAGE.png", UNKNOWN_BUDGET
@@ -303,9 +378,10 @@ def rank(
         Path, typer.Option(help="File with the secret; the server's `rank_secret_file`.")
     ],
 ) -> None:
-    """Run one tensor-parallel rank for a server on another machine.
+    """Run one rank for a server on another machine.
 
-    The command exits when the server disconnects.
+    A rank holds its share of a tensor-parallel model. The command exits when the server
+    disconnects.
     """
     from ladderstitch.text.engine.rank import run
 
@@ -314,9 +390,3 @@ def rank(
             run(address, secret_file.read_text().strip())
         except OSError as error:
             raise ConfigError(f"rank: {error}") from error
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to `app`."""
-    app.command(rich_help_panel="Serve")(serve)
-    app.command(rich_help_panel="Serve")(rank)

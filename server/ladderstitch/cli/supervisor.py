@@ -11,9 +11,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib import import_module
 
 import typer
 
@@ -35,18 +34,16 @@ Poll = Callable[[int, float], bool]
 """Waits until a descriptor is readable, for at most some seconds; returns whether it is."""
 
 
-def fork_servers(modules: Iterable[str]) -> Callable[[], None]:
+def fork_servers() -> Callable[[], None]:
     """Return in a forked server, again and again; the calling process becomes its supervisor.
 
-    The supervisor imports `modules` first, runs no threads of Python, and never returns. It passes
-    signals on, and exits as its last server has, after a signal to stop. It also does so if the
-    first server dies before it has called the returned function. The server calls it when it is
-    ready, and then every `BEAT_S` from its event loop: without a call for `LOST_BEATS` it hangs,
-    and is killed. Otherwise the supervisor forks the next one, with growing pauses if they die
-    soon.
+    The caller has imported what servers need. The supervisor runs no threads of Python, and never
+    returns. It passes signals on, and exits as its last server has, after a signal to stop. It also
+    does so if the first server dies before it has called the returned function. The server calls it
+    when it is ready, and then every `BEAT_S` from its event loop: without a call for `LOST_BEATS`
+    it hangs, and is killed. Otherwise the supervisor forks the next one, with growing pauses if
+    they die soon.
     """
-    for module in modules:
-        import_module(module)
     gc.freeze()  # the servers share the pages of all objects
     return _Supervisor().run()
 

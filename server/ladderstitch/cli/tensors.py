@@ -9,29 +9,45 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ladderstitch.cli.console import err, plain_table
-from ladderstitch.client import Prediction
+from ladderstitch.cli.console import err
+from ladderstitch.cli.output import Column, Record
+from ladderstitch.cli.predict import cost_fields, show_budget, show_total
 from ladderstitch.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from ladderstitch.client import Prediction
 
 
-def tensor_table(answers: Sequence[tuple[str, Prediction]]) -> Table:
-    """Return the shape, range and mean of each output of the answers, by the files' names."""
-    cells = []
+def tensor_records(answers: Sequence[tuple[str, Prediction]]) -> list[Record]:
+    """Return a record of each output of the answers, by the files' names."""
+    records: list[Record] = []
     for name, answer in answers:
         for output, values in answer.outputs.items():
             numbers = values.astype(np.float64)
-            if numbers.size:
-                ranges = [f"{f(numbers):.4g}" for f in (np.min, np.max, np.mean)]
-            else:
-                ranges = ["-"] * 3
-            shape = "x".join(map(str, values.shape))
-            total = f"{1e3 * answer.total_s:.2f} ms"
-            cells.append((name, output, shape, *ranges, answer.variant_name, total))
-    columns = ("input", "output", "shape", "min", "max", "mean", "variant", "total")
-    return plain_table(columns, cells, text=("input", "output", "shape", "variant"))
+            ranges = {
+                key: float(measure(numbers)) if numbers.size else None
+                for key, measure in (("min", np.min), ("max", np.max), ("mean", np.mean))
+            }
+            own = {"file": name, "output": output, "shape": list(values.shape)}
+            records.append(own | ranges | cost_fields(answer))
+    return records
+
+
+def _show_number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+TENSOR_COLUMNS = (
+    Column("input", lambda r: str(r["file"]), text=True),
+    Column("output", lambda r: str(r["output"]), text=True),
+    Column("shape", lambda r: "x".join(map(str, r["shape"])), text=True),
+    Column("min", lambda r: _show_number(r["min"])),
+    Column("max", lambda r: _show_number(r["max"])),
+    Column("mean", lambda r: _show_number(r["mean"]), drop=3),
+    Column("variant", lambda r: str(r["variant_name"]), text=True, drop=2),
+    Column("total", show_total, drop=1),
+    Column("budget", show_budget, drop=1),
+)
 
 
 def write_outputs(path: Path, answers: Sequence[Prediction]) -> None:

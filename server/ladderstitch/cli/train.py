@@ -71,11 +71,12 @@ def train(
         ),
     ] = False,
 ) -> None:
-    """Train the anchors of a family from scratch, largest first; resumes if it was interrupted.
+    """Train the anchors of a family from scratch.
 
-    With `--into`, all steps to a bundle that can be served follow. With `--nested`, one supernet is
-    trained instead, whose listed networks are slices of the largest (`--into` is needed). Labels
-    are the names of the classes, unless the recipe states them.
+    The largest is the first. Resumes if it was interrupted. With `--into`, all steps to a bundle
+    that can be served follow. With `--nested`, one supernet is trained instead, whose listed
+    networks are slices of the largest (`--into` is needed). Labels are the names of the classes,
+    unless the recipe states them.
 
     Example: `ladderstitch train --data photos/ --into bundles/mine`
     """
@@ -196,11 +197,12 @@ def stitch(
         ),
     ] = None,
 ) -> None:
-    """Join trained anchors into a stitchable family and write its bundle.
+    """Join trained anchors into a stitchable family.
 
-    Stitching layers are initialised by least squares on the anchors' features. Then all weights
-    are trained jointly, one stitch per step, on the labels and on the predictions of the largest
-    anchor. Resumes if it was interrupted. Sizes, labels and split are those of `train`.
+    Writes its bundle. Stitching layers are initialised by least squares on the anchors' features.
+    Then all weights are trained jointly, one stitch per step, on the labels and on the predictions
+    of the largest anchor. Resumes if it was interrupted. Sizes, labels and split are those of
+    `train`.
     """
     from ladderstitch.training.vision.recipe import Recipe
     from ladderstitch.training.vision.stitch import (
@@ -228,10 +230,3 @@ def stitch(
             held_out = run / "held-out.csv"
             measured = f"--data {data if loaded.held_out is None else held_out}"
     err.print(f"wrote {bundle}; next: ladderstitch calibrate {bundle} {measured}", soft_wrap=True)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to `app`."""
-    group = "Make a family"
-    app.command(rich_help_panel=group)(train)
-    app.command(rich_help_panel=group)(stitch)

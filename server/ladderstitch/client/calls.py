@@ -18,7 +18,6 @@ from ladderstitch.client.messages import (
     infer_request,
     microseconds,
 )
-from ladderstitch.scheduling.settings import POLICY_NAMES, PolicyName, SchedulerSettings
 from ladderstitch.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -27,15 +26,19 @@ from ladderstitch.v1 import (
     inference_pb2_grpc,
 )
 
-DEFAULT_ADDRESS = "127.0.0.1:8001"
 DEFAULT_TIMEOUT_S = 30.0
 LOAD_TIMEOUT_S = 600.0
 """Default gRPC deadline of `load_model`, which warms the model up."""
 POLICY_PREFIX = "POLICY_NAME_"
-POLICY_NUMBERS: dict[PolicyName, admin_pb2.PolicyName.ValueType] = {
-    name: admin_pb2.PolicyName.Value(POLICY_PREFIX + name.upper()) for name in POLICY_NAMES
+POLICY_NUMBERS: dict[str, admin_pb2.PolicyName.ValueType] = {
+    name.removeprefix(POLICY_PREFIX).lower(): number
+    for name, number in admin_pb2.PolicyName.items()
+    if number != admin_pb2.POLICY_NAME_UNSPECIFIED
 }
 """The numbers of the policies in messages, by name."""
+
+NO_SETTINGS = ("revision", "unfit_models")
+"""Fields of the message `Scheduling` that are no settings."""
 
 Result = TypeVar("Result")
 
@@ -110,14 +113,14 @@ def get_scheduling(model: str) -> UnaryCall[admin_pb2.Scheduling]:
 
 
 class SchedulingChanges(TypedDict, total=False):
-    """The changes of `update_scheduling`: fields of `SchedulerSettings`, and `unpin`.
+    """The changes of `update_scheduling`: settings of the message `Scheduling`, and `unpin`.
 
-    A field that is None stays as it is. `policy` is a `PolicyName` such as `adaptive`; the name and
-    the number of the message's enum (`POLICY_NAME_ADAPTIVE`, 5) are accepted, too. The policy
+    A field that is None stays as it is. `policy` is a name such as `adaptive`; the name and the
+    number of the message's enum (`POLICY_NAME_ADAPTIVE`, 5) are accepted, too. The policy
     `fixed` needs `fixed_variant`. `unpin` removes the pinned variant.
     """
 
-    policy: PolicyName | str | int | None
+    policy: str | int | None
     fixed_variant: int | None
     pinned_variant: int | None
     unpin: bool
@@ -130,6 +133,7 @@ class SchedulingChanges(TypedDict, total=False):
     overhead_s: float | None
     change_variants: bool | None
     cache_mode: str | None
+    audit_share: float | None
 
 
 def update_scheduling(
@@ -154,17 +158,16 @@ def _find_policy_number(policy: str) -> int:
 
 
 def scheduling_settings(scheduling: admin_pb2.Scheduling) -> dict[str, object]:
-    """Return the settings in a message by the names of `SchedulerSettings`; unset ones are None."""
+    """Return the settings in a message by the names of their fields; unset ones are None."""
     policies = {number: name for name, number in POLICY_NUMBERS.items()}
     present = {field.name for field, _ in scheduling.ListFields()}
     fields = scheduling.DESCRIPTOR.fields_by_name
-    values = {
-        name: getattr(scheduling, name)
-        for name in SchedulerSettings.model_fields
-        if name in present or not fields[name].has_presence
+    values: dict[str, object] = {
+        name: getattr(scheduling, name) if name in present or not field.has_presence else None
+        for name, field in fields.items()
+        if name not in NO_SETTINGS
     }
-    values["policy"] = policies.get(scheduling.policy, scheduling.policy)
-    return {name: values.get(name) for name in SchedulerSettings.model_fields}
+    return values | {"policy": policies.get(scheduling.policy, scheduling.policy)}
 
 
 def load_model(bundle: str) -> UnaryCall[str]:

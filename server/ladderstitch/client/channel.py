@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from ladderstitch.security.listen_config import is_loopback
+from ladderstitch.addresses import is_loopback
 
 RETRIED_SERVICES = (
     "ladderstitch.v1.InferenceService",

@@ -8,6 +8,7 @@ from typing import Self, TypeVar, Unpack
 
 import grpc
 
+from ladderstitch.addresses import DEFAULT_ADDRESS
 from ladderstitch.client import calls
 from ladderstitch.client.channel import PLAINTEXT, RETRY_POLICY, Credentials
 from ladderstitch.client.messages import (
@@ -33,7 +34,7 @@ class Client(calls.BaseClient):
 
     def __init__(
         self,
-        address: str = calls.DEFAULT_ADDRESS,
+        address: str = DEFAULT_ADDRESS,
         timeout_s: float = calls.DEFAULT_TIMEOUT_S,
         credentials: Credentials = PLAINTEXT,
         retry_policy: str | None = RETRY_POLICY,

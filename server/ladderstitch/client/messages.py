@@ -5,25 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 import grpc
-import numpy as np
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
-from numpy.typing import NDArray
 
-from ladderstitch.client.tensors import read_output
+from ladderstitch.client.tensors import read_logits, read_output
 from ladderstitch.v1 import generation_pb2, inference_pb2
+
+if TYPE_CHECKING:
+    import numpy as np  # only arrays need it
+    from numpy.typing import NDArray
 
 DETAILS_KEY = "grpc-status-details-bin"
 """Trailing metadata that holds a `google.rpc.Status`."""
 
-Image = bytes | NDArray[np.uint8] | NDArray[np.float32]
+Image: TypeAlias = "bytes | NDArray[np.uint8] | NDArray[np.float32]"
 """A PNG or JPEG file, or an array [B, C, H, W]: uint8 pixels or preprocessed float32.
 
 Models that do not take images have float32 inputs [B, ...].
 """
+
+DATA_TYPES = {
+    "uint8": inference_pb2.DATA_TYPE_UINT8,
+    "float32": inference_pb2.DATA_TYPE_FP32,
+}
+"""The types of input arrays, by the names of numpy."""
 
 FINISH_REASONS = {
     generation_pb2.FINISH_REASON_STOP: "stop",
@@ -79,6 +87,7 @@ class InferOptions(TypedDict, total=False):
     min_quality: float | None
     variant: int | None
     priority: int
+    min_confidence: float | None
 
 
 def infer_request(
@@ -90,12 +99,14 @@ def infer_request(
     min_quality: float | None = None,
     variant: int | None = None,
     priority: int = 0,
+    min_confidence: float | None = None,
 ) -> inference_pb2.InferRequest:
     """Return the message of a `predict` call.
 
     `budget_s` is the latency budget in seconds, a hard deadline if `hard`. `min_quality` is in
     [0, 1]. `variant` is the id of the variant to run; if unset, the scheduler chooses. `priority`
-    is 1 (highest) to 255 (lowest), 0 for the default. Raises `TypeError` for an array of another
+    is 1 (highest) to 255 (lowest), 0 for the default. From `min_confidence` in [0, 1] on, the
+    answer of a cheap variant suffices. Raises `TypeError` for an array of another
     type.
     """
     request = inference_pb2.InferRequest(
@@ -104,20 +115,17 @@ def infer_request(
         min_quality=min_quality,
         variant_id=variant,
         priority=priority,
+        min_confidence=min_confidence,
         latency_budget_us=microseconds(budget_s),
     )
     if isinstance(image, bytes):
         request.encoded_image = image
         return request
-    data_types = {
-        np.dtype(np.uint8): inference_pb2.DATA_TYPE_UINT8,
-        np.dtype(np.float32): inference_pb2.DATA_TYPE_FP32,
-    }
-    if image.dtype not in data_types:
+    if (data_type := DATA_TYPES.get(str(image.dtype))) is None:
         raise TypeError(f"image: expected uint8 or float32, got {image.dtype}")
-    request.tensor.data_type = data_types[image.dtype]
+    request.tensor.data_type = data_type
     request.tensor.shape.extend(image.shape)
-    request.tensor.data = np.ascontiguousarray(image).tobytes()
+    request.tensor.data = image.tobytes()
     return request
 
 
@@ -127,10 +135,10 @@ class Prediction:
 
     `label` and `probability` are those of the first image's most probable class. `budget_source` is
     grpc_deadline, field, metadata or model_default; without a budget, all three budget fields are
-    None. `all` holds up to five (label, probability) pairs of each image, `logits` is [B, classes].
+    None. `all` holds up to five (label, probability) pairs of each image.
 
-    A model that returns tensors instead of classes has all `outputs` [B, ...] by their names; its
-    `label` is empty, `probability` NaN, and `logits` [0, 0].
+    A model that returns tensors instead of classes has `outputs`; its `label` is empty,
+    `probability` NaN, and `logits` [0, 0].
     """
 
     label: str
@@ -147,8 +155,23 @@ class Prediction:
     budget_met: bool | None
     batch_size: int
     all: list[list[tuple[str, float]]] = field(repr=False)
-    logits: NDArray[np.float32] = field(repr=False)
-    outputs: dict[str, NDArray[np.generic]] = field(repr=False, default_factory=dict)
+    response: inference_pb2.InferResponse = field(repr=False)
+    stages: tuple[int, ...] = ()
+    """Ids of the variants that ran, in order, if the request has `min_confidence`."""
+    confidence: float | None = None
+    """Least calibrated confidence of the images, if the request has `min_confidence`."""
+    confidences: tuple[float, ...] = field(repr=False, default=())
+    """Confidence of each image."""
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """The scores [B, classes] of all classes; needs numpy."""
+        return read_logits(self.response.predictions)
+
+    @property
+    def outputs(self) -> dict[str, NDArray[np.generic]]:
+        """The outputs [B, ...] by their names of a model that returns tensors; needs numpy."""
+        return {output.name: read_output(output) for output in self.response.outputs}
 
     @classmethod
     def from_response(cls, response: inference_pb2.InferResponse) -> Prediction:
@@ -156,7 +179,6 @@ class Prediction:
         cost = response.accounting
         classes = [[(c.label, c.probability) for c in p.top] for p in response.predictions]
         label, probability = classes[0][0] if classes else ("", math.nan)
-        logits = [p.logits for p in response.predictions]
         return cls(
             label=label,
             probability=probability,
@@ -172,8 +194,12 @@ class Prediction:
             budget_met=cost.budget_met if cost.HasField("budget_met") else None,
             batch_size=cost.batch_size,
             all=classes,
-            logits=np.array(logits, np.float32) if logits else np.zeros((0, 0), np.float32),
-            outputs={output.name: read_output(output) for output in response.outputs},
+            response=response,
+            stages=tuple(cost.stages),
+            confidence=cost.confidence if cost.HasField("confidence") else None,
+            confidences=tuple(
+                p.confidence for p in response.predictions if p.HasField("confidence")
+            ),
         )
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 from pydantic.config import JsonDict
 
-from ladderstitch.client.channel import Credentials
+from ladderstitch.addresses import split_address
 from ladderstitch.errors import ConfigError
-from ladderstitch.security.listen_config import LIMITS, ListenConfig, split_address
+from ladderstitch.security.listen_config import LIMITS, ListenConfig
+
+if TYPE_CHECKING:  # the help page appears without grpc
+    from ladderstitch.client.channel import Credentials
 
 DNS_PREFIX = "dns:"
 """Prefix of HOST:PORT that stands for every address of the name, resolved every 2 s."""
@@ -101,6 +104,8 @@ class GatewayConfig(ListenConfig):
                 token = self.replica_token_file.read_text().strip()
             except OSError as error:
                 raise ConfigError(f"replica_token_file: {error}") from error
+        from ladderstitch.client.channel import Credentials
+
         return Credentials(
             self.replica_ca,
             self.replica_certificate,

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from ladderstitch.api.status import Context, abort
 from ladderstitch.errors import Draining, Overloaded, RequestError
 from ladderstitch.gateway.config import GatewayConfig
+from ladderstitch.gateway.continued_answer import GENERATE, ContinuedAnswer
 from ladderstitch.gateway.metrics import GatewayMetrics
 from ladderstitch.gateway.replica_pool import ReplicaPool
 from ladderstitch.gateway.stream_limits import LimitedStream
@@ -25,9 +26,10 @@ from ladderstitch.gateway.upstream_call import (
     forward_stream,
     forward_unary,
 )
-from ladderstitch.oip.grpc_service_pb2 import ModelReadyRequest
+from ladderstitch.oip.grpc_service_pb2 import ModelInferRequest, ModelReadyRequest
 
 MODEL_READY = "/inference.GRPCInferenceService/ModelReady"
+MODEL_STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
 RETRY_AFTER_S = 0.5
 UNAVAILABLE, NOT_FOUND = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND
 
@@ -78,8 +80,10 @@ class Forwarder(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no t
                 stream = LimitedStream(path, context)
                 async with self._attempts(path, context) as attempts:
                     with contextlib.closing(stream):
-                        replica = await attempts.next_replica()
                         admitted = stream.admitted(requests)
+                        if path == MODEL_STREAM_INFER:
+                            admitted = await _prefer_owners_of_first(attempts, admitted)
+                        replica = await attempts.next_replica()
                         await forward_bidi(replica, path, admitted, stream, attempts)
 
             return grpc.stream_stream_rpc_method_handler(forward_both_ways)
@@ -152,6 +156,27 @@ def _prefer_owners(attempts: RequestAttempts, request: bytes) -> None:
         attempts.prefer_model(ModelReadyRequest.FromString(request).name)
 
 
+async def _prefer_owners_of_first(
+    attempts: RequestAttempts, requests: AsyncIterator[bytes]
+) -> AsyncIterator[bytes]:
+    """Wait for the first request of a stream, and prefer replicas with its model.
+
+    Returns all requests of the stream.
+    """
+    first = await anext(requests, None)
+    if first is not None:
+        with contextlib.suppress(DecodeError):
+            attempts.prefer_model(ModelInferRequest.FromString(first).model_name)
+
+    async def all_requests() -> AsyncIterator[bytes]:
+        if first is not None:
+            yield first
+        async for request in requests:
+            yield request
+
+    return all_requests()
+
+
 async def _forward_with_retries(
     forward_call: ForwardCall,
     attempts: RequestAttempts,
@@ -162,9 +187,14 @@ async def _forward_with_retries(
     """Try one replica after another until one answers, or fails with a status that is final.
 
     UNAVAILABLE is retried, and NOT_FOUND at replicas with other models, as long as the caller has
-    received nothing. Raises the last `UpstreamFailure` when the time is up.
+    received nothing. An answer of `GENERATE` that has begun goes on at another replica. Raises the
+    last `UpstreamFailure` when the time is up.
     """
     failure: UpstreamFailure | None = None
+    answer, more = None, dict[str, ContinuedAnswer]()
+    if path == GENERATE:
+        answer = ContinuedAnswer(request, attempts.arrival)
+        more = {"answer": answer}
     while True:
         try:
             replica = await attempts.next_replica()
@@ -173,10 +203,16 @@ async def _forward_with_retries(
                 raise failure from None
             raise
         try:
-            reply = await forward_call(replica, path, request, context, attempts)
+            reply = await forward_call(replica, path, request, context, attempts, **more)
         except UpstreamFailure as failed:
             if failed.counts_against_replica:
                 replica.record_failure()
+            if answer is not None and answer.finished:
+                return None  # only the status was lost
+            if answer is not None and answer.can_continue and failed.code == UNAVAILABLE:
+                attempts.begin_again(replica)
+                failure = failed
+                continue
             retry_elsewhere = failed.code == NOT_FOUND and attempts.exclude_same_models(replica)
             if failed.response_started or not (retry_elsewhere or failed.code == UNAVAILABLE):
                 raise

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a gateway, and HTTP discovery of the replicas' metrics (`/sd`)."""
+"""Prometheus metrics of a gateway, its probes, and HTTP discovery of the replicas' metrics."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ladderstitch.gateway.replica_connection import ReplicaConnection
 from ladderstitch.gateway.upstream_call import RequestAttempts
 from ladderstitch.telemetry.metrics import SECONDS_BUCKETS
-from ladderstitch.telemetry.metrics_server import expose
+from ladderstitch.telemetry.metrics_server import Probes, expose, metrics_pages
+from ladderstitch.telemetry.process_metrics import ProcessCollector, define_build_info
 
 ListReplicas = Callable[[], Iterable[ReplicaConnection]]
 
@@ -30,6 +31,8 @@ class GatewayMetrics:
         self.other_endpoints: frozenset[str] = frozenset()
         """HOST:PORT of the metrics of other gateways, for `/sd`; set by the deployment."""
         self.registry = CollectorRegistry()
+        self.build_info = define_build_info(self.registry)
+        self._counts_processes = False
         namespace = "ladderstitch_gateway"
         counter = partial(Counter, registry=self.registry, namespace=namespace)
         self.requests = counter("requests", "Calls ended, by status.", ["method", "code"])
@@ -66,21 +69,20 @@ class GatewayMetrics:
         """Count a call that was denied before it was forwarded."""
         self.denied_calls.labels(reason).inc()
 
-    def expose(self, port: int, address: str) -> tuple[int, Callable[[], None]]:
-        """Serve `/metrics` and `/sd`; return the bound port and a function that stops it."""
-        return expose(self._wsgi_app(), port, address)
+    def expose(
+        self, port: int, address: str, probes: Probes | None = None
+    ) -> tuple[int, Callable[[], None]]:
+        """Serve `/metrics`, `/sd` and probes; return the bound port and a function to stop it."""
+        if not self._counts_processes:
+            self.registry.register(ProcessCollector(main="gateway"))
+            self._counts_processes = True
+        pages = metrics_pages(self.registry, probes or Probes(), {"/sd": self._discovery_page})
+        return expose(pages, port, address)
 
-    def _wsgi_app(self) -> Any:
-        metrics = make_wsgi_app(self.registry)
-
-        def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-            if environ["PATH_INFO"].rstrip("/") != "/sd":
-                return metrics(environ, start_response)
-            start_response("200 OK", [("Content-Type", "application/json")])
-            targets = scrape_targets(self._list_replicas(), self.other_endpoints)
-            return [json.dumps(targets).encode()]
-
-        return app
+    def _discovery_page(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        start_response("200 OK", [("Content-Type", "application/json")])
+        targets = scrape_targets(self._list_replicas(), self.other_endpoints)
+        return [json.dumps(targets).encode()]
 
     def _count(self, serving: bool) -> float:
         return float(sum(replica.serving == serving for replica in self._list_replicas()))

@@ -10,11 +10,11 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
+from ladderstitch.addresses import join_address, split_address
 from ladderstitch.client.channel import Credentials
 from ladderstitch.gateway.config import DNS_PREFIX
 from ladderstitch.gateway.replica_connection import ReplicaConnection
 from ladderstitch.gateway.routing import pick_replica
-from ladderstitch.security.listen_config import join_address, split_address
 
 log = logging.getLogger(__name__)
 

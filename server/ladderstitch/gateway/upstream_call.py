@@ -16,6 +16,7 @@ import grpc
 from ladderstitch.api.deadlines import HELD_KEY, LATENCY_BUDGET_KEY
 from ladderstitch.api.status import Context, abort_with
 from ladderstitch.errors import NotReady, RequestError
+from ladderstitch.gateway.continued_answer import ContinuedAnswer
 from ladderstitch.gateway.replica_connection import ReplicaConnection
 from ladderstitch.gateway.replica_pool import ReplicaPool
 
@@ -50,6 +51,7 @@ class RequestAttempts:
         self._pool, self._clock = pool, clock
         self.arrival = clock()
         self.hard_deadline = math.inf if remaining_s is None else self.arrival + remaining_s
+        self._retry_timeout_s = retry_timeout_s
         self._retry_until = min(self.hard_deadline, self.arrival + retry_timeout_s)
         self._metadata: Metadata = tuple((k, v) for k, v in metadata if k not in HOP_METADATA)
         self.soft_deadline = min(self.arrival + _budget_s(self._metadata), self.hard_deadline)
@@ -106,6 +108,11 @@ class RequestAttempts:
         lacking = [replica for replica in serving if name not in replica.models]
         if len(lacking) < len(serving):
             self._tried += lacking
+
+    def begin_again(self, failed: ReplicaConnection) -> None:
+        """Try all replicas but one, from now on for as long as a new request."""
+        self._tried, self._pause_s = [failed], BACKOFF_S
+        self._retry_until = min(self.hard_deadline, self._clock() + self._retry_timeout_s)
 
     def exclude_same_models(self, replica: ReplicaConnection) -> bool:
         """Exclude all replicas with this one's models; return whether others are left."""
@@ -169,13 +176,20 @@ async def forward_stream(
     request: bytes,
     context: Context,
     attempts: RequestAttempts,
+    answer: ContinuedAnswer | None = None,
 ) -> None:
-    """Forward the stream of responses to one request; raises `UpstreamFailure`."""
+    """Forward the stream of responses to one request; raises `UpstreamFailure`.
+
+    With `answer`, the replica gets the request for the rest of it.
+    """
     call = replica.stub("unary_stream", method)(
-        request, timeout=attempts.timeout_s, metadata=attempts.metadata
+        answer.request if answer else request,
+        timeout=attempts.timeout_s,
+        metadata=attempts.metadata,
     )
-    with _tracked_call(replica, call, attempts) as progress:
-        await _forward_responses(call, context, progress)
+    started = answer is not None and answer.started
+    with _tracked_call(replica, call, attempts, response_started=started) as progress:
+        await _forward_responses(call, context, progress, answer)
 
 
 async def forward_bidi(
@@ -276,13 +290,21 @@ def _cancel_in_core(call: Any) -> None:
         core.cancel("the caller disconnected")
 
 
-async def _forward_responses(call: Any, context: Context, progress: _Progress) -> None:
-    first = True
+async def _forward_responses(
+    call: Any, context: Context, progress: _Progress, answer: ContinuedAnswer | None = None
+) -> None:
+    first = answer is None or not answer.started
     while (message := await asyncio.shield(call.read())) is not grpc.aio.EOF:
+        if answer is not None and not answer.fits(message):
+            raise UpstreamFailure(
+                grpc.StatusCode.UNAVAILABLE, "the replica cannot continue answers", True
+            )
         if first:
             await _forward_initial_metadata(call, context)
             first, progress.response_started = False, True
         await context.write(message)
+        if answer is not None:
+            answer.record(message)
     await _forward_trailing_metadata(call, context)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from ladderstitch.bundles import find_bundle, is_language_bundle
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import Draining, InvalidArgument, ModelNotFound, UserError
-from ladderstitch.hosting.registry import LoadedModel, ModelRegistry, Runner
+from ladderstitch.hosting.registry import LoadedModel, ModelRegistry, Rehearse, Runner
 from ladderstitch.hosting.text_runner import TextRunner
 from ladderstitch.hosting.vision_runner import VisionRunner
 from ladderstitch.runtime import ProgressCallback
@@ -48,16 +48,18 @@ class ModelManager:
         first: Runner,
         make: MakeRunner,
         announce: Callable[[str], Awaitable[None]],
+        rehearse: Rehearse,
         forget: Callable[[str], None] = lambda name: None,
     ) -> None:
         """`first` runs the configured model; `make` makes the runners of models loaded later.
 
         `make` is called in a thread. `announce` is called with the name of a model that is about to
-        be unloaded, and `forget` with that of a model that no runner has any more.
+        be unloaded, `rehearse` with the twin of one that is about to be used, and `forget` with the
+        name of a model that no runner has any more.
         """
         self.config, self.registry, self.make = config, registry, make
         self.runners: dict[str, Runner] = {first.name: first}
-        self._announce, self._forget = announce, forget
+        self._announce, self._rehearse, self._forget = announce, rehearse, forget
         self._lock = asyncio.Lock()
         self._ending: set[asyncio.Task[Any]] = set()
 
@@ -74,7 +76,7 @@ class ModelManager:
     async def start(self, on_progress: ProgressCallback) -> None:
         """Start the configured model; raises what its runner raises."""
         for runner in self.runners.values():
-            await runner.start(on_progress)
+            await runner.start(on_progress, self._rehearse)
 
     async def load(self, bundle: str) -> LoadedModel:
         """Load a bundle and return its model, which replaces a model of the same name.
@@ -149,7 +151,7 @@ class ModelManager:
         making = asyncio.create_task(asyncio.to_thread(self._make, bundle), name="check-bundle")
         try:
             runner = await asyncio.shield(making)
-            await runner.start(lambda done, total: None)
+            await runner.start(lambda done, total: None, self._rehearse)
         except (UserError, EngineDied) as error:
             await self._finish(self._discard(making))
             raise InvalidArgument("bundle", str(error)) from error

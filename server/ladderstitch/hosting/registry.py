@@ -103,24 +103,34 @@ class TextModel:
         return tokens
 
     async def tokenise_chat(
-        self, messages: Sequence[Message], *, allow_control_tokens: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        allow_control_tokens: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+        beginning: str = "",
     ) -> tuple[int, ...]:
         """Return the tokens of a conversation, after which the model writes the next message.
 
-        Control tokens in the messages are plain text unless they are allowed. Raises
-        `InvalidArgument` if the model has no chat template, if the template rejects the messages,
-        or if they are too long.
+        The template reads `tools`. The next message begins with `beginning`. Control tokens in the
+        messages are plain text unless they are allowed. Raises `InvalidArgument` if the model has
+        no chat template, if the template rejects the messages, or if they are too long.
         """
         if self.chat_template is None:
             message = "this model has no chat template; use completions"
             raise InvalidArgument("messages", message)
         limit = MAX_CHARACTERS_PER_TOKEN * self.max_prompt_tokens
-        if (got := sum(len(str(message["content"])) for message in messages)) > limit:
+        got = sum(len(str(m["content"])) + len(str(m.get("tool_calls", ""))) for m in messages)
+        if got > limit:
             raise InvalidArgument("messages", f"expected at most {limit} characters, got {got}")
-        encode = self.chat_template.encode
-        tokens = tuple(await encode(messages, allow_control_tokens=allow_control_tokens))
+        if (got := len(str(tools or ""))) > limit:
+            raise InvalidArgument("tools", f"expected at most {limit} characters, got {got}")
+        variables = {} if tools is None else {"tools": list(tools)}
+        tokens = await self.chat_template.encode(
+            messages, allow_control_tokens=allow_control_tokens, beginning=beginning, **variables
+        )
         self.check_prompt_length(tokens)
-        return tokens
+        return tuple(tokens)
 
     def check_prompt_length(self, tokens: Sequence[int]) -> None:
         """Raise `InvalidArgument` if a prompt has more than `max_prompt_tokens`."""
@@ -163,9 +173,9 @@ class ModelRegistry:
     drain_announced: bool = False
     """Whether the replica reports NOT_SERVING while it still accepts requests."""
     draining: bool = False
+    http_port: int = 0
+    """Bound port of the HTTP API; 0: there is none."""
     metrics_port: int = 0
-    known_names: set[str] = field(default_factory=set)
-    """Names of the models that are loaded or were loaded before."""
     active_settings: ActiveSettings = field(
         default_factory=lambda: ActiveSettings(0, SchedulerSettings())
     )
@@ -174,7 +184,15 @@ class ModelRegistry:
     @property
     def serving(self) -> bool:
         """Whether callers should send requests to this replica."""
-        return self.ready and self.healthy and not self.drain_announced and not self.draining
+        return not self.why_not_serving()
+
+    def why_not_serving(self) -> str:
+        """Return why callers should not send requests now; empty if they should."""
+        if self.drain_announced or self.draining:
+            return "the replica is draining"
+        if not self.ready:
+            return "the replica is loading its models"
+        return "" if self.healthy else "a model does not answer now; its engine is being restarted"
 
     @property
     def models_by_name(self) -> dict[str, LoadedModel]:
@@ -191,7 +209,6 @@ class ModelRegistry:
     def add(self, model: LoadedModel) -> None:
         """Add a model; it replaces a model of the same name."""
         self.remove(model.name)
-        self.known_names.add(model.name)
         if isinstance(model, VisionModel):
             self.vision_models[model.name] = model
         else:
@@ -217,17 +234,21 @@ class ModelRegistry:
         if model is None or version not in ("", model.version):
             wanted = f"{name[:80]!r} version {version[:80]!r}" if version else f"{name[:80]!r}"
             known = ", ".join(f"{m.name!r} (version {m.version})" for m in models.values())
+            known = known or "no models"
             raise ModelNotFound(f"model_name: no model {wanted}; this server has {known}")
         return model
 
-    def vision_model(self, name: str, version: str = "") -> VisionModel:
+    def vision_model(
+        self, name: str, version: str = "", *, instead: str = "Generate"
+    ) -> VisionModel:
         """Return an image classifier as `find` does.
 
-        Raises `InvalidArgument` if the model is a language model.
+        Raises `InvalidArgument` if the model is a language model; callers should call the method
+        `instead`.
         """
         model = self.find(name, version)
         if not isinstance(model, VisionModel):
-            raise InvalidArgument("model_name", f"{model.name!r} generates text: call Generate")
+            raise InvalidArgument("model_name", f"{model.name!r} generates text: call {instead}")
         return model
 
     def text_model(self, name: str, version: str = "") -> TextModel:
@@ -239,6 +260,10 @@ class ModelRegistry:
         if not isinstance(model, TextModel):
             raise InvalidArgument("model_name", f"{model.name!r} classifies images: call Infer")
         return model
+
+
+Rehearse = Callable[[LoadedModel], Awaitable[None]]
+"""Sends requests to the twin of a model, before the model gets those of callers."""
 
 
 class Runner(Protocol):
@@ -259,8 +284,11 @@ class Runner(Protocol):
     def alive(self) -> bool:
         """Whether requests are answered, or will be once the engine has recovered."""
 
-    async def start(self, on_progress: ProgressCallback) -> None:
-        """Load the model, warm it up and add it to the registry."""
+    async def start(self, on_progress: ProgressCallback, rehearse: Rehearse) -> None:
+        """Load the model, warm it up and add it to the registry.
+
+        `rehearse` gets a twin of the model, with a scheduler of its own.
+        """
 
     def set_ready(self, ready: bool) -> None:
         """Report in the metrics whether the model answers requests."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import ConfigError, EngineRestarting, InvalidArgument
-from ladderstitch.hosting.registry import ModelRegistry, TextModel
+from ladderstitch.hosting.registry import ModelRegistry, Rehearse, TextModel
 from ladderstitch.runtime import ProgressCallback
 from ladderstitch.runtime.cores import resolve_threads
 from ladderstitch.runtime.device import resolve_device, resolve_text_dtype
@@ -60,25 +62,15 @@ class TextRunner:
         """Whether requests are answered, or will be once the ranks have recovered."""
         return self._scheduler is not None and self._scheduler.alive
 
-    async def start(self, on_progress: ProgressCallback) -> None:
-        """Start the ranks, measure their steps and add the model to the registry.
+    async def start(self, on_progress: ProgressCallback, rehearse: Rehearse) -> None:
+        """Start the ranks, measure their steps, rehearse, and add the model to the registry.
 
         Raises `EngineRestarting`, with the reason, if the ranks do not start, and `ConfigError` if
         the scheduling settings do not fit the model.
         """
         self._group = self._make_group()
         await self._group.start()
-        self._scheduler = TextScheduler(
-            self._group,
-            self.tokenizer,
-            self.bundle.manifest.end_tokens,
-            self.bundle.quality,
-            self.variant_names,
-            self.config.max_sequences,
-            observer=self.metrics,
-            switches=self.bundle.switches,
-            by_name=self.bundle.manifest.adapters,
-        )
+        self._scheduler = self._make_scheduler(self._group, self.metrics)
         try:
             await self._scheduler.measure()
         except RankLost as error:
@@ -89,12 +81,36 @@ class TextRunner:
             raise ConfigError(f"scheduling.{error}") from error
         most = self._scheduler.max_tokens - 1  # at least one token of an answer
         max_prompt_tokens = min(most, self.config.max_prompt_tokens or most)
-        self.registry.add(
-            TextModel(
-                self.bundle, self._scheduler, self.metrics, max_prompt_tokens, self.chat_template
-            )
+        model = TextModel(
+            self.bundle, self._scheduler, self.metrics, max_prompt_tokens, self.chat_template
         )
+        await self._rehearse(model, self._group, rehearse)
+        self.registry.add(model)
         on_progress(1, 1)
+
+    def _make_scheduler(self, group: RankGroup, metrics: TextMetrics) -> TextScheduler:
+        return TextScheduler(
+            group,
+            self.tokenizer,
+            self.bundle.manifest.end_tokens,
+            self.bundle.quality,
+            self.variant_names,
+            self.config.max_sequences,
+            observer=metrics,
+            switches=self.bundle.switches,
+            by_name=self.bundle.manifest.adapters,
+        )
+
+    async def _rehearse(self, model: TextModel, group: RankGroup, rehearse: Rehearse) -> None:
+        """Let a twin of the model answer, whose requests no metrics and no prefix cache see."""
+        metrics = TextMetrics(Metrics(), self.name, range(len(self.variant_names)))
+        scheduler = self._make_scheduler(group, metrics)
+        scheduler.times = model.scheduler.times.copy()
+        scheduler.apply_settings(SchedulerSettings())
+        try:
+            await rehearse(replace(model, scheduler=scheduler, metrics=metrics))
+        finally:
+            await scheduler.close()
 
     def set_ready(self, ready: bool) -> None:
         """Report in the metrics whether the model answers requests."""

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
-import time
-from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import TextIO
 
-import numpy as np
-from PIL import Image
-
 from ladderstitch.config import ServerConfig
-from ladderstitch.errors import BundleError, ConfigError, InvalidArgument, NonFiniteOutput
+from ladderstitch.errors import BundleError, ConfigError, InvalidArgument
 from ladderstitch.hosting.answer_limit import AnswerLimit
-from ladderstitch.hosting.registry import ModelRegistry, VisionModel
+from ladderstitch.hosting.registry import ModelRegistry, Rehearse, VisionModel
 from ladderstitch.runtime import ProgressCallback
 from ladderstitch.runtime.cores import resolve_threads
-from ladderstitch.scheduling.profiles import LatencyProfile, QualityTable
-from ladderstitch.scheduling.requests import Deadlines, Request
+from ladderstitch.scheduling.profiles import QualityTable
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.telemetry.model_metrics import VisionMetrics
 from ladderstitch.vision.bundle import VisionBundle
-from ladderstitch.vision.engine.base import Engine, EngineConfig
+from ladderstitch.vision.engine.base import ContinuingEngine, Engine, EngineConfig
 from ladderstitch.vision.engine.compiled import CompiledEngine
 from ladderstitch.vision.engine.process import ProcessEngine
 from ladderstitch.vision.engine.startup import (
@@ -41,9 +34,6 @@ from ladderstitch.vision.scheduler.scheduler import Scheduler
 from ladderstitch.vision.tensor_inputs import TensorReader
 
 log = logging.getLogger(__name__)
-
-REHEARSALS = 10
-"""Requests of each image format that a runner answers before it is ready."""
 
 
 class VisionRunner:
@@ -80,8 +70,8 @@ class VisionRunner:
         """Whether requests are answered, or will be once the worker has recovered."""
         return self._model is not None and self._model.scheduler.running
 
-    async def start(self, on_progress: ProgressCallback) -> None:
-        """Start the engine, measure it and add the model to the registry.
+    async def start(self, on_progress: ProgressCallback, rehearse: Rehearse) -> None:
+        """Start the engine, measure it, rehearse, and add the model to the registry.
 
         Raises `BundleError` or `EngineDied` if the weights cannot be loaded, and `ConfigError` if
         the scheduling settings do not fit the model.
@@ -101,6 +91,7 @@ class VisionRunner:
         metrics.running.set_function(lambda: len(scheduler.batch_runner.running))
         if isinstance(self._engine, CompiledEngine):  # measuring never holds the event loop
             self._engine.inline_limit_s = self.config.inline_batch_limit_ms / 1e3
+        await self._rehearse(self._model, rehearse)
         self.registry.add(self._model)
 
     def set_ready(self, ready: bool) -> None:
@@ -160,8 +151,21 @@ class VisionRunner:
         settings = self.registry.active_settings.settings
         record = self._open_record()
         limits = HangLimits() if isinstance(engine, CompiledEngine) else None
+        continues = isinstance(engine, ContinuingEngine)
+        served = [variant for variant in quality if variant in profile.variants]
+        cascades = self.quality.cascade_set.restricted(served, continues=continues)
+        if isinstance(engine, ContinuingEngine):
+            await engine.join_cascades(cascades.pairs)
         scheduler = Scheduler(
-            engine, quality, profile, settings, metrics, record=record, hang_limits=limits
+            engine,
+            quality,
+            profile,
+            settings,
+            metrics,
+            record=record,
+            hang_limits=limits,
+            cascades=cascades,
+            agreements=self.quality.agreements,
         )
         self._parts.push_async_callback(scheduler.close)
         try:
@@ -171,7 +175,6 @@ class VisionRunner:
         _report_quality_range(scheduler)
         reader = self._make_reader()
         self._parts.callback(reader.close)
-        await self._rehearse(engine, reader, quality, profile)
         names = {variant: stitch.name for variant, stitch in variants.items()}
         return VisionModel(self.bundle, scheduler, reader, variants, names, self._limit)
 
@@ -179,54 +182,31 @@ class VisionRunner:
         """Return the reader of the model's inputs."""
         manifest = self.bundle.manifest
         if not manifest.takes_images:
-            return TensorReader(manifest.config.inputs.shape)
+            return TensorReader(manifest.config.inputs.shape, self.config.non_finite_inputs)
         return ImageReader(
             manifest.preprocessing,
             self.config.max_image_pixels,
             max_bytes=self.config.max_image_mb << 20,
             decoders=self.config.image_decoders,
             decode_timeout_s=self.config.image_decode_timeout_s,
+            non_finite=self.config.non_finite_inputs,
         )
 
-    async def _rehearse(
-        self,
-        engine: Engine,
-        reader: TensorReader,
-        quality: Mapping[int, float],
-        profile: LatencyProfile,
-    ) -> None:
-        """Answer some requests that no metrics count.
-
-        Otherwise the first caller would wait for image formats to be imported and for code that
-        runs for the first time, 5 ms in all.
-        """
-        metrics = VisionMetrics(Metrics(), self.name, quality)
-        scheduler = Scheduler(engine, quality, profile, SchedulerSettings(), metrics)
+    async def _rehearse(self, model: VisionModel, rehearse: Rehearse) -> None:
+        """Let a twin of the model answer, whose requests no metrics and no record count."""
+        metrics = VisionMetrics(Metrics(), self.name, model.variants)
+        planner = model.scheduler.planner
+        scheduler = Scheduler(
+            model.scheduler.engine,
+            planner.quality,
+            planner.latency.profile,
+            SchedulerSettings(),
+            metrics,
+        )
         try:
-            for file in _rehearsal_files(reader):
-                for number in range(REHEARSALS):
-                    if file is None:
-                        images = np.zeros((1, *reader.shape), np.float32)
-                    else:
-                        images = await reader.read_encoded("image", file)
-                    now = time.monotonic()
-                    deadlines = Deadlines(soft=now + number / 1e3)
-                    with contextlib.suppress(NonFiniteOutput):  # as the norm of zeros
-                        await scheduler.submit(Request("rehearsal", images, now, deadlines))
+            await rehearse(replace(model, scheduler=scheduler))
         finally:
             await scheduler.close()
-
-
-def _rehearsal_files(reader: TensorReader) -> list[bytes | None]:
-    """Return a black image in each format, or None for a model that takes tensors only."""
-    if not isinstance(reader, ImageReader):
-        return [None]
-    files: list[bytes | None] = []
-    for file_format in ("JPEG", "PNG"):
-        file = io.BytesIO()
-        Image.new(reader.target.mode, reader.shape[:0:-1]).save(file, file_format)
-        files.append(file.getvalue())
-    return files
 
 
 def _close_record(record: TextIO) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.importers.gguf import from_gpt_fast, gpt_fast_config
+from ladderstitch.importers.olmo import read_olmo
 from ladderstitch.text.comm.base import (
     PEER_TIMEOUT_S,
     Communicator,
@@ -31,7 +32,7 @@ from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.layout import LaidOutWeights
-from ladderstitch.text.model.residual import ResidualScheme, plan_layers
+from ladderstitch.text.model.residual import ResidualScheme, narrow_plans, plan_layers
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.transformer import Transformer
 from ladderstitch.text.model.weight_reader import MemoryWeights, Weights
@@ -54,6 +55,8 @@ FAMILIES = (
     "ladder-llama",
     "desync-gpt",
     "parallel-gpt",
+    "parallel-groups",
+    "matformer-olmo",
 )
 RANK_COUNTS = (1, 2, 4)
 """Rank counts to try; if a model cannot be split over one, the next smaller one that fits."""
@@ -75,6 +78,8 @@ class GoldenRun:
     incremental: bool
     greedy_tokens: int = 0
     """Tokens to append by greedy decoding; the output is their logits."""
+    ffn_widths: tuple[tuple[int, ...], ...] = ((),)
+    """Widths of the MLPs, as `TextVariant` has them, of each pass; the last is that of the rest."""
 
 
 def recorded_runs(metadata: Mapping[str, Any], architecture: Architecture) -> Iterator[GoldenRun]:
@@ -95,9 +100,25 @@ def recorded_runs(metadata: Mapping[str, Any], architecture: Architecture) -> It
                     greedy_tokens=new if entry["id"] == "greedy_logits" else 0,
                 )
             continue
+        if metadata["family"] == "matformer-olmo":
+            yield from _nested_runs(entry, config)
+            continue
         residual, rank_counts = _read_scheme(entry, metadata["family"], config)
         yield GoldenRun(entry["id"], residual, rank_counts, incremental=False)
         yield GoldenRun(f"{entry['id']}.incremental", residual, rank_counts, incremental=True)
+
+
+def _nested_runs(entry: Mapping[str, Any], config: DecoderConfig) -> Iterator[GoldenRun]:
+    """Yield the outputs of a slice, of a slice per layer, or of changes from step to step."""
+    counts, name, widest = fitting_rank_counts(config), entry["id"], config.intermediate_size
+    if entry["kind"] == "switch":
+        steps = tuple((widest // factor,) for factor in entry["factors_per_step"])
+        yield GoldenRun(f"{name}.incremental", ResidualScheme(), counts, True, ffn_widths=steps)
+        return
+    factors = entry["factors"] if entry["kind"] == "mix" else [entry["factor"]]
+    widths = (tuple(widest // factor for factor in factors),)
+    for output, incremental in ((name, False), (f"{name}.incremental", True)):
+        yield GoldenRun(output, ResidualScheme(), counts, incremental, ffn_widths=widths)
 
 
 def fitting_rank_counts(config: DecoderConfig) -> tuple[int, ...]:
@@ -115,7 +136,7 @@ def _fits(config: DecoderConfig, ranks: int) -> ConfigError | None:
     try:
         for rank in range(ranks):
             shard = Shard.of(config, rank, ranks)
-            if not (shard.ffn and shard.vocabulary):
+            if not (shard.num_ffn_columns and shard.vocabulary):
                 return ConfigError(f"ranks: expected a part of every matrix each, got {ranks}")
     except ConfigError as error:
         return error
@@ -128,6 +149,9 @@ def _read_scheme(
     fitting = fitting_rank_counts(config)
     if family == "ladder-llama":
         return ResidualScheme(scheme="ladder", ladder_layers=tuple(entry["ladder_layers"])), fitting
+    if family == "parallel-groups":
+        groups = tuple((first, size) for first, size in entry["groups"])
+        return ResidualScheme(scheme="groups", groups=groups), fitting
     match entry.get("kind"):
         case "desync":
             ranks, pattern = entry["tensor_parallel_size"], entry["reduce_after"]
@@ -150,6 +174,9 @@ def read_model(
         layouts = [recorded[name] for name in HF_CONFIGS if name in recorded]
         read = [read_architecture(fields) for fields in layouts]
         return [(a, LaidOutWeights(MemoryWeights(tensors), a.layout, a.config)) for a in read]
+    if metadata["family"] == "matformer-olmo":
+        olmo = read_olmo(recorded)
+        return [(olmo, LaidOutWeights(MemoryWeights(tensors), olmo.layout, olmo.config))]
     config = gpt_fast_config(recorded["model_args"])
     return [(Architecture(config), MemoryWeights(from_gpt_fast(tensors, config)))]
 
@@ -195,9 +222,11 @@ def _run_case(
         cache = PagedCache(config, shard, rows * blocks_each, BLOCK_TOKENS)
         starts = [0, *range(prefill, length)] if run.incremental else [0]
         parts = []
-        for start, end in pairwise([*starts, length]):
+        for number, (start, end) in enumerate(pairwise([*starts, length])):
             step = dense_step(tokens[:, start:end].numpy(), start, 0, blocks_each, LogitsMode.ALL)
-            logits = model.forward(Batch(step, BLOCK_TOKENS), cache, plans, comm)
+            widths = run.ffn_widths[min(number, len(run.ffn_widths) - 1)]
+            narrow = narrow_plans(plans, widths, config.intermediate_size)
+            logits = model.forward(Batch(step, BLOCK_TOKENS), cache, narrow, comm)
             parts.append(logits.view(rows, end - start, -1))
         return torch.cat(parts, dim=1)
 

@@ -17,6 +17,7 @@ from ray.serve.exceptions import RayServeException
 from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ladderstitch.addresses import join_address
 from ladderstitch.bundles import is_language_bundle
 from ladderstitch.config import ServerConfig
 from ladderstitch.gateway.config import GatewayConfig
@@ -28,7 +29,6 @@ from ladderstitch.replica.replica import Replica
 from ladderstitch.runtime.device import resolve_device
 from ladderstitch.runtime.process import freeze_gc
 from ladderstitch.scheduling.settings import ActiveSettings
-from ladderstitch.security.listen_config import join_address
 from ladderstitch.telemetry.logs import configure as configure_logs
 from ladderstitch.text.engine.rank import run
 from ladderstitch.text.engine.rank_handle import RankProcess, huge_pages
@@ -83,6 +83,8 @@ def loopback_config(config: ServerConfig) -> ServerConfig:
             "host": "127.0.0.1",
             "port": 0,
             "metrics_port": 0,
+            "http_port": None if config.http_port is None else 0,
+            "page": "on" if config.serves_page else "off",
             "admin_port": None,
             "health_port": None,
             "tls_certificate": None,

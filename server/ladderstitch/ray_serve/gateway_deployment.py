@@ -10,13 +10,13 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
+from ladderstitch.addresses import join_address
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.gateway import Gateway
 from ladderstitch.ray_serve.control_actor import control_actor, discover_registered_replicas
 from ladderstitch.ray_serve.local_cluster import keep_serve_on_loopback
 from ladderstitch.runtime.process import freeze_gc, tune_malloc
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.security.listen_config import join_address
 from ladderstitch.telemetry.logs import configure as configure_logs
 
 EXCHANGE_PERIOD_S = 5.0

@@ -18,9 +18,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ladderstitch.addresses import is_loopback
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import ConfigError, LadderstitchError
-from ladderstitch.security.listen_config import is_loopback
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from packaging.requirements import Requirement
 
+from ladderstitch.addresses import join_address
 from ladderstitch.api.listener import ListenerConfig
 from ladderstitch.config import ServerConfig
 from ladderstitch.errors import UserError
@@ -25,7 +26,6 @@ from ladderstitch.hosting.registry import ModelRegistry
 from ladderstitch.runtime.cores import resolve_threads, usable_cores
 from ladderstitch.runtime.device import device_name, resolve_device
 from ladderstitch.runtime.process import port_is_free
-from ladderstitch.security.listen_config import join_address
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.text.engine.rank_handle import launch_process
 
@@ -149,6 +149,8 @@ def check_memory(config: ServerConfig) -> Iterator[CheckResult]:
         failure="warning",
     )
     needed = SHARED_BYTES + max(config.tensor_parallel_size - 1, 0) * RANK_SHARED_BYTES
+    if sys.platform != "linux":
+        return
     room = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
     yield _result(
         "shared memory",
@@ -164,7 +166,8 @@ def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
     for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def cgroup_memory(
@@ -240,7 +243,10 @@ def check_ports(config: ServerConfig) -> Iterator[CheckResult]:
         if port is not None:
             free = port_is_free(address, port)
             detail = f"{join_address(address, port)} {'is free' if free else 'is taken'}"
-            advice = f"stop the listener (ss -ltnp 'sport = :{port}' shows it), or set {field}: 0"
+            option = f"--{field.replace('_', '-')} 0"
+            advice = (
+                f"stop the listener (ss -ltnp 'sport = :{port}' shows it), or give serve {option}"
+            )
             yield _result(field, free, detail, advice)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ladderstitch.api.listener import ListenerConfig, name_port
+from ladderstitch.api.rehearsal import rehearse
 from ladderstitch.api.server import Server
 from ladderstitch.config import ServerConfig
 from ladderstitch.hosting.model_manager import ModelManager, make_runner
@@ -23,10 +24,11 @@ from ladderstitch.runtime.process import shorten_lock_waits, tune_malloc
 from ladderstitch.scheduling.settings import ActiveSettings
 from ladderstitch.telemetry.logs import RecordSink, log_request, trace_sink
 from ladderstitch.telemetry.metrics import Metrics
+from ladderstitch.telemetry.metrics_server import Probes
 from ladderstitch.text.engine.rank_handle import Launcher, launch_process
 
 if TYPE_CHECKING:
-    from ladderstitch.api.openai.server import HttpServer
+    from ladderstitch.api.http_server import HttpServer
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ DRAIN_GRACE_S = 0.25
 
 Only then does the port close: gRPC would cancel late calls without a status.
 """
+MAX_LOOP_DELAY_S = 10.0
+"""Seconds that the event loop may be held until `/healthz` reports it."""
 
 
 class Replica:
@@ -63,7 +67,7 @@ class Replica:
         shorten_lock_waits()
         self.config = config
         self.registry = ModelRegistry(name, active_settings=ActiveSettings(0, config.scheduling))
-        self.metrics = Metrics()
+        self.metrics = Metrics(keeps_activity=config.serves_page)
         self.share_port = share_port
         self.models = ModelManager(
             config,
@@ -72,6 +76,7 @@ class Replica:
             # Ray's placement group for ranks belongs to the configured model
             lambda later: make_runner(later, self.registry, self.metrics, launch_process),
             announce=self._announce_unload,
+            rehearse=lambda model: rehearse(model, self.server.listener),
             forget=self.metrics.remove_model,
         )
         self.failed = False
@@ -97,9 +102,13 @@ class Replica:
         """Return the server of OpenAI's API; None without an HTTP port."""
         if self.config.http_port is None:
             return None
-        from ladderstitch.api.openai.server import HttpServer  # takes a second to import
+        from ladderstitch.api.http_server import HttpServer
+        from ladderstitch.api.openai.app import replica_app  # takes a second to import
 
-        return HttpServer(self.config, self.registry, listener.auth)
+        sinks = () if listener.request_log is None else listener.request_log.sinks
+        metrics = self.metrics.registry
+        application = replica_app(self.config, self.registry, listener.auth, sinks, metrics)
+        return HttpServer(self.config, application)
 
     def _sinks(self, name: str) -> list[RecordSink]:
         """Return the recipients of each request's record: the log, traces, both or none."""
@@ -124,6 +133,13 @@ class Replica:
         """False if a scheduler has ended unexpectedly, so that requests are not answered."""
         return not self.registry.ready or self.registry.draining or self.models.alive
 
+    def _why_not_alive(self) -> str:
+        """Return why this process has to be replaced; empty if it does not have to be."""
+        behind_s = self._watchdog.seconds_behind()
+        if behind_s > MAX_LOOP_DELAY_S:
+            return f"the event loop has been held for {behind_s:.0f} s"
+        return "" if self.alive else "a model answers no requests any more"
+
     async def start(self, on_progress: ProgressCallback = lambda done, total: None) -> None:
         """Listen, load and warm up the model, then report ready; `on_progress` gets the progress.
 
@@ -135,10 +151,14 @@ class Replica:
             await self.server.start(self.config.host, self.config.port)
         with name_port("http_port"):
             if self.http is not None and self.config.http_port is not None:
-                await self.http.start(self.config.http_port, share_port=self.share_port)
+                port = await self.http.start(self.config.http_port, share_port=self.share_port)
+                self.registry.http_port = port
         with name_port("metrics_port"):
             self.metrics_port, self._close_metrics = self.metrics.expose(
-                self.config.metrics_port, self.config.host, share_port=self.share_port
+                self.config.metrics_port,
+                self.config.host,
+                share_port=self.share_port,
+                probes=Probes(self._why_not_alive, self.registry.why_not_serving),
             )
         self.registry.metrics_port = self.metrics_port
         await self.models.start(on_progress)

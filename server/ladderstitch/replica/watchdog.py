@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 
 from prometheus_client import Histogram
@@ -23,11 +24,16 @@ class Watchdog:
         """`lag` gets the delay of each wake-up in seconds; then `check` is called."""
         self._lag, self._check = lag, check
         self._task: asyncio.Task[None] | None = None
+        self._woken_at = time.monotonic()
 
     def start(self) -> None:
         """Start the task in the running event loop; the second call has no effect."""
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="watchdog")
+
+    def seconds_behind(self) -> float:
+        """Return the seconds since the last wake-up; any thread may ask."""
+        return time.monotonic() - self._woken_at
 
     async def stop(self) -> None:
         """Stop the task."""
@@ -41,6 +47,7 @@ class Watchdog:
             due = loop.time() + INTERVAL_S
             await asyncio.sleep(INTERVAL_S)
             self._lag.observe(max(0.0, loop.time() - due))
+            self._woken_at = time.monotonic()
             try:
                 await self._check()
             except Exception:  # the next check comes soon

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ladderstitch.errors import ConfigError
+
 log = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "LADDERSTITCH_CACHE"
@@ -24,7 +26,10 @@ def cache_home() -> Path:
     """
     if home := os.environ.get(CACHE_VARIABLE):
         return Path(home)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ladderstitch"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not Path(caches).is_absolute():  # a user id without an entry in passwd, and no HOME
+        return _temporary_home()
+    cache = Path(caches) / "ladderstitch"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
@@ -36,8 +41,15 @@ def cache_home() -> Path:
 
 
 def _temporary_home() -> Path:
-    """Return a folder that only this user can write: its files decide what is computed."""
-    path = Path(tempfile.gettempdir()) / f"ladderstitch-{os.getuid()}"
+    """Return a folder that only this user can write: its files decide what is computed.
+
+    Raises `ConfigError` if no folder can be written.
+    """
+    try:
+        temporary = tempfile.gettempdir()
+    except FileNotFoundError as error:  # a read-only file system without volumes
+        raise ConfigError(f"{CACHE_VARIABLE}: expected a folder to write to, got none") from error
+    path = Path(temporary) / f"ladderstitch-{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
     status = path.lstat()
     if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:

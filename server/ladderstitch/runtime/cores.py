@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -50,6 +51,13 @@ def resolve_threads(
     return resolved
 
 
+def _allowed_cores() -> int:
+    """Return the cores of the affinity mask; all of the machine on systems without such masks."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def usable_cores(files: CgroupFiles | None = None, affinity: int | None = None) -> int:
     """Return the number of cores that this process may use, at least 1.
 
@@ -57,7 +65,7 @@ def usable_cores(files: CgroupFiles | None = None, affinity: int | None = None) 
     and all parents, rounded down. `affinity` unset: that of this process. Without a readable quota
     the affinity counts alone.
     """
-    cores = len(os.sched_getaffinity(0)) if affinity is None else affinity
+    cores = _allowed_cores() if affinity is None else affinity
     try:
         quotas = [*_read_quotas(files or CgroupFiles())]
     except (OSError, ValueError) as error:

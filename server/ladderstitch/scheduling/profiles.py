@@ -9,6 +9,8 @@ from itertools import pairwise
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ladderstitch.scheduling.cascades import Cascade, CascadeSet
+
 
 class Quality(BaseModel):
     """The score of one variant, 0 to 1, with its confidence interval."""
@@ -20,6 +22,15 @@ class Quality(BaseModel):
     high: float = Field(ge=0, le=1)
     perplexity: float | None = Field(
         None, ge=1, description="perplexity on the same text; language models only"
+    )
+    temperature: float | None = Field(
+        None, gt=0, description="divisor of logits for confidences; image models only"
+    )
+    calibration_error: float | None = Field(
+        None, ge=0, le=1, description="expected calibration error of the confidences, 15 bins"
+    )
+    agreement: float | None = Field(
+        None, ge=0, le=1, description="share of images with the class of the best variant"
     )
 
     @classmethod
@@ -53,6 +64,23 @@ class QualityTable(BaseModel):
     date: str
     versions: dict[str, str]
     variants: dict[int, Quality] = Field(min_length=1)
+    cascades: tuple[Cascade, ...] = ()
+
+    @property
+    def agreements(self) -> dict[int, float]:
+        """The agreement with the best variant, of all variants whose agreement was measured."""
+        measured = {variant: quality.agreement for variant, quality in self.variants.items()}
+        return {variant: share for variant, share in measured.items() if share is not None}
+
+    @property
+    def cascade_set(self) -> CascadeSet:
+        """The cascades, and the temperatures of all variants that have one."""
+        temperatures = {
+            variant: quality.temperature
+            for variant, quality in self.variants.items()
+            if quality.temperature is not None
+        }
+        return CascadeSet(temperatures, self.cascades)
 
     def value(self, variant: int) -> float:
         """Return the score of a variant, 0 to 1."""

@@ -6,6 +6,7 @@ All times are seconds on the clock of `time.monotonic`; `inf` means that there i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from ladderstitch.errors import InvalidArgument
 from ladderstitch.scheduling.profiles import Quality
+from ladderstitch.scheduling.sampling import GREEDY, Grammar, Sampling, check_range
 
 Pixels = NDArray[np.float32]
 """[B, C, H, W]: B preprocessed images, or other inputs [B, ...], in contiguous memory."""
@@ -55,6 +57,10 @@ class Request:
     variant: int | None = None
     priority: int = 0
     """0 for unset, 1 (highest) to 255 (lowest)."""
+    min_confidence: float = 0.0
+    """Calibrated probability of the first class from which a cheap variant suffices; 0: none."""
+    is_finite: bool = True
+    """Whether all numbers are finite; with others, outputs that are not finite are an answer."""
 
     @property
     def num_images(self) -> int:
@@ -76,17 +82,42 @@ def check_quality(min_quality: float) -> None:
         raise InvalidArgument("min_quality", f"expected 0 to 1, got {min_quality}")
 
 
+def check_confidence(min_confidence: float) -> None:
+    """Raise `InvalidArgument` if a minimum confidence is not in [0, 1]."""
+    if not 0 <= min_confidence <= 1:  # NaN fails too
+        raise InvalidArgument("min_confidence", f"expected 0 to 1, got {min_confidence}")
+
+
 def check_priority(priority: int) -> None:
     """Raise `InvalidArgument` if a priority is neither 0, for unset, nor 1 to 255."""
     if not 0 <= priority <= MAX_PRIORITY:
         raise InvalidArgument("priority", f"expected 0 to {MAX_PRIORITY}, got {priority}")
 
 
+StageEnd = Literal["sure", "complete", "time"]
+"""Why the stages of a cascade ended: the first one is sure, the last one has run, or no time was
+left for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certainty:
+    """How sure an answer is: the confidence of each of B images, and the variant of its logits.
+
+    `stages` are the variants that ran for the request, in order.
+    """
+
+    stages: tuple[int, ...]
+    confidence: tuple[float, ...]
+    variants: tuple[int, ...]
+    end: StageEnd = "complete"
+
+
 @dataclass(frozen=True, slots=True)
 class ImageAnswer:
     """The answer to one request: logits [B, K] of its B images, and the seconds that it took.
 
-    `batch_size` counts the images of the whole batch that the request ran in.
+    `batch_size` counts the images of the whole batch that the request ran in. `variant` is the last
+    one that ran for it, and `certainty` is set if the request has `min_confidence`.
     """
 
     logits: Logits
@@ -95,36 +126,13 @@ class ImageAnswer:
     queue_s: float
     compute_s: float
     batch_size: int
+    certainty: Certainty | None = None
 
 
 FinishReason = Literal["stop", "length"]
 
 MAX_LOGPROBS = 20
 """Largest number of alternative tokens that a caller may request for each token."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """The sampling options: `temperature` 0 is greedy, `top_k` 0 and `top_p` 1 exclude no token."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def check(self) -> None:
-        """Raise `InvalidArgument`, which names the field, if a field is out of range."""
-        if not 0 <= self.temperature <= 100:  # NaN fails too
-            raise InvalidArgument("temperature", f"expected 0 to 100, got {self.temperature}")
-        if self.top_k < 0:
-            raise InvalidArgument("top_k", f"expected 0 or more, got {self.top_k}")
-        if self.seed is not None and self.seed < 0:
-            raise InvalidArgument("seed", f"expected 0 or more, got {self.seed}")
-        if not 0 < self.top_p <= 1:
-            raise InvalidArgument("top_p", f"expected above 0 and at most 1, got {self.top_p}")
-
-
-GREEDY = Sampling()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +176,20 @@ class GenerationRequest:
     variant: int | None = None
     logprobs: int | None = None
     tenant: str = ""
+    prompt_logprobs: int | None = None
+    """As `logprobs`, for the tokens of the prompt; the first chunk has them."""
+    min_tokens: int = 0
+    """The answer does not end before it has this number of tokens."""
+    stop_tokens: tuple[int, ...] = ()
+    """Tokens that end the answer, as the model's end tokens do."""
+    ignore_end_tokens: bool = False
+    """Whether the model's end tokens do not end the answer."""
+    grammar: Grammar | None = None
+    """The answer matches it, unless it is cut off at `max_tokens`."""
+    answered: tuple[int, ...] = ()
+    """Tokens of an answer that another replica began, and that goes on here."""
+    first_token_s: float | None = None
+    """Seconds from the arrival to the first token of `answered`."""
 
     def check(self, vocab_size: int, max_model_len: int) -> None:
         """Raise `InvalidArgument`, which names the field, if a field is not valid.
@@ -178,10 +200,24 @@ class GenerationRequest:
         check_quality(self.min_quality)
         if not self.tokens:
             raise InvalidArgument("prompt", "expected at least one token, got none")
-        if wrong := [t for t in self.tokens if not 0 <= t < vocab_size]:
-            raise InvalidArgument(
-                "prompt", f"expected tokens 0 to {vocab_size - 1}, got {wrong[:5]}"
-            )
+        _check_tokens("prompt", self.tokens, vocab_size)
+        _check_tokens("stop_token_ids", self.stop_tokens, vocab_size)
+        _check_tokens("answered", self.answered, vocab_size)
+        biased = [token for token, _ in self.sampling.logit_bias]
+        _check_tokens("logit_bias", biased, vocab_size)
+        self._check_lengths(max_model_len)
+        if any(not text for text in self.stop):
+            raise InvalidArgument("stop", "expected texts that are not empty, got an empty one")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                check_range(name, count, 0, MAX_LOGPROBS)
+        for name in ("first_token_s", "per_token_s"):
+            if not getattr(self.budget, name) > 0:  # NaN fails too
+                raise InvalidArgument(name, f"expected above 0, got {getattr(self.budget, name)}")
+        if math.isnan(self.budget.answer_s):  # the rest of a deadline may be 0 or less
+            raise InvalidArgument("answer_s", "expected a number, got nan")
+
+    def _check_lengths(self, max_model_len: int) -> None:
         if self.max_tokens < 1:
             raise InvalidArgument("max_tokens", f"expected at least 1, got {self.max_tokens}")
         if len(self.tokens) + self.max_tokens > max_model_len:
@@ -190,15 +226,17 @@ class GenerationRequest:
                 f"expected at most {max_model_len} tokens of prompt and answer together, got "
                 f"{len(self.tokens)} + {self.max_tokens}",
             )
-        if any(not text for text in self.stop):
-            raise InvalidArgument("stop", "expected texts that are not empty, got an empty one")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise InvalidArgument("logprobs", f"expected 0 to {MAX_LOGPROBS}, got {self.logprobs}")
-        for name in ("first_token_s", "per_token_s"):
-            if not getattr(self.budget, name) > 0:  # NaN fails too
-                raise InvalidArgument(name, f"expected above 0, got {getattr(self.budget, name)}")
-        if math.isnan(self.budget.answer_s):  # the rest of a deadline may be 0 or less
-            raise InvalidArgument("answer_s", "expected a number, got nan")
+        check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
+        if len(self.answered) >= self.max_tokens:
+            raise InvalidArgument(
+                "answered",
+                f"expected fewer than max_tokens ({self.max_tokens}), got {len(self.answered)}",
+            )
+
+
+def _check_tokens(field: str, tokens: Sequence[int], vocab_size: int) -> None:
+    if wrong := [t for t in tokens if not 0 <= t < vocab_size]:
+        raise InvalidArgument(field, f"expected tokens 0 to {vocab_size - 1}, got {wrong[:5]}")
 
 
 CacheUse = Literal["", "shared", "projected", "written-through", "caught-up", "recomputed"]
@@ -265,6 +303,17 @@ class TokenChunk:
     alternatives: tuple[tuple[int, float], ...] = ()
     usage: GenerationUsage | None = None
     """The cost of the answer; only in its last chunk."""
+    prompt: tuple[PromptToken, ...] = ()
+    """The tokens of the prompt; only in the first chunk, if their probabilities were requested."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptToken:
+    """A token of a prompt; the first one has no log probability."""
+
+    token: int
+    logprob: float | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,14 @@ class SchedulerSettings(BaseModel):
         description="seconds reserved for writing an answer; image models only",
     )
 
+    audit_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of answers of which an image runs again on the best variant, in idle "
+        "time and at most 2 % of it; image classifiers only",
+    )
+
     change_variants: bool = Field(
         True,
         description="whether an answer may go on with another variant; language models only",

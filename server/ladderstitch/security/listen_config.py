@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -17,11 +16,11 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
+from ladderstitch.addresses import is_loopback
 from ladderstitch.errors import ConfigError
 
 ACCESS: JsonDict = {"panel": "Access"}
 LIMITS: JsonDict = {"panel": "Limits"}
-MAX_PORT = 65_535
 MAX_IMAGE_PIXELS = 50_000_000
 """Default of the maximum number of pixels of an encoded image."""
 MAX_IMAGE_MB = 32
@@ -35,12 +34,19 @@ IMAGE_DECODE_TIMEOUT_S = 10.0
 class ListenConfig(BaseModel):
     """Configuration that all servers share: addresses, access, and limits of each connection."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     host: str = Field("127.0.0.1", description="address to bind")
     port: int = Field(8001, ge=0, le=65_535, description="gRPC port; 0 picks a free one")
     metrics_port: int = Field(
         9464, ge=0, le=65_535, description="HTTP port of /metrics; 0 picks a free one"
+    )
+    http_port: int | None = Field(
+        None,
+        ge=0,
+        le=65_535,
+        description="HTTP port of the page and of OpenAI's API; unset: none, but a "
+        "local `serve` opens 8081 if `port` is unset, too",
     )
     admin_port: int | None = Field(
         None,
@@ -58,6 +64,12 @@ class ListenConfig(BaseModel):
         le=65_535,
         description="port of a plaintext grpc.health.v1 service for probes; unset: none",
         json_schema_extra=ACCESS,
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (),
+        description="origins of web pages that may call the HTTP port from a browser, such as "
+        "https://example.org; * for all; empty: none",
+        json_schema_extra={**ACCESS, "flags": ["--cors-origin"]},
     )
     tls_certificate: Path | None = Field(
         None,
@@ -180,6 +192,7 @@ class ListenConfig(BaseModel):
         return (
             ("port", self.host),
             ("metrics_port", self.host),
+            ("http_port", self.host),
             ("admin_port", self.admin_host),
             ("health_port", self.host),
         )
@@ -191,6 +204,8 @@ class ListenConfig(BaseModel):
         Nested mappings are merged. Raises `ConfigError` that names the field, the expected value
         and the given one.
         """
+        import yaml  # help does without it
+
         try:
             fields: Any = yaml.safe_load(path.read_text()) or {} if path else {}
             if not isinstance(fields, dict):
@@ -198,8 +213,37 @@ class ListenConfig(BaseModel):
                     f"{path}: expected a mapping of fields, got {type(fields).__name__}"
                 )
             return cls.model_validate(_merge(fields, given or {}))
-        except (OSError, yaml.YAMLError, ValidationError) as error:
-            raise ConfigError(f"{path or 'options'}: {error}") from error
+        except ValidationError as error:
+            source = f"{path}: " if path else ""
+            raise ConfigError(source + _describe_problems(error, cls.model_fields)) from error
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+
+def _describe_problems(error: ValidationError, known: Collection[str]) -> str:
+    """Return `field: expected X, got Y` for every wrong field; `known` are the model's fields."""
+    expected: dict[str, list[str]] = {}
+    got: dict[str, object] = {}
+    for problem in error.errors(include_url=False):
+        # other parts of a place name a member of a union
+        parts = [str(part) for part in problem["loc"]]
+        field = ".".join(part for part in parts if part.isidentifier() or part.isdigit())
+        text = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        if problem["type"] == "extra_forbidden":
+            similar = get_close_matches(parts[0], known, 1) if len(parts) == 1 else []
+            text = f"a known field{f' such as {similar[0]}' if similar else ''}"
+            got[field] = "an unknown one"
+        elif problem["type"] != "value_error":
+            text = text.partition(", unable to")[0]
+            got[field] = repr(problem["input"])
+        expected.setdefault(field, []).append(text)
+    lines = []
+    for field, texts in expected.items():
+        found = f"expected {' or '.join(texts)}, got {got[field]}" if field in got else texts[0]
+        lines.append(f"{field}: {found}" if field else found)
+    return "; ".join(lines)
 
 
 def _merge(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,40 +253,3 @@ def _merge(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
         nested = isinstance(old, Mapping) and isinstance(value, Mapping)
         merged[name] = _merge(old, value) if nested else value  # type: ignore[arg-type]
     return merged
-
-
-def strip_brackets(host: str) -> str:
-    """Return a host without the brackets around an IPv6 address; others are returned unchanged."""
-    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
-
-
-def join_address(host: str, port: int) -> str:
-    """Return HOST:PORT; an IPv6 address is put in brackets."""
-    host = strip_brackets(host)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Return host and port of HOST:PORT; the host has no brackets.
-
-    Raises `ValueError` without a port from 0 to 65,535, and for an IPv6 address without brackets,
-    whose last group could be taken for a port.
-    """
-    host, _, port = address.rpartition(":")
-    bare = strip_brackets(host)
-    if not bare or not (port.isascii() and port.isdigit()) or int(port) > MAX_PORT:
-        raise ValueError(f"expected HOST:PORT, got {address[:200]!r}")
-    if ":" in host and bare == host:
-        raise ValueError(
-            f"expected HOST:PORT with an IPv6 address in brackets, such as [::1]:8001, got "
-            f"{address[:200]!r}"
-        )
-    return bare, int(port)
-
-
-def is_loopback(address: str) -> bool:
-    """Return whether only this machine can reach an address; of names, only for `localhost`."""
-    try:
-        return address == "localhost" or ipaddress.ip_address(address.strip("[]")).is_loopback
-    except ValueError:
-        return False

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from ladderstitch.telemetry.metrics_server import expose
-from ladderstitch.telemetry.process_metrics import ProcessCollector
+from ladderstitch.telemetry.metrics_server import Probes, expose, metrics_pages
+from ladderstitch.telemetry.process_metrics import ProcessCollector, define_build_info
 
 SECONDS_BUCKETS = (
     *(0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008),
@@ -42,8 +42,11 @@ class Metrics:
     values that were registered, and `code` is the name of a gRPC status.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps_activity: bool = False) -> None:
+        """With `keeps_activity`, each model also records what it did in the last minutes."""
+        self.keeps_activity = keeps_activity
         self.registry = CollectorRegistry()
+        self.build_info = define_build_info(self.registry)
         self._counts_processes = False
         self._counter = partial(Counter, registry=self.registry, namespace="ladderstitch")
         self._gauge = partial(Gauge, registry=self.registry, namespace="ladderstitch")
@@ -90,6 +93,36 @@ class Metrics:
             "Soft deadline minus time of dispatch.",
             ["model"],
             buckets=SLACK_BUCKETS,
+        )
+
+        self.cascade_answers = self._counter(
+            "cascade_answers",
+            "Answers with a minimum confidence, by the variants that ran and why they ended: sure, "
+            "complete, or time.",
+            ["model", "stages", "end"],
+        )
+        variant = ["model", "variant"]
+        self.audited_images = self._counter(
+            "audited_images",
+            "Answered images that ran again on the best variant, by whether both agree.",
+            [*variant, "agrees"],
+        )
+        self.audit_seconds = self._counter(
+            "audit_seconds", "Idle time in which answered images ran again.", ["model"]
+        )
+        self.audit_agreement = self._gauge(
+            "audit_agreement",
+            "Agreement of the last 1,000 audited images with the best variant, and the ends of its "
+            "95 % interval.",
+            [*variant, "end"],
+        )
+        self.audit_drift = self._gauge(
+            "audit_drift",
+            "1 while the audited agreement of a variant is below the calibrated one, else 0.",
+            variant,
+        )
+        self.cascade_images = self._counter(
+            "cascade_images", "Images that went on to the last variant of a cascade.", ["model"]
         )
 
     def _define_state_metrics(self) -> None:
@@ -210,9 +243,9 @@ class Metrics:
         self.denied_calls.labels(reason).inc()
 
     def expose(
-        self, port: int, address: str, *, share_port: bool = False
+        self, port: int, address: str, *, share_port: bool = False, probes: Probes | None = None
     ) -> tuple[int, Callable[[], None]]:
-        """Serve `/metrics`; return the bound port and a function that stops the server.
+        """Serve `/metrics` and probes; return the bound port and a function that stops the server.
 
         Port 0 binds a free port. With `share_port` a rolling replacement may listen on the same
         port as its predecessor for a while. Raises `OSError` if the port is taken.
@@ -220,4 +253,5 @@ class Metrics:
         if not self._counts_processes:
             self.registry.register(ProcessCollector())
             self._counts_processes = True
-        return expose(make_wsgi_app(self.registry), port, address, share_port=share_port)
+        pages = metrics_pages(self.registry, probes or Probes())
+        return expose(pages, port, address, share_port=share_port)

@@ -1,18 +1,22 @@
-"""The HTTP server of the pages that Prometheus reads."""
+"""The HTTP server of the metrics port: the page for Prometheus, and two for probes."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+from prometheus_client import CollectorRegistry, disable_created_metrics, make_wsgi_app
+
+from ladderstitch.addresses import join_address, strip_brackets
 from ladderstitch.runtime.process import address_family
-from ladderstitch.security.listen_config import join_address, strip_brackets
 
 POLL_S = 0.1
 """Interval at which the server checks whether it has to stop."""
@@ -20,6 +24,70 @@ MAX_CONNECTIONS = 32
 """Maximum number of open connections; the oldest one is closed for a further one."""
 CONNECTION_TIMEOUT_S = 30.0
 """Seconds in which a connection must send its request and read the response."""
+PAGE_METHODS = ("GET", "HEAD")
+Page = Callable[[dict[str, Any], Callable[..., Any]], Any]
+"""A WSGI application that answers one path."""
+
+if "PROMETHEUS_DISABLE_CREATED_SERIES" not in os.environ:
+    # They are a quarter of a page, and Prometheus does not need them.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """What `/healthz` and `/readyz` report; each returns why not, or nothing if all is well.
+
+    They are called in threads of the server.
+    """
+
+    alive: Callable[[], str] = lambda: ""
+    ready: Callable[[], str] = lambda: ""
+
+
+def metrics_pages(
+    registry: CollectorRegistry, probes: Probes, more: Mapping[str, Page] | None = None
+) -> Page:
+    """Return the application of `/metrics`, `/healthz`, `/readyz` and the pages in `more`.
+
+    Probes get 200, or 503 with the reason. Any other path is 404, any other method 405.
+    """
+    pages: dict[str, Page] = {
+        "/metrics": make_wsgi_app(registry),
+        "/healthz": _probe_page(probes.alive),
+        "/readyz": _probe_page(probes.ready),
+        **(more or {}),
+    }
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        page = pages.get(environ["PATH_INFO"].rstrip("/"))
+        if page is None:
+            text = f"expected one of {', '.join(pages)}"
+            return _send_text(start_response, "404 Not Found", text)
+        if environ["REQUEST_METHOD"] not in PAGE_METHODS:
+            allow = ("Allow", ", ".join(PAGE_METHODS))
+            return _send_text(start_response, "405 Method Not Allowed", "expected GET", allow)
+        body = page(environ | {"REQUEST_METHOD": "GET"}, start_response)
+        return body if environ["REQUEST_METHOD"] == "GET" else []
+
+    return application
+
+
+def _probe_page(probe: Callable[[], str]) -> Page:
+    def page(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        if reason := probe():
+            return _send_text(start_response, "503 Service Unavailable", reason)
+        return _send_text(start_response, "200 OK", "ok")
+
+    return page
+
+
+def _send_text(
+    start_response: Callable[..., Any], status: str, text: str, *headers: tuple[str, str]
+) -> list[bytes]:
+    body = f"{text}\n".encode()
+    length = ("Content-Length", str(len(body)))
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8"), length, *headers])
+    return [body]
 
 
 def expose(

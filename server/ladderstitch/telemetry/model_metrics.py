@@ -16,6 +16,7 @@ from ladderstitch.scheduling.requests import (
     ImageAnswer,
     Request,
 )
+from ladderstitch.telemetry.activity import RecentActivity, RecentAnswer
 from ladderstitch.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,8 @@ class ModelMetrics:
         self._batch_size = metrics.batch_size.labels(model)
         self._served_quality = metrics.served_quality.labels(model)
         self._last_variant: int | None = None
+        self.activity = RecentActivity() if metrics.keeps_activity else None
+        """The record of the last minutes; None where no page shows it."""
         self.running = metrics.running_requests.labels(model)
         self.ready = metrics.model_ready.labels(model)
         self.restarts = metrics.engine_restarts.labels(model)
@@ -103,6 +106,8 @@ class ModelMetrics:
     def set_queue_length(self, num_waiting: int) -> None:
         """Set the number of waiting requests."""
         self._queue_requests.set(num_waiting)
+        if self.activity is not None:
+            self.activity.set_queue_length(num_waiting)
 
     def observe_batch(
         self,
@@ -133,6 +138,15 @@ class ModelMetrics:
             self._requests[key] = self._all_requests.labels(self._model, variant, code)
         self._requests[key].inc()
 
+    def _count_rejection(self, code: str, *, had_budget: bool) -> None:
+        """Count a request without an answer; its budget is missed unless the caller is at fault."""
+        self._count_request("none", code)
+        is_missed = had_budget and code not in CALLER_ERROR_CODES
+        if is_missed:
+            self._count_budget(met=False)
+        if self.activity is not None:
+            self.activity.add_rejection(is_missed=is_missed)
+
     def _count_budget(self, *, met: bool) -> None:
         self._slo_requests[met].inc()
 
@@ -144,6 +158,31 @@ class VisionMetrics(ModelMetrics):
         super().__init__(metrics, model, variants)
         self._dispatch_slack_seconds = metrics.dispatch_slack_seconds.labels(model)
         self.turnaround = metrics.turnaround_seconds.labels(model)
+        self._all = metrics
+        self._cascade_answers = metrics.cascade_answers
+        self._cascade_images = metrics.cascade_images.labels(model)
+
+    def observe_audit(
+        self,
+        variant: int,
+        seconds: float,
+        *,
+        agrees: bool,
+        agreement: tuple[float, float, float],
+        drifted: bool,
+    ) -> None:
+        """Count an audited image; `agreement` has the share and both ends of its interval."""
+        model, name = self._model, str(variant)
+        self._all.audited_images.labels(model, name, str(agrees).lower()).inc()
+        self._all.audit_seconds.labels(model).inc(seconds)
+        for end, share in zip(("mean", "low", "high"), agreement, strict=True):
+            self._all.audit_agreement.labels(model, name, end).set(share)
+        self._all.audit_drift.labels(model, name).set(int(drifted))
+
+    def observe_last_stage(self, num_images: int, compute_s: float) -> None:
+        """Count the images that went on to the last variant of a cascade."""
+        self._cascade_images.inc(num_images)
+        self._compute_seconds.observe(compute_s)
 
     def observe_dispatch(self, requests: Sequence[Request], now: float, num_waiting: int) -> None:
         """Count a batch that goes to the engine while `num_waiting` requests stay in the queue."""
@@ -158,19 +197,31 @@ class VisionMetrics(ModelMetrics):
         self._count_request(str(completion.variant), "OK")
         self._request_duration_seconds.observe(now - request.arrival)
         self._served_quality.observe(completion.quality)
-        if request.deadlines.soft != float("inf"):
-            self._count_budget(met=now <= request.deadlines.soft)
+        if (certainty := completion.certainty) is not None:
+            stages = "+".join(map(str, certainty.stages))
+            self._cascade_answers.labels(self._model, stages, certainty.end).inc()
+        soft, met = request.deadlines.soft, None
+        if soft != float("inf"):
+            met = now <= soft
+            self._count_budget(met=met)
+        if self.activity is not None:
+            self.activity.add(
+                RecentAnswer(
+                    completion.variant,
+                    completion.quality,
+                    now - request.arrival,
+                    met,
+                    None if met is None else soft - request.arrival,
+                )
+            )
 
     def observe_rejection(self, code: str, request: Request | None = None) -> None:
         """Count a request that ended with a status instead of an answer.
 
         Its budget counts as missed unless the caller caused the error.
         """
-        self._count_request("none", code)
-        if request is None or code in CALLER_ERROR_CODES:
-            return
-        if request.deadlines.soft != float("inf"):
-            self._count_budget(met=False)
+        has_budget = request is not None and request.deadlines.soft != float("inf")
+        self._count_rejection(code, had_budget=has_budget)
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,12 +416,21 @@ class TextMetrics(ModelMetrics):
             self._served_quality.observe(answer.quality.value)
         if usage.met is not None:
             self._count_budget(met=usage.met)
+        if self.activity is not None:
+            self.activity.add(
+                RecentAnswer(
+                    answer.variant,
+                    answer.quality.value if answer.quality is not None else None,
+                    usage.total_s,
+                    usage.met,
+                    token_s=usage.mean_token_s if usage.generated_tokens > 1 else None,
+                    spans=answer.spans,
+                )
+            )
 
     def observe_rejection(self, code: str, *, had_budget: bool) -> None:
         """Count a request that ended with a status, before or after its first token.
 
         Its budget counts as missed unless the caller caused the error.
         """
-        self._count_request("none", code)
-        if had_budget and code not in CALLER_ERROR_CODES:
-            self._count_budget(met=False)
+        self._count_rejection(code, had_budget=had_budget)

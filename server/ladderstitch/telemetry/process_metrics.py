@@ -1,19 +1,37 @@
-"""Processor time, memory and descriptors of every process of a replica, for Prometheus."""
+"""The build of a server, and the resources of all its processes, for Prometheus."""
 
 from __future__ import annotations
 
 import os
+import platform
 from collections import Counter as Count
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+import ladderstitch
 
 MAIN = "replica"
 """Label of the process that answers requests; the processes that it started have their module's."""
 PROC = Path("/proc")
+
+
+def define_build_info(registry: CollectorRegistry) -> Gauge:
+    """Return the metric `ladderstitch_build_info`: 1, with the version and the platform."""
+    info = Gauge(
+        "build_info",
+        "1; the labels are the versions of the package and of Python, and the platform.",
+        ["version", "python", "platform"],
+        namespace="ladderstitch",
+        registry=registry,
+    )
+    system = f"{platform.system()}-{platform.machine()}".lower()
+    info.labels(ladderstitch.__version__, platform.python_version(), system).set(1)
+    return info
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +54,9 @@ class ProcessCollector(Collector):
     The names are those of Prometheus's client libraries. On systems without /proc it has none.
     """
 
-    def __init__(self, proc: Path = PROC) -> None:
-        self._proc = proc
+    def __init__(self, proc: Path = PROC, main: str = MAIN) -> None:
+        """Read from `proc`; `main` is the label of this process."""
+        self._proc, self._main = proc, main
         self._ticks, self._page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 
     def describe(self) -> Iterable[Metric]:
@@ -78,7 +97,7 @@ class ProcessCollector(Collector):
 
         Labels are bounded: a process that replaces another one gets its label.
         """
-        yield MAIN, os.getpid()
+        yield self._main, os.getpid()
         numbers: Count[str] = Count()
         for pid in sorted(self._descendants(os.getpid())):
             module = self._module(pid)

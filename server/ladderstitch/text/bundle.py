@@ -40,7 +40,7 @@ from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.family import DecoderFamily, Route
 from ladderstitch.text.model.family_weights import check_family_weights
 from ladderstitch.text.model.layout import LaidOutWeights, TensorLayout
-from ladderstitch.text.model.residual import ResidualScheme
+from ladderstitch.text.model.residual import ResidualScheme, find_group_problem
 from ladderstitch.text.model.weight_reader import (
     INDEX,
     SINGLE,
@@ -79,9 +79,23 @@ class TextVariant(BaseModel):
     route: Route = Field(
         (), description="layers of the anchors that it runs; empty: all of the largest anchor"
     )
+    ffn_widths: tuple[int, ...] = Field(
+        (),
+        description="columns of the MLP of each layer, or one number for all layers, from "
+        "`nested_ffn`; empty: all columns",
+    )
     by_name: bool = Field(
         False, description="whether only requests that name the path get it, as an adapter's"
     )
+
+    def find_problem(self, config: DecoderConfig) -> str | None:
+        """Return why the path does not fit a model of this configuration; None if it does."""
+        if (problem := config.find_width_problem(self.ffn_widths)) is not None:
+            return f"paths: {problem}"
+        if self.ffn_widths and self.precision:
+            return f"paths: ffn_widths: expected none with a precision, got {self.ffn_widths}"
+        problem = find_group_problem(self.residual.groups or (), config.layers)
+        return None if problem is None else f"residual.{problem}"
 
 
 class SamplingDefaults(BaseModel):
@@ -137,20 +151,31 @@ class TextManifest(BaseModel):
                 "paths: expected all schemes or none to be parallel, got both "
                 "(parallel layers have other tensors)"
             )
-        late = {variant.residual.scheme for variant in self.variants} & {"ladder", "desync"}
+        schemes = {variant.residual.scheme for variant in self.variants}
+        late = schemes & {"ladder", "desync", "groups"}
         if late and (self.config.norm_place != "before" or self.config.qk_norm == "all"):
             raise ValueError(
                 "residual: expected standard, as norms of outputs or over all heads need complete "
                 f"sums, got {late}"
             )
+        for variant in self.variants:
+            if (problem := variant.find_problem(self.config)) is not None:
+                raise ValueError(problem)
         routes = {variant.name: variant.route for variant in self.variants}
         if (problem := self.decoder_family.find_problem(routes)) is not None:
             raise ValueError(problem)
-        if self.anchors and any(v.delta or v.precision for v in self.variants):
-            raise ValueError("paths: expected no delta and no precision in a family of anchors")
-        schemes = {variant.residual.scheme for variant in self.variants}
+        if self.anchors and any(v.delta or v.precision or v.ffn_widths for v in self.variants):
+            raise ValueError(
+                "paths: expected no delta, no precision and no ffn_widths in a family of anchors"
+            )
         if self.anchors and (other := schemes - {"standard", "ladder"}):
             raise ValueError(f"residual: expected standard or ladder in a family, got {other}")
+        in_part = any(v.residual.ladder_layers is not None for v in self.variants)
+        if in_part and len(set(self.decoder_family.depths)) > 1:
+            raise ValueError(
+                "residual.ladder_layers: expected none in a family of anchors of different depths, "
+                "all of whose layers are of one kind"
+            )
         if all(variant.by_name for variant in self.variants):
             raise ValueError("paths: expected one without by_name, for requests that name none")
         names = [variant.name for variant in self.variants]
@@ -238,6 +263,11 @@ class TextBundle:
     def precisions(self) -> tuple[LowBitPrecision | None, ...]:
         """Return the precision of each path, or an empty tuple if no path has one."""
         found = tuple(variant.precision for variant in self.manifest.variants)
+        return found if any(found) else ()
+
+    def ffn_widths(self) -> tuple[tuple[int, ...], ...]:
+        """Return the widths of each path's MLPs, or an empty tuple if all have all columns."""
+        found = tuple(variant.ffn_widths for variant in self.manifest.variants)
         return found if any(found) else ()
 
     def with_paths(self, names: Sequence[str]) -> TextBundle:

@@ -146,6 +146,7 @@ class ChatTemplate:
                 f"chat_template: expected at most {MAX_TEMPLATE_CHARACTERS} characters, "
                 f"got {len(template)}"
             )
+        self.source = template
         self._tokenizer, self._special_tokens = tokenizer, dict(special_tokens)
         self._settings = {
             "template": template,
@@ -161,11 +162,17 @@ class ChatTemplate:
         self._closed = False
 
     async def encode(
-        self, messages: Sequence[Message], *, allow_control_tokens: bool = False, **variables: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        allow_control_tokens: bool = False,
+        beginning: str = "",
+        **variables: Any,
     ) -> list[int]:
         """Return the tokens after which the model writes the next message of a conversation.
 
-        Control tokens in the messages are plain text unless they are allowed. Raises
+        The message begins with `beginning`. `variables` are more variables of the template. Control
+        tokens in all of them are plain text unless they are allowed. Raises
         `InvalidArgument` if the template rejects the messages, fails or takes too long, and
         `Overloaded` if too many conversations wait.
         """
@@ -174,7 +181,12 @@ class ChatTemplate:
         self._waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._encode, list(messages), allow_control_tokens, variables
+                self._thread,
+                self._encode,
+                list(messages),
+                allow_control_tokens,
+                variables,
+                beginning,
             )
         finally:
             self._waiting -= 1
@@ -233,10 +245,14 @@ class ChatTemplate:
             process.close()
 
     def _encode(
-        self, messages: list[Message], allow_control_tokens: bool, variables: dict[str, Any]
+        self,
+        messages: list[Message],
+        allow_control_tokens: bool,
+        variables: dict[str, Any],
+        beginning: str = "",
     ) -> list[int]:
         text = self.render(messages, mark_control_tokens=not allow_control_tokens, **variables)
-        return self._tokenizer.encode_chat(text)
+        return self._tokenizer.encode_chat(text + beginning)
 
     def _request(self, request: Mapping[str, Any]) -> dict[str, str]:
         """Return the answer of the process; a process that another one has ended is replaced."""

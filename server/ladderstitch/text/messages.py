@@ -49,6 +49,13 @@ class SequenceInput:
     blocks: Sequence[int]
     logits_mode: LogitsMode = LogitsMode.BEST
 
+    @property
+    def num_logits(self) -> int:
+        """The number of tokens whose whole logits the step returns."""
+        if self.logits_mode == LogitsMode.ALL:
+            return len(self.tokens)
+        return int(self.logits_mode == LogitsMode.LAST)
+
 
 @dataclass(frozen=True, slots=True)
 class Translation:

@@ -75,9 +75,35 @@ class TextTokenizer:
         added = self._tokenizer.get_added_tokens_decoder().values()
         return {token.content: token.special for token in added}
 
+    def to_json(self, extra_tokens: Sequence[str] = ()) -> str:
+        """Return the tokenizer as `tokenizer.json` has it, with these special tokens, too."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.add_special_tokens(list(extra_tokens))
+        return tokenizer.to_str()
+
     def token(self, token: int) -> str | None:
         """Return a token as the vocabulary spells it; None for an unknown id."""
         return self._tokenizer.id_to_token(token)
+
+    def difference(self, other: TextTokenizer) -> str | None:
+        """Return in which way this tokenizer differs from another one; None: in no way.
+
+        Tokens and their ids count, and all rules by which a text is split.
+        """
+        own, others = (each._tokenizer.get_vocab() for each in (self, other))
+        if own != others:
+            first = min(number for _, number in own.items() ^ others.items())
+            counts = f"{len(own)} tokens instead of {len(others)}, e.g. "
+            return (
+                f"{counts if len(own) != len(others) else ''}token {first} is "
+                f"{self.token(first)!r} instead of {other.token(first)!r}"
+            )
+        rules, expected = (json.loads(each._tokenizer.to_str()) for each in (self, other))
+        for settings in (rules, expected):  # of training, not of encoding
+            settings.update(truncation=None, padding=None, version=None)
+        if wrong := sorted(key for key in rules | expected if rules.get(key) != expected.get(key)):
+            return f"other rules: {', '.join(wrong)}"
+        return None
 
     def bos_token(self, end_tokens: Sequence[int]) -> str | None:
         """Return the token that begins every text; None if the tokenizer has none.
@@ -270,9 +296,16 @@ class StoppableText:
         self.stopped = False
         self._stream, self._stop, self._held = stream, stop, ""
 
-    def add(self, token: int) -> str:
-        """Return the text that a new token releases; empty while a stop string is possible."""
-        return self._release(self._stream.add(token))
+    def add(self, token: int, *, may_stop: bool = True) -> str:
+        """Return the text that a new token releases; empty while a stop string is possible.
+
+        Without `may_stop`, all text so far is released, whatever it is.
+        """
+        new = self._stream.add(token)
+        if may_stop:
+            return self._release(new)
+        released, self._held = self._held + new, ""
+        return released
 
     def finish(self) -> str:
         """Return the text held back, after the last token; nothing after a stop string."""

@@ -25,37 +25,37 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bladderstitch/v1/admin.proto\x12\x0fladderstitch.v1\x1a\x1egoogle/protobuf/duration.proto\"\x9f\x03\n\nScheduling\x12+\n\x06policy\x18\x01 \x01(\x0e\x32\x1b.ladderstitch.v1.PolicyName\x12\x1a\n\rfixed_variant\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0epinned_variant\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x13\n\x0bmin_quality\x18\x04 \x01(\x01\x12\x18\n\x10slackfit_buckets\x18\x05 \x01(\x05\x12\x10\n\x08revision\x18\x06 \x01(\x03\x12\x1c\n\x14queue_limit_requests\x18\x07 \x01(\x03\x12\x15\n\rqueue_limit_s\x18\x08 \x01(\x01\x12\x1e\n\x16\x61ttainment_probability\x18\t \x01(\x01\x12\x19\n\x11priority_window_s\x18\n \x01(\x01\x12\x12\n\noverhead_s\x18\x0b \x01(\x01\x12\x14\n\x0cunfit_models\x18\x0c \x03(\t\x12\x17\n\x0f\x63hange_variants\x18\r \x01(\x08\x12\x12\n\ncache_mode\x18\x0e \x01(\tB\x10\n\x0e_fixed_variantB\x11\n\x0f_pinned_variant\"*\n\x14GetSchedulingRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\"H\n\x15GetSchedulingResponse\x12/\n\nscheduling\x18\x01 \x01(\x0b\x32\x1b.ladderstitch.v1.Scheduling\"\x87\x05\n\x17UpdateSchedulingRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12+\n\x06policy\x18\x02 \x01(\x0e\x32\x1b.ladderstitch.v1.PolicyName\x12\x1a\n\rfixed_variant\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0epinned_variant\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\r\n\x05unpin\x18\x05 \x01(\x08\x12\x18\n\x0bmin_quality\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12\x1d\n\x10slackfit_buckets\x18\x07 \x01(\x05H\x03\x88\x01\x01\x12!\n\x14queue_limit_requests\x18\x08 \x01(\x03H\x04\x88\x01\x01\x12\x1a\n\rqueue_limit_s\x18\t \x01(\x01H\x05\x88\x01\x01\x12#\n\x16\x61ttainment_probability\x18\n \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11priority_window_s\x18\x0b \x01(\x01H\x07\x88\x01\x01\x12\x17\n\noverhead_s\x18\x0c \x01(\x01H\x08\x88\x01\x01\x12\x1c\n\x0f\x63hange_variants\x18\r \x01(\x08H\t\x88\x01\x01\x12\x17\n\ncache_mode\x18\x0e \x01(\tH\n\x88\x01\x01\x42\x10\n\x0e_fixed_variantB\x11\n\x0f_pinned_variantB\x0e\n\x0c_min_qualityB\x13\n\x11_slackfit_bucketsB\x17\n\x15_queue_limit_requestsB\x10\n\x0e_queue_limit_sB\x19\n\x17_attainment_probabilityB\x14\n\x12_priority_window_sB\r\n\x0b_overhead_sB\x12\n\x10_change_variantsB\r\n\x0b_cache_mode\"K\n\x18UpdateSchedulingResponse\x12/\n\nscheduling\x18\x01 \x01(\x0b\x32\x1b.ladderstitch.v1.Scheduling\";\n\x0c\x44rainRequest\x12+\n\x08\x61nnounce\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"!\n\rDrainResponse\x12\x10\n\x08\x66inished\x18\x01 \x01(\x08\"\"\n\x10LoadModelRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\">\n\x11LoadModelResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\"(\n\x12UnloadModelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse*\xcd\x01\n\nPolicyName\x12\x1b\n\x17POLICY_NAME_UNSPECIFIED\x10\x00\x12\x15\n\x11POLICY_NAME_FIXED\x10\x01\x12\x1b\n\x17POLICY_NAME_MAX_QUALITY\x10\x02\x12\x19\n\x15POLICY_NAME_MAX_BATCH\x10\x03\x12\x18\n\x14POLICY_NAME_SLACKFIT\x10\x04\x12\x18\n\x14POLICY_NAME_ADAPTIVE\x10\x05\x12\x1f\n\x1bPOLICY_NAME_MODEL_SWITCHING\x10\x06\x32\xcd\x03\n\x0c\x41\x64minService\x12^\n\rGetScheduling\x12%.ladderstitch.v1.GetSchedulingRequest\x1a&.ladderstitch.v1.GetSchedulingResponse\x12g\n\x10UpdateScheduling\x12(.ladderstitch.v1.UpdateSchedulingRequest\x1a).ladderstitch.v1.UpdateSchedulingResponse\x12\x46\n\x05\x44rain\x12\x1d.ladderstitch.v1.DrainRequest\x1a\x1e.ladderstitch.v1.DrainResponse\x12R\n\tLoadModel\x12!.ladderstitch.v1.LoadModelRequest\x1a\".ladderstitch.v1.LoadModelResponse\x12X\n\x0bUnloadModel\x12#.ladderstitch.v1.UnloadModelRequest\x1a$.ladderstitch.v1.UnloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bladderstitch/v1/admin.proto\x12\x0fladderstitch.v1\x1a\x1egoogle/protobuf/duration.proto\"\xb4\x03\n\nScheduling\x12+\n\x06policy\x18\x01 \x01(\x0e\x32\x1b.ladderstitch.v1.PolicyName\x12\x1a\n\rfixed_variant\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0epinned_variant\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x13\n\x0bmin_quality\x18\x04 \x01(\x01\x12\x18\n\x10slackfit_buckets\x18\x05 \x01(\x05\x12\x10\n\x08revision\x18\x06 \x01(\x03\x12\x1c\n\x14queue_limit_requests\x18\x07 \x01(\x03\x12\x15\n\rqueue_limit_s\x18\x08 \x01(\x01\x12\x1e\n\x16\x61ttainment_probability\x18\t \x01(\x01\x12\x19\n\x11priority_window_s\x18\n \x01(\x01\x12\x12\n\noverhead_s\x18\x0b \x01(\x01\x12\x14\n\x0cunfit_models\x18\x0c \x03(\t\x12\x17\n\x0f\x63hange_variants\x18\r \x01(\x08\x12\x12\n\ncache_mode\x18\x0e \x01(\t\x12\x13\n\x0b\x61udit_share\x18\x0f \x01(\x01\x42\x10\n\x0e_fixed_variantB\x11\n\x0f_pinned_variant\"*\n\x14GetSchedulingRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\"H\n\x15GetSchedulingResponse\x12/\n\nscheduling\x18\x01 \x01(\x0b\x32\x1b.ladderstitch.v1.Scheduling\"\xb1\x05\n\x17UpdateSchedulingRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12+\n\x06policy\x18\x02 \x01(\x0e\x32\x1b.ladderstitch.v1.PolicyName\x12\x1a\n\rfixed_variant\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0epinned_variant\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\r\n\x05unpin\x18\x05 \x01(\x08\x12\x18\n\x0bmin_quality\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12\x1d\n\x10slackfit_buckets\x18\x07 \x01(\x05H\x03\x88\x01\x01\x12!\n\x14queue_limit_requests\x18\x08 \x01(\x03H\x04\x88\x01\x01\x12\x1a\n\rqueue_limit_s\x18\t \x01(\x01H\x05\x88\x01\x01\x12#\n\x16\x61ttainment_probability\x18\n \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11priority_window_s\x18\x0b \x01(\x01H\x07\x88\x01\x01\x12\x17\n\noverhead_s\x18\x0c \x01(\x01H\x08\x88\x01\x01\x12\x1c\n\x0f\x63hange_variants\x18\r \x01(\x08H\t\x88\x01\x01\x12\x17\n\ncache_mode\x18\x0e \x01(\tH\n\x88\x01\x01\x12\x18\n\x0b\x61udit_share\x18\x0f \x01(\x01H\x0b\x88\x01\x01\x42\x10\n\x0e_fixed_variantB\x11\n\x0f_pinned_variantB\x0e\n\x0c_min_qualityB\x13\n\x11_slackfit_bucketsB\x17\n\x15_queue_limit_requestsB\x10\n\x0e_queue_limit_sB\x19\n\x17_attainment_probabilityB\x14\n\x12_priority_window_sB\r\n\x0b_overhead_sB\x12\n\x10_change_variantsB\r\n\x0b_cache_modeB\x0e\n\x0c_audit_share\"K\n\x18UpdateSchedulingResponse\x12/\n\nscheduling\x18\x01 \x01(\x0b\x32\x1b.ladderstitch.v1.Scheduling\";\n\x0c\x44rainRequest\x12+\n\x08\x61nnounce\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"!\n\rDrainResponse\x12\x10\n\x08\x66inished\x18\x01 \x01(\x08\"\"\n\x10LoadModelRequest\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\">\n\x11LoadModelResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\"(\n\x12UnloadModelRequest\x12\x12\n\nmodel_name\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse*\xcd\x01\n\nPolicyName\x12\x1b\n\x17POLICY_NAME_UNSPECIFIED\x10\x00\x12\x15\n\x11POLICY_NAME_FIXED\x10\x01\x12\x1b\n\x17POLICY_NAME_MAX_QUALITY\x10\x02\x12\x19\n\x15POLICY_NAME_MAX_BATCH\x10\x03\x12\x18\n\x14POLICY_NAME_SLACKFIT\x10\x04\x12\x18\n\x14POLICY_NAME_ADAPTIVE\x10\x05\x12\x1f\n\x1bPOLICY_NAME_MODEL_SWITCHING\x10\x06\x32\xcd\x03\n\x0c\x41\x64minService\x12^\n\rGetScheduling\x12%.ladderstitch.v1.GetSchedulingRequest\x1a&.ladderstitch.v1.GetSchedulingResponse\x12g\n\x10UpdateScheduling\x12(.ladderstitch.v1.UpdateSchedulingRequest\x1a).ladderstitch.v1.UpdateSchedulingResponse\x12\x46\n\x05\x44rain\x12\x1d.ladderstitch.v1.DrainRequest\x1a\x1e.ladderstitch.v1.DrainResponse\x12R\n\tLoadModel\x12!.ladderstitch.v1.LoadModelRequest\x1a\".ladderstitch.v1.LoadModelResponse\x12X\n\x0bUnloadModel\x12#.ladderstitch.v1.UnloadModelRequest\x1a$.ladderstitch.v1.UnloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ladderstitch.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POLICYNAME']._serialized_start=1605
-  _globals['_POLICYNAME']._serialized_end=1810
+  _globals['_POLICYNAME']._serialized_start=1668
+  _globals['_POLICYNAME']._serialized_end=1873
   _globals['_SCHEDULING']._serialized_start=81
-  _globals['_SCHEDULING']._serialized_end=496
-  _globals['_GETSCHEDULINGREQUEST']._serialized_start=498
-  _globals['_GETSCHEDULINGREQUEST']._serialized_end=540
-  _globals['_GETSCHEDULINGRESPONSE']._serialized_start=542
-  _globals['_GETSCHEDULINGRESPONSE']._serialized_end=614
-  _globals['_UPDATESCHEDULINGREQUEST']._serialized_start=617
-  _globals['_UPDATESCHEDULINGREQUEST']._serialized_end=1264
-  _globals['_UPDATESCHEDULINGRESPONSE']._serialized_start=1266
-  _globals['_UPDATESCHEDULINGRESPONSE']._serialized_end=1341
-  _globals['_DRAINREQUEST']._serialized_start=1343
-  _globals['_DRAINREQUEST']._serialized_end=1402
-  _globals['_DRAINRESPONSE']._serialized_start=1404
-  _globals['_DRAINRESPONSE']._serialized_end=1437
-  _globals['_LOADMODELREQUEST']._serialized_start=1439
-  _globals['_LOADMODELREQUEST']._serialized_end=1473
-  _globals['_LOADMODELRESPONSE']._serialized_start=1475
-  _globals['_LOADMODELRESPONSE']._serialized_end=1537
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1539
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1579
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=1581
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1602
-  _globals['_ADMINSERVICE']._serialized_start=1813
-  _globals['_ADMINSERVICE']._serialized_end=2274
+  _globals['_SCHEDULING']._serialized_end=517
+  _globals['_GETSCHEDULINGREQUEST']._serialized_start=519
+  _globals['_GETSCHEDULINGREQUEST']._serialized_end=561
+  _globals['_GETSCHEDULINGRESPONSE']._serialized_start=563
+  _globals['_GETSCHEDULINGRESPONSE']._serialized_end=635
+  _globals['_UPDATESCHEDULINGREQUEST']._serialized_start=638
+  _globals['_UPDATESCHEDULINGREQUEST']._serialized_end=1327
+  _globals['_UPDATESCHEDULINGRESPONSE']._serialized_start=1329
+  _globals['_UPDATESCHEDULINGRESPONSE']._serialized_end=1404
+  _globals['_DRAINREQUEST']._serialized_start=1406
+  _globals['_DRAINREQUEST']._serialized_end=1465
+  _globals['_DRAINRESPONSE']._serialized_start=1467
+  _globals['_DRAINRESPONSE']._serialized_end=1500
+  _globals['_LOADMODELREQUEST']._serialized_start=1502
+  _globals['_LOADMODELREQUEST']._serialized_end=1536
+  _globals['_LOADMODELRESPONSE']._serialized_start=1538
+  _globals['_LOADMODELRESPONSE']._serialized_end=1600
+  _globals['_UNLOADMODELREQUEST']._serialized_start=1602
+  _globals['_UNLOADMODELREQUEST']._serialized_end=1642
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=1644
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=1665
+  _globals['_ADMINSERVICE']._serialized_start=1876
+  _globals['_ADMINSERVICE']._serialized_end=2337
 # @@protoc_insertion_point(module_scope)

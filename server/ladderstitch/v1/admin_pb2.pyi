@@ -83,6 +83,7 @@ class Scheduling(_message.Message):
     UNFIT_MODELS_FIELD_NUMBER: _builtins.int
     CHANGE_VARIANTS_FIELD_NUMBER: _builtins.int
     CACHE_MODE_FIELD_NUMBER: _builtins.int
+    AUDIT_SHARE_FIELD_NUMBER: _builtins.int
     policy: Global___PolicyName.ValueType
     """Active policy."""
     fixed_variant: _builtins.int
@@ -113,6 +114,10 @@ class Scheduling(_message.Message):
     """What happens to cached keys and values that the new variant of an answer lacks: "anytime",
     "project", "write-through", "catch-up" or "recompute"; language models only.
     """
+    audit_share: _builtins.float
+    """Share of answers, 0 to 1, of which an image runs again on the best variant in idle time; image
+    classifiers only.
+    """
     @_builtins.property
     def unfit_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the models that these settings do not fit, e.g. that lack the pinned variant, sorted.
@@ -136,10 +141,11 @@ class Scheduling(_message.Message):
         unfit_models: _abc.Iterable[_builtins.str] | None = ...,
         change_variants: _builtins.bool = ...,
         cache_mode: _builtins.str = ...,
+        audit_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant", "_pinned_variant", b"_pinned_variant", "fixed_variant", b"fixed_variant", "pinned_variant", b"pinned_variant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant", "_pinned_variant", b"_pinned_variant", "attainment_probability", b"attainment_probability", "cache_mode", b"cache_mode", "change_variants", b"change_variants", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "overhead_s", b"overhead_s", "pinned_variant", b"pinned_variant", "policy", b"policy", "priority_window_s", b"priority_window_s", "queue_limit_requests", b"queue_limit_requests", "queue_limit_s", b"queue_limit_s", "revision", b"revision", "slackfit_buckets", b"slackfit_buckets", "unfit_models", b"unfit_models"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant", "_pinned_variant", b"_pinned_variant", "attainment_probability", b"attainment_probability", "audit_share", b"audit_share", "cache_mode", b"cache_mode", "change_variants", b"change_variants", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "overhead_s", b"overhead_s", "pinned_variant", b"pinned_variant", "policy", b"policy", "priority_window_s", b"priority_window_s", "queue_limit_requests", b"queue_limit_requests", "queue_limit_s", b"queue_limit_s", "revision", b"revision", "slackfit_buckets", b"slackfit_buckets", "unfit_models", b"unfit_models"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__fixed_variant: _TypeAlias = _typing.Literal["fixed_variant"]  # noqa: Y015
     _WhichOneofArgType__fixed_variant: _TypeAlias = _typing.Literal["_fixed_variant", b"_fixed_variant"]  # noqa: Y015
@@ -218,6 +224,7 @@ class UpdateSchedulingRequest(_message.Message):
     OVERHEAD_S_FIELD_NUMBER: _builtins.int
     CHANGE_VARIANTS_FIELD_NUMBER: _builtins.int
     CACHE_MODE_FIELD_NUMBER: _builtins.int
+    AUDIT_SHARE_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Name of the model whose variants and qualities the change is checked against; the change applies
     to all models. Unset: the server's only model, if it has just one.
@@ -252,6 +259,10 @@ class UpdateSchedulingRequest(_message.Message):
     """What happens to cached keys and values that the new variant of an answer lacks: "anytime",
     "project", "write-through", "catch-up" or "recompute"; unset: as it is.
     """
+    audit_share: _builtins.float
+    """Share of answers, 0 to 1, of which an image runs again on the best variant in idle time; image
+    classifiers only; unset: unchanged.
+    """
     def __init__(
         self,
         *,
@@ -269,13 +280,16 @@ class UpdateSchedulingRequest(_message.Message):
         overhead_s: _builtins.float | None = ...,
         change_variants: _builtins.bool | None = ...,
         cache_mode: _builtins.str | None = ...,
+        audit_share: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_attainment_probability", b"_attainment_probability", "_cache_mode", b"_cache_mode", "_change_variants", b"_change_variants", "_fixed_variant", b"_fixed_variant", "_min_quality", b"_min_quality", "_overhead_s", b"_overhead_s", "_pinned_variant", b"_pinned_variant", "_priority_window_s", b"_priority_window_s", "_queue_limit_requests", b"_queue_limit_requests", "_queue_limit_s", b"_queue_limit_s", "_slackfit_buckets", b"_slackfit_buckets", "attainment_probability", b"attainment_probability", "cache_mode", b"cache_mode", "change_variants", b"change_variants", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "overhead_s", b"overhead_s", "pinned_variant", b"pinned_variant", "priority_window_s", b"priority_window_s", "queue_limit_requests", b"queue_limit_requests", "queue_limit_s", b"queue_limit_s", "slackfit_buckets", b"slackfit_buckets"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_attainment_probability", b"_attainment_probability", "_audit_share", b"_audit_share", "_cache_mode", b"_cache_mode", "_change_variants", b"_change_variants", "_fixed_variant", b"_fixed_variant", "_min_quality", b"_min_quality", "_overhead_s", b"_overhead_s", "_pinned_variant", b"_pinned_variant", "_priority_window_s", b"_priority_window_s", "_queue_limit_requests", b"_queue_limit_requests", "_queue_limit_s", b"_queue_limit_s", "_slackfit_buckets", b"_slackfit_buckets", "attainment_probability", b"attainment_probability", "audit_share", b"audit_share", "cache_mode", b"cache_mode", "change_variants", b"change_variants", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "overhead_s", b"overhead_s", "pinned_variant", b"pinned_variant", "priority_window_s", b"priority_window_s", "queue_limit_requests", b"queue_limit_requests", "queue_limit_s", b"queue_limit_s", "slackfit_buckets", b"slackfit_buckets"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attainment_probability", b"_attainment_probability", "_cache_mode", b"_cache_mode", "_change_variants", b"_change_variants", "_fixed_variant", b"_fixed_variant", "_min_quality", b"_min_quality", "_overhead_s", b"_overhead_s", "_pinned_variant", b"_pinned_variant", "_priority_window_s", b"_priority_window_s", "_queue_limit_requests", b"_queue_limit_requests", "_queue_limit_s", b"_queue_limit_s", "_slackfit_buckets", b"_slackfit_buckets", "attainment_probability", b"attainment_probability", "cache_mode", b"cache_mode", "change_variants", b"change_variants", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "model_name", b"model_name", "overhead_s", b"overhead_s", "pinned_variant", b"pinned_variant", "policy", b"policy", "priority_window_s", b"priority_window_s", "queue_limit_requests", b"queue_limit_requests", "queue_limit_s", b"queue_limit_s", "slackfit_buckets", b"slackfit_buckets", "unpin", b"unpin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attainment_probability", b"_attainment_probability", "_audit_share", b"_audit_share", "_cache_mode", b"_cache_mode", "_change_variants", b"_change_variants", "_fixed_variant", b"_fixed_variant", "_min_quality", b"_min_quality", "_overhead_s", b"_overhead_s", "_pinned_variant", b"_pinned_variant", "_priority_window_s", b"_priority_window_s", "_queue_limit_requests", b"_queue_limit_requests", "_queue_limit_s", b"_queue_limit_s", "_slackfit_buckets", b"_slackfit_buckets", "attainment_probability", b"attainment_probability", "audit_share", b"audit_share", "cache_mode", b"cache_mode", "change_variants", b"change_variants", "fixed_variant", b"fixed_variant", "min_quality", b"min_quality", "model_name", b"model_name", "overhead_s", b"overhead_s", "pinned_variant", b"pinned_variant", "policy", b"policy", "priority_window_s", b"priority_window_s", "queue_limit_requests", b"queue_limit_requests", "queue_limit_s", b"queue_limit_s", "slackfit_buckets", b"slackfit_buckets", "unpin", b"unpin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__attainment_probability: _TypeAlias = _typing.Literal["attainment_probability"]  # noqa: Y015
     _WhichOneofArgType__attainment_probability: _TypeAlias = _typing.Literal["_attainment_probability", b"_attainment_probability"]  # noqa: Y015
+    _WhichOneofReturnType__audit_share: _TypeAlias = _typing.Literal["audit_share"]  # noqa: Y015
+    _WhichOneofArgType__audit_share: _TypeAlias = _typing.Literal["_audit_share", b"_audit_share"]  # noqa: Y015
     _WhichOneofReturnType__cache_mode: _TypeAlias = _typing.Literal["cache_mode"]  # noqa: Y015
     _WhichOneofArgType__cache_mode: _TypeAlias = _typing.Literal["_cache_mode", b"_cache_mode"]  # noqa: Y015
     _WhichOneofReturnType__change_variants: _TypeAlias = _typing.Literal["change_variants"]  # noqa: Y015
@@ -298,6 +312,8 @@ class UpdateSchedulingRequest(_message.Message):
     _WhichOneofArgType__slackfit_buckets: _TypeAlias = _typing.Literal["_slackfit_buckets", b"_slackfit_buckets"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__attainment_probability) -> _WhichOneofReturnType__attainment_probability | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__audit_share) -> _WhichOneofReturnType__audit_share | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_mode) -> _WhichOneofReturnType__cache_mode | None: ...
     @_typing.overload

@@ -91,6 +91,18 @@ class GenerateRequest(_message.Message):
     MIN_QUALITY_FIELD_NUMBER: _builtins.int
     VARIANT_ID_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    MIN_P_FIELD_NUMBER: _builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    MIN_TOKENS_FIELD_NUMBER: _builtins.int
+    STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    IGNORE_END_TOKENS_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    ANSWER_SO_FAR_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Name of the model; unset: the server's only model, if it has just one."""
     model_version: _builtins.str
@@ -137,6 +149,28 @@ class GenerateRequest(_message.Message):
     unset:
     no log probabilities.
     """
+    prompt_logprobs: _builtins.int
+    """The same for the tokens of the prompt, which the first response has; unset: none."""
+    min_p: _builtins.float
+    """Excludes tokens with less than this share of the probability of the most likely one, 0 to 1;
+    unset: 0.
+    """
+    presence_penalty: _builtins.float
+    """Subtracted from the logits of the tokens that the answer has, -2 to 2; unset: 0."""
+    frequency_penalty: _builtins.float
+    """Subtracted from the logit of a token for each time that the answer has it, -2 to 2; unset: 0."""
+    repetition_penalty: _builtins.float
+    """Divides positive logits of the tokens of prompt and answer, and multiplies negative ones, above
+    0 to 10; unset: 1.
+    """
+    min_tokens: _builtins.int
+    """The answer does not end before it has this number of tokens, 0 to `max_tokens`; unset: 0."""
+    ignore_end_tokens: _builtins.bool
+    """The model's end tokens do not end the answer; unset: they do."""
+    json_schema: _builtins.str
+    """JSON of this JSON schema, at most 65,536 bytes."""
+    regex: _builtins.str
+    """This regular expression, at most 65,536 bytes."""
     @_builtins.property
     def tokens(self) -> Global___TokenIds:
         """Tokens."""
@@ -144,6 +178,20 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Texts before which the answer ends, at most 16; unset: none."""
+
+    @_builtins.property
+    def logit_bias(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenBias]:
+        """Added to the logits of tokens; unset: none."""
+
+    @_builtins.property
+    def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens that end the answer as the model's end tokens do, at most 128; unset: none."""
+
+    @_builtins.property
+    def answer_so_far(self) -> Global___AnswerSoFar:
+        """The part of the answer that the caller has, by another replica; this one goes on after it.
+        Gateways set it when a replica dies; unset: the answer begins here.
+        """
 
     def __init__(
         self,
@@ -166,10 +214,22 @@ class GenerateRequest(_message.Message):
         min_quality: _builtins.float | None = ...,
         variant_id: _builtins.int | None = ...,
         logprobs: _builtins.int | None = ...,
+        prompt_logprobs: _builtins.int | None = ...,
+        min_p: _builtins.float = ...,
+        presence_penalty: _builtins.float = ...,
+        frequency_penalty: _builtins.float = ...,
+        repetition_penalty: _builtins.float | None = ...,
+        logit_bias: _abc.Iterable[Global___TokenBias] | None = ...,
+        min_tokens: _builtins.int = ...,
+        stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        ignore_end_tokens: _builtins.bool = ...,
+        json_schema: _builtins.str = ...,
+        regex: _builtins.str = ...,
+        answer_so_far: Global___AnswerSoFar | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_budget_us", b"_first_token_budget_us", "_latency_budget_us", b"_latency_budget_us", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_quality", b"_min_quality", "_seed", b"_seed", "_token_budget_us", b"_token_budget_us", "_top_p", b"_top_p", "_variant_id", b"_variant_id", "first_token_budget_us", b"first_token_budget_us", "latency_budget_us", b"latency_budget_us", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_quality", b"min_quality", "prompt", b"prompt", "seed", b"seed", "text", b"text", "token_budget_us", b"token_budget_us", "tokens", b"tokens", "top_p", b"top_p", "variant_id", b"variant_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_budget_us", b"_first_token_budget_us", "_latency_budget_us", b"_latency_budget_us", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_quality", b"_min_quality", "_prompt_logprobs", b"_prompt_logprobs", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_token_budget_us", b"_token_budget_us", "_top_p", b"_top_p", "_variant_id", b"_variant_id", "answer_so_far", b"answer_so_far", "first_token_budget_us", b"first_token_budget_us", "grammar", b"grammar", "json_schema", b"json_schema", "latency_budget_us", b"latency_budget_us", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_quality", b"min_quality", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "regex", b"regex", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "text", b"text", "token_budget_us", b"token_budget_us", "tokens", b"tokens", "top_p", b"top_p", "variant_id", b"variant_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_budget_us", b"_first_token_budget_us", "_latency_budget_us", b"_latency_budget_us", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_quality", b"_min_quality", "_seed", b"_seed", "_token_budget_us", b"_token_budget_us", "_top_p", b"_top_p", "_variant_id", b"_variant_id", "first_token_budget_us", b"first_token_budget_us", "hard_deadline", b"hard_deadline", "latency_budget_us", b"latency_budget_us", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_quality", b"min_quality", "model_name", b"model_name", "model_version", b"model_version", "prompt", b"prompt", "request_id", b"request_id", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "text", b"text", "token_budget_us", b"token_budget_us", "tokens", b"tokens", "top_k", b"top_k", "top_p", b"top_p", "variant_id", b"variant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_budget_us", b"_first_token_budget_us", "_latency_budget_us", b"_latency_budget_us", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_quality", b"_min_quality", "_prompt_logprobs", b"_prompt_logprobs", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_token_budget_us", b"_token_budget_us", "_top_p", b"_top_p", "_variant_id", b"_variant_id", "answer_so_far", b"answer_so_far", "first_token_budget_us", b"first_token_budget_us", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "hard_deadline", b"hard_deadline", "ignore_end_tokens", b"ignore_end_tokens", "json_schema", b"json_schema", "latency_budget_us", b"latency_budget_us", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_quality", b"min_quality", "min_tokens", b"min_tokens", "model_name", b"model_name", "model_version", b"model_version", "presence_penalty", b"presence_penalty", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "regex", b"regex", "repetition_penalty", b"repetition_penalty", "request_id", b"request_id", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "text", b"text", "token_budget_us", b"token_budget_us", "tokens", b"tokens", "top_k", b"top_k", "top_p", b"top_p", "variant_id", b"variant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_token_budget_us: _TypeAlias = _typing.Literal["first_token_budget_us"]  # noqa: Y015
     _WhichOneofArgType__first_token_budget_us: _TypeAlias = _typing.Literal["_first_token_budget_us", b"_first_token_budget_us"]  # noqa: Y015
@@ -181,6 +241,10 @@ class GenerateRequest(_message.Message):
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
     _WhichOneofReturnType__min_quality: _TypeAlias = _typing.Literal["min_quality"]  # noqa: Y015
     _WhichOneofArgType__min_quality: _TypeAlias = _typing.Literal["_min_quality", b"_min_quality"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
+    _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__token_budget_us: _TypeAlias = _typing.Literal["token_budget_us"]  # noqa: Y015
@@ -189,6 +253,8 @@ class GenerateRequest(_message.Message):
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
     _WhichOneofReturnType__variant_id: _TypeAlias = _typing.Literal["variant_id"]  # noqa: Y015
     _WhichOneofArgType__variant_id: _TypeAlias = _typing.Literal["_variant_id", b"_variant_id"]  # noqa: Y015
+    _WhichOneofReturnType_grammar: _TypeAlias = _typing.Literal["json_schema", "regex"]  # noqa: Y015
+    _WhichOneofArgType_grammar: _TypeAlias = _typing.Literal["grammar", b"grammar"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     @_typing.overload
@@ -202,6 +268,10 @@ class GenerateRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_quality) -> _WhichOneofReturnType__min_quality | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__token_budget_us) -> _WhichOneofReturnType__token_budget_us | None: ...
@@ -210,9 +280,67 @@ class GenerateRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__variant_id) -> _WhichOneofReturnType__variant_id | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_grammar) -> _WhichOneofReturnType_grammar | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class TokenBias(_message.Message):
+    """A change of the logit of a token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    bias: _builtins.float
+    """What is added, -100 to 100."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        bias: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenBias: _TypeAlias = TokenBias  # noqa: Y015
+
+@_typing.final
+class AnswerSoFar(_message.Message):
+    """The beginning of an answer that another replica gave."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_US_FIELD_NUMBER: _builtins.int
+    first_token_us: _builtins.int
+    """Microseconds from the arrival to the first of them; unset: not known."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Its tokens, fewer than `max_tokens`; the first response has the index after them."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        first_token_us: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_us", b"_first_token_us", "first_token_us", b"first_token_us"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_us", b"_first_token_us", "first_token_us", b"first_token_us", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first_token_us: _TypeAlias = _typing.Literal["first_token_us"]  # noqa: Y015
+    _WhichOneofArgType__first_token_us: _TypeAlias = _typing.Literal["_first_token_us", b"_first_token_us"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_us) -> _WhichOneofReturnType__first_token_us | None: ...
+
+Global___AnswerSoFar: _TypeAlias = AnswerSoFar  # noqa: Y015
 
 @_typing.final
 class TokenSpan(_message.Message):
@@ -324,7 +452,8 @@ class GenerationAccounting(_message.Message):
     """Mean time between the tokens after the first, microseconds; 0 for a single token."""
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenSpan]:
-        """All tokens by the variant that computed them, in order. An answer changes its variant between
+        """All tokens by the variant that computed them, in order; of an answer that another replica began,
+        those that this one computed. An answer changes its variant between
         two tokens if its budgets become tighter or looser and the precisions of the model allow it.
         """
 
@@ -431,6 +560,7 @@ class GenerateResponse(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     LOGPROB_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Number of the token in the answer, from 0, without gaps."""
     token_id: _builtins.int
@@ -451,6 +581,10 @@ class GenerateResponse(_message.Message):
     def top_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
         """The most likely tokens, in order of probability, as many as were requested."""
 
+    @_builtins.property
+    def prompt_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptToken]:
+        """The tokens of the prompt; only in the first response, if their log probabilities were requested."""
+
     def __init__(
         self,
         *,
@@ -462,13 +596,48 @@ class GenerateResponse(_message.Message):
         request_id: _builtins.str = ...,
         logprob: _builtins.float | None = ...,
         top_logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
+        prompt_tokens: _abc.Iterable[Global___PromptToken] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "accounting", b"accounting", "logprob", b"logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "accounting", b"accounting", "finish_reason", b"finish_reason", "index", b"index", "logprob", b"logprob", "request_id", b"request_id", "text", b"text", "token_id", b"token_id", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "accounting", b"accounting", "finish_reason", b"finish_reason", "index", b"index", "logprob", b"logprob", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "text", b"text", "token_id", b"token_id", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprob: _TypeAlias = _typing.Literal["logprob"]  # noqa: Y015
     _WhichOneofArgType__logprob: _TypeAlias = _typing.Literal["_logprob", b"_logprob"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprob) -> _WhichOneofReturnType__logprob | None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class PromptToken(_message.Message):
+    """A token of a prompt, and its probability after the tokens before it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    logprob: _builtins.float
+    """Natural logarithm of its probability; unset: the first token."""
+    @_builtins.property
+    def top_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The most likely tokens in its place, as many as were requested."""
+
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float | None = ...,
+        top_logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "logprob", b"logprob", "token_id", b"token_id", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__logprob: _TypeAlias = _typing.Literal["logprob"]  # noqa: Y015
+    _WhichOneofArgType__logprob: _TypeAlias = _typing.Literal["_logprob", b"_logprob"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprob) -> _WhichOneofReturnType__logprob | None: ...
+
+Global___PromptToken: _TypeAlias = PromptToken  # noqa: Y015

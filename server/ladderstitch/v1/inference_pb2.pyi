@@ -161,6 +161,7 @@ class InferRequest(_message.Message):
     MIN_QUALITY_FIELD_NUMBER: _builtins.int
     VARIANT_ID_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    MIN_CONFIDENCE_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Name of the model; unset: the server's only model, if it has just one."""
     model_version: _builtins.str
@@ -189,6 +190,11 @@ class InferRequest(_message.Message):
     """Priority, 1 (highest) to 255 (lowest); unset or 0: normal (128). A priority moves the deadline
     by a fixed time, so that requests of low priority are not starved.
     """
+    min_confidence: _builtins.float
+    """Calibrated probability that an answer should have, 0 to 1; unset or 0: none. A cheap variant may
+    answer if it is at least that sure; only the other images go on to the variant that the budget
+    allows. Rejected by models without calibrated confidences.
+    """
     @_builtins.property
     def tensor(self) -> Global___Tensor:
         """A batch of images as an array."""
@@ -206,13 +212,16 @@ class InferRequest(_message.Message):
         min_quality: _builtins.float | None = ...,
         variant_id: _builtins.int | None = ...,
         priority: _builtins.int = ...,
+        min_confidence: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_budget_us", b"_latency_budget_us", "_min_quality", b"_min_quality", "_variant_id", b"_variant_id", "encoded_image", b"encoded_image", "input", b"input", "latency_budget_us", b"latency_budget_us", "min_quality", b"min_quality", "tensor", b"tensor", "variant_id", b"variant_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_latency_budget_us", b"_latency_budget_us", "_min_confidence", b"_min_confidence", "_min_quality", b"_min_quality", "_variant_id", b"_variant_id", "encoded_image", b"encoded_image", "input", b"input", "latency_budget_us", b"latency_budget_us", "min_confidence", b"min_confidence", "min_quality", b"min_quality", "tensor", b"tensor", "variant_id", b"variant_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_budget_us", b"_latency_budget_us", "_min_quality", b"_min_quality", "_variant_id", b"_variant_id", "encoded_image", b"encoded_image", "hard_deadline", b"hard_deadline", "input", b"input", "latency_budget_us", b"latency_budget_us", "min_quality", b"min_quality", "model_name", b"model_name", "model_version", b"model_version", "priority", b"priority", "request_id", b"request_id", "tensor", b"tensor", "variant_id", b"variant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_latency_budget_us", b"_latency_budget_us", "_min_confidence", b"_min_confidence", "_min_quality", b"_min_quality", "_variant_id", b"_variant_id", "encoded_image", b"encoded_image", "hard_deadline", b"hard_deadline", "input", b"input", "latency_budget_us", b"latency_budget_us", "min_confidence", b"min_confidence", "min_quality", b"min_quality", "model_name", b"model_name", "model_version", b"model_version", "priority", b"priority", "request_id", b"request_id", "tensor", b"tensor", "variant_id", b"variant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__latency_budget_us: _TypeAlias = _typing.Literal["latency_budget_us"]  # noqa: Y015
     _WhichOneofArgType__latency_budget_us: _TypeAlias = _typing.Literal["_latency_budget_us", b"_latency_budget_us"]  # noqa: Y015
+    _WhichOneofReturnType__min_confidence: _TypeAlias = _typing.Literal["min_confidence"]  # noqa: Y015
+    _WhichOneofArgType__min_confidence: _TypeAlias = _typing.Literal["_min_confidence", b"_min_confidence"]  # noqa: Y015
     _WhichOneofReturnType__min_quality: _TypeAlias = _typing.Literal["min_quality"]  # noqa: Y015
     _WhichOneofArgType__min_quality: _TypeAlias = _typing.Literal["_min_quality", b"_min_quality"]  # noqa: Y015
     _WhichOneofReturnType__variant_id: _TypeAlias = _typing.Literal["variant_id"]  # noqa: Y015
@@ -221,6 +230,8 @@ class InferRequest(_message.Message):
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__latency_budget_us) -> _WhichOneofReturnType__latency_budget_us | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_confidence) -> _WhichOneofReturnType__min_confidence | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_quality) -> _WhichOneofReturnType__min_quality | None: ...
     @_typing.overload
@@ -268,6 +279,14 @@ class Prediction(_message.Message):
 
     TOP_FIELD_NUMBER: _builtins.int
     LOGITS_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
+    VARIANT_ID_FIELD_NUMBER: _builtins.int
+    confidence: _builtins.float
+    """Calibrated probability that the first class is right, 0 to 1; set if the request has
+    `min_confidence`.
+    """
+    variant_id: _builtins.int
+    """Id of the variant that `logits` are from; set if the request has `min_confidence`."""
     @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___Classification]:
         """The most probable classes, in order of probability, at most five."""
@@ -281,12 +300,21 @@ class Prediction(_message.Message):
         *,
         top: _abc.Iterable[Global___Classification] | None = ...,
         logits: _abc.Iterable[_builtins.float] | None = ...,
+        confidence: _builtins.float | None = ...,
+        variant_id: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_variant_id", b"_variant_id", "confidence", b"confidence", "variant_id", b"variant_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logits", b"logits", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_variant_id", b"_variant_id", "confidence", b"confidence", "logits", b"logits", "top", b"top", "variant_id", b"variant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__confidence: _TypeAlias = _typing.Literal["confidence"]  # noqa: Y015
+    _WhichOneofArgType__confidence: _TypeAlias = _typing.Literal["_confidence", b"_confidence"]  # noqa: Y015
+    _WhichOneofReturnType__variant_id: _TypeAlias = _typing.Literal["variant_id"]  # noqa: Y015
+    _WhichOneofArgType__variant_id: _TypeAlias = _typing.Literal["_variant_id", b"_variant_id"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__confidence) -> _WhichOneofReturnType__confidence | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__variant_id) -> _WhichOneofReturnType__variant_id | None: ...
 
 Global___Prediction: _TypeAlias = Prediction  # noqa: Y015
 
@@ -309,6 +337,8 @@ class Accounting(_message.Message):
     TOTAL_US_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
     variant_id: _builtins.int
     """Id of the variant that answered."""
     variant_name: _builtins.str
@@ -335,6 +365,12 @@ class Accounting(_message.Message):
     """Images in the batch that the answer was computed in, 1 or more."""
     replica: _builtins.str
     """Name of the replica that answered."""
+    confidence: _builtins.float
+    """The least `confidence` of the images; set if the request has `min_confidence`."""
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ids of the variants that ran for this request, in order; empty unless it has `min_confidence`."""
+
     def __init__(
         self,
         *,
@@ -351,19 +387,25 @@ class Accounting(_message.Message):
         total_us: _builtins.int = ...,
         batch_size: _builtins.int = ...,
         replica: _builtins.str = ...,
+        stages: _abc.Iterable[_builtins.int] | None = ...,
+        confidence: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met", "_budget_us", b"_budget_us", "budget_met", b"budget_met", "budget_us", b"budget_us"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met", "_budget_us", b"_budget_us", "_confidence", b"_confidence", "budget_met", b"budget_met", "budget_us", b"budget_us", "confidence", b"confidence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met", "_budget_us", b"_budget_us", "batch_size", b"batch_size", "budget_met", b"budget_met", "budget_source", b"budget_source", "budget_us", b"budget_us", "compute_us", b"compute_us", "quality", b"quality", "quality_data", b"quality_data", "quality_metric", b"quality_metric", "queue_us", b"queue_us", "replica", b"replica", "total_us", b"total_us", "variant_id", b"variant_id", "variant_name", b"variant_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met", "_budget_us", b"_budget_us", "_confidence", b"_confidence", "batch_size", b"batch_size", "budget_met", b"budget_met", "budget_source", b"budget_source", "budget_us", b"budget_us", "compute_us", b"compute_us", "confidence", b"confidence", "quality", b"quality", "quality_data", b"quality_data", "quality_metric", b"quality_metric", "queue_us", b"queue_us", "replica", b"replica", "stages", b"stages", "total_us", b"total_us", "variant_id", b"variant_id", "variant_name", b"variant_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget_met: _TypeAlias = _typing.Literal["budget_met"]  # noqa: Y015
     _WhichOneofArgType__budget_met: _TypeAlias = _typing.Literal["_budget_met", b"_budget_met"]  # noqa: Y015
     _WhichOneofReturnType__budget_us: _TypeAlias = _typing.Literal["budget_us"]  # noqa: Y015
     _WhichOneofArgType__budget_us: _TypeAlias = _typing.Literal["_budget_us", b"_budget_us"]  # noqa: Y015
+    _WhichOneofReturnType__confidence: _TypeAlias = _typing.Literal["confidence"]  # noqa: Y015
+    _WhichOneofArgType__confidence: _TypeAlias = _typing.Literal["_confidence", b"_confidence"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__budget_met) -> _WhichOneofReturnType__budget_met | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__budget_us) -> _WhichOneofReturnType__budget_us | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__confidence) -> _WhichOneofReturnType__confidence | None: ...
 
 Global___Accounting: _TypeAlias = Accounting  # noqa: Y015
 

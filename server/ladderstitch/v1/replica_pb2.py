@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dladderstitch/v1/replica.proto\x12\x0fladderstitch.v1\"\x12\n\x10WatchLoadRequest\"\'\n\x04Wait\x12\x0e\n\x06\x64ue_us\x18\x01 \x01(\x03\x12\x0f\n\x07wait_us\x18\x02 \x01(\x03\"\xb8\x01\n\x11WatchLoadResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07serving\x18\x03 \x01(\x08\x12\x0e\n\x06models\x18\x04 \x03(\t\x12\x14\n\x0cmetrics_port\x18\x05 \x01(\x05\x12$\n\x05waits\x18\x06 \x03(\x0b\x32\x15.ladderstitch.v1.Wait\x12\x12\n\nrequest_us\x18\x07 \x01(\x03\x12\x10\n\x08\x62\x61tch_us\x18\x08 \x01(\x03\x32\x66\n\x0eReplicaService\x12T\n\tWatchLoad\x12!.ladderstitch.v1.WatchLoadRequest\x1a\".ladderstitch.v1.WatchLoadResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dladderstitch/v1/replica.proto\x12\x0fladderstitch.v1\"\x12\n\x10WatchLoadRequest\"\'\n\x04Wait\x12\x0e\n\x06\x64ue_us\x18\x01 \x01(\x03\x12\x0f\n\x07wait_us\x18\x02 \x01(\x03\"\xcb\x01\n\x11WatchLoadResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07serving\x18\x03 \x01(\x08\x12\x0e\n\x06models\x18\x04 \x03(\t\x12\x14\n\x0cmetrics_port\x18\x05 \x01(\x05\x12$\n\x05waits\x18\x06 \x03(\x0b\x32\x15.ladderstitch.v1.Wait\x12\x12\n\nrequest_us\x18\x07 \x01(\x03\x12\x10\n\x08\x62\x61tch_us\x18\x08 \x01(\x03\x12\x11\n\thttp_port\x18\t \x01(\x05\x32\x66\n\x0eReplicaService\x12T\n\tWatchLoad\x12!.ladderstitch.v1.WatchLoadRequest\x1a\".ladderstitch.v1.WatchLoadResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,7 +36,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WAIT']._serialized_start=70
   _globals['_WAIT']._serialized_end=109
   _globals['_WATCHLOADRESPONSE']._serialized_start=112
-  _globals['_WATCHLOADRESPONSE']._serialized_end=296
-  _globals['_REPLICASERVICE']._serialized_start=298
-  _globals['_REPLICASERVICE']._serialized_end=400
+  _globals['_WATCHLOADRESPONSE']._serialized_end=315
+  _globals['_REPLICASERVICE']._serialized_start=317
+  _globals['_REPLICASERVICE']._serialized_end=419
 # @@protoc_insertion_point(module_scope)

@@ -75,6 +75,7 @@ class WatchLoadResponse(_message.Message):
     WAITS_FIELD_NUMBER: _builtins.int
     REQUEST_US_FIELD_NUMBER: _builtins.int
     BATCH_US_FIELD_NUMBER: _builtins.int
+    HTTP_PORT_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     """Name of the replica, unique to each process: the id of the Serve replica on Ray, otherwise
     HOSTNAME-PID.
@@ -91,6 +92,8 @@ class WatchLoadResponse(_message.Message):
     """Microseconds that one more request takes, alone on the fastest variant."""
     batch_us: _builtins.int
     """Microseconds that recent batches took."""
+    http_port: _builtins.int
+    """Port of its HTTP API; 0: it has none."""
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of its models, sorted."""
@@ -112,10 +115,11 @@ class WatchLoadResponse(_message.Message):
         waits: _abc.Iterable[Global___Wait] | None = ...,
         request_us: _builtins.int = ...,
         batch_us: _builtins.int = ...,
+        http_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_us", b"batch_us", "metrics_port", b"metrics_port", "models", b"models", "replica", b"replica", "request_us", b"request_us", "serving", b"serving", "version", b"version", "waits", b"waits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_us", b"batch_us", "http_port", b"http_port", "metrics_port", b"metrics_port", "models", b"models", "replica", b"replica", "request_us", b"request_us", "serving", b"serving", "version", b"version", "waits", b"waits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

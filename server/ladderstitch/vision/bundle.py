@@ -233,6 +233,9 @@ class VisionBundle:
         for name, table in (("quality", quality), ("latency", latency)):
             if table is not None and (unknown := table.variants.keys() - known):
                 raise BundleError(f"{path / name}.json: {describe_unknown(unknown)}")
+        cascades = () if quality is None else quality.cascades
+        if unknown := {variant for cascade in cascades for variant in cascade.variants} - known:
+            raise BundleError(f"{path / 'quality'}.json: {describe_unknown(unknown)}")
         bundle = cls(path, manifest, quality, latency)
         if "int8" in manifest.precisions and not any(bundle.int8_folder.glob("*.onnx")):
             raise BundleError(f"{bundle.int8_folder}: expected graphs, got none")
@@ -367,11 +370,13 @@ def write_manifest(path: Path, manifest: VisionManifest) -> None:
 
 def write_table(path: Path, table: QualityTable | LatencyProfile) -> None:
     """Write `quality.json` or `latency.json` with one line per stitch, so that diffs are short."""
-    fields = table.model_dump(mode="json")
-    variants = fields.pop("variants")
+    fields = table.model_dump(mode="json", exclude_none=True)
+    variants, cascades = fields.pop("variants"), fields.pop("cascades", ())
     head = json.dumps(fields, indent=1)[:-2]
     lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in variants.items())
-    path.write_text(f'{head},\n "variants": {{\n{lines}\n }}\n}}\n')
+    more = ",\n".join(f"  {json.dumps(cascade)}" for cascade in cascades)
+    tail = f',\n "cascades": [\n{more}\n ]' if more else ""
+    path.write_text(f'{head},\n "variants": {{\n{lines}\n }}{tail}\n}}\n')
 
 
 def _read_table(path: Path, kind: type[Table]) -> Table | None:

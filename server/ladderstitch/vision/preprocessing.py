@@ -19,7 +19,7 @@ from ladderstitch.vision.bundle import Preprocessing
 from ladderstitch.vision.images.decode import InputFormat, decode
 from ladderstitch.vision.images.formats import ImageRejected, TooManySegments, read_headers
 from ladderstitch.vision.images.pool import DecoderPool
-from ladderstitch.vision.tensor_inputs import TensorReader
+from ladderstitch.vision.tensor_inputs import NonFiniteInputs, TensorReader
 
 MAX_INLINE_COST = 1 << 17
 """Images that cost more, over about 1 ms, are decoded in processes, not on the event loop."""
@@ -46,9 +46,11 @@ class ImageReader(TensorReader):
         max_bytes: int = MAX_IMAGE_MB << 20,
         decoders: int = IMAGE_DECODERS,
         decode_timeout_s: float = IMAGE_DECODE_TIMEOUT_S,
+        non_finite: NonFiniteInputs = "compute",
     ) -> None:
         self.max_pixels, self.max_bytes = max_pixels, max_bytes
-        super().__init__((preprocessing.channels, preprocessing.height, preprocessing.width))
+        shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
+        super().__init__(shape, non_finite)
         self.target = InputFormat(
             channels=preprocessing.channels,
             height=preprocessing.height,
@@ -67,16 +69,25 @@ class ImageReader(TensorReader):
         """Return (pixel / 255 - mean) / std in float32 of uint8 pixels [B, C, H, W]."""
         return pixels * self.scale + self.shift
 
-    def read_tensor(self, field: str, datatype: str, shape: Sequence[int], data: bytes) -> Pixels:
+    def read_tensor(
+        self,
+        field: str,
+        datatype: str,
+        shape: Sequence[int],
+        data: bytes,
+        *,
+        finite: bool = True,
+    ) -> Pixels:
         """Return model inputs [B, C, H, W] from raw little-endian bytes.
 
         UINT8 data are pixels in 0 .. 255; FP32 data are already preprocessed. Raises
-        `InvalidArgument` that names the wrong part of `field`.
+        `InvalidArgument` that names the wrong part of `field`; NaN and infinity are wrong unless
+        `finite` is unset.
         """
+        if datatype != "UINT8":
+            return super().read_tensor(field, datatype, shape, data, finite=finite)
         self.check_tensor(field, datatype, shape, data)
-        if datatype == "UINT8":
-            return self.normalise(np.frombuffer(data, np.uint8).reshape(shape))
-        return self.check_finite(field, np.frombuffer(data, "<f4").reshape(shape))
+        return self.normalise(np.frombuffer(data, np.uint8).reshape(shape))
 
     async def read_encoded(self, field: str, data: bytes) -> Pixels:
         """Return one model input [1, C, H, W] from the bytes of a PNG or JPEG file.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from ladderstitch.errors import InvalidArgument
 from ladderstitch.scheduling.requests import Pixels
 
 ITEM_BYTES = {"UINT8": 1, "FP32": 4}
+NonFiniteInputs = Literal["compute", "refuse"]
+"""What is done with inputs of the Open Inference Protocol that hold NaN or infinity."""
 
 
 class TensorReader:
@@ -20,16 +22,26 @@ class TensorReader:
     datatypes: tuple[str, ...] = ("FP32",)
     """Types of the tensors that requests may hold."""
 
-    def __init__(self, shape: Sequence[int]) -> None:
-        self.shape = tuple(shape)
+    def __init__(self, shape: Sequence[int], non_finite: NonFiniteInputs = "compute") -> None:
+        self.shape, self.non_finite = tuple(shape), non_finite
 
-    def read_tensor(self, field: str, datatype: str, shape: Sequence[int], data: bytes) -> Pixels:
+    def read_tensor(
+        self,
+        field: str,
+        datatype: str,
+        shape: Sequence[int],
+        data: bytes,
+        *,
+        finite: bool = True,
+    ) -> Pixels:
         """Return model inputs [B, ...] from raw little-endian bytes.
 
-        Raises `InvalidArgument` that names the wrong part of `field`.
+        Raises `InvalidArgument` that names the wrong part of `field`; NaN and infinity are wrong
+        unless `finite` is unset.
         """
         self.check_tensor(field, datatype, shape, data)
-        return self.check_finite(field, np.frombuffer(data, "<f4").reshape(shape))
+        values = np.frombuffer(data, "<f4").reshape(shape)
+        return self.check_finite(field, values) if finite else values
 
     def check_tensor(self, field: str, datatype: str, shape: Sequence[int], data: bytes) -> None:
         """Raise `InvalidArgument` unless type, shape and number of bytes of a tensor are right."""

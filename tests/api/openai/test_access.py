@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from ladderstitch.api.http_server import HttpServer
 from ladderstitch.api.openai import body as body_module
+from ladderstitch.api.openai.app import replica_app
 from ladderstitch.api.openai.body import MAX_VALUES, SMALL_BYTES, max_body_bytes
-from ladderstitch.api.openai.server import HttpServer
 from ladderstitch.config import ServerConfig
 from tests.api.openai.served_model import SECRET, ServedModel, request_body, write_chat_bundle
 
@@ -32,7 +33,7 @@ def served(tmp_path: Path) -> ServedModel:
 async def serving(served: ServedModel, **fields: Any) -> AsyncIterator[int]:
     """Run the HTTP server with fields of its configuration; yield its port."""
     config = ServerConfig(bundle=served.registry.text_model("tiny").bundle.path, **fields)
-    server = HttpServer(config, served.registry, served.auth)
+    server = HttpServer(config, replica_app(config, served.registry, served.auth))
     try:
         yield await server.start(0)
     finally:

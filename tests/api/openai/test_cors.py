@@ -22,11 +22,22 @@ PREFLIGHT = {
 
 
 async def answer(
-    folder: Path, origins: Sequence[str], method: str, headers: dict[str, str]
+    folder: Path,
+    origins: Sequence[str],
+    method: str,
+    headers: dict[str, str],
+    *,
+    trusts_loopback: bool = False,
 ) -> tuple[int, dict[str, str]]:
     """Return status and headers of the answer to a request for the models, or before a chat."""
     served = ServedModel(write_chat_bundle(folder))
-    app = create_app(served.registry, served.auth, 1 << 20, cors_origins=origins)
+    app = create_app(
+        served.registry,
+        served.auth,
+        1 << 20,
+        cors_origins=origins,
+        trusts_loopback=trusts_loopback,
+    )
     sent: list[Any] = []
 
     async def receive() -> dict[str, Any]:
@@ -82,3 +93,25 @@ def test_configured_origins_are_checked() -> None:
     for wrong in ("app.example.org", f"{ORIGIN}/", "", "https://"):
         with pytest.raises(ValidationError, match=r"cors_origins\n.*expected \* or e\.g\."):
             ServerConfig(cors_origins=(wrong,))
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [
+        ("http://localhost:3000", True),
+        ("http://127.0.0.1", True),
+        ("https://[::1]:8443", True),
+        ("http://localhost.example.org", False),
+        ("http://127.0.0.1.example.org:80", False),
+        ("https://app.example.org", False),
+        ("null", False),
+    ],
+)
+async def test_loopback_server_trusts_pages_of_this_machine(
+    tmp_path: Path, origin: str, allowed: bool
+) -> None:
+    asked, headers = await answer(
+        tmp_path, (), "OPTIONS", PREFLIGHT | {"origin": origin}, trusts_loopback=True
+    )
+    assert (asked == 200) == allowed
+    assert ("access-control-allow-origin" in headers) == allowed

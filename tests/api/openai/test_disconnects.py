@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from starlette.requests import ClientDisconnect
 
-from ladderstitch.api.openai.server import HttpServer
+from ladderstitch.api.http_server import HttpServer
+from ladderstitch.api.openai.app import replica_app
 from ladderstitch.config import ServerConfig
 from ladderstitch.text.bundle import TextBundle
 from tests.api.openai.served_model import (
@@ -155,7 +156,7 @@ async def test_limits_are_released_before_the_end_is_sent(
 @contextlib.asynccontextmanager
 async def running_server(served: ServedModel) -> AsyncIterator[int]:
     config = ServerConfig(bundle=served.registry.text_model("tiny").bundle.path)
-    server = HttpServer(config, served.registry, served.auth)
+    server = HttpServer(config, replica_app(config, served.registry, served.auth))
     try:
         yield await server.start(0)
     finally:

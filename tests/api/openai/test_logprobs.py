@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,13 +12,23 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from ladderstitch.api.openai.responses import LEAST_LOGPROB, ResponseBuilder
+from ladderstitch.api.openai import answers
+from ladderstitch.api.openai.bodies import Prompt
+from ladderstitch.api.openai.logprobs import LEAST_LOGPROB, LogprobWriter
+from ladderstitch.api.openai.requests import AcceptedRequest
+from ladderstitch.api.openai.responses import ResponseBuilder
 from ladderstitch.hosting.registry import TextModel
-from ladderstitch.scheduling.requests import GenerationInfo, TokenChunk, TokenSpan
+from ladderstitch.scheduling.requests import (
+    GenerationInfo,
+    GenerationRequest,
+    TokenChunk,
+    TokenSpan,
+)
 from ladderstitch.text.tokenizer import TextStream, TextTokenizer
 from tests.api.openai.served_model import AsgiCall, ServedModel, write_chat_bundle
 from tests.text.tokenizer_kinds import KINDS, tokenizer_of
 
+LIMIT_S = 300.0
 INFO = GenerationInfo((TokenSpan(0, "standard", 1),), None, 0.0, 0)
 
 
@@ -36,7 +48,10 @@ class OneTokenizer:
 
 def builder_of(kind: str, *, chat: bool) -> ResponseBuilder:
     """Return a builder of responses with log probabilities."""
-    return ResponseBuilder(cast("TextModel", OneTokenizer(tokenizer_of(kind))), chat, True, "tiny")
+    model = cast("TextModel", OneTokenizer(tokenizer_of(kind)))
+    generations = (GenerationRequest((1,), 0.0),)
+    accepted = AcceptedRequest(generations, (Prompt((1,)),), reports_logprobs=True)
+    return ResponseBuilder(model, accepted, chat, "tiny")
 
 
 def chunk_of(
@@ -57,9 +72,9 @@ def chunks_of(tokenizer: TextTokenizer, prompt: str, tokens: Sequence[int]) -> l
 @pytest.mark.parametrize("text", [" fox 🚲 東京", "naïve\n  façade", "🚲"])
 def test_bytes_of_chat_tokens_make_up_the_content(kind: str, text: str) -> None:
     builder = builder_of(kind, chat=True)
-    tokenizer = builder.model.scheduler.tokenizer
+    tokenizer = TextTokenizer(tokenizer_of(kind))
     tokens = tokenizer.encode(text + "<|im_end|>", add_special_tokens=False)
-    choices = [builder.chunk(c)["choices"][0] for c in chunks_of(tokenizer, "The dog", tokens)]
+    choices = [builder.chunk(0, c)["choices"][0] for c in chunks_of(tokenizer, "The dog", tokens)]
     content = "".join(choice["delta"]["content"] for choice in choices)
     entries = [choice["logprobs"]["content"][0] for choice in choices]
     assert len(entries) == len(tokens) + 1
@@ -72,16 +87,16 @@ def test_bytes_of_chat_tokens_make_up_the_content(kind: str, text: str) -> None:
 def test_part_of_a_character_is_written_as_bytes() -> None:
     builder = builder_of("sentencepiece-bpe", chat=True)
     token = tokenizer_of("sentencepiece-bpe").token_to_id("<0xF0>")
-    (entry,) = builder.chunk(chunk_of(token))["choices"][0]["logprobs"]["content"]
+    (entry,) = builder.chunk(0, chunk_of(token))["choices"][0]["logprobs"]["content"]
     assert (entry["token"], entry["bytes"]) == ("bytes:\\xf0", [0xF0])
     letter = tokenizer_of("sentencepiece-bpe").token_to_id("<0x41>")
-    (entry,) = builder.chunk(chunk_of(letter))["choices"][0]["logprobs"]["content"]
+    (entry,) = builder.chunk(0, chunk_of(letter))["choices"][0]["logprobs"]["content"]
     assert (entry["token"], entry["bytes"]) == ("A", [0x41])
 
 
 def completion_logprobs(kind: str, chunk: TokenChunk) -> dict[str, Any]:
     """Return the log probabilities of a chunk of a completion."""
-    choice = builder_of(kind, chat=False).chunk(chunk)["choices"][0]
+    choice = builder_of(kind, chat=False).chunk(0, chunk)["choices"][0]
     return cast("dict[str, Any]", choice["logprobs"])
 
 
@@ -138,3 +153,28 @@ async def test_completion_reports_each_token_over_http(tmp_path: Path, stream: b
         assert headers[b"x-accel-buffering"] == b"no"
         assert headers[b"cache-control"] == b"no-cache"
     assert body.count('"top_logprobs"') == (12 if stream else 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_other_requests_run_while_log_probabilities_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    served = ServedModel(write_chat_bundle(tmp_path))
+    writing, released = threading.Event(), threading.Event()
+
+    def write_later(self: LogprobWriter, *parts: Any) -> dict[str, Any]:
+        writing.set()
+        assert released.wait(LIMIT_S)  # only the loop that it must not hold sets it
+        return write(self, *parts)
+
+    write = LogprobWriter.of_completion
+    monkeypatch.setattr(LogprobWriter, "of_completion", write_later)
+    monkeypatch.setattr(answers, "MAX_PROMPT_AT_ONCE", -1)  # no prompt is short
+    served.scheduler.steps.release()
+    call = AsgiCall(False, max_tokens=1, logprobs=1, stream=stream)
+    async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as tasks:
+        tasks.create_task(call.run(served, lambda message: None))
+        assert await asyncio.to_thread(writing.wait, LIMIT_S)
+        released.set()
+    await served.scheduler.close()
+    assert b'"token_logprobs"' in b"".join(m.get("body", b"") for m in call.sent)

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from ladderstitch.api.openai.server import HttpServer
+from ladderstitch.api.http_server import HttpServer
+from ladderstitch.api.openai.app import replica_app
 from ladderstitch.config import ServerConfig
 from tests.api.openai.served_model import ServedModel, write_chat_bundle
 from tests.api.openai.test_access import Connection
@@ -45,7 +46,7 @@ async def serving(
         tls_key=pair.key,
         **fields,
     )
-    server = HttpServer(config, served.registry, served.auth)
+    server = HttpServer(config, replica_app(config, served.registry, served.auth))
     await server.start(0)
     try:
         yield server

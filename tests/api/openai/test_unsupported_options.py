@@ -9,38 +9,25 @@ from typing import Any
 
 import pytest
 
+from ladderstitch.api.openai.bodies import ChatMessage, ChatRequest, CompletionRequest
+from ladderstitch.api.openai.fields import StreamOptions
 from ladderstitch.api.openai.options import HARMLESS, UNSUPPORTED
-from ladderstitch.api.openai.requests import (
-    ChatMessage,
-    ChatRequest,
-    CompletionRequest,
-    StreamOptions,
-)
 from ladderstitch.scheduling.requests import GREEDY, Sampling
 from ladderstitch.text.bundle import SamplingDefaults, TextBundle
 from tests.api.openai.served_model import AsgiCall, ServedModel, write_chat_bundle
 
 WRONG: dict[str, Any] = {
-    "n": 2,
     "best_of": 2,
     "echo": True,
     "suffix": "x",
     "use_beam_search": True,
-    "logit_bias": {"65": -100},
     "logits_processors": ["x"],
     "allowed_token_ids": [65],
     "bad_words": ["x"],
-    "presence_penalty": 0.5,
-    "frequency_penalty": -0.5,
-    "repetition_penalty": 1.1,
     "length_penalty": 2,
     "repetition_detection": {"min_count": 2},
-    "min_p": 0.1,
     "typical_p": 0.9,
     "watermarking": True,
-    "min_tokens": 1,
-    "ignore_eos": True,
-    "stop_token_ids": [65],
     "include_stop_str_in_output": True,
     "max_completion_tokens": 5,
     "top_logprobs": 2,
@@ -50,7 +37,6 @@ WRONG: dict[str, Any] = {
     "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
-    "response_format": {"type": "json_object"},
     "structured_outputs": {"choice": ["a"]},
     "structural_tag": "{}",
     "guided_json": {"type": "object"},
@@ -161,17 +147,17 @@ WRONG: dict[str, Any] = {
     "thinking": {"type": "enabled"},
     "thinking_budget": 5,
     "reasoning": {"effort": "high"},
-    "messages.tool_calls": [{"id": "x"}],
-    "messages.tool_call_id": "x",
     "messages.function_call": {"name": "f"},
     "messages.audio": {"id": "x"},
 }
 """A value of every unsupported option that would change the answer."""
-SUPPORTED_IN_CHATS = {"max_completion_tokens", "top_logprobs"}
+SUPPORTED_IN_CHATS = {"max_completion_tokens", "top_logprobs", "tools", "tool_choice"}
+SUPPORTED_IN_COMPLETIONS = {"echo", "best_of"}
 OPPOSITE_IN_CHATS = "add_special_tokens"
 """An option whose default is true for completions and false for chats."""
-DOCS = Path(__file__).parents[3] / "docs" / "text.md"
-CASES = [(False, option) for option in WRONG if not option.startswith("messages.")]
+DOCS = Path(__file__).parents[3] / "docs" / "openai.md"
+REFUSED = [option for option in WRONG if option not in SUPPORTED_IN_COMPLETIONS]
+CASES = [(False, option) for option in REFUSED if not option.startswith("messages.")]
 CASES += [(True, option) for option in WRONG if option not in SUPPORTED_IN_CHATS]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
@@ -125,9 +125,14 @@ def test_health_is_reported_for_server_services_and_models(server: RunningServer
         assert unknown.value.code() == grpc.StatusCode.NOT_FOUND
 
 
-def test_reflection_lists_all_services(server: RunningServer) -> None:
+@pytest.mark.parametrize("version", ["v1alpha", "v1"])
+def test_reflection_lists_all_services(server: RunningServer, version: str) -> None:
     with grpc.insecure_channel(server.address) as channel:
-        reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+        reflect = channel.stream_stream(  # the messages of both versions are the same
+            f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+        )
         (reply,) = reflect(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
     names = {service.name for service in reply.list_services_response.service}
     assert names >= {
@@ -135,6 +140,8 @@ def test_reflection_lists_all_services(server: RunningServer) -> None:
         "ladderstitch.v1.AdminService",
         "inference.GRPCInferenceService",
         "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+        "grpc.reflection.v1.ServerReflection",
     }
 
 
@@ -197,4 +204,7 @@ def test_metrics_have_known_names_and_labels(server: RunningServer) -> None:
             "reason",
             "le",
             "process",
+            "version",
+            "python",
+            "platform",
         }

@@ -30,7 +30,7 @@ def test_tritonclient_works_unmodified(server: RunningServer) -> None:
     assert seen["model_ready"]
     assert seen["server"]["name"] == "ladderstitch"
     assert seen["metadata"]["inputs"] == [
-        {"name": "images", "datatype": "FP32", "shape": ["-1", "1", "8", "8"]}
+        {"name": "images", "datatype": "UINT8", "shape": ["-1", "1", "8", "8"]}
     ]
     assert seen["config"]["config"]["max_batch_size"] == 32
     assert seen["config"]["config"]["input"][0]["dims"] == ["1", "8", "8"]
@@ -65,6 +65,7 @@ def test_tritonclient_works_unmodified(server: RunningServer) -> None:
     assert seen["trace"]["settings"]["trace_level"] == {"value": ["OFF"]}
     assert seen["log"]["settings"]["log_error"] == {"bool_param": True}
     assert seen["other_version_ready"] is False
+    assert seen["unknown_model_ready"] is False
     (statistics,) = seen["statistics"]["model_stats"]
     assert int(statistics["inference_count"]) >= 6
     assert int(statistics["inference_stats"]["success"]["count"]) >= 3
@@ -122,7 +123,6 @@ def test_infer_accepts_triton_parameters_and_text_numbers(oip: Stub) -> None:
 
 def test_unknown_model_is_not_found_by_every_call(oip: Stub) -> None:
     for call in (
-        lambda: oip.ModelReady(pb.ModelReadyRequest(name="no")),
         lambda: oip.ModelMetadata(pb.ModelMetadataRequest(name="no")),
         lambda: oip.ModelConfig(pb.ModelConfigRequest(name="tiny", version="7")),
         lambda: oip.ModelStatistics(pb.ModelStatisticsRequest(name="no")),

@@ -81,6 +81,7 @@ def probe(address: str) -> dict[str, object]:
     seen["trace"] = client.get_trace_settings(as_json=True)
     seen["log"] = client.get_log_settings(as_json=True)
     seen["other_version_ready"] = client.is_model_ready("tiny", "7")
+    seen["unknown_model_ready"] = client.is_model_ready("no")
     seen["statistics"] = client.get_inference_statistics("tiny", as_json=True)
     client.close()
     return seen

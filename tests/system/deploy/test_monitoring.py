@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from tests.deploy.conftest import tool
 from tests.support.language_models import write_tiny
 from tests.support.servers import RunningServer, pixels, start_server, stop_server
 from tests.system.deploy.monitoring import (
+    DASHBOARD,
     RULES,
     TEMPLATE,
     Inbox,
@@ -68,6 +70,13 @@ def test_dashboard_shows_every_metric() -> None:
     for metrics in (Metrics(), GatewayMetrics()):
         for metric in metrics.registry.collect():
             assert metric.name in shown
+
+
+def test_every_panel_of_the_dashboard_is_described() -> None:
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    charts = [panel for panel in panels if panel["type"] != "row"]
+    assert len(charts) > 40
+    assert not [chart["title"] for chart in charts if not chart["description"].endswith(".")]
 
 
 def test_chart_contains_the_rules(helm: str) -> None:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,38 @@ def run_ranks(
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def detect(
+    work: Callable[..., float], *args: object, delays: tuple[Delay, ...], mutant: Mutant
+) -> str:
+    """Run a mutant and return how its bug is detected; empty if it is not."""
+    limit_s = 10 * _measure_clean_s(work, args)
+    for factor in DELAY_FACTORS:
+        try:
+            worst = max(
+                run_ranks(
+                    work,
+                    2,
+                    *args,
+                    delays=scale_delays(delays, factor),
+                    mutant=mutant,
+                    timeout_s=factor * limit_s,
+                )
+            )
+        except TimeoutError:
+            return "a rank waits forever"
+        if worst > 1e-3:
+            return f"an error of {worst:.1e}"
+    return ""
+
+
+@cache
+def _measure_clean_s(work: Callable[..., float], args: tuple[object, ...]) -> float:
+    """Return the seconds of the same work without delays and bugs, including process starts."""
+    started = time.monotonic()
+    run_ranks(work, 2, *args)
+    return time.monotonic() - started
 
 
 def _receive_results(pipes: list[Any], timeout_s: float) -> list[Any]:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladderstitch_kernels.decoder import EPS, DecoderShape, LayerWeights, random_layers
+from ladderstitch_kernels.decoder import DecoderShape, LayerWeights, random_layers
+from ladderstitch_kernels.reference import EPS
 from tests.system.kernels.mutants import Mutant
 from tests.system.kernels.ranks import DELAY_FACTORS, Delay, RankContext, run_ranks, scale_delays
 
@@ -133,39 +134,3 @@ def wait_without_post(context: RankContext) -> bool:
     exchange = Exchange(memory, 1, 16, torch.float32, columns=16)
     threading.Timer(0.2, exchange.stop).start()
     return bool(wait_sum(1, exchange).isfinite().all())
-
-
-def pending_through_a_stitch(context: RankContext) -> tuple[float, float]:
-    """Return the errors of a sum mapped before it is collected, and of one mapped after it."""
-    from ladderstitch_kernels import (
-        Exchange,
-        SharedMapping,
-        post,
-        stitch_linear,
-        stitch_pending,
-        wait_add,
-    )
-
-    generator = torch.Generator().manual_seed(3)
-    x, parts = torch.randn(3, 24, generator=generator), torch.randn(2, 3, 24, generator=generator)
-    weight, bias = torch.randn(40, 24, generator=generator), torch.randn(40, generator=generator)
-    memory = SharedMapping(context.folder, context.rank, context.ranks)
-    narrow = Exchange(memory, 3, 24, torch.float32, columns=32)
-    wide = Exchange(memory, 3, 40, torch.float32, columns=32)
-    stitched, arriving = stitch_pending(x, parts[context.rank], weight, bias)
-    post(arriving, wide)
-    carried = wait_add(stitched, wide)
-    post(parts[context.rank].clone(), narrow)
-    drained = stitch_linear(wait_add(x, narrow), weight, bias)
-    expected = F.linear((x + parts.sum(0)).double(), weight.double(), bias.double())
-    scale = expected.abs().max()
-    return (
-        ((carried - expected).abs().max() / scale).item(),
-        ((drained - expected).abs().max() / scale).item(),
-    )
-
-
-def test_stitch_pending_commutes_with_a_sum_in_flight() -> None:
-    for carried, drained in run_ranks(pending_through_a_stitch, 2):
-        assert carried < 1e-6
-        assert drained < 1e-6

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from functools import cache
 from typing import Literal
 
 import pytest
@@ -12,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.system.kernels.mutants import Mutant
-from tests.system.kernels.ranks import DELAY_FACTORS, Delay, RankContext, run_ranks, scale_delays
+from tests.system.kernels.ranks import Delay, RankContext, detect, run_ranks
 
 SPLIT_PHASE = "comm/split_phase"
 ALL_REDUCE = "comm/all_reduce"
@@ -113,7 +110,7 @@ LATE_STORE = (Delay("store", ranks=(1,), chance=0.5),)
 LATE_READ = (Delay("load", ranks=(1,), chance=0.5, seconds=0.02, kernel="wait_add_norm_kernel"),)
 LATE_SUM = (Delay("load", ranks=(1,), chance=0.5, seconds=0.02),)
 
-PUSH = "_push(partial, where, exists, slots, epoch, rank, max_rows * n, RANKS, SLOTS)\n"
+PUSH = "_push(partial, where, exists, slots, epoch, rank, slot_elements, RANKS, SLOTS)\n"
 SIGNAL = "signal(arrivals, rank, RANKS, RANKS_PAD)\n"
 NEVER_WAITS = ("while ahead < 0:", "while ahead < -(2**30):")
 ADVANCED_SLOT = "return epoch & (SLOTS - 1)"
@@ -158,7 +155,7 @@ SPLIT_PHASE_BUGS = {
 @pytest.mark.parametrize("name", SPLIT_PHASE_BUGS)
 def test_split_phase_with_planted_bug_is_detected(name: str) -> None:
     mutant, delays = SPLIT_PHASE_BUGS[name]
-    assert _detect(ladder_of_products, 8, delays=delays, mutant=mutant)
+    assert detect(ladder_of_products, 8, delays=delays, mutant=mutant)
     if mutant.module == SPLIT_PHASE and delays == LATE_READ:
         assert max(run_ranks(ladder_of_products, 2, 8, delays=delays)) < 1e-6
 
@@ -196,42 +193,10 @@ ONE_SHOT_BUGS = {
 def test_one_shot_with_planted_bug_is_detected(name: str) -> None:
     mutant, delays = ONE_SHOT_BUGS[name]
     # The interpreter runs programs one after another, so the first of two would guard the second.
-    assert _detect(all_reduces, "one_shot", SIZES, 1, delays=delays, mutant=mutant)
+    assert detect(all_reduces, "one_shot", SIZES, 1, delays=delays, mutant=mutant)
 
 
 @pytest.mark.parametrize("name", ["no barrier", "own flag only", "epoch off by one"])
 def test_two_shot_with_planted_bug_is_detected(name: str) -> None:
     mutant, delays = ONE_SHOT_BUGS[name]
-    assert _detect(all_reduces, "two_shot", SIZES, delays=delays, mutant=mutant)
-
-
-def _detect(
-    work: Callable[..., float], *args: object, delays: tuple[Delay, ...], mutant: Mutant
-) -> str:
-    """Run a mutant and return how its bug is detected; empty if it is not."""
-    limit_s = 10 * _measure_clean_s(work, args)
-    for factor in DELAY_FACTORS:
-        try:
-            worst = max(
-                run_ranks(
-                    work,
-                    2,
-                    *args,
-                    delays=scale_delays(delays, factor),
-                    mutant=mutant,
-                    timeout_s=factor * limit_s,
-                )
-            )
-        except TimeoutError:
-            return "a rank waits forever"
-        if worst > 1e-3:
-            return f"an error of {worst:.1e}"
-    return ""
-
-
-@cache
-def _measure_clean_s(work: Callable[..., float], args: tuple[object, ...]) -> float:
-    """Return the seconds of the same work without delays and bugs, including process starts."""
-    started = time.monotonic()
-    run_ranks(work, 2, *args)
-    return time.monotonic() - started
+    assert detect(all_reduces, "two_shot", SIZES, delays=delays, mutant=mutant)

@@ -262,7 +262,7 @@ async def test_recovery_that_is_cancelled_starts_again(tiny_language_bundle: Tex
 
 
 FAILS_IN_PASS = """
-from ladderstitch.text.model.layers import Mlp
+from ladderstitch.text.model.mlp import Mlp
 call = Mlp.__call__
 def fail(mlp, x):
     if len(x) == 13:

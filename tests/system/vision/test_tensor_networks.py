@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -306,13 +307,13 @@ def test_command_line_prints_and_writes_tensors(
     output = ["--output", str(tmp_path / "out.npz")]
     result = CliRunner().invoke(app, ["predict", *files, *options, *output])
     assert result.exit_code == 0, result.output
-    assert "2x6x8x8" in result.output
+    names, *rows = (line.split("\t") for line in result.stdout.splitlines())
+    fields = [dict(zip(names, row, strict=True)) for row in rows if row[1:2] == ["maps"]]
+    assert json.loads(fields[1]["shape"]) == [2, 6, 8, 8]
     expected = run_file(home / "two.onnx", images)
     with np.load(tmp_path / "out.npz") as written:
         check(dict(written), expected)
-    lines = [line.split() for line in result.output.splitlines() if "maps" in line]
-    maximum = float(expected["maps"][:1].max())
-    assert float(lines[0][4]) == pytest.approx(maximum, rel=1e-3)
+    assert float(fields[0]["max"]) == pytest.approx(float(expected["maps"][:1].max()), rel=1e-3)
     (tmp_path / "bad.npy").write_bytes(b"not numpy")
     refused = CliRunner().invoke(app, ["predict", str(tmp_path / "bad.npy"), *options])
     assert refused.exit_code == 2

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.text.model.residual import ResidualScheme, ResidualStream, plan_layers
+from ladderstitch.text.model.residual import ResidualScheme, plan_layers
+from ladderstitch.text.model.residual_stream import ResidualStream
 
 
 class RecordingCommunicator:

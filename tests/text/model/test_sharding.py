@@ -37,7 +37,7 @@ def test_shards_hold_each_part_once_with_its_own_kv_heads(
     shards = [Shard.of(whole, rank, ranks) for rank in range(ranks)]
     assert [head for shard in shards for head in shard.heads] == list(range(whole.heads))
     assert [row for shard in shards for row in shard.vocabulary] == list(range(101))
-    assert [column for shard in shards for column in shard.ffn] == list(range(53))
+    assert [column for shard in shards for part in shard.ffn for column in part] == list(range(53))
     for shard in shards:
         per_kv, rest = divmod(len(shard.heads), len(shard.kv_heads))
         assert rest == 0

@@ -15,13 +15,14 @@ from ladderstitch.text.bundle import TextBundle, TextManifest
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step, Translation
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
-from ladderstitch.text.model.family import LayerRange, Route
+from ladderstitch.text.model.family import DecoderFamily, LayerRange, Route
 from ladderstitch.text.model.family_weights import (
     anchor_weights,
     check_family_weights,
     stitch_weights,
 )
-from ladderstitch.text.model.residual import ResidualScheme, ResidualStream, Scheme, plan_layers
+from ladderstitch.text.model.residual import ResidualScheme, Scheme, plan_layers
+from ladderstitch.text.model.residual_stream import ResidualStream
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.stitched import (
     BoundaryCache,
@@ -55,35 +56,42 @@ DOUBLE = torch.float64
 class RankOfFamily:
     """One rank of the family in float64, with its cache; every step is of one sequence."""
 
-    def __init__(self, rank: int, ranks: int, residual: ResidualScheme = LADDER) -> None:
-        weights = MemoryWeights({n: t.double() for n, t in random_family().items()})
-        shards = [Shard.of(anchor, rank, ranks) for anchor in FAMILY.anchors]
+    def __init__(
+        self,
+        rank: int,
+        ranks: int,
+        residual: ResidualScheme = LADDER,
+        family: DecoderFamily = FAMILY,
+    ) -> None:
+        weights = MemoryWeights({n: t.double() for n, t in random_family(family=family).items()})
+        shards = [Shard.of(anchor, rank, ranks) for anchor in family.anchors]
         anchors = [
             Transformer(
                 anchor,
                 load_rank(part, anchor, shard, DOUBLE),
                 shard,
                 1,
-                FAMILY.plane_number(number),
+                family.plane_number(number),
             )
             for number, (anchor, part, shard) in enumerate(
-                zip(FAMILY.anchors, anchor_weights(weights, 2), shards, strict=True)
+                zip(family.anchors, anchor_weights(weights, 2), shards, strict=True)
             )
         ]
-        maps = load_maps(stitch_weights(weights), FAMILY, DOUBLE, "cpu")
+        maps = load_maps(stitch_weights(weights), family, DOUBLE, "cpu")
         slots = BLOCKS * BLOCK_TOKENS
-        self.model = StitchedModel(FAMILY, anchors, maps, BoundaryCache(FAMILY, slots, DOUBLE))
+        self.model = StitchedModel(family, anchors, maps, BoundaryCache(family, slots, DOUBLE))
         heads = [len(shard.heads) for shard in shards]
         self.cache = PagedCache(
-            LARGE,
+            family.largest,
             shards[-1],
             BLOCKS,
             BLOCK_TOKENS,
             DOUBLE,
-            planes=FAMILY.num_planes,
+            planes=family.num_planes,
             query_heads=heads,
         )
-        self.plans = plan_layers(residual, LARGE.layers, ranks)
+        self.family = family
+        self.plans = plan_layers(residual, family.deepest, ranks)
 
     def batch(self, tokens: list[int], start: int) -> Batch:
         blocks = [3, 1, 0, 5, 4, 2]
@@ -277,7 +285,7 @@ def make_manifest(**fields: object) -> TextManifest:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layers": 3}, "anchors.0: expected layers as in config"),
+        ({"kv_heads": 4}, "anchors.0: expected kv_heads as in config"),
         ({"head_dim": 6, "vocab_size": 99}, "anchors.0: expected head_dim, vocab_size as in conf"),
         ({"qkv_bias": True}, "anchors: expected Llama's layers"),
     ],

@@ -18,8 +18,9 @@ from ladderstitch.telemetry.model_metrics import NullObserver, TextMetrics
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.messages import Step, StepOutput
+from ladderstitch.text.scheduler.sampler import Sampler, TokenChooser
 from ladderstitch.text.scheduler.scheduler import TextScheduler
-from ladderstitch.text.scheduler.sequence import Sampler, Sequence, TokenStream
+from ladderstitch.text.scheduler.sequence import Sequence, TokenStream
 from tests.text.scheduler.stepped_group import SteppedGroup, SteppedScheduler
 
 LIMIT_S = 300.0
@@ -90,8 +91,10 @@ def test_sampler_with_non_finite_logits_raises(
 ) -> None:
     logits = LOGITS.copy()
     logits[3] = value
+    sampling = Sampling(temperature=temperature, seed=1, **options)
+    chooser = TokenChooser(GenerationRequest((1,), 0.0, sampling=sampling), ())
     with pytest.raises(NonFiniteOutput, match="infinite or NaN"):
-        Sampler(Sampling(temperature=temperature, seed=1, **options)).pick(logits)
+        chooser.choose(logits)
 
 
 @pytest.mark.parametrize("temperature", [1e-308, 5e-324])

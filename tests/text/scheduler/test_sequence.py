@@ -15,7 +15,8 @@ from ladderstitch.scheduling.requests import GenerationRequest, Sampling
 from ladderstitch.text.scheduler.block_manager import BlockManager
 from ladderstitch.text.scheduler.cache_rules import CacheRules
 from ladderstitch.text.scheduler.queue import SequenceQueue
-from ladderstitch.text.scheduler.sequence import Sampler, Sequence, TokenStream
+from ladderstitch.text.scheduler.sampler import Sampler
+from ladderstitch.text.scheduler.sequence import Sequence, TokenStream
 from ladderstitch.text.tokenizer import TextTokenizer
 from tests.support.language_models import write_tiny
 

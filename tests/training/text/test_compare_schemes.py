@@ -7,11 +7,16 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ladderstitch.cli.app import app
+from ladderstitch.importers.verify_text import GoldenRun, run_case
 from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.model.residual import ResidualScheme
+from ladderstitch.text.model.weight_reader import MemoryWeights
+from ladderstitch.training.text.scratch import SchemeRun, ScratchRecipe
 
 RECIPE = {
     "config": {
@@ -33,6 +38,11 @@ RECIPE = {
     "warmup_steps": 5,
     "held_out_tokens": 512,
     "measure_steps": 40,
+}
+OTHER_SCHEMES = {
+    "parallel": {"scheme": "parallel"},
+    "desync": {"scheme": "desync", "reduce_after": [[False, True], [True, True]], "ranks": 2},
+    "groups": {"scheme": "groups", "groups": [[0, 2]]},
 }
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "slept")
 
@@ -74,6 +84,36 @@ def test_train_language_schemes_learn_and_write_bundles(tmp_path: Path) -> None:
         bundle = TextBundle.load(run / name)
         assert bundle.manifest.residual.scheme == name
     assert (run / "losses.png").stat().st_size > 1000
+
+
+def test_train_language_trains_every_scheme(tmp_path: Path) -> None:
+    run = train(tmp_path, "run", schemes=OTHER_SCHEMES)
+    report = json.loads((run / "pair.json").read_text())
+    assert set(report["held_out_loss"]) == set(OTHER_SCHEMES)
+    for name, loss in report["held_out_loss"].items():
+        assert loss < 1.3
+        assert TextBundle.load(run / name).manifest.residual.scheme == name
+
+
+@pytest.mark.parametrize("name", OTHER_SCHEMES)
+def test_trained_schemes_are_those_that_ranks_serve(name: str) -> None:
+    recipe = ScratchRecipe.model_validate(RECIPE | {"schemes": OTHER_SCHEMES})
+    residual = ResidualScheme.model_validate(OTHER_SCHEMES[name])
+    run = SchemeRun.create(recipe, residual)
+    tokens = torch.arange(2 * 20).view(2, 20)
+    with torch.inference_mode():
+        for tensor in run.model.tensors.values():
+            tensor += 0.1 * torch.randn(
+                tensor.shape, generator=torch.Generator().manual_seed(tensor.numel())
+            )
+        trained = run.logits(tokens)
+    weights = MemoryWeights(run.model.tensors)
+    served = GoldenRun(name, residual, (2,), incremental=False)
+    expected = run_case(recipe.config, weights, tokens, served, 2, 9)
+    torch.testing.assert_close(trained, expected, atol=1e-4, rtol=1e-4)
+    if name == "groups":
+        other = GoldenRun(name, ResidualScheme(), (2,), incremental=False)
+        assert (run_case(recipe.config, weights, tokens, other, 2, 9) - trained).abs().max() > 0.01
 
 
 def test_train_language_stopped_run_resumes_to_same_weights(

@@ -22,7 +22,7 @@ from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.weight_reader import DeltaWeights, MemoryWeights, check_delta
 from ladderstitch.text.model.weights import expected_shapes
 from ladderstitch.training.text.distil import (
-    LadderRecipe,
+    ConversionRecipe,
     create_adapters,
     delta_tensors,
     divergence,
@@ -210,7 +210,7 @@ def test_split_windows_do_not_overlap_and_use_seed() -> None:
 def test_ladder_recipe_wrong_field_is_named(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE | {"rank": 0}))
     with pytest.raises(ConfigError, match="rank"):
-        LadderRecipe.load(tmp_path / "recipe.yaml")
+        ConversionRecipe.load(tmp_path / "recipe.yaml")
 
 
 def test_read_lazy_load_returns_strings() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import permutations
 from pathlib import Path
 from statistics import fmean
 
@@ -34,6 +36,8 @@ from ladderstitch.training.text.measure_family import switch_divergence
 from ladderstitch.training.text.switch_training import FamilyRun, draw_spans
 from ladderstitch.training.text.trainable_family import TrainableFamily
 
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "heads": 2, "learning_rate": 1e-2}
+LARGE = {"hidden_size": 32, "intermediate_size": 64, "heads": 4, "learning_rate": 1e-2}
 RECIPE: dict[str, object] = {
     "name": "tiny-elastic",
     "sizes": {
@@ -43,10 +47,7 @@ RECIPE: dict[str, object] = {
         "head_dim": 8,
         "max_positions": 64,
     },
-    "anchors": {
-        "small": {"hidden_size": 16, "intermediate_size": 32, "heads": 2, "learning_rate": 1e-2},
-        "large": {"hidden_size": 32, "intermediate_size": 64, "heads": 4, "learning_rate": 1e-2},
-    },
+    "anchors": {"small": SMALL, "large": LARGE},
     "training": {
         "tokens": 20_480,
         "window": 32,
@@ -74,7 +75,9 @@ WIDE = {"hidden_size": 32, "intermediate_size": 64, "heads": 4}
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "slept")
 
 
-def train(folder: Path, into: str, work: str = "work") -> Result:
+def train(
+    folder: Path, into: str, work: str = "work", recipe: Mapping[str, object] = RECIPE
+) -> Result:
     """Write texts and a recipe, and run the command."""
     rng = random.Random(0)
     for name, count in (("train", 4000), ("held", 900)):
@@ -84,7 +87,7 @@ def train(folder: Path, into: str, work: str = "work") -> Result:
             index = (index + rng.randint(1, 2)) % len(WORDS)
             words.append(WORDS[index])
         (folder / f"{name}.txt").write_text(" ".join(words) + "\n")
-    (folder / "recipe.yaml").write_text(json.dumps(RECIPE))
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
     arguments = ["train-elastic", folder / "recipe.yaml", "--text", folder / "train.txt"]
     arguments += ["--held-out", folder / "held.txt"]
     arguments += ["--into", folder / into, "--work", folder / work]
@@ -164,6 +167,9 @@ def test_served_paths_equal_trained_ones(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "bundle", bundle)
     expected = QualityTable.model_validate_json((bundle / "quality.json").read_text())
     loaded = TextBundle.load(bundle)
+    assert loaded.switches is not None
+    changes = {(penalty.source, penalty.target) for penalty in loaded.switches.penalties}
+    assert changes == set(permutations(range(6), 2))
     with Progress(disable=True) as progress:
         table = calibrate(loaded, trained / "held.txt", Sample(512, 32, 4), 1, progress)
     for path, quality in expected.variants.items():
@@ -173,12 +179,39 @@ def test_served_paths_equal_trained_ones(trained: Path, tmp_path: Path) -> None:
     length = served.context + served.tokens
     windows = split_windows(tokens, length, served.windows)[:, :length]
     measure = SwitchMeasure(context=served.context, tokens=served.tokens, windows=served.windows)
-    family, routes = load_family(bundle), all_routes(2, 3)
+    family = load_family(bundle)
+    routes = all_routes(family.decoders)
     assert served.penalties
     for penalty in served.penalties:
         before, after = routes[penalty.source], routes[penalty.target]
         curve = switch_divergence(family, before, after, windows, measure)
         assert penalty.nats == pytest.approx(fmean(curve), rel=1e-2, abs=1e-6)
+
+
+def test_anchors_of_different_depths_learn_and_are_served(tmp_path: Path) -> None:
+    """The large anchor has four layers, the small one has two."""
+    anchors = {"small": SMALL | {"layers": 2}, "large": LARGE | {"layers": 4}}
+    training, stitching = (
+        {**RECIPE[part], "tokens": tokens}  # type: ignore[dict-item] # a dict
+        for part, tokens in (("training", 10_240), ("stitching", 2_560))
+    )
+    recipe = RECIPE | {"anchors": anchors, "training": training, "stitching": stitching}
+    done = train(tmp_path, "bundle", recipe=recipe)
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "work" / "elastic.json").read_text())
+    explained = report["least_squares"]["explained_variance"]
+    names = ["0.1.1", "0.1.1-2", "0.1.1-3", "1.0.2-1"]
+    assert list(explained) == [f"stitches.{name}" for name in names]
+    assert min(explained.values()) > 0.5
+    assert list(report["trained"]["paths"]) == ["small", "large", "small-1+large", "large-2+small"]
+    loaded = TextBundle.load(tmp_path / "bundle")
+    with Progress(disable=True) as progress:
+        table = calibrate(loaded, tmp_path / "held.txt", Sample(256, 32, 2), 1, progress)
+    for number, path in enumerate(report["trained"]["paths"].values()):
+        assert path["loss_nats"] < 3  # a uniform choice of all tokens has 5.7
+        perplexity = table.variants[number].perplexity
+        assert perplexity is not None
+        assert abs(math.log(perplexity) - path["loss_nats"]) < 0.2  # other windows of the text
 
 
 def test_stopped_training_resumes_to_same_weights(
@@ -212,15 +245,16 @@ def stop_at(original: Callable[..., object], step: int) -> Callable[..., object]
 
 
 def test_spans_contain_every_route() -> None:
-    schedule = ElasticRecipe.model_validate(RECIPE).stitching
+    recipe = ElasticRecipe.model_validate(RECIPE)
+    schedule = recipe.stitching
     seen: set[Route] = set()
     lengths: set[int] = set()
     for seed in range(200):
-        spans = draw_spans(schedule, 2, 3, torch.Generator().manual_seed(seed))
+        spans = draw_spans(schedule, recipe.family, torch.Generator().manual_seed(seed))
         assert sum(span.tokens for span in spans) == schedule.window
         seen |= {span.route for span in spans}
         lengths.add(len(spans))
-    assert seen == set(all_routes(2, 3))
+    assert seen == set(all_routes(recipe.family))
     assert lengths == {2, 4}
 
 
@@ -237,6 +271,13 @@ def test_spans_contain_every_route() -> None:
             "ascending hidden sizes",
         ),  # type: ignore[dict-item] # a dict
         ({"switch": {"context": 60, "tokens": 8}}, "max_positions: expected at least 68"),
+        (
+            {
+                "anchors": {"small": SMALL, "large": LARGE | {"layers": 4}},
+                "residual": {"scheme": "ladder", "ladder_layers": 1},
+            },
+            "residual.ladder_layers: expected none for anchors of different depths, got 1",
+        ),
         ({"residual": {"scheme": "parallel"}}, "expected standard or ladder, got parallel"),
     ],
 )

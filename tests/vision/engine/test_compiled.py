@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from ladderstitch.errors import InternalError
 from ladderstitch.importers.stitched_families import read_config
 from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.engine import compiled
+from ladderstitch.vision.engine.base import EngineResult, run_cascade
 from ladderstitch.vision.engine.compiled import (
     IDLE_BEFORE_INLINE_S,
     CompiledEngine,
@@ -129,6 +131,68 @@ def test_join_stops_at_its_memory(
     monkeypatch.setattr(compiled, "MIN_JOINED_BYTES", sum(needs[:2]))
     monkeypatch.setattr(compiled, "MAX_JOINED_SHARE", 0.0)
     assert executor.join([0, 3, 5]) == [0, 3]
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_going_on_from_the_stitch_equals_the_whole_route(
+    executor: CompiledExecutor, joined: bool
+) -> None:
+    routes = {stitch.id: route_units(stitch) for stitch in tiny_config().stitches()}
+    pairs = [
+        (a, b)
+        for a, b in itertools.permutations(routes, 2)
+        if executor.num_shared(a, b) and len(routes[a]) > executor.num_shared(a, b)
+    ]
+    assert pairs
+    if joined:
+        executor.join(routes)
+        assert executor.join_cascades(pairs) == pairs
+    batch, rows = images(5), [0, 3]
+    for first, last in pairs:
+        shared = executor.num_shared(first, last)
+        assert routes[first][:shared] == routes[last][:shared]
+        assert routes[first][: shared + 1] != routes[last][: shared + 1]
+        logits, kept = executor.run_first(batch, first, last)
+        np.testing.assert_allclose(logits, executor(batch, first), atol=1e-6)
+        going_on = executor.run_last(np.ascontiguousarray(kept[rows]), first, last)
+        np.testing.assert_allclose(going_on, executor(batch[rows], last), atol=1e-6)
+
+
+def test_cascade_without_shared_units_starts_again(executor: CompiledExecutor) -> None:
+    routes = {stitch.id: route_units(stitch) for stitch in tiny_config().stitches()}
+    first, last = next(
+        pair for pair in itertools.combinations(routes, 2) if not executor.num_shared(*pair)
+    )
+    logits, kept = executor.run_first(images(3), first, last)
+    np.testing.assert_array_equal(kept, images(3))
+    np.testing.assert_array_equal(logits, executor(images(3), first))
+    np.testing.assert_array_equal(
+        executor.run_last(kept[1:], first, last), executor(images(3)[1:], last)
+    )
+    assert executor.join_cascades([(first, last)]) == []
+
+
+async def test_engine_runs_the_last_variant_on_selected_rows(engine: CompiledEngine) -> None:
+    executor, batch = engine.executor, [images(2), images(1, seed=1)]
+    pixels = np.concatenate(batch)
+    seen: list[np.ndarray] = []
+
+    def select(result: EngineResult) -> np.ndarray:
+        seen.append(result.logits)
+        return np.array([0, 2])
+
+    routes = tiny_config().stitches()
+    first, last = next(
+        (a.id, b.id)
+        for a, b in itertools.combinations(routes, 2)
+        if executor.num_shared(a.id, b.id)
+    )
+    result = await run_cascade(engine, batch, first, last, select)
+    assert result.last is not None
+    np.testing.assert_allclose(seen[0], executor(pixels, first), atol=1e-6)
+    np.testing.assert_allclose(result.last.logits, executor(pixels[[0, 2]], last), atol=1e-6)
+    nothing = await run_cascade(engine, batch, first, last, lambda _: np.array([], np.intp))
+    assert nothing.last is None
 
 
 def test_unknown_stitch_raises_key_error(executor: CompiledExecutor) -> None:

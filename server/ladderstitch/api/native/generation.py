@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import aclosing
 
 from ladderstitch.api.deadlines import (
@@ -21,11 +22,11 @@ from ladderstitch.scheduling.profiles import QualityTable
 from ladderstitch.scheduling.requests import (
     GenerationRequest,
     GenerationUsage,
-    Sampling,
     TokenBudget,
     TokenChunk,
     check_id,
 )
+from ladderstitch.scheduling.sampling import Grammar, Sampling
 from ladderstitch.security.tokens import digest_of
 from ladderstitch.v1 import generation_pb2 as pb
 from ladderstitch.v1 import generation_pb2_grpc, inference_pb2
@@ -34,6 +35,7 @@ DEFAULT_MAX_TOKENS = 128
 """Tokens to generate unless the request sets a number."""
 MAX_STOPS = 16
 """Maximum number of stop texts in a request."""
+MAX_STOP_TOKENS = 128
 FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
 
@@ -52,7 +54,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         model = self.registry.text_model(request.model_name, request.model_version)
         metadata = context.invocation_metadata()
         try:
-            accepted = build_generation_request(request, model, arrival, remaining_s, metadata)
+            grammar = await _compile_grammar(request, model)
+            accepted = build_generation_request(
+                request, model, arrival, remaining_s, metadata, grammar
+            )
         except RequestError as error:
             model.metrics.observe_rejection(error.code, had_budget=False)
             raise
@@ -74,6 +79,7 @@ def build_generation_request(
     arrival: float,
     remaining_s: float | None,
     metadata: Metadata,
+    grammar: Grammar | None = None,
 ) -> GenerationRequest:
     """Return the request for the scheduler.
 
@@ -81,6 +87,11 @@ def build_generation_request(
     `InvalidArgument` that names the wrong field.
     """
     check_id("request_id", request.request_id)
+    if len(request.stop_token_ids) > MAX_STOP_TOKENS:
+        raise InvalidArgument(
+            "stop_token_ids",
+            f"expected at most {MAX_STOP_TOKENS}, got {len(request.stop_token_ids)}",
+        )
     if len(request.stop) > MAX_STOPS:
         raise InvalidArgument(
             "stop", f"expected at most {MAX_STOPS} texts, got {len(request.stop)}"
@@ -92,12 +103,7 @@ def build_generation_request(
         tokens=tokens,
         arrival=arrival,
         max_tokens=request.max_tokens if request.HasField("max_tokens") else default_max_tokens,
-        sampling=Sampling(
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p if request.HasField("top_p") else 1.0,
-            seed=request.seed if request.HasField("seed") else None,
-        ),
+        sampling=_read_sampling(request),
         stop=tuple(request.stop),
         hard_deadline=hard_deadline,
         budget=budget,
@@ -105,7 +111,44 @@ def build_generation_request(
         variant=request.variant_id if request.HasField("variant_id") else None,
         logprobs=request.logprobs if request.HasField("logprobs") else None,
         tenant=tenant_of(metadata),
+        prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,
+        min_tokens=request.min_tokens,
+        stop_tokens=tuple(request.stop_token_ids),
+        ignore_end_tokens=request.ignore_end_tokens,
+        grammar=grammar,
+        answered=tuple(request.answer_so_far.token_ids),
+        first_token_s=_first_token_s(request.answer_so_far),
     )
+
+
+def _read_sampling(request: pb.GenerateRequest) -> Sampling:
+    is_penalised = request.HasField("repetition_penalty")
+    return Sampling(
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p if request.HasField("top_p") else 1.0,
+        seed=request.seed if request.HasField("seed") else None,
+        min_p=request.min_p,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty if is_penalised else 1.0,
+        logit_bias=tuple((entry.token_id, entry.bias) for entry in request.logit_bias),
+    )
+
+
+async def _compile_grammar(request: pb.GenerateRequest, model: TextModel) -> Grammar | None:
+    """Return the grammar of the answer; None without one."""
+    kind = request.WhichOneof("grammar")
+    if kind is None:
+        return None
+    source, compiler = getattr(request, kind), model.scheduler.grammars
+    return await compiler.compile_in_thread(kind, kind, source)
+
+
+def _first_token_s(answer: pb.AnswerSoFar) -> float | None:
+    if not answer.token_ids or not answer.HasField("first_token_us"):
+        return None
+    return seconds_from_us("answer_so_far.first_token_us", answer.first_token_us)
 
 
 def tenant_of(metadata: Metadata) -> str:
@@ -156,11 +199,20 @@ def _build_response(request_id: str, chunk: TokenChunk) -> pb.GenerateResponse:
         text=chunk.text,
         request_id=request_id,
         logprob=chunk.logprob,
-        top_logprobs=[
-            pb.TokenLogprob(token_id=token, logprob=logprob)
-            for token, logprob in chunk.alternatives
+        top_logprobs=_top_logprobs(chunk.alternatives),
+        prompt_tokens=[
+            pb.PromptToken(
+                token_id=scored.token,
+                logprob=scored.logprob,
+                top_logprobs=_top_logprobs(scored.alternatives),
+            )
+            for scored in chunk.prompt
         ],
     )
+
+
+def _top_logprobs(alternatives: Sequence[tuple[int, float]]) -> list[pb.TokenLogprob]:
+    return [pb.TokenLogprob(token_id=token, logprob=logprob) for token, logprob in alternatives]
 
 
 def _build_accounting(

@@ -18,10 +18,12 @@ from ladderstitch.api.status import Context, translate_errors
 from ladderstitch.errors import InvalidArgument, RequestError
 from ladderstitch.hosting.registry import LoadedModel, ModelRegistry, TextModel, VisionModel
 from ladderstitch.scheduling.requests import (
+    Certainty,
     ImageAnswer,
     Logits,
     Pixels,
     Request,
+    check_confidence,
     check_id,
     check_priority,
     check_quality,
@@ -54,6 +56,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             check_id("request_id", request.request_id)
             check_quality(request.min_quality)
             check_priority(request.priority)
+            check_confidence(request.min_confidence)
             budget_us = request.latency_budget_us if request.HasField("latency_budget_us") else None
             default_us = model.bundle.manifest.default_budget_us
             budgets = call_deadlines(remaining_s, context.invocation_metadata(), default_us)
@@ -68,6 +71,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 min_quality=request.min_quality,
                 variant=request.variant_id if request.HasField("variant_id") else None,
                 priority=request.priority,
+                min_confidence=request.min_confidence,
             )
         except RequestError as error:
             model.scheduler.metrics.observe_rejection(error.code)
@@ -157,6 +161,8 @@ def _build_response(
             response.outputs.append(build_output(name, values))
     else:
         response.predictions.extend(build_predictions(completion.logits, manifest.labels))
+    if completion.certainty is not None:
+        _add_certainty(response, completion.certainty)
     accounting, now = response.accounting, time.monotonic()
     deadlines = accepted.deadlines
     if deadlines.soft != math.inf:
@@ -165,6 +171,16 @@ def _build_response(
         accounting.budget_met = now <= deadlines.soft
     accounting.total_us = round(1e6 * (now - accepted.arrival))
     return response
+
+
+def _add_certainty(response: pb.InferResponse, certainty: Certainty) -> None:
+    """State which variants ran and how sure the answer is, also for each image."""
+    response.accounting.stages.extend(certainty.stages)
+    response.accounting.confidence = min(certainty.confidence)
+    for prediction, confidence, variant in zip(
+        response.predictions, certainty.confidence, certainty.variants, strict=True
+    ):
+        prediction.confidence, prediction.variant_id = confidence, variant
 
 
 def build_predictions(logits: Logits, labels: tuple[str, ...]) -> list[pb.Prediction]:

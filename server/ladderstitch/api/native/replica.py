@@ -52,6 +52,7 @@ def build_load_response(registry: ModelRegistry) -> pb.WatchLoadResponse:
         serving=registry.serving,
         models=models,
         metrics_port=registry.metrics_port,
+        http_port=registry.http_port,
         waits=[
             pb.Wait(due_us=round(1e6 * due_s), wait_us=_round_microseconds(wait_s))
             for due_s, wait_s in zip(HORIZONS_S, total.waits_s, strict=True)

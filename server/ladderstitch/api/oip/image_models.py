@@ -22,17 +22,22 @@ def _outputs_of(model: VisionModel) -> Shapes:
 
 
 def describe_metadata(model: VisionModel) -> pb.ModelMetadataResponse:
-    """Return the names, types and shapes of a model's inputs and outputs."""
+    """Return the names, types and shapes of a model's inputs and outputs.
+
+    The type of images is UINT8, of which any value is a valid pixel; they may be FP32 and BYTES,
+    too.
+    """
     tensor = pb.ModelMetadataResponse.TensorMetadata
     manifest = model.bundle.manifest
     properties = {
         "labels": json.dumps(manifest.labels),
         "input_datatypes": f"FP32 [B,{','.join(map(str, model.reader.shape))}]",
+        "non_finite_inputs": model.reader.non_finite,
         "variants": str(len(model.variants)),
     }
     if manifest.takes_images:
         properties |= {
-            "input_datatypes": "FP32 preprocessed [B,C,H,W]; UINT8 pixels [B,C,H,W]; "
+            "input_datatypes": "UINT8 pixels [B,C,H,W]; FP32 preprocessed [B,C,H,W]; "
             "BYTES PNG or JPEG files [B]",
             "mean": json.dumps(manifest.preprocessing.mean),
             "std": json.dumps(manifest.preprocessing.std),
@@ -43,7 +48,13 @@ def describe_metadata(model: VisionModel) -> pb.ModelMetadataResponse:
         name=model.name,
         versions=[model.version],
         platform=PLATFORM,
-        inputs=[tensor(name=input_name(model), datatype="FP32", shape=[-1, *model.reader.shape])],
+        inputs=[
+            tensor(
+                name=input_name(model),
+                datatype=model.reader.datatypes[0],
+                shape=[-1, *model.reader.shape],
+            )
+        ],
         outputs=[
             tensor(name=name, datatype=datatype, shape=[-1, *shape])
             for name, datatype, shape in _outputs_of(model)
@@ -62,7 +73,9 @@ def describe_config(model: VisionModel) -> model_config_pb2.ModelConfig:
         max_batch_size=model.scheduler.planner.latency.view.max_batch_size,
         input=[
             model_config_pb2.ModelInput(
-                name=input_name(model), data_type=kinds.TYPE_FP32, dims=model.reader.shape
+                name=input_name(model),
+                data_type=kinds.Value(f"TYPE_{model.reader.datatypes[0]}"),
+                dims=model.reader.shape,
             )
         ],
         output=[

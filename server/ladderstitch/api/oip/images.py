@@ -1,6 +1,6 @@
 """Image models over the Open Inference Protocol: requests, responses, metadata and statistics.
 
-One input, `images`: FP32 (preprocessed) or UINT8 (pixels) of [B, C, H, W], or BYTES of [B] (PNG or
+One input, `images`: UINT8 (pixels) or FP32 (preprocessed) of [B, C, H, W], or BYTES of [B] (PNG or
 JPEG files). Outputs: `logits`, and on request `probabilities` and `labels`; instead of the values
 of the former two, clients may ask for the best classes. Models that return tensors have their own
 outputs by name. Models that do not take images have their own input, FP32 only.
@@ -48,7 +48,7 @@ async def build_request(
     """
     check_id("id", request.id)
     options = read_parameters(request, budgets, "images")
-    images = await _read_images(request, model)
+    images, is_finite = await _read_images(request, model)
     requested = {output.name for output in outputs}
     entries = [entry for entry in model.bundle.manifest.outputs if entry.name in requested]
     model.limit.check_request(input_name(model), len(images), entries)
@@ -60,6 +60,8 @@ async def build_request(
         min_quality=options.min_quality,
         variant=options.variant,
         priority=options.priority,
+        min_confidence=options.min_confidence,
+        is_finite=is_finite,
     )
 
 
@@ -69,7 +71,8 @@ def input_name(model: VisionModel) -> str:
     return inputs.name if isinstance(inputs, TensorInputs) else INPUT
 
 
-async def _read_images(request: pb.ModelInferRequest, model: VisionModel) -> Pixels:
+async def _read_images(request: pb.ModelInferRequest, model: VisionModel) -> tuple[Pixels, bool]:
+    """Return the inputs of a request, and whether all their numbers are finite."""
     name = input_name(model)
     tensor = only_input(request, name)
     if tensor.datatype == "BYTES":
@@ -77,10 +80,14 @@ async def _read_images(request: pb.ModelInferRequest, model: VisionModel) -> Pix
             model.reader.check_bytes(name, request.ByteSize())
         max_batch_size = model.scheduler.planner.latency.view.max_batch_size
         files = bytes_elements(request, tensor, max_batch_size)
-        return await _decode_files(tensor, files, model)
+        return await _decode_files(tensor, files, model), True
     is_typed = tensor.HasField("contents")
     data = _typed_contents(tensor) if is_typed else request.raw_input_contents[0]
-    return model.reader.read_tensor(name, tensor.datatype, tensor.shape, data)
+    computes_any = tensor.datatype == "FP32" and model.reader.non_finite == "compute"
+    images = model.reader.read_tensor(
+        name, tensor.datatype, tensor.shape, data, finite=not computes_any
+    )
+    return images, not computes_any or bool(np.isfinite(images).all())
 
 
 async def _decode_files(tensor: InputTensor, files: list[bytes], model: VisionModel) -> Pixels:
@@ -164,6 +171,10 @@ def build_response(
     parameters["ladderstitch_variant_name"].string_param = variant_name
     parameters["ladderstitch_quality"].double_param = completion.quality
     parameters["ladderstitch_replica"].string_param = replica
+    if (certainty := completion.certainty) is not None:
+        stages = ",".join(map(str, certainty.stages))
+        parameters["ladderstitch_stages"].string_param = stages
+        parameters["ladderstitch_confidence"].double_param = min(certainty.confidence)
     deadlines = request.deadlines
     if deadlines.soft != math.inf:
         budget_us = round(1e6 * (deadlines.soft - request.arrival))
@@ -212,6 +223,7 @@ def best_classes(values: Logits, num_classes: int, labels: tuple[str, ...]) -> l
 
 def _softmax(logits: Logits) -> Logits:
     """Return the probabilities [B, K] of logits [B, K]."""
-    powers: Logits = np.exp(logits - np.maximum.reduce(logits, axis=1, keepdims=True))
-    powers /= np.add.reduce(powers, axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # infinite logits of an infinite input
+        powers: Logits = np.exp(logits - np.maximum.reduce(logits, axis=1, keepdims=True))
+        powers /= np.add.reduce(powers, axis=1, keepdims=True)
     return powers

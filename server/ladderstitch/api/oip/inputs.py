@@ -8,7 +8,7 @@ from ladderstitch.api.deadlines import LatencyBudget, seconds_from_us
 from ladderstitch.api.oip.options import Kind, check_parameters
 from ladderstitch.errors import InvalidArgument
 from ladderstitch.oip import grpc_service_pb2 as pb
-from ladderstitch.scheduling.requests import check_priority, check_quality
+from ladderstitch.scheduling.requests import check_confidence, check_priority, check_quality
 
 PLATFORM = "ladderstitch"
 """Platform and backend that all models report."""
@@ -27,6 +27,7 @@ class RequestOptions:
     min_quality: float = 0.0
     variant: int | None = None
     priority: int = 0
+    min_confidence: float = 0.0
 
 
 def read_parameters(
@@ -56,6 +57,9 @@ def read_parameters(
             case "min_quality":
                 options.min_quality = number_parameter(request, name)
                 check_quality(options.min_quality)
+            case "min_confidence":
+                options.min_confidence = number_parameter(request, name)
+                check_confidence(options.min_confidence)
             case "hard_deadline":
                 if "latency_budget_us" not in request.parameters:
                     raise InvalidArgument(

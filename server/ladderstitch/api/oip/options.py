@@ -54,6 +54,8 @@ def _honoured() -> Iterator[Option]:
     ):
         yield Option("request", name, Treatment.HONOURED, note)
     yield Option("request", "priority", Treatment.HONOURED, "1 (highest) to 255", "images")
+    note = "confidence from which a cheap variant suffices, 0 to 1"
+    yield Option("request", "min_confidence", Treatment.HONOURED, note, "images")
     for name, note in (
         ("max_tokens", "tokens to generate"),
         ("temperature", "0 is greedy"),

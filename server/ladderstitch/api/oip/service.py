@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -17,14 +16,13 @@ from ladderstitch.api.oip.options import check_parameters
 from ladderstitch.api.oip.statistics import describe_statistics
 from ladderstitch.api.oip.streams import Item, answer_stream, parse_item
 from ladderstitch.api.status import Context, abort, as_request_error, translate_errors
-from ladderstitch.bundles import has_bundle
 from ladderstitch.errors import (
     InvalidArgument,
     ModelNotFound,
+    NotReady,
     PermissionDenied,
     RequestError,
 )
-from ladderstitch.hosting.model_manager import BUNDLE_NAME
 from ladderstitch.hosting.registry import AdminActions, ModelRegistry, TextModel, VisionModel
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import grpc_service_pb2_grpc
@@ -67,26 +65,12 @@ class OipService(TritonExtensions):
     async def ModelReady(
         self, request: pb.ModelReadyRequest, context: Context
     ) -> pb.ModelReadyResponse:
-        """Return whether the replica accepts requests for a model.
-
-        A model that is known, but not loaded, is not ready: one that was unloaded or that has not
-        been loaded yet, and another version of a loaded one. Raises `ModelNotFound` for others.
-        """
-        if not self.registry.ready:
-            return pb.ModelReadyResponse(ready=False)
+        """Return whether the replica accepts requests for a model; false for any unknown one."""
         try:
             self.registry.find(request.name, request.version)
-        except ModelNotFound:
-            if not await self._is_known(request.name):
-                raise
+        except (ModelNotFound, NotReady):
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=self.registry.serving)
-
-    async def _is_known(self, name: str) -> bool:
-        """Return whether a model was loaded before or has been fetched."""
-        if name in self.registry.known_names:
-            return True
-        return bool(BUNDLE_NAME.fullmatch(name)) and await asyncio.to_thread(has_bundle, name)
 
     @translate_errors
     async def ServerMetadata(
@@ -204,7 +188,8 @@ class OipService(TritonExtensions):
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
         arrival, remaining_s = arrival_and_deadline(context)
-        model = self.registry.vision_model(request.model_name, request.model_version)
+        name, version = request.model_name, request.model_version
+        model = self.registry.vision_model(name, version, instead="ModelStreamInfer")
         try:
             outputs = images.read_outputs(request, model)
             default_us = model.bundle.manifest.default_budget_us

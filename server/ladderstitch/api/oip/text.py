@@ -31,11 +31,11 @@ from ladderstitch.oip import model_config_pb2
 from ladderstitch.scheduling.requests import (
     GenerationRequest,
     GenerationUsage,
-    Sampling,
     TokenBudget,
     TokenChunk,
     check_id,
 )
+from ladderstitch.scheduling.sampling import Sampling
 
 INPUT, TEXT_OUTPUT, TOKEN_OUTPUT = "text_input", "text_output", "token_id"
 MAX_DIMENSIONS = 8

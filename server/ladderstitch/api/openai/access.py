@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -12,8 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ladderstitch.api.auth import AuthInterceptor
-from ladderstitch.api.openai.body import BodyRejected
-from ladderstitch.api.openai.responses import ERROR_TYPES, error_response
+from ladderstitch.api.openai.errors import ERROR_TYPES, BodyRejected, error_response
 from ladderstitch.errors import Overloaded, RequestError
 
 HEALTH_PATH = "/health"
@@ -38,8 +37,13 @@ class AccessMiddleware:
         max_body_bytes: Callable[[], int],
         body_timeout_s: float,
         max_unfinished: int,
+        open_paths: Collection[str] = (),
     ) -> None:
-        """Admit requests by `auth`, and at most `max_unfinished` bodies that are arriving."""
+        """Admit requests by `auth`, and at most `max_unfinished` bodies that are arriving.
+
+        `open_paths` are those of files without any data, which need no token.
+        """
+        self._open_paths = open_paths
         self._app, self._auth = app, auth
         self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
         self._max_unfinished, self._unfinished = max_unfinished, 0
@@ -71,7 +75,8 @@ class AccessMiddleware:
         """Check the token, and count the request as in flight."""
         if scope.get("state", {}).get(OVER_LIMIT):
             raise Overloaded("expected fewer open connections, got one too many", RETRY_AFTER_S)
-        if self._auth is not None:
+        is_open = scope["path"] in self._open_paths and scope["method"] in ("GET", "HEAD")
+        if self._auth is not None and not is_open:
             token = self._auth.authorize(headers.items(), "inference")
             in_flight.enter_context(self._auth.limiter.acquire(token))
 

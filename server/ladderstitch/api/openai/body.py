@@ -12,6 +12,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
+from ladderstitch.api.openai.errors import BodyRejected
 from ladderstitch.errors import InvalidArgument
 from ladderstitch.hosting.registry import MAX_CHARACTERS_PER_TOKEN, ModelRegistry
 
@@ -25,14 +26,6 @@ SMALL_BYTES = 16 << 10
 """Size up to which a body is parsed at once, which takes about a millisecond."""
 MAX_VALUES = 10_000
 """Maximum number of values of a body other than token ids."""
-
-
-class BodyRejected(Exception):
-    """A body that is refused with an HTTP status before any field of it is known."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class _InterruptibleDecoder(json.JSONDecoder):

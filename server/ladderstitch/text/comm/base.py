@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from pydantic import BaseModel, Field
-from torch import Tensor
 
 from ladderstitch.errors import LadderstitchError
+
+if TYPE_CHECKING:  # configurations are read where torch is not imported
+    from torch import Tensor
 
 Work: TypeAlias = Any
 """A communicator's handle of a reduction in flight; it is valid for one `wait`."""

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ladderstitch.security.listen_config import join_address
+from ladderstitch.addresses import join_address
 from ladderstitch.text.comm.base import PeerLost, Work
 
 TIMEOUT = timedelta(seconds=60)

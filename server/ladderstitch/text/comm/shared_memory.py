@@ -84,7 +84,10 @@ def create_shared_file(size: int, purpose: str) -> Path:
 def _create_file(path: Path, size: int) -> None:
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
-        os.posix_fallocate(descriptor, 0, size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:  # macOS: the memory is reserved when it is written
+            os.ftruncate(descriptor, size)
     except OSError:
         path.unlink()
         raise

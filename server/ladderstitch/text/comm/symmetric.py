@@ -91,7 +91,10 @@ def open_symmetric_memory(
 
 
 class SymmetricCommunicator:
-    """One rank's end of a `SymmetricRegion`, for partials [.., width] of at most `rows` rows."""
+    """One rank's end of a `SymmetricRegion`, for partials of at most `rows` rows.
+
+    A partial has at most `width` columns; each may have another number of them.
+    """
 
     def __init__(
         self,
@@ -132,7 +135,7 @@ class SymmetricCommunicator:
         """Return the sum; raises `PeerLost` after an abort."""
         shape, total = work
         if total is None:
-            total = wait_sum(shape.numel() // shape[-1], self._exchange)
+            total = wait_sum(shape.numel() // shape[-1], self._exchange, shape[-1])
         self._check_aborted()
         summed: Tensor = total.view(shape)
         return summed

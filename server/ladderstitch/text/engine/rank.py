@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ladderstitch.addresses import split_address
 from ladderstitch.runtime.cuda_graphs import CudaGraphs
 from ladderstitch.runtime.device import use_device
 from ladderstitch.runtime.process import trim_heap
-from ladderstitch.security.listen_config import split_address
 from ladderstitch.text.comm.base import (
     CommSpec,
     Communicator,
@@ -48,10 +48,10 @@ from ladderstitch.text.messages import (
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch, find_sequences, select_rows
 from ladderstitch.text.model.graphed_decoder import GraphedDecoder, StepOutput, compute_step
-from ladderstitch.text.model.residual import LayerPlan, plan_layers
+from ladderstitch.text.model.residual import LayerPlan
 from ladderstitch.text.model.segments import SegmentedTransformer
 from ladderstitch.text.model.shard import Shard
-from ladderstitch.text.model.stitched import StitchedPath
+from ladderstitch.text.model.stitched import FamilyPath
 from ladderstitch.text.model.stitched_segments import SegmentedPath
 from ladderstitch.text.model.transformer import Transformer
 
@@ -115,7 +115,7 @@ class Rank:
     def _boundary_bytes(self) -> int:
         """The memory of the streams from which a family's keys are translated, in bytes."""
         first = self.models[0]
-        return first.model.boundaries.bytes if isinstance(first, StitchedPath) else 0
+        return first.model.boundaries.bytes if isinstance(first, FamilyPath) else 0
 
     def init_comm(self, spec: CommSpec, listener: socket.socket) -> None:
         """Close the old communicator, if any, and connect to the peers with a new one."""
@@ -127,10 +127,10 @@ class Rank:
         self.comm = comm
         self.path_plans = [
             (
-                plan_layers(residual, config.model.layers, config.ranks),
+                config.plans(path),
                 silent if residual.scheme == "no_communication" else comm,
             )
-            for residual in config.paths
+            for path, residual in enumerate(config.paths)
         ]
         self._capture_graphs()
 
@@ -180,22 +180,23 @@ class Rank:
     def _translate(self, translation: Translation) -> None:
         """Fill the planes that the target path of a translation reads."""
         config, model = self.rank_config, self.models[translation.target]
-        if not isinstance(model, StitchedPath):
+        if not isinstance(model, FamilyPath):
             return  # all paths of other models write the same planes
-        tokens = SequenceInput(
-            translation.tokens, translation.start, translation.blocks, LogitsMode.NONE
-        )
-        batch = Batch(Step((tokens,)), config.block_tokens, config.device)
         source, target = (
             config.path_routes[path] for path in (translation.source, translation.target)
         )
-        comm = self.path_plans[translation.target][1]
-        model.model.translate(batch, self.cache, source, target, comm)
+        comm, size = self.path_plans[translation.target][1], config.max_batched_tokens
+        for begin in range(0, len(translation.tokens), size):  # a partial must fit the link
+            part = translation.tokens[begin : begin + size]
+            start = translation.start + begin
+            tokens = SequenceInput(part, start, translation.blocks, LogitsMode.NONE)
+            batch = Batch(Step((tokens,)), config.block_tokens, config.device)
+            model.model.translate(batch, self.cache, source, target, comm)
 
     def _write_through(self, path: int, batch: Batch) -> None:
         """Fill the planes that the path of a batch does not write."""
         model, comm = self.models[path], self.path_plans[path][1]
-        if isinstance(model, StitchedPath):
+        if isinstance(model, FamilyPath):
             model.model.translate_all(batch, self.cache, model.route, comm)
 
     def _capture_graphs(self) -> None:
@@ -204,7 +205,11 @@ class Rank:
         A path whose capture fails runs kernel by kernel.
         """
         config = self.rank_config
-        reads_spans = config.model.windowed_layers or config.model.attention_softcap
+        reads_spans = (
+            config.model.windowed_layers
+            or config.model.attention_softcap
+            or config.model.alibi_bias_max
+        )
         if not self.cache.uses_kernels or config.ranks > 1 or reads_spans or config.anchors:
             return
         backend = CudaGraphs()
@@ -244,7 +249,9 @@ class Rank:
 
 
 def anonymous_bytes() -> int:
-    """Return the resident memory of this process that no file backs, in bytes."""
+    """Return the resident memory of this process that no file backs, in bytes; 0 if unknown."""
+    if sys.platform != "linux":
+        return 0
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
@@ -285,7 +292,7 @@ def create_communicator(
                 listener.close()
             device = torch.device(config.device)
             memory = open_symmetric_memory(spec.path, spec.store, shard.rank, shard.ranks, device)
-            rows, width = config.max_batched_tokens, config.model.hidden_size
+            rows, width = config.max_batched_tokens, config.family.width
             return SymmetricCommunicator(memory, spec.path, rows, width, config.torch_dtype, device)
         case SingleSpec():
             return SingleRankCommunicator()

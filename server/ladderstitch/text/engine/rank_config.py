@@ -30,7 +30,7 @@ from ladderstitch.text.engine.liveness import Liveness
 from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.family import DecoderFamily, Route
 from ladderstitch.text.model.family_weights import family_shapes
-from ladderstitch.text.model.residual import ResidualScheme
+from ladderstitch.text.model.residual import LayerPlan, ResidualScheme, narrow_plans, plan_layers
 from ladderstitch.text.model.weight_reader import RandomWeights, Weights
 from ladderstitch.text.model.weights import expected_shapes
 
@@ -57,6 +57,9 @@ class RankConfig(BaseModel):
     )
     routes: tuple[Route, ...] = Field(
         (), description="the route of each path; empty: all paths run all layers of `model`"
+    )
+    ffn_widths: tuple[tuple[int, ...], ...] = Field(
+        (), description="columns of each path's MLPs, by layer or for all; empty: all columns"
     )
     bundle: Path | None = None
     shared_norm: bool = False
@@ -86,6 +89,7 @@ class RankConfig(BaseModel):
                 "precisions": bundle.precisions(),
                 "anchors": manifest.anchors,
                 "routes": tuple(v.route for v in manifest.variants) if manifest.anchors else (),
+                "ffn_widths": bundle.ffn_widths(),
                 "bundle": bundle.path.resolve(),
                 "shared_norm": bundle.shared_norm,
                 "max_model_len": manifest.config.max_positions,
@@ -101,6 +105,11 @@ class RankConfig(BaseModel):
             raise ValueError(f"precisions: expected {len(self.paths)}, got {len(self.precisions)}")
         if len(self.routes) not in (0, len(self.paths)):
             raise ValueError(f"routes: expected {len(self.paths)}, got {len(self.routes)}")
+        if len(self.ffn_widths) not in (0, len(self.paths)):
+            raise ValueError(f"ffn_widths: expected {len(self.paths)}, got {len(self.ffn_widths)}")
+        for widths in self.ffn_widths:
+            if (problem := self.model.find_width_problem(widths)) is not None:
+                raise ValueError(problem)
         if any(self.precisions) and self.device != "cpu":
             raise ValueError(
                 f"device: expected cpu, the only one for int8 and int4 paths, got {self.device}"
@@ -122,6 +131,12 @@ class RankConfig(BaseModel):
         """The route of each path."""
         return self.routes or ((),) * len(self.paths)
 
+    def plans(self, path: int) -> tuple[LayerPlan, ...]:
+        """Return the plan of each layer of a path; raises `ConfigError` if it does not fit."""
+        plans = plan_layers(self.paths[path], self.family.deepest, self.ranks)
+        widths = self.ffn_widths[path] if self.ffn_widths else ()
+        return narrow_plans(plans, widths, self.model.intermediate_size)
+
     @property
     def family(self) -> DecoderFamily:
         """All anchors."""
@@ -129,7 +144,7 @@ class RankConfig(BaseModel):
 
     @property
     def alternatives(self) -> tuple[frozenset[int], ...]:
-        """By path: those that differ in precision only, itself included.
+        """By path: those that differ in precision or in the widths of MLPs only, itself included.
 
         A sequence may change between them from one token to the next.
         """
@@ -166,7 +181,7 @@ class RankConfig(BaseModel):
     @property
     def partial_bytes(self) -> int:
         """The size of the largest partial that ranks exchange: [max_batched_tokens, D]."""
-        return self.max_batched_tokens * self.model.hidden_size * self.cache_dtype.itemsize
+        return self.max_batched_tokens * self.family.width * self.cache_dtype.itemsize
 
     def weights(self) -> Weights:
         """Return the weights of the bundle, or random weights if there is no bundle.

@@ -17,6 +17,7 @@ from ladderstitch.text.model.segments import SEGMENT_SCHEMES, SegmentedTransform
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.stitched import (
     BoundaryCache,
+    FamilyPath,
     StitchedModel,
     StitchedPath,
     load_maps,
@@ -36,37 +37,46 @@ from ladderstitch.text.model.weights import LayerWeights, RankWeights, load_laye
 
 MAX_GRAPH_BYTES = 1 << 30
 """Largest float32 head in a graph, whose serialised form is limited to 2 GiB."""
-RankModel = Transformer | SegmentedTransformer | StitchedPath
+RankModel = Transformer | SegmentedTransformer | FamilyPath
 """A model of one rank; all kinds have the same `forward`."""
 
 
 def load_family(config: RankConfig, shard: Shard) -> list[RankModel]:
-    """Return one rank's model of every path of a family; all share anchors and stitching layers."""
+    """Return one rank's model of every path of a family; all share anchors and stitching layers.
+
+    In float32 on one rank of a CPU, ONNX Runtime computes the layers and translates the cache, and
+    its sessions hold all weights but the embeddings, which files back. Elsewhere torch does.
+    """
     reader, family = config.weights(), config.family
+    parts = anchor_weights(reader, len(family.anchors))
     shards = [Shard.of(anchor, shard.rank, shard.ranks) for anchor in family.anchors]
     configs = [anchor.limited_to(config.max_model_len) for anchor in family.anchors]
     weights = [
         load_rank(part, anchor, own, config.torch_dtype, config.device)
-        for anchor, part, own in zip(
-            family.anchors, anchor_weights(reader, len(family.anchors)), shards, strict=True
-        )
-    ]
-    anchors = [
-        Transformer(anchor, held, own, config.threads, family.plane_number(number))
-        for number, (anchor, held, own) in enumerate(zip(configs, weights, shards, strict=True))
+        for anchor, part, own in zip(family.anchors, parts, shards, strict=True)
     ]
     maps = load_maps(stitch_weights(reader), family, config.torch_dtype, config.device)
     slots = config.blocks * config.block_tokens
     boundaries = BoundaryCache(family, slots, config.torch_dtype, config.device)
-    model = StitchedModel(family, anchors, maps, boundaries)
     if (config.dtype, config.device, config.ranks) != ("float32", "cpu", 1):
+        anchors = [
+            Transformer(anchor, held, own, config.threads, family.plane_number(number))
+            for number, (anchor, held, own) in enumerate(zip(configs, weights, shards, strict=True))
+        ]
+        model = StitchedModel(family, anchors, maps, boundaries)
         return [StitchedPath(model, route) for route in config.path_routes]
     segmented = [
-        SegmentedTransformer(anchor, held, config.threads, lagged=True)
-        for anchor, held in zip(configs, weights, strict=True)
+        SegmentedTransformer(
+            anchor,
+            held,
+            config.threads,
+            lagged=True,
+            embedding=part.read(EMBEDDING, own.vocabulary),
+        )
+        for anchor, held, part, own in zip(configs, weights, parts, shards, strict=True)
     ]
-    segments = FamilySegments(segmented, weights, maps, config.threads)
-    return [SegmentedPath(model, route, segments) for route in config.path_routes]
+    segments = FamilySegments(family, segmented, weights, maps, boundaries, config.threads)
+    return [SegmentedPath(segments, route) for route in config.path_routes]
 
 
 def load_models(

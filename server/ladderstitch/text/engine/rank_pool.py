@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ladderstitch.addresses import join_address, split_address
 from ladderstitch.errors import LadderstitchError
-from ladderstitch.security.listen_config import join_address, split_address
 from ladderstitch.text.engine.rank_handle import Launcher, RankHandle, RankProcess
 from ladderstitch.text.messages import Kind, read_message
 

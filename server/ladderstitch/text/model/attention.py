@@ -45,12 +45,17 @@ class PagedCache:
         self._memory = torch.zeros(shape, dtype=dtype, device=device)
         self._layers = [(layer[0], layer[1]) for layer in self._memory.unbind(0)]
         self.block_tokens = block_tokens
+        self._slopes: Tensor | None = None
+        if config.alibi_slopes is not None:
+            slopes = config.alibi_slopes[shard.heads.start : shard.heads.stop]
+            self._slopes = torch.tensor(slopes, device=device)
         self._attentions: dict[int, OnnxAttention] = {}
         self._arrays: list[tuple[Array, Array]] = []
         if self._memory.device.type == "cpu" and dtype == torch.float32:
             softcap = config.attention_softcap or 0.0
+            per_head = None if self._slopes is None else self._slopes.numpy()
             self._attentions = {
-                heads: OnnxAttention(heads, kv_heads, config.head_dim, threads, softcap)
+                heads: OnnxAttention(heads, kv_heads, config.head_dim, threads, softcap, per_head)
                 for heads in {len(shard.heads), *query_heads}
             }
             self._arrays = [(keys, values) for keys, values in self._memory.flatten(3).numpy()]
@@ -111,7 +116,8 @@ class PagedCache:
         It is computed in the cache's dtype, which paths of other dtypes share.
         """
         (keys, values), window = self._layers[layer], self._windows[layer]
-        is_plain = window is None and self._softcap is None
+        has_plain_scores = self._softcap is None and self._slopes is None
+        is_plain = window is None and has_plain_scores
         if self.uses_kernels and batch.is_decode_only and is_plain:
             from ladderstitch_kernels.ops.decode_attention import paged_decode_attention
 
@@ -125,10 +131,10 @@ class PagedCache:
         for span in batch.sequences(window):
             part = q[span.begin : span.end].to(keys.dtype)
             k, v = keys[span.slots], values[span.slots]
-            if self._softcap is None:
+            if has_plain_scores:
                 parts.append(_attend_span(part, k, v, span))
             else:
-                parts.append(_attend_capped(part, k, v, span, self._softcap))
+                parts.append(_attend_by_scores(part, k, v, span, self._softcap, self._slopes))
         return torch.cat(parts).to(q.dtype)
 
     def _pages(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -157,11 +163,20 @@ def _attend_span(q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
     return mixed[0].transpose(0, 1)
 
 
-def _attend_capped(q: Tensor, k: Tensor, v: Tensor, span: Span, softcap: float) -> Tensor:
-    """Return the attention as `_attend_span` does, with capped scores, in float32."""
+def _attend_by_scores(
+    q: Tensor, k: Tensor, v: Tensor, span: Span, softcap: float | None, slopes: Tensor | None
+) -> Tensor:
+    """Return the attention as `_attend_span` does, in float32.
+
+    Scores are capped, and lose `slopes` [H_r] per token of distance.
+    """
     tokens, heads, width = q.shape
     grouped = q.float().view(tokens, k.shape[1], -1, width)
     scores = soft_cap(torch.einsum("tkgd,skd->kgts", grouped, k.float()) * width**-0.5, softcap)
+    if slopes is not None:
+        places = torch.arange(1 - len(k), 1, device=q.device)
+        ago = places - places[-tokens:, None]  # [T, S], at most 0 for what a token sees
+        scores = scores + slopes.view(k.shape[1], -1, 1, 1) * ago
     mask = span.mask
     if mask is None and tokens > 1:
         mask = torch.ones(tokens, len(k), dtype=torch.bool, device=q.device).tril()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -92,6 +93,17 @@ class DecoderConfig(BaseModel):
         None, gt=0, description="rotary base of windowed layers, unscaled; unset: as the others"
     )
     unrotated_layers: tuple[int, ...] = ()
+    alibi_bias_max: float | None = Field(
+        None,
+        gt=0,
+        description="ALiBi (arXiv 2108.12409) in place of RoPE: head i of H subtracts "
+        "2 ** -(i * alibi_bias_max / H) per token of distance from its scores",
+    )
+    nested_ffn: tuple[int, ...] = Field(
+        (),
+        description="ascending widths below intermediate_size: paths may run that many of the "
+        "first columns of an MLP (MatFormer, arXiv 2310.07707)",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DecoderConfig:
@@ -107,6 +119,12 @@ class DecoderConfig(BaseModel):
         for name in ("windowed_layers", "unrotated_layers"):
             if wrong := [n for n in getattr(self, name) if not 0 <= n < self.layers]:
                 raise ValueError(f"{name}: expected 0 to {self.layers - 1}, got {wrong}")
+        widths = (0, *self.nested_ffn, self.intermediate_size)
+        if any(later <= earlier for earlier, later in pairwise(widths)):
+            raise ValueError(
+                "nested_ffn: expected ascending widths from 1 to "
+                f"{self.intermediate_size - 1}, got {list(self.nested_ffn)}"
+            )
         return self
 
     @property
@@ -123,6 +141,8 @@ class DecoderConfig(BaseModel):
     @property
     def layer_rotations(self) -> Sequence[Literal["main", "windowed", "none"]]:
         """Of each layer: the rotary embedding of the model, that of windowed layers, or none."""
+        if self.alibi_bias_max is not None:
+            return ["none"] * self.layers
         own = self.windowed_layers if self.windowed_rope_theta is not None else ()
         return [
             "none" if n in self.unrotated_layers else "windowed" if n in own else "main"
@@ -136,6 +156,23 @@ class DecoderConfig(BaseModel):
         no cached key must be computed again.
         """
         return self.model_copy(update={"max_positions": min(positions, self.max_positions)})
+
+    def find_width_problem(self, widths: Sequence[int]) -> str | None:
+        """Return why MLPs of these widths, by layer or of all, do not fit; None if they do."""
+        known = [*self.nested_ffn, self.intermediate_size]
+        if len(widths) not in (0, 1, self.layers):
+            return f"ffn_widths: expected 1 or {self.layers} widths, got {len(widths)}"
+        if wrong := sorted(set(widths) - set(known)):
+            return f"ffn_widths: expected widths of {known}, got {wrong}"
+        return None
+
+    @property
+    def alibi_slopes(self) -> list[float] | None:
+        """Of each query head: what its scores lose per token of distance; None without ALiBi."""
+        if self.alibi_bias_max is None:
+            return None
+        step = self.alibi_bias_max / self.heads
+        return [2.0 ** -(step * head) for head in range(1, self.heads + 1)]
 
     def window_of(self, layer: int) -> int | None:
         """Return how many tokens a token of a layer sees, itself included; None: all before it."""

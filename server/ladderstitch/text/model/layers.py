@@ -6,27 +6,24 @@ heads of this rank, d head width, F_r feed-forward columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import functools
+from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladderstitch.runtime.linear import Matrix, Product, open_product
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import DecoderConfig
+from ladderstitch.text.model.mlp import Mlp, NarrowMlp
+from ladderstitch.text.model.products import matrix_for_kernels, open_biased
 from ladderstitch.text.model.query_key_norm import QueryKeyNorm, SumOverRanks
-from ladderstitch.text.model.residual import AffineMap, LayerPlan, ResidualStream
+from ladderstitch.text.model.residual import LayerPlan
+from ladderstitch.text.model.residual_stream import AffineMap, ResidualStream
 from ladderstitch.text.model.rotation import rotate
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.weights import LayerWeights
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
 
 
 class Norm:
@@ -121,35 +118,6 @@ def _sum_nothing(part: Tensor) -> Tensor:
     raise AssertionError("expected no norm of keys over all heads")
 
 
-class Mlp:
-    """The MLP over one rank's columns, SwiGLU or another: [T, D] -> [T, F_r].
-
-    The product with `output` [D, F_r] is this rank's partial [T, D].
-    """
-
-    def __init__(
-        self, weights: LayerWeights, threads: int, activation: str = "silu", *, gated: bool = True
-    ) -> None:
-        self.output_matrix = matrix_for_kernels(weights.down, weights.down_bias)
-        self.gate_up = open_biased(weights.gate_up, weights.gate_up_bias, threads)
-        self.output = open_biased(weights.down, weights.down_bias, threads)
-        self._activate, self._gated = ACTIVATIONS[activation], gated
-        on_gpu = isinstance(weights.down, Tensor) and weights.down.is_cuda
-        self.uses_kernels = on_gpu and gated and activation == "silu"
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return act(x @ gate.T) * (x @ up.T), or act(x @ up.T) without a gate, of x [T, D]."""
-        gate_up = self.gate_up(x)
-        if self.uses_kernels:
-            from ladderstitch_kernels.ops.swiglu import swiglu
-
-            return swiglu(gate_up)
-        if not self._gated:
-            return self._activate(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self._activate(gate) * up
-
-
 class Layer:
     """One decoder layer: attention, MLP, and up to four norms."""
 
@@ -161,6 +129,11 @@ class Layer:
 
         self.attention = Attention(number, weights, config, shard, threads)
         self.mlp = Mlp(weights, threads, config.activation, gated=config.gated)
+        self._narrow = {
+            width: NarrowMlp(weights, shard.num_first_columns(width), config)
+            for width in config.nested_ffn
+            if isinstance(weights.down, Tensor)
+        }
         self._attention_norm = norm(weights.attention_norm, weights.attention_norm_bias)
         self._mlp_norm = norm(weights.ffn_norm, weights.ffn_norm_bias)
         self._attention_output_norm = norm(weights.attention_output_norm)
@@ -179,11 +152,12 @@ class Layer:
 
         With `outgoing`, a stitching layer maps the stream after the layer.
         """
+        mlp = self.mlp_of(plan.ffn_width)
         x = _read(stream, plan.lag, self._attention_norm)
         mixed = self.attention(x, batch, rotation, cache, stream.sum_over_ranks)
         if plan.fused:
             y = x if self._mlp_norm is None else _read(stream, plan.lag, self._mlp_norm)
-            both = self.attention.output(mixed) + self.mlp.output(self.mlp(y))
+            both = self.attention.output(mixed) + mlp.output(mlp(y))
             if outgoing is None:
                 stream.add(both)
             else:
@@ -193,9 +167,30 @@ class Layer:
         _add(stream, self.attention, mixed, reduce[0], self._attention_output_norm)
         x = _read(stream, plan.lag, self._mlp_norm)
         if outgoing is not None:
-            stream.add_and_cross(self.mlp.output(self.mlp(x)), outgoing)
+            stream.add_and_cross(mlp.output(mlp(x)), outgoing)
             return
-        _add(stream, self.mlp, self.mlp(x), reduce[1], self._mlp_output_norm)
+        _add(stream, mlp, mlp(x), reduce[1], self._mlp_output_norm)
+
+    def mlp_of(self, width: int | None) -> Mlp | NarrowMlp:
+        """Return the MLP with the first `width` columns of all ranks; None: with all columns."""
+        return self.mlp if width is None else self._narrow[width]
+
+    def attend(
+        self,
+        stream: ResidualStream,
+        batch: Batch,
+        rotation: tuple[Tensor, Tensor],
+        cache: PagedCache,
+    ) -> Tensor:
+        """Return the attention's partial [T, D] for the complete stream, without adding it."""
+        x = _read(stream, 0, self._attention_norm)
+        mixed = self.attention(x, batch, rotation, cache, stream.sum_over_ranks)
+        return self.attention.output(mixed)
+
+    def transform(self, stream: ResidualStream, width: int | None) -> Tensor:
+        """Return the MLP's partial [T, D] for the complete stream, without adding it."""
+        mlp = self.mlp_of(width)
+        return mlp.output(mlp(_read(stream, 0, self._mlp_norm)))
 
     def append_keys(
         self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor], cache: PagedCache
@@ -205,18 +200,27 @@ class Layer:
         self.attention.append_keys_only(normed, batch, rotation, cache)
 
 
-def matrix_for_kernels(matrix: Matrix, bias: Tensor | None) -> Tensor | None:
-    """Return a matrix with which a kernel can multiply and send at once; None: it cannot.
+def run_group(
+    layers: Sequence[Layer],
+    plans: Sequence[LayerPlan],
+    stream: ResidualStream,
+    batch: Batch,
+    rotations: Sequence[tuple[Tensor, Tensor]],
+    cache: PagedCache,
+) -> None:
+    """Run layers as a group: all attentions read one stream and share one reduction, then all MLPs.
 
-    Low-bit matrices belong to their sessions alone, and the kernels add no bias.
+    `plans` and `rotations` have an entry for each layer. Norms of outputs are not supported.
     """
-    return matrix if isinstance(matrix, Tensor) and bias is None else None
-
-
-def open_biased(matrix: Matrix, bias: Tensor | None, threads: int) -> Product:
-    """Return the product with a matrix, plus the bias if there is one."""
-    product = open_product(matrix, threads)
-    return product if bias is None else lambda x: product(x) + bias
+    attended = [
+        layer.attend(stream, batch, rotation, cache)
+        for layer, rotation in zip(layers, rotations, strict=True)
+    ]
+    stream.add(functools.reduce(torch.add, attended))
+    transformed = [
+        layer.transform(stream, plan.ffn_width) for layer, plan in zip(layers, plans, strict=True)
+    ]
+    stream.add(functools.reduce(torch.add, transformed))
 
 
 def _read(stream: ResidualStream, lag: int, norm: Norm | None) -> Tensor:
@@ -230,7 +234,7 @@ def _read(stream: ResidualStream, lag: int, norm: Norm | None) -> Tensor:
 
 def _add(
     stream: ResidualStream,
-    block: Attention | Mlp,
+    block: Attention | Mlp | NarrowMlp,
     x: Tensor,
     reduce: bool | None,
     output_norm: Norm | None,

@@ -23,7 +23,7 @@ from ladderstitch.text.model.weight_reader import EMBEDDING, HEAD, Weights
 FINAL_NORM = "model.norm"
 IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 """Ends of the names of buffers that older checkpoints hold and no forward pass reads."""
-NamesOfLayout = Literal["llama", "gemma", "phi3", "gpt_neox", "falcon", "falcon_two_norms"]
+NamesOfLayout = Literal["llama", "gemma", "phi3", "gpt_neox", "falcon", "falcon_two_norms", "olmo"]
 Fused = Literal["blocks", "heads", "groups"]
 
 OUTPUT_NORMS = {
@@ -49,11 +49,25 @@ LAYER_NAMES: dict[NamesOfLayout, dict[str, str]] = {
     "falcon": FALCON,
     "falcon_two_norms": FALCON
     | {"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"},
+    "olmo": {
+        "self_attn.qkv": "att_proj",
+        "self_attn.o_proj": "attn_out",
+        "mlp.up_proj": "ff_proj",
+        "mlp.down_proj": "ff_out",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ff_norm",
+    },
 }
 """Names of a layer's parts that differ from Llama's; `qkv` and `gate_up` are fused matrices."""
 TOP_NAMES: dict[NamesOfLayout, tuple[str, str, str, str]] = {
     "gpt_neox": ("gpt_neox.layers", "gpt_neox.embed_in", "gpt_neox.final_layer_norm", "embed_out"),
     "falcon": ("transformer.h", "transformer.word_embeddings", "transformer.ln_f", "lm_head"),
+    "olmo": (
+        "transformer.blocks",
+        "transformer.wte",
+        "transformer.ln_f",
+        "transformer.ff_out",
+    ),
 }
 TOP_NAMES["falcon_two_norms"] = TOP_NAMES["falcon"]
 """Names of the layers, the embedding, the last norm and the head that differ from Llama's."""
@@ -172,12 +186,13 @@ class LaidOutWeights:
             heads = config.heads if name == "q" else config.kv_heads
             lanes = np.arange(d) if name == "v" else order
             starts, stored = self._head_starts(number), theirs + self._name("self_attn.qkv")
-            if "self_attn.qkv" not in LAYER_NAMES[layout.names]:
+            is_fused = "self_attn.qkv" in LAYER_NAMES[layout.names]
+            if not is_fused:
                 starts, stored = np.arange(heads) * d, f"{theirs}self_attn.{name}_proj"
             rows = (starts[:, None] + lanes).reshape(-1)
             factor = scale if name == "q" and not normed else 1.0
-            is_whole = stored.endswith("_proj") and np.array_equal(rows, np.arange(heads * d))
-            kept = None if is_whole and not stored.endswith("qkv_proj") else rows
+            is_whole = not is_fused and np.array_equal(rows, np.arange(heads * d))
+            kept = None if is_whole else rows
             for kind in ("weight", "bias"):
                 yield (
                     f"{ours}self_attn.{name}_proj.{kind}",

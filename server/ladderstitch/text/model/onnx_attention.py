@@ -17,6 +17,7 @@ from ladderstitch.runtime.graph_builder import GraphBuilder
 from ladderstitch.runtime.sessions import open_rank_session
 
 Array = NDArray[np.float32]
+BOOL, FLOAT = TensorProto.BOOL, TensorProto.FLOAT
 ArrayIndex = slice | NDArray[np.int64]
 """Slots of a cache; a slice if they are adjacent, with which indexing makes a view."""
 
@@ -45,13 +46,23 @@ class OnnxAttention:
     """Grouped-query attention with H query heads, K key/value heads and head width d."""
 
     def __init__(
-        self, heads: int, kv_heads: int, width: int, threads: int, softcap: float = 0.0
+        self,
+        heads: int,
+        kv_heads: int,
+        width: int,
+        threads: int,
+        softcap: float = 0.0,
+        slopes: Array | None = None,
     ) -> None:
-        """Open the graphs; scores s become softcap * tanh(s / softcap), unless that is 0."""
-        self._kv_heads, self._width = kv_heads, width
-        token = _graph(kv_heads, kv_heads, width, softcap, masked=False)
+        """Open the graphs; scores s become softcap * tanh(s / softcap), unless that is 0.
+
+        `slopes` [H] are what scores lose per token of distance (ALiBi).
+        """
+        self._kv_heads, self._width, self._slopes = kv_heads, width, slopes
+        biased = slopes is not None
+        token = _graph(kv_heads, kv_heads, width, softcap, FLOAT if biased else None)
         self._token = open_rank_session(token, threads)
-        chunk = _graph(heads, kv_heads, width, softcap, masked=True)
+        chunk = _graph(heads, kv_heads, width, softcap, FLOAT if biased else BOOL)
         self._chunk = open_rank_session(chunk, threads)
 
     def attend(self, index: CacheIndex, queries: Array, keys: Array, values: Array) -> Array:
@@ -74,7 +85,8 @@ class OnnxAttention:
         if sequence.mask is None:
             return self._attend_token(queries, k, v)
         q = np.ascontiguousarray(queries)
-        feeds = {"q": q, "k": k, "v": v, "mask": sequence.mask}
+        mask = sequence.mask if self._slopes is None else _bias(self._slopes, sequence.mask)
+        feeds = {"q": q, "k": k, "v": v, "mask": mask}
         attended: Array = self._chunk.run(("attended",), feeds)[0]
         return attended
 
@@ -88,16 +100,33 @@ class OnnxAttention:
         if (group := len(rows)) == 1:
             rows = rows.repeat(2, axis=0)
         q = np.ascontiguousarray(rows).reshape(1, len(rows), -1)
-        (attended,) = self._token.run(("attended",), {"q": q, "k": k, "v": v})
+        feeds = {"q": q, "k": k, "v": v}
+        if self._slopes is not None:
+            slopes = self._slopes.reshape(self._kv_heads, group)
+            slopes = slopes.repeat(len(rows) // group, axis=1)  # the row of a lone head is repeated
+            ago = np.arange(1 - k.shape[1], 1, dtype=np.float32)
+            feeds["mask"] = slopes[None, :, :, None] * ago
+        (attended,) = self._token.run(("attended",), feeds)
         heads = attended.reshape(-1, self._kv_heads, self._width)[:group].swapaxes(0, 1)
         return np.ascontiguousarray(heads).reshape(1, 1, -1)
 
 
-def _graph(heads: int, kv_heads: int, width: int, softcap: float, *, masked: bool) -> bytes:
+def _bias(slopes: Array, mask: NDArray[np.bool_]) -> Array:
+    """Return what is added to scores [1, H, T, S]: ALiBi where `mask` [T, S] is true, else -inf."""
+    rows, seen = mask.shape
+    ago = np.arange(1 - seen, 1, dtype=np.float32) - np.arange(1 - rows, 1)[:, None]
+    bias: Array = np.where(mask, slopes[:, None, None] * ago, -np.inf).astype(np.float32)[None]
+    return bias
+
+
+def _graph(
+    heads: int, kv_heads: int, width: int, softcap: float, mask: TensorProto.DataType | None
+) -> bytes:
     """Return the graph of the attention of T rows over all S tokens of their sequence.
 
-    Its inputs are q [1, T, H d], k and v [1, S, K d], and if `masked`, mask [T, S]: the positions
-    that each row sees.
+    Its inputs are q [1, T, H d], k and v [1, S, K d], and a mask of the type
+    `mask`, if any: [T, S] bool, the positions that each row sees, or [1, H, T, S] float, what is
+    added to scores.
     """
     graph = GraphBuilder()
     shapes: dict[str, Sequence[int | None]] = {
@@ -105,9 +134,10 @@ def _graph(heads: int, kv_heads: int, width: int, softcap: float, *, masked: boo
         "k": (1, None, kv_heads * width),
         "v": (1, None, kv_heads * width),
     }
-    inputs = {name: (TensorProto.FLOAT, shape) for name, shape in shapes.items()}
-    if masked:
-        inputs["mask"] = (TensorProto.BOOL, (None, None))
+    inputs = {name: (FLOAT, shape) for name, shape in shapes.items()}
+    if mask is not None:
+        shape: Sequence[int | None] = (None, None) if mask == BOOL else (1, heads, None, None)
+        inputs["mask"] = (mask, shape)
     (attended,) = graph.operator(
         "Attention", list(inputs), q_num_heads=heads, kv_num_heads=kv_heads, softcap=softcap
     )

@@ -32,7 +32,8 @@ from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.onnx_attention import Array
-from ladderstitch.text.model.residual import AffineMap, LayerPlan
+from ladderstitch.text.model.residual import LayerPlan
+from ladderstitch.text.model.residual_stream import AffineMap
 from ladderstitch.text.model.rotation import rotation_tables
 from ladderstitch.text.model.transformer import look_up
 from ladderstitch.text.model.weights import LayerWeights, RankWeights
@@ -71,7 +72,7 @@ class SegmentedTransformer:
         self.embedding = weights.embedding if embedding is None else embedding
         self.weight_bytes, self._stream = weights.bytes(), ("x", "p") if lagged else ("x",)
         self._outputs = (*(f"next_{name}" for name in self._stream), "qk", "v")
-        self._tables = dict(zip(("cosines", "sines"), _rotation_halves(config), strict=True))
+        self.tables = dict(zip(("cosines", "sines"), _rotation_halves(config), strict=True))
         self._first = open_rank_session(_first_segment(weights.layers[0], config), threads)
         self._segments = [
             open_rank_session(_segment(weights, layer, config, lagged=lagged), threads)
@@ -93,11 +94,16 @@ class SegmentedTransformer:
 
     def positions(self, batch: Batch) -> Arrays:
         """Return the positions of the new tokens, and the rotations of all positions."""
-        return {"positions": batch.positions.numpy()[None], **self._tables}
+        return {"positions": batch.positions.numpy()[None], **self.tables}
+
+    def embed(self, batch: Batch) -> Array:
+        """Return the embedding [T, D] of the new tokens."""
+        embedded: Array = look_up(self.embedding, batch.tokens).float().numpy()
+        return embedded
 
     def start(self, batch: Batch, positions: Arrays) -> tuple[Arrays, Projected]:
         """Return the stream before layer 0, and what its attention reads."""
-        x: Array = look_up(self.embedding, batch.tokens).float().numpy()[None]
+        x = self.embed(batch)[None]
         stream = {"x": x, "p": np.zeros_like(x)} if "p" in self._stream else {"x": x}
         qk, v = self._first.run(("qk", "v"), {"x": x, **positions})
         return stream, (qk, v)
@@ -145,7 +151,7 @@ class SegmentedTransformer:
         """Return the factors of p that the MLP of a layer and the sub-block after it read."""
         if "p" not in self._stream:
             return {}
-        following = plans[layer + 1].lag if layer + 1 < len(plans) else 0
+        following = plans[layer + 1].lag if layer + 1 < self.config.layers else 0
         return {"mlp_factor": FACTORS[plans[layer].lag], "next_factor": FACTORS[following]}
 
 

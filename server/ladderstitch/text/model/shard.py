@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ladderstitch.errors import ConfigError
 from ladderstitch.text.model.config import DecoderConfig
@@ -20,7 +21,8 @@ class Shard:
     ranks: int
     heads: range
     kv_heads: tuple[int, ...]
-    ffn: range
+    ffn: tuple[range, ...]
+    """Columns of the MLP: a part of each of the nested widths, so that all ranks have work."""
     vocabulary: range
 
     @classmethod
@@ -46,10 +48,17 @@ class Shard:
                 f"ranks: expected at most {config.kv_heads} (the KV heads) or a divisor of "
                 f"{config.heads} (the query heads), got {ranks}"
             )
-        ffn, vocabulary = (
-            _split(size, rank, ranks) for size in (config.intermediate_size, config.vocab_size)
-        )
-        return cls(rank, ranks, heads, kv_heads, ffn, vocabulary)
+        rows = _split(config.vocab_size, rank, ranks)
+        return cls(rank, ranks, heads, kv_heads, _split_ffn(config, rank, ranks), rows)
+
+    @property
+    def num_ffn_columns(self) -> int:
+        """The number of columns of an MLP on this rank."""
+        return sum(map(len, self.ffn))
+
+    def num_first_columns(self, width: int) -> int:
+        """Return how many of this rank's columns, its first ones, are below `width` of all."""
+        return sum(len(part) for part in self.ffn if part.stop <= width)
 
     def owned_kv_heads(self, config: DecoderConfig) -> list[bool]:
         """Return of each head in `kv_heads` whether it counts here in a sum over all ranks.
@@ -68,6 +77,15 @@ def _split(size: int, rank: int, ranks: int) -> range:
     share, rest = divmod(size, ranks)
     start = rank * share + min(rank, rest)
     return range(start, start + share + (rank < rest))
+
+
+def _split_ffn(config: DecoderConfig, rank: int, ranks: int) -> tuple[range, ...]:
+    """Return the rank's part of the columns between each nested width and the next one."""
+    parts = []
+    for begin, end in pairwise((0, *config.nested_ffn, config.intermediate_size)):
+        part = _split(end - begin, rank, ranks)
+        parts.append(range(begin + part.start, begin + part.stop))
+    return tuple(parts)
 
 
 def _replicate_kv_heads(heads: range, group: int) -> tuple[int, ...]:

@@ -34,8 +34,9 @@ from ladderstitch.text.comm.base import Communicator
 from ladderstitch.text.model.attention import PagedCache, soft_cap
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.config import DecoderConfig
-from ladderstitch.text.model.layers import Layer, Norm
-from ladderstitch.text.model.residual import LayerPlan, ResidualStream
+from ladderstitch.text.model.layers import Layer, Norm, run_group
+from ladderstitch.text.model.residual import LayerPlan, split_groups
+from ladderstitch.text.model.residual_stream import ResidualStream
 from ladderstitch.text.model.rotation import rotation_tables
 from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.model.weights import RankWeights
@@ -86,8 +87,13 @@ class Transformer:
         """
         rotations = self.rotations(batch, cache)
         stream = ResidualStream(self.embed(batch.tokens, comm), comm)
-        for layer, plan, kind in zip(self.layers, plans, self.config.layer_rotations, strict=True):
-            layer(plan, stream, batch, rotations[kind], cache)
+        kinds = self.config.layer_rotations
+        for group in split_groups(range(len(self.layers)), plans):
+            layers, turns = [self.layers[n] for n in group], [rotations[kinds[n]] for n in group]
+            if len(group) > 1:
+                run_group(layers, [plans[n] for n in group], stream, batch, turns, cache)
+            else:
+                layers[0](plans[group[0]], stream, batch, turns[0], cache)
         return self.logits(stream, batch)
 
     def rotations(self, batch: Batch, cache: PagedCache) -> Mapping[str, tuple[Tensor, Tensor]]:

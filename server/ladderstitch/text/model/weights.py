@@ -228,7 +228,7 @@ class _LayerReader:
             ("self_attn.k_proj", kv_rows),
             ("self_attn.v_proj", kv_rows),
         ]
-        gate_up = [(f"mlp.{name}_proj", [shard.ffn]) for name in ("gate", "up")]
+        gate_up = [(f"mlp.{name}_proj", shard.ffn) for name in ("gate", "up")]
         gate_up = gate_up if config.gated else gate_up[1:]
         norms = _layer_norms(config, shared_norm=self.shared_norm)
 
@@ -240,7 +240,7 @@ class _LayerReader:
         return LayerWeights(
             attention_norm=norm("input_layernorm"),
             qkv=self._rows(qkv),
-            output=self._columns("self_attn.o_proj", queries),
+            output=self._columns("self_attn.o_proj", [queries]),
             ffn_norm=norm("post_attention_layernorm"),
             gate_up=self._rows(gate_up),
             down=self._columns("mlp.down_proj", shard.ffn),
@@ -284,11 +284,18 @@ class _LayerReader:
                 read = self.weights.read(self._name(f"{name}.weight"), rows=part)
                 fused[at : at + len(part)] = read
                 at += len(part)
-        return store(fused, self.bits, is_fine=self.bits == FINE_BITS)
+        return self._store(fused, self.bits, is_fine=self.bits == FINE_BITS)
 
-    def _columns(self, name: str, part: range) -> Matrix:
-        read = self.weights.read(self._name(f"{name}.weight"), columns=part)
-        return store(read.to(self.device, self.dtype).contiguous(), self.bits)
+    def _columns(self, name: str, parts: Sequence[range]) -> Matrix:
+        read = [self.weights.read(self._name(f"{name}.weight"), columns=part) for part in parts]
+        whole = read[0] if len(read) == 1 else torch.cat(read, dim=1)
+        return self._store(whole.to(self.device, self.dtype).contiguous(), self.bits)
+
+    def _store(self, matrix: Tensor, bits: int | None, *, is_fine: bool = False) -> Matrix:
+        """Return the matrix as products read it; slices of nested MLPs need plain tensors."""
+        if bits is None and self.config.nested_ffn:
+            return matrix
+        return store(matrix, bits, is_fine=is_fine)
 
     def _bias(self, parts: Parts) -> Tensor:
         read = [

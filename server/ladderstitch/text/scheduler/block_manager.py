@@ -203,9 +203,19 @@ class BlockTable:
         self._num_cached_blocks = 0
         self._caches = True
 
-    def allocate(self, manager: BlockManager, namespace_id: int, tokens: Sequence[int]) -> bool:
-        """Allocate blocks for all tokens, cached ones first; return False if too few are free."""
-        prefix = manager.match_prefix(namespace_id, tokens)
+    def allocate(
+        self,
+        manager: BlockManager,
+        namespace_id: int,
+        tokens: Sequence[int],
+        *,
+        reuse: bool = True,
+    ) -> bool:
+        """Allocate blocks for all tokens; return False if too few are free.
+
+        Cached ones come first, unless `reuse` is false.
+        """
+        prefix = manager.match_prefix(namespace_id, tokens if reuse else ())
         manager.share(prefix)
         num_blocks = manager.blocks_for(len(tokens)) - len(prefix.blocks)
         after = prefix.blocks[-1] if prefix.blocks else None

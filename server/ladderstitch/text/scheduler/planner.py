@@ -82,7 +82,7 @@ def plan_step(active: abc.Collection[Sequence], times: StepTimes, now: float) ->
     chunks = [ScheduledChunk(sequence, 1) for sequence in decoding]
     left = _prefill_tokens(variant, decoding, times, now) if prefilling else 0
     for sequence in prefilling:
-        num_tokens = min(sequence.num_pending, left)
+        num_tokens = min(sequence.num_pending, left, sequence.max_chunk_tokens)
         if num_tokens <= 0:
             break
         chunks.append(ScheduledChunk(sequence, num_tokens))

@@ -33,6 +33,7 @@ from ladderstitch.telemetry.model_metrics import (
 from ladderstitch.telemetry.statistics import Statistics
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.engine.rank_handle import RankLost
+from ladderstitch.text.grammars import GrammarCompiler
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.scheduler.block_manager import BlockManager
 from ladderstitch.text.scheduler.cache_changes import CacheChanges
@@ -48,7 +49,8 @@ from ladderstitch.text.scheduler.planner import (
     plan_step,
 )
 from ladderstitch.text.scheduler.queue import SequenceQueue
-from ladderstitch.text.scheduler.sequence import Sequence, TokenStream, non_finite_output
+from ladderstitch.text.scheduler.sampler import non_finite_output
+from ladderstitch.text.scheduler.sequence import Sequence, TokenStream
 from ladderstitch.text.scheduler.step_times import StepTimes, measure_steps, placeholder_profile
 from ladderstitch.text.scheduler.supervised_loop import SupervisedLoop
 from ladderstitch.text.scheduler.variant_changes import ChangeRules
@@ -91,6 +93,7 @@ class TextScheduler:
         self.cache_rules = CacheRules.of(config, switches, quality)
         self.group, self.tokenizer = group, tokenizer
         self.end_tokens = frozenset(end_tokens)
+        self.grammars = GrammarCompiler(tokenizer, self.end_tokens)
         self.variant_names = tuple(variant_names) or tuple(path.scheme for path in config.paths)
         self.block_manager = BlockManager(config.blocks, config.block_tokens)
         self.times = StepTimes(placeholder_profile(len(config.paths), config.max_batched_tokens))
@@ -160,12 +163,13 @@ class TextScheduler:
         return LoadReport((shared_s - alone_s,) * len(HORIZONS_S), request_s)
 
     async def measure(self) -> None:
-        """Measure the duration of steps; must be called before the first request.
+        """Measure the duration of steps, and prepare grammars, before the first request.
 
         Raises `RankLost` if a rank died.
         """
         self.times = await measure_steps(self.group, self.group.rank_config.max_batched_tokens)
         self.apply_settings(self.settings)
+        await asyncio.to_thread(self.grammars.prepare)
 
     def apply_settings(self, settings: SchedulerSettings) -> None:
         """Choose variants by these settings from now on.
@@ -337,14 +341,15 @@ class TextScheduler:
 
     def _deliver(self, executed: ExecutedStep) -> None:
         """Append the new tokens to their sequences; remove the sequences that end or fail."""
-        best, logits = iter(executed.output.best.tolist()), iter(executed.output.logits)
+        best, logits, num_rows = iter(executed.output.best.tolist()), executed.output.logits, 0
         both = zip(executed.plan.chunks, executed.step.inputs, strict=True)
         write_through: list[int] = []
         if executed.step.write_through:
             write_through = self.cache_rules.other_kinds(executed.plan.variant)
         for number, (chunk, step_input) in enumerate(both):
             token = next(best) if step_input.logits_mode == LogitsMode.BEST else None
-            row = next(logits) if step_input.logits_mode == LogitsMode.LAST else None
+            rows = logits[num_rows : num_rows + step_input.num_logits]
+            num_rows += step_input.num_logits
             sequence = chunk.sequence
             if sequence in self._apart:
                 self._apart.remove(sequence)
@@ -355,7 +360,7 @@ class TextScheduler:
                     raise non_finite_output()  # its blocks are not cached for others
                 sequence.mark_computed(self.block_manager, chunk.num_tokens, write_through)
                 if step_input.logits_mode != LogitsMode.NONE:
-                    sequence.append_token(token, row, executed.ended_at)
+                    sequence.append_token(token, rows if len(rows) else None, executed.ended_at)
             except Exception as error:
                 self._fail([sequence], _request_error("a sequence failed", error))
             if sequence.ended:
@@ -367,6 +372,9 @@ class TextScheduler:
         translations = executed.step.translations
         self._guarded.observe_translation(sum(len(t.tokens) for t in translations))
         translation_s = self._cache_changes.translation_s(translations, self.times)
+        if any(part.logits_mode == LogitsMode.ALL for part in executed.step.inputs):
+            self._guarded.observe_occupancy(self.occupancy)
+            return  # logits of all tokens take longer than other steps do
         seconds = max(seconds - translation_s, 0.1 * seconds)
         if self._last_step is not None:
             before, ended_at = self._last_step

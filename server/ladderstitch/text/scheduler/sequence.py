@@ -8,15 +8,7 @@ import time
 from collections import abc
 from dataclasses import replace
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ladderstitch.errors import (
-    ExpiredInCompute,
-    ExpiredInQueue,
-    NonFiniteOutput,
-    RequestError,
-)
+from ladderstitch.errors import ExpiredInCompute, ExpiredInQueue, RequestError
 from ladderstitch.scheduling.profiles import Quality, QualityTable
 from ladderstitch.scheduling.requests import (
     CacheUse,
@@ -24,7 +16,7 @@ from ladderstitch.scheduling.requests import (
     GenerationInfo,
     GenerationRequest,
     GenerationUsage,
-    Sampling,
+    PromptToken,
     TokenChunk,
     TokenSpan,
 )
@@ -34,9 +26,12 @@ from ladderstitch.text.messages import Logits, LogitsMode, SequenceInput, Transl
 from ladderstitch.text.scheduler.block_manager import BlockManager, BlockTable
 from ladderstitch.text.scheduler.cache_history import CacheHistory
 from ladderstitch.text.scheduler.cache_rules import CacheRules
+from ladderstitch.text.scheduler.sampler import TokenChooser, log_probabilities
 from ladderstitch.text.scheduler.step_times import token_deadline
 from ladderstitch.text.tokenizer import StoppableText, TextStream, TextTokenizer
 
+PROMPT_LOGPROB_TOKENS = 32
+"""Tokens of a prompt whose log probabilities are computed between two steps."""
 PACE_TOKENS = 16
 """Tokens in which an answer catches up with its budget per token, or uses up its lead."""
 
@@ -45,7 +40,8 @@ class Sequence:
     """A request with the tokens of its prompt and of its answer so far.
 
     A sequence that lost its blocks, to another sequence or because a rank died, is computed again
-    from its tokens and resumes. `variant` computes its next tokens and may change between them.
+    from its tokens and resumes, as one does that another replica began (`answered`). `variant`
+    computes its next tokens and may change between them.
     """
 
     def __init__(
@@ -61,16 +57,20 @@ class Sequence:
         self.request, self.variant = request, variant
         self.history = CacheHistory()
         self._rules, self._span_start = cache_rules, TokenSpan(variant, names[variant], 0)
-        self.tokens = list(request.tokens)
+        self.tokens = [*request.tokens, *request.answered]
         self.block_table = BlockTable()
         self.num_rank_losses = 0
         self.first_token_at: float | None = None
+        if request.first_token_s is not None:
+            self.first_token_at = request.arrival + request.first_token_s
         self.ended = False
         self._names, self._quality = names, quality
         self._spans: tuple[TokenSpan, ...] = ()
-        self._end_tokens = end_tokens
-        self._sampler = Sampler(request.sampling)
+        self._chooser = TokenChooser(request, end_tokens)
         self._text = StoppableText(TextStream(tokenizer, request.tokens), request.stop)
+        for index, token in enumerate(request.answered):
+            self._add_text(index, token)
+        self._prompt: list[PromptToken] = []
         self._started_at: float | None = None
         self._num_reused = 0
         self._chunks: asyncio.Queue[TokenChunk | RequestError] = asyncio.Queue()
@@ -84,6 +84,20 @@ class Sequence:
     def num_generated(self) -> int:
         """The number of tokens of the answer so far."""
         return len(self.tokens) - len(self.request.tokens)
+
+    @property
+    def max_chunk_tokens(self) -> int:
+        """The largest number of tokens that a step computes of it."""
+        return PROMPT_LOGPROB_TOKENS if self._reports_prompt else len(self.tokens)
+
+    @property
+    def _reports_prompt(self) -> bool:
+        """Whether log probabilities of tokens of the prompt are still to be computed."""
+        return (
+            self.request.prompt_logprobs is not None
+            and len(self._prompt) < len(self.request.tokens)
+            and not self.request.answered
+        )
 
     @property
     def started(self) -> bool:
@@ -134,7 +148,8 @@ class Sequence:
     def allocate_blocks(self, block_manager: BlockManager, now: float) -> bool:
         """Allocate blocks for all tokens, cached ones first; return False if too few are free."""
         namespace_id = block_manager.namespace((self.variant, self.request.tenant))
-        if not self.block_table.allocate(block_manager, namespace_id, self.tokens):
+        reuse = not self._reports_prompt
+        if not self.block_table.allocate(block_manager, namespace_id, self.tokens, reuse=reuse):
             return False
         self.history.clear()
         self.history.append(self.kind, self.block_table.num_computed)
@@ -147,6 +162,8 @@ class Sequence:
         start = self.block_table.num_computed
         end = start + num_tokens
         mode = self._logits_mode() if end == len(self.tokens) else LogitsMode.NONE
+        if self._reports_prompt:
+            mode = LogitsMode.ALL
         return SequenceInput(self.tokens[start:end], start, self.block_table.blocks, mode)
 
     def next_translations(self) -> list[Translation]:
@@ -198,30 +215,42 @@ class Sequence:
         self.block_table.num_computed = num_tokens
 
     def append_token(self, best: int | None, logits: Logits | None, now: float) -> None:
-        """Append `best`, or a token sampled from logits [V], and hand its chunk to the caller.
+        """Append `best`, or a token chosen from logits [T, V], and hand its chunk to the caller.
 
-        The sequence ends if the token is an end token, completes a stop string or is the last one
-        that the request allows. Raises `NonFiniteOutput` if a logit is infinite or NaN.
+        The logits are those after each of the T tokens that the step computed. Those of a prompt
+        are recorded if its log probabilities were requested; no token follows unless the step
+        computed the last one. The sequence ends if the token is an end token, completes a stop
+        string or the grammar, or is the last one that the request allows. Raises `NonFiniteOutput`
+        if a logit is infinite or NaN.
         """
-        token = best if best is not None else self._sample(logits)
+        if self._reports_prompt and logits is not None:
+            self._record_prompt(logits)
+            if self.num_pending:
+                return
+        last = None if logits is None else logits[-1]
+        token = best if best is not None else self._choose(last)
         if self.first_token_at is None:
             self.first_token_at = now
         index = self.num_generated
         self.tokens.append(token)
         self._count_token()
-        is_end_token = token in self._end_tokens
-        text = "" if is_end_token else self._text.add(token)
+        self._chooser.add(token)
+        is_end_token = token in self._chooser.end_tokens
+        text = "" if is_end_token else self._add_text(index, token)
         finish: FinishReason | None = None
-        if is_end_token or self._text.stopped:
+        if is_end_token or self._text.stopped or self._chooser.complete:
             finish = "stop"
         elif index + 1 == self.request.max_tokens:
             finish = "length"
         if finish is not None:
             text += self._text.finish()
             self.ended = True
-        logprob, alternatives = self._log_probabilities(token, logits)
+        logprob, alternatives = self._log_probabilities(token, last)
+        prompt = tuple(self._prompt) if index == 0 else ()
         self._chunks.put_nowait(
-            TokenChunk(index, token, text, self._info(), finish, logprob, alternatives)
+            TokenChunk(
+                index, token, text, self._info(), finish, logprob, alternatives, prompt=prompt
+            )
         )
 
     def fail(self, error: RequestError) -> None:
@@ -237,8 +266,12 @@ class Sequence:
         return chunk
 
     def _logits_mode(self) -> LogitsMode:
-        greedy = self.request.sampling.temperature == 0 and self.request.logprobs is None
-        return LogitsMode.BEST if greedy else LogitsMode.LAST
+        needs_logits = self._chooser.needs_logits or self.request.logprobs is not None
+        return LogitsMode.LAST if needs_logits else LogitsMode.BEST
+
+    def _add_text(self, index: int, token: int) -> str:
+        """Return the text that a token releases; stop texts count from `min_tokens` on."""
+        return self._text.add(token, may_stop=index + 1 >= self.request.min_tokens)
 
     def _info(self) -> GenerationInfo:
         assert self._started_at is not None, "set when its blocks were allocated"
@@ -256,9 +289,9 @@ class Sequence:
             earlier, last = list(self._spans), self._span_start
         self._spans = (*earlier, replace(last, num_tokens=last.num_tokens + 1))
 
-    def _sample(self, logits: Logits | None) -> int:
-        assert logits is not None, "the logits mode is LAST"
-        return self._sampler.pick(logits)
+    def _choose(self, logits: Logits | None) -> int:
+        assert logits is not None, "the logits mode is LAST or ALL"
+        return self._chooser.choose(logits)
 
     def _log_probabilities(
         self, token: int, logits: Logits | None
@@ -266,60 +299,24 @@ class Sequence:
         """Return the token's natural log probability, and the likeliest (token, value) pairs."""
         if self.request.logprobs is None or logits is None:
             return None, ()
-        shifted = logits.astype(np.float64) - logits.max()
-        values = shifted - np.log(np.exp(shifted).sum())
-        k = min(self.request.logprobs, len(values))
-        top = np.argpartition(-values, k - 1)[:k] if k else np.array([], np.int64)
-        top = top[np.argsort(-values[top], kind="stable")]
-        return float(values[token]), tuple((int(t), float(values[t])) for t in top)
+        return log_probabilities(logits[None], [token], self.request.logprobs)[0]
 
-
-def non_finite_output() -> NonFiniteOutput:
-    """Return the error of a sequence whose keys, values or logits are not finite."""
-    return NonFiniteOutput(
-        "the model's logits or cached values for this request are infinite or NaN: the prompt or "
-        "the weights exceed the range of its number format"
-    )
-
-
-class Sampler:
-    """The token source of one answer; two samplers with the same seed pick the same tokens."""
-
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
-        self._random = np.random.default_rng(sampling.seed)
-
-    def pick(self, logits: NDArray[np.float32]) -> int:
-        """Return a token id, picked from logits [V].
-
-        Raises `NonFiniteOutput` if a logit is infinite or NaN.
-        """
-        if not np.isfinite(logits).all():
-            raise non_finite_output()
-        if self.sampling.temperature == 0:
-            return int(logits.argmax())
-        # The largest is 0, so that no temperature, however low, makes NaN: others become -inf.
-        shifted = logits.astype(np.float64) - float(logits.max())
-        with np.errstate(over="ignore", under="ignore"):
-            scaled = shifted / self.sampling.temperature
-            kept = self._candidates(scaled)
-            powers = np.exp(scaled[kept])
-        return int(self._random.choice(kept, p=powers / powers.sum()))
-
-    def _candidates(self, scaled: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Return the `top_k` most likely tokens, cut off at `top_p` of their probability mass.
-
-        The largest of `scaled` is 0. The tokens are in order of falling probability unless all of
-        them are kept.
-        """
-        k = min(self.sampling.top_k or len(scaled), len(scaled))
-        if k == len(scaled) and self.sampling.top_p == 1:
-            return np.arange(len(scaled))
-        best = np.argpartition(-scaled, k - 1)[:k]
-        best = best[np.argsort(-scaled[best], kind="stable")]
-        powers = np.exp(scaled[best])
-        mass_before = np.cumsum(powers) - powers
-        return best[mass_before < self.sampling.top_p * powers.sum()]
+    def _record_prompt(self, logits: Logits) -> None:
+        """Record the log probabilities of the tokens after those with logits [T, V]."""
+        tokens, count = self.request.tokens, self.request.prompt_logprobs
+        assert count is not None, "checked by the caller"
+        end = self.block_table.num_computed
+        begin = end - len(logits)
+        if not self._prompt:
+            self._prompt.append(PromptToken(tokens[0]))
+        rows = range(max(begin, len(self._prompt) - 1), min(end, len(tokens) - 1))
+        following = [tokens[row + 1] for row in rows]
+        if rows:
+            chosen = logits[rows[0] - begin : rows[-1] + 1 - begin]
+            for token, (value, top) in zip(
+                following, log_probabilities(chosen, following, count), strict=True
+            ):
+                self._prompt.append(PromptToken(token, value, top))
 
 
 class TokenStream:
@@ -390,6 +387,8 @@ class TokenStream:
         if chunk.index == 0:
             self._first_at = now
             self._observer.observe_first_token(chunk.answer.queue_s, now - arrival)
+        elif not self._last_at:  # another replica sent the first token
+            self._first_at = self._sequence.first_token_at or now
         else:
             self._observer.observe_next_token(now - self._last_at)
         self._last_at = now

@@ -83,15 +83,36 @@ def calibrate(
         variants=qualities,
     )
     (bundle.path / "quality.json").write_text(table.model_dump_json(indent=1) + "\n")
+    _write_switches(bundle, runner, tokens, sample, text.name, progress)
+    return table
+
+
+def add_switches(bundle: TextBundle, text: Path, threads: int, progress: Progress) -> None:
+    """Measure the changes of path of a bundle on a held-out text, as `calibrate` does."""
+    runner, tokens = open_runner(bundle, threads), read_tokens(text, bundle.tokenizer())
+    _write_switches(bundle, runner, tokens, DEFAULT_SAMPLE, text.name, progress)
+
+
+def _write_switches(
+    bundle: TextBundle,
+    runner: PathRunner,
+    tokens: Tensor,
+    sample: Sample,
+    data: str,
+    progress: Progress,
+) -> None:
+    """Measure changes between paths that write different keys and values, on tokens [T].
+
+    They are written to the bundle's `switches.json`, if there are any. `data` names the text.
+    """
     kinds = {
         number: min(runner.config.alternatives[number])
         for number, variant in enumerate(bundle.manifest.variants)
         if not variant.by_name  # budgets do not choose it
     }
     if len(set(kinds.values())) > 1:
-        switches = _measure_switches(runner, kinds, tokens, sample, text.name, progress)
+        switches = _measure_switches(runner, kinds, tokens, sample, data, progress)
         (bundle.path / SWITCHES).write_text(switches.model_dump_json(indent=1) + "\n")
-    return table
 
 
 def open_runner(bundle: TextBundle, threads: int) -> PathRunner:
@@ -132,14 +153,15 @@ def _measure_switches(
 def add_precision(bundle: TextBundle, precision: LowBitPrecision) -> TextBundle:
     """Return the bundle with a form in this precision of every path that has none of its own.
 
-    The new paths must be calibrated before `write_paths`. Raises `ConfigError` if they exist.
+    Paths with narrower MLPs get none: low-bit matrices have no slices. The new paths must be
+    calibrated before `write_paths`. Raises `ConfigError` if they exist.
     """
     present = bundle.manifest.variants
     names = {variant.name for variant in present}
     added = tuple(
         variant.model_copy(update={"name": f"{variant.name}-{precision}", "precision": precision})
         for variant in present
-        if variant.precision is None
+        if variant.precision is None and not variant.ffn_widths
     )
     if twice := sorted(names & {variant.name for variant in added}):
         raise ConfigError(f"precision: expected one that the bundle lacks, it has {twice}")

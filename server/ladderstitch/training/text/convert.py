@@ -1,4 +1,7 @@
-"""Convert a standard language model to a family: the model itself and a retrained ladder."""
+"""Convert a standard language model to a family: itself, and a retrained path of another scheme.
+
+The other scheme is the ladder or groups.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.weights import expected_shapes
 from ladderstitch.text.tokenizer import TextTokenizer
 from ladderstitch.training.text.distil import (
+    ConversionRecipe,
     Distillation,
-    LadderRecipe,
     create_adapters,
     delta_tensors,
     distil,
@@ -51,7 +54,7 @@ class Conversion:
     """
 
     source: TextBundle
-    recipe: LadderRecipe
+    recipe: ConversionRecipe
     text: Path
     held_out: Mapping[str, Path]
     into: Path
@@ -59,7 +62,7 @@ class Conversion:
 
 
 def convert(conversion: Conversion, progress: Progress) -> dict[str, object]:
-    """Retrain the ladder layers, write the bundle `into`, and return the report.
+    """Retrain the changed layers, write the bundle `into`, and return the report.
 
     The report has the qualities of all paths, before and after retraining. The conversion continues
     from the state in the folder `work`. Raises `ConfigError` for a source that is not a standard
@@ -69,16 +72,13 @@ def convert(conversion: Conversion, progress: Progress) -> dict[str, object]:
     config, started = source.manifest.config, time.monotonic()
     if source.manifest.variants[0].residual.scheme != STANDARD:
         raise ConfigError("source: expected a bundle whose first path is a standard model")
-    if recipe.ladder_layers > config.layers:
-        raise ConfigError(
-            f"ladder_layers: expected at most {config.layers}, got {recipe.ladder_layers}"
-        )
+    plan_layers(recipe.residual, config.layers, 1)  # raises for layers that the model lacks
     tokenizer = source.tokenizer()
     weights = source.weights()
     tensors = {name: weights.read(name).float() for name in expected_shapes(config)}
     adapters = create_adapters(
         expected_shapes(config),
-        range(config.layers - recipe.ladder_layers, config.layers),
+        recipe.changed_layers(config.layers),
         recipe.rank,
         recipe.seed,
     )
@@ -131,7 +131,7 @@ def _train(
     """Train the adapters in place, on a model with bfloat16 matrices."""
     config, recipe = conversion.source.manifest.config, conversion.recipe
     halved = {name: t.bfloat16() if t.dim() > 1 else t for name, t in tensors.items()}
-    plans = plan_layers(_ladder_scheme(recipe.ladder_layers), config.layers, 1)
+    plans = plan_layers(recipe.residual, config.layers, 1)
     model = TrainableLlama(config, halved)
     work = Distillation(model, plans, adapters, recipe, conversion.work)
     distil(work, prepare_targets(work, text, progress), progress)
@@ -144,14 +144,15 @@ def _measure(
     held_out: Mapping[str, Tensor],
     progress: Progress,
 ) -> dict[str, dict[str, Quality]]:
-    """Return the quality by data set and path: standard, untrained ladders, retrained ladder."""
+    """Return the quality by data set and path: standard, untrained, retrained."""
     recipe, layers = conversion.recipe, conversion.source.manifest.config.layers
-    untrained = sorted({*recipe.untrained, recipe.ladder_layers})
+    untrained = {f"ladder-{n}, untrained": _ladder_scheme(n) for n in sorted(recipe.untrained)}
+    untrained |= {f"{recipe.name}, untrained": recipe.residual}
     paths: dict[str, tuple[ResidualScheme, Mapping[str, LowRank] | None]] = {
         STANDARD: (ResidualScheme(), None)
     }
-    paths |= {f"ladder-{n}, untrained": (_ladder_scheme(n), None) for n in untrained}
-    paths[recipe.name] = (_ladder_scheme(recipe.ladder_layers), adapters)
+    paths |= {name: (residual, None) for name, residual in untrained.items()}
+    paths[recipe.name] = (recipe.residual, adapters)
     total = sum(len(text) for text in held_out.values()) * len(paths)
     task = progress.add_task("measuring", total=total)
     return {
@@ -187,8 +188,7 @@ def _write_bundle(
             shutil.copy2(file, into / file.name)
     delta = f"{recipe.name}.safetensors"
     save_file(delta_tensors(adapters), into / delta)
-    residual = _ladder_scheme(recipe.ladder_layers)
-    retrained = TextVariant(name=recipe.name, residual=residual, delta=delta)
+    retrained = TextVariant(name=recipe.name, residual=recipe.residual, delta=delta)
     earlier = [v for v in source.manifest.variants if v.name != recipe.name]
     known = source.quality.variants if source.quality else {}
     by_name = {v.name: known[n] for n, v in enumerate(source.manifest.variants) if n in known}

@@ -1,8 +1,8 @@
-"""Retrain ladder layers to predict what the standard model predicts (arXiv 1503.02531).
+"""Retrain layers of another scheme to predict what the standard model predicts (1503.02531).
 
-The layers below are equal in both models and never change. Their output is therefore computed once
-and stored on disk, together with the standard model's final hidden state. An epoch then runs the
-ladder layers only.
+The layers below the first of them are equal in both models and never change. Their output is
+therefore computed once and stored on disk, together with the standard model's final hidden state.
+An epoch then runs the other layers only.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.text.model.residual import LayerPlan, ResidualScheme, plan_layers
+from ladderstitch.text.model.residual import Groups, LayerPlan, ResidualScheme, plan_layers
 from ladderstitch.training.text.trainable_llama import LowRank, StreamState, TrainableLlama
 
 CHUNK = 256
@@ -38,13 +38,13 @@ class Distillation:
     model: TrainableLlama
     plans: Sequence[LayerPlan]
     adapters: Mapping[str, LowRank]
-    recipe: LadderRecipe
+    recipe: ConversionRecipe
     folder: Path
 
     @property
-    def first_ladder_layer(self) -> int:
-        """Number of the lowest ladder layer."""
-        return self.model.config.layers - self.recipe.ladder_layers
+    def first_layer(self) -> int:
+        """Number of the lowest layer of the new scheme."""
+        return self.recipe.changed_layers(self.model.config.layers)[0]
 
     def targets_file(self, number: int) -> Path:
         """Return the file with the inputs and targets of a batch."""
@@ -62,7 +62,7 @@ def prepare_targets(work: Distillation, text: Tensor, progress: Progress) -> int
     Batches whose file exists are skipped.
     """
     batches = torch.split(text[:, :-1], work.recipe.batch_windows)
-    layers, first = work.model.config.layers, work.first_ladder_layer
+    layers, first = work.model.config.layers, work.first_layer
     standard = plan_layers(ResidualScheme(), layers, 1)
     task = progress.add_task("predictions of the standard model", total=len(batches))
     for number, tokens in enumerate(batches):
@@ -112,9 +112,9 @@ def distil(work: Distillation, batches: int, progress: Progress) -> None:
 
 
 def _backward(work: Distillation, targets: Mapping[str, Tensor]) -> float:
-    """Accumulate the gradients of a batch; return its mean divergence KL(standard || ladder)."""
+    """Accumulate the gradients of a batch; return its mean divergence KL(standard || new)."""
     stream = StreamState(targets["lagged"].float(), targets["last"].float())
-    layers = range(work.first_ladder_layer, work.model.config.layers)
+    layers = range(work.first_layer, work.model.config.layers)
     with torch.autocast("cpu", torch.bfloat16):
         final = work.model.run(stream, layers, work.plans, work.adapters)
         hidden = work.model.final_hidden(final)
@@ -123,12 +123,12 @@ def _backward(work: Distillation, targets: Mapping[str, Tensor]) -> float:
     return total
 
 
-def divergence(ladder: Tensor, standard: Tensor, head: Tensor) -> tuple[float, Tensor]:
-    """Return the mean divergence KL(standard || ladder) in nats, and its gradient to `ladder`.
+def divergence(changed: Tensor, standard: Tensor, head: Tensor) -> tuple[float, Tensor]:
+    """Return the mean divergence KL(standard || changed) in nats, and its gradient to `changed`.
 
-    `ladder` and `standard` are final hidden states [B, T, D]; `head` is the output layer [V, D].
+    `changed` and `standard` are final hidden states [B, T, D]; `head` is the output layer [V, D].
     """
-    rows, standard_rows = ladder.flatten(0, -2), standard.flatten(0, -2)
+    rows, standard_rows = changed.flatten(0, -2), standard.flatten(0, -2)
     gradient, total = torch.empty_like(rows), 0.0
     for start in range(0, len(rows), CHUNK):
         part = rows[start : start + CHUNK].detach().requires_grad_()
@@ -144,7 +144,7 @@ def divergence(ladder: Tensor, standard: Tensor, head: Tensor) -> tuple[float, T
         assert part.grad is not None
         gradient[start : start + CHUNK] = part.grad
         total += loss.item()
-    return total, gradient.view(ladder.shape)
+    return total, gradient.view(changed.shape)
 
 
 def _rate_factor(step: int, total: int, warmup: int) -> float:
@@ -197,14 +197,17 @@ def delta_tensors(adapters: Mapping[str, LowRank]) -> dict[str, Tensor]:
     return tensors
 
 
-class LadderRecipe(BaseModel):
-    """The recipe of a conversion: the ladder layers, and the schedule of their retraining."""
+class ConversionRecipe(BaseModel):
+    """The recipe of a conversion: ladder layers or groups, and the schedule of their retraining."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="name of the new path")
-    ladder_layers: int = Field(
-        gt=0, description="number of ladder layers, counted from the last layer"
+    ladder_layers: int | None = Field(
+        None, gt=0, description="number of ladder layers, counted from the last layer"
+    )
+    groups: Groups | None = Field(
+        None, min_length=1, description="first layer and number of layers of each group"
     )
     rank: int = Field(32, gt=0, description="rank of the additions to the matrices of these layers")
     tokens: int = Field(gt=0, description="training tokens, the same in every epoch")
@@ -221,8 +224,31 @@ class LadderRecipe(BaseModel):
         (), description="ladder layer counts to measure without training, for comparison"
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> ConversionRecipe:
+        if (self.ladder_layers is None) == (self.groups is None):
+            raise ValueError("ladder_layers, groups: expected one of the two")
+        if self.groups is not None and all(size < 2 for _, size in self.groups):
+            raise ValueError(f"groups: expected one of at least 2 layers, got {self.groups}")
+        return self
+
+    @property
+    def residual(self) -> ResidualScheme:
+        """The residual scheme of the new path."""
+        if self.groups is not None:
+            return ResidualScheme(scheme="groups", groups=self.groups)
+        return ResidualScheme(scheme="ladder", ladder_layers=self.ladder_layers)
+
+    def changed_layers(self, layers: int) -> list[int]:
+        """Return the layers of a model of that many which the scheme changes, in order."""
+        if self.groups is not None:
+            grouped = [range(first, first + size) for first, size in self.groups if size > 1]
+            return sorted(layer for group in grouped for layer in group)
+        assert self.ladder_layers is not None, "one of the two fields is set"
+        return list(range(layers - self.ladder_layers, layers))
+
     @classmethod
-    def load(cls, path: Path) -> LadderRecipe:
+    def load(cls, path: Path) -> ConversionRecipe:
         """Return the recipe in a YAML file; raises `ConfigError` that names the wrong field."""
         try:
             return cls.model_validate(yaml.safe_load(path.read_text()))

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ladderstitch.errors import ConfigError
 from ladderstitch.text.model.config import DecoderConfig
+from ladderstitch.text.model.family import DecoderFamily
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.training.text.scratch import ScratchRecipe
 
@@ -22,7 +23,7 @@ class SharedSizes(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     vocab_size: int = Field(gt=0)
-    layers: int = Field(gt=1)
+    layers: int = Field(gt=1, description="of anchors without a number of their own")
     kv_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
     max_positions: int = Field(gt=0)
@@ -38,6 +39,7 @@ class Anchor(BaseModel):
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
     heads: int = Field(gt=0)
+    layers: int | None = Field(None, gt=1, description="unset: those of `sizes`")
     learning_rate: float = Field(1.5e-3, gt=0)
 
 
@@ -83,6 +85,16 @@ class StitchSchedule(BaseModel):
     measure_steps: int = Field(100, gt=0, description="steps between two measurements")
     threads: int = Field(2, gt=0, description="torch threads; results depend on it as on the seed")
 
+    @property
+    def steps(self) -> int:
+        """Number of steps of the switch-aware training."""
+        return self.tokens // (self.window * self.batch_windows)
+
+    @property
+    def trains_anchors(self) -> bool:
+        """Whether anchors are trained, too, or maps only."""
+        return self.anchor_learning_rate_factor > 0
+
 
 class SwitchMeasure(BaseModel):
     """Where the measured switch is, and how long its effect is measured."""
@@ -126,6 +138,11 @@ class ElasticRecipe(BaseModel):
             raise ValueError(
                 f"residual.scheme: expected standard or ladder, got {self.residual.scheme}"
             )
+        if self.residual.ladder_layers is not None and len(set(self.family.depths)) > 1:
+            raise ValueError(
+                "residual.ladder_layers: expected none for anchors of different depths, got "
+                f"{self.residual.ladder_layers}"
+            )
         if self.stitching.window % self.stitching.segment:
             raise ValueError(
                 f"stitching.segment: expected a divisor of the window {self.stitching.window}, got "
@@ -144,16 +161,18 @@ class ElasticRecipe(BaseModel):
     @property
     def configs(self) -> tuple[DecoderConfig, ...]:
         """The configurations of the anchors, smallest first."""
-        own = {"hidden_size", "intermediate_size", "heads"}
+        own = {"hidden_size", "intermediate_size", "heads", "layers"}
         return tuple(
-            DecoderConfig(**self.sizes.model_dump(), **anchor.model_dump(include=own))
+            DecoderConfig(
+                **self.sizes.model_dump() | anchor.model_dump(include=own, exclude_none=True)
+            )
             for anchor in self.anchors.values()
         )
 
     @property
-    def steps(self) -> int:
-        """Number of steps of the switch-aware training."""
-        return self.stitching.tokens // (self.stitching.window * self.stitching.batch_windows)
+    def family(self) -> DecoderFamily:
+        """The anchors as a family."""
+        return DecoderFamily(self.configs)
 
     def anchor_recipe(self, name: str) -> ScratchRecipe:
         """Return the recipe of an anchor's training."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ladderstitch.text.model.family import LayerRange
+from ladderstitch.text.model.family import DecoderFamily, LayerRange
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A path: the layers before `layer` of the anchor `front`, then those of the anchor `end`.
+    """A path: the first layers of the anchor `front`, then those of `end` from `layer` on.
 
     A path of one anchor has it as `front` and `end`, and layer 0.
     """
@@ -18,6 +18,13 @@ class Route:
     front: int
     end: int
     layer: int = 0
+    run: int = -1
+    """The number of layers of `front` that it runs; negative: as many as `layer`."""
+
+    def __post_init__(self) -> None:
+        """Set `run` if it is negative."""
+        if self.run < 0:
+            object.__setattr__(self, "run", self.layer)
 
     @classmethod
     def of_anchor(cls, anchor: int) -> Route:
@@ -29,21 +36,18 @@ class Route:
         """Whether the path changes anchor."""
         return self.layer > 0
 
-    def anchor(self, layer: int) -> int:
-        """Return the anchor whose layer of this number the path runs."""
-        return self.front if layer < self.layer else self.end
-
     def name(self, names: Sequence[str]) -> str:
         """Return the path's name, e.g. `large`, or `small-3+large` with 3 layers of `small`."""
         end = names[self.end]
-        return f"{names[self.front]}-{self.layer}+{end}" if self.is_stitched else end
+        return f"{names[self.front]}-{self.run}+{end}" if self.is_stitched else end
 
-    def segments(self, layers: int) -> tuple[LayerRange, ...]:
+    def segments(self, family: DecoderFamily) -> tuple[LayerRange, ...]:
         """Return the path as the route of a bundle's manifest."""
-        end = LayerRange(anchor=self.end, first=self.layer, last=layers - 1)
+        last = family.depths[self.end] - 1
+        end = LayerRange(anchor=self.end, first=self.layer, last=last)
         if not self.is_stitched:
             return (end,)
-        return LayerRange(anchor=self.front, first=0, last=self.layer - 1), end
+        return LayerRange(anchor=self.front, first=0, last=self.run - 1), end
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +58,9 @@ class Span:
     tokens: int
 
 
-def stitched_routes(front: int, end: int, layers: int) -> tuple[Route, ...]:
+def stitched_routes(family: DecoderFamily, front: int, end: int) -> tuple[Route, ...]:
     """Return the paths from an anchor to another, by the layer where they change."""
-    return tuple(Route(front, end, layer) for layer in range(1, layers))
+    return tuple(Route(front, end, layer, run) for run, layer in family.changes(front, end))
 
 
 def anchor_pairs(anchors: int) -> tuple[tuple[int, int], ...]:
@@ -66,9 +70,10 @@ def anchor_pairs(anchors: int) -> tuple[tuple[int, int], ...]:
     return (*up, *((end, front) for front, end in up))
 
 
-def all_routes(anchors: int, layers: int) -> tuple[Route, ...]:
+def all_routes(family: DecoderFamily) -> tuple[Route, ...]:
     """Return every path of a family in the order of their ids: the anchors, then the stitched."""
+    anchors = len(family.anchors)
     single = tuple(Route.of_anchor(anchor) for anchor in range(anchors))
     return single + tuple(
-        route for pair in anchor_pairs(anchors) for route in stitched_routes(*pair, layers)
+        route for pair in anchor_pairs(anchors) for route in stitched_routes(family, *pair)
     )

@@ -26,6 +26,7 @@ from ladderstitch.errors import ConfigError
 from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.residual import LayerPlan, ResidualScheme, plan_layers
 from ladderstitch.text.model.weights import expected_shapes
+from ladderstitch.training.text.desync_pass import desync_logits
 from ladderstitch.training.text.trainable_llama import TrainableLlama
 
 END_TOKEN = "<end>"
@@ -78,14 +79,17 @@ def train_tokenizer(texts: Sequence[Path], size: int) -> Tokenizer:
     return tokenizer
 
 
-def initial_weights(config: DecoderConfig, seed: int) -> dict[str, nn.Parameter]:
+def initial_weights(
+    config: DecoderConfig, seed: int, *, shared_norm: bool = False
+) -> dict[str, nn.Parameter]:
     """Return normally distributed weights of standard deviation 0.02; norms are 1.
 
-    The deviation of a sub-block's last matrix is divided by sqrt(2 layers), like in GPT-2.
+    With `shared_norm`, attention and MLP of a layer share a norm (the parallel scheme). The
+    deviation of a sub-block's last matrix is divided by sqrt(2 layers), like in GPT-2.
     """
     random = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in expected_shapes(config).items():
+    for name, shape in expected_shapes(config, shared_norm=shared_norm).items():
         if len(shape) == 1:
             tensors[name] = nn.Parameter(torch.ones(shape))
             continue
@@ -100,13 +104,15 @@ class SchemeRun:
     """The training of one model: its tensors, residual plans and optimizer."""
 
     model: TrainableLlama
+    residual: ResidualScheme
     plans: Sequence[LayerPlan]
     optimizer: torch.optim.Optimizer
 
     @classmethod
     def create(cls, recipe: ScratchRecipe, residual: ResidualScheme) -> SchemeRun:
         """Return a run with initial weights."""
-        tensors = initial_weights(recipe.config, recipe.seed)
+        shared_norm = residual.scheme == "parallel"
+        tensors = initial_weights(recipe.config, recipe.seed, shared_norm=shared_norm)
         matrices = [t for t in tensors.values() if t.dim() > 1]
         vectors = [t for t in tensors.values() if t.dim() == 1]
         optimizer = torch.optim.AdamW(
@@ -118,14 +124,20 @@ class SchemeRun:
             betas=(0.9, 0.95),
             fused=True,
         )
-        plans = plan_layers(residual, recipe.config.layers, 1)
-        return cls(TrainableLlama(recipe.config, tensors), plans, optimizer)
+        plans = plan_layers(residual, recipe.config.layers, residual.ranks or 1)
+        return cls(TrainableLlama(recipe.config, tensors), residual, plans, optimizer)
 
     def loss(self, batch: Tensor) -> Tensor:
         """Return the mean cross-entropy of the tokens [B, T + 1] after the first, in nats."""
         with torch.autocast("cpu", torch.bfloat16):
-            logits = self.model.logits(batch[:, :-1], self.plans)
+            logits = self.logits(batch[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return the logits [B, T, V] of tokens [B, T]."""
+        if self.residual.scheme == "desync":
+            return desync_logits(self.model, tokens, self.plans, self.residual.ranks or 1)
+        return self.model.logits(tokens, self.plans)
 
     def train_step(self, batch: Tensor, learning_rate: float) -> float:
         """Take one optimisation step on tokens [B, T + 1]; return the loss before it, in nats."""

@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladderstitch.text.model.family import MapName
 from ladderstitch.text.model.family_weights import STITCHES
 from ladderstitch.training.affine_fit import AffineFit
-from ladderstitch.training.text.family_routes import anchor_pairs
 from ladderstitch.training.text.trainable_family import TrainableFamily
 from ladderstitch.training.text.trainable_llama import StreamState
 
@@ -28,7 +26,7 @@ def run_anchor(
     """
     model, streams = family.models[anchor], []
     stream = model.embed(tokens)
-    for layer in range(family.layers):
+    for layer in range(model.config.layers):
         streams.append(stream)
         stream = model.run(stream, [layer], family.plans)
     return streams, model.final_hidden(stream)
@@ -46,27 +44,22 @@ def fit_maps(
     Returns the share of the variance that each map explains, by its name. `on_progress` is called
     with the number of windows after each part. Raises `DataError` if a stream is not finite.
     """
+    names = [name for name, _ in family.decoders.maps()]
     widths = [model.config.hidden_size for model in family.models]
-    pairs = anchor_pairs(len(widths))
-    fits = {
-        (front, end, layer): AffineFit(widths[front], widths[end])
-        for front, end in pairs
-        for layer in range(1, family.layers)
-    }
+    fits = {name: AffineFit(widths[name.front], widths[name.end]) for name in names}
     for part in torch.split(windows, FIT_WINDOWS):
         streams = [run_anchor(family, anchor, part)[0] for anchor in range(len(widths))]
-        for (front, end, layer), fit in fits.items():
-            for lag in range(family.plans[layer].lag + 1):
-                x, y = (streams[anchor][layer].read(lag) for anchor in (front, end))
-                fit.add(x.flatten(0, 1), y.flatten(0, 1))
+        for name, fit in fits.items():
+            front, end = streams[name.front][name.front_layer], streams[name.end][name.layer]
+            for lag in range(family.plans[name.layer].lag + 1):
+                fit.add(front.read(lag).flatten(0, 1), end.read(lag).flatten(0, 1))
         on_progress(len(part))
     explained = {}
-    for place, fit in fits.items():
+    for name, fit in fits.items():
         weight, bias = fit.solve()
-        name = MapName(*place)
         family.tensors[STITCHES + name.weight].copy_(weight)
         family.tensors[STITCHES + name.bias].copy_(bias)
-        explained[STITCHES + ".".join(map(str, place))] = fit.explained(weight, bias)
+        explained[STITCHES + name.stem] = fit.explained(weight, bias)
     return explained
 
 
@@ -77,17 +70,17 @@ def translation_error(family: TrainableFamily, streams: Sequence[Sequence[Stream
     """
     errors = []
     positions = torch.arange(streams[0][0].full.shape[1])
-    for front, end in anchor_pairs(len(streams)):
-        model = family.models[end]
-        for layer in range(1, family.layers):
-            lag = family.plans[layer].lag
-            mapped = family.apply_map(front, end, layer, streams[front][layer].read(lag))
-            found = model.keys_values(mapped, layer, positions)
-            with torch.no_grad():
-                expected = model.keys_values(streams[end][layer].read(lag), layer, positions)
-            for got, want in zip(found, expected, strict=True):
-                square = want.float().square().mean()
-                errors.append(F.mse_loss(got.float(), want.float()) / square)
+    for name, _ in family.decoders.maps():
+        model, layer = family.models[name.end], name.layer
+        lag = family.plans[layer].lag
+        front, end = streams[name.front][name.front_layer], streams[name.end][layer]
+        mapped = family.apply_map(name.front, name.end, layer, front.read(lag))
+        found = model.keys_values(mapped, layer, positions)
+        with torch.no_grad():
+            expected = model.keys_values(end.read(lag), layer, positions)
+        for got, want in zip(found, expected, strict=True):
+            square = want.float().square().mean()
+            errors.append(F.mse_loss(got.float(), want.float()) / square)
     return torch.stack(errors).mean()
 
 

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from ladderstitch.text.model.family import DecoderFamily
 from ladderstitch.text.model.family_weights import STITCHES
-from ladderstitch.training.text.elastic_recipe import ElasticRecipe, StitchSchedule
+from ladderstitch.training.text.elastic_recipe import StitchSchedule
 from ladderstitch.training.text.family_routes import Route, Span, all_routes
 from ladderstitch.training.text.scratch import (
     SAVE_STEPS,
@@ -50,10 +51,13 @@ class FamilyRun:
         matrices: list[Tensor] = []
         vectors: list[Tensor] = []
         for name, tensor in family.tensors.items():
-            if name.startswith(("model.", "lm_head.")) and not schedule.train_largest:
+            is_map = name.startswith(STITCHES)
+            is_largest = name.startswith(("model.", "lm_head."))
+            if not is_map and not schedule.trains_anchors:
+                continue
+            if is_largest and not schedule.train_largest:
                 continue
             tensor.requires_grad_()
-            is_map = name.startswith(STITCHES)
             (maps if is_map else matrices if tensor.dim() > 1 else vectors).append(tensor)
         rate = schedule.learning_rate
         slow = rate * schedule.anchor_learning_rate_factor
@@ -126,7 +130,8 @@ class FamilyRun:
 
 def train_family(
     family: TrainableFamily,
-    recipe: ElasticRecipe,
+    schedule: StitchSchedule,
+    seed: int,
     text: Tensor,
     folder: Path,
     measure: Measure,
@@ -137,21 +142,21 @@ def train_family(
     `measure` gives figures for the log. Training continues from the folder's checkpoint if there
     is one.
     """
-    schedule, checkpoint = recipe.stitching, folder / "checkpoint.pt"
+    checkpoint = folder / "checkpoint.pt"
     folder.mkdir(parents=True, exist_ok=True)
     run = FamilyRun.create(family, schedule)
     done = load_checkpoint(checkpoint, {CHECKPOINT_NAME: run})
-    task = progress.add_task("training paths", total=recipe.steps, completed=done)
-    for step in range(done, recipe.steps):
+    task = progress.add_task("training paths", total=schedule.steps, completed=done)
+    for step in range(done, schedule.steps):
         started = time.monotonic()
-        batch = select_batch(text, schedule.batch_windows, recipe.seed, step)
-        random = torch.Generator().manual_seed(recipe.seed * 100_003 + step)
-        spans = draw_spans(schedule, len(family.models), family.layers, random)
-        factor = rate_factor(step, schedule.warmup_steps, recipe.steps)
+        batch = select_batch(text, schedule.batch_windows, seed, step)
+        random = torch.Generator().manual_seed(seed * 100_003 + step)
+        spans = draw_spans(schedule, family.decoders, random)
+        factor = rate_factor(step, schedule.warmup_steps, schedule.steps)
         row: dict[str, float] = {"step": step + 1}
         row |= run.train_step(batch, spans, factor)
         row["seconds"] = round(time.monotonic() - started, 2)
-        last = step + 1 == recipe.steps
+        last = step + 1 == schedule.steps
         if last or (step + 1) % schedule.measure_steps == 0:
             row |= measure(family)
         with (folder / "log.jsonl").open("a") as log:
@@ -162,10 +167,23 @@ def train_family(
 
 
 def draw_spans(
-    schedule: StitchSchedule, anchors: int, layers: int, random: torch.Generator
+    schedule: StitchSchedule, family: DecoderFamily, random: torch.Generator
 ) -> list[Span]:
-    """Return random paths for a window: one change of path, or one path for each segment."""
-    routes = all_routes(anchors, layers)
+    """Return random paths for a window: one change of path, or one path for each segment.
+
+    If anchors are not trained, the paths need stitching maps.
+    """
+    while True:
+        spans = _draw_spans(schedule, family, random)
+        needs_maps = spans[0].route.is_stitched or len({span.route for span in spans}) > 1
+        if needs_maps or schedule.trains_anchors:
+            return spans
+
+
+def _draw_spans(
+    schedule: StitchSchedule, family: DecoderFamily, random: torch.Generator
+) -> list[Span]:
+    routes = all_routes(family)
     segments = schedule.window // schedule.segment
     lengths = [schedule.segment] * segments
     if segments > 1 and _uniform(random) < schedule.switch_share:

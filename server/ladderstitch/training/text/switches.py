@@ -17,8 +17,7 @@ from ladderstitch.text.engine.rank_models import RankModel
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch
-from ladderstitch.text.model.residual import plan_layers
-from ladderstitch.text.model.stitched import StitchedPath
+from ladderstitch.text.model.stitched import FamilyPath
 from ladderstitch.text.switches import Penalty, SwitchTable
 
 CONTEXT_TOKENS, NEXT_TOKENS = 256, 64
@@ -35,14 +34,14 @@ class PathRunner:
 
     def run(self, path: int, tokens: Tensor, start: int, mode: LogitsMode) -> Tensor:
         """Return the logits of tokens [T] at positions from `start` on; none with mode `NONE`."""
-        plans = plan_layers(self.config.paths[path], self.config.model.layers, 1)
+        plans = self.config.plans(path)
         batch = self._batch(tokens, start, mode)
         return self.models[path].forward(batch, self.cache, plans, SingleRankCommunicator())
 
     def translate(self, source: int, target: int, tokens: Tensor) -> None:
         """Fill what a target path lacks of tokens [T] that a source path has computed."""
         model = self.models[target]
-        if isinstance(model, StitchedPath):
+        if isinstance(model, FamilyPath):
             routes = self.config.path_routes
             batch = self._batch(tokens, 0, LogitsMode.NONE)
             model.model.translate(

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ladderstitch.scheduling.profiles import Quality, QualityTable
-from ladderstitch.text.bundle import QUALITY, TextManifest, TextVariant, write_manifest
-from ladderstitch.text.model.family import DecoderFamily
+from ladderstitch.text.bundle import QUALITY, TextBundle, TextManifest, TextVariant, write_manifest
 from ladderstitch.text.model.family_weights import anchor_prefix, map_shapes
 from ladderstitch.text.model.residual import plan_layers
 from ladderstitch.text.model.weight_reader import SINGLE
 from ladderstitch.text.tokenizer import TextTokenizer
+from ladderstitch.training.text.calibrate import add_switches
 from ladderstitch.training.text.elastic_recipe import ANCHOR_RUN, ElasticRecipe
 from ladderstitch.training.text.evaluate import CONFIDENCE, METRIC, read_tokens, split_windows
 from ladderstitch.training.text.family_routes import Route, all_routes
@@ -63,7 +63,7 @@ class ElasticTraining:
     @property
     def routes(self) -> tuple[Route, ...]:
         """All paths, by their ids."""
-        return all_routes(len(self.names), self.recipe.sizes.layers)
+        return all_routes(self.recipe.family)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class HeldOut:
 
 
 def train_elastic(training: ElasticTraining, progress: Progress) -> FamilyFigures:
-    """Train the family, write its bundle, and return its figures.
+    """Train the family, write its bundle with all measurements, and return its figures.
 
     The report `elastic.json` in the folder `work` also has those of the least-squares maps.
 
@@ -94,7 +94,8 @@ def train_elastic(training: ElasticTraining, progress: Progress) -> FamilyFigure
     untrained = _fit(training, family, windows, held_out, progress)
     train_family(
         family,
-        recipe,
+        recipe.stitching,
+        recipe.seed,
         windows,
         work / "family",
         partial(_log_figures, training, held_out),
@@ -104,6 +105,8 @@ def train_elastic(training: ElasticTraining, progress: Progress) -> FamilyFigure
     measured_family = _family(recipe, {name: tensor.float() for name, tensor in stored.items()})
     qualities, figures = _measure(training, measured_family, held_out, progress)
     _write_bundle(training, stored, qualities, held_out)
+    bundle = TextBundle.load(training.into)
+    add_switches(bundle, training.held_out, recipe.stitching.threads, progress)
     report: dict[str, object] = {
         "recipe": recipe.model_dump(mode="json", exclude_none=True),
         "parameters": sum(tensor.numel() for tensor in stored.values()),
@@ -157,13 +160,13 @@ def _assemble(
         prefix = anchor_prefix(number, len(training.names))
         trained = runs[ANCHOR_RUN].model.tensors
         tensors |= {prefix + key: tensor.detach().clone() for key, tensor in trained.items()}
-    shapes = map_shapes(DecoderFamily(tuple(recipe.configs)))
+    shapes = map_shapes(recipe.family)
     tensors |= {name: torch.zeros(shape) for name, shape in shapes.items()}
     return _family(recipe, tensors)
 
 
 def _family(recipe: ElasticRecipe, tensors: Mapping[str, Tensor]) -> TrainableFamily:
-    plans = plan_layers(recipe.residual, recipe.sizes.layers, 1)
+    plans = plan_layers(recipe.residual, recipe.family.deepest, 1)
     return TrainableFamily(recipe.configs, tensors, plans)
 
 
@@ -218,13 +221,19 @@ def _log_figures(
     recipe, names = training.recipe, training.names
     figures: dict[str, float] = {}
     for route in training.routes:
-        if not route.is_stitched or route.layer == recipe.sizes.layers // 2:
+        if not route.is_stitched or _is_middle(route, recipe):
             quality = path_quality(family, route, held_out.paths[:LOGGED_WINDOWS])
             figures[f"{route.name(names)} loss"] = round(loss_nats(quality), 4)
     windows = held_out.switches[:LOGGED_WINDOWS]
     for switch, curve in anchor_switches(family, names, windows, recipe.switch).items():
         figures[f"{switch} divergence"] = round(fmean(curve), 5)
     return figures
+
+
+def _is_middle(route: Route, recipe: ElasticRecipe) -> bool:
+    """Return whether a stitched path is the middle one of those with its anchors."""
+    changes = recipe.family.changes(route.front, route.end)
+    return (route.run, route.layer) == changes[(len(changes) + 1) // 2 - 1]
 
 
 def _write_bundle(
@@ -257,7 +266,7 @@ def _manifest(training: ElasticTraining) -> TextManifest:
         TextVariant(
             name=route.name(training.names),
             residual=recipe.residual,
-            route=route.segments(recipe.sizes.layers),
+            route=route.segments(recipe.family),
         )
         for route in training.routes
     ]

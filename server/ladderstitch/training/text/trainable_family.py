@@ -1,8 +1,10 @@
 """A trainable stitched language family: whole sequences whose tokens take different paths.
 
-Each token runs each layer in one anchor. Where its path changes anchor, an affine map translates
-its stream. A query sees keys and values of its own anchor only: those of tokens that ran the layer
-in another anchor are translated from their streams by the same maps (`_translated`).
+Where the path of a token changes anchor, an affine map translates its stream. A query sees keys and
+values of its own anchor only: those of tokens that did not run the layer are translated from their
+streams by the same maps (`_translated`).
+
+A plane is one layer of one anchor. Planes run in the order of `FamilyPass`.
 """
 
 from __future__ import annotations
@@ -13,24 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladderstitch.errors import ConfigError
 from ladderstitch.text.model.config import DecoderConfig
-from ladderstitch.text.model.family import MapName
+from ladderstitch.text.model.family import DecoderFamily, Plane
 from ladderstitch.text.model.family_weights import STITCHES, anchor_prefix
 from ladderstitch.text.model.residual import LayerPlan
+from ladderstitch.training.text.family_pass import FamilyPass
 from ladderstitch.training.text.family_routes import Route, Span
 from ladderstitch.training.text.trainable_llama import Context, StreamState, TrainableLlama
-
-Streams = dict[int, StreamState]
-"""The streams [B, T_a, D_a] of the tokens that are in each anchor, in order of their positions."""
-Places = dict[int, Tensor]
-"""The positions [T_a] of the tokens that are in each anchor."""
 
 
 class TrainableFamily:
     """Anchors, smallest first, and stitching maps over tensors by their names in a bundle.
 
-    All anchors have the same number of layers, residual plans and shape of keys and values.
+    All anchors have the same residual plans and shape of keys and values; there are as many plans
+    as the deepest anchor has layers.
     """
 
     def __init__(
@@ -39,6 +37,7 @@ class TrainableFamily:
         tensors: Mapping[str, Tensor],
         plans: Sequence[LayerPlan],
     ) -> None:
+        self.decoders = DecoderFamily(tuple(configs))
         self.tensors, self.plans = tensors, plans
         self.models: list[TrainableLlama] = []
         for number, config in enumerate(configs):
@@ -49,11 +48,6 @@ class TrainableFamily:
                 if name.startswith(f"{prefix}model.") or name == f"{prefix}lm_head.weight"
             }
             self.models.append(TrainableLlama(config, own))
-
-    @property
-    def layers(self) -> int:
-        """Number of layers, the same in all anchors."""
-        return len(self.plans)
 
     @property
     def largest(self) -> int:
@@ -69,25 +63,20 @@ class TrainableFamily:
         [B, T_a, D_a], the input of its head. Raises `ConfigError` if the spans do not have T
         tokens.
         """
-        owners = _owners(spans, tokens.shape[1], self.layers)
-        streams: Streams = {}
-        places: Places = {}
-        for layer in range(self.layers):
-            if layer == 0:
-                places = _places(owners[0])
-                streams = {a: self.models[a].embed(tokens[:, p]) for a, p in places.items()}
-            elif not torch.equal(owners[layer], owners[layer - 1]):
-                streams, places = self._cross(streams, owners[layer - 1], owners[layer], layer)
-            streams = {
-                anchor: self.models[anchor].run(
-                    stream,
-                    [layer],
-                    self.plans,
-                    context=self._context(anchor, layer, streams, places, tokens),
-                )
-                for anchor, stream in streams.items()
-            }
-        return {a: (places[a], self.models[a].final_hidden(s)) for a, s in streams.items()}
+        current = FamilyPass.of(self.decoders, spans, tokens)
+        for plane in current.order:
+            current.after[plane] = self.models[plane.anchor].run(
+                self._before(plane, current.taken[plane], current),
+                [plane.layer],
+                self.plans,
+                context=self._context(plane, current),
+            )
+        hidden = {}
+        for anchor, model in enumerate(self.models):
+            last = Plane(anchor, model.config.layers - 1)
+            if last in current.after:
+                hidden[anchor] = current.taken[last], model.final_hidden(current.after[last])
+        return hidden
 
     def logits(self, tokens: Tensor, spans: Sequence[Span]) -> Tensor:
         """Return the logits [B, T, V] of tokens [B, T] on the spans' paths."""
@@ -106,52 +95,47 @@ class TrainableFamily:
 
         The bias belongs to one part of a stream only.
         """
-        name = MapName(front, end, layer)
+        name = self.decoders.map_name(front, end, layer)
         offset = self.tensors[STITCHES + name.bias] if bias else None
         return F.linear(x, self.tensors[STITCHES + name.weight], offset).float()
 
-    def _cross(
-        self, streams: Streams, before: Tensor, after: Tensor, layer: int
-    ) -> tuple[Streams, Places]:
-        """Return the streams and places before a layer at which some tokens change anchor."""
-        crossed, places = Streams(), _places(after)
-        old = _places(before)
-        for end in places:
-            parts: list[StreamState] = []
-            positions: list[Tensor] = []
-            for front, stream in streams.items():
-                chosen = (after[old[front]] == end).nonzero().flatten()
-                if not len(chosen):
-                    continue
-                lagged, last = stream.lagged[:, chosen], stream.last[:, chosen]
-                if front != end:
-                    lagged = self.apply_map(front, end, layer, lagged)
-                    last = self.apply_map(front, end, layer, last, bias=False)
-                parts.append(StreamState(lagged, last))
-                positions.append(old[front][chosen])
-            crossed[end] = StreamState(
-                _in_order(positions, [part.lagged for part in parts]),
-                _in_order(positions, [part.last for part in parts]),
-            )
-        return crossed, places
+    def _before(self, plane: Plane, positions: Tensor, current: FamilyPass) -> StreamState:
+        """Return the stream before a plane of the tokens at some of the positions that run it."""
+        if plane.layer == 0:
+            return self.models[plane.anchor].embed(current.tokens[:, positions])
+        parts: list[StreamState] = []
+        found: list[Tensor] = []
+        for front, arriving in current.previous[plane].items():
+            chosen = arriving[torch.isin(arriving, positions)]
+            if not len(chosen):
+                continue
+            stream, there = current.after[front], current.taken[front]
+            lagged, last = stream.lagged, stream.last
+            if len(chosen) < len(there):
+                rows = torch.searchsorted(there, chosen)
+                lagged, last = lagged[:, rows], last[:, rows]
+            if front.anchor != plane.anchor:
+                lagged = self.apply_map(front.anchor, plane.anchor, plane.layer, lagged)
+                last = self.apply_map(front.anchor, plane.anchor, plane.layer, last, bias=False)
+            parts.append(StreamState(lagged, last))
+            found.append(chosen)
+        return StreamState(
+            _in_order(found, [part.lagged for part in parts]),
+            _in_order(found, [part.last for part in parts]),
+        )
 
-    def _context(
-        self, anchor: int, layer: int, streams: Streams, places: Places, tokens: Tensor
-    ) -> Context | None:
-        """Return what the tokens of an anchor see in a layer; None if all tokens are there."""
-        if len(places) == 1:
+    def _context(self, plane: Plane, current: FamilyPass) -> Context | None:
+        """Return what the tokens of a plane see there; None if all tokens run it."""
+        own = current.taken[plane]
+        if len(own) == current.tokens.shape[1]:
             return None
-        own = places[anchor]
         # Tokens after the last query are seen by none.
-        seen = {a: p[p < own[-1]] for a, p in places.items() if a != anchor}
-        seen = {a: p for a, p in seen.items() if len(p)}
+        seen = {front: p[p < own[-1]] for front, p in current.origins(plane).items()}
+        seen = {front: p for front, p in seen.items() if len(p)}
         positions = [own, *seen.values()]
 
         def exchange(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            others = [
-                self._translated(front, anchor, layer, streams[front], tokens, at)
-                for front, at in seen.items()
-            ]
+            others = [self._translated(front, plane, at, current) for front, at in seen.items()]
             return (
                 _in_order(positions, [keys, *(k.to(keys.dtype) for k, _ in others)]),
                 _in_order(positions, [values, *(v.to(values.dtype) for _, v in others)]),
@@ -161,43 +145,20 @@ class TrainableFamily:
         return Context(own, exchange, everything[None] <= own[:, None])
 
     def _translated(
-        self,
-        front: int,
-        end: int,
-        layer: int,
-        stream: StreamState,
-        tokens: Tensor,
-        positions: Tensor,
+        self, front: Plane, plane: Plane, positions: Tensor, current: FamilyPass
     ) -> tuple[Tensor, Tensor]:
-        """Return keys and values [B, T, K, d] of `end` for the first T tokens of `front`.
+        """Return keys and values [B, T, K, d] of a plane for T tokens that run `front` instead.
 
         They are computed from what the layer's attention would read, which the map predicts from
         what it reads in `front`. Before layer 0 this is the embedding, known for all anchors.
         """
-        model, lag = self.models[end], self.plans[layer].lag
-        if layer == 0:
-            read = model.embed(tokens[:, positions]).read(lag)
+        model, lag = self.models[plane.anchor], self.plans[plane.layer].lag
+        if plane.layer == 0:
+            read = model.embed(current.tokens[:, positions]).read(lag)
         else:
-            own = stream.read(lag)[:, : len(positions)]
-            read = self.apply_map(front, end, layer, own)
-        return model.keys_values(read, layer, positions)
-
-
-def _owners(spans: Sequence[Span], tokens: int, layers: int) -> Tensor:
-    """Return the anchor of every layer and token, [layers, T]."""
-    if (total := sum(span.tokens for span in spans)) != tokens:
-        raise ConfigError(f"spans: expected {tokens} tokens, got {total}")
-    return torch.tensor(
-        [
-            [span.route.anchor(layer) for span in spans for _ in range(span.tokens)]
-            for layer in range(layers)
-        ]
-    )
-
-
-def _places(owner: Tensor) -> Places:
-    """Return the positions in each anchor that has tokens, from the anchor of every token [T]."""
-    return {int(anchor): (owner == anchor).nonzero().flatten() for anchor in torch.unique(owner)}
+            own = self._before(front, positions, current).read(lag)
+            read = self.apply_map(front.anchor, plane.anchor, plane.layer, own)
+        return model.keys_values(read, plane.layer, positions)
 
 
 def _in_order(positions: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:

@@ -5,8 +5,9 @@ The residual schemes are those of `text.model.residual`, written for one rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ladderstitch.errors import ConfigError
 from ladderstitch.text.model.config import DecoderConfig
-from ladderstitch.text.model.residual import LayerPlan
+from ladderstitch.text.model.residual import LayerPlan, split_groups
 from ladderstitch.text.model.rotation import rotate, rotation_tables
 from ladderstitch.text.model.weight_reader import EMBEDDING, HEAD
 from ladderstitch.text.model.weights import FINAL_NORM
@@ -92,14 +93,52 @@ class TrainableLlama:
         Without a context, each token sees those before it, from position 0 on.
         """
         adapters = adapters or {}
-        for layer in layers:
-            prefix, lag = f"model.layers.{layer}.", plans[layer].lag
-            normed = self._normed(stream.read(lag), f"{prefix}{ATTENTION_NORM}", adapters)
-            mixed = self._attention(normed, prefix, adapters, context)
-            stream = StreamState(stream.full, mixed)
-            normed = self._normed(stream.read(lag), f"{prefix}{MLP_NORM}", adapters)
-            stream = StreamState(stream.full, self._mlp(normed, prefix, adapters))
+        for group in split_groups(layers, plans):
+            if plans[group[0]].fused:
+                both = self.parallel_layer(stream.full, group[0], adapters, context)
+                stream = StreamState(stream.full, both)
+                continue
+            prefixes, lag = [f"model.layers.{layer}." for layer in group], plans[group[0]].lag
+            read = stream.read(lag)
+            mixed = (
+                self._attention(
+                    self._normed(read, f"{prefix}{ATTENTION_NORM}", adapters),
+                    prefix,
+                    adapters,
+                    context,
+                )
+                for prefix in prefixes
+            )
+            stream = StreamState(stream.full, _total(mixed))
+            read = stream.read(lag)
+            normed = (self._normed(read, f"{p}{MLP_NORM}", adapters) for p in prefixes)
+            outputs = (self._mlp(x, p, adapters) for x, p in zip(normed, prefixes, strict=True))
+            stream = StreamState(stream.full, _total(outputs))
         return stream
+
+    def parallel_layer(
+        self,
+        x: Tensor,
+        layer: int,
+        adapters: Mapping[str, LowRank],
+        context: Context | None = None,
+    ) -> Tensor:
+        """Return attention plus MLP of the norm that both share, [B, T, D] (parallel)."""
+        prefix = f"model.layers.{layer}."
+        normed = self._normed(x, f"{prefix}{ATTENTION_NORM}", adapters)
+        attended = self._attention(normed, prefix, adapters, context)
+        return attended + self._mlp(normed, prefix, adapters)
+
+    def attention(self, x: Tensor, layer: int) -> Tensor:
+        """Return the output [B, T, D] of a layer's attention for the stream [B, T, D]."""
+        prefix = f"model.layers.{layer}."
+        normed = self._normed(x, f"{prefix}{ATTENTION_NORM}", {})
+        return self._attention(normed, prefix, {}, None)
+
+    def mlp(self, x: Tensor, layer: int) -> Tensor:
+        """Return the output [B, T, D] of a layer's MLP for the stream [B, T, D]."""
+        prefix = f"model.layers.{layer}."
+        return self._mlp(self._normed(x, f"{prefix}{MLP_NORM}", {}), prefix, {})
 
     def keys_values(self, read: Tensor, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rotated keys and the values [B, T, K, d] of a layer.
@@ -183,6 +222,11 @@ class TrainableLlama:
         """Return the named norm weight [D] with its adapter."""
         adapter = adapters.get(name)
         return self.tensors[name] if adapter is None else self.tensors[name] + adapter.offset()
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of at least one tensor; of one, the tensor itself."""
+    return reduce(torch.add, parts)
 
 
 class LowRank(nn.Module):

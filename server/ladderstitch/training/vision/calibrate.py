@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,7 +14,15 @@ from torch import Tensor
 
 from ladderstitch.errors import ConfigError
 from ladderstitch.runtime.device import versions
+from ladderstitch.scheduling.cascades import Cascade
 from ladderstitch.scheduling.profiles import LatencyProfile, Quality, QualityTable
+from ladderstitch.scheduling.requests import Logits
+from ladderstitch.training.vision.confidence import (
+    MIN_IMAGES,
+    Confidence,
+    find_cascades,
+    fit_confidence,
+)
 from ladderstitch.training.vision.dataset import (
     LabelledImages,
     is_idx_folder,
@@ -32,10 +41,13 @@ from ladderstitch.vision.engine.startup import (
     open_executor,
     served_variants,
 )
+from ladderstitch.vision.frontier import variant_costs
 
 CONFIDENCE = 0.95
 IDX_NAME = "Fashion-MNIST test"
 """Name of IDX files whose name the user does not state."""
+RESUMED_BATCH = 100
+"""Images of a batch of a variant that an interrupted run has measured."""
 ACCURACY = "top-1 accuracy"
 
 
@@ -51,7 +63,7 @@ def calibrate(
 
     The table is written to the bundle after each variant. A run on the same data (equal name and
     number of images) continues after the last variant measured. `metric` names what the score is if
-    the labels are predictions.
+    the labels are predictions. From `MIN_IMAGES` on, the table has temperatures and cascades, too.
     """
     executor = open_executor(bundle, torch.get_num_threads(), lambda done, total: None)
     table = QualityTable.model_construct(
@@ -65,16 +77,79 @@ def calibrate(
     )
     usable = [variant.id for variant in bundle.manifest.variants() if variant.usable]
     todo = [variant for variant in usable if variant not in table.variants]
+    labels, known = images.labels.numpy(), {}
     for variant in progress.track(todo, description="calibrate"):
-        correct = count_correct(executor, variant, images, bundle, batch_size)
+        logits = compute_logits(executor, variant, images, bundle, batch_size)
+        correct = int((logits.argmax(axis=1) == labels).sum())
+        found = None
+        if len(images) >= MIN_IMAGES:
+            found = known[variant] = fit_confidence(logits, labels)
         interval = binomtest(correct, len(images)).proportion_ci(CONFIDENCE, method="wilson")
         table.variants[variant] = Quality(
             value=correct / len(images),
             low=round(float(interval.low), 5),
             high=round(float(interval.high), 5),
+            temperature=None if found is None else found.temperature,
+            calibration_error=None if found is None else found.calibration_error,
         )
         write_table(bundle.path / "quality.json", table)
+    if len(images) >= MIN_IMAGES:
+        _measure_again(bundle, executor, table, known, images)
+        table = _with_agreements(table, known)
+        cascades = _measure_cascades(bundle, executor, table, known, images)
+        table = table.model_copy(update={"cascades": cascades})
+        write_table(bundle.path / "quality.json", table)
     return table
+
+
+def _measure_again(
+    bundle: VisionBundle,
+    executor: CompiledExecutor,
+    table: QualityTable,
+    known: dict[int, Confidence],
+    images: LabelledImages,
+) -> None:
+    """Add the variants that an interrupted run has measured to `known`."""
+    for variant in table.variants.keys() - known.keys():
+        logits = compute_logits(executor, variant, images, bundle, RESUMED_BATCH)
+        temperature = table.variants[variant].temperature
+        known[variant] = fit_confidence(logits, images.labels.numpy(), temperature)
+
+
+def _with_agreements(table: QualityTable, known: Mapping[int, Confidence]) -> QualityTable:
+    """Return the table with the temperatures of `known`, and with agreements with the best one."""
+    best = max(known, key=lambda variant: table.value(variant))
+    variants = {
+        variant: quality.model_copy(
+            update={
+                "temperature": known[variant].temperature,
+                "calibration_error": known[variant].calibration_error,
+                "agreement": float((known[variant].classes == known[best].classes).mean()),
+            }
+        )
+        for variant, quality in table.variants.items()
+    }
+    return table.model_copy(update={"variants": variants})
+
+
+def _measure_cascades(
+    bundle: VisionBundle,
+    executor: CompiledExecutor,
+    table: QualityTable,
+    known: dict[int, Confidence],
+    images: LabelledImages,
+) -> tuple[Cascade, ...]:
+    """Return the cascades of a measured table.
+
+    Costs are latencies if the bundle has them, and multiply-accumulates otherwise.
+    """
+    costs = {variant: float(cost.macs) for variant, cost in variant_costs(bundle).items()}
+    if bundle.latency is not None and table.variants.keys() <= bundle.latency.variants.keys():
+        costs = {variant: bundle.latency.alone_s(variant) for variant in table.variants}
+    quality = {variant: q.value for variant, q in table.variants.items()}
+    scaling = bundle.manifest.preprocessing
+    image = normalise(images.pixels[:1], scaling.mean, scaling.std).numpy()
+    return find_cascades(executor, known, quality, costs, image)
 
 
 def calibrate_files(
@@ -151,22 +226,20 @@ def calibrate_agreement(
     return calibrate(bundle, images, data_name, batch_size, progress, metric)
 
 
-def count_correct(
+def compute_logits(
     executor: CompiledExecutor,
     variant: int,
     images: LabelledImages,
     bundle: VisionBundle,
     batch_size: int,
-) -> int:
-    """Return the number of images that the variant classifies correctly."""
-    preprocessing = bundle.manifest.preprocessing
-    correct = 0
-    for start in range(0, len(images), batch_size):
-        pixels = images.pixels[start : start + batch_size]
-        inputs = normalise(pixels, preprocessing.mean, preprocessing.std)
-        predicted = executor(inputs.numpy(), variant).argmax(1)
-        correct += int((predicted == images.labels[start : start + batch_size].numpy()).sum())
-    return correct
+) -> Logits:
+    """Return the logits [N, K] of a variant for all images."""
+    scaling = bundle.manifest.preprocessing
+    parts = [
+        executor(normalise(pixels, scaling.mean, scaling.std).numpy(), variant)
+        for pixels in torch.split(images.pixels, batch_size)
+    ]
+    return np.concatenate(parts)
 
 
 def _read_measured(bundle: VisionBundle, metric: str, data_name: str, n: int) -> dict[int, Quality]:

@@ -6,11 +6,14 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ladderstitch.scheduling.requests import Logits, Mask, Pixels
 
@@ -49,6 +52,54 @@ class Engine(Protocol):
     async def join(self, stitches: Sequence[int]) -> None:
         """Spend memory on these stitches, the most important first, so that they run faster."""
         ...
+
+
+Rows = NDArray[np.intp]
+"""Numbers of images in a batch, ascending."""
+
+SelectRows = Callable[[EngineResult], Rows]
+"""Returns the images that go on after the first variant of a cascade; may run in any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeResult:
+    """The result of the first variant for all images, and of the last one for `rows` of them."""
+
+    first: EngineResult
+    rows: Rows
+    last: EngineResult | None
+
+
+@runtime_checkable
+class ContinuingEngine(Protocol):
+    """An engine that goes on with the activations of the first variant, not with the images."""
+
+    async def forward_cascade(
+        self, images: Sequence[Pixels], first: int, last: int, select: SelectRows
+    ) -> CascadeResult:
+        """Run `first` on a batch, and `last` on the images that `select` returns.
+
+        Raises like `Engine.forward`.
+        """
+        ...
+
+    async def join_cascades(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Spend memory on these cascades, so that they run faster."""
+        ...
+
+
+async def run_cascade(
+    engine: Engine, images: Sequence[Pixels], first: int, last: int, select: SelectRows
+) -> CascadeResult:
+    """Run a cascade on any engine: one that keeps no activations starts again from the images."""
+    if isinstance(engine, ContinuingEngine):
+        return await engine.forward_cascade(images, first, last, select)
+    result = await engine.forward(images, first)
+    rows = select(result)
+    if not len(rows):
+        return CascadeResult(result, rows, None)
+    chosen = np.ascontiguousarray(np.concatenate(images)[rows])
+    return CascadeResult(result, rows, await engine.forward([chosen], last))
 
 
 COMMAND = struct.Struct("<iii")
@@ -106,7 +157,7 @@ class Buffers:
 
         The caller closes the descriptor.
         """
-        descriptor = os.memfd_create("ladderstitch")
+        descriptor = _anonymous_file()
         os.ftruncate(descriptor, _image_bytes(config) + config.max_batch_size * config.row_size * 4)
         return cls.map(config, descriptor), descriptor
 
@@ -125,3 +176,11 @@ class Buffers:
 
 def _image_bytes(config: EngineConfig) -> int:
     return config.max_batch_size * int(np.prod(config.image_shape)) * 4
+
+
+def _anonymous_file() -> int:
+    """Return the descriptor of an empty file without a name: in memory, where the system has it."""
+    if sys.platform == "linux":
+        return os.memfd_create("ladderstitch")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

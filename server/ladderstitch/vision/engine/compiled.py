@@ -7,7 +7,9 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -19,12 +21,13 @@ import onnxruntime
 from ladderstitch.errors import InternalError
 from ladderstitch.runtime.sessions import open_session
 from ladderstitch.scheduling.requests import Logits, Pixels
-from ladderstitch.vision.engine.base import EngineResult, finite_rows
+from ladderstitch.vision.engine.base import CascadeResult, EngineResult, SelectRows, finite_rows
 from ladderstitch.vision.models.graphs import INPUT, OUTPUT, join_runs
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Sessions = tuple[onnxruntime.InferenceSession, ...]
 CLOSE_LIMIT_S = 5.0
 """Seconds that `close` waits for a function that runs."""
 MIN_CHECKED = 1 << 16
@@ -32,6 +35,15 @@ MIN_CHECKED = 1 << 16
 MIN_JOINED_BYTES = 96 << 20
 MAX_JOINED_SHARE = 0.2
 """Memory of joined networks: this share of the family's weights, and at least 96 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeParts:
+    """The sessions of two routes: what both begin with, and what each runs after it."""
+
+    shared: Sessions
+    first: Sessions
+    last: Sessions
 
 
 class CompiledExecutor:
@@ -51,10 +63,13 @@ class CompiledExecutor:
         self._routes, self._threads = routes, threads
         paths = {path for route in routes.values() for path in route}
         units = {path: open_session(str(path), threads) for path in paths}
-        self._sessions: dict[int, tuple[onnxruntime.InferenceSession, ...]] = {
+        self._units: dict[Path, onnxruntime.InferenceSession] = units
+        self._sessions: dict[int, Sessions] = {
             stitch: tuple(units[path] for path in route) for stitch, route in routes.items()
         }
+        self._parts: dict[tuple[int, int], CascadeParts] = {}
         self.weight_bytes = sum(path.stat().st_size for path in paths)
+        self._copies_left = max(MIN_JOINED_BYTES, MAX_JOINED_SHARE * self.weight_bytes)
 
     def __call__(self, images: Pixels, stitch: int) -> Logits:
         """Return float32 logits [B, K] of images [B, C, H, W] on a stitch.
@@ -62,6 +77,57 @@ class CompiledExecutor:
         Raises `KeyError` for an id that the family does not have.
         """
         return _run(self._sessions[stitch], images)
+
+    def run_first(self, images: Pixels, first: int, last: int) -> tuple[Logits, Pixels]:
+        """Return the logits of the first variant of a cascade, and what `run_last` goes on with.
+
+        That are the activations where the routes part, or the images if they share no unit.
+        """
+        parts = self._parts_of(first, last)
+        if not parts.shared:
+            return self(images, first), images
+        kept = _run(parts.shared, images)
+        return _run(parts.first, kept), kept
+
+    def run_last(self, kept: Pixels, first: int, last: int) -> Logits:
+        """Return the logits of the last variant; `kept` has rows of what `run_first` returned."""
+        parts = self._parts_of(first, last)
+        return _run(parts.last, kept) if parts.shared else self(kept, last)
+
+    def num_shared(self, first: int, last: int) -> int:
+        """Return the number of units that two routes begin with."""
+        routes = zip(self._routes[first], self._routes[last], strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], routes))
+
+    def _parts_of(self, first: int, last: int) -> CascadeParts:
+        """Return the parts of a cascade, unit by unit unless they have been joined."""
+        if (first, last) not in self._parts:
+            shared = self.num_shared(first, last)
+            one, other = (
+                tuple(self._units[path] for path in self._routes[variant])
+                for variant in (first, last)
+            )
+            self._parts[first, last] = CascadeParts(one[:shared], one[shared:], other[shared:])
+        return self._parts[first, last]
+
+    def join_cascades(self, pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Join the parts of cascades, in this order, while the memory for copies lasts.
+
+        Return which; a cascade without shared units runs whole networks and needs no parts.
+        """
+        left, joined = self._copies_left, []
+        for first, last in pairs:
+            shared = self.num_shared(first, last)
+            one, other = self._routes[first], self._routes[last]
+            left -= sum(path.stat().st_size for path in (*one, *other[shared:]))
+            if not shared:
+                continue
+            if left < 0:
+                break
+            parts = (one[:shared], one[shared:], other[shared:])
+            self._parts[first, last] = CascadeParts(*(self._open_joined(part) for part in parts))
+            joined.append((first, last))
+        return joined
 
     def open_whole(self, stitch: int) -> Callable[[Pixels], Logits]:
         """Return a function that runs a stitch as one graph with its own copy of the weights."""
@@ -71,13 +137,14 @@ class CompiledExecutor:
     def join(self, stitches: Iterable[int]) -> list[int]:
         """Join the networks, in this order, while the memory for copies lasts; return which."""
         left = max(MIN_JOINED_BYTES, MAX_JOINED_SHARE * self.weight_bytes)
-        joined = []
+        joined: list[int] = []
         for stitch in stitches:
             left -= self.copied_bytes(stitch)
             if left < 0:
                 break
             self._sessions[stitch] = self._open_whole(stitch)
             joined.append(stitch)
+            self._copies_left = left
         return joined
 
     def copied_bytes(self, stitch: int) -> int:
@@ -87,10 +154,16 @@ class CompiledExecutor:
     def close(self) -> None:
         """Free the sessions now, although the garbage collector may not find this object soon."""
         self._sessions.clear()
+        self._units.clear()
+        self._parts.clear()
 
     def _open_whole(self, stitch: int) -> tuple[onnxruntime.InferenceSession, ...]:
         """Return one session, or a few if the units use different versions of operators."""
-        graphs = join_runs(self._routes[stitch])
+        return self._open_joined(self._routes[stitch])
+
+    def _open_joined(self, paths: Sequence[Path]) -> Sessions:
+        """Return sessions that run these units with their own copy of the weights."""
+        graphs = join_runs(paths)
         return tuple(open_session(graph.SerializeToString(), self._threads) for graph in graphs)
 
 
@@ -173,6 +246,7 @@ class CompiledEngine:
         self._loop = asyncio.get_running_loop()
         self._compute = ComputeThread(self._loop)
         self._last_compute_s: dict[tuple[int, int], float] = {}
+        self._last_cascade_s: dict[tuple[int, int, int], float] = {}
         self._idle_since = 0.0
         self._previous_single = True
 
@@ -187,7 +261,7 @@ class CompiledEngine:
         Raises `InternalError` if the batch failed.
         """
         batch = images[0] if len(images) == 1 else np.concatenate(images)
-        if self._is_inline(images, stitch):
+        if self._is_inline(images, self._last_compute_s.get((stitch, len(batch)))):
             self.inline_batches += 1
             result = self._run(batch, stitch)
         else:
@@ -196,9 +270,34 @@ class CompiledEngine:
         self._idle_since = self._loop.time()
         return result
 
+    async def forward_cascade(
+        self, images: Sequence[Pixels], first: int, last: int, select: SelectRows
+    ) -> CascadeResult:
+        """Run `first` on a batch, and `last` from the stitch on for the rows that `select` returns.
+
+        Both and `select` run in one turn of the thread. Raises `InternalError` if the batch failed.
+        """
+        batch = images[0] if len(images) == 1 else np.concatenate(images)
+        route = (first, last, len(batch))
+        if self._is_inline(images, self._last_cascade_s.get(route)):
+            self.inline_batches += 1
+            result = self._run_cascade(batch, first, last, select)
+        else:
+            job = partial(self._run_cascade, batch, first, last, select)
+            result = await self._compute.run(job)
+        if result.last is not None:  # the limit holds for both variants
+            seconds = result.first.compute_s + result.last.compute_s
+            self._last_cascade_s[route] = seconds
+        self._idle_since = self._loop.time()
+        return result
+
     async def join(self, stitches: Sequence[int]) -> None:
         """Turn these stitches into one session each, while the memory for copies lasts."""
         await self._compute.run(partial(self.executor.join, stitches))
+
+    async def join_cascades(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Turn the parts of these cascades into sessions, while the memory for copies lasts."""
+        await self._compute.run(partial(self.executor.join_cascades, pairs))
 
     def close(self) -> None:
         """End the thread and free the sessions, unless a batch hangs in them."""
@@ -211,22 +310,46 @@ class CompiledEngine:
         """Do what `close` does, without holding the event loop until a batch has ended."""
         await asyncio.to_thread(self.close)
 
-    def _is_inline(self, images: Sequence[Pixels], stitch: int) -> bool:
+    def _is_inline(self, images: Sequence[Pixels], last_s: float | None) -> bool:
+        """Return whether a batch, which took `last_s` seconds the last time, runs here."""
         single = len(images) == 1
         previous, self._previous_single = self._previous_single, single
         idle = self._loop.time() - self._idle_since > IDLE_BEFORE_INLINE_S
         if not (single and previous and idle):
             return False
-        last_s = self._last_compute_s.get((stitch, len(images[0])), self.inline_limit_s)
-        return last_s < self.inline_limit_s
+        return last_s is not None and last_s < self.inline_limit_s
 
     def _run(self, batch: Pixels, stitch: int) -> EngineResult:
-        started = time.perf_counter_ns()
-        try:
-            logits = self.executor(batch, stitch)
-        except Exception as error:
-            raise InternalError(f"the batch failed: {type(error).__name__}: {error}") from error
-        compute_s = (time.perf_counter_ns() - started) / 1e9
-        # Large outputs are checked here, because the event loop would stand still for it.
-        finite = finite_rows(logits) if logits.size > MIN_CHECKED else None
-        return EngineResult(logits, compute_s, finite)
+        return _timed(lambda: self.executor(batch, stitch))
+
+    def _run_cascade(
+        self, batch: Pixels, first: int, last: int, select: SelectRows
+    ) -> CascadeResult:
+        kept = batch
+
+        def run_first() -> Logits:
+            nonlocal kept
+            logits, kept = self.executor.run_first(batch, first, last)
+            return logits
+
+        result = _timed(run_first)
+        rows = select(result)
+        if not len(rows):
+            return CascadeResult(result, rows, None)
+        going = kept if len(rows) == len(kept) else np.ascontiguousarray(kept[rows])
+        return CascadeResult(
+            result, rows, _timed(lambda: self.executor.run_last(going, first, last))
+        )
+
+
+def _timed(run: Callable[[], Logits]) -> EngineResult:
+    """Return the logits of `run` and its seconds; raises `InternalError` if it fails."""
+    started = time.perf_counter_ns()
+    try:
+        logits = run()
+    except Exception as error:
+        raise InternalError(f"the batch failed: {type(error).__name__}: {error}") from error
+    compute_s = (time.perf_counter_ns() - started) / 1e9
+    # Large outputs are checked here, because the event loop would stand still for it.
+    finite = finite_rows(logits) if logits.size > MIN_CHECKED else None
+    return EngineResult(logits, compute_s, finite)

@@ -73,8 +73,10 @@ def check_request(
     if left_s < alone_s:
         feasible_s = latency.seconds(fastest, request.num_images) + settings.overhead_s
         raise BudgetInfeasible(
-            f"budget: expected at least {_format_us(feasible_s)} us, which the fastest allowed "
-            f"variant takes alone, got {_format_us(left_s)} us ({request.deadlines.hard_source})",
+            f"budget: expected at least {_format_us(alone_s)} us, the expected time of the "
+            f"fastest allowed variant without other work, got {_format_us(left_s)} us "
+            f"({request.deadlines.hard_source}); {_format_us(feasible_s)} us are kept with "
+            f"probability {settings.attainment_probability:g}",
             min_feasible_us=_format_us(feasible_s),
         )
     wait_s = load.busy_s + estimate_work_s(images_ahead, candidates, latency)

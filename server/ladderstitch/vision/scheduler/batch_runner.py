@@ -7,10 +7,13 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from ladderstitch.errors import EngineRestarting, InternalError, RequestError
+from ladderstitch.scheduling.requests import ImageAnswer, Request
 from ladderstitch.telemetry.model_metrics import VisionMetrics, harmless
-from ladderstitch.vision.engine.base import Engine, EngineDied, EngineResult
+from ladderstitch.vision.engine.base import Engine, EngineDied, EngineResult, run_cascade
+from ladderstitch.vision.scheduler.cascade_run import CascadeRun, StageAnswer, certainty_of
 from ladderstitch.vision.scheduler.in_flight import BatchResult, InFlightRequests, PendingRequest
 from ladderstitch.vision.scheduler.planner import Planner
 from ladderstitch.vision.scheduler.policies.base import Decision
@@ -48,6 +51,8 @@ class BatchRunner:
         metrics: VisionMetrics,
         clock: Callable[[], float],
     ) -> None:
+        self.on_answer: Callable[[Request, ImageAnswer], None] = lambda request, answer: None
+        """Called with every answer of a variant that ran alone, after it has left."""
         self.running: list[PendingRequest] = []
         """Requests of the batch that runs now."""
         self.isolated: deque[PendingRequest] = deque()
@@ -68,17 +73,14 @@ class BatchRunner:
         batch = [self._in_flight[request] for request in decision.requests]
         self.running = batch
         self.num_started += 1
-        self.expected_s = self._planner.latency.view.expected(decision.variant, batch_size)
+        self.expected_s = self._planner.expected_s(decision)
         with harmless("observation of a dispatch", self._metrics.failures):
             self._observe_dispatch(decision, now)
         try:
-            self._planner.on_batch_started(batch_size, decision.variant, now)
-            result = await self._engine.forward(
-                [request.images for request in decision.requests], decision.variant
-            )
-            self._free_since = self._clock()
-            self.was_idle = False
-            self._complete(batch, decision.variant, batch_size, now, result)
+            if decision.cascade is None:
+                await self._run_variant(decision, batch, batch_size, now)
+            else:
+                await self._run_cascade(decision, batch, batch_size, now)
         except EngineDied as error:
             with harmless("count of a restart", self._metrics.failures):
                 self._metrics.restarts.inc()
@@ -90,6 +92,74 @@ class BatchRunner:
             self._planner.on_engine_idle()
             if not self._planner.queue:
                 self.was_idle = True
+
+    async def _run_variant(
+        self, decision: Decision, batch: list[PendingRequest], batch_size: int, now: float
+    ) -> None:
+        self._planner.on_batch_started(batch_size, decision.variant, now)
+        result = await self._engine.forward(
+            [request.images for request in decision.requests], decision.variant
+        )
+        self._free_since = self._clock()
+        self.was_idle = False
+        self._complete(batch, decision.variant, batch_size, now, result)
+
+    async def _run_cascade(
+        self, decision: Decision, batch: list[PendingRequest], batch_size: int, now: float
+    ) -> None:
+        """Run the first variant on all images, and the last one on those that are not sure."""
+        self._planner.on_batch_started(batch_size, decision.variant, now, self.expected_s)
+        run = CascadeRun(
+            decision,
+            batch,
+            self._planner.cascades.temperatures,
+            self._planner.latency.view,
+            self._clock,
+            partial(self._settle_stages, batch_size, now),
+        )
+        images = [request.images for request in decision.requests]
+        result = await run_cascade(self._engine, images, *run.cascade.variants, run.select)
+        self._free_since = self._clock()
+        self.was_idle = False
+        if len(result.first.logits) != batch_size:
+            raise ValueError(f"logits: expected {batch_size} rows, got {len(result.first.logits)}")
+        run.finish(result)
+        self.num_answered += 1
+        last_s = 0.0 if result.last is None else result.last.compute_s
+        total_s = self._clock() - now - last_s
+        asyncio.get_running_loop().call_soon(
+            self._record_first, decision.first, batch_size, total_s, result.first
+        )
+        if result.last is not None:
+            with harmless("observation of a batch", self._metrics.failures):
+                self._metrics.observe_last_stage(len(result.rows), last_s)
+                self._in_flight.statistics.add_batch(len(result.rows), last_s)
+
+    def _settle_stages(self, batch_size: int, started: float, answers: list[StageAnswer]) -> None:
+        """Answer requests whose stages have ended."""
+        settled = BatchResult(self._clock(), [])
+        quality = self._planner.quality
+        for stage in answers:
+            result, certainty = stage.result, stage.certainty
+            variants = certainty.variants
+            answer = ImageAnswer(
+                result.logits,
+                certainty.stages[-1],
+                sum(quality[variant] for variant in variants) / len(variants),
+                started - stage.pending.request.arrival,
+                result.compute_s,
+                batch_size,
+                certainty,
+            )
+            assert result.finite is not None
+            self._in_flight.settle_one(settled, stage.pending, answer, result.finite)
+        self._in_flight.count_soon(settled)
+
+    def _record_first(
+        self, variant: int, batch_size: int, total_s: float, result: EngineResult
+    ) -> None:
+        """Learn from the first variant of a cascade."""
+        self._record(BatchResult(0.0, []), variant, batch_size, total_s, result)
 
     async def wait_until_hung(self, limits: HangLimits) -> None:
         """Return when a batch has exceeded its limit, which is logged and counted."""
@@ -126,7 +196,8 @@ class BatchRunner:
         if len(result.logits) != batch_size:
             raise ValueError(f"logits: expected {batch_size} rows, got {len(result.logits)}")
         quality = self._planner.quality[variant]
-        settled = self._in_flight.settle(batch, variant, quality, started, result)
+        certify = partial(certainty_of, variant, cascades=self._planner.cascades)
+        settled = self._in_flight.settle(batch, variant, quality, started, result, certify)
         self.num_answered += 1
         # The answers leave first: metrics and the latency model follow in the loop's next turn.
         total_s = settled.answered_at - started
@@ -154,6 +225,8 @@ class BatchRunner:
         result: EngineResult,
     ) -> None:
         self._in_flight.count(settled)
+        for request, answer in settled.answers:
+            self.on_answer(request, answer)
         latency = self._planner.latency
         tail = latency.view.tail
         error = self._planner.on_batch_finished(variant, batch_size, result.compute_s, total_s)

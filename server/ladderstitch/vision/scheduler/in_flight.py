@@ -14,7 +14,7 @@ from ladderstitch.errors import (
     NonFiniteOutput,
     RequestError,
 )
-from ladderstitch.scheduling.requests import ImageAnswer, Mask, Request
+from ladderstitch.scheduling.requests import Certainty, ImageAnswer, Logits, Mask, Request
 from ladderstitch.telemetry.model_metrics import VisionMetrics, harmless
 from ladderstitch.telemetry.statistics import Statistics
 from ladderstitch.vision.engine.base import EngineResult, finite_rows
@@ -87,32 +87,41 @@ class InFlightRequests:
         quality: float,
         started: float,
         result: EngineResult,
+        certify: Callable[[Logits], Certainty | None] | None = None,
     ) -> BatchResult:
         """Give each request of a batch its part of the logits, [B, K] for its B images.
 
         `started` is the instant at which the batch started. The answers do not count in metrics and
-        statistics until the result is passed to `count`. A request whose logits are not finite
-        fails with `NonFiniteOutput`; the others of the batch keep theirs.
+        statistics until the result is passed to `count`. A request of finite inputs whose logits
+        are not finite fails with `NonFiniteOutput`; the others of the batch keep theirs. `certify`
+        says how sure the answers of requests with `min_confidence` are.
         """
         settled = BatchResult(self.clock(), [])
         first, batch_size = 0, len(result.logits)
         finite = finite_rows(result.logits) if result.finite is None else result.finite
         for pending in batch:
-            request = pending.request
-            rows = slice(first, first + request.num_images)
-            first += request.num_images
-            if settled.answered_at > request.deadlines.hard:
-                self.expire_in_compute(pending)
-            elif not finite[rows].all():
-                self._fail_non_finite(pending, finite[rows])
-            elif self._remove(pending):
-                queue_s = started - request.arrival
-                completion = ImageAnswer(
-                    result.logits[rows], variant, quality, queue_s, result.compute_s, batch_size
-                )
-                pending.answer.set_result(completion)
-                settled.answers.append((request, completion))
+            rows = slice(first, first + pending.request.num_images)
+            first += pending.request.num_images
+            queue_s = started - pending.request.arrival
+            part = result.logits[rows]
+            certainty = certify(part) if certify and pending.request.min_confidence else None
+            answer = ImageAnswer(
+                part, variant, quality, queue_s, result.compute_s, batch_size, certainty
+            )
+            self.settle_one(settled, pending, answer, finite[rows])
         return settled
+
+    def settle_one(
+        self, settled: BatchResult, pending: PendingRequest, answer: ImageAnswer, finite: Mask
+    ) -> None:
+        """Give one request its answer, unless it has ended, is late or is not `finite` [B]."""
+        if settled.answered_at > pending.request.deadlines.hard:
+            self.expire_in_compute(pending)
+        elif pending.request.is_finite and not finite.all():
+            self._fail_non_finite(pending, finite)
+        elif self._remove(pending):
+            pending.answer.set_result(answer)
+            settled.answers.append((pending.request, answer))
 
     def count(self, settled: BatchResult) -> None:
         """Count the answers of a batch in metrics and statistics."""
@@ -124,6 +133,14 @@ class InFlightRequests:
                 completion.compute_s,
                 settled.answered_at - request.arrival,
             )
+
+    def count_soon(self, settled: BatchResult) -> None:
+        """Count answers in the next turn of the event loop, so that they leave first."""
+        asyncio.get_running_loop().call_soon(self._count_safely, settled)
+
+    def _count_safely(self, settled: BatchResult) -> None:
+        with harmless("count of answers", self.metrics.failures):
+            self.count(settled)
 
     def expire_in_queue(self, requests: Iterable[Request], now: float) -> None:
         """Fail requests that were removed from the queue for their hard deadlines."""

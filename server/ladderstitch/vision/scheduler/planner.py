@@ -9,14 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ladderstitch.errors import BudgetInfeasible, Overloaded, RequestError
+from ladderstitch.errors import BudgetInfeasible, InvalidArgument, Overloaded, RequestError
 from ladderstitch.scheduling.candidates import CandidateFilter
+from ladderstitch.scheduling.cascades import NO_CASCADES, CascadeSet
 from ladderstitch.scheduling.latency_model import LatencyModel
 from ladderstitch.scheduling.load_report import HORIZONS_S, LoadReport
 from ladderstitch.scheduling.profiles import LatencyProfile
 from ladderstitch.scheduling.requests import Request
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.vision.scheduler import admission
+from ladderstitch.vision.scheduler.cascade_choice import (
+    CascadeChooser,
+    count_needs,
+    expected_seconds,
+)
 from ladderstitch.vision.scheduler.policies import make_policy
 from ladderstitch.vision.scheduler.policies.adaptive import Adaptive
 from ladderstitch.vision.scheduler.policies.base import Decision, Defer
@@ -42,8 +48,10 @@ class Planner:
         profile: LatencyProfile,
         settings: SchedulerSettings,
         recorder: PlannerRecorder | None = None,
+        cascades: CascadeSet = NO_CASCADES,
     ) -> None:
         self.quality = quality
+        self.cascades = cascades
         self.latency = LatencyModel(profile, settings.attainment_probability)
         self.queue = DeadlineQueue(settings.priority_window_s)
         self.busy_until = 0.0
@@ -53,7 +61,7 @@ class Planner:
         self._arrivals = Arrivals()
         self._recorder = recorder
         if recorder is not None:
-            recorder.on_created(quality, profile)
+            recorder.on_created(quality, profile, cascades)
         self.configure(settings)
 
     def configure(self, settings: SchedulerSettings) -> None:
@@ -72,6 +80,7 @@ class Planner:
         self.candidates = CandidateFilter.from_settings(
             self.quality, self.latency.profile, settings
         )
+        self._chooser = CascadeChooser(self.cascades, self.candidates, settings.overhead_s)
         hulls = QualityHulls.from_profile(
             self.candidates.frontier, self.quality, self.latency.view.profiled
         )
@@ -122,6 +131,7 @@ class Planner:
         `alone` says that no other request waits or runs.
         """
         try:
+            self._check_confidence(request)
             ahead = self.queue.images_before(request)
             load, view = self.load(now), self.latency.view
             admission.check_request(request, self.candidates, view, load, ahead, self.settings)
@@ -133,6 +143,14 @@ class Planner:
             raise
         if self._recorder is not None:
             self._recorder.on_admission(request, now, alone=alone, rejected=False)
+
+    def _check_confidence(self, request: Request) -> None:
+        """Raise `InvalidArgument` if the request wants confidences that the model does not have."""
+        if request.min_confidence > 0 and not self.cascades.temperatures:
+            raise InvalidArgument(
+                "min_confidence",
+                "expected none: this model has no calibrated confidences; `calibrate` adds them",
+            )
 
     def add(self, request: Request) -> None:
         """Queue an admitted request, and learn from its arrival."""
@@ -186,20 +204,41 @@ class Planner:
         if isinstance(choice, Decision):
             for request in choice.requests:
                 self.queue.remove(request)
+            chosen = self._chooser.choose(choice, self.queue.view, view, now)
+            for request in choice.requests if len(chosen.requests) < len(choice.requests) else ():
+                if request not in chosen.requests:
+                    self.queue.add(request)
+            choice = chosen
         if self._recorder is not None:
             self._recorder.on_decision(choice, now)
         return choice
 
-    def on_batch_started(self, batch_size: int, variant: int, now: float) -> None:
-        """Note that a batch that was decided at `now` went to the engine."""
-        self.busy_until = now + self.latency.view.expected(variant, batch_size)
+    def expected_s(self, decision: Decision) -> float:
+        """Return the expected seconds of compute of a batch."""
+        view = self.latency.view
+        if decision.cascade is None:
+            return view.expected(decision.variant, decision.num_images)
+        return expected_seconds(decision.cascade, count_needs(decision.requests), view)
+
+    def on_batch_started(
+        self, batch_size: int, variant: int, now: float, expected_s: float | None = None
+    ) -> None:
+        """Note that a batch that was decided at `now` went to the engine.
+
+        `expected_s` are the expected seconds of a cascade.
+        """
+        seconds = self.latency.view.expected(variant, batch_size)
+        self.busy_until = now + (seconds if expected_s is None else expected_s)
         if self._recorder is not None:
-            self._recorder.on_batch_started(batch_size, variant, now)
+            self._recorder.on_batch_started(batch_size, variant, now, expected_s)
 
     def on_batch_finished(
         self, variant: int, batch_size: int, compute_s: float, total_s: float
     ) -> float:
-        """Learn from a batch that was answered; return actual over expected seconds."""
+        """Learn from a batch that was answered; return actual over expected seconds.
+
+        Of a cascade, learn from its first variant only, without the seconds of the last one.
+        """
         self.latency.observe_dispatch_overhead(total_s - compute_s)
         self.mean_batch_s += EWMA_ALPHA * (total_s - self.mean_batch_s)
         error = self.latency.observe(variant, batch_size, compute_s)

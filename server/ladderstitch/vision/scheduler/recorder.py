@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any, Concatenate, ParamSpec, TextIO
 
+from ladderstitch.scheduling.cascades import CascadeSet
 from ladderstitch.scheduling.profiles import LatencyProfile
 from ladderstitch.scheduling.requests import Deadlines, Pixels, Request
 from ladderstitch.scheduling.settings import SchedulerSettings
@@ -67,9 +68,16 @@ class PlannerRecorder:
         self._on_failure()
 
     @_ends_at_first_error
-    def on_created(self, quality: Mapping[int, float], profile: LatencyProfile) -> None:
+    def on_created(
+        self, quality: Mapping[int, float], profile: LatencyProfile, cascades: CascadeSet
+    ) -> None:
         """Write the first line: what the planner was created with."""
-        model = {"quality": dict(quality), "profile": profile.model_dump(mode="json")}
+        model = {
+            "quality": dict(quality),
+            "profile": profile.model_dump(mode="json"),
+            "temperatures": dict(cascades.temperatures),
+            "cascades": [cascade.model_dump(mode="json") for cascade in cascades.cascades],
+        }
         self._file.write(json.dumps({"format": RECORD_FORMAT} | model) + "\n")
 
     @_ends_at_first_error
@@ -109,12 +117,16 @@ class PlannerRecorder:
             self._write("hold", now, choice.seconds)
         else:
             numbers = [self._numbers.pop(request) for request in choice.requests]
-            self._write("decide", now, choice.variant, numbers)
+            cascade = [] if choice.cascade is None else [choice.cascade.first]
+            self._write("decide", now, choice.variant, numbers, *cascade)
 
     @_ends_at_first_error
-    def on_batch_started(self, batch_size: int, variant: int, now: float) -> None:
-        """Write the start of a batch."""
-        self._write("started", batch_size, variant, now)
+    def on_batch_started(
+        self, batch_size: int, variant: int, now: float, expected_s: float | None
+    ) -> None:
+        """Write the start of a batch; of a cascade also its expected seconds."""
+        more = () if expected_s is None else (expected_s,)
+        self._write("started", batch_size, variant, now, *more)
 
     @_ends_at_first_error
     def on_batch_finished(
@@ -149,11 +161,12 @@ def request_fields(request: Request) -> list[Any]:
         request.min_quality,
         request.variant,
         request.priority,
+        request.min_confidence,
     ]
 
 
 def request_from_fields(fields: Sequence[Any], images: Pixels) -> Request:
     """Return a request with recorded fields; `images` has their number of images, B."""
-    arrival, soft, hard, _, min_quality, variant, priority = fields
+    arrival, soft, hard, _, *others = fields  # records of older servers have no minimum confidence
     deadlines = Deadlines(soft, hard, "record", "record")
-    return Request("", images, arrival, deadlines, min_quality, variant, priority)
+    return Request("", images, arrival, deadlines, *others)

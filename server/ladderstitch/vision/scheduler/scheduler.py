@@ -7,9 +7,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TextIO
 
 from ladderstitch.errors import Draining, EngineRestarting, InternalError, RequestError
+from ladderstitch.scheduling.cascades import NO_CASCADES, CascadeSet
 from ladderstitch.scheduling.load_report import LoadReport
 from ladderstitch.scheduling.profiles import LatencyProfile
 from ladderstitch.scheduling.requests import ImageAnswer, Request
@@ -17,6 +19,8 @@ from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.model_metrics import VisionMetrics, harmless
 from ladderstitch.vision.engine.base import Engine
 from ladderstitch.vision.scheduler import admission
+from ladderstitch.vision.scheduler.audit import Auditor
+from ladderstitch.vision.scheduler.audit_run import AuditRunner
 from ladderstitch.vision.scheduler.batch_runner import BatchRunner, HangLimits
 from ladderstitch.vision.scheduler.in_flight import InFlightRequests
 from ladderstitch.vision.scheduler.planner import Planner
@@ -65,17 +69,23 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         record: TextIO | None = None,
         hang_limits: HangLimits | None = None,
+        cascades: CascadeSet = NO_CASCADES,
+        agreements: Mapping[int, float] | None = None,
     ) -> None:
         self.engine = engine
         self.metrics = metrics
         self.clock = clock
         recorder = None if record is None else PlannerRecorder(record, metrics.failures.inc)
-        self.planner = Planner(quality, profile, settings, recorder)
+        self.planner = Planner(quality, profile, settings, recorder, cascades)
         self.in_flight = InFlightRequests(metrics, clock)
         self.batch_runner = BatchRunner(engine, self.planner, self.in_flight, metrics, clock)
         self._draining = self._closing = False
         self._recent_in_flight = 1.0
         self._wake = asyncio.Event()
+        auditor = Auditor(agreements or {}, clock())
+        self._audits = AuditRunner(engine, self.planner, auditor, metrics, clock, self._wake)
+        self._audits.configure(settings)
+        self.batch_runner.on_answer = self._audits.sample
         self._idle = asyncio.Event()
         self._expiry_timer: asyncio.TimerHandle | None = None
         self._hang_watch: asyncio.Task[None] | None = None
@@ -90,6 +100,7 @@ class Scheduler:
         Raises `InvalidArgument` if the model lacks a variant or the floor that they name.
         """
         self.planner.configure(settings)
+        self._audits.configure(settings)
         self._wake.set()
 
     @property
@@ -228,7 +239,7 @@ class Scheduler:
                 if not self.in_flight:
                     self._idle.set()
                 self._wake.clear()
-                await self._wake.wait()
+                await self._audits.wait()
             await self._collect()
             now = self.clock()
             self._expire_queued(now)
@@ -296,7 +307,7 @@ class Scheduler:
         if isinstance(choice, Defer):
             return choice
         wanted = tuple(r for r in choice.requests if self.in_flight[r] in self.in_flight)
-        return Decision(wanted, choice.variant) if wanted else None
+        return replace(choice, requests=wanted) if wanted else None
 
     def _decide_isolated(self, now: float) -> Decision | None:
         """Return a batch of the next request that must run alone, or None."""

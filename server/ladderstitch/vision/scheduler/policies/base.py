@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ladderstitch.scheduling.candidates import CandidateFilter
+from ladderstitch.scheduling.cascades import Cascade
 from ladderstitch.scheduling.latency_model import LatencyView
 from ladderstitch.scheduling.requests import Request
 
@@ -18,10 +19,25 @@ SLACK_SCAN_LIMIT = 32
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A batch to run on one variant; `requests` are ordered by urgency, most urgent first."""
+    """A batch to run on one variant; `requests` are ordered by urgency, most urgent first.
+
+    With a `cascade`, `variant` is its last one, and the batch has to end by `latest_end`.
+    """
 
     requests: tuple[Request, ...]
     variant: int
+    cascade: Cascade | None = None
+    latest_end: float = float("inf")
+
+    @property
+    def num_images(self) -> int:
+        """The number of images of the batch."""
+        return sum(request.num_images for request in self.requests)
+
+    @property
+    def first(self) -> int:
+        """The variant that runs first, on all images."""
+        return self.variant if self.cascade is None else self.cascade.first
 
 
 @dataclass(frozen=True, slots=True)

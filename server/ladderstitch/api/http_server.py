@@ -1,4 +1,4 @@
-"""The HTTP server of a replica; it shares loop, certificates and tokens with the gRPC servers."""
+"""The HTTP server of a replica or a gateway, with the certificates of its gRPC servers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ import ssl
 from collections.abc import Iterator
 
 import uvicorn
+from starlette.types import ASGIApp
 
-from ladderstitch.api.auth import AuthInterceptor
+from ladderstitch.addresses import join_address, strip_brackets
 from ladderstitch.api.listener import certificate_files
-from ladderstitch.api.openai.app import create_app
 from ladderstitch.api.openai.protocol import ConnectionLimits, LimitedProtocol
-from ladderstitch.config import ServerConfig
-from ladderstitch.hosting.registry import ModelRegistry
 from ladderstitch.runtime.process import address_family
-from ladderstitch.security.listen_config import join_address, strip_brackets
+from ladderstitch.security.listen_config import ListenConfig
 from ladderstitch.security.tls import CertificateFiles, CertificateWatcher
 
 log = logging.getLogger(__name__)
@@ -55,29 +53,16 @@ class _UvicornServer(uvicorn.Server):
 
 
 class HttpServer:
-    """The HTTP server of OpenAI's API; it listens from `start` until `stop`."""
+    """The HTTP server of a replica or a gateway; it listens from `start` until `stop`."""
 
-    def __init__(
-        self, config: ServerConfig, registry: ModelRegistry, auth: AuthInterceptor | None
-    ) -> None:
-        """Prepare the server; without `auth`, callers need no token.
-
-        Raises `ConfigError` if the certificate files cannot be used.
-        """
+    def __init__(self, config: ListenConfig, application: ASGIApp) -> None:
+        """Prepare the server; raises `ConfigError` if the certificate files cannot be used."""
         self.port = 0
         self._config = config
         files = certificate_files(config)
         self._watcher = None if files is None else CertificateWatcher(files)
         limits = ConnectionLimits(
             config.max_connections, config.header_timeout_s, config.message_timeout_s
-        )
-        application = create_app(
-            registry,
-            auth,
-            config.max_message_mb << 20,
-            body_timeout_s=config.message_timeout_s,
-            max_unfinished=config.max_unfinished_messages,
-            cors_origins=config.cors_origins,
         )
         self._tls = None if files is None else server_context(files)
         settings = uvicorn.Config(

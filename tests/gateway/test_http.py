@@ -1,0 +1,273 @@
+"""HTTP requests through a gateway; only the answers of the replicas are scripted."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+from yarl import URL
+
+from tests.support.fake_replicas import FakeReplica, RunningGateway, StartGateway
+
+TOKEN = "caller-secret-0123456789"
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class HttpReplica(FakeReplica):
+    """A replica with an HTTP port, whose requests `respond` answers; `seen` lists them."""
+
+    def __init__(self, name: str, models: tuple[str, ...] = ("tiny",)) -> None:
+        super().__init__(name, models)
+        self.respond: Answer = self.name_itself
+        self.seen: list[web.Request] = []
+        self._runner = web.AppRunner(
+            self._application(), handler_cancellation=True, shutdown_timeout=0
+        )
+
+    def _application(self) -> web.Application:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            await request.read()
+            self.seen.append(request)
+            return await self.respond(request)
+
+        application = web.Application()
+        application.router.add_route("*", "/{path:.*}", handle)
+        return application
+
+    async def name_itself(self, request: web.Request) -> web.StreamResponse:
+        body = {"replica": self.name, "body": (await request.read()).decode()}
+        return web.json_response(body, headers={"x-own": self.name})
+
+    async def start(self, port: int = 0) -> HttpReplica:
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.state.http_port = self._runner.addresses[0][1]
+        await super().start(port)
+        return self
+
+    async def stop(self) -> None:
+        await super().stop()
+        await self._runner.cleanup()
+
+
+@asynccontextmanager
+async def calling(running: RunningGateway, **headers: str) -> AsyncIterator[aiohttp.ClientSession]:
+    assert running.gateway.http is not None
+    base = f"http://127.0.0.1:{running.gateway.http.port}"
+    async with aiohttp.ClientSession(base, headers=headers) as session:
+        yield session
+
+
+async def test_request_and_answer_pass_unchanged(start_gateway: StartGateway) -> None:
+    replica = HttpReplica("r0")
+    async with start_gateway([replica], http_port=0) as running, calling(running) as session:
+        path = "/v1/completions?a=%2F%20b&a=c"
+        headers = {"x-latency-budget-ms": "5", "origin": "http://127.0.0.1:9", "x-request-id": "me"}
+        async with session.post(
+            URL(path, encoded=True), data=b'{"model":"tiny"}', headers=headers
+        ) as response:
+            assert response.status == 200
+            assert response.headers["x-own"] == "r0"
+            assert response.headers["x-request-id"] == "me"
+            assert response.headers.getall("access-control-allow-origin") == ["http://127.0.0.1:9"]
+            assert len(response.headers.getall("date")) == 1
+            body = await response.json()
+        assert body == {"replica": "r0", "body": '{"model":"tiny"}'}
+        (seen,) = replica.seen
+        assert seen.raw_path == path
+        assert seen.headers["x-latency-budget-ms"] == "5"
+        assert "origin" not in seen.headers
+
+
+async def test_events_arrive_one_by_one(start_gateway: StartGateway) -> None:
+    replica, release = HttpReplica("r0"), asyncio.Event()
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b"data: 1\n\n")
+        await release.wait()
+        await response.write(b"data: 2\n\n")
+        return response
+
+    replica.respond = stream
+    async with (
+        start_gateway([replica], http_port=0) as running,
+        calling(running) as session,
+        session.post("/v1/completions", data=b"{}") as response,
+    ):
+        assert await response.content.readuntil(b"\n\n") == b"data: 1\n\n"
+        release.set()
+        assert await response.content.read() == b"data: 2\n\n"
+
+
+@pytest.mark.parametrize("failure", ["status", "connection"])
+async def test_another_replica_answers_what_one_cannot(
+    start_gateway: StartGateway, failure: str
+) -> None:
+    replicas = [HttpReplica("r0"), HttpReplica("r1")]
+    failing: list[HttpReplica] = []
+
+    async def fail_first(request: web.Request) -> web.StreamResponse:
+        (replica,) = [r for r in replicas if r.seen and r.seen[-1] is request]
+        if failing in ([], [replica]):
+            failing[:] = [replica]
+            if failure == "status":
+                return web.json_response({"error": "loading"}, status=503)
+            assert request.transport is not None
+            request.transport.abort()
+        return await replica.name_itself(request)
+
+    for replica in replicas:
+        replica.respond = fail_first
+    async with (
+        start_gateway(list(replicas), http_port=0) as running,
+        calling(running) as session,
+        session.post("/v1/chat/completions", data=b"{}") as response,
+    ):
+        assert (response.status, (await response.json())["replica"]) == (
+            200,
+            next(r.name for r in replicas if r not in failing),
+        )
+
+
+async def test_last_refusal_is_passed_on_when_the_time_is_up(start_gateway: StartGateway) -> None:
+    replica = HttpReplica("r0")
+
+    async def refuse(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": "loading"}, status=503, headers={"retry-after": "7"})
+
+    replica.respond = refuse
+    async with (
+        start_gateway([replica], http_port=0, retry_timeout_s=0.2) as running,
+        calling(running) as session,
+        session.get("/v1/models") as response,
+    ):
+        assert (response.status, response.headers["retry-after"]) == (503, "7")
+        assert await response.json() == {"error": "loading"}
+    assert len(replica.seen) > 1
+
+
+async def test_model_is_found_at_the_replica_that_has_it(start_gateway: StartGateway) -> None:
+    one, two = HttpReplica("r0", ("a",)), HttpReplica("r1", ("b",))
+    async with start_gateway([one, two], http_port=0) as running, calling(running) as session:
+        for _ in range(3):
+            for model, name in (("a", "r0"), ("b", "r1")):
+                async with session.post("/v1/completions", json={"model": model}) as response:
+                    assert (await response.json())["replica"] == name
+    assert [len(one.seen), len(two.seen)] == [3, 3]
+
+
+@pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])
+async def test_lost_replica_ends_a_begun_answer(start_gateway: StartGateway, kind: str) -> None:
+    replica, other = HttpReplica("r0"), HttpReplica("r1")
+
+    async def break_off(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": kind})
+        await response.prepare(request)
+        await response.write(b"data: 1\n\n")
+        await asyncio.sleep(0.1)
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    replica.respond = other.respond = break_off
+    async with start_gateway([replica, other], http_port=0) as running, calling(running) as session:
+        async with session.post("/v1/completions", data=b"{}") as response:
+            if kind == "application/json":
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await response.read()
+            else:
+                first, error, rest = (await response.read()).split(b"\n\n")
+                assert (first, rest) == (b"data: 1", b"")
+                message = json.loads(error.removeprefix(b"data: "))["error"]
+                assert message["code"] == "UNAVAILABLE"
+        async with session.get("/metrics") as response:
+            lost = 'code="UNAVAILABLE",method="HTTP /v1/completions"} 1.0'
+            assert lost in await response.text()
+    assert len(replica.seen) + len(other.seen) == 1
+
+
+async def test_caller_who_leaves_ends_the_call(start_gateway: StartGateway) -> None:
+    replica, begun, cancelled = HttpReplica("r0"), asyncio.Event(), asyncio.Event()
+
+    async def wait_forever(request: web.Request) -> web.StreamResponse:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+        raise AssertionError
+
+    replica.respond = wait_forever
+    async with start_gateway([replica], http_port=0) as running, calling(running) as session:
+        call = asyncio.create_task(session.post("/v1/completions", data=b"{}").__aenter__())
+        await begun.wait()
+        call.cancel()
+        async with asyncio.timeout(60):
+            await cancelled.wait()
+
+
+async def test_silent_replica_loses_its_requests_to_another_one(
+    start_gateway: StartGateway,
+) -> None:
+    replicas = [HttpReplica("r0"), HttpReplica("r1")]
+    silent: list[HttpReplica] = []
+
+    async def hang_first(request: web.Request) -> web.StreamResponse:
+        (replica,) = [r for r in replicas if r.seen and r.seen[-1] is request]
+        if not silent:
+            silent.append(replica)
+            replica.silent = True
+            await asyncio.Event().wait()
+        return await replica.name_itself(request)
+
+    for replica in replicas:
+        replica.respond = hang_first
+    async with (
+        start_gateway(list(replicas), http_port=0) as running,
+        calling(running) as session,
+        session.post("/v1/completions", data=b"{}") as response,
+    ):
+        assert (await response.json())["replica"] != silent[0].name
+
+
+async def test_token_and_size_are_checked_before_anything_is_forwarded(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    replica, tokens = HttpReplica("r0"), tmp_path / "tokens.yaml"
+    tokens.write_text(f"tokens:\n- name: caller\n  token: {TOKEN}\n  scopes: [inference]\n")
+    async with start_gateway(
+        [replica], http_port=0, token_file=tokens, max_message_mb=1
+    ) as running:
+        async with calling(running) as session:
+            async with session.get("/v1/models") as response:
+                assert response.status == 401
+            async with session.get("/health") as response:
+                assert (response.status, await response.json()) == (200, {"serving": True})
+        async with calling(running, authorization=f"Bearer {TOKEN}") as session:
+            async with session.get("/v1/models") as response:
+                assert response.status == 200
+            async with session.post(
+                "/v1/completions", data=io.BytesIO(b"x" * (1 << 20 | 1))
+            ) as response:
+                assert response.status == 413
+    (seen,) = replica.seen
+    assert seen.headers["authorization"] == f"Bearer {TOKEN}"
+
+
+async def test_replica_without_http_is_named(start_gateway: StartGateway) -> None:
+    replica = FakeReplica("r0")
+    async with start_gateway([replica], http_port=0) as running, calling(running) as session:
+        async with session.get("/v1/models") as response:
+            assert response.status == 503
+            message = (await response.json())["error"]["message"]
+        assert f"replica {replica.address} has no HTTP port" in message
