@@ -133,7 +133,7 @@ def _write_plain(
     """Export anchors to ONNX files and import them as a family without stitches."""
     images = embedded.manifest.preprocessing
     shape = (images.channels, images.height, images.width)
-    units = cached_units(embedded.digest(), embedded.load_model, shape, lambda done, total: None)
+    units = cached_units(embedded.digest(), embedded.load_stitched, shape, lambda done, total: None)
     entries: list[dict[str, object]] = []
     for anchor in anchors:
         file = folder / f"anchor-{anchor.front}.onnx"

@@ -163,7 +163,7 @@ def export_networks(bundle: VisionBundle, folder: Path) -> list[Path]:
     """Write a small and a large network as ONNX files, with their preprocessing next to them."""
     images = bundle.manifest.preprocessing
     shape = (images.channels, images.height, images.width)
-    units = cached_units(bundle.digest(), bundle.load_model, shape, lambda done, total: None)
+    units = cached_units(bundle.digest(), bundle.load_stitched, shape, lambda done, total: None)
     in_float32 = [v for v in bundle.manifest.variants() if v.precision == "float32"]
     anchors = {v.front: v for v in in_float32 if not v.layers}
     settings = {

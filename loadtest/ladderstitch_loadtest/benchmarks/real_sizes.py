@@ -34,6 +34,7 @@ from ladderstitch.vision.engine.startup import open_executor
 from ladderstitch.vision.models.cost import stitch_cost
 from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.graphs import cached_units
+from ladderstitch.vision.models.nested.model import NestedConfig
 from ladderstitch.vision.models.stitched import StitchedModel
 from ladderstitch.vision.models.vit import Block, InputShape, Vit, VitConfig
 from ladderstitch_loadtest.benchmarks.compiled import time_in_turns
@@ -80,8 +81,9 @@ def measure(family: str) -> RealSize:
         bundle = write_random(family, Path(folder))
         loaded = VisionBundle.load(bundle)
         config = loaded.manifest.config
-        cached_units(loaded.digest(), loaded.load_model, SHAPE, lambda done, total: None)
+        cached_units(loaded.digest(), loaded.load_stitched, SHAPE, lambda done, total: None)
         cost = json.loads(_load_in_new_process(bundle))
+        assert not isinstance(config, NestedConfig)
         with torch.device("meta"):
             model = config.build()
         ready_s, answers = serve_bundle(bundle, model)
@@ -165,9 +167,11 @@ def print_load_cost(path: Path) -> None:
     """
     tune_malloc()
     bundle = VisionBundle.load(path)
-    stitches = bundle.manifest.config.stitches()
+    config = bundle.manifest.config
+    assert not isinstance(config, NestedConfig)
+    stitches = config.stitches()
     with torch.device("meta"):
-        macs = _macs(bundle.manifest.config.build())
+        macs = _macs(config.build())
     images = np.random.default_rng(0).standard_normal((1, *SHAPE), np.float32)
     before, started = resident_mib(), time.perf_counter()
     executor = open_executor(bundle, 1, lambda done, total: None)

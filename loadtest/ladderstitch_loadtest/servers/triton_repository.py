@@ -43,7 +43,7 @@ def _read_network(
     bundle: VisionBundle, variant: int, shape: tuple[int, int, int]
 ) -> onnx.ModelProto:
     """Return the graph of a variant, from float32 images [B, C, H, W] to logits [B, K]."""
-    units = cached_units(bundle.digest(), bundle.load_model, shape, lambda done, total: None)
+    units = cached_units(bundle.digest(), bundle.load_stitched, shape, lambda done, total: None)
     (network,) = (one for one in bundle.manifest.variants() if one.id == variant)
     return join_units(unit_paths(network, units, bundle.int8_folder))
 

@@ -31,6 +31,16 @@ def frontier(
     macs: Annotated[
         bool, typer.Option("--macs", help="Cost in multiply-accumulates instead of latency.")
     ] = False,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(help="Further image model whose frontier is drawn into the plot."),
+    ] = None,
+    prune_into: Annotated[
+        Path | None,
+        typer.Option(
+            "--prune", help="Supernets: bundle directory to write, with the frontier's paths only."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the best variants by quality and cost.
@@ -39,6 +49,7 @@ def frontier(
     """
     from ladderstitch.vision.bundle import VisionBundle
     from ladderstitch.vision.frontier import CostMetric, frontier_rows, plot_frontier
+    from ladderstitch.vision.prune import prune
 
     with user_errors():
         path = find_bundle(str(bundle))
@@ -59,8 +70,12 @@ def frontier(
         else:
             print_records(records, FRONTIER_COLUMNS, title=title)
         if plot is not None:
-            plot_frontier(loaded, plot, metric)
+            others = [VisionBundle.load(find_bundle(other)) for other in compare or ()]
+            plot_frontier(loaded, plot, metric, others)
             err.print(f"wrote {plot}")
+        if prune_into is not None:
+            names = prune(loaded, prune_into, metric)
+            err.print(f"wrote {prune_into} with {len(names)} paths", soft_wrap=True)
 
 
 def print_paths(path: Path, plot: Path | None, *, as_json: bool) -> None:

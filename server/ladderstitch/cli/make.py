@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,7 +16,12 @@ from ladderstitch.cli.output import Column, Record, print_json, print_records
 from ladderstitch.cli.own_models import parse_numbers
 from ladderstitch.errors import ConfigError
 
+if TYPE_CHECKING:
+    from ladderstitch.vision.models.nested.model import NestedModel
+    from ladderstitch.vision.models.stitched import StitchedModel
+
 DATA = ("fashion-mnist", "brown", "austen")
+SUPERNETS = ("ofa-resnet", "ofa-mbv3", "autoformer", "thinkingvit")
 MODELS = ("smollm2", "smollm2-ladder", "efficientnet-lite")
 
 
@@ -215,8 +220,9 @@ Family = Annotated[
     str | None,
     typer.Option(
         help="Kind of the stitched family: snnet-deit, snnet-swin, snnet-resnet, "
-        "snnet-resnet-swin, snnet-levit, snnetv2 or learngene-pool; or matformer-olmo, whose "
-        "checkpoint is a folder."
+        "snnet-resnet-swin, snnet-levit, snnetv2 or learngene-pool; or of the supernet: "
+        "ofa-resnet, ofa-mbv3, autoformer or thinkingvit; or matformer-olmo, whose checkpoint is "
+        "a folder."
     ),
 ]
 FamilyConfig = Annotated[
@@ -256,14 +262,23 @@ def import_(
     std: Std = None,
     outputs: own_models.Outputs = "auto",
     input_shape: own_models.InputShape = None,
+    paths: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Supernets: networks to list, the smallest, the largest and random ones "
+            "(default: 60); `frontier --prune` keeps the best of them.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Supernets: seed of the random ones.")] = 0,
 ) -> None:
     """Make a bundle from checkpoints or ONNX files.
 
-    The input, published or your own, is one file of a stitched family, or files of DeiT, ViT, Swin
-    or ResNet networks in the layout of timm or Hugging Face, which become the anchors of a new
-    family, or ONNX files or a `family.yaml` that lists them, among which budgets choose (`make`
-    stitches them). Only weights are read: no code in a file is run. The error lists tensors that do
-    not fit.
+    The input, published or your own, is one file of a stitched family or of a supernet, or files of
+    DeiT, ViT, Swin or ResNet networks in the layout of timm or Hugging Face, which become the
+    anchors of a new family, or ONNX files or a `family.yaml` that lists them, among which budgets
+    choose (`make` stitches them). Only weights are read: no code in a file is run. The error lists
+    tensors that do not fit.
     """
     from ladderstitch.importers.import_bundle import BundleInfo, import_anchors, import_released
 
@@ -294,14 +309,21 @@ def import_(
         info = BundleInfo(
             name, licence, labels, parse_numbers("mean", mean), parse_numbers("std", std)
         )
+        model: StitchedModel | NestedModel
         if family is None:
             model = import_anchors(checkpoints, images, info, into, image_size=image_size)
-        elif len(checkpoints) == 1:
-            model = import_released(family, checkpoints[0], config, info, into)
-        else:
+        elif len(checkpoints) != 1:
             raise ConfigError(
                 f"checkpoints: expected one file for {family}, got {len(checkpoints)}"
             )
+        elif family in SUPERNETS:
+            from ladderstitch.importers.import_nested import import_supernet
+
+            model = import_supernet(
+                family, checkpoints[0], config, info, into, paths=paths, seed=seed
+            )
+        else:
+            model = import_released(family, checkpoints[0], config, info, into)
     count = sum(stitch.usable for stitch in model.stitches)
     out.print(f"{into}: {count} networks; next: ladderstitch calibrate {into} --data FOLDER")
 

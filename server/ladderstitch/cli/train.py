@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -13,9 +13,10 @@ from ladderstitch.errors import ConfigError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from ladderstitch.training.vision.recipe import Recipe
+    from ladderstitch.training.vision.recipe import AnyRecipe, Recipe
     from ladderstitch.training.vision.training_data import TrainingData
 
+R = TypeVar("R", bound="AnyRecipe")
 LABELLED = (
     "Folder with one subfolder per class, CSV file of path,label, or folder of gzipped IDX files."
 )
@@ -63,17 +64,30 @@ def train(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of everything random (default: the recipe's).")
     ] = None,
+    nested: Annotated[
+        bool,
+        typer.Option(
+            "--nested", help="The recipe is that of a supernet, e.g. examples/nested/recipe.yaml."
+        ),
+    ] = False,
 ) -> None:
     """Train the anchors of a family from scratch.
 
     The largest is the first. Resumes if it was interrupted. With `--into`, all steps to a bundle
-    that can be served follow. Labels are the names of the classes, unless the recipe states them.
+    that can be served follow. With `--nested`, one supernet is trained instead, whose listed
+    networks are slices of the largest (`--into` is needed). Labels are the names of the classes,
+    unless the recipe states them.
 
     Example: `ladderstitch train --data photos/ --into bundles/mine`
     """
     from ladderstitch.training.vision.anchors import train_anchors
     from ladderstitch.training.vision.training_data import load_training_data
 
+    if nested:
+        with user_errors(), progress_bar() as progress:
+            _train_nested(data, recipe, run, into, name, image_size, split, seed, progress)
+        err.print(f"wrote {into}; next: ladderstitch serve --model {into}", soft_wrap=True)
+        return
     with user_errors(), progress_bar() as progress:
         parsed, folder = _read_options(recipe, run, into, name, seed)
         loaded = load_training_data(parsed, data, image_size=image_size, split=split)
@@ -87,6 +101,38 @@ def train(
         err.print(f"wrote anchors to {folder}; next: ladderstitch stitch {recipe} ...")
     else:
         err.print(f"wrote {into}; next: ladderstitch serve --model {into}", soft_wrap=True)
+
+
+def _train_nested(
+    data: Path,
+    recipe: Path | None,
+    run: Path | None,
+    into: Path | None,
+    name: str | None,
+    image_size: int | None,
+    split: float | None,
+    seed: int | None,
+    progress: Progress,
+) -> None:
+    """Train a supernet, write its bundle, and measure it on the images that are held out."""
+    from ladderstitch.training.vision.calibrate import calibrate
+    from ladderstitch.training.vision.nested import export_nested, train_nested
+    from ladderstitch.training.vision.recipe import NestedRecipe
+    from ladderstitch.training.vision.training_data import load_training_data
+    from ladderstitch.vision.bundle import VisionBundle
+
+    if recipe is None or into is None:
+        raise ConfigError("nested: expected a recipe and --into, got one of both or none")
+    parsed = NestedRecipe.load(recipe)
+    parsed = parsed.renamed(name or parsed.name, parsed.seed if seed is None else seed)
+    loaded = load_training_data(parsed, data, image_size=image_size, split=split)
+    _print_counts(loaded)
+    if not len(loaded.validation):
+        raise ConfigError("into: expected images to measure on, got validation_images 0")
+    model = train_nested(loaded, run or into.with_name(into.name + ".run"), progress)
+    export_nested(loaded.recipe, model, into)
+    measured = f"{len(loaded.validation)} images of {parsed.data.name} that were held out"
+    calibrate(VisionBundle.load(into), loaded.validation, measured, BATCH, progress)
 
 
 def _read_options(
@@ -113,7 +159,7 @@ def _read_options(
     return parsed.renamed(name or parsed.name, parsed.seed if seed is None else seed), run
 
 
-def _print_counts(data: TrainingData) -> None:
+def _print_counts(data: TrainingData[R]) -> None:
     shown = ", ".join(data.recipe.labels[:10])
     more = len(data.recipe.labels) - 10
     err.print(
@@ -125,7 +171,7 @@ def _print_counts(data: TrainingData) -> None:
     )
 
 
-def _finish(data: TrainingData, run: Path, into: Path, progress: Progress) -> None:
+def _finish(data: TrainingData[Recipe], run: Path, into: Path, progress: Progress) -> None:
     """Stitch the anchors, write the bundle, and measure it on the images that are held out."""
     from ladderstitch.training.vision.calibrate import calibrate
     from ladderstitch.training.vision.stitch import export_family, stitch_family

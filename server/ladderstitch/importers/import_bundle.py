@@ -20,6 +20,7 @@ from ladderstitch.training.vision.dataset import find_photographs, random_views
 from ladderstitch.training.vision.stitch import assemble_family
 from ladderstitch.vision.bundle import Preprocessing, VisionManifest, write_bundle
 from ladderstitch.vision.models.families import FamilyConfig
+from ladderstitch.vision.models.nested.model import NestedConfig
 from ladderstitch.vision.models.resnet import ResNetConfig
 from ladderstitch.vision.models.stitched import StitchedModel
 from ladderstitch.vision.models.swin import SwinConfig
@@ -89,10 +90,10 @@ def import_released(
     """
     if config is None and family not in RELEASED_CONFIGS:
         raise ConfigError(f"config: expected a file, since {family} has no published configuration")
-    fields = RELEASED_CONFIGS[family] if config is None else _read_fields(config)
+    fields = RELEASED_CONFIGS[family] if config is None else read_fields(config)
     model = import_model(family, fields, read_weights(checkpoint))
     origin = f"{checkpoint.name}, a {family} checkpoint"
-    write_bundle(into, _build_manifest(read_config(family, fields), info, origin), model)
+    write_bundle(into, build_manifest(read_config(family, fields), info, origin), model)
     return model
 
 
@@ -116,7 +117,7 @@ def import_anchors(
     origin = " + ".join(path.name for path in checkpoints)
     if photographs is not None and len(anchors) > 1:
         origin += f", stitched by least squares on photographs of {photographs.name}"
-    manifest = _build_manifest(config, info, origin)
+    manifest = build_manifest(config, info, origin)
     views = torch.empty(0)
     if photographs is not None:
         paths = find_photographs(photographs)
@@ -156,7 +157,8 @@ def family_of(anchors: Sequence[PretrainedAnchor]) -> FamilyConfig:
         raise ConfigError(f"anchors: {error}") from error
 
 
-def _read_fields(path: Path) -> Mapping[str, Any]:
+def read_fields(path: Path) -> Mapping[str, Any]:
+    """Return the fields of a JSON or YAML file; raises `ConfigError` if it cannot be read."""
     text = _read_text(path)
     try:
         fields = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -174,7 +176,10 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _build_manifest(config: FamilyConfig, info: BundleInfo, origin: str) -> VisionManifest:
+def build_manifest(
+    config: FamilyConfig | NestedConfig, info: BundleInfo, origin: str
+) -> VisionManifest:
+    """Return the manifest of a family; raises `ConfigError` for what does not fit."""
     inputs = config.inputs
     labels: Sequence[str] = [f"class {i}" for i in range(inputs.num_classes)]
     if info.labels is not None:

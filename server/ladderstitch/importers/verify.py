@@ -1,7 +1,8 @@
 """Checks of imported models against recorded outputs of the original implementations.
 
 This module reads the cases and checks the vision models: stitched families, single anchors, the
-fitting of stitching layers and the least-squares solver. `verify_text` runs the language models.
+fitting of stitching layers and the least-squares solver. `verify_text` runs the language models and
+`verify_nested` the supernets.
 
 A case is `NAME.safetensors` (tensors `weights.*`, `input`, and `output.<id>`, or `feature.*` and
 `solution.*` for least squares) with `NAME.json` (family, config, tolerance) in the same folder.
@@ -21,8 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ladderstitch.errors import DataError
-from ladderstitch.importers import verify_text
+from ladderstitch.importers import nested_families, verify_text
 from ladderstitch.importers.stitched_families import import_model
+from ladderstitch.importers.verify_nested import compare_nested
 from ladderstitch.importers.vision_anchors import anchor_from_tensors
 from ladderstitch.training.vision.stitching_layers import (
     initialise_stitching_layers,
@@ -94,6 +96,8 @@ def _compare(metadata: Mapping[str, Any], tensors: Tensors) -> _Comparison:
     family = metadata["family"]
     if family in verify_text.FAMILIES:
         return _compare_text(metadata, tensors, weights)
+    if family in nested_families.LAYOUTS:
+        return _Comparison("items", *compare_nested(metadata, tensors, weights))
     if family in ANCHOR_FAMILIES:
         return _compare_anchor(metadata, tensors, weights)
     if family == "least-squares-solver":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 
 import onnxruntime
 
 ERRORS_ONLY = 3
 """ONNX Runtime's log level."""
+COPYING_OPTIMIZERS = ("ConstantFolding", "ConvBNFusion", "ConvMulFusion", "ConvAddFusion")
+"""Optimisers that replace weights by others that are computed of them."""
 
 
 def open_session(graph: str | bytes, threads: int) -> onnxruntime.InferenceSession:
@@ -22,6 +25,30 @@ def open_session(graph: str | bytes, threads: int) -> onnxruntime.InferenceSessi
     # all sessions always spins: with other work on the cores, two threads take twice as long.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return _open(graph, options)
+
+
+def open_sliced_session(
+    graph: bytes, threads: int, values: Mapping[str, onnxruntime.OrtValue], *, copies: bool
+) -> onnxruntime.InferenceSession:
+    """Return the session of a graph whose tensors without data are these values.
+
+    Without `copies`, the values stay where they are: what the graph computes of them alone is
+    computed at each run, nothing is folded into them and nothing is packed. With `copies`, all of
+    this is done once. The caller keeps the values' memory.
+    """
+    options = _options()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_external_initializers(list(values), list(values.values()))
+    disabled: tuple[str, ...] = ()
+    if not copies:
+        # The first call binds the values while the graph is read, this one keeps them uncopied.
+        for name, value in values.items():
+            options.add_initializer(name, value)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        disabled = COPYING_OPTIMIZERS
+    return _open(graph, options, disabled)
 
 
 def open_rank_session(graph: bytes, threads: int) -> onnxruntime.InferenceSession:
@@ -39,12 +66,16 @@ def open_rank_session(graph: bytes, threads: int) -> onnxruntime.InferenceSessio
     return _open(graph, options)
 
 
-def _open(graph: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def _open(
+    graph: str | bytes, options: onnxruntime.SessionOptions, disabled: Sequence[str] = ()
+) -> onnxruntime.InferenceSession:
     """Return the session, which holds the weights once.
 
     ONNX Runtime's Python class keeps a graph of bytes as well, to open it again on other hardware.
     """
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
+    )
     session._model_bytes = None
     return session
 

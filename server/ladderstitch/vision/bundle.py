@@ -3,6 +3,7 @@
     model.yaml            manifest: family, labels, preprocessing, origin, licence
     weights.safetensors   every anchor and stitching layer, under the published key names
     networks/NAME.onnx    instead of anchors: the networks of the family `onnx`
+    statistics.safetensors   supernets, optional: batch normalisation per path (`calibrate`)
     quality.json          optional: score per stitch (`ladderstitch calibrate`)
     latency.json          optional: seconds per stitch and batch size (`ladderstitch profile`)
     int8/UNIT.onnx        optional: graphs with 8-bit weights (`ladderstitch quantize`)
@@ -39,6 +40,8 @@ from ladderstitch.bundles.files import check_safetensors, read_table, read_yaml,
 from ladderstitch.errors import BundleError
 from ladderstitch.scheduling.profiles import LatencyProfile, QualityTable
 from ladderstitch.vision.models.families import AnyConfig
+from ladderstitch.vision.models.nested.model import NestedModel
+from ladderstitch.vision.models.nested.statistics import read_statistics
 from ladderstitch.vision.models.route import Precision, Stitch
 from ladderstitch.vision.models.stitched import StitchedModel
 from ladderstitch.vision.networks.config import (
@@ -107,7 +110,7 @@ class VisionManifest(BaseModel):
     format: Literal[1] = 1
     name: str = Field(pattern=NAME)
     version: str = Field("1", pattern=r"^[0-9]{1,9}$")
-    family: Literal["snnet", "snnet-staged", "snnetv2", "onnx"] = "snnet"
+    family: Literal["snnet", "snnet-staged", "snnetv2", "nested", "onnx"] = "snnet"
     config: AnyConfig
     precisions: tuple[Precision, ...] = Field(
         ("float32",), description="number formats in which every network is offered"
@@ -238,12 +241,12 @@ class VisionBundle:
             raise BundleError(f"{bundle.int8_folder}: expected graphs, got none")
         return bundle
 
-    def load_model(self, dtype: torch.dtype = torch.float32) -> StitchedModel:
+    def load_model(self, dtype: torch.dtype = torch.float32) -> StitchedModel | NestedModel:
         """Return the model on the CPU in `dtype`, in eval mode and without gradients.
 
-        Batch normalisation is folded into the layers before it. Raises `BundleError` if the weights
-        cannot be read, if a tensor is missing, unknown or has another shape, or if the family has
-        no torch modules.
+        Batch normalisation is folded into the layers before it; that of supernets has the paths'
+        own statistics. Raises `BundleError` if the weights cannot be read, if a tensor is missing,
+        unknown or has another shape, or if the family has no torch modules.
         """
         if isinstance(self.manifest.config, OnnxConfig):
             raise_without_modules()
@@ -259,7 +262,21 @@ class VisionBundle:
         tensors = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
         model.load_state_dict(tensors, assign=True)
         model.eval().requires_grad_(False).fold_batch_norm()
+        if isinstance(model, NestedModel) and self.statistics_path.exists():
+            read_statistics(self.statistics_path, model)
         return model.to(dtype)
+
+    def load_stitched(self) -> StitchedModel:
+        """Return the model of a stitched family in float32; raises as `load_model` does."""
+        model = self.load_model()
+        assert isinstance(model, StitchedModel)
+        return model
+
+    def load_nested(self) -> NestedModel:
+        """Return the model of a supernet in float32; raises as `load_model` does."""
+        model = self.load_model()
+        assert isinstance(model, NestedModel)
+        return model
 
     def digest(self) -> str:
         """Return a SHA-256 of the weights and the architecture, in hexadecimal digits.
@@ -286,11 +303,17 @@ class VisionBundle:
         return self.path / "weights.safetensors"
 
     @property
+    def statistics_path(self) -> Path:
+        """The file of a supernet's statistics of batch normalisation per path."""
+        return self.path / "statistics.safetensors"
+
+    @property
     def weight_files(self) -> tuple[Path, ...]:
         """All files that hold weights in float32."""
         config = self.manifest.config
         if not isinstance(config, OnnxConfig):
-            return (self.weights_path,)
+            own = (self.statistics_path,) if self.statistics_path.exists() else ()
+            return (self.weights_path, *own)
         networks = tuple(self.network_files.network_path(entry) for entry in config.networks)
         return (*networks, self.weights_path) if config.paths else networks
 
@@ -316,7 +339,7 @@ def _file_digest(path: Path, modified_ns: int, size: int) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def write_bundle(path: Path, manifest: VisionManifest, model: StitchedModel) -> None:
+def write_bundle(path: Path, manifest: VisionManifest, model: StitchedModel | NestedModel) -> None:
     """Write `model.yaml` and half-precision weights, and remove measurements of older weights.
 
     Batch normalisation keeps its precision: variances may leave the range of half precision.
@@ -340,7 +363,7 @@ def write_manifest(path: Path, manifest: VisionManifest) -> None:
     """Write `model.yaml`, and remove measurements of older weights."""
     fields = manifest.model_dump(mode="json", exclude_none=True, by_alias=True)
     (path / "model.yaml").write_text(yaml.safe_dump(fields, sort_keys=False, width=100))
-    for stale in ("quality.json", "latency.json"):
+    for stale in ("quality.json", "latency.json", "statistics.safetensors"):
         (path / stale).unlink(missing_ok=True)
     shutil.rmtree(path / "int8", ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,6 +13,8 @@ from ladderstitch.errors import BundleError
 from ladderstitch.scheduling.profiles import LatencyProfile, Quality, QualityTable, frontier
 from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.models.cost import Cost, stitch_cost
+from ladderstitch.vision.models.nested.cost import path_costs
+from ladderstitch.vision.models.nested.model import NestedConfig
 from ladderstitch.vision.models.route import Precision
 from ladderstitch.vision.networks.config import OnnxConfig
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CostMetric = Literal["latency", "macs"]
+OTHER_COLOURS = ("tab:orange", "tab:green", "tab:purple")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,8 @@ def variant_costs(bundle: VisionBundle) -> dict[int, Cost]:
     config, variants = bundle.manifest.config, bundle.manifest.variants()
     if isinstance(config, OnnxConfig):
         return {variant.id: Cost(*config.cost(variant)) for variant in variants}
+    if isinstance(config, NestedConfig):
+        return path_costs(config)
     with torch.device("meta"):
         model = config.build()
     return {v.id: stitch_cost(model, v, config.inputs.image_size) for v in variants}
@@ -93,8 +99,17 @@ def load_measurements(bundle: VisionBundle) -> tuple[QualityTable, LatencyProfil
     return bundle.quality, bundle.latency
 
 
-def plot_frontier(bundle: VisionBundle, path: Path, metric: CostMetric = "latency") -> None:
-    """Draw all stitches, the anchors and the frontier into a PNG file."""
+def plot_frontier(
+    bundle: VisionBundle,
+    path: Path,
+    metric: CostMetric = "latency",
+    others: Sequence[VisionBundle] = (),
+) -> None:
+    """Draw all stitches, the anchors and the frontier into a PNG file.
+
+    Of `others`, which should have been measured on the same data, only the frontiers are drawn.
+    Raises `BundleError` for a bundle that lacks a measurement.
+    """
     from matplotlib.figure import Figure  # takes a second to import; only this command needs it
 
     quality, latency = load_measurements(bundle)
@@ -105,6 +120,8 @@ def plot_frontier(bundle: VisionBundle, path: Path, metric: CostMetric = "latenc
     axes.step(*_points(best, metric), where="post", color="tab:blue", linewidth=1, label="frontier")
     for precision, marker in (("float32", "o"), ("int8", "^")):
         _plot_points(axes, [row for row in rows if row.precision == precision], metric, marker)
+    for number, other in enumerate(others):
+        _plot_other(axes, other, metric, OTHER_COLOURS[number % len(OTHER_COLOURS)])
     threads = "1 thread" if latency.threads == 1 else f"{latency.threads} threads"
     device = f"{latency.device}, {threads}"
     axes.set_xlabel(
@@ -117,6 +134,15 @@ def plot_frontier(bundle: VisionBundle, path: Path, metric: CostMetric = "latenc
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path)
+
+
+def _plot_other(axes: Axes, bundle: VisionBundle, metric: CostMetric, colour: str) -> None:
+    """Draw the frontier of another bundle."""
+    quality, _ = load_measurements(bundle)
+    best = [row for row in frontier_rows(bundle, metric) if row.on_frontier]
+    label = f"{bundle.manifest.name} ({quality.data}, n = {quality.n:,})"
+    axes.step(*_points(best, metric), where="post", color=colour, linewidth=1)
+    axes.plot(*_points(best, metric), "s", color=colour, ms=4, label=label)
 
 
 def _plot_points(axes: Axes, rows: list[FrontierRow], metric: CostMetric, marker: str) -> None:

@@ -13,7 +13,7 @@ MAX_COST = 1 << 50
 MAX_ENTRIES = 64
 """Entries of a list in the configuration of a network: anchors, stages."""
 MAX_PAIRS = 4096
-"""Entries of a list of stitched pairs."""
+"""Entries of a list of stitched pairs, or of paths of a supernet."""
 
 
 def check_sizes(value: Any, where: str) -> None:
@@ -25,7 +25,7 @@ def check_sizes(value: Any, where: str) -> None:
         for key, inner in value.items():
             check_sizes(inner, f"{where}.{key}")
     elif isinstance(value, list | tuple):
-        most = MAX_PAIRS if where.endswith("_pairs") else MAX_ENTRIES
+        most = MAX_PAIRS if where.endswith(("_pairs", ".net.paths")) else MAX_ENTRIES
         if len(value) > most:
             raise ValueError(f"{where}: expected at most {most} entries, got {len(value)}")
         for inner in value:

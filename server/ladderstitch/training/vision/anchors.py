@@ -48,7 +48,7 @@ def load_anchor(recipe: Recipe, folder: Path, anchor: int) -> Backbone:
     return model.eval()
 
 
-def train_anchors(data: TrainingData, folder: Path, progress: Progress) -> None:
+def train_anchors(data: TrainingData[Recipe], folder: Path, progress: Progress) -> None:
     """Train each anchor and write its `anchor-{a}.safetensors` (float32, upstream's names).
 
     Anchors whose file exists are skipped. Raises `ConfigError` unless the recipe has a schedule for
@@ -82,7 +82,7 @@ class TrainingJob:
 class Trainer:
     """The trainer of all networks of a family, with the data and the recipe that they share."""
 
-    data: TrainingData
+    data: TrainingData[Recipe]
     folder: Path
     progress: Progress
 

@@ -31,6 +31,7 @@ from ladderstitch.training.vision.dataset import (
 )
 from ladderstitch.training.vision.image_files import find_images, load_labelled, load_pixels
 from ladderstitch.training.vision.measure_metric import calibrate_by_metric, most_expensive
+from ladderstitch.training.vision.recalibrate import needs_statistics, recalibrate
 from ladderstitch.vision.bundle import VisionBundle, write_table
 from ladderstitch.vision.engine.base import EngineConfig
 from ladderstitch.vision.engine.compiled import CompiledExecutor
@@ -182,6 +183,7 @@ def calibrate_files(
     if data is None:
         assert images is not None
         pixels = load_pixels(find_images(images), manifest.preprocessing)
+        recalibrate(bundle, pixels, progress)
         name = name or f"{len(pixels)} images of {images.name}"
         reference = most_expensive(bundle)
         return calibrate_agreement(bundle, pixels, name, batch_size, progress, reference)
@@ -190,8 +192,12 @@ def calibrate_files(
         shape = (inputs.channels, inputs.height, inputs.width)
         labelled = load_idx_folder(data, split, shape, len(manifest.labels))
         known = IDX_NAME
+        if needs_statistics(bundle):
+            trained = load_idx_folder(data, "train", shape, len(manifest.labels))
+            recalibrate(bundle, trained.pixels, progress)
     else:
         labelled = load_labelled(data, manifest.labels, manifest.preprocessing)
+        recalibrate(bundle, labelled.pixels, progress)
         known = f"{len(labelled)} labelled images of {data.name}"
     return calibrate(bundle, labelled, name or known, batch_size, progress)
 

@@ -24,11 +24,13 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.calibrate import TensorsData
 
+from ladderstitch.errors import ConfigError
 from ladderstitch.runtime import ProgressCallback
 from ladderstitch.runtime.sessions import open_session
 from ladderstitch.scheduling.requests import Pixels
 from ladderstitch.vision.bundle import VisionBundle, write_table
 from ladderstitch.vision.models.graphs import INPUT, OUTPUT, cached_units, route_units
+from ladderstitch.vision.models.nested.model import NestedConfig
 
 Range = tuple[float, float]
 """Smallest and largest value of a tensor."""
@@ -51,10 +53,13 @@ def quantize(bundle: VisionBundle, images: Pixels, on_progress: ProgressCallback
     Writes the graphs of the units, and `precisions` in `model.yaml`. The new variants must be
     calibrated then. Classifiers stay in float32: they take little time, and their error is not
     corrected by later layers. Weights have 7 bits, because processors without 8-bit dot products
-    would saturate sums of 8-bit ones; all processors give the same quality.
+    would saturate sums of 8-bit ones; all processors give the same quality. Raises
+    `ConfigError` for a supernet, whose weights have other ranges in each path.
     """
+    if isinstance(bundle.manifest.config, NestedConfig):
+        raise ConfigError(f"bundle: expected a family of anchors, got the supernet {bundle.path}")
     shape = images.shape[1:]
-    units = cached_units(bundle.digest(), bundle.load_model, shape, lambda done, total: None)
+    units = cached_units(bundle.digest(), bundle.load_stitched, shape, lambda done, total: None)
     routes = [route_units(s) for s in bundle.manifest.config.stitches() if s.usable]
     with tempfile.TemporaryDirectory(prefix="ladderstitch-") as name:
         folder = Path(name)

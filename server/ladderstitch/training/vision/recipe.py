@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ladderstitch.errors import ConfigError
 from ladderstitch.vision.bundle import Preprocessing
 from ladderstitch.vision.models.families import FamilyConfig
+from ladderstitch.vision.models.nested.model import NestedConfig
+from ladderstitch.vision.models.nested.sampling import sampled_config
 from ladderstitch.vision.models.vit import VitConfig
 
 OWN_PICTURES = Path(__file__).with_name("pictures.yaml")
@@ -118,8 +120,8 @@ class DataSet(BaseModel):
     augmentation: Augmentation = Augmentation()
 
 
-class Recipe(BaseModel):
-    """The content of a recipe file; see `examples/fashion-mnist/recipe.yaml`."""
+class AnyRecipe(BaseModel):
+    """What the recipes of stitched and of nested families have in common."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -134,16 +136,10 @@ class Recipe(BaseModel):
         "their bfloat16 gradients overflow",
     )
     data: DataSet
-    family: FamilyConfig
-    anchors: tuple[Schedule, ...]
-    pool: Pool | None = Field(None, description="distillation of the anchors; unset: none")
-    stitching: Stitching
-    init_images: int = Field(
-        100, gt=0, description="images for the initialisation by least squares"
-    )
+    family: FamilyConfig | NestedConfig
 
     @model_validator(mode="after")
-    def _check_data(self) -> Recipe:
+    def _check_data(self) -> Self:
         """Raise `ValueError` unless labels and channels agree with the family's inputs."""
         inputs, data = self.family.inputs, self.data
         if data.labels is not None and len(data.labels) != inputs.num_classes:
@@ -157,19 +153,6 @@ class Recipe(BaseModel):
                 raise ValueError(
                     f"data.{field}: expected {inputs.in_channels} values, one per channel, got "
                     f"{len(values)}"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _check_pool(self) -> Recipe:
-        """Raise `ValueError` unless the anchors are ViTs whose depths divide the teacher's."""
-        if self.pool is None:
-            return self
-        for anchor in self.family.anchors:
-            if not isinstance(anchor, VitConfig) or self.pool.teacher.depth % anchor.depth:
-                raise ValueError(
-                    "pool: expected vision transformers whose depths divide the teacher's "
-                    f"{self.pool.teacher.depth}"
                 )
         return self
 
@@ -204,7 +187,7 @@ class Recipe(BaseModel):
 
     def completed(
         self, *, image_size: int | None = None, num_classes: int | None = None, **data: Any
-    ) -> Recipe:
+    ) -> Self:
         """Return the recipe with other inputs and fields of the data, checked again.
 
         Raises `ConfigError` for values that do not fit.
@@ -216,19 +199,19 @@ class Recipe(BaseModel):
         fields["family"] |= {"inputs": inputs}
         fields["data"] |= data
         try:
-            return Recipe.model_validate(fields)
+            return type(self).model_validate(fields)
         except ValidationError as error:
             raise ConfigError(f"recipe: {error}") from error
 
-    def renamed(self, name: str, seed: int) -> Recipe:
+    def renamed(self, name: str, seed: int) -> Self:
         """Return the recipe with another name and seed; raises `ConfigError` for a wrong name."""
         try:
-            return Recipe.model_validate(self.model_dump() | {"name": name, "seed": seed})
+            return type(self).model_validate(self.model_dump() | {"name": name, "seed": seed})
         except ValidationError as error:
             raise ConfigError(f"name: expected lower-case letters and digits: {error}") from error
 
     @classmethod
-    def load(cls, path: Path) -> Recipe:
+    def load(cls, path: Path) -> Self:
         """Return the recipe in a YAML file.
 
         Raises `ConfigError` that names the field, the expected and the actual value.
@@ -237,3 +220,59 @@ class Recipe(BaseModel):
             return cls.model_validate(yaml.safe_load(path.read_text()))
         except (OSError, yaml.YAMLError, ValidationError) as error:
             raise ConfigError(f"{path}: {error}") from error
+
+
+class Recipe(AnyRecipe):
+    """The content of a recipe file; see `examples/fashion-mnist/recipe.yaml`."""
+
+    family: FamilyConfig
+    anchors: tuple[Schedule, ...]
+    pool: Pool | None = Field(None, description="distillation of the anchors; unset: none")
+    stitching: Stitching
+    init_images: int = Field(
+        100, gt=0, description="images for the initialisation by least squares"
+    )
+
+    @model_validator(mode="after")
+    def _check_pool(self) -> Recipe:
+        """Raise `ValueError` unless the anchors are ViTs whose depths divide the teacher's."""
+        if self.pool is None:
+            return self
+        for anchor in self.family.anchors:
+            if not isinstance(anchor, VitConfig) or self.pool.teacher.depth % anchor.depth:
+                raise ValueError(
+                    "pool: expected vision transformers whose depths divide the teacher's "
+                    f"{self.pool.teacher.depth}"
+                )
+        return self
+
+
+class NestedTraining(Schedule):
+    """Schedule of a supernet: the sandwich rule with in-place distillation.
+
+    Each step trains the largest path on the labels, and the smallest and `random_paths` others on
+    the predictions of the largest one in the same step.
+    """
+
+    random_paths: int = Field(2, ge=0, description="random listed paths in each step")
+
+
+class NestedRecipe(AnyRecipe):
+    """The content of a recipe file of a supernet; see `examples/nested/recipe.yaml`."""
+
+    family: NestedConfig
+    paths: int = Field(40, ge=2, description="paths that are listed, if `family.net` lists none")
+    training: NestedTraining
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sample_paths(cls, fields: Any) -> Any:
+        """Return the fields with sampled paths if the supernet has none."""
+        match fields:
+            case {"family": {"net": {"paths": _}}}:
+                return fields
+            case {"family": {"net": {"kind": _}, "inputs": _}}:
+                count, seed = fields.get("paths", 40), fields.get("seed", 0)
+                if isinstance(count, int) and count >= 2:
+                    return {**fields, "family": sampled_config(fields["family"], count, seed)}
+        return fields

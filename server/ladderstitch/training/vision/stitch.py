@@ -91,7 +91,7 @@ def complete_recipe(recipe: Recipe, folder: Path) -> Recipe:
     return completed
 
 
-def stitch_family(data: TrainingData, folder: Path, progress: Progress) -> StitchedModel:
+def stitch_family(data: TrainingData[Recipe], folder: Path, progress: Progress) -> StitchedModel:
     """Return the family after joint fine-tuning of all stitches (SN-Net, section 3.4).
 
     Each step trains one random stitch. If the family's file exists, it is loaded instead. Raises

@@ -6,6 +6,7 @@ import csv
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,8 +21,9 @@ from ladderstitch.training.vision.image_files import (
     read_labelled,
     split_positions,
 )
-from ladderstitch.training.vision.recipe import Recipe
+from ladderstitch.training.vision.recipe import AnyRecipe
 
+R = TypeVar("R", bound=AnyRecipe)
 DEFAULT_SHARE, MOST_VALIDATED = 0.2, 2000
 """Share and largest number of the images that are validated, unless a recipe states a number."""
 DIGITS = 4
@@ -55,7 +57,7 @@ class RunRecord(BaseModel):
         except (OSError, ValidationError) as error:
             raise ConfigError(f"{path}: {error}") from error
 
-    def complete(self, recipe: Recipe) -> Recipe:
+    def complete(self, recipe: R) -> R:
         """Return a recipe with the labels, the size, the mean and the deviation of the run."""
         return recipe.completed(
             image_size=self.image_size,
@@ -67,13 +69,13 @@ class RunRecord(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingData:
+class TrainingData(Generic[R]):
     """Images to train on, others to validate on, and the recipe with what they state.
 
     `held_out` are the files of the validation images, None for IDX files.
     """
 
-    recipe: Recipe
+    recipe: R
     train: LabelledImages
     validation: LabelledImages
     held_out: ImageFiles | None
@@ -112,8 +114,8 @@ class TrainingData:
 
 
 def load_training_data(
-    recipe: Recipe, source: Path, *, image_size: int | None = None, split: float | None = None
-) -> TrainingData:
+    recipe: R, source: Path, *, image_size: int | None = None, split: float | None = None
+) -> TrainingData[R]:
     """Return the images of a folder of IDX files, a folder with subfolders, or a CSV file.
 
     Pictures are decoded as a server does. `image_size` replaces the recipe's; `split` is the share
@@ -143,7 +145,7 @@ def load_training_data(
     return _describe(recipe, train, validation, validated, split, repr(names).encode())
 
 
-def load_run_data(recipe: Recipe, source: Path, run: Path) -> TrainingData:
+def load_run_data(recipe: R, source: Path, run: Path) -> TrainingData[R]:
     """Return the images of a source, with the size and the split that a run was begun with.
 
     Raises as `load_training_data` does.
@@ -160,7 +162,7 @@ def _pairs(files: ImageFiles) -> list[tuple[Path, int]]:
 
 
 def _split(
-    recipe: Recipe, labels: list[int] | tuple[int, ...], split: float | None
+    recipe: AnyRecipe, labels: list[int] | tuple[int, ...], split: float | None
 ) -> tuple[list[int], list[int]]:
     """Return the positions of the images to train on, in order, and of those to validate."""
     data, total = recipe.data, len(labels)
@@ -183,13 +185,13 @@ def _split(
 
 
 def _describe(
-    recipe: Recipe,
+    recipe: R,
     train: LabelledImages,
     validation: LabelledImages,
     held_out: ImageFiles | None,
     split: float | None,
     identity: bytes,
-) -> TrainingData:
+) -> TrainingData[R]:
     """Return the data with the recipe that has a mean and a standard deviation."""
     data = recipe.data
     if data.mean is None or data.std is None:

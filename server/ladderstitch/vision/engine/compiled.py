@@ -139,13 +139,17 @@ class CompiledExecutor:
         left = max(MIN_JOINED_BYTES, MAX_JOINED_SHARE * self.weight_bytes)
         joined: list[int] = []
         for stitch in stitches:
-            left -= sum(path.stat().st_size for path in self._routes[stitch])
+            left -= self.copied_bytes(stitch)
             if left < 0:
                 break
             self._sessions[stitch] = self._open_whole(stitch)
             joined.append(stitch)
             self._copies_left = left
         return joined
+
+    def copied_bytes(self, stitch: int) -> int:
+        """Return the bytes of a stitch's weights, which its own session would copy."""
+        return sum(path.stat().st_size for path in self._routes[stitch])
 
     def close(self) -> None:
         """Free the sessions now, although the garbage collector may not find this object soon."""

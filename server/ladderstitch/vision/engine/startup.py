@@ -31,8 +31,10 @@ from ladderstitch.scheduling.profiles import Latency, LatencyProfile, QualityTab
 from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.engine.base import Engine, EngineConfig
 from ladderstitch.vision.engine.compiled import CompiledEngine, CompiledExecutor
+from ladderstitch.vision.engine.nested import NestedExecutor
 from ladderstitch.vision.engine.process import ProcessEngine
 from ladderstitch.vision.engine.units import export_bundle, routes_of
+from ladderstitch.vision.models.nested.model import NestedConfig
 from ladderstitch.vision.models.route import Precision, Stitch
 from ladderstitch.vision.networks.config import OnnxConfig
 
@@ -132,15 +134,22 @@ def open_executor(
     """
     folder = export_bundle(bundle, on_progress)
     try:
-        return CompiledExecutor(routes_of(bundle, folder), threads)
+        return _open_folder(bundle, folder, threads)
     except Exception:  # the errors of ONNX Runtime have no common class
         log.exception("graphs in %s cannot be read, making them again", folder)
         shutil.rmtree(folder)
     folder = export_bundle(bundle, on_progress)
     try:
-        return CompiledExecutor(routes_of(bundle, folder), threads)
+        return _open_folder(bundle, folder, threads)
     except Exception as error:
         raise BundleError(f"{bundle.path}: expected readable graphs: {error}") from error
+
+
+def _open_folder(bundle: VisionBundle, folder: Path, threads: int) -> CompiledExecutor:
+    """Return the executor of exported graphs."""
+    if isinstance(bundle.manifest.config, NestedConfig):
+        return NestedExecutor(bundle.load_nested(), folder, threads)
+    return CompiledExecutor(routes_of(bundle, folder), threads)
 
 
 def served_variants(bundle: VisionBundle, config: EngineConfig) -> tuple[Stitch, ...]:

@@ -33,6 +33,7 @@ from ladderstitch.vision.engine.base import (
 )
 from ladderstitch.vision.engine.cuda_graphs import GraphedExecutor
 from ladderstitch.vision.models.executor import StitchExecutor
+from ladderstitch.vision.models.nested.model import NestedModel
 from ladderstitch.vision.models.stitched import StitchedModel
 
 
@@ -55,7 +56,9 @@ class Worker:
         return time.perf_counter_ns() - started
 
 
-def make_executor(model: StitchedModel, config: EngineConfig) -> Callable[[Tensor, int], Tensor]:
+def make_executor(
+    model: StitchedModel | NestedModel, config: EngineConfig
+) -> Callable[[Tensor, int], Tensor]:
     """Return the function from images [B, C, H, W] on the CPU and a stitch to logits [B, K].
 
     On CUDA it replays captured graphs, elsewhere it runs eagerly.

@@ -8,8 +8,6 @@ position biases and, with layer scale, the scaled projections are computed once 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,52 +16,46 @@ from torch import Tensor, nn
 
 from ladderstitch.runtime.linear import serving_linear
 from ladderstitch.vision.models.levit import LevitAttention, ResidualBlock
+from ladderstitch.vision.models.nested.model import NestedModel
+from ladderstitch.vision.models.nested.slices import Plan, Step
 from ladderstitch.vision.models.route import Stitch
 from ladderstitch.vision.models.stitched import Backbone, StitchedModel, StitchingLayer
 from ladderstitch.vision.models.swin import SwinBlock, mix_windows
 from ladderstitch.vision.models.vit import Block, ConvStem, Vit
 
-Step = Callable[[Tensor], Tensor]
-"""Function from the features before a step to those after it."""
-
-
-@dataclass(frozen=True, slots=True)
-class StitchPlan:
-    """The functions that one stitch runs, in order."""
-
-    embed: Step
-    blocks: tuple[Step, ...]
-    classify: Step
-
 
 class StitchExecutor:
-    """A stitched model as one plan per stitch, for inference only."""
+    """A stitched or nested model as one plan per network, for inference only."""
 
-    def __init__(self, model: StitchedModel) -> None:
-        backbones = model.backbones()
-        embeds = [bind_embedding(backbone) for backbone in backbones]
-        blocks = [[bind_step(step) for step in backbone.steps()] for backbone in backbones]
+    def __init__(self, model: StitchedModel | NestedModel) -> None:
         self.parameter_dtype = next(model.parameters()).dtype
         self.usable = [stitch.id for stitch in model.stitches if stitch.usable]
-        self.plans = {
-            stitch.id: StitchPlan(
-                embeds[stitch.front],
-                tuple(_route_steps(stitch, blocks, model)),
-                bind_classifier(backbones[stitch.end], final_norm=stitch.final_norm),
-            )
-            for stitch in model.stitches
-        }
+        if isinstance(model, NestedModel):
+            self.plans = {stitch.id: model.plan(stitch.id) for stitch in model.stitches}
+        else:
+            self.plans = _bind_plans(model)
 
     def __call__(self, images: Tensor, stitch: int) -> Tensor:
         """Return float32 logits [B, num_classes] of images [B, C, H, W] on a stitch.
 
         Raises `KeyError` for an id that the family does not have.
         """
-        plan = self.plans[stitch]
-        x = plan.embed(images.to(self.parameter_dtype))
-        for block in plan.blocks:
-            x = block(x)
-        return plan.classify(x).float()
+        return self.plans[stitch](images.to(self.parameter_dtype)).float()
+
+
+def _bind_plans(model: StitchedModel) -> dict[int, Plan]:
+    """Return the plan of every stitch; anchors are bound once."""
+    backbones = model.backbones()
+    embeds = [bind_embedding(backbone) for backbone in backbones]
+    blocks = [[bind_step(step) for step in backbone.steps()] for backbone in backbones]
+    return {
+        stitch.id: Plan(
+            embeds[stitch.front],
+            tuple(_route_steps(stitch, blocks, model)),
+            bind_classifier(backbones[stitch.end], final_norm=stitch.final_norm),
+        )
+        for stitch in model.stitches
+    }
 
 
 def _route_steps(stitch: Stitch, blocks: list[list[Step]], model: StitchedModel) -> list[Step]:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
+from ladderstitch.vision.models.nested.model import NestedConfig
 from ladderstitch.vision.models.snnet import SnNetConfig, SnNetV2Config
 from ladderstitch.vision.models.snnet_staged import StagedConfig
 from ladderstitch.vision.networks.config import OnnxConfig
@@ -24,12 +25,13 @@ FamilyConfig = Annotated[
     | Annotated[SnNetV2Config, Tag("snnetv2")],
     Discriminator(_family),
 ]
-"""Families of torch modules, which can be trained."""
+"""Families of anchors that are torch modules, which can be trained and stitched."""
 
 AnyConfig = Annotated[
     Annotated[SnNetConfig, Tag("snnet")]
     | Annotated[StagedConfig, Tag("snnet-staged")]
     | Annotated[SnNetV2Config, Tag("snnetv2")]
+    | Annotated[NestedConfig, Tag("nested")]
     | Annotated[OnnxConfig, Tag("onnx")],
     Discriminator(_family),
 ]

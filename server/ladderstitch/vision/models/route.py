@@ -47,6 +47,8 @@ class Stitch:
     precision: Precision = "float32"
     given_name: str = ""
     """Name in float32 if the family names its networks itself."""
+    nested: bool = False
+    """Whether the network is a path of a supernet, which has no anchors."""
 
     def __post_init__(self) -> None:
         if not self.segments or len(self.layers) != len(self.segments) - 1:
@@ -68,7 +70,7 @@ class Stitch:
     @property
     def is_anchor(self) -> bool:
         """Whether the network is a complete anchor."""
-        return len(self.segments) == 1
+        return len(self.segments) == 1 and not self.nested
 
     @property
     def name(self) -> str:

@@ -1,0 +1,241 @@
+"""OFA MobileNetV3 (arXiv 1908.09791; once-for-all, `OFAMobileNetV3`) as a nested network.
+
+A path chooses kernel sizes `ks` and expansions `e` for every block after the first, also for
+skipped ones, and depths `d` per stage. Smaller kernels are learned functions of the larger ones:
+the centre of the 7x7 kernel times a matrix gives the 5x5 kernel, whose centre times another matrix
+gives the 3x3 kernel.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from ladderstitch.vision.models.nested.paths import NestedPath, draw, require
+from ladderstitch.vision.models.nested.slices import (
+    Plan,
+    Size,
+    Slices,
+    Step,
+    TensorSizes,
+    make_divisible,
+)
+from ladderstitch.vision.models.vit import InputShape
+
+WIDTHS, FIRST, LAST, MIXED = (24, 40, 80, 112, 160), 16, 960, 1280
+STRIDES = (2, 2, 2, 1, 2)
+SQUEEZES = (False, True, False, True, True)
+HARD_SWISH = (False, False, True, True, True)
+
+
+class OfaMobileNetPath(NestedPath):
+    """One network: kernel sizes and expansions of all blocks, depths of the stages."""
+
+    ks: tuple[int, ...] = Field(description="kernel sizes, one per block after the first")
+    e: tuple[int, ...] = Field(description="expansions, one per block after the first")
+    d: tuple[int, ...] = Field(description="blocks of every stage")
+
+
+class OfaMobileNet(BaseModel):
+    """The supernet's choices and sizes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["ofa-mbv3"] = "ofa-mbv3"
+    width_mult: float = Field(1.0, gt=0)
+    ks_list: tuple[int, ...] = (3, 5, 7)
+    expand_ratio_list: tuple[int, ...] = (3, 4, 6)
+    depth_list: tuple[int, ...] = (2, 3, 4)
+    paths: tuple[OfaMobileNetPath, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> OfaMobileNet:
+        """Raise `ValueError` for a path that the supernet does not have."""
+        for name in ("ks_list", "expand_ratio_list", "depth_list"):
+            values = getattr(self, name)
+            if tuple(sorted(values)) != values or min(values) < 1:
+                raise ValueError(f"{name}: expected an ascending list, got {values}")
+        if any(size % 2 == 0 for size in self.ks_list):
+            raise ValueError(f"ks_list: expected odd sizes, got {self.ks_list}")
+        for path in self.paths:
+            require("ks", path.ks, self._most * len(WIDTHS), self.ks_list)
+            require("e", path.e, self._most * len(WIDTHS), self.expand_ratio_list)
+            require("d", path.d, len(WIDTHS), self.depth_list)
+        return self
+
+    @property
+    def _most(self) -> int:
+        """Blocks of every stage of the largest network."""
+        return max(self.depth_list)
+
+    def _width(self, base: int) -> int:
+        return make_divisible(base * self.width_mult)
+
+    def sizes(self, inputs: InputShape) -> TensorSizes:
+        """Return the sizes of the supernet's tensors."""
+        parameters: dict[str, Size] = {}
+        norms: dict[str, int] = {}
+
+        def conv(name: str, norm: str, outputs: int, ins: int, kernel: int) -> None:
+            parameters[f"{name}.weight"] = (outputs, ins, kernel, kernel)
+            norms[norm] = outputs
+
+        width = self._width(FIRST)
+        conv("first_conv.conv", "first_conv.bn", width, inputs.in_channels, 3)
+        for part, ins, kernel in (("depth_conv", 1, 3), ("point_linear", width, 1)):
+            name = f"blocks.0.conv.{part}"
+            conv(f"{name}.conv", f"{name}.bn", width, ins, kernel)
+        for block in range(self._most * len(WIDTHS)):
+            stage = block // self._most
+            outputs = self._width(WIDTHS[stage])
+            middle = make_divisible(round(width * max(self.expand_ratio_list)))
+            name = f"blocks.{block + 1}.conv"
+            up, deep, down = (
+                f"{name}.{p}" for p in ("inverted_bottleneck", "depth_conv", "point_linear")
+            )
+            conv(f"{up}.conv.conv", f"{up}.bn.bn", middle, width, 1)
+            conv(f"{deep}.conv.conv", f"{deep}.bn.bn", middle, 1, max(self.ks_list))
+            for target, source in zip(self.ks_list, self.ks_list[1:], strict=False):
+                parameters[f"{deep}.conv.{source}to{target}_matrix"] = (target**2, target**2)
+            if SQUEEZES[stage]:
+                squeezed = make_divisible(middle // 4)
+                for part, rows, columns in (
+                    ("reduce", squeezed, middle),
+                    ("expand", middle, squeezed),
+                ):
+                    parameters[f"{deep}.se.fc.{part}.weight"] = (rows, columns, 1, 1)
+                    parameters[f"{deep}.se.fc.{part}.bias"] = (rows,)
+            conv(f"{down}.conv.conv", f"{down}.bn.bn", outputs, middle, 1)
+            width = outputs
+        last, mixed = self._width(LAST), self._width(MIXED)
+        conv("final_expand_layer.conv", "final_expand_layer.bn", last, width, 1)
+        parameters["feature_mix_layer.conv.weight"] = (mixed, last, 1, 1)
+        parameters["classifier.linear.weight"] = (inputs.num_classes, mixed)
+        parameters["classifier.linear.bias"] = (inputs.num_classes,)
+        return TensorSizes(parameters, norms)
+
+    def plan(self, path: OfaMobileNetPath, slices: Slices, inputs: InputShape) -> Plan:
+        """Return the functions of a path."""
+        first = slices.conv_norm(slices.take("first_conv.conv.weight"), "first_conv.bn", 2)
+        width = self._width(FIRST)
+        steps: list[Step] = [_first_block(slices, width)]
+        for stage, depth in enumerate(path.d):
+            outputs = self._width(WIDTHS[stage])
+            for number in range(depth):
+                block = stage * self._most + number
+                middle = make_divisible(round(width * path.e[block]))
+                steps.append(
+                    self._block(
+                        slices,
+                        f"blocks.{block + 1}.conv",
+                        (width, middle, outputs),
+                        path.ks[block],
+                        STRIDES[stage] if number == 0 else 1,
+                        stage,
+                    )
+                )
+                width = outputs
+        weight = slices.take("final_expand_layer.conv.weight")
+        expand = slices.conv_norm(weight, "final_expand_layer.bn")
+        mix = slices.take("feature_mix_layer.conv.weight").flatten(1)
+        head = slices.linear("classifier.linear", None, None)
+
+        def classify(x: Tensor) -> Tensor:
+            pooled = F.hardswish(expand(x)).mean((2, 3))
+            return head(F.hardswish(F.linear(pooled, mix)))
+
+        return Plan(lambda images: F.hardswish(first(images)), tuple(steps), classify)
+
+    def _block(
+        self,
+        slices: Slices,
+        name: str,
+        widths: tuple[int, int, int],
+        kernel: int,
+        stride: int,
+        stage: int,
+    ) -> Step:
+        """Return an inverted residual block of a stage."""
+        ins, middle, outputs = widths
+        activate = F.hardswish if HARD_SWISH[stage] else F.relu
+        up, deep = f"{name}.inverted_bottleneck", f"{name}.depth_conv"
+        down = f"{name}.point_linear"
+        weight = slices.take(f"{up}.conv.conv.weight", middle, ins)
+        expand = slices.conv_norm(weight, f"{up}.bn.bn")
+        kernels = self._kernels(slices, f"{deep}.conv", middle, kernel)
+        convolve = slices.depthwise_norm(kernels, f"{deep}.bn.bn", middle, stride)
+        squeeze = _squeeze(slices, f"{deep}.se.fc", middle) if SQUEEZES[stage] else None
+        weight = slices.take(f"{down}.conv.conv.weight", outputs, middle)
+        project = slices.conv_norm(weight, f"{down}.bn.bn")
+        residual = stride == 1 and ins == outputs
+
+        def forward(x: Tensor) -> Tensor:
+            y = activate(convolve(activate(expand(x))))
+            y = project(y if squeeze is None else squeeze(y))
+            return x + y if residual else y
+
+        return forward
+
+    def _kernels(self, slices: Slices, name: str, channels: int, size: int) -> Callable[[], Tensor]:
+        """Return the function that gives the kernels [channels, 1, size, size].
+
+        They are computed at each call, which takes little time: stored for every path, they would
+        be a quarter of the weights.
+        """
+        largest = slices.take(f"{name}.conv.weight", channels)
+        steps: list[tuple[int, int, Tensor]] = []
+        for target, source in zip(self.ks_list[-2::-1], self.ks_list[:0:-1], strict=True):
+            if source > size:
+                matrix = slices.take(f"{name}.{source}to{target}_matrix")
+                steps.append((source, target, matrix))
+
+        def transform() -> Tensor:
+            kernels = largest
+            for source, target, matrix in steps:
+                edge = (source - target) // 2
+                centre = kernels[:, :, edge : edge + target, edge : edge + target]
+                kernels = F.linear(centre.flatten(1), matrix).view(channels, 1, target, target)
+            return kernels
+
+        return transform
+
+    def sample(self, rng: random.Random, level: float) -> dict[str, object]:
+        """Return the fields of a random path; `level` from 0 to 1 leans towards large choices."""
+        blocks = range(self._most * len(WIDTHS))
+        return {
+            "ks": [draw(rng, self.ks_list, level) for _ in blocks],
+            "e": [draw(rng, self.expand_ratio_list, level) for _ in blocks],
+            "d": [draw(rng, self.depth_list, level) for _ in WIDTHS],
+        }
+
+
+def _first_block(slices: Slices, width: int) -> Step:
+    """Return the fixed first block, without expansion, with a shortcut."""
+    name = "blocks.0.conv"
+    weight = slices.take(f"{name}.depth_conv.conv.weight")
+    convolve = slices.depthwise_norm(lambda: weight, f"{name}.depth_conv.bn", width)
+    project = slices.conv_norm(
+        slices.take(f"{name}.point_linear.conv.weight"), f"{name}.point_linear.bn"
+    )
+    return lambda x: x + project(F.relu(convolve(x)))
+
+
+def _squeeze(slices: Slices, name: str, channels: int) -> Callable[[Tensor], Tensor]:
+    """Return squeeze and excitation of maps [B, channels, h, w]."""
+    middle = make_divisible(channels // 4)
+    down = slices.take(f"{name}.reduce.weight", middle, channels).flatten(1)
+    up = slices.take(f"{name}.expand.weight", channels, middle).flatten(1)
+    down_bias = slices.take(f"{name}.reduce.bias", middle)
+    up_bias = slices.take(f"{name}.expand.bias", channels)
+
+    def excite(x: Tensor) -> Tensor:
+        pooled = x.mean((2, 3))
+        gate = F.linear(F.relu(F.linear(pooled, down, down_bias)), up, up_bias)
+        return x * F.hardsigmoid(gate)[:, :, None, None]
+
+    return excite

@@ -1,0 +1,177 @@
+"""ThinkingViT (arXiv 2507.10800) as a nested network: stages of more and more heads.
+
+A path is a list of stages, each a number of heads, and the stage after which it answers. Every
+stage runs all blocks on the first channels. A later stage starts from the full embedding plus a
+gated, learned map of the tokens of the stage before it, so that earlier results are used again.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from ladderstitch.vision.models.nested.paths import NestedPath
+from ladderstitch.vision.models.nested.slices import Plan, Size, Slices, Step, TensorSizes
+from ladderstitch.vision.models.vit import InputShape
+
+EPS = 1e-6
+TOP = 10
+"""Classes whose probabilities decide whether a stage is sure."""
+
+
+class ThinkingVitPath(NestedPath):
+    """One network: heads of the stages, and the stage after which it answers."""
+
+    stages: tuple[int, ...] = Field(min_length=1, max_length=3)
+    stage: int = Field(ge=0)
+
+
+class ThinkingVit(BaseModel):
+    """The supernet's sizes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["thinkingvit"] = "thinkingvit"
+    patch_size: int = Field(16, gt=0)
+    embed_dim: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    mlp_ratio: float = Field(4.0, gt=0)
+    thinking_stages: tuple[int, ...] = Field(
+        min_length=1, max_length=3, description="heads of the stages in training"
+    )
+    paths: tuple[ThinkingVitPath, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> ThinkingVit:
+        """Raise `ValueError` for a path that the supernet does not have."""
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads: expected a divisor of {self.embed_dim}")
+        first = self.thinking_stages
+        for path in self.paths:
+            if path.stage >= len(path.stages) or len(path.stages) > len(first):
+                raise ValueError(f"paths.stage: expected a stage of {first}, got {path.stage}")
+            if not 0 < max(path.stages) <= self.num_heads or min(path.stages) < 1:
+                raise ValueError(f"paths.stages: expected at most {self.num_heads} heads")
+            if path.stages[: path.stage] != first[: path.stage]:
+                raise ValueError(
+                    f"paths.stages: expected {first[: path.stage]} before the last stage, whose "
+                    f"maps exist for these widths only, got {path.stages[: path.stage]}"
+                )
+        return self
+
+    def sizes(self, inputs: InputShape) -> TensorSizes:
+        """Return the sizes of the supernet's tensors."""
+        width, patch = self.embed_dim, self.patch_size
+        hidden = int(width * self.mlp_ratio)
+        sizes: dict[str, Size] = {
+            "cls_token": (1, 1, width),
+            "pos_embed": (1, (inputs.image_size // patch) ** 2 + 1, width),
+            "patch_embed.proj.weight": (width, inputs.in_channels, patch, patch),
+            "patch_embed.proj.bias": (width,),
+        }
+
+        def linear(name: str, outputs: int, ins: int) -> None:
+            sizes[f"{name}.weight"], sizes[f"{name}.bias"] = (outputs, ins), (outputs,)
+
+        for layer in range(self.depth):
+            name = f"blocks.{layer}"
+            for norm in ("norm1", "norm2"):
+                sizes |= {f"{name}.{norm}.{p}": (width,) for p in ("weight", "bias")}
+            linear(f"{name}.attn.qkv", 3 * width, width)
+            linear(f"{name}.attn.proj", width, width)
+            linear(f"{name}.mlp.fc1", hidden, width)
+            linear(f"{name}.mlp.fc2", width, hidden)
+        sizes |= {f"norm.{p}": (width,) for p in ("weight", "bias")}
+        for number, heads in enumerate(self.thinking_stages[:-1]):
+            linear(_map_name(number), width, self._width(heads))
+            sizes[f"alpha.{number}"] = (1,)
+        linear("head", inputs.num_classes, width)
+        return TensorSizes(sizes, {})
+
+    def _width(self, heads: int) -> int:
+        return heads * (self.embed_dim // self.num_heads)
+
+    def plan(self, path: ThinkingVitPath, slices: Slices, inputs: InputShape) -> Plan:
+        """Return the functions of a path; the stages before the last one are one step."""
+        stride, stages = self.patch_size, path.stages[: path.stage + 1]
+        kernel = slices.take("patch_embed.proj.weight")
+        bias = slices.take("patch_embed.proj.bias")
+        first, positions = slices.take("cls_token"), slices.take("pos_embed")
+
+        def embed(images: Tensor) -> Tensor:
+            patches = F.conv2d(images, kernel, bias, stride).flatten(2).transpose(1, 2)
+            return torch.cat((first.expand(images.shape[0], -1, -1), patches), 1) + positions
+
+        last = self._width(stages[-1])
+        blocks = tuple(self._block(slices, n, stages[-1]) for n in range(self.depth))
+        norm, head = slices.layer_norm("norm", last, EPS), slices.linear("head", None, last)
+        think = (self._think(slices, stages[:-1]),) if stages[:-1] else ()
+        return Plan(embed, (*think, *blocks), lambda x: head(norm(x)[:, 0]))
+
+    def _think(self, slices: Slices, stages: tuple[int, ...]) -> Step:
+        """Return the stages before the last one: embedding -> what the last stage starts from."""
+        thoughts: list[tuple[list[Step], Step, Step, Tensor]] = []
+        for number, heads in enumerate(stages):
+            blocks = [self._block(slices, n, heads) for n in range(self.depth)]
+            norm = slices.layer_norm("norm", self._width(heads), EPS)
+            convert = slices.linear(_map_name(number), None, None)
+            thoughts.append((blocks, norm, convert, slices.take(f"alpha.{number}")))
+
+        def think(embedded: Tensor) -> Tensor:
+            start = embedded
+            for blocks, norm, convert, gate in thoughts:
+                x = start
+                for block in blocks:
+                    x = block(x)
+                start = embedded + gate * convert(norm(x))
+            return start
+
+        return think
+
+    def _block(self, slices: Slices, layer: int, heads: int) -> Step:
+        """Return one block on the first heads; it cuts what it reads to its width."""
+        name, full, k = f"blocks.{layer}", self.embed_dim, self._width(heads)
+        norm1 = slices.layer_norm(f"{name}.norm1", k, EPS)
+        norm2 = slices.layer_norm(f"{name}.norm2", k, EPS)
+        parts = [slices.rows(f"{name}.attn.qkv", i, k, k) for i in (0, full, 2 * full)]
+        project = slices.linear(f"{name}.attn.proj", k, k)
+        hidden = int(k * self.mlp_ratio)
+        up = slices.linear(f"{name}.mlp.fc1", hidden, k)
+        down = slices.linear(f"{name}.mlp.fc2", k, hidden)
+
+        def forward(x: Tensor) -> Tensor:
+            x = x[..., :k]
+            y = norm1(x)
+            split = [F.linear(y, w, b).unflatten(2, (heads, -1)).transpose(1, 2) for w, b in parts]
+            mixed = F.scaled_dot_product_attention(*split)
+            x = x + project(mixed.transpose(1, 2).flatten(2))
+            return x + down(F.gelu(up(norm2(x))))
+
+        return forward
+
+    def sample(self, rng: random.Random, level: float) -> dict[str, object]:
+        """Return the fields of a random path: a number of heads after the stages before it."""
+        heads = max(1, round(level * self.num_heads))
+        stage = sum(heads > earlier for earlier in self.thinking_stages[:-1])
+        return {"stages": [*self.thinking_stages[:stage], heads], "stage": stage}
+
+
+def _map_name(number: int) -> str:
+    """Return the name of the map after a stage."""
+    return "proj_layer" if number == 0 else f"proj_layer{number + 1}"
+
+
+def exit_entropy(logits: Tensor) -> Tensor:
+    """Return the entropy [B] of the renormalised largest probabilities, in nats.
+
+    Upstream stops after the first stage whose entropy is below a threshold.
+    """
+    top = logits.softmax(1).topk(min(TOP, logits.shape[1]), 1).values
+    top = top / top.sum(1, keepdim=True)
+    return -(top * top.log()).sum(1)
