@@ -41,7 +41,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicasAndGat
 async def kill_while_loaded(running: ReplicasAndGateways, kill: Callable[[], None]) -> FaultResult:
     """Kill processes under load; return what the callers observed."""
     replicas, gateways = running
-    wait_until_serving([gateway.metrics for gateway in gateways], len(replicas))
+    wait_until_serving(gateways, len(replicas))
     return await kill_under_load(
         gateways[0].address, "", kill, rate=50, seconds=2.5, deadline_s=RETRY_TIMEOUT_S
     )
@@ -70,7 +70,7 @@ async def test_kill_all_replicas_loses_no_request(running: ReplicasAndGateways) 
 def test_command_line_works_through_a_gateway(running: ReplicasAndGateways) -> None:
     """The commands reach a replica, and an admin change reaches all."""
     address = running[1][0].address
-    wait_until_serving([gateway.metrics for gateway in running[1]], 2)
+    wait_until_serving(running[1], 2)
     listed = ladderstitch("models", "--address", address)
     assert "\ntiny\t0\tanchor-0\t" in listed.stdout
     assert ladderstitch("health", "--address", address).stdout.strip() == "SERVING"

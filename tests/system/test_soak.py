@@ -30,7 +30,7 @@ In between a model is loaded again, and half of the memory of two models is kept
 async def test_soak_short_run_has_no_leak_or_stuck_request() -> None:
     replicas = replicas_and_gateways(2, 1, "--model", IMAGES)
     with tiny_model_home(), replicas as ((survivor, victim), (gateway,)):
-        wait_until_serving([gateway.metrics], 2)
+        wait_until_serving([gateway], 2)
         found = await Soak(survivor, victim, gateway, SECONDS, deadline_s=DEADLINE_S).run()
         assert (survivor.starts, gateway.starts) == (1, 1)
         assert victim.starts >= 3

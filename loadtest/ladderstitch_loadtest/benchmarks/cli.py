@@ -42,7 +42,7 @@ def hop(
 ) -> None:
     """Measure the latency that a gateway adds for one caller, with direct and gateway in turn."""
     with err.status("starting"), replicas_and_gateways(replicas=1) as ((replica,), (gateway,)):
-        wait_until_serving([gateway.metrics], 1)
+        wait_until_serving([gateway], 1)
         found = asyncio.run(gateway_overhead.measure(replica.address, gateway.address, rounds))
     table = Table("", "direct", "gateway", "added", title="one caller, fastest variant, one image")
     table.add_row(

@@ -114,7 +114,8 @@ def write_families(folder: Path) -> Families:
     fields = embedded.manifest.model_dump(by_alias=True) | {"precisions": ("float32",)}
     write_manifest(stitched, VisionManifest.model_validate(fields))
     kept = {stitch.id: table.variants[stitch.id] for stitch in stitches}
-    write_table(stitched / "quality.json", table.model_copy(update={"variants": kept, "cascades": ()}))
+    alone = table.model_copy(update={"variants": kept, "cascades": ()})
+    write_table(stitched / "quality.json", alone)
     anchors = [stitch for stitch in used if not stitch.layers]
     qualities = {stitch.id: table.value(stitch.id) for stitch in anchors}
     plain = _write_plain(embedded, anchors, qualities, folder)

@@ -64,7 +64,7 @@ def kills(
     with err.status("starting") as status, deployed as deployment:
         for name, kill in deployment.kills.items():
             status.update(f"killing {name}")
-            wait_until_serving([deployment.metrics], 2)
+            wait_until_serving([deployment], 2)
             run = kill_under_load(
                 deployment.address, name, kill, rate=rate, seconds=seconds, deadline_s=deadline
             )

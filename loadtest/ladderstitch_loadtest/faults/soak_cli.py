@@ -45,7 +45,7 @@ def soak(
     """
     replicas = replicas_and_gateways(2, 1, "--model", IMAGES)
     with tiny_model_home(), replicas as ((survivor, victim), (gateway,)):
-        wait_until_serving([gateway.metrics], 2)
+        wait_until_serving([gateway], 2)
         with progress_bar() as progress:
             task = progress.add_task("soak", total=seconds)
             found = asyncio.run(

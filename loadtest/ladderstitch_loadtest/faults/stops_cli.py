@@ -77,7 +77,7 @@ def _deployed(name: str, replicas: int, ranks: int) -> Iterator[Deployment]:
         gateways = int(replicas > 1)
         with replicas_and_gateways(replicas, gateways, *flags) as (behind, front):
             if front:
-                wait_until_serving([front[0].metrics], replicas)
+                wait_until_serving([front[0]], replicas)
             yield Deployment(name, behind, front[0] if front else None)
 
 

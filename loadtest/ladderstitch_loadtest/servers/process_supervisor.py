@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -149,15 +150,25 @@ def _gateway(port: int, replica_ports: Sequence[int], flags: Sequence[str]) -> S
     return SupervisedProcess("gateway", *named, *ports, *flags)
 
 
-def wait_until_serving(metrics: Sequence[str], replicas: int, timeout_s: float = 600.0) -> None:
+class HasMetrics(Protocol):
+    """A process with a metrics page, whose address changes when the process is restarted."""
+
+    @property
+    def metrics(self) -> str:
+        """URL of the current process without `/metrics`."""
+
+
+def wait_until_serving(
+    gateways: Sequence[HasMetrics], replicas: int, timeout_s: float = 600.0
+) -> None:
     """Wait until every gateway's metrics page counts `replicas` serving replicas.
 
-    `metrics` are URLs of the gateways without `/metrics`. Raises `TimeoutError`.
+    Raises `TimeoutError`.
     """
     end = time.monotonic() + timeout_s
-    while any(count_serving(url) != replicas for url in metrics):
+    while any(count_serving(gateway.metrics) != replicas for gateway in gateways):
         if time.monotonic() > end:
-            counts = {url: count_serving(url) for url in metrics}
+            counts = {gateway.metrics: count_serving(gateway.metrics) for gateway in gateways}
             raise TimeoutError(f"serving replicas: expected {replicas}, got {counts}")
         time.sleep(0.1)
 

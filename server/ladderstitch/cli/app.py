@@ -57,7 +57,7 @@ ENTRIES = (
     Entry("quantize", "make", MAKE, "Add low-bit forms of all variants of a bundle."),
     Entry("import", "make", MAKE, "Make a bundle from checkpoints or ONNX files."),
     Entry("add-adapter", "make", MAKE, "Add a LoRA adapter to a language model as a path."),
-    Entry("convert-ladder", "make", MAKE, "Convert a language model's layers to ladder layers or to groups."),
+    Entry("convert-ladder", "make", MAKE, "Convert a language model to ladder layers or groups."),
     Entry("train-language", "make", MAKE, "Train small language models to compare schemes."),
     Entry("train-elastic", "elastic", MAKE, "Train a stitched language family from texts."),
     Entry("make", "own_models", MAKE, "Stitch networks or language models into a family."),

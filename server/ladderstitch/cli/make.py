@@ -360,7 +360,7 @@ def convert_ladder(
     report: Annotated[Path | None, typer.Option(help="File to write the measurements to.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert a language model's layers to ladder layers or to groups.
+    """Convert a language model to ladder layers or groups.
 
     They are retrained. A ladder layer reads the residual stream one sub-block late, so that ranks
     communicate while they compute. Layers of a group read one input and share their reductions.

@@ -7,21 +7,19 @@ import contextlib
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2_grpc
 
 from ladderstitch.api.health import NOT_SERVING, SERVING, HealthService
-from ladderstitch.api.http_server import HttpServer
 from ladderstitch.api.listener import ListenerConfig, bind, name_port, reserve, start_servers
 from ladderstitch.api.reflection import REFLECTION_SERVICES
 from ladderstitch.errors import ConfigError
 from ladderstitch.gateway.admin import BROADCAST_METHODS, GatewayAdmin
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.forwarder import Forwarder, method_path
-from ladderstitch.gateway.http_exchange import ReplicaClient
-from ladderstitch.gateway.http_forwarder import HttpForwarder, gateway_app
 from ladderstitch.gateway.merged_queries import MERGED_METHODS, MergedQueries
 from ladderstitch.gateway.metrics import GatewayMetrics
 from ladderstitch.gateway.replica_pool import Discovery, ReplicaPool
@@ -29,6 +27,11 @@ from ladderstitch.oip import grpc_service_pb2
 from ladderstitch.runtime.process import release_ports
 from ladderstitch.telemetry.metrics_server import Probes
 from ladderstitch.v1 import generation_pb2, inference_pb2
+
+if TYPE_CHECKING:  # most gateways start without them
+    from ladderstitch.api.http_server import HttpServer
+    from ladderstitch.gateway.http_exchange import ReplicaClient
+    from ladderstitch.gateway.http_forwarder import HttpForwarder
 
 SERVICES: tuple[ServiceDescriptor, ...] = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
@@ -114,6 +117,10 @@ class Gateway:
         """Create the HTTP server, its application, and the client of replicas, if there is one."""
         if self.config.http_port is None:
             return None, None, None
+        from ladderstitch.api.http_server import HttpServer
+        from ladderstitch.gateway.http_exchange import ReplicaClient
+        from ladderstitch.gateway.http_forwarder import HttpForwarder, gateway_app
+
         try:
             client = ReplicaClient(self.config)
         except (OSError, ValueError) as error:
