@@ -75,7 +75,7 @@ def test_command_line_works_through_a_gateway(running: ReplicasAndGateways) -> N
     assert "\ntiny\t0\tanchor-0\t" in listed.stdout
     assert ladderstitch("health", "--address", address).stdout.strip() == "SERVING"
     changed = ladderstitch("schedule", "--pin", 3, "--address", address)
-    assert "pinned_variant: 3" in changed.stdout
+    assert "\npinned_variant\t3\n" in changed.stdout
     with Client(address) as client:
         assert {client.predict(pixels(seed=n)).variant for n in range(8)} == {3}
 

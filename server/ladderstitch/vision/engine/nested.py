@@ -36,6 +36,9 @@ class NestedExecutor(CompiledExecutor):
         `copy_limit` is the number of bytes up to which all paths are copied; None: that of `join`.
         """
         self._folder, self._threads = folder, threads
+        # Paths have no units in common, so that cascades restart from the images.
+        self._routes = {stitch.id: () for stitch in model.stitches}
+        self._units, self._parts = {}, {}
         tensors = model.state_dict()
         self._tensors = {
             PREFIX + name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
@@ -48,6 +51,7 @@ class NestedExecutor(CompiledExecutor):
         limit = max(MIN_JOINED_BYTES, MAX_JOINED_SHARE * self.weight_bytes)
         limit = limit if copy_limit is None else copy_limit
         self.all_copied = sum(self._copied_bytes.values()) <= limit
+        self._copies_left = limit
         self._sessions = {
             stitch.id: (self._open(stitch.id, copies=self.all_copied),) for stitch in model.stitches
         }
