@@ -108,11 +108,9 @@ def test_moving_the_slider_changes_the_stitch(page: Page) -> None:
     fastest = stitch_at(page, "Home")
     assert fastest == "anchor-0"
     expect(page.locator("#stitch")).to_have_text("Stitch anchor-0")
-    for _ in range(20):  # while the machine is slow, the server plans with long times
-        best = stitch_at(page, "End")
-        if best != fastest:
-            break
-    assert best != fastest
+    end = time.monotonic() + 300
+    while stitch_at(page, "End") == fastest:  # the server plans with long times after a slow phase
+        assert time.monotonic() < end, "a longer budget is answered by the fastest stitch"
     expect(page.locator("#answer .strip .block").first).to_be_visible()
 
 
