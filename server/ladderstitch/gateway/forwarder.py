@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -16,6 +15,7 @@ from ladderstitch.api.status import Context, abort
 from ladderstitch.errors import Draining, Overloaded, RequestError
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.continued_answer import GENERATE, ContinuedAnswer
+from ladderstitch.gateway.in_flight import InFlightCalls
 from ladderstitch.gateway.metrics import GatewayMetrics
 from ladderstitch.gateway.replica_pool import ReplicaPool
 from ladderstitch.gateway.stream_limits import LimitedStream
@@ -55,21 +55,12 @@ class Forwarder(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no t
         self._retry_timeout_s = config.retry_timeout_s
         self._max_buffered_bytes = config.max_buffered_mb << 20
         self._buffered_bytes = 0
-        self._in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self.in_flight = InFlightCalls()
         self._handlers = {method_path(method): self._make_handler(method) for method in methods}
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         """Return the handler of a method; None if it is not forwarded."""
         return self._handlers.get(details.method)
-
-    async def wait_until_idle(self, timeout_s: float) -> bool:
-        """Wait until no call is in flight; return whether that happened within the timeout."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        return self._idle.is_set()
 
     def _make_handler(self, method: MethodDescriptor) -> grpc.RpcMethodHandler:
         """Return a handler without serializers, so that messages stay bytes."""
@@ -112,24 +103,20 @@ class Forwarder(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no t
             self._retry_timeout_s,
         )
         code = "CANCELLED"
-        self._in_flight += 1
-        self._idle.clear()
-        try:
-            if self.draining:
-                raise Draining("this gateway is shutting down; try another one")
-            yield attempts
-            code = "OK"
-        except RequestError as error:
-            code = error.code
-            await abort(context, error)
-        except UpstreamFailure as failure:
-            code = failure.code.name
-            await failure.abort_caller(context)
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
-            self._metrics.observe_call(path, code, attempts)
+        with self.in_flight.one():
+            try:
+                if self.draining:
+                    raise Draining("this gateway is shutting down; try another one")
+                yield attempts
+                code = "OK"
+            except RequestError as error:
+                code = error.code
+                await abort(context, error)
+            except UpstreamFailure as failure:
+                code = failure.code.name
+                await failure.abort_caller(context)
+            finally:
+                self._metrics.observe_call(path, code, attempts)
 
     @contextmanager
     def _buffer(self, request: bytes) -> Iterator[None]:

@@ -214,7 +214,7 @@ class Gateway:
         await asyncio.sleep(announce_s)
         self._reject_new_calls()
         both = await asyncio.gather(
-            *(each.wait_until_idle(self.config.drain_s) for each in self._forwarders)
+            *(each.in_flight.wait_until_idle(self.config.drain_s) for each in self._forwarders)
         )
         return all(both)
 
@@ -253,7 +253,7 @@ class Gateway:
     async def _close_http(self, grace_s: float) -> None:
         if self.http is None or self._http_forwarder is None or self._http_client is None:
             return
-        await self._http_forwarder.wait_until_idle(grace_s)
+        await self._http_forwarder.in_flight.wait_until_idle(grace_s)
         await self.http.stop()
         await self._http_client.close()
 

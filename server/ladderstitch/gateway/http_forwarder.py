@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -33,6 +31,7 @@ from ladderstitch.gateway.http_exchange import (
     ReplicaLost,
     forwarded_request_headers,
 )
+from ladderstitch.gateway.in_flight import InFlightCalls
 from ladderstitch.gateway.metrics import GatewayMetrics
 from ladderstitch.gateway.replica_connection import ReplicaConnection
 from ladderstitch.gateway.replica_pool import ReplicaPool
@@ -124,16 +123,7 @@ class HttpForwarder:
         self.draining = False
         self._client, self._pool, self._metrics = client, pool, metrics
         self._retry_timeout_s, self._is_serving = retry_timeout_s, is_serving
-        self._in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    async def wait_until_idle(self, timeout_s: float) -> bool:
-        """Wait until no request is in flight; return whether that happened within the timeout."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        return self._idle.is_set()
+        self.in_flight = InFlightCalls()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, whose body arrives in one piece."""
@@ -169,14 +159,10 @@ class HttpForwarder:
         """Count a request as in flight, and by its path and outcome."""
         metadata = tuple(Headers(scope=scope).items())
         attempts = RequestAttempts(self._pool, None, metadata, self._retry_timeout_s)
-        self._in_flight += 1
-        self._idle.clear()
         try:
-            yield attempts
+            with self.in_flight.one():
+                yield attempts
         finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
             self._metrics.observe_call(f"HTTP {path}", outcome.code, attempts)
 
     async def _answer(
@@ -220,8 +206,7 @@ class HttpForwarder:
     ) -> HttpRefusal | None:
         """Run an exchange with a replica, which ends if the replica stops reporting."""
         call = asyncio.create_task(exchange.run(self._client, replica))
-        deadline = attempts.soft_deadline if attempts.soft_deadline < math.inf else math.inf
-        ticket = replica.add_call(call, deadline)
+        ticket = replica.add_call(call, attempts.soft_deadline)
         try:
             await asyncio.wait({call})
             if call.cancelled():
