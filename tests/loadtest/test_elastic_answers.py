@@ -13,11 +13,12 @@ from ladderstitch.text.engine.rank_config import RankConfig
 from ladderstitch.text.scheduler.step_times import ExtraTimes, StepTimes
 from ladderstitch_loadtest.benchmarks.elastic_answers import (
     SETTINGS,
-    Scenario,
     Workload,
     simulated_scheduler,
+    slow_simulated_ranks,
     summarise,
 )
+from ladderstitch_loadtest.benchmarks.elastic_plans import PLANS, Scenario
 from ladderstitch_loadtest.simulation.virtual_time import run_simulated
 from tests.support.elastic_models import write_elastic
 
@@ -68,22 +69,24 @@ def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
     assert quality is not None
     return Workload(
         list(range(200)),
-        times,
         lambda: simulated_scheduler(config, times, tokenizer, quality, None, seed=3),
+        slow_simulated_ranks,
     )
 
 
-@pytest.mark.parametrize("scenario", ["mixed", "tightening"])
+@pytest.mark.parametrize("scenario", PLANS)
 def test_changing_meets_more_budgets_or_gives_more_quality(
     workload: Workload, scenario: Scenario
 ) -> None:
-    plan = workload.plan(scenario, 1, 6.0)
+    token_s = run_simulated(workload.token_s())
+    plan = PLANS[scenario](workload.prompts, token_s, 6.0, 1)
     found = {
         name: run_simulated(workload.run(plan, settings)) for name, settings in SETTINGS.items()
     }
     again = run_simulated(workload.run(plan, SETTINGS["changed"]))
     assert again == found["changed"]  # the same seed gives the same run
-    assert {len(outcomes) for outcomes in found.values()} == {sum(a.counts for a in plan)}
+    num_counted = sum(arrival.request.budget.is_set for arrival in plan.arrivals)
+    assert {len(outcomes) for outcomes in found.values()} == {num_counted}
     assert all(outcome.changes == 0 for outcome in found["kept"])
     assert any(outcome.changes for outcome in found["changed"])
     figures = summarise([found])

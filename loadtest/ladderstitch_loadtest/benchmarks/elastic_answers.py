@@ -1,25 +1,22 @@
-"""Answers that change their stitch, compared with answers that keep it, under equal arrivals.
-
-Two scenarios run in the simulator and on real ranks. In `mixed`, answers of several lengths and
-budgets arrive at a varying rate. In `tightening`, long answers begin on an idle server, and a burst
-of others arrives in the middle of each.
-"""
+"""Answers that change their stitch, compared with answers that keep it, under equal arrivals."""
 
 from __future__ import annotations
 
 import asyncio
 import math
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
 
 import numpy as np
 
 from ladderstitch.errors import RequestError
 from ladderstitch.scheduling.profiles import QualityTable
-from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget
+from ladderstitch.scheduling.requests import GenerationRequest, TokenChunk
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.text.engine.rank_config import RankConfig
 from ladderstitch.text.messages import LogitsMode, Step, StepOutput
@@ -27,8 +24,13 @@ from ladderstitch.text.scheduler.scheduler import TextScheduler
 from ladderstitch.text.scheduler.step_times import StepTimes
 from ladderstitch.text.switches import SwitchTable
 from ladderstitch.text.tokenizer import TextTokenizer
+from ladderstitch_loadtest.benchmarks.elastic_plans import (
+    LONG_TOKENS,
+    Arrival,
+    Disturbance,
+    Plan,
+)
 
-Scenario = Literal["mixed", "tightening"]
 SETTINGS = {
     "kept": SchedulerSettings(change_variants=False),
     "changed": SchedulerSettings(change_variants=True),
@@ -37,13 +39,8 @@ SETTINGS = {
 BOOTSTRAPS = 2000
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """A request, the second of the run at which it is sent, and whether its result counts."""
-
-    due_s: float
-    request: GenerationRequest
-    counts: bool = True
+Disturber = Callable[[], AbstractContextManager[None]]
+"""Makes a context within which other processes compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +58,8 @@ class SimulatedRanks:
     def __init__(self, rank_config: RankConfig, times: StepTimes, seed: int, noise: float) -> None:
         self.rank_config, self._times = rank_config, times
         self._random, self._noise = np.random.default_rng(seed), noise
+        self.factor = 1.0
+        """Seconds of a step over those that are expected on an undisturbed machine."""
 
     async def run(self, step: Step) -> StepOutput:
         """Wait for the duration of a step, which varies at random, and return token 1 for all."""
@@ -73,7 +72,8 @@ class SimulatedRanks:
             )
             planes = len(self.rank_config.family.missing_planes(source, target))
             seconds += self._times.translation_s(len(translation.tokens), planes)
-        await asyncio.sleep(seconds * math.exp(self._noise * self._random.standard_normal()))
+        noise = math.exp(self._noise * self._random.standard_normal())
+        await asyncio.sleep(seconds * self.factor * noise)
         count = sum(part.logits_mode == LogitsMode.BEST for part in step.inputs)
         return StepOutput(np.ones(count, np.int64), np.zeros((0, 2), np.float32))
 
@@ -81,93 +81,47 @@ class SimulatedRanks:
         """Return at once."""
 
 
-def mixed_arrivals(
-    prompts: Sequence[int], token_s: tuple[float, float], seconds: float, seed: int
-) -> list[Arrival]:
-    """Return answers with budgets between the fastest and 4 times the best stitch's `token_s`.
-
-    The rate alternates between a half and six times of what the best stitch serves one by one, for
-    the time of 20 answers each.
-    """
-    fast_s, best_s = token_s
-    random, plan, now = np.random.default_rng(seed), list[Arrival](), 0.0
-    mean_tokens, spread = 96, (32, 64, 192)
-    while now < seconds:
-        is_busy = int(now / (20 * mean_tokens * best_s)) % 2 == 1
-        rate = (6.0 if is_busy else 0.5) / (best_s * mean_tokens)
-        now += random.exponential(1 / rate)
-        budget = TokenBudget(
-            first_token_s=100 * best_s,
-            per_token_s=float(np.exp(random.uniform(np.log(2 * fast_s), np.log(4 * best_s)))),
-        )
-        plan.append(_arrival(now, prompts, 64, int(random.choice(spread)), budget, random))
-    return plan
-
-
-def tightening_arrivals(
-    prompts: Sequence[int], token_s: tuple[float, float], count: int, seed: int
-) -> list[Arrival]:
-    """Return long answers whose budget the best stitch meets alone, each with a burst midway.
-
-    The budget is 1.2 to 1.5 times what they take alone, and 4 to 8 others arrive. These have
-    budgets of their own, and do not count.
-    """
-    _, best_s = token_s
-    random, plan, now = np.random.default_rng(seed), list[Arrival](), 0.0
-    tokens = 256
-    for _ in range(count):
-        budget = TokenBudget(answer_s=random.uniform(1.2, 1.5) * best_s * tokens)
-        plan.append(_arrival(now, prompts, 64, tokens, budget, random))
-        for _ in range(random.integers(4, 9)):
-            due_s = now + (0.4 + 0.02 * random.random()) * tokens * best_s
-            urgent = TokenBudget(per_token_s=4 * best_s)
-            burst = _arrival(due_s, prompts, 64, 64, urgent, random)
-            plan.append(replace(burst, counts=False))
-        now += 3.5 * best_s * tokens
-    return sorted(plan, key=lambda arrival: arrival.due_s)
-
-
-def _arrival(
-    due_s: float,
-    prompts: Sequence[int],
-    prompt_tokens: int,
-    max_tokens: int,
-    budget: TokenBudget,
-    random: np.random.Generator,
-) -> Arrival:
-    at = int(random.integers(0, len(prompts) - prompt_tokens))
-    request = GenerationRequest(
-        tokens=tuple(prompts[at : at + prompt_tokens]),
-        arrival=0.0,
-        max_tokens=max_tokens,
-        budget=budget,
-    )
-    return Arrival(due_s, request)
-
-
-async def run_plan(scheduler: TextScheduler, plan: Sequence[Arrival]) -> list[Outcome]:
-    """Send the requests of a plan and return the outcomes of those that count."""
+async def run_plan(scheduler: TextScheduler, plan: Plan, disturb: Disturber) -> list[Outcome]:
+    """Send the requests of a plan and return the outcomes of those with a budget."""
     start = time.monotonic() + 0.2
-    tasks = [asyncio.create_task(_send(scheduler, arrival, start)) for arrival in plan]
-    outcomes = await asyncio.gather(*tasks)
-    return [o for o, arrival in zip(outcomes, plan, strict=True) if arrival.counts]
+    disturbing = [
+        asyncio.create_task(_disturb(disturb, disturbance, start))
+        for disturbance in plan.disturbances
+    ]
+    outcomes = await asyncio.gather(*(_send(scheduler, a, start) for a in plan.arrivals))
+    await asyncio.gather(*disturbing)
+    return [
+        outcome
+        for outcome, arrival in zip(outcomes, plan.arrivals, strict=True)
+        if arrival.request.budget.is_set
+    ]
+
+
+async def _disturb(disturb: Disturber, disturbance: Disturbance, start: float) -> None:
+    await asyncio.sleep(max(0.0, start + disturbance.start_s - time.monotonic()))
+    with disturb():
+        await asyncio.sleep(max(0.0, start + disturbance.end_s - time.monotonic()))
 
 
 async def _send(scheduler: TextScheduler, arrival: Arrival, start: float) -> Outcome:
     due = start + arrival.due_s
     await asyncio.sleep(max(0.0, due - time.monotonic()))
-    request = replace(arrival.request, arrival=due)
-    last = None
     try:
-        async with aclosing(scheduler.generate(request)) as chunks:
-            async for chunk in chunks:
-                last = chunk
+        last = await _last_chunk(scheduler, replace(arrival.request, arrival=due))
     except RequestError:
         return Outcome(met=False, quality=0.0, changes=0)
-    assert last is not None, "a complete answer has a last chunk"
     assert last.usage is not None, "the last chunk has the usage"
     quality = last.answer.quality.value if last.answer.quality else 0.0
     return Outcome(bool(last.usage.met), quality, len(last.answer.spans) - 1)
+
+
+async def _last_chunk(scheduler: TextScheduler, request: GenerationRequest) -> TokenChunk:
+    last = None
+    async with aclosing(scheduler.generate(request)) as chunks:
+        async for chunk in chunks:
+            last = chunk
+    assert last is not None, "a complete answer has a last chunk"
+    return last
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,28 +180,59 @@ def summarise(rounds: Sequence[dict[str, list[Outcome]]]) -> dict[str, object]:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What a run needs of a model: its prompts, the times of its stitches, its scheduler."""
+    """What a run needs of a model: its prompts, its scheduler, and what disturbs its machine."""
 
     prompts: Sequence[int]
-    times: StepTimes
     make_scheduler: Callable[[], TextScheduler]
+    disturb: Callable[[TextScheduler], AbstractContextManager[None]]
 
-    def plan(self, scenario: Scenario, seed: int, seconds: float) -> list[Arrival]:
-        """Return the arrivals of a scenario, of about `seconds`."""
-        frontier = self.make_scheduler().candidates.frontier
-        token_s = (self.times.expected(frontier[0], 1), self.times.expected(frontier[-1], 1))
-        if scenario == "mixed":
-            return mixed_arrivals(self.prompts, token_s, seconds, seed)
-        count = max(2, round(seconds / (3.5 * token_s[1] * 256)))
-        return tightening_arrivals(self.prompts, token_s, count, seed)
+    async def token_s(self) -> tuple[float, float]:
+        """Return the seconds per token of the fastest and of the best stitch, alone."""
+        scheduler, seconds = self.make_scheduler(), []
+        for variant in (scheduler.candidates.frontier[0], scheduler.candidates.frontier[-1]):
+            request = GenerationRequest(
+                tuple(self.prompts[:64]), time.monotonic(), LONG_TOKENS, variant=variant
+            )
+            last = await _last_chunk(scheduler, request)
+            assert last.usage is not None, "the last chunk has the usage"
+            seconds.append(last.usage.mean_token_s)
+        await scheduler.close()
+        return seconds[0], seconds[1]
 
-    async def run(self, plan: Sequence[Arrival], settings: SchedulerSettings) -> list[Outcome]:
+    async def run(self, plan: Plan, settings: SchedulerSettings) -> list[Outcome]:
         """Return the outcomes of a plan under some settings, on a scheduler of its own."""
         scheduler = self.make_scheduler()
         scheduler.apply_settings(settings)
-        outcomes = await run_plan(scheduler, plan)
+        outcomes = await run_plan(scheduler, plan, lambda: self.disturb(scheduler))
         await scheduler.close()
         return outcomes
+
+
+SIMULATED_FACTOR = 2.0
+"""Seconds of a simulated step on a disturbed machine over those on an undisturbed one."""
+
+
+@contextmanager
+def slow_simulated_ranks(scheduler: TextScheduler) -> Iterator[None]:
+    """Make the simulated ranks of a scheduler slower within the context."""
+    ranks = scheduler.group
+    assert isinstance(ranks, SimulatedRanks), "made by `simulated_scheduler`"
+    ranks.factor = SIMULATED_FACTOR
+    yield
+    ranks.factor = 1.0
+
+
+@contextmanager
+def busy_processors(scheduler: TextScheduler) -> Iterator[None]:
+    """Compute on all processors within the context, as other programs on a machine do."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(os.cpu_count() or 1)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def simulated_scheduler(

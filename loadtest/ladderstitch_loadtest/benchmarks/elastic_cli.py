@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
@@ -45,6 +45,7 @@ async def _measure(path: Path, text: Path, rounds: int, seconds: float) -> dict[
     from ladderstitch.text.scheduler.scheduler import TextScheduler
     from ladderstitch.training.text.evaluate import read_tokens
     from ladderstitch_loadtest.benchmarks import elastic_answers as answers
+    from ladderstitch_loadtest.benchmarks.elastic_plans import PLANS
 
     bundle = TextBundle.load(path)
     tokenizer, quality = bundle.tokenizer(), bundle.quality
@@ -68,12 +69,13 @@ async def _measure(path: Path, text: Path, rounds: int, seconds: float) -> dict[
         await first.measure()
         times = first.times
         await first.close()
-        workload = answers.Workload(tokens.tolist(), times, real_scheduler)
+        workload = answers.Workload(tokens.tolist(), real_scheduler, answers.busy_processors)
         results["server"] = {}
-        for scenario in get_args(answers.Scenario):
+        for scenario, make_plan in PLANS.items():
             found = []
             for number in range(rounds):
-                plan = workload.plan(scenario, number, seconds)
+                token_s = await workload.token_s()
+                plan = make_plan(workload.prompts, token_s, seconds, number)
                 order = list(answers.SETTINGS.items())
                 pair = {
                     name: await workload.run(plan, settings)
@@ -89,7 +91,9 @@ async def _measure(path: Path, text: Path, rounds: int, seconds: float) -> dict[
     def simulated_scheduler(seed: int = 0) -> TextScheduler:
         return answers.simulated_scheduler(config, times, tokenizer, quality, bundle.switches, seed)
 
-    results["workload"] = answers.Workload(tokens.tolist(), times, simulated_scheduler)
+    results["workload"] = answers.Workload(
+        tokens.tolist(), simulated_scheduler, answers.slow_simulated_ranks
+    )
     return results
 
 
@@ -131,13 +135,15 @@ def _decisions(scheduler: Any) -> dict[str, float]:
 def _simulate(workload: Any, rounds: int, seconds: float) -> dict[str, object]:
     """Return the value in the simulator."""
     from ladderstitch_loadtest.benchmarks import elastic_answers as answers
+    from ladderstitch_loadtest.benchmarks.elastic_plans import PLANS
     from ladderstitch_loadtest.simulation.virtual_time import run_simulated
 
     results: dict[str, object] = {}
-    for scenario in get_args(answers.Scenario):
+    token_s = run_simulated(workload.token_s())
+    for scenario, make_plan in PLANS.items():
         found = []
         for number in range(rounds):
-            plan = workload.plan(scenario, 1000 + number, seconds)
+            plan = make_plan(workload.prompts, token_s, seconds, 1000 + number)
             found.append(
                 {
                     name: run_simulated(workload.run(plan, settings))

@@ -125,5 +125,5 @@ def _decoding_answer(
     )
     answer.history.append(answer.kind, tokens - 1, rules.other_kinds(variant))
     answer.block_table.num_computed = tokens - 1
-    answer.first_token_at = time.monotonic()
+    answer.pace.add_token(time.monotonic())
     return answer

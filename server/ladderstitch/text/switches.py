@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,12 +37,13 @@ class SwitchTable(BaseModel):
     windows: int = Field(gt=0, description="number of texts that were measured")
     penalties: tuple[Penalty, ...]
 
+    @cached_property
+    def _nats(self) -> dict[tuple[int, int], float]:
+        return {(p.source, p.target): p.nats for p in self.penalties}
+
     def nats(self, source: int, target: int) -> float | None:
         """Return the penalty of a change, None if it was not measured."""
-        for penalty in self.penalties:
-            if (penalty.source, penalty.target) == (source, target):
-                return penalty.nats
-        return None
+        return self._nats.get((source, target))
 
     def with_paths(self, kept: Sequence[int]) -> SwitchTable:
         """Return the table of a model with only these paths, in their order."""

@@ -20,7 +20,8 @@ from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.messages import Step, StepOutput
 from ladderstitch.text.scheduler.sampler import Sampler, TokenChooser
 from ladderstitch.text.scheduler.scheduler import TextScheduler
-from ladderstitch.text.scheduler.sequence import Sequence, TokenStream
+from ladderstitch.text.scheduler.sequence import Sequence
+from ladderstitch.text.scheduler.token_stream import TokenStream
 from tests.text.scheduler.stepped_group import SteppedGroup, SteppedScheduler
 
 LIMIT_S = 300.0

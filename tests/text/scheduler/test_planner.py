@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from ladderstitch.errors import (
@@ -18,15 +16,11 @@ from ladderstitch.scheduling.profiles import Latency, LatencyProfile
 from ladderstitch.scheduling.requests import NO_BUDGET, GenerationRequest, TokenBudget
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.text.scheduler.cache_rules import CacheRules
-from ladderstitch.text.scheduler.planner import (
-    MIN_PREFILL_CHUNK,
-    NO_LOAD,
-    SchedulerLoad,
-    choose_variant,
-    plan_step,
-)
+from ladderstitch.text.scheduler.decode_load import NO_LOAD, SchedulerLoad
+from ladderstitch.text.scheduler.pace import DEFAULT_TPOT_S
+from ladderstitch.text.scheduler.planner import MIN_PREFILL_CHUNK, choose_variant, plan_step
 from ladderstitch.text.scheduler.sequence import Sequence
-from ladderstitch.text.scheduler.step_times import DEFAULT_TTFT_S, StepTimes, token_deadline
+from ladderstitch.text.scheduler.step_times import StepTimes
 from ladderstitch.text.tokenizer import TextTokenizer
 from tests.support.language_models import write_tiny
 
@@ -73,12 +67,12 @@ def choose(
     ("budget", "variant"),
     [
         (NO_BUDGET, STANDARD),
-        (TokenBudget(per_token_s=0.051), STANDARD),  # a token takes 50 ms there
-        (TokenBudget(per_token_s=0.049), LADDER),
+        (TokenBudget(per_token_s=0.063), STANDARD),  # a token takes 50 ms there, 80 % of 63 ms
+        (TokenBudget(per_token_s=0.062), LADDER),
         (TokenBudget(first_token_s=0.1), STANDARD),  # 99 ms for a prompt of 50
         (TokenBudget(first_token_s=0.098), LADDER),
-        (TokenBudget(answer_s=0.6), STANDARD),  # 99 ms and 10 tokens more
-        (TokenBudget(answer_s=0.59), LADDER),
+        (TokenBudget(answer_s=0.73), STANDARD),  # 99 ms and 10 tokens more in 80 % of the rest
+        (TokenBudget(answer_s=0.72), LADDER),
         (TokenBudget(per_token_s=0.001), LADDER),  # infeasible: the fastest variant
     ],
 )
@@ -87,13 +81,20 @@ def test_choose_variant_returns_best_within_budget(budget: TokenBudget, variant:
 
 
 def test_choose_variant_under_load_accounts_for_others() -> None:
-    busy = SchedulerLoad(num_sequences={STANDARD: 30}, prefill_tokens={}, num_waiting=0)
-    assert choose(make_request(TokenBudget(per_token_s=0.06)), busy) == LADDER
+    busy = SchedulerLoad({STANDARD: [DEFAULT_TPOT_S] * 30})  # a step of 31 takes 80 ms
+    assert choose(make_request(TokenBudget(per_token_s=0.09)), busy) == LADDER
     assert choose(make_request(TokenBudget(per_token_s=0.12)), busy) == STANDARD
     alone = SchedulerSettings(policy="max_quality")
-    assert choose(make_request(TokenBudget(per_token_s=0.06)), busy, alone) == STANDARD
-    prefilling = SchedulerLoad(num_sequences={}, prefill_tokens={STANDARD: 100}, num_waiting=1)
+    assert choose(make_request(TokenBudget(per_token_s=0.09)), busy, alone) == STANDARD
+    prefilling = SchedulerLoad(prefill_tokens={STANDARD: 100}, num_waiting=1)
     assert choose(make_request(TokenBudget(first_token_s=0.2)), prefilling) == LADDER
+
+
+def test_choose_variant_keeps_the_budgets_of_others() -> None:
+    request = make_request(TokenBudget(per_token_s=0.2))
+    # A step of 20 ms in every 40 ms leaves half of the time: 50 of 200 ms fit, not 50 of 100 ms.
+    assert choose(request, SchedulerLoad({LADDER: [0.04]})) == STANDARD
+    assert choose(request, SchedulerLoad({LADDER: [0.03]})) == LADDER
 
 
 @pytest.mark.parametrize(
@@ -119,12 +120,10 @@ def test_choose_variant_without_feasible_variant_raises(
 
 
 def test_choose_variant_feasible_only_idle_raises_overloaded() -> None:
-    prefilling = SchedulerLoad(num_sequences={}, prefill_tokens={STANDARD: 100}, num_waiting=1)
+    prefilling = SchedulerLoad(prefill_tokens={STANDARD: 100}, num_waiting=1)
     with pytest.raises(Overloaded, match="is expected in"):
         choose(make_request(hard_deadline=100.1), prefilling)
-    full = SchedulerLoad(
-        num_sequences={}, prefill_tokens={}, num_waiting=SETTINGS.queue_limit_requests
-    )
+    full = SchedulerLoad(num_waiting=SETTINGS.queue_limit_requests)
     with pytest.raises(Overloaded, match="requests are waiting"):
         choose(make_request(), full)
 
@@ -133,17 +132,6 @@ def test_choose_variant_with_pin_or_floor_ignores_budget() -> None:
     tight = TokenBudget(per_token_s=0.01)
     assert choose(make_request(tight, variant=STANDARD)) == STANDARD
     assert choose(make_request(tight, min_quality=0.6)) == STANDARD
-
-
-def test_token_deadline_is_paced_from_the_first_token() -> None:
-    budget = TokenBudget(first_token_s=1.0, per_token_s=0.1)
-    assert token_deadline(budget, 5.0, None, 0, 10, 0.01) == 6.0
-    assert token_deadline(budget, 5.0, 5.5, 3, 10, 0.01) == pytest.approx(5.8)
-    assert token_deadline(NO_BUDGET, 5.0, None, 0, 10, 0.01) == 5.0 + DEFAULT_TTFT_S
-    whole = TokenBudget(answer_s=2.0)
-    assert token_deadline(whole, 5.0, None, 0, 11, 0.1) == pytest.approx(6.0)  # 10 tokens follow
-    assert token_deadline(whole, 5.0, 6.0, 5, 11, 0.1) == pytest.approx(6.5)
-    assert not math.isinf(token_deadline(NO_BUDGET, 5.0, 6.0, 1000, 2000, 0.1))
 
 
 def make_sequence(
@@ -156,7 +144,7 @@ def make_sequence(
     if decoding:
         sequence.block_table.num_computed = sequence.num_pending
         sequence.tokens.append(1)
-        sequence.first_token_at = 100.0
+        sequence.pace.add_token(100.0)
     return sequence
 
 

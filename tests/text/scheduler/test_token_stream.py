@@ -23,9 +23,9 @@ from ladderstitch.errors import (
 from ladderstitch.scheduling.requests import GenerationRequest, Sampling, TokenChunk
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_handle import RankLost
-from ladderstitch.text.scheduler import sequence as sequence_module
+from ladderstitch.text.scheduler import token_stream as stream_module
 from ladderstitch.text.scheduler.scheduler import MAX_RANK_LOSSES
-from ladderstitch.text.scheduler.sequence import TokenStream
+from ladderstitch.text.scheduler.token_stream import TokenStream
 from tests.text.scheduler.stepped_group import TOKEN, SteppedScheduler
 
 LIMIT_S = 300.0
@@ -206,7 +206,7 @@ async def test_hard_deadline_is_counted_once(
     await wait_for_step(scheduler)
     assert scheduler.num_waiting == int(waiting)
     late = SimpleNamespace(monotonic=lambda: time.monotonic() + 10_000)
-    monkeypatch.setattr(sequence_module, "time", late)
+    monkeypatch.setattr(stream_module, "time", late)
     with pytest.raises(ExpiredInQueue if waiting else ExpiredInCompute):
         await anext(stream)
     assert scheduler.counter.ends == {"DEADLINE_EXCEEDED": 1}

@@ -12,7 +12,7 @@ from ladderstitch.api.openai.tool_calls import ToolCall, ToolCallReader
 from ladderstitch.hosting.registry import TextModel
 from ladderstitch.scheduling.requests import GenerationRequest, TokenChunk
 from ladderstitch.text.scheduler.scheduler import TextScheduler
-from ladderstitch.text.scheduler.sequence import TokenStream
+from ladderstitch.text.scheduler.token_stream import TokenStream
 from ladderstitch.text.tokenizer import TextTokenizer
 
 Body = dict[str, Any]

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from ladderstitch.scheduling.settings import CacheMode
 from ladderstitch.text.messages import SequenceInput, Translation
 from ladderstitch.text.scheduler.cache_rules import CacheRules
-from ladderstitch.text.scheduler.planner import DecodeRound
+from ladderstitch.text.scheduler.decode_load import MAX_SHARE, DecodeLoad
 from ladderstitch.text.scheduler.queue import SequenceQueue
 from ladderstitch.text.scheduler.sequence import Sequence
 from ladderstitch.text.scheduler.step_times import StepTimes
 
 REPAIR_TOKENS = 64
 """Most tokens whose keys and values a step in idle time computes again."""
-REPAIR_MARGIN = 2.0
-"""Tokens per sequence that must fit between such a step and the next deadline."""
+REPAIR_MARGIN = 1.25
+"""The share of the ranks' time that is free after such a step over the share that is needed.
+
+It is larger than `MIN_LEAD`, so that a repair does not cause a change of the variant.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +86,11 @@ class CacheChanges:
         return None
 
     def _can_wait(self, seconds: float, times: StepTimes, now: float) -> bool:
-        """Return whether no sequence waits, and all active ones have a token and time to spare."""
-        round_s = DecodeRound(self.queue.load(), times).seconds
-        return not self.queue.waiting and all(
-            sequence.token_deadline(times.expected(sequence.variant, 1))
-            >= now + seconds + REPAIR_MARGIN * round_s
-            for sequence in self.queue.active
-        )
+        """Return whether no sequence waits, and all budgets are met easily after such a pause."""
+        if self.queue.waiting or any(s.num_pending != 1 for s in self.queue.active):
+            return False
+        load = DecodeLoad(self.queue.load(times, now + seconds), times)
+        return load.share * REPAIR_MARGIN <= MAX_SHARE
 
     def translation_s(self, translations: Iterable[Translation], times: StepTimes) -> float:
         """Return the expected seconds of some translations."""

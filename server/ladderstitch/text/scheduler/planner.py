@@ -7,6 +7,7 @@ many prompt tokens as these can afford (chunked prefill, arXiv 2308.16369).
 
 from __future__ import annotations
 
+import math
 from collections import abc
 from dataclasses import dataclass
 
@@ -20,6 +21,14 @@ from ladderstitch.scheduling.candidates import CandidateFilter
 from ladderstitch.scheduling.requests import GenerationRequest
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.text.messages import Step, StepOutput
+from ladderstitch.text.scheduler.decode_load import (
+    MAX_SHARE,
+    NO_LOAD,
+    DecodeLoad,
+    SchedulerLoad,
+    first_token_s,
+)
+from ladderstitch.text.scheduler.pace import DEFAULT_TPOT_S
 from ladderstitch.text.scheduler.sequence import Sequence
 from ladderstitch.text.scheduler.step_times import StepTimes
 
@@ -80,7 +89,10 @@ def plan_step(active: abc.Collection[Sequence], times: StepTimes, now: float) ->
     decoding = [s for s in chosen if s.num_pending == 1][: times.max_step_tokens]
     prefilling = [s for s in chosen if s.num_pending > 1]
     chunks = [ScheduledChunk(sequence, 1) for sequence in decoding]
-    left = _prefill_tokens(variant, decoding, times, now) if prefilling else 0
+    left = times.max_step_tokens
+    if decoding and prefilling:
+        slack_s = min(deadlines[sequence] for sequence in decoding) - now
+        left = _prefill_tokens(variant, decoding, times, slack_s)
     for sequence in prefilling:
         num_tokens = min(sequence.num_pending, left, sequence.max_chunk_tokens)
         if num_tokens <= 0:
@@ -92,110 +104,24 @@ def plan_step(active: abc.Collection[Sequence], times: StepTimes, now: float) ->
 
 def _effective_deadline(sequence: Sequence, times: StepTimes, now: float) -> float:
     """Return the deadline of the next token, later if it is a first token that is late anyway."""
-    deadline = sequence.token_deadline(times.expected(sequence.variant, 1))
+    deadline = sequence.pace.deadline(times.expected(sequence.variant, 1))
     is_late = now + times.prefill_s(sequence.variant, sequence.num_pending) > deadline
-    if is_late and sequence.first_token_at is None:
+    if is_late and sequence.pace.first_token_at is None:
         return deadline + MISSED_TTFT_PENALTY_S
     return deadline
 
 
-def _prefill_tokens(variant: int, decoding: list[Sequence], times: StepTimes, now: float) -> int:
-    """Return the number of prompt tokens for a step that has one token per decoding sequence."""
+def _prefill_tokens(
+    variant: int, decoding: list[Sequence], times: StepTimes, slack_s: float
+) -> int:
+    """Return the number of prompt tokens for a step that has one token per decoding sequence.
+
+    The step is to end within `slack_s`.
+    """
     room = times.max_step_tokens - len(decoding)
-    if not decoding:
-        return room
-    token_s = times.expected(variant, 1)
-    slack_s = min(sequence.token_deadline(token_s) for sequence in decoding) - now
     cached = sum(sequence.history.num_tokens for sequence in decoding)
     affordable = times.largest_fit(variant, slack_s, len(decoding) + 1, cached) - len(decoding)
     return min(room, max(MIN_PREFILL_CHUNK, affordable))
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLoad:
-    """The sequences in progress, as the load that a new request meets."""
-
-    num_sequences: dict[int, int]
-    """Sequences by variant."""
-    prefill_tokens: dict[int, int]
-    """Prompt tokens that are still to be computed, by variant."""
-    num_waiting: int
-    num_cached: int = 0
-    """Tokens of all sequences in the cache, which a round of tokens reads."""
-
-    @classmethod
-    def from_sequences(
-        cls, active: abc.Collection[Sequence], waiting: abc.Collection[Sequence]
-    ) -> SchedulerLoad:
-        """Return the load of active and waiting sequences."""
-        num_sequences: dict[int, int] = {}
-        prefill_tokens: dict[int, int] = {}
-        num_cached = 0
-        for sequence in (*active, *waiting):
-            variant, num_pending = sequence.variant, sequence.num_pending
-            num_cached += sequence.history.num_tokens
-            num_sequences[variant] = num_sequences.get(variant, 0) + 1
-            if num_pending > 1:
-                prefill_tokens[variant] = prefill_tokens.get(variant, 0) + num_pending
-        return cls(num_sequences, prefill_tokens, len(waiting), num_cached)
-
-
-NO_LOAD = SchedulerLoad({}, {}, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenTimeEstimate:
-    """The expected seconds from now to the first token, and between later tokens."""
-
-    first_s: float
-    token_s: float
-
-    def answer_s(self, num_tokens: int) -> float:
-        """Return the expected seconds from now to the last of `num_tokens` tokens."""
-        return self.first_s + self.token_s * (num_tokens - 1)
-
-
-class DecodeRound:
-    """The expected seconds until every sequence has one more token.
-
-    Each variant in use takes one step, which all of its sequences share.
-    """
-
-    def __init__(self, load: SchedulerLoad, times: StepTimes) -> None:
-        self._counts, self._times = dict(load.num_sequences), times
-        steps_s = sum(self._step_s(variant, n) for variant, n in self._counts.items())
-        self.seconds = steps_s + times.cached_s(load.num_cached)
-
-    def seconds_with(self, variant: int) -> float:
-        """Return the seconds with one more sequence on a variant."""
-        count = self._counts.get(variant, 0)
-        return self.seconds + self._step_s(variant, count + 1) - self._step_s(variant, count)
-
-    def add(self, variant: int) -> None:
-        """Add a sequence on a variant."""
-        self.seconds = self.seconds_with(variant)
-        self._counts[variant] = self._counts.get(variant, 0) + 1
-
-    def remove(self, variant: int) -> None:
-        """Remove one of the sequences on a variant."""
-        count = self._counts[variant]
-        self.seconds += self._step_s(variant, count - 1) - self._step_s(variant, count)
-        self._counts[variant] = count - 1
-
-    def _step_s(self, variant: int, num_sequences: int) -> float:
-        return self._times.expected(variant, num_sequences, num_sequences) if num_sequences else 0.0
-
-
-def estimate_token_times(
-    variant: int, num_tokens: int, load: SchedulerLoad, times: StepTimes
-) -> TokenTimeEstimate:
-    """Return the estimate for a request with `num_tokens` prompt tokens to compute.
-
-    Steps of different variants take turns, so that every variant in progress adds its step.
-    """
-    token_s = DecodeRound(load, times).seconds_with(variant) + times.cached_s(num_tokens)
-    ahead_s = sum(times.prefill_s(other, n) for other, n in load.prefill_tokens.items())
-    return TokenTimeEstimate(ahead_s + times.prefill_s(variant, num_tokens), token_s)
 
 
 def choose_variant(
@@ -207,30 +133,39 @@ def choose_variant(
     cached_tokens: dict[int, int],
     now: float,
 ) -> int:
-    """Return the variant of highest quality that is expected to meet the budget, or the fastest.
+    """Return the variant of highest quality with which all budgets are expected to be met.
 
-    The policy `max_quality` ignores the load of other requests. `cached_tokens` is the number of
-    the prompt's tokens in the prefix cache, by variant. Raises `VariantNotFound` or
-    `QualityUnavailable` if no variant is admissible, `BudgetInfeasible` if the hard deadline comes
-    before the first token even without load, and `Overloaded` if it does under the current load or
-    if the queue is full.
+    If there is none, return the fastest one. The policy `max_quality` ignores the load of other
+    requests. `cached_tokens` is the number of the prompt's tokens in the prefix cache, by variant.
+    Raises `VariantNotFound` or `QualityUnavailable` if no variant is admissible,
+    `BudgetInfeasible` if the hard deadline comes before the first token even without load, and
+    `Overloaded` if it does under the current load or if the queue is full.
     """
     variants = _admissible_variants(request, candidates)
-    estimates: dict[int, tuple[TokenTimeEstimate, TokenTimeEstimate]] = {}
-    for variant in variants:
-        num_tokens = len(request.tokens) - cached_tokens.get(variant, 0)
-        estimates[variant] = (
-            estimate_token_times(variant, num_tokens, NO_LOAD, times),
-            estimate_token_times(variant, num_tokens, load, times),
-        )
-    alone_s = min(alone.first_s for alone, _ in estimates.values())
-    shared_s = min(shared.first_s for _, shared in estimates.values())
-    _reject_infeasible(request, settings, load, alone_s, shared_s, now)
+    uncached = {v: len(request.tokens) - cached_tokens.get(v, 0) for v in variants}
+    alone = {v: first_token_s(v, uncached[v], NO_LOAD, times) for v in variants}
+    shared = {v: first_token_s(v, uncached[v], load, times) for v in variants}
+    _reject_infeasible(request, settings, load, min(alone.values()), min(shared.values()), now)
+    if settings.policy == "max_quality":
+        load, shared = NO_LOAD, alone
+    decoding, spent_s = DecodeLoad(load, times), now - request.arrival
     for variant in reversed(variants):
-        alone, shared = estimates[variant]
-        if _meets_budget(request, alone if settings.policy == "max_quality" else shared, now):
+        period_s = _token_period_s(request, shared[variant], now)
+        share = decoding.share_with(
+            variant,
+            max(times.shortest_token_s, min(period_s, DEFAULT_TPOT_S)),
+        )
+        is_first_met = spent_s + shared[variant] <= request.budget.first_token_s
+        if is_first_met and (math.isinf(period_s) or share <= MAX_SHARE):
             return variant
     return variants[0]
+
+
+def _token_period_s(request: GenerationRequest, first_s: float, now: float) -> float:
+    """Return the seconds that each token after the first may take; it comes in `first_s`."""
+    budget, followers = request.budget, max(1, request.max_tokens - 1)
+    left_s = request.arrival + budget.answer_s - now - first_s
+    return min(budget.per_token_s, left_s / followers)
 
 
 def _admissible_variants(
@@ -283,12 +218,3 @@ def _reject_infeasible(
             f"{left_s:.2f} s",
             retry_after_s=max(0.1, shared_s - left_s),
         )
-
-
-def _meets_budget(request: GenerationRequest, expected: TokenTimeEstimate, now: float) -> bool:
-    budget, spent_s = request.budget, now - request.arrival
-    return (
-        spent_s + expected.first_s <= budget.first_token_s
-        and expected.token_s <= budget.per_token_s
-        and spent_s + expected.answer_s(request.max_tokens) <= budget.answer_s
-    )

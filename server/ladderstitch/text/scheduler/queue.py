@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ladderstitch.scheduling.requests import GenerationRequest
 from ladderstitch.text.scheduler.block_manager import BlockManager
-from ladderstitch.text.scheduler.planner import SchedulerLoad, StepPlan
+from ladderstitch.text.scheduler.decode_load import SchedulerLoad
+from ladderstitch.text.scheduler.planner import StepPlan
 from ladderstitch.text.scheduler.sequence import Sequence
 from ladderstitch.text.scheduler.step_times import StepTimes
 
@@ -27,9 +28,9 @@ class SequenceQueue:
         """Whether no sequence is in progress."""
         return not self.active and not self.waiting
 
-    def load(self) -> SchedulerLoad:
+    def load(self, times: StepTimes, now: float) -> SchedulerLoad:
         """Return the load that all sequences in progress are for a new request."""
-        return SchedulerLoad.from_sequences(self.active, self.waiting)
+        return SchedulerLoad.from_sequences(self.active, self.waiting, times, now)
 
     def cached_tokens(self, request: GenerationRequest, num_variants: int) -> dict[int, int]:
         """Return by variant how many of a prompt's tokens the prefix cache holds."""
@@ -62,7 +63,7 @@ class SequenceQueue:
 
         One block for every active sequence stays free, so that each of them can grow.
         """
-        self.waiting.sort(key=lambda s: s.token_deadline(times.expected(s.variant, 1)))
+        self.waiting.sort(key=lambda s: s.pace.deadline(times.expected(s.variant, 1)))
         while self.waiting and len(self.active) < self._max_sequences:
             first = self.waiting[0]
             needed = self.block_manager.blocks_for(len(first.tokens))
@@ -84,7 +85,7 @@ class SequenceQueue:
             table, num_tokens = chunk.sequence.block_table, len(chunk.sequence.tokens)
             while chunk in kept and not table.extend(self.block_manager, num_tokens):
                 victim = max(
-                    self.active, key=lambda s: s.token_deadline(times.expected(s.variant, 1))
+                    self.active, key=lambda s: s.pace.deadline(times.expected(s.variant, 1))
                 )
                 self._preempt(victim)
                 num_preempted += 1

@@ -38,21 +38,21 @@ from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.scheduler.block_manager import BlockManager
 from ladderstitch.text.scheduler.cache_changes import CacheChanges
 from ladderstitch.text.scheduler.cache_rules import CacheRules
+from ladderstitch.text.scheduler.decode_load import NO_LOAD, DecodeLoad, first_token_s
 from ladderstitch.text.scheduler.guarded_observer import GuardedObserver
 from ladderstitch.text.scheduler.planner import (
-    NO_LOAD,
     ExecutedStep,
     ScheduledChunk,
     StepPlan,
     choose_variant,
-    estimate_token_times,
     plan_step,
 )
 from ladderstitch.text.scheduler.queue import SequenceQueue
 from ladderstitch.text.scheduler.sampler import non_finite_output
-from ladderstitch.text.scheduler.sequence import Sequence, TokenStream
+from ladderstitch.text.scheduler.sequence import Sequence
 from ladderstitch.text.scheduler.step_times import StepTimes, measure_steps, placeholder_profile
 from ladderstitch.text.scheduler.supervised_loop import SupervisedLoop
+from ladderstitch.text.scheduler.token_stream import TokenStream
 from ladderstitch.text.scheduler.variant_changes import ChangeRules
 from ladderstitch.text.switches import SwitchTable
 from ladderstitch.text.tokenizer import TextTokenizer
@@ -153,11 +153,11 @@ class TextScheduler:
     def load_report(self) -> LoadReport:
         """Return the seconds that a short answer takes longer now than without load."""
         variant = self.candidates.for_quality()[0]
+        load = self._queue.load(self.times, time.monotonic())
         shared_s, alone_s = (
-            estimate_token_times(variant, LOAD_REPORT_TOKENS, load, self.times).answer_s(
-                LOAD_REPORT_TOKENS
-            )
-            for load in (self._queue.load(), NO_LOAD)
+            first_token_s(variant, LOAD_REPORT_TOKENS, others, self.times)
+            + DecodeLoad(others, self.times).token_s_with(variant) * (LOAD_REPORT_TOKENS - 1)
+            for others in (load, NO_LOAD)
         )
         request_s = self.times.prefill_s(variant, LOAD_REPORT_TOKENS)
         return LoadReport((shared_s - alone_s,) * len(HORIZONS_S), request_s)
@@ -423,14 +423,15 @@ class TextScheduler:
         if self.draining:
             raise Draining("the replica is shutting down")
         request.check(self.group.rank_config.model.vocab_size, self.max_tokens)
+        now = time.monotonic()
         variant = choose_variant(
             request,
             self.candidates,
             self.settings,
             self.times,
-            self._queue.load(),
+            self._queue.load(self.times, now),
             self._queue.cached_tokens(request, len(self.variant_names)),
-            time.monotonic(),
+            now,
         )
         sequence = Sequence(
             request,

@@ -1,39 +1,32 @@
-"""One answer in progress: its tokens and cache blocks, and the stream that its caller reads."""
+"""One answer in progress: its tokens and its cache blocks."""
 
 from __future__ import annotations
 
 import asyncio
-import math
-import time
 from collections import abc
 from dataclasses import replace
 
-from ladderstitch.errors import ExpiredInCompute, ExpiredInQueue, RequestError
+from ladderstitch.errors import RequestError
 from ladderstitch.scheduling.profiles import Quality, QualityTable
 from ladderstitch.scheduling.requests import (
     CacheUse,
     FinishReason,
     GenerationInfo,
     GenerationRequest,
-    GenerationUsage,
     PromptToken,
     TokenChunk,
     TokenSpan,
 )
-from ladderstitch.telemetry.model_metrics import NullObserver, TextObserver
-from ladderstitch.telemetry.statistics import Statistics
 from ladderstitch.text.messages import Logits, LogitsMode, SequenceInput, Translation
 from ladderstitch.text.scheduler.block_manager import BlockManager, BlockTable
 from ladderstitch.text.scheduler.cache_history import CacheHistory
 from ladderstitch.text.scheduler.cache_rules import CacheRules
+from ladderstitch.text.scheduler.pace import Pace
 from ladderstitch.text.scheduler.sampler import TokenChooser, log_probabilities
-from ladderstitch.text.scheduler.step_times import token_deadline
 from ladderstitch.text.tokenizer import StoppableText, TextStream, TextTokenizer
 
 PROMPT_LOGPROB_TOKENS = 32
 """Tokens of a prompt whose log probabilities are computed between two steps."""
-PACE_TOKENS = 16
-"""Tokens in which an answer catches up with its budget per token, or uses up its lead."""
 
 
 class Sequence:
@@ -60,9 +53,7 @@ class Sequence:
         self.tokens = [*request.tokens, *request.answered]
         self.block_table = BlockTable()
         self.num_rank_losses = 0
-        self.first_token_at: float | None = None
-        if request.first_token_s is not None:
-            self.first_token_at = request.arrival + request.first_token_s
+        self.pace = Pace(request)
         self.ended = False
         self._names, self._quality = names, quality
         self._spans: tuple[TokenSpan, ...] = ()
@@ -103,31 +94,6 @@ class Sequence:
     def started(self) -> bool:
         """Whether it has ever held blocks."""
         return self._started_at is not None
-
-    def token_deadline(self, token_s: float) -> float:
-        """Return the instant until which the next token is needed; one takes `token_s` or more."""
-        request = self.request
-        return token_deadline(
-            request.budget,
-            request.arrival,
-            self.first_token_at,
-            self.num_generated,
-            request.max_tokens,
-            token_s,
-        )
-
-    def affordable_token_s(self, now: float) -> float:
-        """Return the seconds that each of the next tokens may take within the budgets.
-
-        Time that the answer is behind or ahead of its budget per token is spread over
-        `PACE_TOKENS` tokens. Infinite without a budget, negative if it can no longer be met.
-        """
-        budget, left = self.request.budget, self.request.max_tokens - self.num_generated
-        token_s = (self.request.arrival + budget.answer_s - now) / max(1, left)
-        if self.first_token_at is not None and not math.isinf(budget.per_token_s):
-            ahead_s = self.first_token_at + (self.num_generated - 1) * budget.per_token_s - now
-            token_s = min(token_s, budget.per_token_s + ahead_s / min(max(1, left), PACE_TOKENS))
-        return token_s
 
     @property
     def kind(self) -> int:
@@ -229,10 +195,9 @@ class Sequence:
                 return
         last = None if logits is None else logits[-1]
         token = best if best is not None else self._choose(last)
-        if self.first_token_at is None:
-            self.first_token_at = now
         index = self.num_generated
         self.tokens.append(token)
+        self.pace.add_token(now)
         self._count_token()
         self._chooser.add(token)
         is_end_token = token in self._chooser.end_tokens
@@ -317,101 +282,3 @@ class Sequence:
                 following, log_probabilities(chosen, following, count), strict=True
             ):
                 self._prompt.append(PromptToken(token, value, top))
-
-
-class TokenStream:
-    """The chunks of one sequence, as an asynchronous iterator for one caller.
-
-    The stream ends after the chunk that has a finish reason, and when it raises. A caller that
-    stops earlier closes it, e.g. through `contextlib.aclosing`, which frees the sequence's blocks
-    at once. Every stream is counted once: as complete, or with the status of its error.
-    """
-
-    def __init__(
-        self,
-        sequence: Sequence,
-        remove: abc.Callable[[Sequence], None],
-        observer: TextObserver | None = None,
-        statistics: Statistics | None = None,
-    ) -> None:
-        """`remove` takes the sequence out of its queue; removing it again changes nothing."""
-        self._sequence, self._remove = sequence, remove
-        self._observer = observer or NullObserver()
-        self._statistics = statistics or Statistics()
-        self._closed = False
-        self._first_at = self._last_at = 0.0
-
-    def __aiter__(self) -> TokenStream:
-        return self
-
-    async def __anext__(self) -> TokenChunk:
-        """Return the next chunk.
-
-        Raises `ExpiredInQueue` or `ExpiredInCompute` once the request's hard deadline has passed,
-        and the error that the sequence ended with.
-        """
-        if self._closed:
-            raise StopAsyncIteration
-        try:
-            chunk = await self._chunk_before_deadline()
-        except RequestError as error:
-            self._fail(error.code)
-            raise
-        except BaseException:  # cancellation, too, ends the stream
-            await self.aclose()
-            raise
-        if self._closed:  # by another task, while this one waited
-            raise StopAsyncIteration
-        self._observe(chunk)
-        return chunk if chunk.finish is None else self._complete(chunk)
-
-    async def aclose(self) -> None:
-        """Stop computing the sequence and free its blocks; closing it again changes nothing."""
-        self._fail("CANCELLED")
-
-    async def _chunk_before_deadline(self) -> TokenChunk:
-        deadline = self._sequence.request.hard_deadline
-        left_s = None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
-        try:
-            async with asyncio.timeout(left_s):
-                return await self._sequence.next_chunk()
-        except TimeoutError:
-            if self._sequence.started:
-                raise ExpiredInCompute(
-                    "the hard deadline passed before the answer was complete"
-                ) from None
-            raise ExpiredInQueue("the hard deadline passed before the answer started") from None
-
-    def _observe(self, chunk: TokenChunk) -> None:
-        now, arrival = time.monotonic(), self._sequence.request.arrival
-        if chunk.index == 0:
-            self._first_at = now
-            self._observer.observe_first_token(chunk.answer.queue_s, now - arrival)
-        elif not self._last_at:  # another replica sent the first token
-            self._first_at = self._sequence.first_token_at or now
-        else:
-            self._observer.observe_next_token(now - self._last_at)
-        self._last_at = now
-
-    def _complete(self, last: TokenChunk) -> TokenChunk:
-        """Return the last chunk with the usage of the answer."""
-        self._close()
-        request = self._sequence.request
-        usage = GenerationUsage.measure(request, last, self._first_at, self._last_at)
-        self._observer.observe_completion(last.answer, usage)
-        self._statistics.add_generation(usage.queue_s, usage.total_s)
-        return replace(last, usage=usage)
-
-    def _fail(self, code: str) -> None:
-        """Close the stream with a status, unless it is closed: every stream is counted once."""
-        if self._closed:
-            return
-        self._close()
-        had_budget = self._sequence.request.budget.is_set
-        self._observer.observe_rejection(code, had_budget=had_budget)
-        if code != "CANCELLED":  # the caller left: neither a success nor a failure
-            self._statistics.fail.add(time.monotonic() - self._sequence.request.arrival)
-
-    def _close(self) -> None:
-        self._closed = True
-        self._remove(self._sequence)

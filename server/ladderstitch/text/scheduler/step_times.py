@@ -1,56 +1,19 @@
-"""The duration of steps, measured and corrected online, and the deadline of the next token."""
+"""The duration of steps, measured and corrected online."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from statistics import median
 
 import torch
 
 from ladderstitch.scheduling.latency_model import LatencyModel
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile
-from ladderstitch.scheduling.requests import TokenBudget
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.messages import SequenceInput, Step, Translation
-
-DEFAULT_TTFT_S = 10.0
-"""Time to first token that an answer without a budget is scheduled for."""
-DEFAULT_TPOT_S = 0.25
-"""Time per output token that an answer without a budget is scheduled for."""
-
-
-def token_deadline(
-    budget: TokenBudget,
-    arrival: float,
-    first_token_at: float | None,
-    num_generated: int,
-    max_tokens: int,
-    token_s: float,
-) -> float:
-    """Return the instant until which an answer needs its next token, on the clock of `arrival`.
-
-    The next token is number `num_generated`, from 0, of at most `max_tokens`. `first_token_at` is
-    the instant of token 0, None before it; `token_s` is the shortest time of one token. An answer
-    that is ahead of its budget keeps that time: it may fall behind for a while and still meet
-    its mean time per token.
-    """
-    end = arrival + budget.answer_s
-    if first_token_at is None:
-        first = arrival + min(budget.first_token_s, DEFAULT_TTFT_S)
-        return min(first, end - token_s * (max_tokens - 1))
-    paced = first_token_at + num_generated * min(budget.per_token_s, DEFAULT_TPOT_S)
-    if math.isinf(end) or max_tokens < 2:
-        return paced
-    return min(paced, first_token_at + (end - first_token_at) * num_generated / (max_tokens - 1))
-
-
-GAP_WINDOW = 32
-"""Pauses between steps whose median is remembered."""
+from ladderstitch.text.scheduler.gap_model import GapModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +32,7 @@ class StepTimes:
     """The expected seconds of a step by variant, tokens, sequences, and cached tokens it reads.
 
     They are a profile over the tokens of a step plus the extra times, times the current slowdown of
-    this machine, plus the pause before the step, which is learned for each of its sequences.
+    this machine, plus the pause after the step, which is learned (`GapModel`).
     """
 
     def __init__(
@@ -77,8 +40,7 @@ class StepTimes:
     ) -> None:
         self.latency = LatencyModel(profile, probability)
         self.extra = extra or ExtraTimes()
-        self._gaps: deque[float] = deque(maxlen=GAP_WINDOW)
-        self._gap_s = 0.0
+        self._gaps = GapModel()
 
     def copy(self) -> StepTimes:
         """Return the times as they were measured, without what has been learned since."""
@@ -88,6 +50,11 @@ class StepTimes:
     def max_step_tokens(self) -> int:
         """The largest number of tokens of one step."""
         return self.latency.view.max_batch_size
+
+    @property
+    def shortest_token_s(self) -> float:
+        """The expected seconds of a step of one token on the fastest variant."""
+        return min(self.expected(variant, 1) for variant in self.latency.profile.variants)
 
     def expected(
         self, variant: int, num_tokens: int, num_sequences: int = 1, num_cached: int = 0
@@ -100,7 +67,9 @@ class StepTimes:
         seconds = view.expected(variant, min(num_tokens, view.max_batch_size)) * max(
             1.0, num_tokens / view.max_batch_size
         )
-        return seconds + self._extra_s(num_sequences, num_cached) + num_sequences * self._gap_s
+        return (
+            seconds + self._extra_s(num_sequences, num_cached) + self._gaps.expected(num_sequences)
+        )
 
     def cached_s(self, num_cached: int) -> float:
         """Return the expected seconds of reading this number of cached tokens once."""
@@ -116,7 +85,7 @@ class StepTimes:
         """Return the largest number of tokens, of all sequences, of a step within the slack."""
         view = self.latency.view
         extra_s = self._extra_s(num_sequences, num_cached) * view.tail
-        left_s = slack_s - extra_s - num_sequences * self._gap_s
+        left_s = slack_s - extra_s - self._gaps.expected(num_sequences)
         return view.largest_fit(variant, left_s) if left_s > 0 else 0
 
     def prefill_s(self, variant: int, num_tokens: int) -> float:
@@ -138,9 +107,8 @@ class StepTimes:
         return self.latency.observe(variant, num_tokens, max(seconds - extra_s, 0.1 * seconds))
 
     def observe_gap(self, num_sequences: int, seconds: float) -> None:
-        """Learn the seconds between two steps, in which tokens are delivered and steps planned."""
-        self._gaps.append(seconds / num_sequences)
-        self._gap_s = median(self._gaps)
+        """Learn the seconds between a step of `num_sequences` and the next one."""
+        self._gaps.observe(num_sequences, seconds)
 
 
 def placeholder_profile(num_variants: int, max_step_tokens: int) -> LatencyProfile:

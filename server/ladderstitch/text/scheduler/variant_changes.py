@@ -8,18 +8,25 @@ family read other planes of the cache, which are translated or computed again fi
 
 from __future__ import annotations
 
+import math
 from collections import abc
 from dataclasses import dataclass, replace
 
 from ladderstitch.scheduling.candidates import CandidateFilter
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.text.scheduler.cache_rules import CacheRules
-from ladderstitch.text.scheduler.planner import NO_LOAD, DecodeRound, SchedulerLoad
-from ladderstitch.text.scheduler.sequence import PACE_TOKENS, Sequence
+from ladderstitch.text.scheduler.decode_load import (
+    MAX_SHARE,
+    NO_LOAD,
+    DecodeLoad,
+    SchedulerLoad,
+)
+from ladderstitch.text.scheduler.pace import PACE_TOKENS
+from ladderstitch.text.scheduler.sequence import Sequence
 from ladderstitch.text.scheduler.step_times import StepTimes
 
 MIN_LEAD = 1.15
-"""Seconds that a token may take, over those expected of a better variant, before a change to it."""
+"""The share that is free over the share that is needed before a change to a better variant."""
 MIN_TOKENS_LEFT = 4
 """Tokens that an answer must still have for a change to a better variant of another kind."""
 
@@ -45,23 +52,26 @@ class ChangeRules:
     ) -> list[VariantChange]:
         """Return the changes of decoding sequences before the next step, tightest budget first.
 
-        A sequence leaves its variant if it would miss its budget, and changes to a better one if it
-        would meet the budget with `MIN_LEAD`. A sequence of a request that names its variant keeps
-        it. Without a budget, a sequence leaves a variant only if it may no longer be used.
+        A sequence leaves its variant if some budget would be missed otherwise, its own or that of
+        another one, and changes to a better one if all budgets would be met with `MIN_LEAD`. A
+        sequence of a request that names its variant keeps it. Without a budget, a sequence leaves a
+        variant only if it may no longer be used.
         """
         if not self.settings.change_variants:
             return []
         movable = [s for s in active if self._may_change(s)]
         if not movable:
             return []
-        affordable = {sequence: sequence.affordable_token_s(now) for sequence in movable}
-        shared = DecodeRound(SchedulerLoad.from_sequences(active, ()), times)
+        shortest_s = times.shortest_token_s
+        periods = {s: s.pace.period_s(now, shortest_s) for s in movable}
+        shared = DecodeLoad(SchedulerLoad.from_sequences(active, (), times, now), times)
         changes = []
-        for sequence in sorted(movable, key=affordable.__getitem__):
-            shared.remove(sequence.variant)
+        for sequence in sorted(movable, key=periods.__getitem__):
+            period_s = periods[sequence]
+            shared.remove(sequence.variant, period_s)
             others = shared if self.settings.policy != "max_quality" else _alone(sequence, times)
-            variant = self._choose(sequence, affordable[sequence], others, times)
-            shared.add(variant)
+            variant = self._choose(sequence, period_s, others, times, now)
+            shared.add(variant, period_s)
             if variant != sequence.variant:
                 changes.append(VariantChange(sequence, variant))
         return changes
@@ -70,25 +80,32 @@ class ChangeRules:
         return (
             sequence.request.variant is None
             and sequence.num_pending == 1
-            and sequence.first_token_at is not None
+            and sequence.pace.first_token_at is not None
             and len(self.cache_rules.alternatives[sequence.variant]) > 1
         )
 
     def _choose(
-        self, sequence: Sequence, affordable_s: float, others: DecodeRound, times: StepTimes
+        self,
+        sequence: Sequence,
+        period_s: float,
+        others: DecodeLoad,
+        times: StepTimes,
+        now: float,
     ) -> int:
-        """Return the variant for the next tokens of a sequence, given the round of the others."""
+        """Return the variant for the next tokens of a sequence, given the load of the others."""
         allowed = self.candidates.for_quality(sequence.request.min_quality)
         quality, current = self.candidates.quality, sequence.variant
         variants = [v for v in allowed if v in self.cache_rules.alternatives[current]]
         if not variants:
             return current
+        has_budget = not math.isinf(sequence.pace.affordable_token_s(now))
         for variant in reversed(variants):
             is_better = quality[variant] > quality[current]
-            if is_better and not self._pays(sequence, variant):
+            largest = MAX_SHARE / (MIN_LEAD if is_better else 1.0) if has_budget else math.inf
+            share = others.share_with(variant, period_s)
+            if share > largest or (is_better and not self._pays(sequence, variant)):
                 continue
-            expected_s = others.seconds_with(variant) + self._change_s(sequence, variant, times)
-            if expected_s * (MIN_LEAD if is_better else 1.0) <= affordable_s:
+            if share + self._change_s(sequence, variant, times) / period_s <= largest:
                 return variant
         return variants[0]
 
@@ -97,7 +114,7 @@ class ChangeRules:
         kinds = self.cache_rules.kinds
         if kinds[variant] == kinds[sequence.variant]:
             return True
-        left = sequence.request.max_tokens - sequence.num_generated
+        left = sequence.pace.num_left
         is_worthwhile = self.cache_rules.is_worthwhile(sequence.variant, variant)
         return left >= MIN_TOKENS_LEFT and is_worthwhile
 
@@ -107,7 +124,7 @@ class ChangeRules:
         cached, kind = sequence.history.num_tokens, rules.kinds[variant]
         if kind == sequence.kind or mode == "write-through":
             return 0.0
-        left = sequence.request.max_tokens - sequence.num_generated
+        left = sequence.pace.num_left
         if mode == "recompute":
             seconds = times.prefill_s(variant, cached)
         elif mode == "catch-up":
@@ -119,6 +136,6 @@ class ChangeRules:
         return seconds / max(1, min(left, PACE_TOKENS))
 
 
-def _alone(sequence: Sequence, times: StepTimes) -> DecodeRound:
-    """Return the round of no other sequences, with the cache of this one."""
-    return DecodeRound(replace(NO_LOAD, num_cached=sequence.history.num_tokens), times)
+def _alone(sequence: Sequence, times: StepTimes) -> DecodeLoad:
+    """Return the load of no other sequences, with the cache of this one."""
+    return DecodeLoad(replace(NO_LOAD, num_cached=sequence.history.num_tokens), times)
