@@ -189,6 +189,8 @@ async def _forward_with_retries(
             if failure is not None:
                 raise failure from None
             raise
+        if answer is not None:
+            answer.begin()
         try:
             reply = await forward_call(replica, path, request, context, attempts, **more)
         except UpstreamFailure as failed:
@@ -197,7 +199,8 @@ async def _forward_with_retries(
             if answer is not None and answer.finished:
                 return None  # only the status was lost
             if answer is not None and answer.can_continue and failed.code == UNAVAILABLE:
-                attempts.begin_again(replica)
+                if answer.has_grown:
+                    attempts.begin_again(replica)
                 failure = failed
                 continue
             retry_elsewhere = failed.code == NOT_FOUND and attempts.exclude_same_models(replica)
