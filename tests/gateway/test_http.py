@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
+import grpc
 import pytest
 from aiohttp import web
 from yarl import URL
@@ -223,3 +225,66 @@ async def test_replica_without_http_is_named(start_gateway: StartGateway) -> Non
             assert response.status == 503
             message = (await response.json())["error"]["message"]
         assert f"replica {replica.address} has no HTTP port" in message
+
+
+async def test_bodies_count_as_buffered_until_their_answers(start_gateway: StartGateway) -> None:
+    """Bodies of HTTP and messages of gRPC share one limit."""
+    replica, begun, release = HttpReplica("r0"), asyncio.Event(), asyncio.Event()
+
+    async def wait(request: web.Request) -> web.StreamResponse:
+        begun.set()
+        await release.wait()
+        return web.json_response({})
+
+    replica.respond = wait
+    large = b"x" * (700 << 10)
+    async with (
+        start_gateway([replica], http_port=0, max_buffered_mb=1) as running,
+        calling(running) as session,
+    ):
+        first = asyncio.create_task(session.post("/v1/completions", data=large).__aenter__())
+        await begun.wait()
+        assert await buffered_bytes(session) == len(large)
+        for body in (large, _parts(large)):
+            async with session.post("/v1/completions", data=body) as response:
+                assert (response.status, response.headers["retry-after"]) == (429, "1")
+                error = (await response.json())["error"]
+                assert error["code"] == "OVERLOADED"
+                assert "buffers at most 1 MiB" in error["message"]
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await running.infer(large)
+        assert failure.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await buffered_bytes(session) == len(large)
+        release.set()
+        async with await first as response:
+            assert response.status == 200
+            await response.read()
+        await until_nothing_is_buffered(session)
+        async with session.post("/v1/completions", data=large) as response:
+            assert response.status == 200
+        await until_nothing_is_buffered(session)
+    assert len(replica.seen) == 2
+
+
+async def _parts(body: bytes) -> AsyncIterator[bytes]:
+    """Yield a body in parts, so that its length is not announced."""
+    for at in range(0, len(body), 64 << 10):
+        yield body[at : at + (64 << 10)]
+
+
+async def until_nothing_is_buffered(session: aiohttp.ClientSession) -> None:
+    """Wait until the gateway has noticed that all answers have ended."""
+    async with asyncio.timeout(60):
+        while await buffered_bytes(session):
+            pass  # each question waits for an answer
+
+
+async def buffered_bytes(session: aiohttp.ClientSession) -> float:
+    """Return the bytes that the gateway says it holds."""
+    async with session.get("/metrics") as response:
+        (line,) = [
+            line
+            for line in (await response.text()).splitlines()
+            if line.startswith("ladderstitch_gateway_buffered_bytes ")
+        ]
+    return float(line.split()[1])

@@ -18,6 +18,7 @@ from ladderstitch.api.listener import ListenerConfig, bind, name_port, reserve, 
 from ladderstitch.api.reflection import REFLECTION_SERVICES
 from ladderstitch.errors import ConfigError
 from ladderstitch.gateway.admin import BROADCAST_METHODS, GatewayAdmin
+from ladderstitch.gateway.buffered_requests import BufferedRequests
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.forwarder import Forwarder, method_path
 from ladderstitch.gateway.merged_queries import MERGED_METHODS, MergedQueries
@@ -82,7 +83,11 @@ class Gateway:
         self._listener = ListenerConfig.from_config(
             config, self.metrics.observe_denial, share_port=config.share_port
         )
-        self._forwarder = Forwarder(FORWARDED_METHODS, self.pool, self.metrics, config)
+        self._buffered = BufferedRequests(config.max_buffered_mb)
+        self.metrics.buffered_bytes.set_function(lambda: self._buffered.num_bytes)
+        self._forwarder = Forwarder(
+            FORWARDED_METHODS, self.pool, self.metrics, self._buffered, config.retry_timeout_s
+        )
         self._health = HealthService()
         self._health_names = set(SERVICE_NAMES)
         self._servers = self._make_servers()
@@ -128,7 +133,9 @@ class Gateway:
         forwarder = HttpForwarder(
             client, self.pool, self.metrics, self.config.retry_timeout_s, lambda: self.serving
         )
-        application = gateway_app(self.config, forwarder, self._listener.auth, self.metrics)
+        application = gateway_app(
+            self.config, forwarder, self._listener.auth, self.metrics, self._buffered
+        )
         return HttpServer(self.config, application), forwarder, client
 
     @property

@@ -21,6 +21,7 @@ from ladderstitch.api.openai.event_marks import ANSWER_HEADER
 from ladderstitch.api.openai.request_ids import CODES, RequestIdMiddleware
 from ladderstitch.api.page.assets import page_assets
 from ladderstitch.errors import Draining, NotReady, RequestError
+from ladderstitch.gateway.buffered_requests import BufferedRequests
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.continued_events import CONTINUED_PATHS, ContinuedEvents
 from ladderstitch.gateway.http_exchange import (
@@ -81,6 +82,7 @@ def gateway_app(
     forwarder: HttpForwarder,
     auth: AuthInterceptor | None,
     metrics: GatewayMetrics,
+    buffered: BufferedRequests,
 ) -> ASGIApp:
     """Return the application of a gateway's HTTP port, which admits requests as a replica does.
 
@@ -102,6 +104,7 @@ def gateway_app(
         body_timeout_s=config.message_timeout_s,
         max_unfinished=config.max_unfinished_messages,
         open_paths=page_assets().keys(),
+        count_body=buffered.one,
     )
     application = RequestIdMiddleware(application)
     cors = cors_options(config.cors_origins, trusts_loopback=is_loopback(config.host))
