@@ -288,3 +288,16 @@ async def buffered_bytes(session: aiohttp.ClientSession) -> float:
             if line.startswith("ladderstitch_gateway_buffered_bytes ")
         ]
     return float(line.split()[1])
+
+
+async def test_gateway_on_loopback_answers_under_its_own_names(start_gateway: StartGateway) -> None:
+    replica = HttpReplica("r0")
+    async with (
+        start_gateway([replica], http_port=0, allowed_hosts=("own.example",)) as running,
+        calling(running) as session,
+    ):
+        for host, status in (("localhost:1", 200), ("own.example", 200), ("evil.example:80", 421)):
+            for path in ("/v1/models", "/health", "/metrics"):
+                async with session.get(path, headers={"host": host}) as response:
+                    assert response.status == status
+    assert len(replica.seen) == 2

@@ -18,6 +18,7 @@ from ladderstitch.api.openai.access import HEALTH_PATH, AccessMiddleware
 from ladderstitch.api.openai.cors import cors_options
 from ladderstitch.api.openai.errors import error_response
 from ladderstitch.api.openai.event_marks import ANSWER_HEADER
+from ladderstitch.api.openai.hosts import HostMiddleware, checked_hosts
 from ladderstitch.api.openai.request_ids import CODES, RequestIdMiddleware
 from ladderstitch.api.page.assets import page_assets
 from ladderstitch.errors import Draining, NotReady, RequestError
@@ -106,6 +107,9 @@ def gateway_app(
         open_paths=page_assets().keys(),
         count_body=buffered.one,
     )
+    hosts = checked_hosts(config, has_tokens=auth is not None)
+    if hosts is not None:
+        application = HostMiddleware(application, hosts)
     application = RequestIdMiddleware(application)
     cors = cors_options(config.cors_origins, trusts_loopback=is_loopback(config.host))
     return CORSMiddleware(application, **cors) if cors else application
