@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
+from ladderstitch.api.deadlines import HELD_KEY
 from tests.support.fake_replicas import FakeReplica, StartGateway
 from tests.support.http_replicas import HttpReplica, calling
 
@@ -103,11 +104,15 @@ async def test_last_refusal_is_passed_on_when_the_time_is_up(start_gateway: Star
     async with (
         start_gateway([replica], http_port=0, retry_timeout_s=0.2) as running,
         calling(running) as session,
-        session.get("/v1/models") as response,
+        session.get("/v1/models", headers={HELD_KEY: "77"}) as response,
     ):
         assert (response.status, response.headers["retry-after"]) == (503, "7")
         assert await response.json() == {"error": "loading"}
     assert len(replica.seen) > 1
+    held_us = [int(request.headers.get(HELD_KEY, "0")) for request in replica.seen]
+    assert 77 not in held_us  # the caller's own word does not count
+    assert held_us == sorted(held_us)
+    assert held_us[-1] >= 10_000  # budgets count from the arrival at the gateway
 
 
 async def test_model_is_found_at_the_replica_that_has_it(start_gateway: StartGateway) -> None:
