@@ -122,7 +122,10 @@ async def test_model_is_found_at_the_replica_that_has_it(start_gateway: StartGat
             for model, name in (("a", "r0"), ("b", "r1")):
                 async with session.post("/v1/completions", json={"model": model}) as response:
                     assert (await response.json())["replica"] == name
-    assert [len(one.seen), len(two.seen)] == [3, 3]
+        assert [len(one.seen), len(two.seen)] == [3, 3]
+        nested = b"[" * 200_000  # a replica says what is wrong
+        async with session.post("/v1/completions", data=nested) as response:
+            assert response.status == 200
 
 
 @pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])

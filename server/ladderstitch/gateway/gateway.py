@@ -31,8 +31,8 @@ from ladderstitch.v1 import generation_pb2, inference_pb2
 
 if TYPE_CHECKING:  # most gateways start without them
     from ladderstitch.api.http_server import HttpServer
-    from ladderstitch.gateway.http_exchange import ReplicaClient
     from ladderstitch.gateway.http_forwarder import HttpForwarder
+    from ladderstitch.gateway.replica_client import ReplicaClient
 
 SERVICES: tuple[ServiceDescriptor, ...] = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
@@ -123,8 +123,8 @@ class Gateway:
         if self.config.http_port is None:
             return None, None, None
         from ladderstitch.api.http_server import HttpServer
-        from ladderstitch.gateway.http_exchange import ReplicaClient
         from ladderstitch.gateway.http_forwarder import HttpForwarder, gateway_app
+        from ladderstitch.gateway.replica_client import ReplicaClient
 
         try:
             client = ReplicaClient(self.config)

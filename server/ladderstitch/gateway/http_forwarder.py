@@ -31,13 +31,12 @@ from ladderstitch.gateway.http_exchange import (
     RETRIED,
     HttpExchange,
     HttpRefusal,
-    HttpRequest,
-    ReplicaClient,
     ReplicaLost,
-    forwarded_request_headers,
 )
+from ladderstitch.gateway.http_request import HttpRequest, forwarded_request_headers
 from ladderstitch.gateway.in_flight import InFlightCalls
 from ladderstitch.gateway.metrics import GatewayMetrics
+from ladderstitch.gateway.replica_client import ReplicaClient
 from ladderstitch.gateway.replica_connection import ReplicaConnection
 from ladderstitch.gateway.replica_pool import ReplicaPool
 from ladderstitch.gateway.upstream_call import RequestAttempts
