@@ -116,6 +116,21 @@ async def test_stream_goes_on_wherever_it_breaks(start_gateway: StartGateway) ->
     assert found == {tuple(range(100, 100 + n)) for n in range(6)}
 
 
+async def test_stream_survives_a_death_after_every_token(start_gateway: StartGateway) -> None:
+    async def give_one(request: web.Request, response: web.StreamResponse, known: int) -> None:
+        if known == 5:
+            return await write_rest(response, known)
+        await response.write(event(known))
+        await asyncio.sleep(0.01)
+        abort(request)
+        return None
+
+    replicas = scripted(give_one)
+    async with start_gateway(list(replicas), http_port=0) as running:
+        assert await ask(running) == (COMPLETE, "")
+    assert len(requests_to(replicas)) == 6
+
+
 async def test_silent_replica_loses_its_stream(start_gateway: StartGateway) -> None:
     replicas: list[HttpReplica] = []
 
