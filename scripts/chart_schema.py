@@ -22,8 +22,8 @@ PATH = Path(__file__).resolve().parents[1] / "deploy" / "chart" / "values.schema
 PORTS = ("port", "admin_port", "health_port", "metrics_port", "http_port")
 ACCESS = frozenset(
     ("host", "admin_host", "tls_certificate", "tls_key", "tls_client_ca", "token_file", "drain_s")
-) | {"insecure_public"}
-"""Fields that the templates set for replicas and gateways alike."""
+) | {"insecure_public", "allowed_hosts"}
+"""Fields that the templates set for replicas and gateways alike, or that tokens make useless."""
 SET_ELSEWHERE = {
     "server": ACCESS
     | {"bundle", "tensor_parallel_size", "spare_ranks", "replicas", "gateways", "scheduling"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -204,15 +203,6 @@ class ServerConfig(ListenConfig):
     )
     scheduling: SchedulerSettings = SchedulerSettings()
 
-    @field_validator("cors_origins")
-    @classmethod
-    def _check_cors_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
-        """Raise `ValueError` for an origin that is neither `*` nor SCHEME://HOST[:PORT]."""
-        for origin in origins:
-            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
-                raise ValueError(f"expected * or e.g. https://example.org, got {origin[:80]!r}")
-        return origins
-
     @field_validator("rank_address")
     @classmethod
     def _check_rank_address(cls, address: str) -> str:
@@ -240,19 +230,23 @@ class ServerConfig(ListenConfig):
 
     @model_validator(mode="after")
     def _check_page(self) -> ServerConfig:
-        if self.page == "on" and self.http_port is None:
+        """Raise `ValueError` for a page without a port that `with_default_http` would not open."""
+        has_default = "http_port" not in self.model_fields_set and is_loopback(self.host)
+        if self.page == "on" and self.http_port is None and not has_default:
             raise ValueError(
                 f"page: expected http_port along with it, e.g. --http-port {DEFAULT_HTTP_PORT}, "
-                "got none"
+                "got none; only a server on loopback opens one by itself"
             )
         return self
 
     def with_default_http(self) -> ServerConfig:
         """Return the configuration with the default HTTP port if all addresses are the default.
 
-        A server that others can reach, or that has a port of its own, opens HTTP only if asked to.
+        A server that others can reach, or that has a port of its own, opens HTTP only if asked to,
+        on loopback also by `page: on`.
         """
-        if {"port", "http_port"} & self.model_fields_set or not is_loopback(self.host):
+        given = self.model_fields_set - ({"port"} if self.page == "on" else set())
+        if {"port", "http_port"} & given or not is_loopback(self.host):
             return self
         return self.model_copy(update={"http_port": DEFAULT_HTTP_PORT})
 

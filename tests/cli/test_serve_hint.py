@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from typer.testing import CliRunner
+
 from ladderstitch.addresses import DEFAULT_ADDRESS
 from ladderstitch.bundles import find_bundle
+from ladderstitch.cli.app import app
 from ladderstitch.cli.serve import suggest_command
 from ladderstitch.config import DEFAULT_HTTP_PORT, ServerConfig
 
@@ -28,3 +31,9 @@ def test_http_port_is_open_by_default_on_default_loopback_addresses_only() -> No
     assert ServerConfig().with_default_http().http_port == DEFAULT_HTTP_PORT
     assert ServerConfig(port=8002).with_default_http().http_port is None
     assert ServerConfig(host="10.0.0.1", insecure_public=True).with_default_http().http_port is None
+
+
+def test_page_without_http_is_refused_before_the_server_starts() -> None:
+    result = CliRunner().invoke(app, ["serve", "--no-ray", "--page", "on", "--no-http"])
+    assert result.exit_code == 2
+    assert "page: expected http_port along with it and --no-http" in result.output

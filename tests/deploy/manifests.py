@@ -62,6 +62,26 @@ def pods(manifests: Manifests) -> Manifests:
     return [head(manifests), worker(manifests)]
 
 
+def gateway(manifests: Manifests) -> Manifest | None:
+    """Return the pod template of the gateways; None if there are none."""
+    if not has_kind(manifests, "Deployment"):
+        return None
+    template: Manifest = of_kind(manifests, "Deployment")["spec"]["template"]
+    return template
+
+
+def gateway_config(manifests: Manifests) -> Manifest:
+    """Return the configuration of the gateways."""
+    found: Manifest = yaml.safe_load(of_kind(manifests, "ConfigMap")["data"]["gateway.yaml"])
+    return found
+
+
+def selects(selector: Manifest, pod: Manifest) -> bool:
+    """Return whether a selector has the labels of a pod."""
+    labels: Manifest = pod["metadata"]["labels"]
+    return selector.items() <= labels.items()
+
+
 def container(pod: Manifest) -> Manifest:
     """Return the only container of a pod."""
     (only,) = pod["spec"]["containers"]

@@ -19,11 +19,14 @@ from tests.deploy.manifests import (
     cluster,
     container,
     deployment,
+    gateway,
+    gateway_config,
     has_kind,
     head,
     of_kind,
     pods,
     ports,
+    selects,
     services,
     worker,
     worker_group,
@@ -124,12 +127,15 @@ def readiness_probe_asks_the_replica(manifests: Manifests) -> Iterator[str]:
 
 @rule
 def disruptions_are_limited(manifests: Manifests) -> Iterator[str]:
-    if not has_kind(manifests, "PodDisruptionBudget"):
-        yield "no PodDisruptionBudget"
-        return
-    wanted = of_kind(manifests, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"]
-    if not wanted.items() <= worker(manifests)["metadata"]["labels"].items():
-        yield "the PodDisruptionBudget selects no replica"
+    wanted = [
+        manifest["spec"]["selector"]["matchLabels"]
+        for manifest in manifests
+        if manifest["kind"] == "PodDisruptionBudget"
+    ]
+    limited = {"replica": worker(manifests), "gateway": gateway(manifests)}
+    for name, pod in limited.items():
+        if pod is not None and not any(selects(labels, pod) for labels in wanted):
+            yield f"no PodDisruptionBudget selects a {name}"
 
 
 @rule
@@ -137,20 +143,41 @@ def service_is_headless_and_selects_replicas(manifests: Manifests) -> Iterator[s
     spec = services(manifests)["serve-grpc"]
     if spec.get("clusterIP") != "None":
         yield "clusterIP: expected None, because a ClusterIP balances connections, not requests"
-    if not spec["selector"].items() <= worker(manifests)["metadata"]["labels"].items():
+    if not selects(spec["selector"], worker(manifests)):
         yield "the Service selects no replica"
 
 
 @rule
 def services_target_ports_of_the_server(manifests: Manifests) -> Iterator[str]:
     declared, fields = ports(worker(manifests)), application(manifests)["args"]
+    has_gateways = gateway(manifests) is not None
     for field, name in (("port", "serve-grpc"), ("http_port", "serve-openai")):
         if (number := fields.get(field)) != declared.get(name):
             yield f"{field} is {number}, the pod's port {name} {declared.get(name)}"
-        if number is not None and name not in services(manifests):
+        is_forwarded = field == "http_port" and has_gateways
+        if number is not None and not is_forwarded and name not in services(manifests):
             yield f"no Service targets {name}"
-    for name in services(manifests).keys() - declared.keys():
-        yield f"targetPort {name} is not a port of a replica"
+    for name, spec in services(manifests).items():
+        if selects(spec["selector"], worker(manifests)) and name not in declared:
+            yield f"targetPort {name} is not a port of a replica"
+
+
+@rule
+def gateways_forward_what_replicas_answer(manifests: Manifests) -> Iterator[str]:
+    pod = gateway(manifests)
+    if pod is None:
+        return
+    declared, config = ports(pod), gateway_config(manifests)
+    for field, name in (("port", "grpc"), ("http_port", "openai")):
+        if (number := config.get(field)) != declared.get(name):
+            yield f"{field} is {number}, the gateway's port {name} {declared.get(name)}"
+        if (number is None) != (application(manifests)["args"].get(field) is None):
+            yield f"{field}: expected it of gateways and replicas, or of none, got {number}"
+        service = services(manifests).get(name)
+        if number is not None and (service is None or not selects(service["selector"], pod)):
+            yield f"no Service of the gateways targets {name}"
+        if number is not None and number not in open_ports(manifests):
+            yield f"{field}: {number} of the gateways is closed to callers"
 
 
 @rule
@@ -241,12 +268,16 @@ def network_policy_closes_other_ports(manifests: Manifests) -> Iterator[str]:
     for pod in pods(manifests):
         if not wanted.items() <= pod["metadata"]["labels"].items():
             yield f"the NetworkPolicy does not cover {container(pod)['name']}"
-    entries = of_kind(manifests, "NetworkPolicy")["spec"]["ingress"]
-    open_ports = {port["port"] for entry in entries for port in entry.get("ports", ())}
     fields = application(manifests)["args"]
     for field in ("port", "http_port"):
-        if fields.get(field, 8001) not in open_ports:
+        if fields.get(field, 8001) not in open_ports(manifests):
             yield f"{field}: {fields[field]} is closed to callers"
+
+
+def open_ports(manifests: Manifests) -> set[int]:
+    """Return the ports that the NetworkPolicy opens to callers outside the release."""
+    entries = of_kind(manifests, "NetworkPolicy")["spec"]["ingress"]
+    return {port["port"] for entry in entries for port in entry.get("ports", ())}
 
 
 @rule

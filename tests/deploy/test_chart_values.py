@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.metrics import GatewayMetrics
 from tests.deploy.chart import ROOT, rendered, with_values
 from tests.deploy.conftest import tool
@@ -19,6 +20,7 @@ from tests.deploy.manifests import (
     application,
     cluster,
     container,
+    gateway_config,
     head,
     of_kind,
     parse,
@@ -49,7 +51,8 @@ def test_ports_of_the_server_are_rendered_everywhere(helm: str) -> None:
     wanted = {"port": 9000, "admin_port": 9001, "health_port": 9002, "http_port": 9003}
     assert fields.items() >= (wanted | {"metrics_port": 9004}).items()
     assert services(manifests)["serve-grpc"]["ports"][0]["port"] == 9000
-    assert services(manifests)["serve-openai"]["ports"][0]["port"] == 9003
+    assert "serve-openai" not in services(manifests)  # the gateways forward HTTP
+    assert services(manifests)["openai"]["ports"][0]["port"] == 8081
     replica = container(worker(manifests))
     declared = ports(worker(manifests))
     assert (declared["serve-grpc"], declared["health"], declared["ls-metrics"]) == (
@@ -60,7 +63,27 @@ def test_ports_of_the_server_are_rendered_everywhere(helm: str) -> None:
     assert "--address=127.0.0.1:9001" in replica["lifecycle"]["preStop"]["exec"]["command"]
     gateway = yaml.safe_load(of_kind(manifests, "ConfigMap")["data"]["gateway.yaml"])
     assert gateway["replicas"] == ["dns:x-ladderstitch-replicas:9000"]
-    assert broken(rendered(helm, "--set", f"{sets},http.enabled=true")) == {}
+    assert gateway["http_port"] == 8081
+    alone = rendered(helm, "--set", f"{sets},http.enabled=true")
+    assert services(alone)["serve-openai"]["ports"][0]["port"] == 9003
+    for found in (manifests, alone):
+        assert broken(found) == {}
+
+
+def test_http_of_gateways_is_rendered_everywhere(helm: str) -> None:
+    sets = "http.enabled=true,gateway.enabled=true,gateway.server.http_port=9005"
+    origins = '{"server":{"cors_origins":["https://a.example.org"]}}'
+    manifests = rendered(helm, "--set", f"{sets},http.ingress.enabled=true", "--set-json", origins)
+    assert broken(manifests) == {}
+    config = gateway_config(manifests)
+    assert (config["http_port"], config["cors_origins"]) == (9005, ["https://a.example.org"])
+    GatewayConfig.model_validate(config)
+    assert services(manifests)["openai"]["ports"][0]["port"] == 9005
+    backend = of_kind(manifests, "Ingress")["spec"]["rules"][0]["http"]["paths"][0]["backend"]
+    assert backend["service"] == {"name": "x-ladderstitch-openai", "port": {"number": 9005}}
+    without = rendered(helm, "--set", "gateway.enabled=true")
+    assert "http_port" not in gateway_config(without)
+    assert broken(without) == {}
 
 
 def test_default_of_a_server_field_can_be_unset(helm: str) -> None:

@@ -18,6 +18,7 @@ from tests.deploy.manifests import (
     application,
     container,
     deployment,
+    gateway,
     head,
     of_kind,
     parse,
@@ -175,6 +176,7 @@ BREAKING: dict[str, Callable[[Manifests], object]] = {
     "services_target_ports_of_the_server": lambda m: change_application(
         m, lambda app: app["args"].update(http_port=8081)
     ),
+    "gateways_forward_what_replicas_answer": lambda m: container(gateway(m) or {})["ports"].pop(),
     "metrics_are_declared_and_scraped": lambda m: container(worker(m))["ports"].pop(),
     "containers_have_requests_and_limits": lambda m: container(head(m))["resources"].pop("limits"),
     "ranks_and_gpus_fit_the_pod": lambda m: change_application(
@@ -196,7 +198,7 @@ def test_every_rule_has_a_breaking_change() -> None:
 
 @pytest.mark.parametrize("name", BREAKING)
 def test_rule_reports_its_breaking_change(name: str) -> None:
-    manifests = copy.deepcopy(committed("cpu"))
+    manifests = copy.deepcopy(committed("gpu-tp" if name.startswith("gateways") else "cpu"))
     BREAKING[name](manifests)
     assert name in broken(manifests)
 

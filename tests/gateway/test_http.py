@@ -5,65 +5,20 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
+import grpc
 import pytest
 from aiohttp import web
 from yarl import URL
 
-from tests.support.fake_replicas import FakeReplica, RunningGateway, StartGateway
+from ladderstitch.api.deadlines import HELD_KEY
+from tests.support.fake_replicas import FakeReplica, StartGateway
+from tests.support.http_replicas import HttpReplica, calling
 
 TOKEN = "caller-secret-0123456789"
-Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class HttpReplica(FakeReplica):
-    """A replica with an HTTP port, whose requests `respond` answers; `seen` lists them."""
-
-    def __init__(self, name: str, models: tuple[str, ...] = ("tiny",)) -> None:
-        super().__init__(name, models)
-        self.respond: Answer = self.name_itself
-        self.seen: list[web.Request] = []
-        self._runner = web.AppRunner(
-            self._application(), handler_cancellation=True, shutdown_timeout=0
-        )
-
-    def _application(self) -> web.Application:
-        async def handle(request: web.Request) -> web.StreamResponse:
-            await request.read()
-            self.seen.append(request)
-            return await self.respond(request)
-
-        application = web.Application()
-        application.router.add_route("*", "/{path:.*}", handle)
-        return application
-
-    async def name_itself(self, request: web.Request) -> web.StreamResponse:
-        body = {"replica": self.name, "body": (await request.read()).decode()}
-        return web.json_response(body, headers={"x-own": self.name})
-
-    async def start(self, port: int = 0) -> HttpReplica:
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        self.state.http_port = self._runner.addresses[0][1]
-        await super().start(port)
-        return self
-
-    async def stop(self) -> None:
-        await super().stop()
-        await self._runner.cleanup()
-
-
-@asynccontextmanager
-async def calling(running: RunningGateway, **headers: str) -> AsyncIterator[aiohttp.ClientSession]:
-    assert running.gateway.http is not None
-    base = f"http://127.0.0.1:{running.gateway.http.port}"
-    async with aiohttp.ClientSession(base, headers=headers) as session:
-        yield session
 
 
 async def test_request_and_answer_pass_unchanged(start_gateway: StartGateway) -> None:
@@ -149,11 +104,15 @@ async def test_last_refusal_is_passed_on_when_the_time_is_up(start_gateway: Star
     async with (
         start_gateway([replica], http_port=0, retry_timeout_s=0.2) as running,
         calling(running) as session,
-        session.get("/v1/models") as response,
+        session.get("/v1/models", headers={HELD_KEY: "77"}) as response,
     ):
         assert (response.status, response.headers["retry-after"]) == (503, "7")
         assert await response.json() == {"error": "loading"}
     assert len(replica.seen) > 1
+    held_us = [int(request.headers.get(HELD_KEY, "0")) for request in replica.seen]
+    assert 77 not in held_us  # the caller's own word does not count
+    assert held_us == sorted(held_us)
+    assert held_us[-1] >= 10_000  # budgets count from the arrival at the gateway
 
 
 async def test_model_is_found_at_the_replica_that_has_it(start_gateway: StartGateway) -> None:
@@ -163,7 +122,10 @@ async def test_model_is_found_at_the_replica_that_has_it(start_gateway: StartGat
             for model, name in (("a", "r0"), ("b", "r1")):
                 async with session.post("/v1/completions", json={"model": model}) as response:
                     assert (await response.json())["replica"] == name
-    assert [len(one.seen), len(two.seen)] == [3, 3]
+        assert [len(one.seen), len(two.seen)] == [3, 3]
+        nested = b"[" * 200_000  # a replica says what is wrong
+        async with session.post("/v1/completions", data=nested) as response:
+            assert response.status == 200
 
 
 @pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])
@@ -271,3 +233,79 @@ async def test_replica_without_http_is_named(start_gateway: StartGateway) -> Non
             assert response.status == 503
             message = (await response.json())["error"]["message"]
         assert f"replica {replica.address} has no HTTP port" in message
+
+
+async def test_bodies_count_as_buffered_until_their_answers(start_gateway: StartGateway) -> None:
+    """Bodies of HTTP and messages of gRPC share one limit."""
+    replica, begun, release = HttpReplica("r0"), asyncio.Event(), asyncio.Event()
+
+    async def wait(request: web.Request) -> web.StreamResponse:
+        begun.set()
+        await release.wait()
+        return web.json_response({})
+
+    replica.respond = wait
+    large = b"x" * (700 << 10)
+    async with (
+        start_gateway([replica], http_port=0, max_buffered_mb=1) as running,
+        calling(running) as session,
+    ):
+        first = asyncio.create_task(session.post("/v1/completions", data=large).__aenter__())
+        await begun.wait()
+        assert await buffered_bytes(session) == len(large)
+        for body in (large, _parts(large)):
+            async with session.post("/v1/completions", data=body) as response:
+                assert (response.status, response.headers["retry-after"]) == (429, "1")
+                error = (await response.json())["error"]
+                assert error["code"] == "OVERLOADED"
+                assert "buffers at most 1 MiB" in error["message"]
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await running.infer(large)
+        assert failure.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await buffered_bytes(session) == len(large)
+        release.set()
+        async with await first as response:
+            assert response.status == 200
+            await response.read()
+        await until_nothing_is_buffered(session)
+        async with session.post("/v1/completions", data=large) as response:
+            assert response.status == 200
+        await until_nothing_is_buffered(session)
+    assert len(replica.seen) == 2
+
+
+async def _parts(body: bytes) -> AsyncIterator[bytes]:
+    """Yield a body in parts, so that its length is not announced."""
+    for at in range(0, len(body), 64 << 10):
+        yield body[at : at + (64 << 10)]
+
+
+async def until_nothing_is_buffered(session: aiohttp.ClientSession) -> None:
+    """Wait until the gateway has noticed that all answers have ended."""
+    async with asyncio.timeout(60):
+        while await buffered_bytes(session):
+            pass  # each question waits for an answer
+
+
+async def buffered_bytes(session: aiohttp.ClientSession) -> float:
+    """Return the bytes that the gateway says it holds."""
+    async with session.get("/metrics") as response:
+        (line,) = [
+            line
+            for line in (await response.text()).splitlines()
+            if line.startswith("ladderstitch_gateway_buffered_bytes ")
+        ]
+    return float(line.split()[1])
+
+
+async def test_gateway_on_loopback_answers_under_its_own_names(start_gateway: StartGateway) -> None:
+    replica = HttpReplica("r0")
+    async with (
+        start_gateway([replica], http_port=0, allowed_hosts=("own.example",)) as running,
+        calling(running) as session,
+    ):
+        for host, status in (("localhost:1", 200), ("own.example", 200), ("evil.example:80", 421)):
+            for path in ("/v1/models", "/health", "/metrics"):
+                async with session.get(path, headers={"host": host}) as response:
+                    assert response.status == status
+    assert len(replica.seen) == 2

@@ -69,7 +69,7 @@
 
 {{- define "ladderstitch.checkGateway" -}}
 {{- with .Values.gateway }}
-{{- include "ladderstitch.checkPorts" (list "gateway.server" (fromYaml (include "ladderstitch.ports" .server))) }}
+{{- include "ladderstitch.checkPorts" (list "gateway.server" (fromYaml (include "ladderstitch.gatewayPorts" $))) }}
 {{- if gt (int .autoscaling.min) (int .autoscaling.max) }}
 {{- fail (printf "gateway.autoscaling.min: expected at most gateway.autoscaling.max, got %v > %v" .autoscaling.min .autoscaling.max) }}
 {{- end }}
@@ -95,6 +95,9 @@
 {{- range $field := list "http_port" "cors_origins" }}
 {{- if index $.Values.server $field }}
 {{- fail (printf "http.enabled: expected true along with server.%s, got false" $field) }}
+{{- end }}
+{{- if index $.Values.gateway.server $field }}
+{{- fail (printf "http.enabled: expected true along with gateway.server.%s, got false" $field) }}
 {{- end }}
 {{- end }}
 {{- if eq $.Values.server.page "on" }}

@@ -68,6 +68,20 @@ app.kubernetes.io/component: gateway
 {{- toYaml $ports }}
 {{- end }}
 
+{{- define "ladderstitch.gatewayPorts" -}}
+{{- $ports := fromYaml (include "ladderstitch.ports" .Values.gateway.server) }}
+{{- if .Values.http.enabled }}
+{{- $ports = merge $ports (dict "http_port" 8081) }}
+{{- end }}
+{{- toYaml $ports }}
+{{- end }}
+
+{{/* Port of the Service for HTTP: that of the gateways, or of the replicas if there are none. */}}
+{{- define "ladderstitch.httpPort" -}}
+{{- $ports := .Values.gateway.enabled | ternary "ladderstitch.gatewayPorts" "ladderstitch.replicaPorts" }}
+{{- (fromYaml (include $ports .)).http_port }}
+{{- end }}
+
 {{/* What replicas and gateways share: addresses, access. */}}
 {{- define "ladderstitch.access" -}}
 host: 0.0.0.0
@@ -94,8 +108,8 @@ tls_client_ca: /etc/ladderstitch/tls/ca.crt
 {{- $_ := set $config "replica_key" "/etc/ladderstitch/tls/tls.key" }}
 {{- end }}
 {{- $access := fromYaml (include "ladderstitch.access" .) }}
-{{- $ports := fromYaml (include "ladderstitch.ports" .Values.gateway.server) }}
-{{- toYaml (merge $config $access $ports .Values.gateway.server) }}
+{{- $ports := fromYaml (include "ladderstitch.gatewayPorts" .) }}
+{{- toYaml (merge $config $access $ports .Values.gateway.server (pick .Values.server "cors_origins")) }}
 {{- end }}
 
 {{/* Fields of ServerConfig. The schema refuses the fields in `server` that are set here. */}}

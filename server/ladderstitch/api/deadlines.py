@@ -47,11 +47,20 @@ def arrival_and_deadline(context: Context) -> tuple[float, float | None]:
     reports it is malformed.
     """
     now, remaining_s = time.monotonic(), context.time_remaining()
+    held_s = held_seconds(context.invocation_metadata())
+    return now - held_s, None if remaining_s is None else remaining_s + held_s
+
+
+def held_seconds(metadata: Metadata) -> float:
+    """Return the seconds that a gateway held a call, 0 if the metadata reports none.
+
+    Raises `InvalidArgument` if it is malformed.
+    """
     held_s = 0.0
-    for key, value in context.invocation_metadata():
+    for key, value in metadata:
         if key == HELD_KEY:
             held_s = _parse_held_seconds(value)
-    return now - held_s, None if remaining_s is None else remaining_s + held_s
+    return held_s
 
 
 def resolve_deadlines(arrival: float, budgets: Iterable[LatencyBudget]) -> Deadlines:

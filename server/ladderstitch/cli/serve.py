@@ -83,8 +83,8 @@ def serve(
         bool,
         typer.Option(
             "--http/--no-http",
-            help=f"Without --port and --http-port, and on loopback: open HTTP port "
-            f"{DEFAULT_HTTP_PORT}, too.",
+            help="Without --http-port, on loopback, and without --port or with --page on: open "
+            f"HTTP port {DEFAULT_HTTP_PORT}, too.",
         ),
     ] = True,
 ) -> None:
@@ -103,6 +103,11 @@ def serve(
         parsed = ServerConfig.load(config, given)
         if http:
             parsed = parsed.with_default_http()
+        elif parsed.page == "on" and parsed.http_port is None:
+            raise ConfigError(
+                "page: expected http_port along with it and --no-http, e.g. "
+                f"--http-port {DEFAULT_HTTP_PORT}, got none"
+            )
         if parsed.replicas > 1 and not ray:
             raise ConfigError(
                 f"replicas: expected 1 without Ray, got {parsed.replicas}; start each replica with "

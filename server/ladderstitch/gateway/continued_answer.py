@@ -22,7 +22,7 @@ class ContinuedAnswer:
         """`arrival` is the instant on `clock` at which the request arrived."""
         self._original, self._arrival, self._clock = request, arrival, clock
         self._tokens: list[int] = []
-        self._num_known = 0
+        self._num_known = self._num_at_start = 0
         self._first_token_us = 0
         self.finished = False
         """Whether the caller has received the last response."""
@@ -49,6 +49,15 @@ class ContinuedAnswer:
             request.answer_so_far.first_token_us = max(1, self._first_token_us)
         request.answer_so_far.token_ids.extend(self._tokens)
         return request.SerializeToString()
+
+    def begin(self) -> None:
+        """Begin to read the responses of a replica."""
+        self._num_at_start = len(self._tokens)
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether the last replica has added a token."""
+        return len(self._tokens) > self._num_at_start
 
     def fits(self, message: bytes) -> bool:
         """Return whether a response is the next one; older replicas begin again from the start."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -12,8 +12,8 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
 
 from ladderstitch.api.status import Context, abort
-from ladderstitch.errors import Draining, Overloaded, RequestError
-from ladderstitch.gateway.config import GatewayConfig
+from ladderstitch.errors import Draining, RequestError
+from ladderstitch.gateway.buffered_requests import BufferedRequests
 from ladderstitch.gateway.continued_answer import GENERATE, ContinuedAnswer
 from ladderstitch.gateway.in_flight import InFlightCalls
 from ladderstitch.gateway.metrics import GatewayMetrics
@@ -30,7 +30,6 @@ from ladderstitch.oip.grpc_service_pb2 import ModelInferRequest, ModelReadyReque
 
 MODEL_READY = "/inference.GRPCInferenceService/ModelReady"
 MODEL_STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
-RETRY_AFTER_S = 0.5
 UNAVAILABLE, NOT_FOUND = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND
 
 ForwardCall = Callable[..., Awaitable[bytes | None]]
@@ -48,13 +47,12 @@ class Forwarder(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no t
         methods: Iterable[MethodDescriptor],
         pool: ReplicaPool,
         metrics: GatewayMetrics,
-        config: GatewayConfig,
+        buffered: BufferedRequests,
+        retry_timeout_s: float,
     ) -> None:
         self.draining = False
         self._pool, self._metrics = pool, metrics
-        self._retry_timeout_s = config.retry_timeout_s
-        self._max_buffered_bytes = config.max_buffered_mb << 20
-        self._buffered_bytes = 0
+        self._buffered, self._retry_timeout_s = buffered, retry_timeout_s
         self.in_flight = InFlightCalls()
         self._handlers = {method_path(method): self._make_handler(method) for method in methods}
 
@@ -84,7 +82,8 @@ class Forwarder(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no t
             async with self._attempts(path, context) as attempts:
                 if path == MODEL_READY:
                     _prefer_owners(attempts, request)
-                with self._buffer(request):
+                with self._buffered.one() as add_bytes:
+                    add_bytes(len(request))
                     return await _forward_with_retries(
                         forward_call, attempts, path, request, context
                     )
@@ -117,20 +116,6 @@ class Forwarder(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc ships no t
                 await failure.abort_caller(context)
             finally:
                 self._metrics.observe_call(path, code, attempts)
-
-    @contextmanager
-    def _buffer(self, request: bytes) -> Iterator[None]:
-        """Count the request's bytes; raise `Overloaded` if they exceed `max_buffered_mb`."""
-        self._buffered_bytes += len(request)
-        try:
-            if self._buffered_bytes > self._max_buffered_bytes:
-                limit_mb = self._max_buffered_bytes >> 20
-                raise Overloaded(
-                    f"the gateway buffers at most {limit_mb} MiB of requests", RETRY_AFTER_S
-                )
-            yield
-        finally:
-            self._buffered_bytes -= len(request)
 
 
 def _prefer_owners(attempts: RequestAttempts, request: bytes) -> None:
@@ -189,6 +174,8 @@ async def _forward_with_retries(
             if failure is not None:
                 raise failure from None
             raise
+        if answer is not None:
+            answer.begin()
         try:
             reply = await forward_call(replica, path, request, context, attempts, **more)
         except UpstreamFailure as failed:
@@ -197,7 +184,8 @@ async def _forward_with_retries(
             if answer is not None and answer.finished:
                 return None  # only the status was lost
             if answer is not None and answer.can_continue and failed.code == UNAVAILABLE:
-                attempts.begin_again(replica)
+                if answer.has_grown:
+                    attempts.begin_again(replica)
                 failure = failed
                 continue
             retry_elsewhere = failed.code == NOT_FOUND and attempts.exclude_same_models(replica)

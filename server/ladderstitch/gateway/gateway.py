@@ -18,6 +18,7 @@ from ladderstitch.api.listener import ListenerConfig, bind, name_port, reserve, 
 from ladderstitch.api.reflection import REFLECTION_SERVICES
 from ladderstitch.errors import ConfigError
 from ladderstitch.gateway.admin import BROADCAST_METHODS, GatewayAdmin
+from ladderstitch.gateway.buffered_requests import BufferedRequests
 from ladderstitch.gateway.config import GatewayConfig
 from ladderstitch.gateway.forwarder import Forwarder, method_path
 from ladderstitch.gateway.merged_queries import MERGED_METHODS, MergedQueries
@@ -30,8 +31,8 @@ from ladderstitch.v1 import generation_pb2, inference_pb2
 
 if TYPE_CHECKING:  # most gateways start without them
     from ladderstitch.api.http_server import HttpServer
-    from ladderstitch.gateway.http_exchange import ReplicaClient
     from ladderstitch.gateway.http_forwarder import HttpForwarder
+    from ladderstitch.gateway.replica_client import ReplicaClient
 
 SERVICES: tuple[ServiceDescriptor, ...] = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
@@ -82,7 +83,11 @@ class Gateway:
         self._listener = ListenerConfig.from_config(
             config, self.metrics.observe_denial, share_port=config.share_port
         )
-        self._forwarder = Forwarder(FORWARDED_METHODS, self.pool, self.metrics, config)
+        self._buffered = BufferedRequests(config.max_buffered_mb)
+        self.metrics.buffered_bytes.set_function(lambda: self._buffered.num_bytes)
+        self._forwarder = Forwarder(
+            FORWARDED_METHODS, self.pool, self.metrics, self._buffered, config.retry_timeout_s
+        )
         self._health = HealthService()
         self._health_names = set(SERVICE_NAMES)
         self._servers = self._make_servers()
@@ -118,8 +123,8 @@ class Gateway:
         if self.config.http_port is None:
             return None, None, None
         from ladderstitch.api.http_server import HttpServer
-        from ladderstitch.gateway.http_exchange import ReplicaClient
         from ladderstitch.gateway.http_forwarder import HttpForwarder, gateway_app
+        from ladderstitch.gateway.replica_client import ReplicaClient
 
         try:
             client = ReplicaClient(self.config)
@@ -128,7 +133,9 @@ class Gateway:
         forwarder = HttpForwarder(
             client, self.pool, self.metrics, self.config.retry_timeout_s, lambda: self.serving
         )
-        application = gateway_app(self.config, forwarder, self._listener.auth, self.metrics)
+        application = gateway_app(
+            self.config, forwarder, self._listener.auth, self.metrics, self._buffered
+        )
         return HttpServer(self.config, application), forwarder, client
 
     @property

@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-import io
+import asyncio
 import json
-import ssl
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import aiohttp
 from starlette.types import Send
-from yarl import URL
 
-from ladderstitch.addresses import join_address, split_address
-from ladderstitch.gateway.config import GatewayConfig
+from ladderstitch.api.deadlines import HELD_KEY
+from ladderstitch.api.openai.event_marks import ANSWER_HEADER
+from ladderstitch.gateway.continued_events import ContinuedEvents
+from ladderstitch.gateway.http_request import HttpRequest, RawHeaders, forward_headers
+from ladderstitch.gateway.replica_client import ReplicaClient
 from ladderstitch.gateway.replica_connection import ReplicaConnection
 
-RawHeaders = tuple[tuple[bytes, bytes], ...]
-"""Names in lower case, and values."""
-
-HOP_HEADERS = frozenset(
-    {
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-    }
-)
-"""Headers of one connection, which are not forwarded; RFC 9110, section 7.6.1."""
-OWN_REQUEST_HEADERS = frozenset({b"content-length", b"host", b"origin"})
-"""Headers that a gateway writes itself, or that concern it alone: pages call it, not replicas."""
-OWN_RESPONSE_HEADERS = frozenset({b"date", b"server", b"vary"})
+OWN_RESPONSE_HEADERS = frozenset({b"date", b"server", b"vary", ANSWER_HEADER.encode()})
 """Headers that a gateway's own server writes."""
-ADDED_HEADERS = ("accept", "accept-encoding", "content-type", "user-agent")
-"""Headers that the client of replicas would add by itself."""
 RETRIED = frozenset({503})
 """Statuses of a replica that does not answer for now."""
 NOT_FOUND = 404
@@ -51,26 +30,6 @@ class ReplicaLost(Exception):
     def __init__(self, reason: str, *, started: bool) -> None:
         super().__init__(reason)
         self.started = started
-
-
-@dataclass(frozen=True, slots=True)
-class HttpRequest:
-    """A caller's request; `target` is its encoded path and query."""
-
-    method: str
-    target: str
-    headers: RawHeaders
-    body: bytes
-
-    @property
-    def model(self) -> str:
-        """The model that a JSON body names; empty if it names none."""
-        try:
-            fields = json.loads(self.body)
-        except ValueError:  # the replica says what is wrong
-            return ""
-        model = fields.get("model", "") if isinstance(fields, dict) else ""
-        return model if isinstance(model, str) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,37 +46,80 @@ class HttpRefusal:
         await send({"type": "http.response.body", "body": self.body})
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class HttpExchange:
     """A request that is sent to a replica, and its response, which is passed on as it arrives."""
 
     request: HttpRequest
     send: Send
+    answer: ContinuedEvents | None = None
+    """The stream that another replica may go on with; None if the request has none."""
     started: bool = field(default=False, init=False)
     """Whether the caller has a part of the response."""
     _is_events: bool = field(default=False, init=False)
+    _call: asyncio.Task[HttpRefusal | None] | None = field(default=None, init=False)
+    _is_sending: bool = field(default=False, init=False)
+    _is_cancelled: bool = field(default=False, init=False)
 
-    async def run(self, client: ReplicaClient, replica: ReplicaConnection) -> HttpRefusal | None:
+    @property
+    def can_continue(self) -> bool:
+        """Whether another replica can go on with the response that the caller has a part of."""
+        return self.started and self.answer is not None and self.answer.can_continue
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether the last replica has added a token to the response."""
+        return self.can_continue and self.answer is not None and self.answer.has_grown
+
+    def start(
+        self, client: ReplicaClient, replica: ReplicaConnection, held_us: int | None
+    ) -> asyncio.Task[HttpRefusal | None]:
+        """Return a task that sends the request to a replica, and passes its response on.
+
+        `held_us` is the time that the request has spent here, microseconds; None: little.
+        """
+        self._is_cancelled = False
+        self._call = asyncio.create_task(self._run(client, replica, held_us))
+        return self._call
+
+    def cancel(self) -> None:
+        """End the call to the replica; what is being sent to the caller is sent first.
+
+        Otherwise it would be unknown whether the caller has it.
+        """
+        self._is_cancelled = True
+        if self._call is not None and not self._is_sending:
+            self._call.cancel()
+
+    async def _run(
+        self, client: ReplicaClient, replica: ReplicaConnection, held_us: int | None
+    ) -> HttpRefusal | None:
         """Pass the response on; return it instead if another replica may have a better one.
 
-        Raises `ReplicaLost` if the connection fails.
+        If the caller has a part already, a response that is not the rest is returned, too. Raises
+        `ReplicaLost` if the connection fails.
         """
         try:
-            async with client.open(replica, self.request) as response:
-                headers = _forwarded(response.raw_headers, OWN_RESPONSE_HEADERS)
-                if response.status in RETRIED | {NOT_FOUND}:
-                    body = await response.read()
-                    return HttpRefusal(response.status, headers, body)
-                self._is_events = response.content_type == "text/event-stream"
-                self.started = True
-                await self.send(_start(response.status, headers))
-                async for part in response.content.iter_any():
-                    message = {"type": "http.response.body", "body": part, "more_body": True}
-                    await self.send(message)
+            async with client.open(replica, self._next_request(held_us)) as response:
+                is_rest = self._begin(response)
+                if response.status in RETRIED | {NOT_FOUND} or not (is_rest or response.ok):
+                    headers = forward_headers(response.raw_headers, OWN_RESPONSE_HEADERS)
+                    return HttpRefusal(response.status, headers, await response.read())
+                if not is_rest:
+                    raise ReplicaLost("the replica cannot continue answers", started=True)
+                await self._pass_on(response)
         except (aiohttp.ClientError, OSError) as error:
             raise ReplicaLost(str(error), started=self.started) from error
         await self.send({"type": "http.response.body", "body": b""})
         return None
+
+    async def refuse(self, refusal: HttpRefusal) -> None:
+        """End the response with a refusal: as the response itself if the caller has no part."""
+        if not self.started:
+            await refusal.send(self.send)
+            return
+        body = b"data: " + b" ".join(refusal.body.split()) + b"\n\n"
+        await self.send({"type": "http.response.body", "body": body})
 
     async def end_events(self) -> bool:
         """End a stream of events with an error; return False if the response is no such stream."""
@@ -128,73 +130,50 @@ class HttpExchange:
         await self.send({"type": "http.response.body", "body": event})
         return True
 
+    def _next_request(self, held_us: int | None) -> HttpRequest:
+        """Return the request for the rest of the response."""
+        held = {HELD_KEY: None if held_us is None else str(held_us)}
+        if self.answer is None:
+            return self.request.with_headers(held, self.request.body)
+        return self.request.with_headers(held | {ANSWER_HEADER: self.answer.name}, self.answer.body)
 
-class ReplicaClient:
-    """The HTTP connections to all replicas; create it inside a running event loop."""
+    def _begin(self, response: aiohttp.ClientResponse) -> bool:
+        """Return whether a response is the first one, or the rest of the earlier one."""
+        if self.answer is None:
+            return not self.started
+        is_marked = self.answer.begin(response.headers.get(ANSWER_HEADER))
+        return is_marked or not self.started
 
-    def __init__(self, config: GatewayConfig) -> None:
-        """Open no connection yet. Raises `OSError` and `ValueError` for unfit certificates."""
-        self._tls = _tls_context(config)
-        self._server_name = config.replica_server_name
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
-            auto_decompress=False,
-            skip_auto_headers=ADDED_HEADERS,
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
+    async def _pass_on(self, response: aiohttp.ClientResponse) -> None:
+        """Send the response on as it arrives, up to its end; raise `ReplicaLost` if it has none."""
+        answer = self.answer if self.answer is not None and self.answer.can_continue else None
+        if not self.started:
+            headers = forward_headers(response.raw_headers, OWN_RESPONSE_HEADERS)
+            if answer is not None and answer.is_inner:
+                headers = (*headers, (ANSWER_HEADER.encode(), answer.name.encode("latin-1")))
+            self._is_events = response.content_type == "text/event-stream"
+            self.started = True
+            await self.send(_start(response.status, headers))
+        async for part in response.content.iter_any():
+            await self._send_part(part if answer is None else answer.read(part))
+            if answer is not None and answer.lost:
+                break
+        if answer is not None:
+            await self._send_part(answer.finish())
+            if answer.lost:
+                raise ReplicaLost("the replica cannot complete the answer", started=True)
 
-    def open(
-        self, replica: ReplicaConnection, request: HttpRequest
-    ) -> aiohttp.client._RequestContextManager:
-        """Send a request to a replica; the result is a context manager of the response."""
-        state = replica.state
-        assert state is not None, "a replica that serves has reported its state"
-        host, _ = split_address(replica.address)
-        scheme = "http" if self._tls is None else "https"
-        address = join_address(host, state.http_port)
-        headers = [(name.decode("latin-1"), v.decode("latin-1")) for name, v in request.headers]
-        return self._session.request(
-            request.method,
-            URL(f"{scheme}://{address}{request.target}", encoded=True),
-            headers=headers,
-            data=io.BytesIO(request.body) if request.body else None,
-            allow_redirects=False,
-            ssl=self._tls if self._tls is not None else True,
-            server_hostname=self._server_name,
-        )
-
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._session.close()
-
-
-def forwarded_request_headers(headers: Iterable[tuple[bytes, bytes]]) -> RawHeaders:
-    """Return a caller's headers without those of its connection."""
-    return _forwarded(headers, OWN_REQUEST_HEADERS)
-
-
-def _forwarded(headers: Iterable[tuple[bytes, bytes]], own: frozenset[bytes]) -> RawHeaders:
-    lowered = tuple((name.lower(), value) for name, value in headers)
-    named = {
-        part.strip().lower()
-        for name, value in lowered
-        if name == b"connection"
-        for part in value.split(b",")
-    }
-    dropped = HOP_HEADERS | own | named
-    return tuple((name, value) for name, value in lowered if name not in dropped)
+    async def _send_part(self, part: bytes) -> None:
+        if not part:
+            return
+        self._is_sending = True
+        try:
+            await self.send({"type": "http.response.body", "body": part, "more_body": True})
+        finally:
+            self._is_sending = False
+        if self._is_cancelled:
+            raise ReplicaLost("no load report", started=True)
 
 
 def _start(status: int, headers: RawHeaders) -> dict[str, object]:
     return {"type": "http.response.start", "status": status, "headers": list(headers)}
-
-
-def _tls_context(config: GatewayConfig) -> ssl.SSLContext | None:
-    """Return the TLS context of connections to replicas; None for plain connections."""
-    if not (config.replica_tls or config.replica_ca or config.replica_certificate):
-        return None
-    context = ssl.create_default_context(cafile=config.replica_ca)
-    if config.replica_certificate is not None and config.replica_key is not None:
-        context.load_cert_chain(config.replica_certificate, config.replica_key)
-    return context

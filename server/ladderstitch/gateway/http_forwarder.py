@@ -17,22 +17,26 @@ from ladderstitch.api.auth import AuthInterceptor
 from ladderstitch.api.openai.access import HEALTH_PATH, AccessMiddleware
 from ladderstitch.api.openai.cors import cors_options
 from ladderstitch.api.openai.errors import error_response
+from ladderstitch.api.openai.event_marks import ANSWER_HEADER
+from ladderstitch.api.openai.hosts import HostMiddleware, checked_hosts
 from ladderstitch.api.openai.request_ids import CODES, RequestIdMiddleware
 from ladderstitch.api.page.assets import page_assets
 from ladderstitch.errors import Draining, NotReady, RequestError
+from ladderstitch.gateway.buffered_requests import BufferedRequests
 from ladderstitch.gateway.config import GatewayConfig
+from ladderstitch.gateway.continued_events import CONTINUED_PATHS, ContinuedEvents
 from ladderstitch.gateway.http_exchange import (
     LOST,
     NOT_FOUND,
+    RETRIED,
     HttpExchange,
     HttpRefusal,
-    HttpRequest,
-    ReplicaClient,
     ReplicaLost,
-    forwarded_request_headers,
 )
+from ladderstitch.gateway.http_request import HttpRequest, forwarded_request_headers
 from ladderstitch.gateway.in_flight import InFlightCalls
 from ladderstitch.gateway.metrics import GatewayMetrics
+from ladderstitch.gateway.replica_client import ReplicaClient
 from ladderstitch.gateway.replica_connection import ReplicaConnection
 from ladderstitch.gateway.replica_pool import ReplicaPool
 from ladderstitch.gateway.upstream_call import RequestAttempts
@@ -78,6 +82,7 @@ def gateway_app(
     forwarder: HttpForwarder,
     auth: AuthInterceptor | None,
     metrics: GatewayMetrics,
+    buffered: BufferedRequests,
 ) -> ASGIApp:
     """Return the application of a gateway's HTTP port, which admits requests as a replica does.
 
@@ -99,7 +104,11 @@ def gateway_app(
         body_timeout_s=config.message_timeout_s,
         max_unfinished=config.max_unfinished_messages,
         open_paths=page_assets().keys(),
+        count_body=buffered.one,
     )
+    hosts = checked_hosts(config, has_tokens=auth is not None)
+    if hosts is not None:
+        application = HostMiddleware(application, hosts)
     application = RequestIdMiddleware(application)
     cors = cors_options(config.cors_origins, trusts_loopback=is_loopback(config.host))
     return CORSMiddleware(application, **cors) if cors else application
@@ -137,7 +146,7 @@ class HttpForwarder:
         outcome = _Outcome(send)
         async with self._counted(path, scope, outcome) as attempts:
             body = (await receive()).get("body", b"") if scope["method"] == "POST" else b""
-            exchange = HttpExchange(_read_request(scope, body), outcome.send)
+            exchange = _make_exchange(scope, body, outcome.send, attempts.arrival)
             answering = asyncio.create_task(self._answer(exchange, attempts, outcome))
             leaving = asyncio.create_task(_wait_for_disconnect(receive))
             try:
@@ -178,45 +187,72 @@ class HttpForwarder:
             try:
                 replica = await attempts.next_replica()
             except RequestError as error:
-                if refusal is None:
-                    return error_response(error)
-                await refusal.send(exchange.send)
-                return None
+                if refusal is not None:
+                    await _refuse(exchange, refusal, outcome)
+                    return None
+                return await _end(exchange, error, outcome)
             if replica.state is None or not replica.state.http_port:
-                return error_response(NotReady(f"replica {replica.address} has no HTTP port"))
+                lacking = NotReady(f"replica {replica.address} has no HTTP port")
+                return await _end(exchange, lacking, outcome)
             try:
                 refusal = await self._try(replica, exchange, attempts)
             except ReplicaLost as error:
                 replica.record_failure()
-                if error.started:
-                    outcome.lost = True
-                    if not await exchange.end_events():
-                        raise ConnectionAbortedError(LOST) from error
-                    return None
+                if error.started and not exchange.can_continue:
+                    return await _end(exchange, NotReady(LOST), outcome)
+                if exchange.has_grown:
+                    attempts.begin_again(replica)
                 continue
             replica.record_success()
             if refusal is None:
                 return None
-            if refusal.status == NOT_FOUND and not attempts.exclude_same_models(replica):
-                await refusal.send(exchange.send)
+            retried = refusal.status in RETRIED or (
+                refusal.status == NOT_FOUND and attempts.exclude_same_models(replica)
+            )
+            if not retried:
+                await _refuse(exchange, refusal, outcome)
                 return None
 
     async def _try(
         self, replica: ReplicaConnection, exchange: HttpExchange, attempts: RequestAttempts
     ) -> HttpRefusal | None:
         """Run an exchange with a replica, which ends if the replica stops reporting."""
-        call = asyncio.create_task(exchange.run(self._client, replica))
-        ticket = replica.add_call(call, attempts.soft_deadline)
+        call = exchange.start(self._client, replica, attempts.held_us)
+        ticket = replica.add_call(exchange, attempts.soft_deadline)
         try:
             await asyncio.wait({call})
             if call.cancelled():
                 raise ReplicaLost("no load report", started=exchange.started)
             return call.result()
         finally:
-            replica.remove_call(call, ticket)
+            replica.remove_call(exchange, ticket)
             if not call.done():
                 call.cancel()
                 await asyncio.gather(call, return_exceptions=True)
+
+
+async def _end(exchange: HttpExchange, error: RequestError, outcome: _Outcome) -> Response | None:
+    """Return the response of an error, or end the one that the caller has a part of."""
+    if not exchange.started:
+        return error_response(error)
+    outcome.lost = True
+    if not await exchange.end_events():
+        raise ConnectionAbortedError(LOST) from error
+    return None
+
+
+async def _refuse(exchange: HttpExchange, refusal: HttpRefusal, outcome: _Outcome) -> None:
+    outcome.lost = exchange.started
+    await exchange.refuse(refusal)
+
+
+def _make_exchange(scope: Scope, body: bytes, send: Send, arrival: float) -> HttpExchange:
+    """Return the exchange of a request that arrived at `arrival` (`time.monotonic`)."""
+    request = _read_request(scope, body)
+    if scope["method"] != "POST" or scope["path"] not in CONTINUED_PATHS:
+        return HttpExchange(request, send)
+    given_name = Headers(scope=scope).get(ANSWER_HEADER)
+    return HttpExchange(request, send, ContinuedEvents(body, given_name, arrival))
 
 
 def _read_request(scope: Scope, body: bytes) -> HttpRequest:

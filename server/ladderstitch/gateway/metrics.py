@@ -48,6 +48,12 @@ class GatewayMetrics:
         self.denied_calls = counter(
             "denied_calls", "Calls denied for their token, its scope or its limits.", ["reason"]
         )
+        self.buffered_bytes = Gauge(
+            "buffered_bytes",
+            "Bytes of requests held until their calls end.",
+            registry=self.registry,
+            namespace=namespace,
+        )
         self.replicas = Gauge(
             "replicas",
             "Replicas, by whether they serve.",

@@ -75,10 +75,14 @@ class RequestAttempts:
     @property
     def metadata(self) -> Metadata:
         """The caller's metadata, and the time spent here, by which its budgets are shorter."""
+        held_us = self.held_us
+        return self._metadata if held_us is None else (*self._metadata, (HELD_KEY, str(held_us)))
+
+    @property
+    def held_us(self) -> int | None:
+        """Microseconds since the request arrived that a replica is informed of; None if few."""
         held_s = self.elapsed_s
-        if held_s < MIN_REPORTED_DELAY_S:
-            return self._metadata
-        return (*self._metadata, (HELD_KEY, str(round(1e6 * held_s))))
+        return None if held_s < MIN_REPORTED_DELAY_S else round(1e6 * held_s)
 
     async def next_replica(self) -> ReplicaConnection:
         """Return the replica for the next attempt; wait for one if none serves.

@@ -48,7 +48,8 @@ def build(args: dict[str, Any]) -> Any:
     `ServerConfig`; the deployment `replica` takes a `user_config` with fields of
     `SchedulerSettings`.
     """
-    return application(ServerConfig.load(None, args))
+    config = ServerConfig.load(None, args)
+    return application(config.with_default_http() if config.page == "on" else config)
 
 
 def application(config: ServerConfig) -> Any:

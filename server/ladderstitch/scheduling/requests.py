@@ -202,7 +202,7 @@ class GenerationRequest:
             raise InvalidArgument("prompt", "expected at least one token, got none")
         _check_tokens("prompt", self.tokens, vocab_size)
         _check_tokens("stop_token_ids", self.stop_tokens, vocab_size)
-        _check_tokens("answered", self.answered, vocab_size)
+        _check_tokens("answer_so_far", self.answered, vocab_size)
         biased = [token for token, _ in self.sampling.logit_bias]
         _check_tokens("logit_bias", biased, vocab_size)
         self._check_lengths(max_model_len)
@@ -229,7 +229,7 @@ class GenerationRequest:
         check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
         if len(self.answered) >= self.max_tokens:
             raise InvalidArgument(
-                "answered",
+                "answer_so_far",
                 f"expected fewer than max_tokens ({self.max_tokens}), got {len(self.answered)}",
             )
 

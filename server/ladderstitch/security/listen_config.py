@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic.config import JsonDict
@@ -46,7 +48,7 @@ class ListenConfig(BaseModel):
         ge=0,
         le=65_535,
         description="HTTP port of the page and of OpenAI's API; unset: none, but a "
-        "local `serve` opens 8081 if `port` is unset, too",
+        "local `serve` opens 8081 if `port` is unset, too, or `page` is on",
     )
     admin_port: int | None = Field(
         None,
@@ -70,6 +72,13 @@ class ListenConfig(BaseModel):
         description="origins of web pages that may call the HTTP port from a browser, such as "
         "https://example.org; * for all; empty: none",
         json_schema_extra={**ACCESS, "flags": ["--cors-origin"]},
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="further names under which the HTTP port may be called, such as "
+        "models.example.org; * for all. They matter on loopback without tokens, where web pages "
+        "could call it under names of their own",
+        json_schema_extra={**ACCESS, "flags": ["--allowed-host"]},
     )
     tls_certificate: Path | None = Field(
         None,
@@ -161,6 +170,27 @@ class ListenConfig(BaseModel):
         description="seconds for calls in flight on a connection that has reached its maximum age",
         json_schema_extra=LIMITS,
     )
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_cors_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        """Raise `ValueError` for an origin that is neither `*` nor SCHEME://HOST[:PORT]."""
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ValueError(f"expected * or e.g. https://example.org, got {origin[:80]!r}")
+        return origins
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_allowed_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        """Raise `ValueError` for a name that is neither `*` nor a name or address alone."""
+        for host in hosts:
+            if host != "*" and not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.]+\]", host):
+                raise ValueError(
+                    f"expected * or a name without a port, e.g. models.example.org, got "
+                    f"{host[:80]!r}"
+                )
+        return hosts
 
     @model_validator(mode="after")
     def _check_certificate_and_key(self) -> ListenConfig:

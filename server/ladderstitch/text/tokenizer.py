@@ -289,20 +289,20 @@ def _text_context(tokenizer: TextTokenizer, prompt: Sequence[int]) -> list[int]:
 class StoppableText:
     """The text of an answer up to the first stop string.
 
-    Text that may be the beginning of a stop string is held back until more tokens decide.
+    Text that may be the beginning of a stop string is held back until more tokens decide. Stop
+    strings count from token number `min_tokens` on; until then, all text is released.
     """
 
-    def __init__(self, stream: TextStream, stop: Sequence[str]) -> None:
+    def __init__(self, stream: TextStream, stop: Sequence[str], min_tokens: int = 0) -> None:
         self.stopped = False
         self._stream, self._stop, self._held = stream, stop, ""
+        self._min_tokens, self._num_tokens = min_tokens, 0
 
-    def add(self, token: int, *, may_stop: bool = True) -> str:
-        """Return the text that a new token releases; empty while a stop string is possible.
-
-        Without `may_stop`, all text so far is released, whatever it is.
-        """
+    def add(self, token: int) -> str:
+        """Return the text that a new token releases; empty while a stop string is possible."""
         new = self._stream.add(token)
-        if may_stop:
+        self._num_tokens += 1
+        if self._num_tokens >= self._min_tokens:
             return self._release(new)
         released, self._held = self._held + new, ""
         return released

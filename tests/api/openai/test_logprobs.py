@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from ladderstitch.api.openai import answers
 from ladderstitch.api.openai.bodies import Prompt
+from ladderstitch.api.openai.event_marks import AnswerName
 from ladderstitch.api.openai.logprobs import LEAST_LOGPROB, LogprobWriter
 from ladderstitch.api.openai.requests import AcceptedRequest
 from ladderstitch.api.openai.responses import ResponseBuilder
@@ -51,7 +52,7 @@ def builder_of(kind: str, *, chat: bool) -> ResponseBuilder:
     model = cast("TextModel", OneTokenizer(tokenizer_of(kind)))
     generations = (GenerationRequest((1,), 0.0),)
     accepted = AcceptedRequest(generations, (Prompt((1,)),), reports_logprobs=True)
-    return ResponseBuilder(model, accepted, chat, "tiny")
+    return ResponseBuilder(model, accepted, chat, "tiny", AnswerName.new())
 
 
 def chunk_of(

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from ladderstitch.api.page.assets import STATIC
-from ladderstitch.config import ServerConfig
+from ladderstitch.config import DEFAULT_HTTP_PORT, ServerConfig
 
 
 def test_page_has_no_inline_code_and_names_no_other_host() -> None:
@@ -42,6 +42,10 @@ def test_page_is_on_for_this_machine_or_behind_tokens(fields: dict[str, Any], se
     assert ServerConfig.model_validate(fields).serves_page is serves
 
 
-def test_page_without_an_http_port_is_refused() -> None:
+def test_page_opens_the_default_port_on_loopback_only() -> None:
+    assert ServerConfig(page="on", port=8002).with_default_http().http_port == DEFAULT_HTTP_PORT
+    assert ServerConfig(page="on", http_port=1).with_default_http().http_port == 1
     with pytest.raises(ValidationError, match="page: expected http_port along with it"):
-        ServerConfig(page="on")
+        ServerConfig(page="on", host="10.0.0.1", insecure_public=True)
+    with pytest.raises(ValidationError, match="page: expected http_port along with it"):
+        ServerConfig(page="on", http_port=None)

@@ -374,14 +374,13 @@ def test_own_protocol_has_the_same_options(server: RunningServer, client: openai
         ("stop_token_ids", [-1]),
         ("stop_token_ids", [1] * 129),
         ("prompt_logprobs", 21),
-        ("answered", generation_pb2.AnswerSoFar(token_ids=[1] * 8)),
-        ("answered", generation_pb2.AnswerSoFar(token_ids=[999])),
+        ("answer_so_far", generation_pb2.AnswerSoFar(token_ids=[1] * 8)),
+        ("answer_so_far", generation_pb2.AnswerSoFar(token_ids=[999])),
     ],
 )
 def test_own_protocol_refuses_bad_values(server: RunningServer, field: str, value: Any) -> None:
-    name = {"answered": "answer_so_far"}.get(field, field)
     with pytest.raises(grpc.RpcError) as failure:
-        generate(server, **{"max_tokens": 8, name: value})
+        generate(server, **{"max_tokens": 8, field: value})
     assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert failure.value.details().startswith(f"INVALID_ARGUMENT: {field}: expected")
 

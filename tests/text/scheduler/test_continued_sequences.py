@@ -39,14 +39,19 @@ class FixedLogits:
         """Return the output of a step."""
         logits, best = [], []
         for part in step.inputs:
-            seed = [part.tokens[-1], part.start + len(part.tokens)]
-            row = np.random.default_rng(seed).normal(size=257).astype(np.float32) * 2
-            if part.logits_mode == LogitsMode.LAST:
-                logits.append(row)
+            numbered = list(enumerate(part.tokens, part.start + 1))
+            rows = [
+                np.random.default_rng([token, end]).normal(size=257).astype(np.float32) * 2
+                for end, token in (
+                    numbered if part.logits_mode == LogitsMode.ALL else numbered[-1:]
+                )
+            ]
+            if part.logits_mode in (LogitsMode.LAST, LogitsMode.ALL):
+                logits += rows
             elif part.logits_mode == LogitsMode.BEST:
-                best.append(int(row.argmax()))
-        rows = np.array(logits, np.float32).reshape(len(logits), 257)
-        return StepOutput(np.array(best, np.int64), rows)
+                best.append(int(rows[-1].argmax()))
+        found = np.array(logits, np.float32).reshape(len(logits), 257)
+        return StepOutput(np.array(best, np.int64), found)
 
 
 def start(bundle: TextBundle) -> SteppedScheduler:
@@ -88,5 +93,7 @@ async def test_rest_of_an_answer_is_the_same(
 
 async def test_answer_that_is_complete_cannot_go_on(tiny_language_bundle: TextBundle) -> None:
     request = GenerationRequest(PROMPT, 0.0, max_tokens=2, answered=(1, 2))
-    with pytest.raises(InvalidArgument, match=r"answered: expected fewer than max_tokens \(2\)"):
+    with pytest.raises(
+        InvalidArgument, match=r"answer_so_far: expected fewer than max_tokens \(2\)"
+    ):
         await answer(tiny_language_bundle, request)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -24,6 +24,15 @@ OVER_LIMIT = "ladderstitch.over_limit"
 RETRY_AFTER_S = 1.0
 
 
+CountBody = Callable[[], AbstractContextManager[Callable[[int], None]]]
+"""Begins to count a body; the context, which ends with the request, is a function of bytes."""
+
+
+@contextmanager
+def _count_nothing() -> Iterator[Callable[[int], None]]:
+    yield lambda num_bytes: None
+
+
 class AccessMiddleware:
     """ASGI middleware: the token and its limits come first, then the size, then the body.
 
@@ -38,12 +47,14 @@ class AccessMiddleware:
         body_timeout_s: float,
         max_unfinished: int,
         open_paths: Collection[str] = (),
+        count_body: CountBody = _count_nothing,
     ) -> None:
         """Admit requests by `auth`, and at most `max_unfinished` bodies that are arriving.
 
-        `open_paths` are those of files without any data, which need no token.
+        `open_paths` are those of files without any data, which need no token. `count_body` counts
+        the bytes of a body until its request has ended, and may refuse more by a `RequestError`.
         """
-        self._open_paths = open_paths
+        self._open_paths, self._count_body = open_paths, count_body
         self._app, self._auth = app, auth
         self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
         self._max_unfinished, self._unfinished = max_unfinished, 0
@@ -58,7 +69,10 @@ class AccessMiddleware:
             try:
                 self._admit(scope, headers, in_flight)
                 is_post = scope["method"] == "POST"
-                body = await self._read_body(headers, receive) if is_post else None
+                body = None
+                if is_post:
+                    add_bytes = in_flight.enter_context(self._count_body())
+                    body = await self._read_body(headers, receive, add_bytes)
             except RequestError as error:
                 await error_response(error)(scope, receive, send)
                 return
@@ -80,7 +94,9 @@ class AccessMiddleware:
             token = self._auth.authorize(headers.items(), "inference")
             in_flight.enter_context(self._auth.limiter.acquire(token))
 
-    async def _read_body(self, headers: Headers, receive: Receive) -> bytes | None:
+    async def _read_body(
+        self, headers: Headers, receive: Receive, add_bytes: Callable[[int], None]
+    ) -> bytes | None:
         """Return the body, or None if the client has disconnected."""
         length = headers.get("content-length", "")
         if headers.get("content-encoding", "identity") != "identity":
@@ -93,7 +109,7 @@ class AccessMiddleware:
         self._unfinished += 1
         try:
             async with asyncio.timeout(self._body_timeout_s):
-                return await _read_bounded(receive, limit)
+                return await _read_bounded(receive, limit, add_bytes)
         except TimeoutError:
             raise BodyRejected(
                 408, f"body: expected all of it within {self._body_timeout_s:g} s, got a part"
@@ -109,13 +125,16 @@ def rejection_response(error: BodyRejected) -> JSONResponse:
     return JSONResponse({"error": body}, error.status, {"connection": "close"})
 
 
-async def _read_bounded(receive: Receive, limit: int) -> bytes | None:
+async def _read_bounded(
+    receive: Receive, limit: int, add_bytes: Callable[[int], None]
+) -> bytes | None:
     body = bytearray()
     while True:
         message = await receive()
         part = _body_of(message)
         if part is None:
             return None
+        add_bytes(len(part))
         body += part
         if len(body) > limit:
             raise BodyRejected(413, f"body: expected at most {limit} bytes, got more")

@@ -13,12 +13,15 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from ladderstitch.api.deadlines import held_seconds
 from ladderstitch.api.native.generation import tenant_of
 from ladderstitch.api.openai.access import IN_FLIGHT
+from ladderstitch.api.openai.answer_so_far import chunks_so_far
 from ladderstitch.api.openai.bodies import ChatRequest, CompletionRequest
 from ladderstitch.api.openai.body import parse_body
 from ladderstitch.api.openai.choices import MergedStreams, NumberedChunk
-from ladderstitch.api.openai.errors import Body, error_body
+from ladderstitch.api.openai.errors import error_body
+from ladderstitch.api.openai.event_marks import EventMarker
 from ladderstitch.api.openai.fields import StreamOptions
 from ladderstitch.api.openai.models import NamedModel, find_model
 from ladderstitch.api.openai.request_ids import MODEL
@@ -56,8 +59,11 @@ class EventStreamResponse(StreamingResponse):
     of the response is sent, the generator is never started.
     """
 
-    def __init__(self, events: AsyncGenerator[str], resources: AsyncExitStack) -> None:
-        super().__init__(events, headers=STREAM_HEADERS, media_type="text/event-stream")
+    def __init__(
+        self, events: AsyncGenerator[str], resources: AsyncExitStack, marker: EventMarker
+    ) -> None:
+        headers = STREAM_HEADERS | marker.headers
+        super().__init__(events, headers=headers, media_type="text/event-stream")
         self._events, self._resources = events, resources
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,13 +82,15 @@ async def answer_request(
     registry: ModelRegistry, fields: type[CompletionRequest | ChatRequest], request: Request
 ) -> Response:
     """Answer a request for completions or for a chat, whose body has these fields."""
-    arrival = time.monotonic()
+    arrival = time.monotonic() - held_seconds(request.headers.items())
     async with in_flight(request) as resources:
         body = await parse_body(request, fields)
         named = find_model(registry, body.model)
         request.scope["state"][MODEL] = named.id[:MAX_ID_CHARACTERS]
+        marker = EventMarker.for_headers(request.headers)
         accepted = await _accept(named, body, request, arrival)
-        builder = ResponseBuilder(named.model, accepted, isinstance(body, ChatRequest), named.id)
+        is_chat = isinstance(body, ChatRequest)
+        builder = ResponseBuilder(named.model, accepted, is_chat, named.id, marker.name)
         opening = MergedStreams.open(named.model.scheduler, accepted.generations)
         stream = await resources.enter_async_context(aclosing(await opening))
         if not body.stream:
@@ -90,29 +98,32 @@ async def answer_request(
             if collected is None:
                 return CLIENT_CLOSED_REQUEST
             return await _whole_answer(builder, accepted, collected)
+        await _replay(builder, named, accepted)
         # An error before the first token still gets its own HTTP status.
         first = await _run_until_disconnect(_next_chunk(stream), request)
         if first is None:
             return CLIENT_CLOSED_REQUEST
         options, owned = body.stream_options or StreamOptions(), resources.pop_all()
+        marker.enabled &= len(accepted.generations) == 1
         include_usage = bool(options.include_usage)
-        events = _events(first, stream, builder, owned, include_usage=include_usage)
-        return EventStreamResponse(events, owned)
+        events = _events(first, stream, builder, owned, marker, include_usage=include_usage)
+        return EventStreamResponse(events, owned, marker)
 
 
 async def answer_response_request(registry: ModelRegistry, request: Request) -> Response:
     """Answer a request of `/v1/responses`."""
-    arrival = time.monotonic()
+    arrival = time.monotonic() - held_seconds(request.headers.items())
     async with in_flight(request) as resources:
         body = await parse_body(request, ResponseRequest)
         named = find_model(registry, body.model)
         request.scope["state"][MODEL] = named.id[:MAX_ID_CHARACTERS]
+        marker = EventMarker.for_headers(request.headers)
         try:
             accepted = await _accept(named, body.to_chat(), request, arrival)
             opened = await MergedStreams.open(named.model.scheduler, accepted.generations)
         except InvalidArgument as error:
             raise rename_field(error) from None
-        writer = ResponseWriter(body)
+        writer = ResponseWriter(body, marker.name)
         stream = await resources.enter_async_context(aclosing(opened))
         if not body.stream:
             collected = await _run_until_disconnect(_collect(stream, accepted), request)
@@ -121,11 +132,23 @@ async def answer_response_request(registry: ModelRegistry, request: Request) -> 
             for chunk in collected[0]:
                 writer.add(chunk)
             return JSONResponse(writer.whole())
+        await _replay(writer, named, accepted)
         first = await _run_until_disconnect(_next_chunk(stream), request)
         if first is None:
             return CLIENT_CLOSED_REQUEST
         owned = resources.pop_all()
-        return EventStreamResponse(_response_events(first, stream, writer, owned), owned)
+        events = _response_events(first, stream, writer, owned, marker)
+        return EventStreamResponse(events, owned, marker)
+
+
+async def _replay(
+    writer: ResponseBuilder | ResponseWriter, named: NamedModel, accepted: AcceptedRequest
+) -> None:
+    """Let a writer take over the tokens that the caller has of another replica."""
+    (first, *_) = accepted.generations
+    if first.answered:
+        chunks = chunks_so_far(first, named.model.scheduler.tokenizer)
+        await asyncio.to_thread(writer.replay, chunks)
 
 
 async def _response_events(
@@ -133,23 +156,25 @@ async def _response_events(
     stream: MergedStreams,
     writer: ResponseWriter,
     resources: AsyncExitStack,
+    marker: EventMarker,
 ) -> AsyncGenerator[str]:
     """Yield the events of a response; the last one has the whole response, or is an error."""
-    last_events: list[Body] = []
+    last_events: list[str] = []
     try:
         async with resources:
             for event in writer.begin():
                 yield named_event(event)
-            yield named_event(writer.delta(first[1]))
+            yield marker.before_token(first[1]) + named_event(writer.delta(first[1]))
             async for _, chunk in stream:
-                yield named_event(writer.delta(chunk))
-        last_events = list(writer.end())
+                yield marker.before_token(chunk) + named_event(writer.delta(chunk))
+        last_events = [named_event(event) for event in writer.end()]
     except RequestError as error:
-        last_events = [error_event(error)]
+        last_events = [marker.before_error(error) + named_event(error_event(error))]
     except Exception as error:
-        last_events = [error_event(InternalError.logged("HTTP stream", error))]
-    for event in last_events:
-        yield named_event(event)
+        hidden = InternalError.logged("HTTP stream", error)
+        last_events = [marker.before_error(hidden) + named_event(error_event(hidden))]
+    for last in last_events:
+        yield last
 
 
 async def _accept(
@@ -171,6 +196,7 @@ async def _events(
     stream: MergedStreams,
     builder: ResponseBuilder,
     resources: AsyncExitStack,
+    marker: EventMarker,
     *,
     include_usage: bool,
 ) -> AsyncGenerator[str]:
@@ -180,16 +206,17 @@ async def _events(
     """
     try:
         async with resources:
-            yield await _chunk_event(builder, *first)
+            yield marker.before_token(first[1]) + await _chunk_event(builder, *first)
             async for number, chunk in stream:
-                yield await _chunk_event(builder, number, chunk)
+                yield marker.before_token(chunk) + await _chunk_event(builder, number, chunk)
             if include_usage:
                 yield server_sent_event(builder.usage_chunk())
         last_event = DONE
     except RequestError as error:
-        last_event = server_sent_event(error_body(error))
+        last_event = marker.before_error(error) + server_sent_event(error_body(error))
     except Exception as error:
-        last_event = server_sent_event(error_body(InternalError.logged("HTTP stream", error)))
+        hidden = InternalError.logged("HTTP stream", error)
+        last_event = marker.before_error(hidden) + server_sent_event(error_body(hidden))
     yield last_event
 
 

@@ -22,6 +22,7 @@ from ladderstitch.api.openai.body import max_body_bytes, parse_body
 from ladderstitch.api.openai.cors import cors_options
 from ladderstitch.api.openai.errors import ERROR_TYPES, Body, BodyRejected, error_response
 from ladderstitch.api.openai.fields import EmbeddingRequest
+from ladderstitch.api.openai.hosts import HostMiddleware, checked_hosts
 from ladderstitch.api.openai.models import find_model, named_models
 from ladderstitch.api.openai.request_ids import RequestIdMiddleware
 from ladderstitch.api.openai.responses import malformed_body
@@ -52,6 +53,7 @@ def replica_app(
         sinks=sinks,
         metrics=metrics,
         page=config.serves_page,
+        hosts=checked_hosts(config, has_tokens=auth is not None),
     )
 
 
@@ -65,6 +67,7 @@ def create_app(
     cors_origins: Sequence[str] = (),
     trusts_loopback: bool = False,
     page: bool = False,
+    hosts: Sequence[str] | None = None,
     sinks: Sequence[RecordSink] = (),
     metrics: CollectorRegistry | None = None,
 ) -> FastAPI:
@@ -73,7 +76,8 @@ def create_app(
     Bodies have at most `max_message_bytes`, and less if no model can take as many. They must
     arrive within `body_timeout_s` seconds, at most `max_unfinished` at once. Browsers may call it
     from the pages of `cors_origins`, or of all origins for `*`, and from pages of this machine if
-    `trusts_loopback`. Each request is reported to `sinks`. `/metrics` has those of `metrics`. With
+    `trusts_loopback`. With `hosts`, requests under other names are refused (`HostMiddleware`). Each
+    request is reported to `sinks`. `/metrics` has those of `metrics`. With
     `page`, `/` shows the models and their answers.
     """
     app = FastAPI(title="ladderstitch", openapi_url=None, redirect_slashes=False)
@@ -88,6 +92,8 @@ def create_app(
         max_unfinished=max_unfinished,
         open_paths=page_assets().keys() if page else (),
     )
+    if hosts is not None:
+        app.add_middleware(HostMiddleware, allowed=hosts)
     app.add_middleware(RequestIdMiddleware, sinks=sinks)
     if cors := cors_options(cors_origins, trusts_loopback=trusts_loopback):
         app.add_middleware(CORSMiddleware, **cors)  # added last, it comes first

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 
 from ladderstitch.api.native.generation import MAX_STOP_TOKENS, MAX_STOPS
+from ladderstitch.api.openai.answer_so_far import AnswerSoFar
 from ladderstitch.api.openai.options import UNSUPPORTED
 from ladderstitch.api.openai.schemas import close_objects
 from ladderstitch.errors import InvalidArgument
@@ -99,8 +100,8 @@ class ResponseFormat(BaseModel):
 class SamplingFields(OpenFields):
     """The fields of completion and chat requests.
 
-    `min_quality` and `variant_id` are our own; `top_k`, `min_p`, `repetition_penalty`,
-    `min_tokens`, `stop_token_ids` and `ignore_eos` are extensions of vLLM.
+    `min_quality`, `variant_id` and `answer_so_far` are our own; `top_k`, `min_p`,
+    `repetition_penalty`, `min_tokens`, `stop_token_ids` and `ignore_eos` are extensions of vLLM.
     """
 
     model: Text
@@ -124,6 +125,7 @@ class SamplingFields(OpenFields):
     response_format: ResponseFormat | None = None
     min_quality: float | None = Field(None, ge=0, le=1)
     variant_id: int | None = None
+    answer_so_far: AnswerSoFar | None = None
 
     def check_unsupported(self, path: str = "") -> None:
         """Raise `InvalidArgument` if an unsupported option would change the answer."""

@@ -15,8 +15,10 @@ from ladderstitch.api.deadlines import (
     TPOT_BUDGET_KEY,
     TTFT_BUDGET_KEY,
     seconds_from_ms,
+    seconds_from_us,
 )
 from ladderstitch.api.openai.bodies import ChatRequest, CompletionRequest, Prompt
+from ladderstitch.api.openai.event_marks import ANSWER_FIELD
 from ladderstitch.api.openai.fields import (
     MAX_CHOICES,
     SamplingFields,
@@ -83,6 +85,8 @@ async def accept_request(
     if isinstance(body, CompletionRequest):
         echo, only_echo = bool(body.echo), body.only_echo
     first = _first_generation(body, named, headers, arrival, tenant)
+    if first.answered and not (body.stream and candidates * len(prompts) == 1):
+        raise InvalidArgument(ANSWER_FIELD, "expected the stream of one answer, got another one")
     defaults, available = named.model.bundle.manifest.sampling, named.model.scheduler.max_tokens
     ranked = candidates > (body.n or 1)
     generations = [
@@ -173,7 +177,17 @@ def _first_generation(
         stop_tokens=tuple(body.stop_token_ids or ()),
         ignore_end_tokens=bool(body.ignore_eos),
         tenant=tenant,
+        answered=() if body.answer_so_far is None else tuple(body.answer_so_far.token_ids),
+        first_token_s=_read_first_token(body),
     )
+
+
+def _read_first_token(body: SamplingFields) -> float | None:
+    """Return the seconds from the arrival to the first token of another replica's answer."""
+    if body.answer_so_far is None or body.answer_so_far.first_token_us is None:
+        return None
+    field = f"{ANSWER_FIELD}.first_token_us"
+    return seconds_from_us(field, body.answer_so_far.first_token_us)
 
 
 def _read_budget(headers: Mapping[str, str], key: str) -> float:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from fastapi.exceptions import RequestValidationError
 
 from ladderstitch.api.native.generation import quality_metric
 from ladderstitch.api.openai.choices import ChoiceBuilder
 from ladderstitch.api.openai.errors import BODY, Body, error_body
+from ladderstitch.api.openai.event_marks import AnswerName
 from ladderstitch.api.openai.requests import AcceptedRequest
 from ladderstitch.errors import InvalidArgument, RequestError
 from ladderstitch.hosting.registry import TextModel
@@ -26,13 +25,25 @@ DONE = "data: [DONE]\n\n"
 class ResponseBuilder:
     """The answer to one request: `chat` messages or text, whole or in chunks."""
 
-    def __init__(self, model: TextModel, accepted: AcceptedRequest, chat: bool, name: str) -> None:
+    def __init__(
+        self,
+        model: TextModel,
+        accepted: AcceptedRequest,
+        chat: bool,
+        name: str,
+        answer: AnswerName,
+    ) -> None:
         """`name` is that of the model in the request."""
-        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
+        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{answer.digits}"
+        self.created = answer.created
         self._model, self._accepted, self._chat, self._name = model, accepted, chat, name
         self._choices: dict[int, ChoiceBuilder] = {}
         self._last: dict[int, TokenChunk] = {}
+
+    def replay(self, chunks: Iterable[TokenChunk]) -> None:
+        """Take over the tokens of the only generation that the caller has."""
+        for chunk in chunks:
+            self.chunk(0, chunk)
 
     def chunk(self, number: int, chunk: TokenChunk) -> Body:
         """Return one chunk of a stream, of the generation with this number."""

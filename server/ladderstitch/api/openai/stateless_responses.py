@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from ladderstitch.api.openai.answer_so_far import AnswerSoFar
 from ladderstitch.api.openai.bodies import ChatRequest
+from ladderstitch.api.openai.event_marks import AnswerName
 from ladderstitch.api.openai.fields import Flag, Integer, JsonSchema, OpenFields, Text
 from ladderstitch.errors import InvalidArgument
 from ladderstitch.scheduling.requests import TokenChunk
@@ -74,6 +74,7 @@ class ResponseRequest(OpenFields):
     top_p: float | None = None
     stream: Flag | None = None
     text: TextOptions | None = None
+    answer_so_far: AnswerSoFar | None = None
 
     def to_chat(self) -> ChatRequest:
         """Return the chat that this request is.
@@ -102,6 +103,7 @@ class ResponseRequest(OpenFields):
                 "top_p": self.top_p,
                 "stream": self.stream,
                 "response_format": self._format(),
+                "answer_so_far": self.answer_so_far,
             }
         )
 
@@ -128,10 +130,10 @@ def rename_field(error: InvalidArgument) -> InvalidArgument:
 class ResponseWriter:
     """One response, and the events that announce its parts."""
 
-    def __init__(self, request: ResponseRequest) -> None:
+    def __init__(self, request: ResponseRequest, answer: AnswerName) -> None:
         self._request = request
-        self._id, self._item_id = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
-        self._created = int(time.time())
+        self._id, self._item_id = f"resp_{answer.digits}", f"msg_{answer.digits}"
+        self._created = answer.created
         self._text: list[str] = []
         self._last: TokenChunk | None = None
         self._number = -1
@@ -167,8 +169,17 @@ class ResponseWriter:
             "usage": None if last is None else self._usage(last),
         }
 
+    def replay(self, chunks: Iterable[TokenChunk]) -> None:
+        """Take over the tokens that the caller has, and the events before them."""
+        for _ in self.begin():
+            pass
+        for chunk in chunks:
+            self.delta(chunk)
+
     def begin(self) -> Iterator[Body]:
-        """Yield the events before the first token."""
+        """Yield the events before the first token; none if they were yielded before."""
+        if self._number >= 0:
+            return
         yield self._event("response.created", response=self.whole())
         yield self._event("response.in_progress", response=self.whole())
         item = self._item("in_progress") | {"content": []}

@@ -58,9 +58,9 @@ class Sequence:
         self._names, self._quality = names, quality
         self._spans: tuple[TokenSpan, ...] = ()
         self._chooser = TokenChooser(request, end_tokens)
-        self._text = StoppableText(TextStream(tokenizer, request.tokens), request.stop)
-        for index, token in enumerate(request.answered):
-            self._add_text(index, token)
+        self._text = answer_text(request, tokenizer)
+        for token in request.answered:
+            self._text.add(token)
         self._prompt: list[PromptToken] = []
         self._started_at: float | None = None
         self._num_reused = 0
@@ -201,7 +201,7 @@ class Sequence:
         self._count_token()
         self._chooser.add(token)
         is_end_token = token in self._chooser.end_tokens
-        text = "" if is_end_token else self._add_text(index, token)
+        text = "" if is_end_token else self._text.add(token)
         finish: FinishReason | None = None
         if is_end_token or self._text.stopped or self._chooser.complete:
             finish = "stop"
@@ -233,10 +233,6 @@ class Sequence:
     def _logits_mode(self) -> LogitsMode:
         needs_logits = self._chooser.needs_logits or self.request.logprobs is not None
         return LogitsMode.LAST if needs_logits else LogitsMode.BEST
-
-    def _add_text(self, index: int, token: int) -> str:
-        """Return the text that a token releases; stop texts count from `min_tokens` on."""
-        return self._text.add(token, may_stop=index + 1 >= self.request.min_tokens)
 
     def _info(self) -> GenerationInfo:
         assert self._started_at is not None, "set when its blocks were allocated"
@@ -282,3 +278,9 @@ class Sequence:
                 following, log_probabilities(chosen, following, count), strict=True
             ):
                 self._prompt.append(PromptToken(token, value, top))
+
+
+def answer_text(request: GenerationRequest, tokenizer: TextTokenizer) -> StoppableText:
+    """Return the text of an answer before its first token."""
+    stream = TextStream(tokenizer, request.tokens)
+    return StoppableText(stream, request.stop, request.min_tokens)
