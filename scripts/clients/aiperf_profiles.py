@@ -15,7 +15,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-AIPERF = Path(sys.executable).with_name("aiperf")
 MODEL = os.environ["LADDERSTITCH_TEXT_MODEL"]
 BUNDLE, URL = os.environ["LADDERSTITCH_TEXT_BUNDLE"], os.environ["LADDERSTITCH_HTTP"]
 REQUESTS, TOKENS = 12, 8
@@ -24,7 +23,16 @@ LENGTHS = ["--isl", "32", "--osl", str(TOKENS), "--extra-inputs", "ignore_eos:tr
 
 def profile(folder: Path, *options: str) -> dict[str, dict[str, float]]:
     """Run a benchmark; return its figures by their names."""
-    command = [str(AIPERF), "profile", "-m", MODEL, "--url", URL.removesuffix("/v1")]
+    command = [
+        sys.executable,
+        "-m",
+        "aiperf",
+        "profile",
+        "-m",
+        MODEL,
+        "--url",
+        URL.removesuffix("/v1"),
+    ]
     command += ["--tokenizer", BUNDLE, "--request-count", str(REQUESTS), "--ui", "none"]
     done = subprocess.run(
         [*command, *LENGTHS, "--artifact-dir", str(folder), *options],

