@@ -38,7 +38,7 @@ from ladderstitch.errors import ConfigError
 from ladderstitch.runtime.process import free_port, freeze_gc, release_ports, reserve_port
 
 if TYPE_CHECKING:
-    import asyncio  # imported by what runs: the help page needs none
+    import asyncio  # imported late: the help page needs none
 
 EXAMPLE_IMAGES = Path("examples/fashion-mnist/images")
 """Images for the embedded model in the repository; the package has others."""
