@@ -7,17 +7,19 @@ A server with the embedded model is started on free ports. The slider moves over
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from ladderstitch.bundles import EMBEDDED
 from tests.support.servers import start_server, stop_server
@@ -64,13 +66,21 @@ def move_for(page: Page, seconds: float) -> None:
     move_to(page, SHOWN_MS)
 
 
-def take_pictures(url: str, folder: Path, seconds: float) -> None:
-    """Write the pictures of the page at this address into a folder."""
+@contextlib.contextmanager
+def open_browser() -> Iterator[Browser]:
+    """Yield the Chromium of this machine, without a window."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         raise SystemExit(f"expected a browser, one of {', '.join(BROWSERS)}, got none")
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def take_pictures(url: str, folder: Path, seconds: float) -> None:
+    """Write the pictures of the page at this address into a folder."""
+    with open_browser() as browser:
         for number, (name, screen) in enumerate(SCREENS.items()):
             with browser.new_context(**screen) as context:
                 page = context.new_page()
@@ -82,7 +92,6 @@ def take_pictures(url: str, folder: Path, seconds: float) -> None:
                 page.locator("#budget").blur()
                 page.wait_for_timeout(1500)  # the figures are asked for once a second
                 page.screenshot(path=folder / name)
-        browser.close()
 
 
 def main() -> None:
