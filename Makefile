@@ -4,7 +4,7 @@ TORCH ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install serve test unit lint wheels format types protos tools manifests figures \
+.PHONY: help install serve test unit lint wheels format types protos tools manifests figures pictures \
 	verify-models verify-serving verify-scheduling verify-training verify-language \
 	verify-generation verify-elastic verify-kernels verify-operations verify-gateway verify-peers \
 	verify-language-peers verify-faults verify-lifecycle verify-stops verify-own-models \
@@ -61,6 +61,9 @@ manifests: tools ## render deploy/chart into deploy/kustomize, the dashboard, ex
 
 figures: install ## draw the figures of docs/concepts.md
 	$(BIN)/python scripts/concept_figures.py
+
+pictures: install ## take the pictures of the page in the docs; needs Chromium
+	$(BIN)/python scripts/page_pictures.py
 
 verify-models: install ## every golden case, those in LADDERSTITCH_GOLDEN too; memory of 71 stitches
 	$(BIN)/ladderstitch verify $(wildcard tests/golden/*.safetensors) $(wildcard $(LADDERSTITCH_GOLDEN)/*.safetensors)

@@ -28,7 +28,7 @@ SOURCES = (
         f"cli/{module}.py"
         for module in (
             *("__init__", "app", "console", "options", "output"),
-            *("admin", "generate", "models", "predict", "schedule", "tensors"),
+            *("admin", "generate", "models", "predict", "sampling", "schedule", "tensors"),
         )
     ),
 )

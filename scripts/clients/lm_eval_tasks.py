@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 URL, MODEL = os.environ["LADDERSTITCH_HTTP"], os.environ["LADDERSTITCH_TEXT_MODEL"]
+BUNDLE = os.environ["LADDERSTITCH_TEXT_BUNDLE"]
 DATA = [
     {"question": "The cat sat on the", "choices": ["mat", "of", "running"], "answer": 0},
     {"question": "Two and two are", "choices": ["green", "four", "between"], "answer": 1},
@@ -52,12 +52,6 @@ metric_list: [{{metric: exact_match}}]
 def evaluate(task: str) -> object:
     """Return the scores of a task."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = Path(folder) / "tokenizer"  # the harness counts the tokens of contexts
-        tokenizer.mkdir()
-        bundle = Path(os.environ["LADDERSTITCH_TEXT_BUNDLE"])
-        shutil.copy(bundle / "tokenizer.json", tokenizer)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-        (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
         file = Path(folder) / "data.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in DATA))
         for name, text in (("choice", CHOICE), ("generate", GENERATE)):
@@ -67,7 +61,7 @@ def evaluate(task: str) -> object:
             model_args={
                 "model": MODEL,
                 "base_url": f"{URL}/completions",
-                "tokenizer": str(tokenizer),
+                "tokenizer": BUNDLE,  # counts the tokens of contexts
                 "tokenizer_backend": "huggingface",
                 "num_concurrent": 2,
                 "max_length": 512,

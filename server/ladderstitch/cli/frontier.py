@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ladderstitch.bundles import EMBEDDED, find_bundle, is_language_bundle
+from ladderstitch.cli.bundle_records import quality_records
 from ladderstitch.cli.console import Json, err, user_errors
 from ladderstitch.cli.measure import (
     QUALITY_COLUMNS,
     BundleFolder,
-    quality_records,
     show_interval,
 )
 from ladderstitch.cli.output import Column, Record, format_ms, print_json, print_records
@@ -78,8 +78,11 @@ def frontier(
             err.print(f"wrote {prune_into} with {len(names)} paths", soft_wrap=True)
 
 
-def print_paths(path: Path, plot: Path | None, *, as_json: bool) -> None:
-    """Print the paths of a language model, and draw them if they have been profiled."""
+def print_paths(path: Path, plot: Path | None, *, as_json: bool, shown: Path | None = None) -> None:
+    """Print the paths of a language model, and draw them if they have been profiled.
+
+    The JSON document names the bundle as `shown`, if it is set.
+    """
     from ladderstitch.text.bundle import TextBundle
     from ladderstitch.text.frontier import path_rows, plot_paths, read_latency
 
@@ -109,7 +112,9 @@ def print_paths(path: Path, plot: Path | None, *, as_json: bool) -> None:
             for row in path_rows(bundle, latency)
         ]
     if as_json:
-        print_json({"model": bundle.manifest.name, "cost": "latency", "variants": records})
+        named = {} if shown is None else {"bundle": str(shown)}
+        model = {"model": bundle.manifest.name, "cost": "latency"}
+        print_json({**named, **model, "variants": records})
     else:
         print_records(records, columns, title=f"quality: {bundle.quality.metric}")
     if latency is not None and plot is not None:

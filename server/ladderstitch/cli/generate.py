@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ladderstitch.addresses import DEFAULT_ADDRESS
+from ladderstitch.cli import sampling
 from ladderstitch.cli.console import (
     MISSED,
     Address,
@@ -29,26 +30,13 @@ from ladderstitch.errors import ConfigError
 
 if TYPE_CHECKING:
     from ladderstitch.client import TextChunk
-    from ladderstitch.client.messages import GenerateOptions
+    from ladderstitch.client.generation import GenerateOptions
 
 CALL_TIMEOUT_S = 600.0
 LOCAL_MODEL = "smollm2"
 """The model of `--local` unless another one is named."""
 
 
-Temperature = Annotated[
-    float, typer.Option(help="Sampling temperature (0: always the most likely token).")
-]
-TopK = Annotated[int, typer.Option(help="Sample from the k most likely tokens (0: off).")]
-TopP = Annotated[
-    float, typer.Option(help="Sample from the most likely tokens of this total probability.")
-]
-Seed = Annotated[
-    int | None, typer.Option(help="Seed of the sampling; equal seeds give equal tokens.")
-]
-Stop = Annotated[
-    list[str] | None, typer.Option(help="Text before which the answer ends; repeatable.")
-]
 Budget = Annotated[str | None, typer.Option(help="Latency budget of the whole answer, e.g. 2s.")]
 FirstToken = Annotated[
     str | None, typer.Option(help="Latency budget of the first token, e.g. 300ms.")
@@ -72,11 +60,21 @@ def generate(
     context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 128,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    seed: Seed = None,
-    stop: Stop = None,
+    temperature: sampling.Temperature = 0.0,
+    top_k: sampling.TopK = 0,
+    top_p: sampling.TopP = 1.0,
+    min_p: sampling.MinP = 0.0,
+    seed: sampling.Seed = None,
+    presence_penalty: sampling.PresencePenalty = 0.0,
+    frequency_penalty: sampling.FrequencyPenalty = 0.0,
+    repetition_penalty: sampling.RepetitionPenalty = None,
+    logit_bias: sampling.LogitBias = None,
+    stop: sampling.Stop = None,
+    stop_token: sampling.StopTokens = None,
+    min_tokens: sampling.MinTokens = 0,
+    ignore_end: sampling.IgnoreEnd = False,
+    json_schema: sampling.JsonSchema = None,
+    regex: sampling.Regex = None,
     budget: Budget = None,
     first_token: FirstToken = None,
     per_token: PerToken = None,
@@ -102,13 +100,23 @@ def generate(
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,
+            "min_p": min_p,
             "seed": seed,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "repetition_penalty": repetition_penalty,
+            "logit_bias": sampling.parse_logit_bias(logit_bias or ()),
             "stop": tuple(stop or ()),
+            "stop_token_ids": tuple(stop_token or ()),
+            "min_tokens": min_tokens,
+            "ignore_end_tokens": ignore_end,
             "budget_s": _parse_budget(budget, "budget"),
             "first_token_budget_s": _parse_budget(first_token, "first-token"),
             "token_budget_s": _parse_budget(per_token, "per-token"),
             "min_quality": min_quality,
             "variant": variant,
+            "json_schema": sampling.read_schema(json_schema, regex),
+            "regex": regex,
         }
         if local:
             if as_json or require_met:

@@ -15,8 +15,10 @@ from ladderstitch.cli.generate import print_rate
 from ladderstitch.errors import RequestError
 
 if TYPE_CHECKING:
-    from ladderstitch.client.messages import GenerateOptions
+    from ladderstitch.client.generation import GenerateOptions
     from ladderstitch.scheduling.requests import GenerationRequest
+    from ladderstitch.scheduling.sampling import Grammar
+    from ladderstitch.text.scheduler.scheduler import TextScheduler
 
 
 async def generate_locally(prompt: str, model: str, ranks: int, options: GenerateOptions) -> None:
@@ -43,9 +45,10 @@ async def generate_locally(prompt: str, model: str, ranks: int, options: Generat
             by_name=manifest.adapters,
             switches=bundle.switches,
         )
-        request = _local_request(tokens, options)
         count = 0
         try:
+            grammar = await _compile_grammar(scheduler, options)
+            request = _local_request(tokens, options, grammar)
             async with aclosing(scheduler.generate(request)) as chunks:
                 async for chunk in chunks:
                     typer.echo(chunk.text, nl=False)
@@ -61,12 +64,24 @@ async def generate_locally(prompt: str, model: str, ranks: int, options: Generat
         await group.close()
 
 
-def _local_request(tokens: tuple[int, ...], options: GenerateOptions) -> GenerationRequest:
+async def _compile_grammar(scheduler: TextScheduler, options: GenerateOptions) -> Grammar | None:
+    """Return the grammar of the answer; None without one."""
+    compiler = scheduler.grammars
+    if (schema := options["json_schema"]) is not None:
+        return await compiler.compile_in_thread("json_schema", "json_schema", str(schema))
+    if (regex := options["regex"]) is not None:
+        return await compiler.compile_in_thread("regex", "regex", regex)
+    return None
+
+
+def _local_request(
+    tokens: tuple[int, ...], options: GenerateOptions, grammar: Grammar | None
+) -> GenerationRequest:
     """Return the request for a scheduler in this process; its budget is a hard deadline."""
     from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget
     from ladderstitch.scheduling.sampling import Sampling
 
-    arrival = time.monotonic()
+    arrival, penalty = time.monotonic(), options["repetition_penalty"]
     return GenerationRequest(
         tokens=tokens,
         arrival=arrival,
@@ -76,8 +91,17 @@ def _local_request(tokens: tuple[int, ...], options: GenerateOptions) -> Generat
             top_k=options["top_k"],
             top_p=1.0 if options["top_p"] is None else options["top_p"],
             seed=options["seed"],
+            min_p=options["min_p"],
+            presence_penalty=options["presence_penalty"],
+            frequency_penalty=options["frequency_penalty"],
+            repetition_penalty=1.0 if penalty is None else penalty,
+            logit_bias=tuple((options["logit_bias"] or {}).items()),
         ),
         stop=tuple(options["stop"]),
+        stop_tokens=tuple(options["stop_token_ids"]),
+        min_tokens=options["min_tokens"],
+        ignore_end_tokens=options["ignore_end_tokens"],
+        grammar=grammar,
         hard_deadline=arrival + _or_infinity(options["budget_s"]),
         budget=TokenBudget(
             first_token_s=_or_infinity(options["first_token_budget_s"]),

@@ -77,7 +77,8 @@ def make_language_family(
             calibrate(bundle, held_out, DEFAULT_SAMPLE, options.threads, progress)
             table = profile(bundle, options.rounds, options.threads, progress)
             write_table(made / LATENCY, table)
-        print_paths(made, options.plot or made / "frontier.png", as_json=as_json)
+        drawn = options.plot or made / "frontier.png"
+        print_paths(made, drawn, as_json=as_json, shown=folder)
     shares = sorted(explained.values())
     err.print(
         f"stitching layers explain {shares[0]:.0%} to {shares[-1]:.0%} of the variance",

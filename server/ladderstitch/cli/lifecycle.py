@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import signal
@@ -63,6 +62,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         """Handle the signals from now on; call it in the running event loop."""
+        import asyncio  # here: the help page needs none
+
         self.count = 0
         self._ends_at, self._status = 1, 0
         self._loop = asyncio.get_running_loop()
@@ -95,6 +96,8 @@ class StopSignals:
         The process ends with `status` at most `CLOSE_S` after that signal. Raises what `work`
         raises.
         """
+        import asyncio
+
         self._ends_at, self._status = count, status
         task, signalled = asyncio.create_task(work), asyncio.create_task(self.wait(count))
         await asyncio.wait({task, signalled}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,27 +1,20 @@
-"""The commands that make a model: fetch data, train, stitch, quantise, import and convert."""
+"""The commands that make a model: fetch, quantise, add an adapter, convert, and train texts."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from ladderstitch.bundles import find_bundle, is_language_bundle, models_home
-from ladderstitch.cli import own_models
+from ladderstitch.cli.bundle_records import print_bundle, quality_records
 from ladderstitch.cli.console import Json, err, out, progress_bar, user_errors
-from ladderstitch.cli.language_families import NETWORK_SUFFIXES
-from ladderstitch.cli.measure import QUALITY_COLUMNS, quality_records
+from ladderstitch.cli.measure import QUALITY_COLUMNS
 from ladderstitch.cli.output import Column, Record, print_json, print_records
-from ladderstitch.cli.own_models import parse_numbers
 from ladderstitch.errors import ConfigError
 
-if TYPE_CHECKING:
-    from ladderstitch.vision.models.nested.model import NestedModel
-    from ladderstitch.vision.models.stitched import StitchedModel
-
 DATA = ("fashion-mnist", "brown", "austen")
-SUPERNETS = ("ofa-resnet", "ofa-mbv3", "autoformer", "thinkingvit")
 MODELS = ("smollm2", "smollm2-ladder", "efficientnet-lite")
 
 
@@ -36,6 +29,7 @@ def fetch(
             help="Folder to write (default: data/NAME for data, the folder of models otherwise)."
         ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Download a data set that a recipe names, or a model.
 
@@ -49,10 +43,10 @@ def fetch(
             names = ", ".join((*DATA, *MODELS))
             raise ConfigError(f"what: expected one of {names}, got {what!r}")
         folder = into or (Path("data") if what in DATA else models_home()) / what
+        num_correct: dict[int, int] = {}
         if what == "efficientnet-lite":
             with progress_bar() as progress:
                 num_correct = fetch_efficientnet(folder, progress)
-            _print_correct(num_correct)
         elif what in MODELS:
             with progress_bar() as progress:
                 task = progress.add_task(f"importing {what}", total=None)
@@ -63,14 +57,16 @@ def fetch(
                 )
         else:
             fetch_data(what, folder)
-            out.print(f"fetched {what} to {folder}")
-            return
-    out.print(f"fetched {what} to {folder}; next: ladderstitch serve --model {into or what}")
-
-
-def _print_correct(num_correct: dict[int, int]) -> None:
-    listed = ", ".join(f"{stitch}: {count}" for stitch, count in num_correct.items())
-    out.print(f"correct of 20 labelled photographs, by stitch: {listed}")
+    if as_json:
+        correct = [{"variant": stitch, "correct": n} for stitch, n in num_correct.items()]
+        kind = "data" if what in DATA else "model"
+        print_json({"name": what, "kind": kind, "folder": str(folder), "photographs": correct})
+        return
+    if num_correct:
+        listed = ", ".join(f"{stitch}: {count}" for stitch, count in num_correct.items())
+        out.print(f"correct of 20 labelled photographs, by stitch: {listed}")
+    following = "" if what in DATA else f"; next: ladderstitch serve --model {into or what}"
+    out.print(f"fetched {what} to {folder}{following}")
 
 
 def quantize(
@@ -121,7 +117,7 @@ def quantize(
                 raise ConfigError("data: expected a folder of images for an image model, got none")
             folder = _quantize_vision(path, data, split, images)
             if as_json:
-                print_json({"bundle": str(path), "written": str(folder)})
+                print_bundle(path, written=str(folder))
             err.print(f"wrote {folder}; next: ladderstitch calibrate {bundle} --data {data}")
 
 
@@ -209,137 +205,6 @@ def add_adapter(
         )
 
 
-Checkpoints = Annotated[
-    list[Path],
-    typer.Argument(
-        help="File of a stitched family, or files of plain networks, smallest first "
-        "(.safetensors, .pth)."
-    ),
-]
-Family = Annotated[
-    str | None,
-    typer.Option(
-        help="Kind of the stitched family: snnet-deit, snnet-swin, snnet-resnet, "
-        "snnet-resnet-swin, snnet-levit, snnetv2 or learngene-pool; or of the supernet: "
-        "ofa-resnet, ofa-mbv3, autoformer or thinkingvit; or matformer-olmo, whose checkpoint is "
-        "a folder."
-    ),
-]
-FamilyConfig = Annotated[
-    Path | None,
-    typer.Option(help="Sizes of the family, JSON or YAML (default: the published ones)."),
-]
-Mean = Annotated[
-    str | None,
-    typer.Option(
-        help="Mean of each channel, subtracted from pixels in [0, 1], e.g. 0.5,0.5,0.5 "
-        "(default: ImageNet's; 0.5 for grey images)."
-    ),
-]
-Std = Annotated[
-    str | None,
-    typer.Option(help="Standard deviation of each channel, in the form of `--mean`."),
-]
-
-
-def import_(
-    checkpoints: Checkpoints,
-    into: Annotated[Path, typer.Option(help="Bundle directory to write.")],
-    family: Family = None,
-    config: FamilyConfig = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(help="Folder of photographs, on which plain networks are stitched."),
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(help="Side of the images in pixels, if the file does not contain it."),
-    ] = None,
-    name: Annotated[str, typer.Option(help="Name of the model in requests.")] = "imported",
-    labels: Annotated[Path | None, typer.Option(help="Text file with one label per line.")] = None,
-    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "not stated",
-    mean: Mean = None,
-    std: Std = None,
-    outputs: own_models.Outputs = "auto",
-    input_shape: own_models.InputShape = None,
-    paths: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="Supernets: networks to list, the smallest, the largest and random ones "
-            "(default: 60); `frontier --prune` keeps the best of them.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Supernets: seed of the random ones.")] = 0,
-) -> None:
-    """Make a bundle from checkpoints or ONNX files.
-
-    The input, published or your own, is one file of a stitched family or of a supernet, or files of
-    DeiT, ViT, Swin or ResNet networks in the layout of timm or Hugging Face, which become the
-    anchors of a new family, or ONNX files or a `family.yaml` that lists them, among which budgets
-    choose (`make` stitches them). Only weights are read: no code in a file is run. The error lists
-    tensors that do not fit.
-    """
-    from ladderstitch.importers.import_bundle import BundleInfo, import_anchors, import_released
-
-    with user_errors():
-        if family is None and all(path.suffix in NETWORK_SUFFIXES for path in checkpoints):
-            own_models.import_networks(
-                checkpoints,
-                into,
-                name=name,
-                licence=licence,
-                labels=labels,
-                mean=mean,
-                std=std,
-                image_size=image_size,
-                outputs=outputs,
-                input_shape=input_shape,
-            )
-            return
-        if family == "matformer-olmo":
-            _import_olmo(checkpoints, into, name, licence)
-            return
-        if folders := [path for path in checkpoints if path.is_dir()]:
-            raise ConfigError(
-                f"checkpoints: expected files, got the folder {folders[0]}; a language model of "
-                f"transformers needs no import: ladderstitch serve --model {folders[0]}; several "
-                "of one tokenizer are stitched by `make`"
-            )
-        info = BundleInfo(
-            name, licence, labels, parse_numbers("mean", mean), parse_numbers("std", std)
-        )
-        model: StitchedModel | NestedModel
-        if family is None:
-            model = import_anchors(checkpoints, images, info, into, image_size=image_size)
-        elif len(checkpoints) != 1:
-            raise ConfigError(
-                f"checkpoints: expected one file for {family}, got {len(checkpoints)}"
-            )
-        elif family in SUPERNETS:
-            from ladderstitch.importers.import_nested import import_supernet
-
-            model = import_supernet(
-                family, checkpoints[0], config, info, into, paths=paths, seed=seed
-            )
-        else:
-            model = import_released(family, checkpoints[0], config, info, into)
-    count = sum(stitch.usable for stitch in model.stitches)
-    out.print(f"{into}: {count} networks; next: ladderstitch calibrate {into} --data FOLDER")
-
-
-def _import_olmo(checkpoints: list[Path], into: Path, name: str, licence: str) -> None:
-    """Write the bundle of a folder of MatFormer-OLMo, and say how to measure its paths."""
-    from ladderstitch.importers.import_olmo import import_olmo
-
-    if len(checkpoints) != 1 or not checkpoints[0].is_dir():
-        got = ", ".join(map(str, checkpoints))
-        raise ConfigError(f"checkpoints: expected one folder for matformer-olmo, got {got}")
-    bundle = import_olmo(checkpoints[0], into, name, licence)
-    count = len(bundle.manifest.variants)
-    out.print(f"{into}: {count} paths; next: ladderstitch calibrate {into} --text FILE")
-
-
 def convert_ladder(
     source: Annotated[
         str, typer.Argument(help="Directory of a bundle, or name of a fetched model, e.g. smollm2.")
@@ -387,7 +252,7 @@ def convert_ladder(
             found = convert(conversion, progress)
         if report is not None:
             write_report(found, report)
-        _print_qualities(found, as_json=as_json)
+        _print_qualities(into, found, as_json=as_json)
         err.print(f"ladderstitch serve --model {into}", highlight=False)
 
 
@@ -398,6 +263,7 @@ def train_language(
     text: Annotated[list[Path], typer.Option(help="Text files to train on.")],
     held_out: Annotated[list[Path], typer.Option(help="Held-out text files.")],
     run: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and bundles.")],
+    as_json: Json = False,
 ) -> None:
     """Train small language models to compare schemes.
 
@@ -415,7 +281,13 @@ def train_language(
         comparison = SchemeComparison(ScratchRecipe.load(recipe), text, held_out, run)
         with progress_bar() as progress:
             found = compare_schemes(comparison, progress)
-        print_json({name: found[name] for name in ("parameters", "held_out_loss")})
+    losses = found["held_out_loss"]
+    assert isinstance(losses, dict)
+    if as_json:
+        print_json({"parameters": found["parameters"], "held_out_loss": losses})
+    else:
+        records = [{"name": scheme, "held_out_loss": loss} for scheme, loss in losses.items()]
+        print_records(records, SCHEME_COLUMNS, title=f"{found['parameters']} parameters")
 
 
 def _parse_named_file(entry: str) -> tuple[str, Path]:
@@ -425,7 +297,7 @@ def _parse_named_file(entry: str) -> tuple[str, Path]:
     return name, Path(file)
 
 
-def _print_qualities(found: dict[str, object], *, as_json: bool) -> None:
+def _print_qualities(into: Path, found: dict[str, object], *, as_json: bool) -> None:
     measured = found["paths"]
     assert isinstance(measured, dict)
     records = [
@@ -439,7 +311,7 @@ def _print_qualities(found: dict[str, object], *, as_json: bool) -> None:
         for path, quality in paths.items()
     ]
     if as_json:
-        print_json({"variants": records})
+        print_json({"bundle": str(into), "variants": records})
     else:
         print_records(records, LADDER_COLUMNS)
 
@@ -449,4 +321,8 @@ LADDER_COLUMNS = (
     Column("variant", lambda r: str(r["name"]), text=True),
     Column("next-token accuracy", lambda r: f"{r['quality']:.4f}"),
     Column("perplexity", lambda r: f"{r['perplexity']:.1f}"),
+)
+SCHEME_COLUMNS = (
+    Column("scheme", lambda r: str(r["name"]), text=True),
+    Column("held-out loss, nats", lambda r: f"{r['held_out_loss']:.4f}"),
 )

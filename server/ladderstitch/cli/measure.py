@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ladderstitch.bundles import EMBEDDED, find_bundle, is_language_bundle
+from ladderstitch.cli.bundle_records import latency_records, quality_records, variant_records
 from ladderstitch.cli.console import Json, err, out, progress_bar, user_errors
 from ladderstitch.cli.output import Column, Record, print_json, print_records
 from ladderstitch.errors import ConfigError
@@ -17,7 +17,7 @@ from ladderstitch.errors import ConfigError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from ladderstitch.scheduling.profiles import LatencyProfile, QualityTable
+    from ladderstitch.scheduling.profiles import LatencyProfile
 
 BundleFolder = Annotated[
     Path,
@@ -88,24 +88,12 @@ def calibrate(
             )
             following = f"ladderstitch profile {bundle}"
             if as_json:
-                measured = _image_qualities(path)
+                measured = variant_records(path)
     if as_json:
         print_json({"bundle": str(path), "variants": measured})
     elif measured:
         print_records(measured, QUALITY_COLUMNS)
     err.print(f"wrote {path / 'quality.json'}; next: {following}")
-
-
-def _image_qualities(path: Path) -> list[Record]:
-    """Return the measured qualities of an image model by its variants' ids."""
-    from ladderstitch.vision.bundle import VisionBundle
-
-    table = VisionBundle.load(path).quality
-    assert table is not None, "written before"
-    return [
-        {"variant": variant, "quality": q.value, "low": q.low, "high": q.high}
-        for variant, q in sorted(table.variants.items())
-    ]
 
 
 def _calibrate_language(path: Path, text: Path | None, progress: Progress) -> list[Record]:
@@ -118,22 +106,6 @@ def _calibrate_language(path: Path, text: Path | None, progress: Progress) -> li
     loaded = TextBundle.load(path, calibrated=False)
     table = run(loaded, text, DEFAULT_SAMPLE, 1, progress)
     return quality_records([v.name for v in loaded.manifest.variants], table)
-
-
-def quality_records(names: Sequence[str], table: QualityTable) -> list[Record]:
-    """Return the qualities of a language model's paths, by their names in order of their ids."""
-    return [
-        {
-            "variant": number,
-            "name": name,
-            "quality": table.variants[number].value,
-            "low": table.variants[number].low,
-            "high": table.variants[number].high,
-            "quality_metric": table.metric,
-            "perplexity": table.variants[number].perplexity,
-        }
-        for number, name in enumerate(names)
-    ]
 
 
 def show_interval(record: Record) -> str:
@@ -163,6 +135,7 @@ def profile(
     rounds: Annotated[
         int, typer.Option(min=2, help="Measurements of each stitch and batch size.")
     ] = 40,
+    as_json: Json = False,
 ) -> None:
     """Measure the latency of every variant here.
 
@@ -194,6 +167,9 @@ def profile(
             )
             table = asyncio.run(run(loaded, config, rounds, progress))
         write_table(bundle / "latency.json", table)
+    if as_json:
+        here = {"bundle": str(bundle), "device": table.device, "threads": table.threads}
+        print_json({**here, "variants": latency_records(bundle, table)})
     err.print(f"wrote {bundle / 'latency.json'}; next: ladderstitch frontier {bundle}")
 
 

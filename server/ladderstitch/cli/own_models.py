@@ -337,8 +337,8 @@ def import_networks(
     image_size: int | None,
     outputs: str,
     input_shape: str | None,
-) -> None:
-    """Write the bundle of independent ONNX networks, and print what to do next."""
+) -> str:
+    """Write the bundle of independent ONNX networks; return their number and what to do next."""
     from ladderstitch.importers.onnx_bundle import import_networks as run
 
     settings = build_settings(labels, mean, std, image_size, None, None)
@@ -347,7 +347,7 @@ def import_networks(
     known = f" of {bundle.quality.metric} quality" if bundle.quality is not None else ""
     given = "--images" if bundle.manifest.outputs else "--data"
     step = f"serve --model {into}" if known else f"calibrate {into} {given} FOLDER"
-    out.print(f"{into}: {count} networks{known}; next: ladderstitch {step}", soft_wrap=True)
+    return f"{count} networks{known}; next: ladderstitch {step}"
 
 
 def build_info(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import math
@@ -38,8 +37,8 @@ from ladderstitch.config import DEFAULT_HTTP_PORT, ServerConfig
 from ladderstitch.errors import ConfigError
 from ladderstitch.runtime.process import free_port, freeze_gc, release_ports, reserve_port
 
-if TYPE_CHECKING:  # the help page appears without torch
-    pass
+if TYPE_CHECKING:
+    import asyncio  # imported late: the help page needs none
 
 EXAMPLE_IMAGES = Path("examples/fashion-mnist/images")
 """Images for the embedded model in the repository; the package has others."""
@@ -136,7 +135,7 @@ def serve(
             _serve_on_ray(parsed, started)
         else:
             release_ports(reserved)  # most servers without Ray do not share their ports
-            asyncio.run(_serve_alone(parsed, started, send_beat))
+            _run_alone(parsed, started, send_beat)
         err.print("stopped")
 
 
@@ -258,10 +257,18 @@ def _lazy_modules(config: ServerConfig) -> list[str]:
     return modules
 
 
+def _run_alone(config: ServerConfig, started: float, send_beat: Callable[[], None] | None) -> None:
+    import asyncio
+
+    asyncio.run(_serve_alone(config, started, send_beat))
+
+
 async def _serve_alone(
     config: ServerConfig, started: float, send_beat: Callable[[], None] | None
 ) -> None:
     """Serve until a signal; `send_beat` is called when the server is ready, then every `BEAT_S`."""
+    import asyncio
+
     from ladderstitch.replica.replica import Replica
     from ladderstitch.telemetry.logs import configure as configure_logs
 
@@ -296,6 +303,8 @@ async def _serve_alone(
 
 async def _send_beats(send_beat: Callable[[], None]) -> None:
     """Show the supervisor that this event loop runs."""
+    import asyncio
+
     while True:
         send_beat()
         await asyncio.sleep(BEAT_S)

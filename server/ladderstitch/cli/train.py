@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from ladderstitch.cli.console import err, progress_bar, user_errors
+from ladderstitch.cli.bundle_records import print_bundle
+from ladderstitch.cli.console import Json, err, progress_bar, user_errors
+from ladderstitch.cli.output import Record, print_json
 from ladderstitch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ def train(
             "--nested", help="The recipe is that of a supernet, e.g. examples/nested/recipe.yaml."
         ),
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Train the anchors of a family from scratch.
 
@@ -83,23 +86,34 @@ def train(
     from ladderstitch.training.vision.anchors import train_anchors
     from ladderstitch.training.vision.training_data import load_training_data
 
-    if nested:
-        with user_errors(), progress_bar() as progress:
-            _train_nested(data, recipe, run, into, name, image_size, split, seed, progress)
-        err.print(f"wrote {into}; next: ladderstitch serve --model {into}", soft_wrap=True)
-        return
     with user_errors(), progress_bar() as progress:
-        parsed, folder = _read_options(recipe, run, into, name, seed)
-        loaded = load_training_data(parsed, data, image_size=image_size, split=split)
-        _print_counts(loaded)
-        if into is not None and not len(loaded.validation):
-            raise ConfigError("into: expected images to measure on, got validation_images 0")
-        train_anchors(loaded, folder, progress)
-        if into is not None:
-            _finish(loaded, folder, into, progress)
+        if nested:
+            folder, used = _train_nested(
+                data, recipe, run, into, name, image_size, split, seed, progress
+            )
+        else:
+            parsed, folder = _read_options(recipe, run, into, name, seed)
+            loaded = load_training_data(parsed, data, image_size=image_size, split=split)
+            used = _print_counts(loaded)
+            if into is not None and not len(loaded.validation):
+                raise ConfigError("into: expected images to measure on, got validation_images 0")
+            train_anchors(loaded, folder, progress)
+            if into is not None:
+                _finish(loaded, folder, into, progress)
+    _print_trained(folder, into, used, recipe, as_json=as_json)
+
+
+def _print_trained(
+    run: Path, into: Path | None, used: Record, recipe: Path | None, *, as_json: bool
+) -> None:
+    """Print what a training wrote, and what to do next."""
     if into is None:
-        err.print(f"wrote anchors to {folder}; next: ladderstitch stitch {recipe} ...")
+        if as_json:
+            print_json({"bundle": None, "run": str(run), **used, "variants": []})
+        err.print(f"wrote anchors to {run}; next: ladderstitch stitch {recipe} ...")
     else:
+        if as_json:
+            print_bundle(into, run=str(run), **used)
         err.print(f"wrote {into}; next: ladderstitch serve --model {into}", soft_wrap=True)
 
 
@@ -113,8 +127,11 @@ def _train_nested(
     split: float | None,
     seed: int | None,
     progress: Progress,
-) -> None:
-    """Train a supernet, write its bundle, and measure it on the images that are held out."""
+) -> tuple[Path, Record]:
+    """Train a supernet, write its bundle, and measure it on the images that are held out.
+
+    Returns the folder of the run, and the images that were used.
+    """
     from ladderstitch.training.vision.calibrate import calibrate
     from ladderstitch.training.vision.nested import export_nested, train_nested
     from ladderstitch.training.vision.recipe import NestedRecipe
@@ -126,13 +143,14 @@ def _train_nested(
     parsed = NestedRecipe.load(recipe)
     parsed = parsed.renamed(name or parsed.name, parsed.seed if seed is None else seed)
     loaded = load_training_data(parsed, data, image_size=image_size, split=split)
-    _print_counts(loaded)
+    used, folder = _print_counts(loaded), run or into.with_name(into.name + ".run")
     if not len(loaded.validation):
         raise ConfigError("into: expected images to measure on, got validation_images 0")
-    model = train_nested(loaded, run or into.with_name(into.name + ".run"), progress)
+    model = train_nested(loaded, folder, progress)
     export_nested(loaded.recipe, model, into)
     measured = f"{len(loaded.validation)} images of {parsed.data.name} that were held out"
     calibrate(VisionBundle.load(into), loaded.validation, measured, BATCH, progress)
+    return folder, used
 
 
 def _read_options(
@@ -159,7 +177,8 @@ def _read_options(
     return parsed.renamed(name or parsed.name, parsed.seed if seed is None else seed), run
 
 
-def _print_counts(data: TrainingData[R]) -> None:
+def _print_counts(data: TrainingData[R]) -> Record:
+    """Print the numbers of images and the labels; returns them as fields of a document."""
     shown = ", ".join(data.recipe.labels[:10])
     more = len(data.recipe.labels) - 10
     err.print(
@@ -169,6 +188,11 @@ def _print_counts(data: TrainingData[R]) -> None:
         markup=False,
         soft_wrap=True,
     )
+    return {
+        "images": len(data.train),
+        "held_out": len(data.validation),
+        "labels": list(data.recipe.labels),
+    }
 
 
 def _finish(data: TrainingData[Recipe], run: Path, into: Path, progress: Progress) -> None:
@@ -196,6 +220,7 @@ def stitch(
             "by least squares and nothing is trained."
         ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Join trained anchors into a stitchable family.
 
@@ -229,4 +254,6 @@ def stitch(
             export_family(loaded.recipe, model, bundle)
             held_out = run / "held-out.csv"
             measured = f"--data {data if loaded.held_out is None else held_out}"
+    if as_json:
+        print_bundle(bundle)
     err.print(f"wrote {bundle}; next: ladderstitch calibrate {bundle} {measured}", soft_wrap=True)

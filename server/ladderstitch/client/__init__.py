@@ -10,14 +10,8 @@ from ladderstitch.client.async_client import AsyncClient
 from ladderstitch.client.calls import scheduling_settings
 from ladderstitch.client.channel import RETRY_POLICY, Credentials
 from ladderstitch.client.client import Client
-from ladderstitch.client.messages import (
-    Image,
-    Prediction,
-    RequestFailed,
-    TextChunk,
-    generate_request,
-    infer_request,
-)
+from ladderstitch.client.generation import PromptToken, TextChunk, generate_request
+from ladderstitch.client.messages import Image, Prediction, RequestFailed, infer_request
 
 __all__ = [
     "RETRY_POLICY",
@@ -26,6 +20,7 @@ __all__ = [
     "Credentials",
     "Image",
     "Prediction",
+    "PromptToken",
     "RequestFailed",
     "TextChunk",
     "generate_request",

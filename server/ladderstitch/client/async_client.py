@@ -11,14 +11,12 @@ import grpc
 from ladderstitch.addresses import DEFAULT_ADDRESS
 from ladderstitch.client import calls
 from ladderstitch.client.channel import PLAINTEXT, RETRY_POLICY, Credentials
+from ladderstitch.client.generation import GenerateOptions, TextChunk, generate_request
 from ladderstitch.client.messages import (
-    GenerateOptions,
     Image,
     InferOptions,
     Prediction,
     RequestFailed,
-    TextChunk,
-    generate_request,
 )
 from ladderstitch.v1 import admin_pb2, inference_pb2
 

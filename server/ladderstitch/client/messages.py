@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
@@ -12,7 +11,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from ladderstitch.client.tensors import read_logits, read_output
-from ladderstitch.v1 import generation_pb2, inference_pb2
+from ladderstitch.v1 import inference_pb2
 
 if TYPE_CHECKING:
     import numpy as np  # only arrays need it
@@ -32,12 +31,6 @@ DATA_TYPES = {
     "float32": inference_pb2.DATA_TYPE_FP32,
 }
 """The types of input arrays, by the names of numpy."""
-
-FINISH_REASONS = {
-    generation_pb2.FINISH_REASON_STOP: "stop",
-    generation_pb2.FINISH_REASON_LENGTH: "length",
-}
-
 
 BUDGET_SOURCES: dict[int, str] = {
     value: name.removeprefix("BUDGET_SOURCE_").lower()
@@ -200,104 +193,6 @@ class Prediction:
             confidences=tuple(
                 p.confidence for p in response.predictions if p.HasField("confidence")
             ),
-        )
-
-
-class GenerateOptions(TypedDict, total=False):
-    """The options of `generate`: the keyword parameters of `generate_request`."""
-
-    model: str
-    max_tokens: int | None
-    temperature: float
-    top_k: int
-    top_p: float | None
-    seed: int | None
-    stop: Sequence[str]
-    budget_s: float | None
-    hard: bool
-    first_token_budget_s: float | None
-    token_budget_s: float | None
-    min_quality: float | None
-    variant: int | None
-    logprobs: int | None
-
-
-def generate_request(
-    prompt: str | Sequence[int],
-    *,
-    model: str = "",
-    max_tokens: int | None = None,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float | None = None,
-    seed: int | None = None,
-    stop: Sequence[str] = (),
-    budget_s: float | None = None,
-    hard: bool = False,
-    first_token_budget_s: float | None = None,
-    token_budget_s: float | None = None,
-    min_quality: float | None = None,
-    variant: int | None = None,
-    logprobs: int | None = None,
-) -> generation_pb2.GenerateRequest:
-    """Return the message of a `generate` call; the prompt is a text or a sequence of tokens.
-
-    Budgets are in seconds: `budget_s` for the whole answer, a hard deadline if `hard`,
-    `first_token_budget_s` for the first token, `token_budget_s` for the mean time between the
-    tokens after the first. `variant` is the id of the variant to run. `logprobs` is the number of
-    alternatives to report for each token, 0 to 20.
-    """
-    request = generation_pb2.GenerateRequest(
-        model_name=model,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop=stop,
-        hard_deadline=hard,
-        latency_budget_us=microseconds(budget_s),
-        first_token_budget_us=microseconds(first_token_budget_s),
-        token_budget_us=microseconds(token_budget_s),
-        min_quality=min_quality,
-        variant_id=variant,
-        logprobs=logprobs,
-    )
-    if isinstance(prompt, str):
-        request.text = prompt
-    else:
-        request.tokens.ids.extend(prompt)
-    return request
-
-
-@dataclass(frozen=True, slots=True)
-class TextChunk:
-    """One token of an answer; `finish` and `accounting` are None except in the last one.
-
-    `logprob` is None and `alternatives`, the (token, logprob) pairs of the most likely tokens, are
-    empty unless `logprobs` was set.
-    """
-
-    index: int
-    token: int
-    text: str
-    finish: str | None
-    accounting: generation_pb2.GenerationAccounting | None
-    logprob: float | None = None
-    alternatives: tuple[tuple[int, float], ...] = ()
-
-    @classmethod
-    def from_response(cls, response: generation_pb2.GenerateResponse) -> TextChunk:
-        """Return the token in a response."""
-        ended = response.finish_reason != generation_pb2.FINISH_REASON_UNSPECIFIED
-        return cls(
-            index=response.index,
-            token=response.token_id,
-            text=response.text,
-            finish=FINISH_REASONS[response.finish_reason] if ended else None,
-            accounting=response.accounting if ended else None,
-            logprob=response.logprob if response.HasField("logprob") else None,
-            alternatives=tuple((top.token_id, top.logprob) for top in response.top_logprobs),
         )
 
 

@@ -17,11 +17,12 @@ from ladderstitch.bundles import check_tensors
 from ladderstitch.errors import DataError
 from ladderstitch.importers.gguf_tokenizers import build_tokenizer, read_token_id, read_tokens
 from ladderstitch.runtime import ProgressCallback
-from ladderstitch.text.bundle import TextManifest, write_manifest
+from ladderstitch.text.bundle import TextManifest, write_manifest, write_tokenizer
 from ladderstitch.text.model.config import DecoderConfig, RopeScaling
 from ladderstitch.text.model.rotation import rotation_tables
 from ladderstitch.text.model.weight_reader import SINGLE
 from ladderstitch.text.model.weights import expected_shapes
+from ladderstitch.text.tokenizer_files import TOKENIZER
 
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -119,7 +120,8 @@ def import_gguf(
     tensors = _read_tensors(file, reader, config, on_progress)
     into.mkdir(parents=True, exist_ok=True)
     (into / "quality.json").unlink(missing_ok=True)  # of a model that was here before
-    tokenizer.save(str(into / "tokenizer.json"))
+    tokenizer.save(str(into / TOKENIZER))
+    write_tokenizer(into, into / TOKENIZER, manifest)
     save_file(tensors, into / SINGLE)
     write_manifest(into, manifest)
 

@@ -7,7 +7,6 @@ The folder of a checkpoint has `config.yaml`, whose section `model` has the size
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -16,14 +15,21 @@ from ladderstitch.bundles.files import read_yaml
 from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.importers.checkpoints import read_weights
 from ladderstitch.importers.olmo import read_olmo
-from ladderstitch.text.bundle import TextBundle, TextManifest, TextVariant, write_manifest
+from ladderstitch.text.bundle import (
+    TextBundle,
+    TextManifest,
+    TextVariant,
+    write_manifest,
+    write_tokenizer,
+)
 from ladderstitch.text.hugging_face.architectures import Architecture
 from ladderstitch.text.model.layout import LaidOutWeights
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.weight_reader import SINGLE, MemoryWeights
 from ladderstitch.text.model.weights import check_weights
+from ladderstitch.text.tokenizer_files import TOKENIZER
 
-CONFIG, TOKENIZER = "config.yaml", "tokenizer.json"
+CONFIG = "config.yaml"
 WEIGHTS = (SINGLE, "model.pt")
 END_TOKEN = "eos_token_id"
 
@@ -49,9 +55,10 @@ def import_olmo(folder: Path, into: Path, name: str, licence: str) -> TextBundle
     tensors = {name: tensor.contiguous() for name, tensor in read_weights(file).items()}
     laid_out = LaidOutWeights(MemoryWeights(tensors), architecture.layout, architecture.config)
     check_weights(laid_out, architecture.config)
-    write_manifest(into, _manifest(architecture, model.get(END_TOKEN), folder, name, licence))
+    manifest = _manifest(architecture, model.get(END_TOKEN), folder, name, licence)
+    write_manifest(into, manifest)
     save_file(tensors, into / SINGLE)
-    shutil.copy2(folder / TOKENIZER, into / TOKENIZER)
+    write_tokenizer(into, folder / TOKENIZER, manifest)
     return TextBundle.load(into, calibrated=False)
 
 

@@ -22,7 +22,7 @@ compute, `recompute` all of them. `anytime` translates them, and computes them a
 class SchedulerSettings(BaseModel):
     """The operator's scheduling settings; a change applies from the next batch on."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     policy: PolicyName = Field(
         "adaptive",

@@ -7,7 +7,8 @@
     switches.json         optional: the changes of path within an answer, and what they cost
     *.safetensors         optional: the low-rank delta (LoRA) of a path
     tokenizer_config.json, special_tokens_map.json
-                          optional: the special tokens that the chat template names
+                          optional: the special tokens that the chat template names; programs that
+                          read the tokenizer with transformers need the first of them
 
 A folder of transformers with a `config.json` and no `model.yaml` is a bundle with one path, and its
 weights may also be in `pytorch_model.bin` (`hugging_face/`). Only tensors are unpickled. A bundle
@@ -16,8 +17,8 @@ that does not fit is rejected with the reason.
 
 from __future__ import annotations
 
-import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ladderstitch.bundles import LANGUAGE_FAMILY
-from ladderstitch.bundles.files import read_json, read_table, read_yaml, validate
+from ladderstitch.bundles.files import read_table, read_yaml, validate
 from ladderstitch.errors import BundleError, ConfigError
 from ladderstitch.runtime.low_bit import LowBitPrecision
 from ladderstitch.scheduling.profiles import QualityTable
@@ -52,13 +53,16 @@ from ladderstitch.text.model.weight_reader import (
 from ladderstitch.text.model.weights import check_weights, expected_shapes
 from ladderstitch.text.switches import SwitchTable
 from ladderstitch.text.tokenizer import TextTokenizer
+from ladderstitch.text.tokenizer_files import (
+    TOKENIZER,
+    read_special_tokens,
+    write_tokenizer_config,
+)
 
 log = logging.getLogger(__name__)
 
 MANIFEST, QUALITY, SWITCHES = "model.yaml", "quality.json", "switches.json"
 TORCH_FILES = (TORCH_SINGLE, TORCH_INDEX)
-SPECIAL_TOKEN_FILES = ("special_tokens_map.json", "tokenizer_config.json")
-"""Files of a checkpoint that name its special tokens; the second has priority."""
 
 
 class TextVariant(BaseModel):
@@ -296,13 +300,13 @@ class TextBundle:
         no row are rejected.
         """
         tokenizer, rows = (
-            TextTokenizer.load(self.path / "tokenizer.json"),
+            TextTokenizer.load(self.path / TOKENIZER),
             self.manifest.config.vocab_size,
         )
         if tokenizer.size > rows:
             log.warning(
                 "%s: %d tokens, but the model has %d rows: prompts with the others are rejected",
-                self.path / "tokenizer.json",
+                self.path / TOKENIZER,
                 tokenizer.size,
                 rows,
             )
@@ -333,13 +337,18 @@ class TextBundle:
         bundle, or else the first end token and the token that begins every text. Raises
         `BundleError` if a file is not valid.
         """
-        found: dict[str, str | None] = {"bos_token": tokenizer.bos_token(self.manifest.end_tokens)}
-        if self.manifest.end_tokens:
-            found["eos_token"] = tokenizer.token(self.manifest.end_tokens[0])
-        for name in SPECIAL_TOKEN_FILES:
-            found |= _read_special_tokens(self.path / name)
+        found = _usual_tokens(self.manifest, tokenizer)
+        found |= read_special_tokens(self.path)
         found |= self.manifest.special_tokens
         return {name: token for name, token in found.items() if token is not None}
+
+
+def _usual_tokens(manifest: TextManifest, tokenizer: TextTokenizer) -> dict[str, str | None]:
+    """Return the token that begins every text, and the first end token."""
+    tokens: dict[str, str | None] = {"bos_token": tokenizer.bos_token(manifest.end_tokens)}
+    if manifest.end_tokens:
+        tokens["eos_token"] = tokenizer.token(manifest.end_tokens[0])
+    return tokens
 
 
 def read_manifest(path: Path) -> TextManifest:
@@ -357,19 +366,6 @@ def read_manifest(path: Path) -> TextManifest:
         "residual": architecture.residual.model_dump(exclude_unset=True),
     }
     return validate(path / CONFIG, TextManifest, fields | own)
-
-
-def _read_special_tokens(file: Path) -> dict[str, str | None]:
-    """Return the special tokens of a file of transformers, by name; none if it does not exist."""
-    if not file.exists():
-        return {}
-    try:
-        fields = json.loads(read_json(file))
-        named = {name: value for name, value in fields.items() if name.endswith("_token")}
-        texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise BundleError(f"{file}: expected an object with special tokens: {error}") from error
-    return {k: v for k, v in texts.items() if v is None or isinstance(v, str)}
 
 
 def _read_quality(file: Path, manifest: TextManifest) -> QualityTable | None:
@@ -403,3 +399,16 @@ def write_manifest(path: Path, manifest: TextManifest) -> None:
     path.mkdir(parents=True, exist_ok=True)
     fields = manifest.model_dump(mode="json", exclude_none=True)
     (path / MANIFEST).write_text(yaml.safe_dump(fields, sort_keys=False, width=100))
+
+
+def write_tokenizer(path: Path, source: Path, manifest: TextManifest) -> None:
+    """Copy a `tokenizer.json` into a bundle, with the file that transformers needs to read it.
+
+    Raises `BundleError` if the source is missing or damaged.
+    """
+    if source != path / TOKENIZER:
+        shutil.copyfile(source, path / TOKENIZER)
+    tokens = _usual_tokens(manifest, TextTokenizer.load(path / TOKENIZER))
+    tokens |= manifest.special_tokens
+    named = {name: token for name, token in tokens.items() if token is not None}
+    write_tokenizer_config(path, named, manifest.config.max_positions)

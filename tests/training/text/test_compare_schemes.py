@@ -83,6 +83,7 @@ def test_train_language_schemes_learn_and_write_bundles(tmp_path: Path) -> None:
         assert loss < 1.3  # a uniform choice of two words has 0.69, of all tokens 5.7
         bundle = TextBundle.load(run / name)
         assert bundle.manifest.residual.scheme == name
+        assert (bundle.path / "tokenizer_config.json").exists()
     assert (run / "losses.png").stat().st_size > 1000
 
 

@@ -135,7 +135,7 @@ def test_make_measures_everything(folders: Folders) -> None:
         (a, b) for a in range(6) for b in range(6) if a != b
     }
     assert bundle.manifest.end_tokens == (256,)
-    for name in ("latency.json", "frontier.png", "tokenizer.json"):
+    for name in ("latency.json", "frontier.png", "tokenizer.json", "tokenizer_config.json"):
         assert (folders.root / "made" / name).exists()
 
 

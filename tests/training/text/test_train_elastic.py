@@ -124,6 +124,8 @@ def test_bundle_has_documented_manifest(trained: Path) -> None:
     assert all(path["residual"]["scheme"] == "ladder" for path in paths.values())
     quality = json.loads((trained / "bundle" / "quality.json").read_text())
     assert len(QualityTable.model_validate(quality).variants) == 6
+    tokenizer = json.loads((trained / "bundle" / "tokenizer_config.json").read_text())
+    assert tokenizer["eos_token"] == "<end>"
 
 
 def load_family(bundle: Path) -> TrainableFamily:

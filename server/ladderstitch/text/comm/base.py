@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from ladderstitch.errors import LadderstitchError
 
@@ -110,7 +110,11 @@ CommChoice = Literal["auto", CommKind]
 """The values of the option `link`."""
 
 
-class SharedMemorySpec(BaseModel):
+class _Spec(BaseModel):
+    model_config = ConfigDict(defer_build=True)  # the help page checks none
+
+
+class SharedMemorySpec(_Spec):
     """The parameters of a `SharedMemoryCommunicator`: a mapped file and an emulated link."""
 
     kind: Literal["shared_memory"] = "shared_memory"
@@ -120,7 +124,7 @@ class SharedMemorySpec(BaseModel):
     bytes_per_s: float | None = None
 
 
-class TcpSpec(BaseModel):
+class TcpSpec(_Spec):
     """The parameters of a `TcpCommunicator`: every rank's address and the group's secret."""
 
     kind: Literal["tcp"] = "tcp"
@@ -128,14 +132,14 @@ class TcpSpec(BaseModel):
     secret: str
 
 
-class NcclSpec(BaseModel):
+class NcclSpec(_Spec):
     """The parameters of an `NcclCommunicator`: the address of rank 0's store."""
 
     kind: Literal["nccl"] = "nccl"
     store: tuple[str, int]
 
 
-class SymmetricSpec(BaseModel):
+class SymmetricSpec(_Spec):
     """The parameters of a `SymmetricCommunicator`: its folder, and rank 0's store on GPUs."""
 
     kind: Literal["symmetric"] = "symmetric"
@@ -143,7 +147,7 @@ class SymmetricSpec(BaseModel):
     store: tuple[str, int]
 
 
-class SingleSpec(BaseModel):
+class SingleSpec(_Spec):
     """The parameters of a `SingleRankCommunicator`, which needs none."""
 
     kind: Literal["single"] = "single"

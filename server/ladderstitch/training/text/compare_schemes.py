@@ -14,8 +14,9 @@ from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ladderstitch.text.bundle import TextManifest, write_manifest
+from ladderstitch.text.bundle import TextManifest, write_manifest, write_tokenizer
 from ladderstitch.text.tokenizer import TextTokenizer
+from ladderstitch.text.tokenizer_files import TOKENIZER
 from ladderstitch.training.text.evaluate import read_tokens, split_windows
 from ladderstitch.training.text.scratch import (
     SchemeRun,
@@ -73,7 +74,7 @@ def _read_texts(comparison: SchemeComparison) -> tuple[Tensor, Tensor]:
 
     The tokenizer is trained on the training texts unless the folder has one.
     """
-    recipe, file = comparison.recipe, comparison.folder / "tokenizer.json"
+    recipe, file = comparison.recipe, comparison.folder / TOKENIZER
     if not file.exists():
         train_tokenizer(comparison.texts, recipe.config.vocab_size).save(str(file))
     tokenizer = TextTokenizer.load(file)
@@ -97,7 +98,7 @@ def _write_bundle(comparison: SchemeComparison, name: str, run: SchemeRun) -> No
     write_manifest(into, manifest)
     tensors = {n: t.detach().half().contiguous() for n, t in run.model.tensors.items()}
     save_file(tensors, into / "model.safetensors")
-    (into / "tokenizer.json").write_bytes((comparison.folder / "tokenizer.json").read_bytes())
+    write_tokenizer(into, comparison.folder / TOKENIZER, manifest)
 
 
 def plot_losses(rows: Sequence[dict[str, float]], names: Sequence[str], path: Path) -> None:

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from ladderstitch.errors import DataError
 from ladderstitch.text.bundle import (
-    SPECIAL_TOKEN_FILES,
     TextManifest,
     TextVariant,
     write_manifest,
+    write_tokenizer,
 )
 from ladderstitch.text.model.family import DecoderFamily
 from ladderstitch.text.model.family_weights import STITCHES, map_shapes
 from ladderstitch.text.model.residual import plan_layers
 from ladderstitch.text.model.weight_reader import SINGLE
+from ladderstitch.text.tokenizer_files import TOKENIZER, copy_special_token_files
 from ladderstitch.training.text.elastic_recipe import StitchSchedule
 from ladderstitch.training.text.evaluate import read_tokens, split_windows
 from ladderstitch.training.text.family_routes import Route, anchor_pairs, stitched_routes
@@ -77,11 +78,11 @@ def stitch_anchors(
         _train(family, windows, options, into / "work", progress)
     maps = {name: tensors[name].detach().contiguous() for name in shapes}
     into.mkdir(parents=True, exist_ok=True)
-    write_manifest(into, _manifest(anchors, options))
+    manifest, source = _manifest(anchors, options), anchors.largest.path
+    write_manifest(into, manifest)
     save_file(stored | maps, into / SINGLE)
-    for name in ("tokenizer.json", *SPECIAL_TOKEN_FILES):
-        if (file := anchors.largest.path / name).exists():
-            shutil.copyfile(file, into / name)
+    write_tokenizer(into, source / TOKENIZER, manifest)
+    copy_special_token_files(source, into)
     return {name.removeprefix(STITCHES): share for name, share in explained.items()}
 
 

@@ -18,11 +18,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ladderstitch.scheduling.profiles import Quality, QualityTable
-from ladderstitch.text.bundle import QUALITY, TextBundle, TextManifest, TextVariant, write_manifest
+from ladderstitch.text.bundle import (
+    QUALITY,
+    TextBundle,
+    TextManifest,
+    TextVariant,
+    write_manifest,
+    write_tokenizer,
+)
 from ladderstitch.text.model.family_weights import anchor_prefix, map_shapes
 from ladderstitch.text.model.residual import plan_layers
 from ladderstitch.text.model.weight_reader import SINGLE
 from ladderstitch.text.tokenizer import TextTokenizer
+from ladderstitch.text.tokenizer_files import TOKENIZER
 from ladderstitch.training.text.calibrate import add_switches
 from ladderstitch.training.text.elastic_recipe import ANCHOR_RUN, ElasticRecipe
 from ladderstitch.training.text.evaluate import CONFIDENCE, METRIC, read_tokens, split_windows
@@ -42,7 +50,6 @@ from ladderstitch.training.text.trainable_family import TrainableFamily
 
 LOGGED_WINDOWS = 16
 """Held-out windows of the figures in the log."""
-TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,10 +250,10 @@ def _write_bundle(
     held_out: HeldOut,
 ) -> None:
     """Write the bundle: manifest, weights, tokenizer and the quality of every path."""
-    into = training.into
-    write_manifest(into, _manifest(training))
+    into, manifest = training.into, _manifest(training)
+    write_manifest(into, manifest)
     save_file(dict(tensors), into / SINGLE)
-    (into / TOKENIZER).write_bytes((training.work / TOKENIZER).read_bytes())
+    write_tokenizer(into, training.work / TOKENIZER, manifest)
     table = QualityTable(
         metric=METRIC,
         data=training.held_out.name,

@@ -102,7 +102,7 @@ export class FrontierChart {
       },
       axes: [
         { ...axis, label: `${what}, ms (log scale)`, splits: () => oneTwoFive(low, high, this.box.clientWidth < 560), filter: (_, splits) => splits, values: (_, splits) => splits.map(tick), size: 30 },
-        { ...axis, label: metric, size: 46, show: true, values: (_, splits) => splits.map((v) => (measured ? String(v) : '')) },
+        { ...axis, label: metric, size: tickWidth, show: true, values: (_, splits) => splits.map((v) => (measured ? String(v) : '')) },
       ],
       series: [{}, { stroke: colour('frontier'), width: 2, paths: window.uPlot.paths.stepped({ align: 1 }), points: { show: false } }],
       hooks: { drawAxes: [() => this.drawBudget()], draw: [() => this.drawMarks()], setCursor: [() => this.showTip()] },
@@ -197,6 +197,9 @@ export class FrontierChart {
     this.tip.style.top = `${this.plot.over.offsetTop + nearest.y - this.tip.offsetHeight - 12}px`;
   }
 }
+
+/** Pixels that the labels of the ticks take, with their gap. */
+const tickWidth = (_, labels) => 14 + 7 * Math.max(2, ...(labels ?? []).map((text) => text.length));
 
 /** Marks on the canvas of a plot; sizes in CSS pixels. */
 class Pen {

@@ -100,8 +100,8 @@ class SmallChart {
   limits(low, high) {
     if (low === null || high === null) return this.range?.[1] ? this.range : [0, 1];
     if (this.range) return [this.range[0], this.range[1] ?? Math.max(4.2, high * 1.1)];
-    const margin = Math.max(0.5, 0.15 * (high - low));
-    return [low - margin, Math.min(100, high + margin)];
+    const margin = Math.max(0.25, 0.15 * (high - low)); // whole numbers, so that two ticks have room
+    return [Math.floor(low - margin), Math.min(100, Math.ceil(high + margin))];
   }
 
   options(lines) {
