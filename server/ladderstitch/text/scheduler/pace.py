@@ -73,7 +73,8 @@ class Pace:
 
         `token_s` is the shortest time of one token; the period is not shorter.
         """
-        return min(max(self.affordable_token_s(now), token_s), DEFAULT_TPOT_S)
+        affordable_s = self.affordable_token_s(now)
+        return DEFAULT_TPOT_S if math.isinf(affordable_s) else max(affordable_s, token_s)
 
     def _ahead_s(self, now: float) -> float | None:
         """Return the seconds that the answer is ahead of its budget per token; None without one."""

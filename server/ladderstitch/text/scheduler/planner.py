@@ -28,7 +28,6 @@ from ladderstitch.text.scheduler.decode_load import (
     SchedulerLoad,
     first_token_s,
 )
-from ladderstitch.text.scheduler.pace import DEFAULT_TPOT_S
 from ladderstitch.text.scheduler.sequence import Sequence
 from ladderstitch.text.scheduler.step_times import StepTimes
 
@@ -151,12 +150,11 @@ def choose_variant(
     decoding, spent_s = DecodeLoad(load, times), now - request.arrival
     for variant in reversed(variants):
         period_s = _token_period_s(request, shared[variant], now)
-        share = decoding.share_with(
-            variant,
-            max(times.shortest_token_s, min(period_s, DEFAULT_TPOT_S)),
-        )
+        share = 0.0
+        if not math.isinf(period_s):
+            share = decoding.share_with(variant, max(times.shortest_token_s, period_s))
         is_first_met = spent_s + shared[variant] <= request.budget.first_token_s
-        if is_first_met and (math.isinf(period_s) or share <= MAX_SHARE):
+        if is_first_met and share <= MAX_SHARE:
             return variant
     return variants[0]
 
