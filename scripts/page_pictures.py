@@ -28,9 +28,8 @@ IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 SECONDS, PAUSE_MS = 75.0, 250.0
-BUDGETS_MS = (0.9, 1.2, 1.5, 1.8, 2.2, 2.6, 3.0, 4.0, 6.0)
-SHOWN_MS = 3.0
-"""The budget in the pictures."""
+PLACES, SHOWN = range(220, 401, 20), 310
+"""Places of the slider, 0 to 400, whose equal steps are equal ratios; and that of the pictures."""
 LIMIT_MS = 60_000.0
 SCREENS: dict[str, dict[str, Any]] = {
     "page.png": {"viewport": {"width": 1280, "height": 1050}},
@@ -39,31 +38,17 @@ SCREENS: dict[str, dict[str, Any]] = {
 """The sizes of the pictures, in the pixels of a style sheet; that of the phone ends with a card."""
 
 
-def move_to(page: Page, budget_ms: float) -> None:
-    """Move the slider by keyboard to the smallest budget that is not below this one."""
-    slider = page.locator("#budget")
-    slider.focus()
-    shown = page.locator("#budget-value")
-
-    def current() -> float:
-        return float(shown.inner_text().removesuffix(" ms"))
-
-    key = "ArrowRight" if current() < budget_ms else "ArrowLeft"
-    while (current() < budget_ms) == (key == "ArrowRight") and current() != budget_ms:
-        page.keyboard.press(key)
-
-
 def move_for(page: Page, seconds: float) -> None:
-    """Move the slider over the budgets, with another image at each of them."""
+    """Move the slider over the places, with another image at each of them."""
     end = time.monotonic() + seconds
-    examples = page.locator("input[name=image]")
-    for number, budget_ms in enumerate(itertools.cycle(BUDGETS_MS)):
+    examples, slider = page.locator("input[name=image]"), page.locator("#budget")
+    for number, place in enumerate(itertools.cycle(PLACES)):
         examples.nth(number % examples.count()).check(force=True)
-        move_to(page, budget_ms)
+        slider.fill(str(place))
         page.wait_for_timeout(PAUSE_MS)
         if time.monotonic() > end:
             break
-    move_to(page, SHOWN_MS)
+    slider.fill(str(SHOWN))
 
 
 @contextlib.contextmanager
