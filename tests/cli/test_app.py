@@ -76,6 +76,12 @@ def test_help_of_clients_imports_neither_numpy_nor_grpc() -> None:
     assert imported.isdisjoint({*HEAVY, "numpy", "grpc"})
 
 
+def test_help_of_serve_imports_neither_yaml_nor_asyncio() -> None:
+    imported = imported_for(["serve", "--help"])
+    assert "pydantic" in imported  # its options are the fields of a model
+    assert imported.isdisjoint({"yaml", "asyncio", "numpy", "grpc"})
+
+
 def test_commands_that_call_a_server_import_no_torch() -> None:
     address = ["--address", "127.0.0.1:9"]  # where no server is
     imported = imported_for(
