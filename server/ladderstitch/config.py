@@ -19,7 +19,7 @@ from ladderstitch.security.listen_config import (
     MAX_IMAGE_PIXELS,
     ListenConfig,
 )
-from ladderstitch.text.comm.base import CommChoice
+from ladderstitch.text.comm import CommChoice
 
 DEFAULT_HTTP_PORT = 8081
 """The HTTP port that `serve` opens unless it is given ports or an address."""

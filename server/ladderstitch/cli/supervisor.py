@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import os
@@ -156,6 +155,8 @@ def _become_server(numbers: list[signal.Signals], beats: int) -> Callable[[], No
     os.setpgid(0, 0)  # Ctrl-C reaches the supervisor, which passes it on
     supervisor = os.getppid()
     if sys.platform == "linux":
+        import ctypes  # here: the help page needs none
+
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     for number in numbers:
         signal.signal(number, signal.SIG_DFL)

@@ -105,11 +105,6 @@ class SingleRankCommunicator:
         """Do nothing: there are no resources."""
 
 
-CommKind = Literal["shared_memory", "tcp", "nccl", "symmetric"]
-CommChoice = Literal["auto", CommKind]
-"""The values of the option `link`."""
-
-
 class _Spec(BaseModel):
     model_config = ConfigDict(defer_build=True)  # the help page checks none
 

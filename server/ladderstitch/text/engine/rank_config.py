@@ -15,9 +15,8 @@ from ladderstitch.errors import ConfigError
 from ladderstitch.runtime.device import DTYPES
 from ladderstitch.runtime.low_bit import LowBitPrecision
 from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.comm import CommChoice, CommKind
 from ladderstitch.text.comm.base import (
-    CommChoice,
-    CommKind,
     CommSpec,
     NcclSpec,
     SharedMemorySpec,
