@@ -149,7 +149,8 @@ def decisions(
     rows = [
         row
         for one in map(_find_family, family)
-        for policy in ("adaptive", "slackfit")
+        for policy in ("adaptive", decision_times.CASCADES, "slackfit")
+        if one.cascades.cascades or policy != decision_times.CASCADES
         for row in decision_times.measure(one, policy, calls, seed)
     ]
     table = Table("family", "policy", "queue", "p50", "p99")

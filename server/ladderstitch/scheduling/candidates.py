@@ -64,6 +64,15 @@ class CandidateFilter:
             return variant == self.pinned
         return self.quality[variant] >= max(self.floor, request.min_quality)
 
+    def free_quality(self, variant: int) -> float:
+        """Return the highest `min_quality` of requests, naming no variant, that it may answer.
+
+        The result is negative if it answers none of them, or if that depends on more than their
+        `min_quality`, for which `allows` exists.
+        """
+        quality = self.quality[variant]
+        return -1.0 if self.pinned is not None or quality < self.floor else quality
+
     def for_request(self, request: Request) -> tuple[int, ...]:
         """Return the variants that may answer `request`, fastest first; at least one."""
         if request.variant is not None:

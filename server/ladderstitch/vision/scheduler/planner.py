@@ -80,7 +80,7 @@ class Planner:
         self.candidates = CandidateFilter.from_settings(
             self.quality, self.latency.profile, settings
         )
-        self._chooser = CascadeChooser(self.cascades, self.candidates, settings.overhead_s)
+        self.chooser = CascadeChooser(self.cascades, self.candidates, settings.overhead_s)
         hulls = QualityHulls.from_profile(
             self.candidates.frontier, self.quality, self.latency.view.profiled
         )
@@ -155,6 +155,7 @@ class Planner:
     def add(self, request: Request) -> None:
         """Queue an admitted request, and learn from its arrival."""
         self.queue.add(request)
+        self.chooser.prepare(request)
         has_new_forecast = self._arrivals.add(request)
         if has_new_forecast and isinstance(self.policy, Adaptive | ModelSwitching):
             self.policy = replace(self.policy, forecast=self._arrivals.forecast)
@@ -204,7 +205,7 @@ class Planner:
         if isinstance(choice, Decision):
             for request in choice.requests:
                 self.queue.remove(request)
-            chosen = self._chooser.choose(choice, self.queue.view, view, now)
+            chosen = self.chooser.choose(choice, self.queue.view, view, now)
             for request in choice.requests if len(chosen.requests) < len(choice.requests) else ():
                 if request not in chosen.requests:
                     self.queue.add(request)

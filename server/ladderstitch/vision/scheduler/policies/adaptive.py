@@ -6,7 +6,7 @@ quality of all remaining requests.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,9 +45,12 @@ BatchChoice = tuple[float, int, int, int]
 """Value, queue index of the first request, variant and batch size of a batch."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DecisionContext:
-    """The quantities that all choices of one decision share."""
+    """The quantities that all choices of one decision share; nothing changes them.
+
+    It is not frozen, because creating a frozen one takes three times as long.
+    """
 
     start: float
     """Instant at which the batch starts."""
@@ -185,20 +188,31 @@ class Adaptive:
         end = first + latency.max_batch_size + 2
         near = prefix[first:end] if end <= len(prefix) else list(queue[first:end])
         head = near[0]
-        candidates = self.candidates.for_request(head)
-        slack_s = slack(near, self.candidates, latency, context.start, 0.0)
-        left_s = [request.deadlines.soft - context.start for request in near] + [BUDGET_CAP_S]
-        best = (float("-inf"), first, candidates[0], head.num_images)
+        least, candidates = head.num_images, self.candidates.for_request(head)
+        start = context.start
+        left_s = [request.deadlines.soft - start for request in near]
+        slack_s = left_s[0]
+        if min(left_s) < slack_s:  # priorities have put requests with earlier deadlines behind
+            slack_s = slack(near, self.candidates, latency, start, 0.0)
+        left_s.append(BUDGET_CAP_S)
+        best = (float("-inf"), first, candidates[0], least)
         declines = between = 0
+        near_images = round(len(near) * context.images)
+        profile_slack_s = latency.to_profile_seconds(slack_s)
         whole = True  # a slower variant is not better with a larger part of what fits
         for variant in candidates:
             if variant not in self.hulls.efficient and variant != candidates[0]:
                 continue
-            fits = latency.largest_fit(variant, slack_s)
-            if fits < head.num_images:
+            # What fits, as `largest_fit` says; the next lines run for each variant.
+            fits = bisect_right(latency.profiled[variant], profile_slack_s, lo=1) - 1
+            if fits < least:
                 break  # the latency of candidates rises
-            most = max(head.num_images, min(fits, round(len(near) * context.images)))
-            half = max(head.num_images, (most + 1) // 2)
+            most = fits if fits < near_images else near_images
+            if most < least:
+                most = least
+            half = (most + 1) // 2
+            if half < least:
+                half = least
             declines += 1
             for batch_size in (half, most) if whole and half < most else (half,):
                 value = self._value(left_s, first, variant, batch_size, latency, context)
@@ -208,7 +222,7 @@ class Adaptive:
             whole = whole and best[3] == most
             if declines == (1 if context.overloaded else MAX_CONSECUTIVE_DECLINES):
                 break
-        if between > head.num_images:
+        if between > least:
             value = self._value(left_s, first, best[2], between, latency, context)
             if value > best[0]:
                 best = (value, first, best[2], between)
@@ -228,14 +242,13 @@ class Adaptive:
         `left_s` holds the seconds left to the requests from index `first` of the queue on, and one
         more value for the end of the queue.
         """
-        candidates, forecast = self.candidates, self.forecast
-        images = context.images
-        requests = max(1, round(batch_size / images))
+        quality, forecast, images = self.candidates.quality, self.forecast, context.images
+        requests = round(batch_size / images) or 1
         profiled_s = latency.profiled[variant][batch_size]
         busy_s = profiled_s * context.planned_scale + latency.dispatch_overhead_s
-        arrived = min(
-            latency.max_batch_size, 1 + int(ARRIVALS_SHARING_A_BATCH * forecast.rate * busy_s)
-        )
+        arrived = 1 + int(ARRIVALS_SHARING_A_BATCH * forecast.rate * busy_s)
+        if arrived > latency.max_batch_size:
+            arrived = latency.max_batch_size
         late = forecast.expected_late(
             busy_s, context.fastest_s[arrived] * context.planned_scale + self.overhead_s
         )
@@ -251,8 +264,8 @@ class Adaptive:
             )
         done = batch_size + images * (first - context.num_late)
         others = context.demand.quality_after(context.hull, busy_s, done, context.capacity)
-        earned = (candidates.quality[variant] + TIE_EPSILON) * on_time
-        return earned - candidates.quality[candidates.frontier[0]] * late + others
+        earned = (quality[variant] + TIE_EPSILON) * on_time
+        return earned - quality[self.candidates.frontier[0]] * late + others
 
     def _late_value(
         self, queue: Sequence[Request], latency: LatencyView, context: DecisionContext

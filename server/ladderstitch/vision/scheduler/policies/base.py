@@ -69,9 +69,13 @@ def fill_batch(
     """
     head = queue[0]
     chosen, left = [head], batch_size - head.num_images
+    reached = candidates.free_quality(variant)
     for request in queue[1 : SCAN_FACTOR * batch_size] if left > 0 else ():
         size = request.num_images
-        if size <= left and candidates.allows(request, variant):
+        if size <= left and (
+            (request.variant is None and request.min_quality <= reached)
+            or candidates.allows(request, variant)
+        ):
             chosen.append(request)
             left -= size
             if not left:

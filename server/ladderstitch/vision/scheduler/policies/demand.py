@@ -80,9 +80,7 @@ class Demand:
             count *= 4
         samples.append((last_s, images * waiting))
         margin_s = DEADLINE_MARGIN * tight_s
-        min_s = min(
-            (due_s - margin_s) / count for due_s, count in samples[min(2, len(samples) - 1) :]
-        )
+        min_s = min([(due_s - margin_s) / n for due_s, n in samples[2:] or samples[-1:]])
         if last_s < FORECAST_HORIZON * mean_s:
             samples.append((FORECAST_HORIZON * mean_s, images * waiting))
         points = [
@@ -101,6 +99,7 @@ class Demand:
         """
         value = at_s = at_count = 0.0
         points, num_points, k = self.points, len(self.points), 0
+        share, overhead_s, scale = capacity.share, capacity.overhead_s, capacity.scale
         while k < num_points:
             least, best = float("inf"), -1
             for i in range(k, num_points):
@@ -115,10 +114,16 @@ class Demand:
             due_s, count = points[best]
             count -= done
             if least > 0:
-                compute_s = capacity.compute_s(least)
+                # The profiled seconds of compute in the engine's seconds for one image; negative if
+                # they do not suffice for the overhead. Calls would double the time of this method.
+                shared_s, left_s = least * share, least - overhead_s
+                compute_s = (shared_s if shared_s < left_s else left_s) * scale
                 if compute_s > 0:
-                    value += (count - at_count) * hull.quality(compute_s)
-            at_count, at_s, k = count, max(at_s, due_s - busy_s), best + 1
+                    place = bisect_right(hull.costs_s, compute_s)
+                    quality = hull.bases[place] + hull.slopes[place] * compute_s
+                    value += (count - at_count) * quality
+            due_s -= busy_s
+            at_count, at_s, k = count, at_s if at_s > due_s else due_s, best + 1
         return value
 
 
@@ -133,16 +138,8 @@ class Capacity:
     overhead_s: float
     """Least overhead per image: that of the largest batch."""
 
-    def compute_s(self, seconds: float) -> float:
-        """Return the profiled seconds of compute in the engine's seconds for one image.
-
-        It is negative if they do not suffice for the overhead.
-        """
-        shared_s, left_s = seconds * self.share, seconds - self.overhead_s
-        return (shared_s if shared_s < left_s else left_s) * self.scale
-
     def engine_s(self, profiled_s: float) -> float:
-        """Return the engine's seconds for one image of this compute; inverse of `compute_s`."""
+        """Return the engine's seconds for one image of this compute."""
         compute_s = profiled_s / self.scale
         return max(compute_s / self.share, compute_s + self.overhead_s)
 
@@ -190,12 +187,13 @@ class ArrivalForecast:
         then needs `fastest_s`: it is late if t < busy_s + fastest_s - b. Requests with b <
         fastest_s are late whatever the engine does, and do not count.
         """
-        reach = busy_s + fastest_s
-        if not self.budgets_s or reach <= self.budgets_s[0]:
+        reach, budgets_s = busy_s + fastest_s, self.budgets_s
+        if not budgets_s or reach <= budgets_s[0]:
             return 0.0
-        first, last = bisect_left(self.budgets_s, fastest_s), bisect_left(self.budgets_s, reach)
+        first = 0 if fastest_s <= budgets_s[0] else bisect_left(budgets_s, fastest_s)
+        last = len(budgets_s) if reach > budgets_s[-1] else bisect_left(budgets_s, reach)
         periods = (last - first) * reach - (self.sums_s[last] - self.sums_s[first])
-        return self.rate * periods / len(self.budgets_s)
+        return self.rate * periods / len(budgets_s)
 
 
 class Arrivals:
