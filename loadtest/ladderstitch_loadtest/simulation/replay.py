@@ -18,7 +18,7 @@ from ladderstitch.scheduling.requests import Request
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.vision.scheduler.planner import Planner
 from ladderstitch.vision.scheduler.policies.base import Decision
-from ladderstitch.vision.scheduler.policies.demand import BUDGET_CAP_S
+from ladderstitch.vision.scheduler.policies.forecast import BUDGET_CAP_S
 from ladderstitch.vision.scheduler.recorder import RECORD_FORMAT, request_from_fields
 from ladderstitch_loadtest.load.traces import BudgetClass, Trace
 from ladderstitch_loadtest.simulation.agreement import fit_machine

@@ -27,7 +27,8 @@ from ladderstitch.vision.scheduler.policies import make_policy
 from ladderstitch.vision.scheduler.policies.adaptive import Adaptive
 from ladderstitch.vision.scheduler.policies.base import Decision, Defer
 from ladderstitch.vision.scheduler.policies.baselines import ModelSwitching
-from ladderstitch.vision.scheduler.policies.demand import Arrivals, QualityHulls
+from ladderstitch.vision.scheduler.policies.demand import QualityHulls
+from ladderstitch.vision.scheduler.policies.forecast import Arrivals
 from ladderstitch.vision.scheduler.queue import DeadlineQueue
 from ladderstitch.vision.scheduler.recorder import PlannerRecorder
 
@@ -156,8 +157,8 @@ class Planner:
         """Queue an admitted request, and learn from its arrival."""
         self.queue.add(request)
         self.chooser.prepare(request)
-        has_new_forecast = self._arrivals.add(request)
-        if has_new_forecast and isinstance(self.policy, Adaptive | ModelSwitching):
+        self._arrivals.add(request)
+        if isinstance(self.policy, Adaptive | ModelSwitching):
             self.policy = replace(self.policy, forecast=self._arrivals.forecast)
         if self._recorder is not None:
             self._recorder.on_added(request)

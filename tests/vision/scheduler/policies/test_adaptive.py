@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ladderstitch.scheduling.requests import Request
 from ladderstitch.vision.scheduler.policies.adaptive import Adaptive
-from ladderstitch.vision.scheduler.policies.demand import (
+from ladderstitch.vision.scheduler.policies.forecast import (
     ARRIVAL_WINDOW,
     ArrivalForecast,
     Arrivals,
@@ -30,10 +30,10 @@ def decide(requests: list[Request], forecast: ArrivalForecast = NO_FORECAST) -> 
 
 
 def forecast_of(budgets_s: list[float], rate: float) -> ArrivalForecast:
-    """Return the forecast after regular arrivals with these budgets in turn."""
+    """Return the forecast at `NOW` after regular arrivals with these budgets in turn."""
     arrivals = Arrivals()
     for i in range(ARRIVAL_WINDOW):
-        at = i / rate
+        at = NOW - (ARRIVAL_WINDOW - i) / rate
         arrivals.add(make_request(at + budgets_s[i % len(budgets_s)], arrival=at))
     return arrivals.forecast
 
@@ -152,6 +152,27 @@ def test_forecast_follows_the_rate_of_recent_arrivals() -> None:
             arrivals.add(make_request(now + 0.01, arrival=now))
         assert arrivals.forecast.rate == pytest.approx(rate, rel=0.25)
         assert len(arrivals.forecast.budgets_s) == ARRIVAL_WINDOW
+
+
+def test_forecast_falls_with_the_silence_since_the_last_arrival() -> None:
+    """Gaps are 10 ms and the traffic is 2.56 s old."""
+    forecast = forecast_of([0.01], rate=100.0)
+    rates = [forecast.at(NOW + silence_s).rate for silence_s in (-0.01, 0.0, 0.05, 0.5, 5.0)]
+    assert rates[0] == pytest.approx(100.0)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[1] > 99
+    assert rates[2] > 50
+    assert rates[3] < 5
+
+
+def test_forecast_expects_traffic_to_last_as_long_again() -> None:
+    """After 20 ms of traffic, no more arrivals are expected in 100 ms than in 20 ms."""
+    arrivals = Arrivals()
+    for i in range(21):
+        arrivals.add(make_request(NOW + 0.001 * i, arrival=NOW + 0.001 * i))
+    forecast = arrivals.forecast.at(NOW + 0.02)
+    late = [forecast.expected_late(busy_s, 0.0) for busy_s in (0.01, 0.02, 0.1)]
+    assert late == pytest.approx([10, 20, 20], rel=0.1)
 
 
 def test_waiting_requests_precede_forecast_arrivals() -> None:

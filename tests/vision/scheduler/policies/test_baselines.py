@@ -16,7 +16,7 @@ from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.vision.scheduler.policies import make_policy
 from ladderstitch.vision.scheduler.policies.base import Decision, Policy
 from ladderstitch.vision.scheduler.policies.baselines import slackfit_buckets
-from ladderstitch.vision.scheduler.policies.demand import ArrivalForecast
+from ladderstitch.vision.scheduler.policies.forecast import ArrivalForecast
 from ladderstitch.vision.scheduler.queue import DeadlineQueue
 from tests.support.image_scheduling import (
     QUALITY,

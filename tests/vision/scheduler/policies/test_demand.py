@@ -9,12 +9,12 @@ from scipy.optimize import linprog
 from ladderstitch.vision.scheduler.policies.demand import (
     CAPACITY_SCENARIOS,
     DEADLINE_MARGIN,
-    ArrivalForecast,
     Capacity,
     Demand,
     QualityHull,
     QualityHulls,
 )
+from ladderstitch.vision.scheduler.policies.forecast import ArrivalForecast
 from tests.support.image_scheduling import (
     QUALITY,
     make_candidates,

@@ -13,7 +13,8 @@ from ladderstitch.vision.scheduler.policies.baselines import (
     ModelSwitching,
     SlackFit,
 )
-from ladderstitch.vision.scheduler.policies.demand import ArrivalForecast, QualityHulls
+from ladderstitch.vision.scheduler.policies.demand import QualityHulls
+from ladderstitch.vision.scheduler.policies.forecast import ArrivalForecast
 
 
 def make_policy(

@@ -15,13 +15,12 @@ from ladderstitch.scheduling.latency_model import LatencyView
 from ladderstitch.scheduling.requests import Request
 from ladderstitch.vision.scheduler.policies.base import Decision, fill_batch, late_batch, slack
 from ladderstitch.vision.scheduler.policies.demand import (
-    BUDGET_CAP_S,
-    ArrivalForecast,
     Capacity,
     Demand,
     QualityHull,
     QualityHulls,
 )
+from ladderstitch.vision.scheduler.policies.forecast import BUDGET_CAP_S, ArrivalForecast
 
 MAX_BATCH_SHARE_OF_BUDGET = 0.5
 """Longest batch the capacity model assumes, as a fraction of the tight-budget quantile.
@@ -56,6 +55,7 @@ class DecisionContext:
     """Instant at which the batch starts."""
     num_late: int
     """Requests at the head of the queue that miss their soft deadline on every variant."""
+    forecast: ArrivalForecast
     demand: Demand
     hull: QualityHull
     capacity: Capacity
@@ -138,7 +138,8 @@ class Adaptive:
         latency: LatencyView,
         start: float,
     ) -> DecisionContext:
-        demand = Demand.from_queue(queue, prefix, num_late, self.forecast, start)
+        forecast = self.forecast.at(start)
+        demand = Demand.from_queue(queue, prefix, num_late, forecast, start)
         longest_s = MAX_BATCH_SHARE_OF_BUDGET * demand.tight_budget_s
         hull = self.hulls.for_longest(latency.to_profile_seconds(longest_s))
         most, overhead_s = latency.max_batch_size, latency.dispatch_overhead_s
@@ -152,6 +153,7 @@ class Adaptive:
         return DecisionContext(
             start=start,
             num_late=num_late,
+            forecast=forecast,
             demand=demand,
             hull=hull,
             capacity=capacity,
@@ -242,7 +244,7 @@ class Adaptive:
         `left_s` holds the seconds left to the requests from index `first` of the queue on, and one
         more value for the end of the queue.
         """
-        quality, forecast, images = self.candidates.quality, self.forecast, context.images
+        quality, forecast, images = self.candidates.quality, context.forecast, context.images
         requests = round(batch_size / images) or 1
         profiled_s = latency.profiled[variant][batch_size]
         busy_s = profiled_s * context.planned_scale + latency.dispatch_overhead_s
@@ -253,9 +255,12 @@ class Adaptive:
             busy_s, context.fastest_s[arrived] * context.planned_scale + self.overhead_s
         )
         if first == context.num_late and requests + 1 < len(left_s):
-            # The next two requests in the queue may become late, too.
+            # The next two requests in the queue may become late, too: each alone, or together.
             after_s, then_s = left_s[requests] - busy_s, left_s[requests + 1] - busy_s
-            late += images * (after_s < context.one_s or then_s < context.two_s)
+            one_s, two_s = context.one_s, context.two_s
+            late += images * (
+                after_s < one_s or then_s < two_s or (after_s < two_s and then_s < 2 * one_s)
+            )
         on_time: float = batch_size
         if latency.residuals[-1] * latency.slowdown * profiled_s > left_s[0]:
             on_time -= images * sum(
@@ -276,7 +281,7 @@ class Adaptive:
         busy_s = latency.seconds(fastest, batch_size) + latency.dispatch_overhead_s
         quality = self.candidates.quality[fastest]
         lateness = max(0.0, context.start - queue[0].deadlines.soft) / LATE_VALUE_HORIZON_S
-        late = self.forecast.expected_late(busy_s, context.one_s + self.overhead_s)
+        late = context.forecast.expected_late(busy_s, context.one_s + self.overhead_s)
         next_soft = queue[context.num_late].deadlines.soft
         if next_soft - context.start - busy_s < latency.seconds(fastest, 1):
             late += context.images

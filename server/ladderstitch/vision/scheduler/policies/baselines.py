@@ -10,7 +10,7 @@ from ladderstitch.scheduling.candidates import CandidateFilter
 from ladderstitch.scheduling.latency_model import LatencyView
 from ladderstitch.scheduling.requests import Request
 from ladderstitch.vision.scheduler.policies.base import Decision, fill_batch, late_batch, slack
-from ladderstitch.vision.scheduler.policies.demand import ArrivalForecast
+from ladderstitch.vision.scheduler.policies.forecast import ArrivalForecast
 
 MAX_UTILISATION = 0.8
 """Share of a variant's capacity that `ModelSwitching` uses at most."""

@@ -5,13 +5,13 @@ Demand counts images, and takes every waiting request to have as many as recent 
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections import deque
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 from ladderstitch.scheduling.requests import Request
+from ladderstitch.vision.scheduler.policies.forecast import BUDGET_CAP_S, ArrivalForecast
 
 FORECAST_HORIZON = 2.0
 """How far ahead arrivals are forecast, in mean budgets."""
@@ -21,16 +21,6 @@ TIGHT_BUDGET_QUANTILE = 0.05
 """Share of requests whose budgets are below the tight budget, around which batches are planned."""
 MIN_BUDGET_S = 1e-6
 """Shortest tight budget."""
-BUDGET_CAP_S = 60.0
-"""Seconds above which all budgets are equal; a request without a budget has this one, too."""
-ARRIVAL_WINDOW = 256
-"""Recent requests that the forecast is based on."""
-REFRESH_INTERVAL = 16
-"""Most requests between two forecasts, because sorting 256 budgets costs some 15 us.
-
-At first the interval is a quarter of the requests that are known, which is worth 0.5 points of
-effective quality on traces of 80 requests.
-"""
 CAPACITY_SCENARIOS = ((0.7, 0.02), (0.8, 0.05), (0.9, 0.23), (1.0, 0.4), (1.1, 0.3))
 """Actual over expected capacity when requests arrive in bursts, each with its probability."""
 NUM_HULLS = 24
@@ -158,70 +148,6 @@ def _lower_hull(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, flo
             hull.pop()
         hull.append((due_s, count))
     return tuple(hull)
-
-
-@dataclass(frozen=True, slots=True)
-class ArrivalForecast:
-    """The rate of recent images in 1/s, and the budgets of their requests."""
-
-    rate: float = 0.0
-    budgets_s: tuple[float, ...] = ()
-    """Budgets of recent requests in ascending order."""
-    sums_s: tuple[float, ...] = (0.0,)
-    """Running sums of the budgets, starting with 0."""
-    images_per_request: float = 1.0
-
-    @property
-    def mean_budget_s(self) -> float:
-        """The mean of the recent budgets; 0 if there are none."""
-        return self.sums_s[-1] / len(self.budgets_s) if self.budgets_s else 0.0
-
-    def budget_quantile_s(self, share: float) -> float:
-        """Return the budget below which this share of the requests is; 0 if there are none."""
-        return self.budgets_s[int(share * len(self.budgets_s))] if self.budgets_s else 0.0
-
-    def expected_late(self, busy_s: float, fastest_s: float) -> float:
-        """Return the expected number of new images that a busy period of the engine makes late.
-
-        A new request with budget b that arrives t seconds into the period waits `busy_s - t` and
-        then needs `fastest_s`: it is late if t < busy_s + fastest_s - b. Requests with b <
-        fastest_s are late whatever the engine does, and do not count.
-        """
-        reach, budgets_s = busy_s + fastest_s, self.budgets_s
-        if not budgets_s or reach <= budgets_s[0]:
-            return 0.0
-        first = 0 if fastest_s <= budgets_s[0] else bisect_left(budgets_s, fastest_s)
-        last = len(budgets_s) if reach > budgets_s[-1] else bisect_left(budgets_s, reach)
-        periods = (last - first) * reach - (self.sums_s[last] - self.sums_s[first])
-        return self.rate * periods / len(budgets_s)
-
-
-class Arrivals:
-    """The most recent requests and the forecast from them; each refresh replaces `forecast`."""
-
-    def __init__(self) -> None:
-        self._times: deque[float] = deque(maxlen=ARRIVAL_WINDOW)
-        self._budgets: deque[float] = deque(maxlen=ARRIVAL_WINDOW)
-        self._images: deque[int] = deque(maxlen=ARRIVAL_WINDOW)
-        self._since_refresh = 0
-        self.forecast = ArrivalForecast()
-
-    def add(self, request: Request) -> bool:
-        """Add a request; return whether the forecast was replaced."""
-        self._times.append(request.arrival)
-        self._budgets.append(min(request.deadlines.soft - request.arrival, BUDGET_CAP_S))
-        self._images.append(request.num_images)
-        self._since_refresh += 1
-        if self._since_refresh < min(REFRESH_INTERVAL, max(2, len(self._times) // 4)):
-            return False
-        self._since_refresh = 0
-        span = self._times[-1] - self._times[0]
-        budgets = tuple(sorted(self._budgets))
-        images = sum(self._images) / len(self._images)
-        rate = images * (len(self._times) - 1) / span if span > 0 else 0.0
-        sums = tuple(accumulate(budgets, initial=0.0))
-        self.forecast = ArrivalForecast(rate, budgets, sums, images)
-        return True
 
 
 @dataclass(frozen=True, slots=True)
