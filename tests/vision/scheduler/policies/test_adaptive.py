@@ -165,16 +165,6 @@ def test_forecast_falls_with_the_silence_since_the_last_arrival() -> None:
     assert rates[3] < 5
 
 
-def test_forecast_expects_traffic_to_last_as_long_again() -> None:
-    """After 20 ms of traffic, no more arrivals are expected in 100 ms than in 20 ms."""
-    arrivals = Arrivals()
-    for i in range(21):
-        arrivals.add(make_request(NOW + 0.001 * i, arrival=NOW + 0.001 * i))
-    forecast = arrivals.forecast.at(NOW + 0.02)
-    late = [forecast.expected_late(busy_s, 0.0) for busy_s in (0.01, 0.02, 0.1)]
-    assert late == pytest.approx([10, 20, 20], rel=0.1)
-
-
 def test_waiting_requests_precede_forecast_arrivals() -> None:
     """More arrivals are forecast than can be served, but all waiting requests can be on time."""
     forecast = forecast_of([0.004, 0.1], rate=10_000.0)

@@ -1,4 +1,4 @@
-"""The forecast of arrivals: their rate, their budgets, and how long this traffic will last."""
+"""The forecast of arrivals: their rate, their budgets, and whether this traffic has stopped."""
 
 from __future__ import annotations
 
@@ -42,11 +42,9 @@ class ArrivalForecast:
     """Instant of the first arrival of all."""
     last: float = inf
     """Instant of the last one."""
-    age_s: float = inf
-    """Seconds for which the traffic has lasted; it is expected to last as long again."""
 
     def at(self, now: float) -> ArrivalForecast:
-        """Return the forecast at `now`, when the traffic has an age and may have stopped.
+        """Return the forecast at `now`, when the traffic may have stopped.
 
         The probability that it has not follows from the silence since the last arrival: from the
         share of recent gaps that were longer, and from the odds that traffic of this age stops
@@ -54,13 +52,14 @@ class ArrivalForecast:
         """
         if not self.gaps_s:
             return self
-        age_s, silence_s = now - self.first + AGE_AT_START * self.mean_budget_s, now - self.last
-        rate = self.rate
-        if silence_s > 0:
-            longer = len(self.gaps_s) - bisect_right(self.gaps_s, silence_s)
-            share = (1 + longer) / (1 + len(self.gaps_s))
-            rate *= share / (share + STOP_ODDS * (silence_s / age_s) ** 2)
-        return replace(self, rate=rate, age_s=age_s)
+        silence_s = now - self.last
+        if silence_s <= self.gaps_s[0]:
+            return self
+        age_s = now - self.first + AGE_AT_START * self.mean_budget_s
+        longer = len(self.gaps_s) - bisect_right(self.gaps_s, silence_s)
+        share = (1 + longer) / (1 + len(self.gaps_s))
+        stopped = STOP_ODDS * (silence_s / age_s) ** 2
+        return replace(self, rate=self.rate * share / (share + stopped))
 
     @property
     def mean_budget_s(self) -> float:
@@ -76,8 +75,7 @@ class ArrivalForecast:
 
         A new request with budget b that arrives t seconds into the period waits `busy_s - t` and
         then needs `fastest_s`: it is late if t < busy_s + fastest_s - b. Requests with b <
-        fastest_s are late whatever the engine does, and do not count. Traffic is expected to last
-        as long again as it has lasted.
+        fastest_s are late whatever the engine does, and do not count.
         """
         reach, budgets_s = busy_s + fastest_s, self.budgets_s
         if not budgets_s or reach <= budgets_s[0]:
@@ -85,8 +83,7 @@ class ArrivalForecast:
         first = 0 if fastest_s <= budgets_s[0] else bisect_left(budgets_s, fastest_s)
         last = len(budgets_s) if reach > budgets_s[-1] else bisect_left(budgets_s, reach)
         periods = (last - first) * reach - (self.sums_s[last] - self.sums_s[first])
-        late = self.rate * periods / len(budgets_s)
-        return late if busy_s <= self.age_s else late * self.age_s / busy_s
+        return self.rate * periods / len(budgets_s)
 
 
 class Arrivals:
