@@ -32,10 +32,17 @@ from ladderstitch_loadtest.faults.stops_cli import stops
 from ladderstitch_loadtest.load.cli import run
 from ladderstitch_loadtest.load.stream_cli import stream
 from ladderstitch_loadtest.simulation import cli as simulation
+from ladderstitch_loadtest.simulation.blocks_cli import blocks
 
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Load": (run, stream),
-    "Simulation": (simulation.compare, simulation.agree, simulation.decisions, simulation.replay),
+    "Simulation": (
+        simulation.compare,
+        blocks,
+        simulation.agree,
+        simulation.decisions,
+        simulation.replay,
+    ),
     "Benchmarks": (
         benchmarks.overhead,
         peers,

@@ -9,6 +9,7 @@ from ladderstitch_loadtest.cli import PANELS, app
 
 NAMES = [
     "agree",
+    "blocks",
     "breakdown",
     "burst",
     "cascade",

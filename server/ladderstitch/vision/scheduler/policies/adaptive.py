@@ -14,12 +14,8 @@ from ladderstitch.scheduling.candidates import CandidateFilter
 from ladderstitch.scheduling.latency_model import LatencyView
 from ladderstitch.scheduling.requests import Request
 from ladderstitch.vision.scheduler.policies.base import Decision, fill_batch, late_batch, slack
-from ladderstitch.vision.scheduler.policies.demand import (
-    Capacity,
-    Demand,
-    QualityHull,
-    QualityHulls,
-)
+from ladderstitch.vision.scheduler.policies.decision_context import DecisionContext
+from ladderstitch.vision.scheduler.policies.demand import Capacity, Demand, QualityHulls
 from ladderstitch.vision.scheduler.policies.forecast import BUDGET_CAP_S, ArrivalForecast
 
 MAX_BATCH_SHARE_OF_BUDGET = 0.5
@@ -42,36 +38,6 @@ TIE_EPSILON = 1e-6
 
 BatchChoice = tuple[float, int, int, int]
 """Value, queue index of the first request, variant and batch size of a batch."""
-
-
-@dataclass(slots=True)
-class DecisionContext:
-    """The quantities that all choices of one decision share; nothing changes them.
-
-    It is not frozen, because creating a frozen one takes three times as long.
-    """
-
-    start: float
-    """Instant at which the batch starts."""
-    num_late: int
-    """Requests at the head of the queue that miss their soft deadline on every variant."""
-    forecast: ArrivalForecast
-    demand: Demand
-    hull: QualityHull
-    capacity: Capacity
-    """Conversion between the engine's seconds and the hull's."""
-    images: float
-    """Images of a request, on average."""
-    planned_scale: float
-    """Factor from profiled seconds to planned seconds."""
-    fastest_s: Sequence[float]
-    """Profiled seconds of the fastest variant by batch size; index 0 is unused."""
-    one_s: float
-    """Planned seconds of the fastest variant for one request."""
-    two_s: float
-    """Planned seconds of the fastest variant for two requests."""
-    overloaded: bool
-    """Whether not all waiting requests can be on time, in the fluid limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +65,7 @@ class Adaptive:
         num_late = self._count_late(queue, prefix, latency, start)
         if num_late == len(queue):
             return late_batch(queue, self.candidates, latency, now, self.overhead_s)
-        context = self._make_context(queue, prefix, num_late, latency, start)
+        context = self.make_context(queue, prefix, num_late, latency, start)
         best = self._find_best(queue, prefix, num_late, latency, context)
         if context.overloaded and not self._fits_one_by_one(queue, num_late, latency, start):
             # Sacrificing a few urgent requests may save a larger number of the others.
@@ -130,7 +96,7 @@ class Adaptive:
                 return False
         return True
 
-    def _make_context(
+    def make_context(
         self,
         queue: Sequence[Request],
         prefix: Sequence[Request],
@@ -138,6 +104,7 @@ class Adaptive:
         latency: LatencyView,
         start: float,
     ) -> DecisionContext:
+        """Return what all choices of a decision share; `prefix` is the queue's beginning."""
         forecast = self.forecast.at(start)
         demand = Demand.from_queue(queue, prefix, num_late, forecast, start)
         longest_s = MAX_BATCH_SHARE_OF_BUDGET * demand.tight_budget_s
