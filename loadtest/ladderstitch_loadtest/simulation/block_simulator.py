@@ -21,6 +21,8 @@ from ladderstitch_loadtest.load.traces import Trace
 from ladderstitch_loadtest.simulation.block_routes import BlockRoutes
 from ladderstitch_loadtest.simulation.profiles import Family
 
+REBIND_MARGIN = 0.1
+"""Quality that another variant must gain in addition, because values are estimates."""
 MAX_LOOKED_AT = 32
 """Waiting requests that a decision at a block's end looks at."""
 
@@ -170,11 +172,16 @@ class BlockSimulation:
             return
         due = min(urgent[0].deadlines.soft, now + spare_s)
         context, most = self._context((), now), min(len(urgent), view.max_batch_size)
-        best, job = -inf, None
+        best, job = self._value(context, now, left_s, 0.0, 0, inf), None
         for size in {most, (most + 1) // 2, 1}:
             for variant in planner.candidates.frontier:
-                seconds, earned = view.expected(variant, size), self.family.quality[variant] * size
-                value = self._value(context, now, seconds, earned, size, due)
+                if now + view.seconds(variant, size) > due:
+                    break
+                busy_s, earned = (
+                    left_s + view.expected(variant, size),
+                    self.family.quality[variant] * size,
+                )
+                value = self._value(context, now, busy_s, earned, size, inf, urgent[:size])
                 if value > best:
                     best, job = value, Job([(tuple(urgent[:size]), variant)], now)
         if job is not None:
@@ -192,6 +199,7 @@ class BlockSimulation:
                 left_s = self.routes.rest_s([(other, len(requests))], job.depth, view.profiled)
                 earned = self.family.quality[other] * len(requests)
                 value = self._value(context, now, left_s, earned, len(requests), job.due)
+                value += REBIND_MARGIN * (other == current)
                 if value > best:
                     best, variant = value, other
         job.parts[0] = (requests, variant)
@@ -240,8 +248,12 @@ class BlockSimulation:
         earned: float,
         done: int,
         due: float,
+        taken: Sequence[Request] = (),
     ) -> float:
-        """Return the quality earned and that of all others after `busy_s`, as the policy does."""
+        """Return the quality earned and that of all others after `busy_s`, as the policy does.
+
+        Of the waiting requests, those `taken` are part of what is done.
+        """
         view = self.planner.latency.view
         busy_s *= view.tail
         if now + busy_s > due:
@@ -251,7 +263,8 @@ class BlockSimulation:
         late = context.forecast.expected_late(busy_s, next_s)
         for place, request in enumerate(self.planner.queue.view[:MAX_LOOKED_AT]):
             next_s = context.fastest_s[min(1 + place, view.max_batch_size)] * view.tail
-            late += now + context.one_s <= request.deadlines.soft < now + busy_s + next_s
+            if now + context.one_s <= request.deadlines.soft < now + busy_s + next_s:
+                late += request not in taken
         lowest = self.family.quality[self.planner.candidates.frontier[0]]
         others = context.demand.quality_after(context.hull, busy_s, done, context.capacity)
         return earned - lowest * late + others

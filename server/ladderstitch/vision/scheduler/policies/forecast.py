@@ -21,9 +21,9 @@ At first the interval is a quarter of the requests that are known, which is wort
 effective quality on traces of 80 requests.
 """
 AGE_AT_START = 0.1
-"""Age of traffic at its first request, in mean budgets."""
+"""For how long traffic counts as known at its first request, in mean budgets."""
 STOP_ODDS = 5.0
-"""Odds that traffic stops within a silence as long as its age; they fall with the square."""
+"""Odds that traffic stops within a silence as long as it is known; they fall with the square."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +39,26 @@ class ArrivalForecast:
     gaps_s: tuple[float, ...] = ()
     """Seconds between recent arrivals in ascending order."""
     first: float = -inf
-    """Instant of the first arrival of all."""
+    """Instant of the first of the recent arrivals."""
     last: float = inf
-    """Instant of the last one."""
+    """Instant of the last arrival."""
 
     def at(self, now: float) -> ArrivalForecast:
         """Return the forecast at `now`, when the traffic may have stopped.
 
         The probability that it has not follows from the silence since the last arrival: from the
-        share of recent gaps that were longer, and from the odds that traffic of this age stops
-        within the silence.
+        share of recent gaps that were longer, and from the odds that traffic that is known for so
+        long stops within the silence.
         """
         if not self.gaps_s:
             return self
         silence_s = now - self.last
         if silence_s <= self.gaps_s[0]:
             return self
-        age_s = now - self.first + AGE_AT_START * self.mean_budget_s
+        known_s = now - self.first + AGE_AT_START * self.mean_budget_s
         longer = len(self.gaps_s) - bisect_right(self.gaps_s, silence_s)
         share = (1 + longer) / (1 + len(self.gaps_s))
-        stopped = STOP_ODDS * (silence_s / age_s) ** 2
+        stopped = STOP_ODDS * (silence_s / known_s) ** 2
         return replace(self, rate=self.rate * share / (share + stopped))
 
     @property
@@ -94,12 +94,10 @@ class Arrivals:
         self._budgets: deque[float] = deque(maxlen=ARRIVAL_WINDOW)
         self._images: deque[int] = deque(maxlen=ARRIVAL_WINDOW)
         self._since_refresh = 0
-        self._first = inf
         self.forecast = ArrivalForecast()
 
     def add(self, request: Request) -> None:
         """Add a request."""
-        self._first = min(self._first, request.arrival)
         self._times.append(request.arrival)
         self._budgets.append(min(request.deadlines.soft - request.arrival, BUDGET_CAP_S))
         self._images.append(request.num_images)
@@ -115,5 +113,5 @@ class Arrivals:
         sums = tuple(accumulate(budgets, initial=0.0))
         gaps = tuple(sorted([max(0.0, b - a) for a, b in pairwise(self._times)]))
         self.forecast = ArrivalForecast(
-            rate, budgets, sums, images, gaps, self._first, request.arrival
+            rate, budgets, sums, images, gaps, self._times[0], request.arrival
         )
