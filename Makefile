@@ -81,7 +81,8 @@ verify-serving: install ## about 12 minutes: overhead, switching, mixed budgets,
 
 verify-scheduling: install ## about 10 minutes a line on two idle cores: policies, oracle, simulator against server, burst
 	$(BIN)/ladderstitch-loadtest compare --out loadtest/results
-	$(BIN)/ladderstitch-loadtest compare --family supernet --grid short --seeds 5 --out loadtest/results
+	$(BIN)/ladderstitch-loadtest compare --family supernet --grid short --seeds 10 --out loadtest/results
+	$(BIN)/ladderstitch-loadtest blocks --out loadtest/results
 	$(BIN)/ladderstitch-loadtest decisions --out loadtest/results
 	$(BIN)/ladderstitch-loadtest agree --out loadtest/results
 	$(BIN)/ladderstitch-loadtest burst --out loadtest/results

@@ -118,8 +118,7 @@ class CascadeChooser:
         fastest_s, overhead_s = latency.seconds(self.candidates.frontier[0], 1), self.overhead_s
         latest = min([request.deadlines.soft for request in requests]) - overhead_s
         earliest = latest + overhead_s + fastest_s + 1e-9  # later ones do not matter; not exact
-        for request in waiting[:SLACK_SCAN_LIMIT]:
-            soft = request.deadlines.soft
+        for soft in [request.deadlines.soft for request in waiting[:SLACK_SCAN_LIMIT]]:
             if soft < earliest and planned_end <= (end := soft - overhead_s - fastest_s):
                 earliest, latest = soft, min(latest, end)
         return latest
@@ -132,6 +131,7 @@ class _BatchCosts:
         self, table: CascadeTable, needs: Needs, latency: LatencyView, variant: int
     ) -> None:
         self._latency = latency
+        self._counts: dict[int, int] = {}
         self._going_on, self.totals = table.expect(needs)
         self.num_images = sum(needs.values())
         self.most_s = latency.expected(variant, self.num_images)
@@ -149,8 +149,10 @@ class _BatchCosts:
 
     def planned_s(self, cascade: Cascade, number: int) -> float:
         """Return the seconds to plan with, if as many images go on as in 99 of 100 batches."""
-        num_images, mean, latency = self.num_images, self._going_on[number], self._latency
-        count = min(num_images, math.ceil(fill_share(mean, mean / num_images)))
+        latency, count = self._latency, self._counts.get(number)
+        if count is None:
+            mean, most = self._going_on[number], self.num_images
+            count = self._counts[number] = min(most, math.ceil(fill_share(mean, mean / most)))
         tail_s = tail_seconds(cascade, count, latency.seconds(cascade.last, count or 1))
         return self.firsts_s[number] * latency.tail + tail_s
 

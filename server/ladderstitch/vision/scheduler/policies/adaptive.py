@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from ladderstitch.scheduling.candidates import CandidateFilter
 from ladderstitch.scheduling.latency_model import LatencyView
@@ -121,6 +122,7 @@ class Adaptive:
             start=start,
             num_late=num_late,
             forecast=forecast,
+            shortest_s=forecast.budgets_s[0] if forecast.budgets_s else inf,
             demand=demand,
             hull=hull,
             capacity=capacity,
@@ -218,9 +220,9 @@ class Adaptive:
         arrived = 1 + int(ARRIVALS_SHARING_A_BATCH * forecast.rate * busy_s)
         if arrived > latency.max_batch_size:
             arrived = latency.max_batch_size
-        late = forecast.expected_late(
-            busy_s, context.fastest_s[arrived] * context.planned_scale + self.overhead_s
-        )
+        next_s = context.fastest_s[arrived] * context.planned_scale + self.overhead_s
+        is_short = busy_s + next_s <= context.shortest_s
+        late = 0.0 if is_short else forecast.expected_late(busy_s, next_s)
         if first == context.num_late and requests + 1 < len(left_s):
             # The next two requests in the queue may become late, too: each alone, or together.
             after_s, then_s = left_s[requests] - busy_s, left_s[requests + 1] - busy_s

@@ -21,6 +21,8 @@ class DecisionContext:
     num_late: int
     """Requests at the head of the queue that miss their soft deadline on every variant."""
     forecast: ArrivalForecast
+    shortest_s: float
+    """Shortest budget of recent requests."""
     demand: Demand
     hull: QualityHull
     capacity: Capacity

@@ -59,7 +59,8 @@ class ArrivalForecast:
         longer = len(self.gaps_s) - bisect_right(self.gaps_s, silence_s)
         share = (1 + longer) / (1 + len(self.gaps_s))
         stopped = STOP_ODDS * (silence_s / known_s) ** 2
-        return replace(self, rate=self.rate * share / (share + stopped))
+        rate = self.rate * share / (share + stopped)
+        return ArrivalForecast(rate, self.budgets_s, self.sums_s, self.images_per_request)
 
     @property
     def mean_budget_s(self) -> float:
