@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from ladderstitch.vision.bundle import Preprocessing, VisionManifest, write_bundle
 from ladderstitch.vision.models.nested.model import NestedConfig, NestedModel
@@ -62,6 +63,18 @@ def make_model(config: NestedConfig, *, recalibrated: bool = True) -> NestedMode
             batches = [torch.randn(n, *config.inputs.shape) for n in (8, 6)]
             model.recalibrate(stitch.id, batches)
     return model
+
+
+def write_random_statistics(path: Path, model: NestedModel) -> None:
+    """Write statistics of every path that come from no images."""
+    tensors = {
+        f"{stitch.id}.{norm}.{part}": torch.rand(width)
+        for stitch in model.stitches
+        for norm, width in model.norm_widths(stitch.id).items()
+        for part in ("running_mean", "running_var")
+    }
+    save_file(tensors, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
 
 
 def write_nested(folder: Path, kind: str, paths: int) -> NestedModel:

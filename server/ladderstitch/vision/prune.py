@@ -34,7 +34,7 @@ def prune(bundle: VisionBundle, into: Path, metric: CostMetric = "latency") -> l
     shutil.copyfile(bundle.weights_path, into / "weights.safetensors")
     if bundle.statistics_path.exists():
         model, pruned = bundle.load_nested(), config.build()
-        pruned.statistics = {new: model.statistics[old] for new, old in enumerate(kept)}
+        pruned.statistics.update((new, model.statistics[old]) for new, old in enumerate(kept))
         write_statistics(into / bundle.statistics_path.name, pruned)
     for name, table in (("quality", quality), ("latency", latency)):
         variants = {new: table.variants[old] for new, old in enumerate(kept)}

@@ -16,8 +16,22 @@ from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.nested.cost import path_costs
 from ladderstitch.vision.models.nested.model import NestedConfig
-from ladderstitch.vision.models.nested.statistics import write_statistics
-from tests.support.nested_nets import NETS, make_config, make_model, write_nested
+from ladderstitch.vision.models.nested.path_statistics import StatisticsFile
+from ladderstitch.vision.models.nested.sampling import sampled_config
+from ladderstitch.vision.models.nested.statistics import read_statistics, write_statistics
+from tests.support.nested_nets import (
+    NETS,
+    make_config,
+    make_model,
+    write_nested,
+    write_random_statistics,
+)
+
+
+def real_mobilenet(paths: int) -> NestedConfig:
+    """Return OFA MobileNetV3 in its published size."""
+    inputs = {"image_size": 224, "in_channels": 3, "num_classes": 1000}
+    return sampled_config({"inputs": inputs, "net": {"kind": "ofa-mbv3"}}, paths, seed=0)
 
 
 def storage_bytes() -> int:
@@ -37,6 +51,58 @@ def test_thirty_paths_take_the_memory_of_the_largest(kind: str) -> None:
     executor = StitchExecutor(model)
     assert len(executor.plans) == len(config.net.paths) >= (6 if kind == "thinkingvit" else 30)
     assert storage_bytes() - before <= 1.05 * largest + 2 * 8 * 17**2  # relative positions
+
+
+def test_thirty_recalibrated_mobilenets_take_the_memory_of_the_largest(tmp_path: Path) -> None:
+    config = real_mobilenet(32)
+    before = storage_bytes()
+    model = config.build().eval().requires_grad_(False)
+    largest = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    write_random_statistics(tmp_path / "statistics.safetensors", model)
+    of_paths = (tmp_path / "statistics.safetensors").stat().st_size
+    read_statistics(tmp_path / "statistics.safetensors", model)
+    executor = StitchExecutor(model)
+    for stitch in model.stitches:
+        assert len(model.statistics[stitch.id]) > 20
+        assert executor.plans[stitch.id].blocks
+    assert of_paths > 0.09 * largest
+    assert storage_bytes() - before <= 1.05 * largest
+
+
+@pytest.mark.parametrize("kind", ["ofa-resnet", "ofa-mbv3"])
+def test_statistics_read_again_are_the_same(tmp_path: Path, kind: str) -> None:
+    model = make_model(make_config(kind, 5))
+    images = torch.randn(3, *model.config.inputs.shape)
+    wanted = [model(images, stitch.id) for stitch in model.stitches]
+    write_statistics(tmp_path / "statistics.safetensors", model)
+    widths = {stitch.id: model.norm_widths(stitch.id) for stitch in model.stitches}
+    model.statistics.read_from(StatisticsFile(tmp_path / "statistics.safetensors", widths), 0)
+    executor = StitchExecutor(model)
+    for _ in range(2):
+        for stitch in model.stitches:
+            assert torch.equal(executor(images, stitch.id), wanted[stitch.id])
+    assert model.statistics[4] is model.statistics[4]
+    first = model.statistics[0]
+    assert model.statistics[4].keys()
+    assert model.statistics[0] is not first
+
+
+def test_replaced_statistics_stay_and_changed_ones_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "statistics.safetensors"
+    model = make_model(make_config("ofa-mbv3", 4))
+    wanted = model.statistics[3]
+    write_statistics(path, model)
+    read_statistics(path, model)
+    other = make_model(make_config("ofa-mbv3", 4), recalibrated=False)
+    write_random_statistics(path, other)
+    for name, (mean, variance) in model.statistics[3].items():
+        assert torch.equal(mean, wanted[name][0])
+        assert torch.equal(variance, wanted[name][1])
+    read_statistics(path, model)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 4)
+    with pytest.raises(BundleError, match="changed since it was loaded"):
+        model(torch.randn(1, *model.config.inputs.shape), 3)
 
 
 @pytest.mark.parametrize("kind", NETS)
@@ -88,6 +154,16 @@ def test_statistics_of_other_paths_are_rejected(tmp_path: Path) -> None:
     tensors["0.input_stem.0.bn.bn.running_var"] = torch.ones(3)
     save_file(tensors, bundle.statistics_path)
     with pytest.raises(BundleError, match=r"0\.input_stem\.0\.bn\.bn\.running_var: expected"):
+        bundle.load_model()
+
+
+def test_statistics_of_another_type_are_rejected(tmp_path: Path) -> None:
+    write_nested(tmp_path, "ofa-mbv3", 2)
+    bundle = VisionBundle.load(tmp_path)
+    write_statistics(bundle.statistics_path, make_model(make_config("ofa-mbv3", 2)))
+    tensors = {name: t.half() for name, t in load_file(bundle.statistics_path).items()}
+    save_file(tensors, bundle.statistics_path)
+    with pytest.raises(BundleError, match="expected F32, got F16"):
         bundle.load_model()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 from ladderstitch.vision.models.nested.autoformer import AutoFormer
 from ladderstitch.vision.models.nested.ofa_mobilenet import OfaMobileNet
 from ladderstitch.vision.models.nested.ofa_resnet import OfaResNet
+from ladderstitch.vision.models.nested.path_statistics import PathStatistics
 from ladderstitch.vision.models.nested.slices import (
     BatchSlices,
     MeasuringSlices,
     Plan,
     Slices,
-    Statistics,
     WidthSlices,
     build_tree,
 )
@@ -89,7 +90,7 @@ class NestedModel(nn.Module):
             self.add_module(name, child)
         for name, parameter in tree.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        self.statistics: dict[int, Statistics] = {}
+        self.statistics = PathStatistics()
 
     def plan(self, path: int, slices: Slices | None = None) -> Plan:
         """Return the functions of the path with this id, on views of the weights.
@@ -99,8 +100,10 @@ class NestedModel(nn.Module):
         if not 0 <= path < len(self.stitches):
             raise KeyError(path)
         net: Any = self.config.net
-        chosen = Slices(self, self.statistics.get(path)) if slices is None else slices
-        plan: Plan = net.plan(net.paths[path], chosen, self.config.inputs)
+        if slices is None:
+            stored = partial(self.statistics.__getitem__, path)
+            slices = Slices(self, stored if path in self.statistics else None)
+        plan: Plan = net.plan(net.paths[path], slices, self.config.inputs)
         return plan
 
     def forward(self, images: Tensor, stitch: int) -> Tensor:
@@ -131,8 +134,5 @@ class NestedModel(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> NestedModel:
         """Move or convert the paths' statistics together with the weights."""
         super()._apply(fn, recurse)
-        self.statistics = {
-            path: {name: (fn(mean), fn(variance)) for name, (mean, variance) in norms.items()}
-            for path, norms in self.statistics.items()
-        }
+        self.statistics.convert(fn)
         return self

@@ -1,7 +1,7 @@
 """Tensors of a supernet under their published names, and the slices of them that a path reads.
 
 A slice is a view: a path needs no memory of its own for weights. Only its statistics of batch
-normalisation belong to the path alone.
+normalisation belong to the path alone (`path_statistics.py`).
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ def _initial(name: str, size: Size) -> Tensor:
 class Slices:
     """Prefixes of a supernet's tensors, and batch normalisation with stored statistics.
 
-    `statistics` are those of the path; without them the supernet's own are read, the first channels
-    of each. Counts the parameters that were read in `parameters`.
+    `statistics` returns those of the path, at each call of a step; without it the supernet's own
+    are read, the first channels of each. Counts the parameters that were read in `parameters`.
     """
 
-    def __init__(self, tree: nn.Module, statistics: Statistics | None = None) -> None:
+    def __init__(self, tree: nn.Module, statistics: Callable[[], Statistics] | None = None) -> None:
         self._tree, self._statistics = tree, statistics
         self._counted: dict[str, int] = {}
 
@@ -135,15 +135,17 @@ class Slices:
     def batch_norm(self, name: str, width: int) -> Step:
         """Return batch normalisation of maps [B, width, h, w]."""
         weight, bias = self.take(f"{name}.weight", width), self.take(f"{name}.bias", width)
-        mean, variance = self.stored_statistics(name, width)
-        return lambda x: F.batch_norm(x, mean, variance, weight, bias, False, 0.0, BATCH_NORM_EPS)
+        stored = self._statistics
+        if stored is not None:
 
-    def stored_statistics(self, name: str, width: int) -> tuple[Tensor, Tensor]:
-        """Return the mean and the variance of the path, or the supernet's first channels."""
-        if self._statistics is not None:
-            return self._statistics[name]
-        mean = self._tree.get_buffer(f"{name}.running_mean")
-        return mean[:width], self._tree.get_buffer(f"{name}.running_var")[:width]
+            def normalise(x: Tensor) -> Tensor:
+                mean, variance = stored()[name]
+                return F.batch_norm(x, mean, variance, weight, bias, eps=BATCH_NORM_EPS)
+
+            return normalise
+        mean = self._tree.get_buffer(f"{name}.running_mean")[:width]
+        variance = self._tree.get_buffer(f"{name}.running_var")[:width]
+        return lambda x: F.batch_norm(x, mean, variance, weight, bias, eps=BATCH_NORM_EPS)
 
     def conv_norm(self, weight: Tensor, norm: str, stride: int = 1) -> Step:
         """Return a convolution without bias and the batch normalisation after it."""
