@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,7 +33,6 @@ class ImageReader(TensorReader):
     one image. Processes start when they are first needed; `close` ends them.
     """
 
-    datatypes = ("UINT8", "FP32")
     shape: tuple[int, int, int]
 
     def __init__(
@@ -50,7 +47,7 @@ class ImageReader(TensorReader):
     ) -> None:
         self.max_pixels, self.max_bytes = max_pixels, max_bytes
         shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
-        super().__init__(shape, non_finite)
+        super().__init__(shape, non_finite, self.normalise)
         self.target = InputFormat(
             channels=preprocessing.channels,
             height=preprocessing.height,
@@ -68,26 +65,6 @@ class ImageReader(TensorReader):
     def normalise(self, pixels: NDArray[np.uint8]) -> Pixels:
         """Return (pixel / 255 - mean) / std in float32 of uint8 pixels [B, C, H, W]."""
         return pixels * self.scale + self.shift
-
-    def read_tensor(
-        self,
-        field: str,
-        datatype: str,
-        shape: Sequence[int],
-        data: bytes,
-        *,
-        finite: bool = True,
-    ) -> Pixels:
-        """Return model inputs [B, C, H, W] from raw little-endian bytes.
-
-        UINT8 data are pixels in 0 .. 255; FP32 data are already preprocessed. Raises
-        `InvalidArgument` that names the wrong part of `field`; NaN and infinity are wrong unless
-        `finite` is unset.
-        """
-        if datatype != "UINT8":
-            return super().read_tensor(field, datatype, shape, data, finite=finite)
-        self.check_tensor(field, datatype, shape, data)
-        return self.normalise(np.frombuffer(data, np.uint8).reshape(shape))
 
     async def read_encoded(self, field: str, data: bytes) -> Pixels:
         """Return one model input [1, C, H, W] from the bytes of a PNG or JPEG file.

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ladderstitch.errors import InvalidArgument
 from ladderstitch.scheduling.requests import Pixels
 
-ITEM_BYTES = {"UINT8": 1, "FP32": 4}
+NUMPY_TYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}
+"""Little-endian types of raw tensors."""
+Normalise = Callable[[NDArray[np.uint8]], Pixels]
+"""Function from uint8 pixels [B, ...] to model inputs."""
 NonFiniteInputs = Literal["compute", "refuse"]
 """What is done with inputs of the Open Inference Protocol that hold NaN or infinity."""
 
 
 class TensorReader:
-    """The reader of float32 tensors of one shape, the batch excluded."""
+    """The reader of tensors of one shape, the batch excluded.
 
-    datatypes: tuple[str, ...] = ("FP32",)
-    """Types of the tensors that requests may hold."""
+    Tensors are float32 model inputs and, if the model has a function that normalises pixels, UINT8
+    pixels. `datatypes` names the accepted types.
+    """
 
-    def __init__(self, shape: Sequence[int], non_finite: NonFiniteInputs = "compute") -> None:
-        self.shape, self.non_finite = tuple(shape), non_finite
+    def __init__(
+        self,
+        shape: Sequence[int],
+        non_finite: NonFiniteInputs = "compute",
+        normalise: Normalise | None = None,
+    ) -> None:
+        self.shape, self.non_finite, self._normalise = tuple(shape), non_finite, normalise
+        self.datatypes = ("FP32",) if normalise is None else ("UINT8", "FP32")
 
     def read_tensor(
         self,
@@ -36,11 +47,14 @@ class TensorReader:
     ) -> Pixels:
         """Return model inputs [B, ...] from raw little-endian bytes.
 
-        Raises `InvalidArgument` that names the wrong part of `field`; NaN and infinity are wrong
-        unless `finite` is unset.
+        UINT8 data are pixels in 0 .. 255; FP32 data are already preprocessed. Raises
+        `InvalidArgument` that names the wrong part of `field`; NaN and infinity are wrong unless
+        `finite` is unset.
         """
         self.check_tensor(field, datatype, shape, data)
-        values = np.frombuffer(data, "<f4").reshape(shape)
+        values = np.frombuffer(data, NUMPY_TYPES[datatype]).reshape(shape)
+        if datatype == "UINT8" and self._normalise is not None:
+            return self._normalise(values)
         return self.check_finite(field, values) if finite else values
 
     def check_tensor(self, field: str, datatype: str, shape: Sequence[int], data: bytes) -> None:
@@ -51,7 +65,7 @@ class TensorReader:
         if len(shape) != len(self.shape) + 1 or tuple(shape[1:]) != self.shape or shape[0] < 1:
             wanted = ["N >= 1", *self.shape]
             raise InvalidArgument(f"{field}.shape", f"expected {wanted}, got {list(shape)}")
-        expected_bytes = math.prod(shape) * ITEM_BYTES[datatype]
+        expected_bytes = math.prod(shape) * NUMPY_TYPES[datatype].itemsize
         if len(data) != expected_bytes:
             raise InvalidArgument(
                 f"{field}.data",
