@@ -20,7 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ladderstitch.vision.models.nested.paths import NestedPath, draw
-from ladderstitch.vision.models.nested.slices import Plan, Size, Slices, Step, TensorSizes
+from ladderstitch.vision.models.nested.sizes import TensorSizes
+from ladderstitch.vision.models.nested.slices import Plan, Slices, Step
+from ladderstitch.vision.models.nested.transformer_layers import HiddenLayer, PatchEmbedding
 from ladderstitch.vision.models.vit import InputShape
 
 EPS = 1e-5
@@ -93,49 +95,34 @@ class AutoFormer(BaseModel):
 
     def sizes(self, inputs: InputShape) -> TensorSizes:
         """Return the sizes of the supernet's tensors."""
-        width, patch = self.embed_dim, self.patch_size
-        tokens = (inputs.image_size // patch) ** 2 + 1
-        hidden, inner = int(width * self.mlp_ratio), self._inner
-        sizes: dict[str, Size] = {
-            "cls_token": (1, 1, width),
-            "pos_embed": (1, tokens, width),
-            "patch_embed_super.proj.weight": (width, inputs.in_channels, patch, patch),
-            "patch_embed_super.proj.bias": (width,),
-        }
-
-        def linear(name: str, outputs: int, ins: int) -> None:
-            sizes[f"{name}.weight"], sizes[f"{name}.bias"] = (outputs, ins), (outputs,)
-
+        width, inner = self.embed_dim, self._inner
+        sizes = TensorSizes()
+        self._embedding.add_sizes(sizes, width, inputs)
         for layer in range(self.depth):
             name = f"blocks.{layer}"
             for norm in ("attn_layer_norm", "ffn_layer_norm"):
-                sizes |= {f"{name}.{norm}.{p}": (width,) for p in ("weight", "bias")}
-            linear(f"{name}.attn.qkv", 3 * inner, width)
-            linear(f"{name}.attn.proj", width, inner)
-            linear(f"{name}.fc1", hidden, width)
-            linear(f"{name}.fc2", width, hidden)
+                sizes.add_layer_norm(f"{name}.{norm}", width)
+            sizes.add_linear(f"{name}.attn.qkv", 3 * inner, width)
+            sizes.add_linear(f"{name}.attn.proj", width, inner)
+            _hidden_layer(layer).add_sizes(sizes, width, int(width * self.mlp_ratio))
             if self.relative_position:
                 rows = 2 * self.max_relative_position + 2
                 for side in "kv":
                     for axis in "vh":
                         table = f"{name}.attn.rel_pos_embed_{side}.embeddings_table_{axis}"
-                        sizes[table] = (rows, inner // self.num_heads)
-        sizes |= {f"norm.{p}": (width,) for p in ("weight", "bias")}
-        linear("head", inputs.num_classes, width)
-        return TensorSizes(sizes, {})
+                        sizes.add(table, rows, inner // self.num_heads)
+        sizes.add_layer_norm("norm", width)
+        sizes.add_linear("head", inputs.num_classes, width)
+        return sizes
+
+    @property
+    def _embedding(self) -> PatchEmbedding:
+        return PatchEmbedding("patch_embed_super.proj", self.patch_size)
 
     def plan(self, path: AutoFormerPath, slices: Slices, inputs: InputShape) -> Plan:
         """Return the functions of a path."""
-        width, stride, pools = path.embed_dim, self.patch_size, self.global_pool
-        kernel = slices.take("patch_embed_super.proj.weight", width)
-        bias = slices.take("patch_embed_super.proj.bias", width)
-        first = slices.take("cls_token", None, None, width)
-        positions = slices.take("pos_embed", None, None, width)
-
-        def embed(images: Tensor) -> Tensor:
-            patches = F.conv2d(images, kernel, bias, stride).flatten(2).transpose(1, 2)
-            return torch.cat((first.expand(images.shape[0], -1, -1), patches), 1) + positions
-
+        width, pools = path.embed_dim, self.global_pool
+        embed = self._embedding.bind(slices, width)
         blocks = tuple(self._block(path, layer, slices, inputs) for layer in range(path.layer_num))
         norm, head = slices.layer_norm("norm", width, EPS), slices.linear("head", None, width)
 
@@ -149,17 +136,10 @@ class AutoFormer(BaseModel):
         """Return one layer: attention and a hidden layer, each after its norm."""
         name, width = f"blocks.{layer}", path.embed_dim
         hidden = int(width * path.mlp_ratio[layer])
-        norm1 = slices.layer_norm(f"{name}.attn_layer_norm", width, EPS)
-        norm2 = slices.layer_norm(f"{name}.ffn_layer_norm", width, EPS)
+        norm = slices.layer_norm(f"{name}.attn_layer_norm", width, EPS)
         attend = self._attention(path, layer, slices, inputs)
-        up = slices.linear(f"{name}.fc1", hidden, width)
-        down = slices.linear(f"{name}.fc2", width, hidden)
-
-        def forward(x: Tensor) -> Tensor:
-            x = x + attend(norm1(x))
-            return x + down(F.gelu(up(norm2(x))))
-
-        return forward
+        transform = _hidden_layer(layer).bind(slices, width, hidden, EPS)
+        return lambda x: transform(x + attend(norm(x)))
 
     def _attention(
         self, path: AutoFormerPath, layer: int, slices: Slices, inputs: InputShape
@@ -228,6 +208,11 @@ class AutoFormer(BaseModel):
             "num_heads": [draw(rng, heads, level) for _ in range(depth)],
             "mlp_ratio": [draw(rng, ratios, level) for _ in range(depth)],
         }
+
+
+def _hidden_layer(layer: int) -> HiddenLayer:
+    name = f"blocks.{layer}"
+    return HiddenLayer(f"{name}.ffn_layer_norm", f"{name}.fc1", f"{name}.fc2")
 
 
 class _Offsets:

@@ -14,13 +14,13 @@ from ladderstitch.vision.models.nested.autoformer import AutoFormer
 from ladderstitch.vision.models.nested.ofa_mobilenet import OfaMobileNet
 from ladderstitch.vision.models.nested.ofa_resnet import OfaResNet
 from ladderstitch.vision.models.nested.path_statistics import PathStatistics
+from ladderstitch.vision.models.nested.sizes import build_tree
 from ladderstitch.vision.models.nested.slices import (
     BatchSlices,
     MeasuringSlices,
     Plan,
     Slices,
     WidthSlices,
-    build_tree,
 )
 from ladderstitch.vision.models.nested.thinking_vit import ThinkingVit
 from ladderstitch.vision.models.route import Segment, Stitch

@@ -17,14 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ladderstitch.vision.models.nested.paths import NestedPath, draw, require
-from ladderstitch.vision.models.nested.slices import (
-    Plan,
-    Size,
-    Slices,
-    Step,
-    TensorSizes,
-    make_divisible,
-)
+from ladderstitch.vision.models.nested.sizes import TensorSizes, make_divisible
+from ladderstitch.vision.models.nested.slices import Plan, Slices, Step
 from ladderstitch.vision.models.vit import InputShape
 
 WIDTHS, FIRST, LAST, MIXED = (24, 40, 80, 112, 160), 16, 960, 1280
@@ -78,50 +72,47 @@ class OfaMobileNet(BaseModel):
 
     def sizes(self, inputs: InputShape) -> TensorSizes:
         """Return the sizes of the supernet's tensors."""
-        parameters: dict[str, Size] = {}
-        norms: dict[str, int] = {}
-
-        def conv(name: str, norm: str, outputs: int, ins: int, kernel: int) -> None:
-            parameters[f"{name}.weight"] = (outputs, ins, kernel, kernel)
-            norms[norm] = outputs
-
+        sizes = TensorSizes()
         width = self._width(FIRST)
-        conv("first_conv.conv", "first_conv.bn", width, inputs.in_channels, 3)
+        sizes.add_conv("first_conv.conv", "first_conv.bn", width, inputs.in_channels, 3)
         for part, ins, kernel in (("depth_conv", 1, 3), ("point_linear", width, 1)):
             name = f"blocks.0.conv.{part}"
-            conv(f"{name}.conv", f"{name}.bn", width, ins, kernel)
+            sizes.add_conv(f"{name}.conv", f"{name}.bn", width, ins, kernel)
         for block in range(self._most * len(WIDTHS)):
-            stage = block // self._most
-            outputs = self._width(WIDTHS[stage])
-            middle = make_divisible(round(width * max(self.expand_ratio_list)))
-            name = f"blocks.{block + 1}.conv"
-            up, deep, down = (
-                f"{name}.{p}" for p in ("inverted_bottleneck", "depth_conv", "point_linear")
-            )
-            conv(f"{up}.conv.conv", f"{up}.bn.bn", middle, width, 1)
-            conv(f"{deep}.conv.conv", f"{deep}.bn.bn", middle, 1, max(self.ks_list))
-            for target, source in zip(self.ks_list, self.ks_list[1:], strict=False):
-                parameters[f"{deep}.conv.{source}to{target}_matrix"] = (target**2, target**2)
-            if SQUEEZES[stage]:
-                squeezed = make_divisible(middle // 4)
-                for part, rows, columns in (
-                    ("reduce", squeezed, middle),
-                    ("expand", middle, squeezed),
-                ):
-                    parameters[f"{deep}.se.fc.{part}.weight"] = (rows, columns, 1, 1)
-                    parameters[f"{deep}.se.fc.{part}.bias"] = (rows,)
-            conv(f"{down}.conv.conv", f"{down}.bn.bn", outputs, middle, 1)
-            width = outputs
+            width = self._add_block(sizes, block, width)
         last, mixed = self._width(LAST), self._width(MIXED)
-        conv("final_expand_layer.conv", "final_expand_layer.bn", last, width, 1)
-        parameters["feature_mix_layer.conv.weight"] = (mixed, last, 1, 1)
-        parameters["classifier.linear.weight"] = (inputs.num_classes, mixed)
-        parameters["classifier.linear.bias"] = (inputs.num_classes,)
-        return TensorSizes(parameters, norms)
+        sizes.add_conv("final_expand_layer.conv", "final_expand_layer.bn", last, width, 1)
+        sizes.add("feature_mix_layer.conv.weight", mixed, last, 1, 1)
+        sizes.add_linear("classifier.linear", inputs.num_classes, mixed)
+        return sizes
+
+    def _add_block(self, sizes: TensorSizes, block: int, width: int) -> int:
+        """Add the tensors of a block on `width` channels; return the channels after it."""
+        stage = block // self._most
+        outputs = self._width(WIDTHS[stage])
+        middle = make_divisible(round(width * max(self.expand_ratio_list)))
+        name = f"blocks.{block + 1}.conv"
+        up, deep, down = (
+            f"{name}.{p}" for p in ("inverted_bottleneck", "depth_conv", "point_linear")
+        )
+        sizes.add_conv(f"{up}.conv.conv", f"{up}.bn.bn", middle, width, 1)
+        sizes.add_conv(f"{deep}.conv.conv", f"{deep}.bn.bn", middle, 1, max(self.ks_list))
+        for target, source in zip(self.ks_list, self.ks_list[1:], strict=False):
+            sizes.add(f"{deep}.conv.{source}to{target}_matrix", target**2, target**2)
+        if SQUEEZES[stage]:
+            squeezed = make_divisible(middle // 4)
+            for part, rows, columns in (
+                ("reduce", squeezed, middle),
+                ("expand", middle, squeezed),
+            ):
+                sizes.add(f"{deep}.se.fc.{part}.weight", rows, columns, 1, 1)
+                sizes.add(f"{deep}.se.fc.{part}.bias", rows)
+        sizes.add_conv(f"{down}.conv.conv", f"{down}.bn.bn", outputs, middle, 1)
+        return outputs
 
     def plan(self, path: OfaMobileNetPath, slices: Slices, inputs: InputShape) -> Plan:
         """Return the functions of a path."""
-        first = slices.conv_norm(slices.take("first_conv.conv.weight"), "first_conv.bn", 2)
+        first = slices.conv_norm("first_conv.conv", "first_conv.bn", stride=2)
         width = self._width(FIRST)
         steps: list[Step] = [_first_block(slices, width)]
         for stage, depth in enumerate(path.d):
@@ -140,8 +131,7 @@ class OfaMobileNet(BaseModel):
                     )
                 )
                 width = outputs
-        weight = slices.take("final_expand_layer.conv.weight")
-        expand = slices.conv_norm(weight, "final_expand_layer.bn")
+        expand = slices.conv_norm("final_expand_layer.conv", "final_expand_layer.bn")
         mix = slices.take("feature_mix_layer.conv.weight").flatten(1)
         head = slices.linear("classifier.linear", None, None)
 
@@ -165,13 +155,11 @@ class OfaMobileNet(BaseModel):
         activate = F.hardswish if HARD_SWISH[stage] else F.relu
         up, deep = f"{name}.inverted_bottleneck", f"{name}.depth_conv"
         down = f"{name}.point_linear"
-        weight = slices.take(f"{up}.conv.conv.weight", middle, ins)
-        expand = slices.conv_norm(weight, f"{up}.bn.bn")
+        expand = slices.conv_norm(f"{up}.conv.conv", f"{up}.bn.bn", middle, ins)
         kernels = self._kernels(slices, f"{deep}.conv", middle, kernel)
         convolve = slices.depthwise_norm(kernels, f"{deep}.bn.bn", middle, stride)
         squeeze = _squeeze(slices, f"{deep}.se.fc", middle) if SQUEEZES[stage] else None
-        weight = slices.take(f"{down}.conv.conv.weight", outputs, middle)
-        project = slices.conv_norm(weight, f"{down}.bn.bn")
+        project = slices.conv_norm(f"{down}.conv.conv", f"{down}.bn.bn", outputs, middle)
         residual = stride == 1 and ins == outputs
 
         def forward(x: Tensor) -> Tensor:
@@ -219,9 +207,7 @@ def _first_block(slices: Slices, width: int) -> Step:
     name = "blocks.0.conv"
     weight = slices.take(f"{name}.depth_conv.conv.weight")
     convolve = slices.depthwise_norm(lambda: weight, f"{name}.depth_conv.bn", width)
-    project = slices.conv_norm(
-        slices.take(f"{name}.point_linear.conv.weight"), f"{name}.point_linear.bn"
-    )
+    project = slices.conv_norm(f"{name}.point_linear.conv", f"{name}.point_linear.bn")
     return lambda x: x + project(F.relu(convolve(x)))
 
 

@@ -16,14 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ladderstitch.vision.models.nested.paths import NestedPath, draw, require
-from ladderstitch.vision.models.nested.slices import (
-    Plan,
-    Size,
-    Slices,
-    Step,
-    TensorSizes,
-    make_divisible,
-)
+from ladderstitch.vision.models.nested.sizes import TensorSizes, make_divisible
+from ladderstitch.vision.models.nested.slices import Plan, Slices, Step
 from ladderstitch.vision.models.vit import InputShape
 
 STRIDES = (1, 2, 2, 2)
@@ -77,12 +71,10 @@ class OfaResNet(BaseModel):
 
     def sizes(self, inputs: InputShape) -> TensorSizes:
         """Return the sizes of the supernet's tensors."""
-        parameters: dict[str, Size] = {}
-        norms: dict[str, int] = {}
+        sizes = TensorSizes()
 
         def conv(name: str, outputs: int, ins: int, kernel: int) -> None:
-            parameters[f"{name}.conv.conv.weight"] = (outputs, ins, kernel, kernel)
-            norms[f"{name}.bn.bn"] = outputs
+            sizes.add_conv(f"{name}.conv.conv", f"{name}.bn.bn", outputs, ins, kernel)
 
         middle, width = self._stem(max(self.width_mult_list))
         conv("input_stem.0", middle, inputs.in_channels, 3)
@@ -99,9 +91,8 @@ class OfaResNet(BaseModel):
                 if number == 0:
                     conv(f"blocks.{block}.downsample", outputs, width, 1)
                 width, block = outputs, block + 1
-        parameters["classifier.linear.linear.weight"] = (inputs.num_classes, width)
-        parameters["classifier.linear.linear.bias"] = (inputs.num_classes,)
-        return TensorSizes(parameters, norms)
+        sizes.add_linear("classifier.linear.linear", inputs.num_classes, width)
+        return sizes
 
     def plan(self, path: OfaResNetPath, slices: Slices, inputs: InputShape) -> Plan:
         """Return the functions of a path."""
@@ -130,14 +121,10 @@ class OfaResNet(BaseModel):
         _, width = self._stem(self.width_mult_list[path.w[1]])
         pools = self.stem_pool
 
-        def conv(name: str, outputs: int, ins: int, stride: int) -> Step:
-            weight = slices.take(f"{name}.conv.conv.weight", outputs, ins)
-            return slices.conv_norm(weight, f"{name}.bn.bn", stride)
-
-        first = conv("input_stem.0", middle, inputs.in_channels, 2)
+        first = _conv(slices, "input_stem.0", middle, inputs.in_channels, 2)
         runs_middle = path.d[0] == max(self.depth_list)
-        second = conv("input_stem.1.conv", middle, middle, 1) if runs_middle else None
-        third = conv("input_stem.2", width, middle, 1)
+        second = _conv(slices, "input_stem.1.conv", middle, middle) if runs_middle else None
+        third = _conv(slices, "input_stem.2", width, middle)
 
         def embed(images: Tensor) -> Tensor:
             x = F.relu(first(images))
@@ -158,19 +145,20 @@ class OfaResNet(BaseModel):
         }
 
 
+def _conv(slices: Slices, name: str, outputs: int, ins: int, stride: int = 1) -> Step:
+    """Return a convolution and its normalisation."""
+    return slices.conv_norm(f"{name}.conv.conv", f"{name}.bn.bn", outputs, ins, stride)
+
+
 def _bottleneck(
     slices: Slices, name: str, widths: tuple[int, int, int], stride: int, number: int
 ) -> Step:
     """Return a bottleneck block; the first of a stage has a pooled 1x1 convolution as shortcut."""
     ins, middle, outputs = widths
-
-    def conv(part: str, rows: int, columns: int, step: int = 1) -> Step:
-        weight = slices.take(f"{name}.{part}.conv.conv.weight", rows, columns)
-        return slices.conv_norm(weight, f"{name}.{part}.bn.bn", step)
-
-    first, second = conv("conv1", middle, ins), conv("conv2", middle, middle, stride)
-    third = conv("conv3", outputs, middle)
-    shortcut = conv("downsample", outputs, ins) if number == 0 else None
+    first = _conv(slices, f"{name}.conv1", middle, ins)
+    second = _conv(slices, f"{name}.conv2", middle, middle, stride)
+    third = _conv(slices, f"{name}.conv3", outputs, middle)
+    shortcut = _conv(slices, f"{name}.downsample", outputs, ins) if number == 0 else None
 
     def forward(x: Tensor) -> Tensor:
         residual = x

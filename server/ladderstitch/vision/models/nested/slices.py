@@ -6,7 +6,6 @@ normalisation belong to the path alone (`path_statistics.py`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ladderstitch.vision.models.nested.sizes import BATCH_NORM_EPS, MOMENTUM
+
 Step = Callable[[Tensor], Tensor]
 """Function from the features before a step to those after it."""
-Size = tuple[int, ...]
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
 """Mean and variance per active channel, by the name of the batch normalisation."""
-
-BATCH_NORM_EPS = 1e-5
-MOMENTUM = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,50 +35,6 @@ class Plan:
         for block in self.blocks:
             x = block(x)
         return self.classify(x)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSizes:
-    """Sizes of a supernet's parameters by name, and the widths of its batch normalisations."""
-
-    parameters: Mapping[str, Size]
-    norms: Mapping[str, int]
-
-
-def build_tree(sizes: TensorSizes) -> nn.Module:
-    """Return a module whose state dict has these names, on torch's default device."""
-    root = nn.Module()
-    for name, width in sizes.norms.items():
-        parent, leaf = _parent_of(root, name)
-        parent.add_module(leaf, nn.BatchNorm2d(width, BATCH_NORM_EPS, MOMENTUM))
-    for name, size in sizes.parameters.items():
-        parent, leaf = _parent_of(root, name)
-        parent.register_parameter(leaf, nn.Parameter(_initial(name, size)))
-    return root
-
-
-def _parent_of(root: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the module that holds a name's last part; modules that do not exist are added."""
-    *path, leaf = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    return root, leaf
-
-
-def _initial(name: str, size: Size) -> Tensor:
-    """Return a parameter before training: identities for kernel transforms, small numbers else."""
-    values = torch.empty(size)
-    if name.endswith("_matrix"):
-        return nn.init.eye_(values)
-    if len(size) == 4:
-        fan_out = size[0] * size[2] * size[3] / (size[0] if size[1] == 1 else 1)
-        return nn.init.normal_(values, std=math.sqrt(2 / fan_out))
-    if len(size) == 1:
-        is_scale = name.endswith("weight")
-        return nn.init.ones_(values) if is_scale else nn.init.zeros_(values)
-    return nn.init.trunc_normal_(values, std=0.02)
 
 
 class Slices:
@@ -147,8 +100,16 @@ class Slices:
         variance = self._tree.get_buffer(f"{name}.running_var")[:width]
         return lambda x: F.batch_norm(x, mean, variance, weight, bias, eps=BATCH_NORM_EPS)
 
-    def conv_norm(self, weight: Tensor, norm: str, stride: int = 1) -> Step:
-        """Return a convolution without bias and the batch normalisation after it."""
+    def conv_norm(
+        self,
+        name: str,
+        norm: str,
+        outputs: int | None = None,
+        inputs: int | None = None,
+        stride: int = 1,
+    ) -> Step:
+        """Return a convolution's prefix, without bias, and the batch normalisation after it."""
+        weight = self.take(f"{name}.weight", outputs, inputs)
         padding = weight.shape[-1] // 2
         normalise = self.batch_norm(norm, weight.shape[0])
         return lambda x: normalise(F.conv2d(x, weight, None, stride, padding))
@@ -225,12 +186,6 @@ class MeasuringSlices(Slices):
             name: (means / count, variances / count)
             for name, (count, means, variances) in self._totals.items()
         }
-
-
-def make_divisible(value: float, divisor: int = 8) -> int:
-    """Return the multiple of `divisor` next to a width, never over 10 % below it."""
-    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * value else rounded
 
 
 def _first(tensor: Tensor, axis: int, size: int) -> Tensor:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import random
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ladderstitch.vision.models.nested.paths import NestedPath
-from ladderstitch.vision.models.nested.slices import Plan, Size, Slices, Step, TensorSizes
+from ladderstitch.vision.models.nested.sizes import TensorSizes
+from ladderstitch.vision.models.nested.slices import Plan, Slices, Step
+from ladderstitch.vision.models.nested.transformer_layers import HiddenLayer, PatchEmbedding
 from ladderstitch.vision.models.vit import InputShape
 
 EPS = 1e-6
@@ -67,47 +68,34 @@ class ThinkingVit(BaseModel):
 
     def sizes(self, inputs: InputShape) -> TensorSizes:
         """Return the sizes of the supernet's tensors."""
-        width, patch = self.embed_dim, self.patch_size
-        hidden = int(width * self.mlp_ratio)
-        sizes: dict[str, Size] = {
-            "cls_token": (1, 1, width),
-            "pos_embed": (1, (inputs.image_size // patch) ** 2 + 1, width),
-            "patch_embed.proj.weight": (width, inputs.in_channels, patch, patch),
-            "patch_embed.proj.bias": (width,),
-        }
-
-        def linear(name: str, outputs: int, ins: int) -> None:
-            sizes[f"{name}.weight"], sizes[f"{name}.bias"] = (outputs, ins), (outputs,)
-
+        width = self.embed_dim
+        sizes = TensorSizes()
+        self._embedding.add_sizes(sizes, width, inputs)
         for layer in range(self.depth):
             name = f"blocks.{layer}"
             for norm in ("norm1", "norm2"):
-                sizes |= {f"{name}.{norm}.{p}": (width,) for p in ("weight", "bias")}
-            linear(f"{name}.attn.qkv", 3 * width, width)
-            linear(f"{name}.attn.proj", width, width)
-            linear(f"{name}.mlp.fc1", hidden, width)
-            linear(f"{name}.mlp.fc2", width, hidden)
-        sizes |= {f"norm.{p}": (width,) for p in ("weight", "bias")}
+                sizes.add_layer_norm(f"{name}.{norm}", width)
+            sizes.add_linear(f"{name}.attn.qkv", 3 * width, width)
+            sizes.add_linear(f"{name}.attn.proj", width, width)
+            _hidden_layer(layer).add_sizes(sizes, width, int(width * self.mlp_ratio))
+        sizes.add_layer_norm("norm", width)
         for number, heads in enumerate(self.thinking_stages[:-1]):
-            linear(_map_name(number), width, self._width(heads))
-            sizes[f"alpha.{number}"] = (1,)
-        linear("head", inputs.num_classes, width)
-        return TensorSizes(sizes, {})
+            sizes.add_linear(_map_name(number), width, self._width(heads))
+            sizes.add(f"alpha.{number}", 1)
+        sizes.add_linear("head", inputs.num_classes, width)
+        return sizes
+
+    @property
+    def _embedding(self) -> PatchEmbedding:
+        return PatchEmbedding("patch_embed.proj", self.patch_size)
 
     def _width(self, heads: int) -> int:
         return heads * (self.embed_dim // self.num_heads)
 
     def plan(self, path: ThinkingVitPath, slices: Slices, inputs: InputShape) -> Plan:
         """Return the functions of a path; the stages before the last one are one step."""
-        stride, stages = self.patch_size, path.stages[: path.stage + 1]
-        kernel = slices.take("patch_embed.proj.weight")
-        bias = slices.take("patch_embed.proj.bias")
-        first, positions = slices.take("cls_token"), slices.take("pos_embed")
-
-        def embed(images: Tensor) -> Tensor:
-            patches = F.conv2d(images, kernel, bias, stride).flatten(2).transpose(1, 2)
-            return torch.cat((first.expand(images.shape[0], -1, -1), patches), 1) + positions
-
+        stages = path.stages[: path.stage + 1]
+        embed = self._embedding.bind(slices, self.embed_dim)
         last = self._width(stages[-1])
         blocks = tuple(self._block(slices, n, stages[-1]) for n in range(self.depth))
         norm, head = slices.layer_norm("norm", last, EPS), slices.linear("head", None, last)
@@ -137,21 +125,17 @@ class ThinkingVit(BaseModel):
     def _block(self, slices: Slices, layer: int, heads: int) -> Step:
         """Return one block on the first heads; it cuts what it reads to its width."""
         name, full, k = f"blocks.{layer}", self.embed_dim, self._width(heads)
-        norm1 = slices.layer_norm(f"{name}.norm1", k, EPS)
-        norm2 = slices.layer_norm(f"{name}.norm2", k, EPS)
+        norm = slices.layer_norm(f"{name}.norm1", k, EPS)
         parts = [slices.rows(f"{name}.attn.qkv", i, k, k) for i in (0, full, 2 * full)]
         project = slices.linear(f"{name}.attn.proj", k, k)
-        hidden = int(k * self.mlp_ratio)
-        up = slices.linear(f"{name}.mlp.fc1", hidden, k)
-        down = slices.linear(f"{name}.mlp.fc2", k, hidden)
+        transform = _hidden_layer(layer).bind(slices, k, int(k * self.mlp_ratio), EPS)
 
         def forward(x: Tensor) -> Tensor:
             x = x[..., :k]
-            y = norm1(x)
+            y = norm(x)
             split = [F.linear(y, w, b).unflatten(2, (heads, -1)).transpose(1, 2) for w, b in parts]
             mixed = F.scaled_dot_product_attention(*split)
-            x = x + project(mixed.transpose(1, 2).flatten(2))
-            return x + down(F.gelu(up(norm2(x))))
+            return transform(x + project(mixed.transpose(1, 2).flatten(2)))
 
         return forward
 
@@ -160,6 +144,11 @@ class ThinkingVit(BaseModel):
         heads = max(1, round(level * self.num_heads))
         stage = sum(heads > earlier for earlier in self.thinking_stages[:-1])
         return {"stages": [*self.thinking_stages[:stage], heads], "stage": stage}
+
+
+def _hidden_layer(layer: int) -> HiddenLayer:
+    name = f"blocks.{layer}"
+    return HiddenLayer(f"{name}.norm2", f"{name}.mlp.fc1", f"{name}.mlp.fc2")
 
 
 def _map_name(number: int) -> str:
