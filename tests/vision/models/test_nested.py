@@ -87,6 +87,19 @@ def test_statistics_read_again_are_the_same(tmp_path: Path, kind: str) -> None:
     assert model.statistics[0] is not first
 
 
+def test_statistics_on_a_device_stay_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "statistics.safetensors"
+    model = make_model(make_config("ofa-mbv3", 4), recalibrated=False)
+    write_random_statistics(path, model)
+    widths = {stitch.id: model.norm_widths(stitch.id) for stitch in model.stitches}
+    model.statistics.read_from(StatisticsFile(path, widths), 0)
+    model.to("meta")
+    used = [model.statistics[stitch.id] for stitch in model.stitches]
+    for stitch, norms in zip(model.stitches, used, strict=True):
+        assert model.statistics[stitch.id] is norms
+        assert all(mean.device.type == "meta" for mean, _ in norms.values())
+
+
 def test_replaced_statistics_stay_and_changed_ones_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "statistics.safetensors"
     model = make_model(make_config("ofa-mbv3", 4))

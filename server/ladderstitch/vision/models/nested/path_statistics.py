@@ -87,8 +87,9 @@ class StatisticsFile:
 class PathStatistics(MutableMapping[int, Statistics]):
     """The statistics of the paths that have some, by path.
 
-    Of those in a file, the ones used last stay in memory, up to a limit. On GPUs all that were used
-    stay, because captured graphs name their addresses. Threads may share one.
+    Of those in a file, the ones used last stay in memory, up to a limit. On other devices than the
+    CPU all that were used stay, because captured graphs name their addresses. Threads may share
+    one.
     """
 
     def __init__(self) -> None:
@@ -132,7 +133,7 @@ class PathStatistics(MutableMapping[int, Statistics]):
 
     def _forget_oldest(self, widths: Widths) -> None:
         """Forget what was used least recently, as far as the limit demands."""
-        if self._like.is_cuda:
+        if self._like.device.type != "cpu":
             return
         numbers = {stitch: 2 * sum(widths[stitch].values()) for stitch in self._recent}
         kept = sum(numbers.values())
