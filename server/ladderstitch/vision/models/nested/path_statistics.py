@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import struct
+import sys
 import threading
 import weakref
+from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from pathlib import Path
 
 import torch
@@ -36,46 +38,59 @@ class StatisticsFile:
 
     def __init__(self, path: Path, widths: Widths) -> None:
         """Read the header; raises `BundleError` unless the tensors are those of `widths`."""
-        self._path, self.widths = path, widths
         try:
             safe_open(path, "pt").keys()  # checks the offsets, which it has no method for
             self._descriptor = os.open(path, os.O_RDONLY)
         except (OSError, SafetensorError) as error:
             raise BundleError(f"{path}: {error}") from error
         weakref.finalize(self, os.close, self._descriptor)
+        self._path, self._version = path, self._read_version()
+        # Paths share the strings, and positions are plain numbers: for 32 paths of OFA MobileNetV3,
+        # 0.15 MB instead of 0.75 MB.
+        self.widths = {
+            stitch: {sys.intern(norm): width for norm, width in norms.items()}
+            for stitch, norms in widths.items()
+        }
+        starts = self._read_starts()
+        self._starts = {
+            stitch: array("Q", (starts[name] for name in _names(stitch, norms)))
+            for stitch, norms in widths.items()
+        }
+
+    def _read_starts(self) -> dict[str, int]:
+        """Return the positions of all tensors in the file; raises `BundleError` as `__init__`."""
         (size,) = struct.unpack("<Q", os.pread(self._descriptor, 8, 0))
         header = json.loads(os.pread(self._descriptor, size, 8))
         header.pop("__metadata__", None)
         expected = {
-            tensor_name(stitch, norm, part): (width,)
-            for stitch, norms in widths.items()
+            name: (width,)
+            for stitch, norms in self.widths.items()
             for norm, width in norms.items()
-            for part in (MEAN, VARIANCE)
+            for name in _names(stitch, [norm])
         }
         shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        check_tensors(expected, shapes, where=str(path))
+        check_tensors(expected, shapes, where=str(self._path))
         for name, entry in header.items():
             if entry["dtype"] != "F32":
-                raise BundleError(f"{path}: {name}: expected F32, got {entry['dtype']}")
-        self._starts = {n: 8 + size + entry["data_offsets"][0] for n, entry in header.items()}
-        self._version = self._read_version()
+                raise BundleError(f"{self._path}: {name}: expected F32, got {entry['dtype']}")
+        return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()}
 
     def read(self, stitch: int) -> Statistics:
         """Return the statistics of a path; raises `BundleError` if the file has changed."""
         if self._read_version() != self._version:
             raise BundleError(f"{self._path}: changed since it was loaded; load the model again")
+        starts = iter(self._starts[stitch])
         return {
-            norm: (
-                self._read_tensor(tensor_name(stitch, norm, MEAN), width),
-                self._read_tensor(tensor_name(stitch, norm, VARIANCE), width),
-            )
+            norm: (self._read_tensor(next(starts), width), self._read_tensor(next(starts), width))
             for norm, width in self.widths[stitch].items()
         }
 
-    def _read_tensor(self, name: str, width: int) -> Tensor:
-        data = bytearray(os.pread(self._descriptor, 4 * width, self._starts[name]))
+    def _read_tensor(self, start: int, width: int) -> Tensor:
+        data = bytearray(os.pread(self._descriptor, 4 * width, start))
         if len(data) != 4 * width:
-            raise BundleError(f"{self._path}: {name}: expected {4 * width} bytes, got {len(data)}")
+            raise BundleError(
+                f"{self._path}: expected {4 * width} bytes at {start}, got {len(data)}"
+            )
         return torch.frombuffer(data, dtype=torch.float32)
 
     def _read_version(self) -> tuple[int, int]:
@@ -162,6 +177,11 @@ class PathStatistics(MutableMapping[int, Statistics]):
 
 def _converted(norms: Statistics, function: Callable[[Tensor], Tensor]) -> Statistics:
     return {name: (function(mean), function(variance)) for name, (mean, variance) in norms.items()}
+
+
+def _names(stitch: int, norms: Iterable[str]) -> list[str]:
+    """Return the names of a path's tensors, the mean and the variance of every norm."""
+    return [tensor_name(stitch, norm, part) for norm in norms for part in (MEAN, VARIANCE)]
 
 
 def tensor_name(stitch: int, norm: str, part: str) -> str:
