@@ -84,7 +84,7 @@ def record(scheduler: TextScheduler) -> Schedules:
     """Return the schedules of all answers from now on; the queue must be a `RecordingQueue`."""
     queue = scheduler._queue
     assert isinstance(queue, RecordingQueue)
-    scheduler._cache_changes = RecordingChanges(scheduler.cache_rules, queue)
+    scheduler._runner.cache_changes = RecordingChanges(scheduler.cache_rules, queue)
     return queue.schedules
 
 
@@ -127,7 +127,7 @@ class Replay:
                     self._restart(sequence, event)
                     break
                 else:
-                    changes = self._scheduler._cache_changes
+                    changes = self._scheduler._runner.cache_changes
                     changes.change(sequence, event.variant, self._mode)
         return await self._step()
 

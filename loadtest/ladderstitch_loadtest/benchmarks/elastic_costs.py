@@ -98,7 +98,7 @@ def time_decisions(scheduler: TextScheduler, tokens: int, repeats: int) -> dict[
         started = time.perf_counter()
         changes = scheduler._change_rules.plan([answer], scheduler.times, time.monotonic())
         for change in changes:
-            scheduler._cache_changes.change(change.sequence, change.variant, "write-through")
+            scheduler._runner.cache_changes.change(change.sequence, change.variant, "write-through")
         pending = answer.next_translations()
         seconds.append(time.perf_counter() - started)
         assert changes, "an answer without a budget goes on with the best path"

@@ -51,7 +51,7 @@ async def served(tmp_path: Path) -> AsyncIterator[ServedModel]:
     manifest = yaml.safe_load((path / "model.yaml").read_text())
     (path / "model.yaml").write_text(yaml.safe_dump(manifest | {"chat_template": HERMES}))
     served = ServedModel(TextBundle.load(path))
-    served.scheduler.group = FixedLogits(served.scheduler.group.rank_config)  # type: ignore[assignment]
+    served.scheduler.steps.run = FixedLogits().run  # type: ignore[method-assign]
     served.scheduler.end_tokens = frozenset({END})
     yield served
     await served.scheduler.close()
@@ -149,7 +149,7 @@ async def test_streams_of_other_callers_have_no_marks(served: ServedModel) -> No
 async def test_error_of_a_named_stream_has_its_status(served: ServedModel) -> None:
     headers = {ANSWER_HEADER: str(NAME), "x-deadline-ms": "400"}
     body = {"prompt": "x", "max_tokens": 100, "ignore_eos": True}
-    served.scheduler.group = SlowLogits(served.scheduler.group.rank_config)  # type: ignore[assignment]
+    served.scheduler.steps.run = SlowLogits().run  # type: ignore[method-assign]
     response = await post(served, COMPLETION, body, headers)
     *_, (mark, content) = [
         read_event(event, is_rest=False) for event in response.content.split(b"\n\n")[:-1]

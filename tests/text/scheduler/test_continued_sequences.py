@@ -32,9 +32,6 @@ OPTIONS: list[dict[str, Any]] = [
 class FixedLogits:
     """Steps whose logits depend on the last token and its position alone."""
 
-    def __init__(self, rank_config: Any) -> None:
-        self.rank_config = rank_config
-
     async def run(self, step: Step) -> StepOutput:
         """Return the output of a step."""
         logits, best = [], []
@@ -57,7 +54,7 @@ class FixedLogits:
 def start(bundle: TextBundle) -> SteppedScheduler:
     """Return a scheduler whose steps run at once."""
     scheduler = SteppedScheduler(bundle)
-    scheduler.group = FixedLogits(scheduler.group.rank_config)  # type: ignore[assignment]
+    scheduler.steps.run = FixedLogits().run  # type: ignore[method-assign]
     scheduler.end_tokens = frozenset({END})
     return scheduler
 

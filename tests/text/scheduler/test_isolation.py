@@ -279,7 +279,7 @@ async def test_failures_are_counted_and_gauges_return_to_zero(
         return StepOutput(output.best, output.logits, bad)
 
     monkeypatch.setattr(group, "run", poison)
-    monkeypatch.setattr(scheduler, "_observe", lambda executed: 1 / 0)
+    monkeypatch.setattr(scheduler._runner, "observe", lambda *_: 1 / 0)
     ends = await asyncio.gather(
         *(read_all(scheduler.generate(make_request(first))) for first in (1, BAD, 2)),
         return_exceptions=True,
@@ -312,8 +312,8 @@ async def test_loop_that_ends_is_started_again(
     async def die() -> bool:
         if (error := next(ends, None)) is None:
             return await step()
-        scheduler._plan = None
-        monkeypatch.setattr(scheduler, "_fail_step", raise_(error))
+        scheduler._runner.plan = None
+        monkeypatch.setattr(scheduler._recovery, "fail_step", raise_(error))
         raise ValueError if isinstance(error, Exception) else error
 
     monkeypatch.setattr(scheduler, "step", die)

@@ -24,7 +24,7 @@ from ladderstitch.scheduling.requests import GenerationRequest, Sampling, TokenC
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_handle import RankLost
 from ladderstitch.text.scheduler import token_stream as stream_module
-from ladderstitch.text.scheduler.scheduler import MAX_RANK_LOSSES
+from ladderstitch.text.scheduler.failure_recovery import MAX_RANK_LOSSES
 from ladderstitch.text.scheduler.token_stream import TokenStream
 from tests.text.scheduler.stepped_group import TOKEN, SteppedScheduler
 

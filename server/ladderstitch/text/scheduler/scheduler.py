@@ -13,10 +13,7 @@ from collections import abc
 
 from ladderstitch.errors import (
     Draining,
-    EngineRestarting,
-    InternalError,
     InvalidArgument,
-    NonFiniteOutput,
     RequestError,
 )
 from ladderstitch.scheduling.candidates import CandidateFilter
@@ -27,29 +24,27 @@ from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.model_metrics import (
     NullObserver,
     Occupancy,
-    StepReport,
     TextObserver,
 )
 from ladderstitch.telemetry.statistics import Statistics
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.engine.rank_handle import RankLost
 from ladderstitch.text.grammars import GrammarCompiler
-from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.scheduler.block_manager import BlockManager
 from ladderstitch.text.scheduler.cache_changes import CacheChanges
 from ladderstitch.text.scheduler.cache_rules import CacheRules
 from ladderstitch.text.scheduler.decode_load import NO_LOAD, DecodeLoad, first_token_s
+from ladderstitch.text.scheduler.failure_recovery import FailureRecovery
 from ladderstitch.text.scheduler.guarded_observer import GuardedObserver
+from ladderstitch.text.scheduler.in_flight import InFlightSequences
 from ladderstitch.text.scheduler.planner import (
-    ExecutedStep,
-    ScheduledChunk,
     StepPlan,
     choose_variant,
     plan_step,
 )
 from ladderstitch.text.scheduler.queue import SequenceQueue
-from ladderstitch.text.scheduler.sampler import non_finite_output
 from ladderstitch.text.scheduler.sequence import Sequence
+from ladderstitch.text.scheduler.step_runner import StepRunner
 from ladderstitch.text.scheduler.step_times import StepTimes, measure_steps, placeholder_profile
 from ladderstitch.text.scheduler.supervised_loop import SupervisedLoop
 from ladderstitch.text.scheduler.token_stream import TokenStream
@@ -59,8 +54,6 @@ from ladderstitch.text.tokenizer import TextTokenizer
 
 log = logging.getLogger(__name__)
 
-MAX_RANK_LOSSES = 8
-"""Rank losses that one sequence survives; more than these are not a coincidence."""
 MAX_ENDS_IN_ROW = 5
 """Unexpected ends of the loop, with no progress in between, after which the model is not alive."""
 LOAD_REPORT_TOKENS = 32
@@ -97,20 +90,15 @@ class TextScheduler:
         self.variant_names = tuple(variant_names) or tuple(path.scheme for path in config.paths)
         self.block_manager = BlockManager(config.blocks, config.block_tokens)
         self.times = StepTimes(placeholder_profile(len(config.paths), config.max_batched_tokens))
-        self._last_step: tuple[int, float] | None = None
-        """Sequences and end of the step just before; None after a pause without work."""
         self._by_name, self.draining = frozenset(by_name), False
         self.statistics = Statistics()
         self._queue = make_queue(self.block_manager, max_sequences)
-        self._cache_changes = CacheChanges(self.cache_rules, self._queue)
-        self._plan: StepPlan | None = None
-        self._apart: list[Sequence] = []
-        """Sequences of a step that failed, which run one by one until one of them fails alone."""
         self._quality, self._observer = quality, observer or NullObserver()
         self._guarded = GuardedObserver(self._observer)
-        self._changed = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._in_flight = InFlightSequences(self._queue, self._guarded)
+        changes = CacheChanges(self.cache_rules, self._queue)
+        self._runner = StepRunner(group, self._in_flight, changes, self._guarded)
+        self._recovery = FailureRecovery(group, self._in_flight, self._guarded)
         self._loop = SupervisedLoop(self._run_steps, self._resume, "text-scheduler")
         self.apply_settings(SchedulerSettings())
 
@@ -123,22 +111,17 @@ class TextScheduler:
     @property
     def num_waiting(self) -> int:
         """The number of requests without blocks."""
-        return len(self._queue.waiting)
+        return self._in_flight.num_waiting
 
     @property
     def num_running(self) -> int:
         """The number of requests that hold blocks."""
-        return len(self._queue.active)
-
-    @property
-    def kv_cache_usage(self) -> float:
-        """The share of the cache's blocks that sequences hold, 0 to 1."""
-        return self.block_manager.num_used / self.block_manager.num_blocks
+        return self._in_flight.num_running
 
     @property
     def occupancy(self) -> Occupancy:
-        """The numbers of requests, and the share of the cache in use."""
-        return Occupancy(self.num_waiting, self.num_running, self.kv_cache_usage)
+        """The numbers of requests, and the share of the cache's blocks in use."""
+        return self._in_flight.occupancy
 
     @property
     def healthy(self) -> bool:
@@ -209,18 +192,18 @@ class TextScheduler:
         except RequestError as error:
             self._guarded.observe_rejection(error.code, had_budget=request.budget.is_set)
             raise
-        return TokenStream(sequence, self._remove, self._guarded, self.statistics)
+        return TokenStream(sequence, self._in_flight.remove, self._guarded, self.statistics)
 
     async def drain(self) -> None:
         """Reject new requests, and return when all accepted ones have ended."""
         self.draining = True
-        await self._idle.wait()
+        await self._in_flight.wait_idle()
 
     async def close(self) -> None:
         """Stop computing; answers in progress end with `Draining`."""
         self.draining = True
         await self._loop.stop()
-        self._fail_all(Draining("the replica is shutting down"))
+        self._in_flight.fail_all(Draining("the replica is shutting down"))
 
     async def step(self) -> bool:
         """Run one step: change variants, admit, plan, make room, execute, deliver, observe, repair.
@@ -228,19 +211,21 @@ class TextScheduler:
         Return False, without a step, if no sequence is active. Raises `RankLost` if a rank died,
         and `InternalError` if the forward pass failed.
         """
-        self._plan = None
+        self._runner.plan = None
         now = time.monotonic()
         self._change_variants(now)
         self._queue.admit(self.times, now)
-        wanted = plan_step(self._next_sequences(), self.times, now)
+        wanted = plan_step(self._recovery.next_sequences(), self.times, now)
         if wanted is None:
             return False
-        self._plan = self._make_room(wanted)
-        executed = await self._execute(self._plan)
+        plan = self._runner.plan = self._make_room(wanted)
+        executed = await self._runner.execute(plan, self.times, self.settings.cache_mode)
         if executed is not None:
-            self._deliver(executed)
-            self._observe(executed)
-            await self._repair()
+            self._recovery.mark_executed(executed.plan.sequences)
+            self._runner.deliver(executed)
+            self._runner.observe(executed, self.times)
+            if self.settings.cache_mode == "anytime":
+                await self._runner.repair(self.times)
         return True
 
     async def _run_steps(self) -> None:
@@ -250,173 +235,32 @@ class TextScheduler:
                 is_idle = not await self.step()
                 self._loop.report_progress()
                 if is_idle:
-                    self._last_step = None
-                    self._changed.clear()
-                    await self._changed.wait()
+                    self._runner.mark_pause()
+                    self._in_flight.changed.clear()
+                    await self._in_flight.changed.wait()
             except RankLost as error:
-                await self._recover(error)
+                await self._recovery.wait_for_ranks(error)
             except Exception as error:
-                self._fail_step(error)
+                self._recovery.fail_step(error, self._runner.plan)
 
-    def _next_sequences(self) -> list[Sequence]:
-        """Return the sequences of which the next step takes some: all active ones.
-
-        After a step of several sequences failed, each of them runs alone, so that one of them
-        cannot make the others fail.
-        """
-        self._apart = [sequence for sequence in self._apart if not sequence.ended]
-        apart = [sequence for sequence in self._apart if sequence in self._queue.active]
-        return apart[:1] or self._queue.active
-
-    def _fail_step(self, error: Exception) -> None:
-        """End the sequence of a step that failed; several ones run again, each of them alone."""
-        if self._plan is None:
-            sequences = [*self._queue.active, *self._queue.waiting]
-        else:
-            sequences = [s for s in self._plan.sequences if not s.ended]
-        if self._plan is not None and len(sequences) > 1:
-            log.warning("a step of sequences=%d failed; each runs alone: %s", len(sequences), error)
-            self._apart = sequences
-        else:
-            self._fail(sequences, _request_error("a step failed", error))
+    def _resume(self, error: BaseException) -> None:
+        self._recovery.resume(error, self._loop.ends_in_row)
 
     def _change_variants(self, now: float) -> None:
         """Move decoding sequences to the variants that their budgets allow from now on."""
         changes = self._change_rules.plan(self._queue.active, self.times, now)
         for change in changes:
-            self._cache_changes.change(change.sequence, change.variant, self.settings.cache_mode)
+            self._runner.cache_changes.change(
+                change.sequence, change.variant, self.settings.cache_mode
+            )
         if changes:
             self._guarded.observe_variant_changes(len(changes))
-
-    async def _repair(self) -> None:
-        """Compute translated keys and values again while every sequence can afford to wait."""
-        if self.settings.cache_mode != "anytime":
-            return
-        repair = self._cache_changes.next_repair(self.times, time.monotonic())
-        if repair is None:
-            return
-        sequence, tokens = repair.sequence, repair.tokens
-        self._plan = StepPlan(sequence.variant, (ScheduledChunk(sequence, len(tokens.tokens)),))
-        self._last_step, started_at = None, time.monotonic()
-        output = await self.group.run(Step((tokens,), sequence.variant, repair.planned_s))
-        self._guarded.observe_repair(len(tokens.tokens), time.monotonic() - started_at)
-        if output.non_finite:
-            self._fail([sequence], non_finite_output())
-        elif not sequence.ended:
-            sequence.mark_repaired(tokens)
 
     def _make_room(self, wanted: StepPlan) -> StepPlan:
         plan, num_preempted = self._queue.make_room(wanted, self.times)
         if num_preempted:
             self._guarded.observe_preemptions(num_preempted)
         return plan
-
-    async def _execute(self, plan: StepPlan) -> ExecutedStep | None:
-        """Run a step and return its output; None if none of its sequences can take part."""
-        chunks: list[ScheduledChunk] = []
-        inputs: list[SequenceInput] = []
-        for chunk in plan.chunks:
-            try:
-                inputs.append(chunk.sequence.next_input(chunk.num_tokens))
-                chunks.append(chunk)
-            except Exception as error:
-                self._fail([chunk.sequence], _request_error("a sequence has no input", error))
-        if not chunks:
-            return None
-        plan = StepPlan(plan.variant, tuple(chunks))
-        num_cached = sum(chunk.sequence.history.num_tokens for chunk in chunks)
-        planned_s = self.times.expected(plan.variant, plan.num_tokens, len(chunks), num_cached)
-        translations = tuple(t for c in chunks for t in c.sequence.next_translations())
-        planned_s += self._cache_changes.translation_s(translations, self.times)
-        step = Step(
-            tuple(inputs),
-            plan.variant,
-            planned_s,
-            translations,
-            self.settings.cache_mode == "write-through" and self.cache_rules.translates,
-        )
-        started_at = time.monotonic()
-        output = await self.group.run(step)
-        return ExecutedStep(plan, step, num_cached, output, started_at, time.monotonic())
-
-    def _deliver(self, executed: ExecutedStep) -> None:
-        """Append the new tokens to their sequences; remove the sequences that end or fail."""
-        best, logits, num_rows = iter(executed.output.best.tolist()), executed.output.logits, 0
-        both = zip(executed.plan.chunks, executed.step.inputs, strict=True)
-        write_through: list[int] = []
-        if executed.step.write_through:
-            write_through = self.cache_rules.other_kinds(executed.plan.variant)
-        for number, (chunk, step_input) in enumerate(both):
-            token = next(best) if step_input.logits_mode == LogitsMode.BEST else None
-            rows = logits[num_rows : num_rows + step_input.num_logits]
-            num_rows += step_input.num_logits
-            sequence = chunk.sequence
-            if sequence in self._apart:
-                self._apart.remove(sequence)
-            if sequence.ended:  # its caller left during the step
-                continue
-            try:
-                if number in executed.output.non_finite:
-                    raise non_finite_output()  # its blocks are not cached for others
-                sequence.mark_computed(self.block_manager, chunk.num_tokens, write_through)
-                if step_input.logits_mode != LogitsMode.NONE:
-                    sequence.append_token(token, rows if len(rows) else None, executed.ended_at)
-            except Exception as error:
-                self._fail([sequence], _request_error("a sequence failed", error))
-            if sequence.ended:
-                self._remove(sequence)
-
-    def _observe(self, executed: ExecutedStep) -> None:
-        plan, seconds = executed.plan, executed.ended_at - executed.started_at
-        num_sequences = len(plan.chunks)
-        translations = executed.step.translations
-        self._guarded.observe_translation(sum(len(t.tokens) for t in translations))
-        translation_s = self._cache_changes.translation_s(translations, self.times)
-        if any(part.logits_mode == LogitsMode.ALL for part in executed.step.inputs):
-            self._guarded.observe_occupancy(self.occupancy)
-            return  # logits of all tokens take longer than other steps do
-        seconds = max(seconds - translation_s, 0.1 * seconds)
-        if self._last_step is not None:
-            before, ended_at = self._last_step
-            self.times.observe_gap(before, executed.started_at - ended_at)
-        self._last_step = num_sequences, executed.ended_at
-        error = self.times.observe(
-            plan.variant, plan.num_tokens, num_sequences, executed.num_cached, seconds
-        )
-        view = self.times.latency.view
-        self._guarded.observe_step(
-            StepReport(plan.variant, num_sequences, seconds, error, view.slowdown, view.tail),
-            self.occupancy,
-        )
-
-    async def _recover(self, error: RankLost) -> None:
-        """Wait until all ranks are ready; the caches are lost, so all sequences start over."""
-        log.warning("rank lost, active_sequences=%d: %s", self.num_running, error)
-        self._queue.reset_all()
-        exhausted = [s for s in self._queue.waiting if s.num_rank_losses > MAX_RANK_LOSSES]
-        self._fail(exhausted, EngineRestarting(f"too many ranks were lost: {error}"))
-        self._guarded.observe_occupancy(self.occupancy)
-        try:
-            await self.group.wait_ready()
-        except EngineRestarting as failure:
-            self._fail_all(failure)
-
-    def _resume(self, error: BaseException) -> None:
-        """Prepare all sequences for a loop that starts again after an unexpected end."""
-        failure = InternalError.logged("the scheduler's loop ended and is started again", error)
-        self._guarded.observe_restart()
-        self._apart = []
-        try:
-            self._queue.reset_all()
-            if self._loop.ends_in_row > 1:
-                self._fail_all(failure)
-        except Exception:
-            log.exception("the sequences cannot be resumed")
-            for sequence in self._queue.abandon_all():
-                if not sequence.ended:
-                    sequence.fail(failure)
-            self._idle.set()
-        self._guarded.observe_occupancy(self.occupancy)
 
     def _submit(self, request: GenerationRequest) -> Sequence:
         """Add a request to the queue; raise a `RequestError` if it cannot be accepted."""
@@ -442,32 +286,6 @@ class TextScheduler:
             self.end_tokens,
             self.cache_rules,
         )
-        self._queue.add(sequence)
-        self._idle.clear()
-        self._changed.set()
-        self._guarded.observe_occupancy(self.occupancy)
+        self._in_flight.add(sequence)
         self._loop.start()
         return sequence
-
-    def _remove(self, sequence: Sequence) -> None:
-        self._queue.remove(sequence)
-        self._changed.set()
-        if self._queue.empty:
-            self._idle.set()
-        self._guarded.observe_occupancy(self.occupancy)
-
-    def _fail(self, sequences: abc.Iterable[Sequence], error: RequestError) -> None:
-        for sequence in sequences:
-            if not sequence.ended:
-                sequence.fail(error)
-                if isinstance(error, NonFiniteOutput):
-                    self._guarded.observe_non_finite()
-            self._remove(sequence)
-
-    def _fail_all(self, error: RequestError) -> None:
-        self._fail([*self._queue.active, *self._queue.waiting], error)
-
-
-def _request_error(what: str, error: Exception) -> RequestError:
-    """Return the error for the caller; log one that no caller is meant to see."""
-    return error if isinstance(error, RequestError) else InternalError.logged(what, error)
