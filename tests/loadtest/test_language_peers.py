@@ -18,8 +18,9 @@ import pytest
 from rich.console import Console
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.text.bundle import TextBundle, TextManifest
+from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.hugging_face.architectures import read_architecture
+from ladderstitch.text.manifest import TextManifest
 from ladderstitch.text.model.config import DecoderConfig, RopeScaling
 from ladderstitch_loadtest.benchmarks.completions import long_prompt, measure_server, stream
 from ladderstitch_loadtest.benchmarks.language_contenders import (

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ladderstitch.text.bundle import TextVariant
+from ladderstitch.text.manifest import TextVariant
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch_loadtest.cli import app
 from tests.support.language_models import made_up_quality, write_tiny

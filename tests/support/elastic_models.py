@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ladderstitch.scheduling.profiles import Quality
-from ladderstitch.text.bundle import TextManifest, TextVariant, write_manifest
+from ladderstitch.text.manifest import TextManifest, TextVariant, write_manifest
 from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.family import DecoderFamily, LayerRange, Route
 from ladderstitch.text.model.family_weights import family_shapes

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 
 from ladderstitch.errors import BundleError, ConfigError, DataError
 from ladderstitch.importers.gguf import import_gguf
-from ladderstitch.text.bundle import TextBundle, TextVariant
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.manifest import TextVariant
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.weight_reader import MemoryWeights, SafetensorsFolder
 from ladderstitch.text.model.weights import check_weights

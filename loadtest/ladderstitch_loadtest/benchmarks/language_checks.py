@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from ladderstitch.text.bundle import TextBundle, TextManifest, write_manifest
+from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
+from ladderstitch.text.manifest import TextManifest, write_manifest
 from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.weights import expected_shapes

@@ -12,7 +12,8 @@ from typing import Any
 
 from ladderstitch.bundles import find_bundle
 from ladderstitch.importers.fetch import download
-from ladderstitch.text.bundle import TextBundle, TextManifest
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.manifest import TextManifest
 from ladderstitch.text.model.config import DecoderConfig
 
 TOKENIZER_FIELDS = {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -18,7 +18,7 @@ from rich.table import Table
 from ladderstitch.bundles import HOME_VARIABLE
 from ladderstitch.cli.console import err, out, progress_bar
 from ladderstitch.client import Client
-from ladderstitch.text.bundle import TextManifest, write_manifest
+from ladderstitch.text.manifest import TextManifest, write_manifest
 from ladderstitch_loadtest.cli_options import OutFolder, Seed
 from ladderstitch_loadtest.faults.fuzzing.campaign import (
     AllSenders,

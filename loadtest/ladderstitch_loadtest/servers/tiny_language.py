@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from ladderstitch.text.bundle import TextManifest, write_manifest
+from ladderstitch.text.manifest import TextManifest, write_manifest
 from ladderstitch.text.model.config import DecoderConfig
 from ladderstitch.text.model.weights import expected_shapes
 

@@ -22,7 +22,8 @@ import yaml
 from ladderstitch.errors import DataError
 from ladderstitch.importers.gguf import import_gguf
 from ladderstitch.runtime import ProgressCallback
-from ladderstitch.text.bundle import TextBundle, TextManifest, write_manifest
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.manifest import TextManifest, write_manifest
 
 
 def fetch_data(name: str, into: Path) -> None:

@@ -17,7 +17,8 @@ from ladderstitch.bundles import check_tensors
 from ladderstitch.errors import DataError
 from ladderstitch.importers.gguf_tokenizers import build_tokenizer, read_token_id, read_tokens
 from ladderstitch.runtime import ProgressCallback
-from ladderstitch.text.bundle import TextManifest, write_manifest, write_tokenizer
+from ladderstitch.text.bundle import write_tokenizer
+from ladderstitch.text.manifest import TextManifest, write_manifest
 from ladderstitch.text.model.config import DecoderConfig, RopeScaling
 from ladderstitch.text.model.rotation import rotation_tables
 from ladderstitch.text.model.weight_reader import SINGLE

@@ -15,14 +15,9 @@ from ladderstitch.bundles.files import read_yaml
 from ladderstitch.errors import ConfigError, DataError
 from ladderstitch.importers.checkpoints import read_weights
 from ladderstitch.importers.olmo import read_olmo
-from ladderstitch.text.bundle import (
-    TextBundle,
-    TextManifest,
-    TextVariant,
-    write_manifest,
-    write_tokenizer,
-)
+from ladderstitch.text.bundle import TextBundle, write_tokenizer
 from ladderstitch.text.hugging_face.architectures import Architecture
+from ladderstitch.text.manifest import TextManifest, TextVariant, write_manifest
 from ladderstitch.text.model.layout import LaidOutWeights
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.model.weight_reader import SINGLE, MemoryWeights

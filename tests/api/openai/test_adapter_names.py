@@ -11,7 +11,8 @@ from ladderstitch.api.openai.models import find_model, named_models
 from ladderstitch.errors import ModelNotFound
 from ladderstitch.hosting.registry import ModelRegistry, TextModel
 from ladderstitch.telemetry.model_metrics import TextMetrics
-from ladderstitch.text.bundle import TextBundle, TextManifest, TextVariant
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.manifest import TextManifest, TextVariant
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.scheduler.scheduler import TextScheduler
 from tests.support.language_models import TINY

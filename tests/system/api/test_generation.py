@@ -26,7 +26,8 @@ from ladderstitch.client import (
 )
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import grpc_service_pb2_grpc
-from ladderstitch.text.bundle import TextBundle, TextVariant
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.manifest import TextVariant
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.v1 import generation_pb2, generation_pb2_grpc
 from tests.support.language_models import greedy, write_tiny

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ladderstitch.client import AsyncClient, RequestFailed, infer_request
 from ladderstitch.oip import grpc_service_pb2 as oip
 from ladderstitch.oip import grpc_service_pb2_grpc
-from ladderstitch.text.bundle import TextVariant
+from ladderstitch.text.manifest import TextVariant
 from ladderstitch.text.model.residual import ResidualScheme
 from tests.conftest import make_tiny_bundle
 from tests.support.language_models import write_tiny

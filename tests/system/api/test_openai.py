@@ -19,7 +19,8 @@ import openai
 import pytest
 import yaml
 
-from ladderstitch.text.bundle import TextBundle, TextVariant
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.manifest import TextVariant
 from ladderstitch.text.model.residual import ResidualScheme
 from tests.support.language_models import greedy, write_tiny
 from tests.support.servers import RunningServer, start_server, stop_server

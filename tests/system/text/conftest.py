@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ladderstitch.text.bundle import TextBundle, TextVariant
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.manifest import TextVariant
 from ladderstitch.text.model.residual import ResidualScheme
 from tests.support.language_models import write_tiny
 

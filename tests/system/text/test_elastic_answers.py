@@ -18,7 +18,8 @@ from ladderstitch.errors import InternalError
 from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget, TokenChunk
 from ladderstitch.scheduling.settings import CacheMode, SchedulerSettings
 from ladderstitch.telemetry.model_metrics import NullObserver
-from ladderstitch.text.bundle import TextBundle, TextVariant
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.manifest import TextVariant
 from ladderstitch.text.messages import LogitsMode, Step, StepOutput
 from ladderstitch.text.model.residual import ResidualScheme
 from ladderstitch.text.scheduler.scheduler import TextScheduler

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ladderstitch.scheduling.settings import CacheMode, SchedulerSettings
-from ladderstitch.text.bundle import TextBundle, TextVariant
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.manifest import TextVariant
 from ladderstitch.text.model.family import DecoderFamily, LayerRange, Route
 from ladderstitch.text.scheduler.scheduler import TextScheduler
 from tests.support.elastic_models import (

@@ -16,10 +16,11 @@ import pytest
 from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget, TokenChunk
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.model_metrics import NullObserver
-from ladderstitch.text.bundle import TextBundle, TextVariant
+from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.comm.base import SingleRankCommunicator
 from ladderstitch.text.engine.rank_config import RankConfig
 from ladderstitch.text.engine.rank_models import load_models
+from ladderstitch.text.manifest import TextVariant
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step, StepOutput
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch

@@ -15,7 +15,8 @@ from ladderstitch.api.openai.requests import CompletionRequest
 from ladderstitch.errors import BundleError
 from ladderstitch.importers.verify_text import GoldenRun, run_case
 from ladderstitch.scheduling.requests import Sampling
-from ladderstitch.text.bundle import TextBundle, TextManifest
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.manifest import TextManifest
 from tests.support.hugging_face_folders import OWN, write_folder
 from tests.support.language_models import END
 

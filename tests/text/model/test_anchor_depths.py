@@ -11,7 +11,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ladderstitch.text.bundle import TextBundle, TextVariant
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.manifest import TextVariant
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.model.batch import Batch
 from ladderstitch.text.model.family import DecoderFamily, LayerRange, Route

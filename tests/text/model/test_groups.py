@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ladderstitch.errors import BundleError, ConfigError
 from ladderstitch.importers.verify_text import run_ranks
-from ladderstitch.text.bundle import TextBundle, TextVariant
+from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.comm.base import Communicator
 from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
+from ladderstitch.text.manifest import TextVariant
 from ladderstitch.text.messages import LogitsMode, dense_step
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch

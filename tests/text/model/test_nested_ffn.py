@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ladderstitch.importers.verify_text import GoldenRun, run_case
-from ladderstitch.text.bundle import TextBundle, TextManifest, TextVariant, write_manifest
+from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.comm.base import SingleRankCommunicator
 from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup
+from ladderstitch.text.manifest import TextManifest, TextVariant, write_manifest
 from ladderstitch.text.messages import LogitsMode, dense_step
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ladderstitch.errors import BundleError
-from ladderstitch.text.bundle import TextBundle, TextManifest
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.manifest import TextManifest
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step, Translation
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.batch import Batch

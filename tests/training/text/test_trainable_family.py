@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from ladderstitch.errors import ConfigError
-from ladderstitch.text.bundle import TextBundle, TextManifest, TextVariant, write_manifest
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.manifest import TextManifest, TextVariant, write_manifest
 from ladderstitch.text.model.family import DecoderFamily
 from ladderstitch.text.model.family_weights import anchor_prefix
 from ladderstitch.text.model.residual import ResidualScheme

@@ -13,7 +13,7 @@ from ladderstitch.api.openai.options import UNSUPPORTED
 from ladderstitch.api.openai.schemas import close_objects
 from ladderstitch.errors import InvalidArgument
 from ladderstitch.scheduling.sampling import GREEDY, Sampling
-from ladderstitch.text.bundle import SamplingDefaults
+from ladderstitch.text.manifest import SamplingDefaults
 
 RANDOM_SEED, ALL_TOKENS = -1, -1
 """The seed that stands for none, and the `top_k` that keeps all tokens."""

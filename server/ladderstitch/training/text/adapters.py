@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from ladderstitch.errors import ConfigError
 from ladderstitch.scheduling.profiles import QualityTable
-from ladderstitch.text.bundle import QUALITY, TextBundle, TextManifest, TextVariant, write_manifest
+from ladderstitch.text.bundle import QUALITY, TextBundle
 from ladderstitch.text.hugging_face.adapter import lay_out, read_adapter
+from ladderstitch.text.manifest import TextManifest, TextVariant, write_manifest
 from ladderstitch.text.model.layout import LaidOutWeights
 from ladderstitch.text.model.weight_reader import check_delta
 from ladderstitch.text.model.weights import expected_shapes

@@ -16,9 +16,10 @@ from ladderstitch.errors import ConfigError
 from ladderstitch.runtime.device import versions
 from ladderstitch.runtime.low_bit import LowBitPrecision
 from ladderstitch.scheduling.profiles import QualityTable
-from ladderstitch.text.bundle import SWITCHES, TextBundle, TextManifest, write_manifest
+from ladderstitch.text.bundle import SWITCHES, TextBundle
 from ladderstitch.text.engine.rank_config import RankConfig
 from ladderstitch.text.engine.rank_models import load_models
+from ladderstitch.text.manifest import TextManifest, write_manifest
 from ladderstitch.text.messages import LogitsMode
 from ladderstitch.text.model.attention import PagedCache
 from ladderstitch.text.model.shard import Shard

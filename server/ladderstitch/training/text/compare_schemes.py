@@ -14,7 +14,8 @@ from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ladderstitch.text.bundle import TextManifest, write_manifest, write_tokenizer
+from ladderstitch.text.bundle import write_tokenizer
+from ladderstitch.text.manifest import TextManifest, write_manifest
 from ladderstitch.text.tokenizer import TextTokenizer
 from ladderstitch.text.tokenizer_files import TOKENIZER
 from ladderstitch.training.text.evaluate import read_tokens, split_windows

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ladderstitch.errors import ConfigError
 from ladderstitch.scheduling.profiles import Quality, QualityTable
-from ladderstitch.text.bundle import TextBundle, TextManifest, TextVariant, write_manifest
+from ladderstitch.text.bundle import TextBundle
+from ladderstitch.text.manifest import TextManifest, TextVariant, write_manifest
 from ladderstitch.text.model.residual import ResidualScheme, plan_layers
 from ladderstitch.text.model.weights import expected_shapes
 from ladderstitch.text.tokenizer import TextTokenizer

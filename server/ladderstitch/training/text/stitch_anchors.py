@@ -14,12 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ladderstitch.errors import DataError
-from ladderstitch.text.bundle import (
-    TextManifest,
-    TextVariant,
-    write_manifest,
-    write_tokenizer,
-)
+from ladderstitch.text.bundle import write_tokenizer
+from ladderstitch.text.manifest import TextManifest, TextVariant, write_manifest
 from ladderstitch.text.model.family import DecoderFamily
 from ladderstitch.text.model.family_weights import STITCHES, map_shapes
 from ladderstitch.text.model.residual import plan_layers

@@ -18,14 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ladderstitch.scheduling.profiles import Quality, QualityTable
-from ladderstitch.text.bundle import (
-    QUALITY,
-    TextBundle,
-    TextManifest,
-    TextVariant,
-    write_manifest,
-    write_tokenizer,
-)
+from ladderstitch.text.bundle import QUALITY, TextBundle, write_tokenizer
+from ladderstitch.text.manifest import TextManifest, TextVariant, write_manifest
 from ladderstitch.text.model.family_weights import anchor_prefix, map_shapes
 from ladderstitch.text.model.residual import plan_layers
 from ladderstitch.text.model.weight_reader import SINGLE
