@@ -22,7 +22,8 @@ from ladderstitch.telemetry.activity import (
     RecentAnswer,
 )
 from ladderstitch.telemetry.metrics import Metrics
-from ladderstitch.telemetry.model_metrics import TextMetrics, VisionMetrics
+from ladderstitch.telemetry.model_metrics import VisionMetrics
+from ladderstitch.telemetry.text_metrics import TextMetrics
 from tests.support.image_scheduling import FakeClock
 
 

@@ -14,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ladderstitch.scheduling.requests import Deadlines, ImageAnswer, Request
 from ladderstitch.telemetry.metrics import Metrics
-from ladderstitch.telemetry.model_metrics import TextMetrics, VisionMetrics
+from ladderstitch.telemetry.model_metrics import VisionMetrics
+from ladderstitch.telemetry.text_metrics import TextMetrics
 
 NO_LOGITS = np.zeros((1, 10), np.float32)
 

@@ -10,7 +10,7 @@ from ladderstitch.errors import InvalidArgument, ModelNotFound, NotReady
 from ladderstitch.hosting.answer_limit import AnswerLimit
 from ladderstitch.runtime import ProgressCallback
 from ladderstitch.scheduling.settings import ActiveSettings, SchedulerSettings
-from ladderstitch.telemetry.model_metrics import TextMetrics
+from ladderstitch.telemetry.text_metrics import TextMetrics
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.chat_template import ChatTemplate, Message
 from ladderstitch.text.scheduler.scheduler import TextScheduler

@@ -12,7 +12,7 @@ from ladderstitch.runtime.cores import resolve_threads
 from ladderstitch.runtime.device import resolve_device, resolve_text_dtype
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.metrics import Metrics
-from ladderstitch.telemetry.model_metrics import TextMetrics
+from ladderstitch.telemetry.text_metrics import TextMetrics
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup

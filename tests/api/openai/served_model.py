@@ -16,7 +16,7 @@ from ladderstitch.api.auth import AuthInterceptor
 from ladderstitch.api.openai.app import create_app
 from ladderstitch.hosting.registry import ModelRegistry, TextModel
 from ladderstitch.security.tokens import RateLimiter, TokenFile
-from ladderstitch.telemetry.model_metrics import TextMetrics
+from ladderstitch.telemetry.text_metrics import TextMetrics
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.chat_template import ChatTemplate
 from tests.support.language_models import write_tiny

@@ -10,7 +10,7 @@ import pytest
 from ladderstitch.api.openai.models import find_model, named_models
 from ladderstitch.errors import ModelNotFound
 from ladderstitch.hosting.registry import ModelRegistry, TextModel
-from ladderstitch.telemetry.model_metrics import TextMetrics
+from ladderstitch.telemetry.text_metrics import TextMetrics
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.manifest import TextManifest, TextVariant
 from ladderstitch.text.model.residual import ResidualScheme

@@ -17,7 +17,7 @@ import torch
 from ladderstitch.errors import InternalError
 from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget, TokenChunk
 from ladderstitch.scheduling.settings import CacheMode, SchedulerSettings
-from ladderstitch.telemetry.model_metrics import NullObserver
+from ladderstitch.telemetry.text_observer import NullObserver
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.manifest import TextVariant
 from ladderstitch.text.messages import LogitsMode, Step, StepOutput

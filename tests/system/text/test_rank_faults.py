@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from ladderstitch.errors import InternalError, NonFiniteOutput, RequestError
 from ladderstitch.scheduling.requests import GenerationRequest, Sampling, TokenChunk
 from ladderstitch.telemetry.metrics import Metrics
-from ladderstitch.telemetry.model_metrics import TextMetrics
+from ladderstitch.telemetry.text_metrics import TextMetrics
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine import recovery
 from ladderstitch.text.engine.liveness import Liveness

@@ -21,7 +21,7 @@ from ladderstitch.scheduling.requests import (
     TokenBudget,
     TokenChunk,
 )
-from ladderstitch.telemetry.model_metrics import NullObserver, TextObserver
+from ladderstitch.telemetry.text_observer import NullObserver, TextObserver
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup

@@ -15,7 +15,7 @@ import pytest
 
 from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget, TokenChunk
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.telemetry.model_metrics import NullObserver
+from ladderstitch.telemetry.text_observer import NullObserver
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.comm.base import SingleRankCommunicator
 from ladderstitch.text.engine.rank_config import RankConfig

@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 
 from ladderstitch.errors import RequestError
-from ladderstitch.telemetry.model_metrics import NullObserver
+from ladderstitch.telemetry.text_observer import NullObserver
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_config import RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup

@@ -14,7 +14,8 @@ import pytest
 from ladderstitch.errors import InternalError, NonFiniteOutput, RequestError
 from ladderstitch.scheduling.requests import GenerationRequest, Sampling, TokenChunk
 from ladderstitch.telemetry.metrics import Metrics
-from ladderstitch.telemetry.model_metrics import NullObserver, TextMetrics
+from ladderstitch.telemetry.text_metrics import TextMetrics
+from ladderstitch.telemetry.text_observer import NullObserver
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.messages import Step, StepOutput

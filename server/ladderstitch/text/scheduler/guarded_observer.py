@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from ladderstitch.scheduling.requests import GenerationInfo, GenerationUsage
-from ladderstitch.telemetry.model_metrics import Occupancy, StepReport, TextObserver
+from ladderstitch.telemetry.text_observer import Occupancy, StepReport, TextObserver
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 
 from ladderstitch.errors import InternalError, NonFiniteOutput, RequestError
-from ladderstitch.telemetry.model_metrics import Occupancy
+from ladderstitch.telemetry.text_observer import Occupancy
 from ladderstitch.text.scheduler.guarded_observer import GuardedObserver
 from ladderstitch.text.scheduler.queue import SequenceQueue
 from ladderstitch.text.scheduler.sequence import Sequence

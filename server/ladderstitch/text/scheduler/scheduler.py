@@ -21,12 +21,8 @@ from ladderstitch.scheduling.load_report import HORIZONS_S, LoadReport
 from ladderstitch.scheduling.profiles import QualityTable
 from ladderstitch.scheduling.requests import GenerationRequest
 from ladderstitch.scheduling.settings import SchedulerSettings
-from ladderstitch.telemetry.model_metrics import (
-    NullObserver,
-    Occupancy,
-    TextObserver,
-)
 from ladderstitch.telemetry.statistics import Statistics
+from ladderstitch.telemetry.text_observer import NullObserver, Occupancy, TextObserver
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.engine.rank_handle import RankLost
 from ladderstitch.text.grammars import GrammarCompiler

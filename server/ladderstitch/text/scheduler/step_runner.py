@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from ladderstitch.scheduling.settings import CacheMode
-from ladderstitch.telemetry.model_metrics import StepReport
+from ladderstitch.telemetry.text_observer import StepReport
 from ladderstitch.text.engine.rank_group import RankGroup
 from ladderstitch.text.messages import LogitsMode, SequenceInput, Step
 from ladderstitch.text.scheduler.cache_changes import CacheChanges

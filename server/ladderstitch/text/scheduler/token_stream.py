@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from ladderstitch.errors import ExpiredInCompute, ExpiredInQueue, RequestError
 from ladderstitch.scheduling.requests import GenerationUsage, TokenChunk
-from ladderstitch.telemetry.model_metrics import NullObserver, TextObserver
 from ladderstitch.telemetry.statistics import Statistics
+from ladderstitch.telemetry.text_observer import NullObserver, TextObserver
 from ladderstitch.text.scheduler.sequence import Sequence
 
 
