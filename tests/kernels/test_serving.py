@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ladderstitch.runtime.cuda_graphs import CapturedPass
 from ladderstitch.text.comm.base import SingleRankCommunicator, SingleSpec
-from ladderstitch.text.engine import rank
+from ladderstitch.text.engine import rank_engine
 from ladderstitch.text.engine.rank_config import RankConfig
 from ladderstitch.text.messages import Kind, LogitsMode, Message, SequenceInput, Step
 from ladderstitch.text.model import transformer
@@ -297,9 +297,9 @@ def test_path_whose_capture_fails_runs_kernel_by_kernel(monkeypatch: pytest.Monk
             raise RuntimeError("out of memory")
 
     monkeypatch.setattr(transformer, "ResidualStream", KernelStream)
-    monkeypatch.setattr(rank, "CudaGraphs", OutOfMemory)
+    monkeypatch.setattr(rank_engine, "CudaGraphs", OutOfMemory)
     config = RankConfig(model=TINY, paths=(ResidualScheme(),), max_model_len=16, block_tokens=4)
-    held = rank.Rank(rank.Assignment(rank_config=config, rank=0))
+    held = rank_engine.RankEngine(rank_engine.Assignment(rank_config=config, rank=0))
     held.models, held.cache = [make_model()], PagedCache(TINY, SHARD, config.blocks + 1, 4)
     held.cache.uses_kernels = True
     with socket.socket() as listener:

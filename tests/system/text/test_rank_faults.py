@@ -203,7 +203,7 @@ CANNOT_LOAD = """
 class Broken:
     def __init__(self, assignment):
         raise MemoryError("no memory")
-rank.Rank = Broken
+rank.RankEngine = Broken
 """
 EXITS = "raise SystemExit(3)"
 
