@@ -17,7 +17,8 @@ from torch import Tensor
 from ladderstitch.scheduling.requests import Logits, Pixels
 from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.engine.compiled import CompiledEngine, CompiledExecutor
-from ladderstitch.vision.engine.startup import find_frontier, make_config, open_engine, prepare
+from ladderstitch.vision.engine.join_candidates import find_frontier
+from ladderstitch.vision.engine.startup import make_config, open_engine, prepare
 from ladderstitch.vision.models.executor import StitchExecutor
 
 BATCH_SIZES = (1, 8)

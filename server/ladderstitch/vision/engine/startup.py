@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -19,7 +16,6 @@ import torch
 
 from ladderstitch.errors import BundleError, ConfigError
 from ladderstitch.runtime import ProgressCallback
-from ladderstitch.runtime.cache import cache_home
 from ladderstitch.runtime.device import (
     device_name,
     resolve_device,
@@ -27,12 +23,21 @@ from ladderstitch.runtime.device import (
     resolve_runtime,
     versions,
 )
-from ladderstitch.scheduling.profiles import Latency, LatencyProfile, QualityTable, frontier
+from ladderstitch.scheduling.profiles import Latency, LatencyProfile, QualityTable
 from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.engine.base import Engine, EngineConfig
 from ladderstitch.vision.engine.compiled import CompiledEngine, CompiledExecutor
+from ladderstitch.vision.engine.join_candidates import find_candidates, find_frontier
 from ladderstitch.vision.engine.nested import NestedExecutor
 from ladderstitch.vision.engine.process import ProcessEngine
+from ladderstitch.vision.engine.profile_cache import (
+    Pair,
+    profile_path,
+    read_profile,
+    scale_profile,
+    select_profile,
+    write_profile,
+)
 from ladderstitch.vision.engine.units import export_bundle, routes_of
 from ladderstitch.vision.models.nested.model import NestedConfig
 from ladderstitch.vision.models.route import Precision, Stitch
@@ -46,13 +51,8 @@ TAIL_RUNS = 20
 """Number of runs from which the 99th percentile is measured."""
 STEADY_S = 0.02
 """Runs of at least this duration vary little, so that one timed run is enough."""
-SLACK = 0.15
-"""Share of its time by which a stitch may be slower than the frontier and still be joined."""
 START_ROUNDS = 5
 """Timed runs of each network on the frontier when a server measures its machine."""
-
-Pair = tuple[int, int]
-"""A stitch and a batch size."""
 
 
 def batch_sizes(max_batch_size: int) -> tuple[int, ...]:
@@ -172,20 +172,20 @@ async def prepare(
     scale the profile by the median ratio of both measurements. `on_progress` is called with the
     number of finished runs and of all runs.
     """
-    path = await asyncio.to_thread(_profile_path, bundle, config)
+    path = await asyncio.to_thread(profile_path, bundle, config)
     sizes = batch_sizes(config.max_batch_size)
     stitches = [variant.id for variant in served_variants(bundle, config) if variant.usable]
-    known = _select(bundle.latency, config, sizes, stitches) or _read_profile(path)
+    known = select_profile(bundle.latency, config, sizes, stitches) or read_profile(path)
     if known is None:
         profile = await measure_profile(
             engine, stitches, quality, config, sizes, START_ROUNDS, on_progress
         )
-        _write_profile(path, profile)
+        write_profile(path, profile)
         return profile
     best = find_frontier(quality, known)
     await engine.join(best)
     pairs = [(stitch, size) for size in sizes for stitch in best]
-    return _scale_profile(known, _medians(await _time_runs(engine, config, pairs, 1, on_progress)))
+    return scale_profile(known, _medians(await _time_runs(engine, config, pairs, 1, on_progress)))
 
 
 async def measure_profile(
@@ -208,37 +208,11 @@ async def measure_profile(
     alone = [(stitch, 1) for stitch in stitches]
     seconds |= await _time_runs(engine, config, alone, START_ROUNDS, on_progress)
     profile = _build_profile(config, sizes, seconds)
-    best = stitches if quality is None else _find_candidates(quality, profile)
+    best = stitches if quality is None else find_candidates(quality, profile)
     await engine.join(best)
     pairs = [(stitch, size) for size in sizes for stitch in best]
     seconds |= await _time_runs(engine, config, pairs, rounds, on_progress)
     return _build_profile(config, sizes, seconds)
-
-
-def _find_candidates(quality: QualityTable, profile: LatencyProfile) -> list[int]:
-    """Return the stitches on the frontier, then those less than `SLACK` from it, fastest first.
-
-    What joining saves differs between stitches, and a few runs are not exact.
-    """
-    seconds = {stitch: profile.alone_s(stitch) for stitch in profile.variants}
-    points = find_frontier(quality, profile)
-
-    def is_near(stitch: int) -> bool:
-        return not any(
-            quality.value(other) >= quality.value(stitch)
-            and seconds[other] < (1 - SLACK) * seconds[stitch]
-            for other in points
-        )
-
-    near = sorted(filter(is_near, seconds.keys() - points), key=seconds.__getitem__)
-    return [*points, *near]
-
-
-def find_frontier(quality: QualityTable, profile: LatencyProfile) -> list[int]:
-    """Return the stitches on the frontier of quality and batch-1 latency, fastest first."""
-    qualities = {stitch: score.value for stitch, score in quality.variants.items()}
-    latencies = {stitch: profile.alone_s(stitch) for stitch in profile.variants}
-    return [point.variant for point in frontier(qualities, latencies)]
 
 
 async def _time_runs(
@@ -301,78 +275,3 @@ def _tail(runs: list[float]) -> float:
 def _round(seconds: float) -> float:
     """Return the seconds with four significant digits."""
     return float(f"{seconds:.4g}")
-
-
-def _profile_path(bundle: VisionBundle, config: EngineConfig) -> Path:
-    """Return the cached profile's path, which depends on everything that the times depend on."""
-    device = device_name(torch.device(config.device))
-    settings = replace(config, bundle=bundle.digest()).to_json()
-    key = hashlib.sha256(f"{settings} {device} {sorted(versions().items())}".encode())
-    return cache_home() / "profiles" / f"{bundle.manifest.name}-{key.hexdigest()[:16]}.json"
-
-
-def _write_profile(path: Path, profile: LatencyProfile) -> None:
-    """Write the profile into the cache; if that fails, the next start measures again."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(profile.model_dump_json())
-        partial.rename(path)
-    except OSError as error:
-        log.warning("profile %s cannot be written: %s", path, error)
-
-
-def _read_profile(path: Path) -> LatencyProfile | None:
-    """Return the profile in the cache; None if there is none, or none that can be read."""
-    try:
-        return LatencyProfile.model_validate_json(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        log.warning("profile %s cannot be read, measuring again: %s", path, error)
-        return None
-
-
-def _select(
-    profile: LatencyProfile | None,
-    config: EngineConfig,
-    sizes: tuple[int, ...],
-    stitches: Sequence[int],
-) -> LatencyProfile | None:
-    """Return a profile of these stitches only, at these batch sizes.
-
-    None if it is not of this machine and software: the profile that is shipped with a bundle may
-    list stitches that this engine does not run.
-    """
-    here = (device_name(torch.device(config.device)), config.threads, versions())
-    if profile is None or (profile.device, profile.threads, profile.versions) != here:
-        return None
-    if not set(sizes) <= set(profile.batch_sizes):
-        return None
-    index = [profile.batch_sizes.index(size) for size in sizes]
-    chosen = {
-        stitch: Latency(
-            median_s=tuple(latency.median_s[i] for i in index),
-            p99_s=tuple(latency.p99_s[i] for i in index),
-        )
-        for stitch, latency in profile.variants.items()
-        if stitch in stitches
-    }
-    return profile.model_copy(update={"batch_sizes": sizes, "variants": chosen}) if chosen else None
-
-
-def _scale_profile(profile: LatencyProfile, medians: dict[Pair, float]) -> LatencyProfile:
-    """Return the profile times the median ratio of measured to profiled times."""
-    factor = median(
-        seconds / profile.variants[stitch].median_s[profile.batch_sizes.index(size)]
-        for (stitch, size), seconds in medians.items()
-    )
-    scaled = {
-        stitch: Latency(median_s=_times(factor, old.median_s), p99_s=_times(factor, old.p99_s))
-        for stitch, old in profile.variants.items()
-    }
-    return profile.model_copy(update={"variants": scaled})
-
-
-def _times(factor: float, seconds: Iterable[float]) -> tuple[float, ...]:
-    return tuple(factor * s for s in seconds)
