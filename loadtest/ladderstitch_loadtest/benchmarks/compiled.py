@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ladderstitch.scheduling.requests import Logits, Pixels
 from ladderstitch.vision.bundle import VisionBundle
-from ladderstitch.vision.engine.compiled import CompiledEngine, CompiledExecutor
+from ladderstitch.vision.engine.compiled import CompiledEngine
+from ladderstitch.vision.engine.compiled_executor import CompiledExecutor
 from ladderstitch.vision.engine.join_candidates import find_frontier
 from ladderstitch.vision.engine.startup import make_config, open_engine, prepare
 from ladderstitch.vision.models.executor import StitchExecutor

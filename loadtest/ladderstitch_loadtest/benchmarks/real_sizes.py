@@ -29,7 +29,7 @@ from ladderstitch.runtime.process import tune_malloc
 from ladderstitch.scheduling.profiles import Quality, QualityTable
 from ladderstitch.scheduling.requests import Pixels
 from ladderstitch.vision.bundle import VisionBundle, write_table
-from ladderstitch.vision.engine.compiled import CompiledExecutor
+from ladderstitch.vision.engine.compiled_executor import CompiledExecutor
 from ladderstitch.vision.engine.startup import open_executor
 from ladderstitch.vision.models.cost import stitch_cost
 from ladderstitch.vision.models.executor import StitchExecutor

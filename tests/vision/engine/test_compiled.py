@@ -18,13 +18,10 @@ import torch
 from ladderstitch.errors import InternalError
 from ladderstitch.importers.stitched_families import read_config
 from ladderstitch.vision.bundle import VisionBundle
-from ladderstitch.vision.engine import compiled
+from ladderstitch.vision.engine import compiled_executor
 from ladderstitch.vision.engine.base import EngineResult, run_cascade
-from ladderstitch.vision.engine.compiled import (
-    IDLE_BEFORE_INLINE_S,
-    CompiledEngine,
-    CompiledExecutor,
-)
+from ladderstitch.vision.engine.compiled import IDLE_BEFORE_INLINE_S, CompiledEngine
+from ladderstitch.vision.engine.compiled_executor import CompiledExecutor
 from ladderstitch.vision.engine.startup import make_config, open_engine
 from ladderstitch.vision.models.executor import StitchExecutor
 from ladderstitch.vision.models.graphs import export_units, route_units, unit_paths
@@ -128,8 +125,8 @@ def test_join_stops_at_its_memory(
     sizes = {path.stem: path.stat().st_size for path in tmp_path.glob("*.onnx")}
     routes = {s.id: route_units(s) for s in tiny_config().stitches()}
     needs = [sum(sizes[name] for name in routes[stitch]) for stitch in (0, 3, 5)]
-    monkeypatch.setattr(compiled, "MIN_JOINED_BYTES", sum(needs[:2]))
-    monkeypatch.setattr(compiled, "MAX_JOINED_SHARE", 0.0)
+    monkeypatch.setattr(compiled_executor, "MIN_JOINED_BYTES", sum(needs[:2]))
+    monkeypatch.setattr(compiled_executor, "MAX_JOINED_SHARE", 0.0)
     assert executor.join([0, 3, 5]) == [0, 3]
 
 

@@ -34,7 +34,7 @@ from ladderstitch.training.vision.measure_metric import calibrate_by_metric, mos
 from ladderstitch.training.vision.recalibrate import needs_statistics, recalibrate
 from ladderstitch.vision.bundle import VisionBundle, write_table
 from ladderstitch.vision.engine.base import EngineConfig
-from ladderstitch.vision.engine.compiled import CompiledExecutor
+from ladderstitch.vision.engine.compiled_executor import CompiledExecutor
 from ladderstitch.vision.engine.startup import (
     measure_profile,
     open_engine,

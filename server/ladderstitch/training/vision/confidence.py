@@ -18,7 +18,7 @@ from scipy.optimize import minimize_scalar
 from ladderstitch.scheduling.cascades import THRESHOLDS, Cascade, confidences
 from ladderstitch.scheduling.profiles import frontier
 from ladderstitch.scheduling.requests import Logits, Pixels
-from ladderstitch.vision.engine.compiled import CompiledExecutor
+from ladderstitch.vision.engine.compiled_executor import CompiledExecutor
 
 MIN_IMAGES = 100
 """Smallest number of images from which confidences are calibrated."""

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 
 from ladderstitch.runtime.sessions import open_sliced_session
-from ladderstitch.vision.engine.compiled import (
+from ladderstitch.vision.engine.compiled_executor import (
     MAX_JOINED_SHARE,
     MIN_JOINED_BYTES,
     CompiledExecutor,

@@ -26,7 +26,8 @@ from ladderstitch.runtime.device import (
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile, QualityTable
 from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch.vision.engine.base import Engine, EngineConfig
-from ladderstitch.vision.engine.compiled import CompiledEngine, CompiledExecutor
+from ladderstitch.vision.engine.compiled import CompiledEngine
+from ladderstitch.vision.engine.compiled_executor import CompiledExecutor
 from ladderstitch.vision.engine.join_candidates import find_candidates, find_frontier
 from ladderstitch.vision.engine.nested import NestedExecutor
 from ladderstitch.vision.engine.process import ProcessEngine
