@@ -15,7 +15,6 @@ from ladderstitch_loadtest.benchmarks.elastic_answers import (
     SETTINGS,
     Workload,
     simulated_scheduler,
-    slow_simulated_ranks,
     summarise,
 )
 from ladderstitch_loadtest.benchmarks.elastic_plans import PLANS, Scenario
@@ -70,7 +69,6 @@ def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
     return Workload(
         list(range(200)),
         lambda: simulated_scheduler(config, times, tokenizer, quality, None, seed=3),
-        slow_simulated_ranks,
     )
 
 
@@ -78,14 +76,14 @@ def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
 def test_changing_meets_more_budgets_or_gives_more_quality(
     workload: Workload, scenario: Scenario
 ) -> None:
-    token_s = run_simulated(workload.token_s())
-    plan = PLANS[scenario](workload.prompts, token_s, 6.0, 1)
+    stitches = run_simulated(workload.stitches())
+    plan = PLANS[scenario](workload.prompts, stitches, 6.0, 1)
     found = {
         name: run_simulated(workload.run(plan, settings)) for name, settings in SETTINGS.items()
     }
     again = run_simulated(workload.run(plan, SETTINGS["changed"]))
     assert again == found["changed"]  # the same seed gives the same run
-    num_counted = sum(arrival.request.budget.is_set for arrival in plan.arrivals)
+    num_counted = sum(arrival.request.budget.is_set for arrival in plan)
     assert {len(outcomes) for outcomes in found.values()} == {num_counted}
     assert all(outcome.changes == 0 for outcome in found["kept"])
     assert any(outcome.changes for outcome in found["changed"])

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, aclosing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -24,12 +21,7 @@ from ladderstitch.text.scheduler.scheduler import TextScheduler
 from ladderstitch.text.scheduler.step_times import StepTimes
 from ladderstitch.text.switches import SwitchTable
 from ladderstitch.text.tokenizer import TextTokenizer
-from ladderstitch_loadtest.benchmarks.elastic_plans import (
-    LONG_TOKENS,
-    Arrival,
-    Disturbance,
-    Plan,
-)
+from ladderstitch_loadtest.benchmarks.elastic_plans import LONG_TOKENS, Arrival, Stitches
 
 SETTINGS = {
     "kept": SchedulerSettings(change_variants=False),
@@ -37,10 +29,6 @@ SETTINGS = {
 }
 """Whether the stitch of an answer is fixed when it starts."""
 BOOTSTRAPS = 2000
-
-
-Disturber = Callable[[], AbstractContextManager[None]]
-"""Makes a context within which other processes compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +46,6 @@ class SimulatedRanks:
     def __init__(self, rank_config: RankConfig, times: StepTimes, seed: int, noise: float) -> None:
         self.rank_config, self._times = rank_config, times
         self._random, self._noise = np.random.default_rng(seed), noise
-        self.factor = 1.0
-        """Seconds of a step over those that are expected on an undisturbed machine."""
 
     async def run(self, step: Step) -> StepOutput:
         """Wait for the duration of a step, which varies at random, and return token 1 for all."""
@@ -73,7 +59,7 @@ class SimulatedRanks:
             planes = len(self.rank_config.family.missing_planes(source, target))
             seconds += self._times.translation_s(len(translation.tokens), planes)
         noise = math.exp(self._noise * self._random.standard_normal())
-        await asyncio.sleep(seconds * self.factor * noise)
+        await asyncio.sleep(seconds * noise)
         count = sum(part.logits_mode == LogitsMode.BEST for part in step.inputs)
         return StepOutput(np.ones(count, np.int64), np.zeros((0, 2), np.float32))
 
@@ -81,26 +67,11 @@ class SimulatedRanks:
         """Return at once."""
 
 
-async def run_plan(scheduler: TextScheduler, plan: Plan, disturb: Disturber) -> list[Outcome]:
+async def run_plan(scheduler: TextScheduler, plan: Sequence[Arrival]) -> list[Outcome]:
     """Send the requests of a plan and return the outcomes of those with a budget."""
     start = time.monotonic() + 0.2
-    disturbing = [
-        asyncio.create_task(_disturb(disturb, disturbance, start))
-        for disturbance in plan.disturbances
-    ]
-    outcomes = await asyncio.gather(*(_send(scheduler, a, start) for a in plan.arrivals))
-    await asyncio.gather(*disturbing)
-    return [
-        outcome
-        for outcome, arrival in zip(outcomes, plan.arrivals, strict=True)
-        if arrival.request.budget.is_set
-    ]
-
-
-async def _disturb(disturb: Disturber, disturbance: Disturbance, start: float) -> None:
-    await asyncio.sleep(max(0.0, start + disturbance.start_s - time.monotonic()))
-    with disturb():
-        await asyncio.sleep(max(0.0, start + disturbance.end_s - time.monotonic()))
+    outcomes = await asyncio.gather(*(_send(scheduler, arrival, start) for arrival in plan))
+    return [o for o, a in zip(outcomes, plan, strict=True) if a.request.budget.is_set]
 
 
 async def _send(scheduler: TextScheduler, arrival: Arrival, start: float) -> Outcome:
@@ -180,16 +151,16 @@ def summarise(rounds: Sequence[dict[str, list[Outcome]]]) -> dict[str, object]:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What a run needs of a model: its prompts, its scheduler, and what disturbs its machine."""
+    """What a run needs of a model: its prompts and its scheduler."""
 
     prompts: Sequence[int]
     make_scheduler: Callable[[], TextScheduler]
-    disturb: Callable[[TextScheduler], AbstractContextManager[None]]
 
-    async def token_s(self) -> tuple[float, float]:
-        """Return the seconds per token of the fastest and of the best stitch, alone."""
+    async def stitches(self) -> Stitches:
+        """Return the seconds per token of answers alone on the fastest and on the best stitch."""
         scheduler, seconds = self.make_scheduler(), []
-        for variant in (scheduler.candidates.frontier[0], scheduler.candidates.frontier[-1]):
+        fastest, *_, best = scheduler.candidates.frontier
+        for variant in (fastest, best):
             request = GenerationRequest(
                 tuple(self.prompts[:64]), time.monotonic(), LONG_TOKENS, variant=variant
             )
@@ -197,42 +168,15 @@ class Workload:
             assert last.usage is not None, "the last chunk has the usage"
             seconds.append(last.usage.mean_token_s)
         await scheduler.close()
-        return seconds[0], seconds[1]
+        return Stitches(best, *seconds)
 
-    async def run(self, plan: Plan, settings: SchedulerSettings) -> list[Outcome]:
+    async def run(self, plan: Sequence[Arrival], settings: SchedulerSettings) -> list[Outcome]:
         """Return the outcomes of a plan under some settings, on a scheduler of its own."""
         scheduler = self.make_scheduler()
         scheduler.apply_settings(settings)
-        outcomes = await run_plan(scheduler, plan, lambda: self.disturb(scheduler))
+        outcomes = await run_plan(scheduler, plan)
         await scheduler.close()
         return outcomes
-
-
-SIMULATED_FACTOR = 2.0
-"""Seconds of a simulated step on a disturbed machine over those on an undisturbed one."""
-
-
-@contextmanager
-def slow_simulated_ranks(scheduler: TextScheduler) -> Iterator[None]:
-    """Make the simulated ranks of a scheduler slower within the context."""
-    ranks = scheduler.group
-    assert isinstance(ranks, SimulatedRanks), "made by `simulated_scheduler`"
-    ranks.factor = SIMULATED_FACTOR
-    yield
-    ranks.factor = 1.0
-
-
-@contextmanager
-def busy_processors(scheduler: TextScheduler) -> Iterator[None]:
-    """Compute on all processors within the context, as other programs on a machine do."""
-    command = [sys.executable, "-c", "while True: pass"]
-    processes = [subprocess.Popen(command) for _ in range(os.cpu_count() or 1)]
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def simulated_scheduler(

@@ -69,13 +69,13 @@ async def _measure(path: Path, text: Path, rounds: int, seconds: float) -> dict[
         await first.measure()
         times = first.times
         await first.close()
-        workload = answers.Workload(tokens.tolist(), real_scheduler, answers.busy_processors)
+        workload = answers.Workload(tokens.tolist(), real_scheduler)
         results["server"] = {}
         for scenario, make_plan in PLANS.items():
             found = []
             for number in range(rounds):
-                token_s = await workload.token_s()
-                plan = make_plan(workload.prompts, token_s, seconds, number)
+                stitches = await workload.stitches()
+                plan = make_plan(workload.prompts, stitches, seconds, number)
                 order = list(answers.SETTINGS.items())
                 pair = {
                     name: await workload.run(plan, settings)
@@ -91,9 +91,7 @@ async def _measure(path: Path, text: Path, rounds: int, seconds: float) -> dict[
     def simulated_scheduler(seed: int = 0) -> TextScheduler:
         return answers.simulated_scheduler(config, times, tokenizer, quality, bundle.switches, seed)
 
-    results["workload"] = answers.Workload(
-        tokens.tolist(), simulated_scheduler, answers.slow_simulated_ranks
-    )
+    results["workload"] = answers.Workload(tokens.tolist(), simulated_scheduler)
     return results
 
 
@@ -139,11 +137,11 @@ def _simulate(workload: Any, rounds: int, seconds: float) -> dict[str, object]:
     from ladderstitch_loadtest.simulation.virtual_time import run_simulated
 
     results: dict[str, object] = {}
-    token_s = run_simulated(workload.token_s())
+    stitches = run_simulated(workload.stitches())
     for scenario, make_plan in PLANS.items():
         found = []
         for number in range(rounds):
-            plan = make_plan(workload.prompts, token_s, seconds, 1000 + number)
+            plan = make_plan(workload.prompts, stitches, seconds, 1000 + number)
             found.append(
                 {
                     name: run_simulated(workload.run(plan, settings))

@@ -1,8 +1,8 @@
-"""Arrivals of answers whose stitch may change, and what else computes on their machine.
+"""Arrivals of answers whose stitch may change.
 
 In `mixed`, answers of several lengths and budgets arrive at a varying rate. In `bursts`, long
-answers begin on an idle server, and a burst of others arrives in the middle of each. In
-`tightening`, other processes compute on the machine from the middle of long answers on.
+answers begin on an idle server, and a burst of others with budgets arrives in the middle of each.
+In `tightening`, requests arrive there that have no budget and name the best stitch.
 """
 
 from __future__ import annotations
@@ -21,14 +21,6 @@ LONG_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Disturbance:
-    """The seconds of a run between which other processes compute on the machine."""
-
-    start_s: float
-    end_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class Arrival:
     """A request, and the second of the run at which it is sent."""
 
@@ -37,22 +29,23 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """The arrivals of a run, and the times in which other processes compute on the machine."""
+class Stitches:
+    """The best stitch, and the seconds per token of an answer alone on it and on the fastest."""
 
-    arrivals: tuple[Arrival, ...]
-    disturbances: tuple[Disturbance, ...] = ()
+    best: int
+    fastest_s: float
+    best_s: float
 
 
 def mixed_plan(
-    prompts: Sequence[int], token_s: tuple[float, float], seconds: float, seed: int
-) -> Plan:
-    """Return answers with budgets between the fastest and 4 times the best stitch's `token_s`.
+    prompts: Sequence[int], stitches: Stitches, seconds: float, seed: int
+) -> list[Arrival]:
+    """Return answers with budgets between the fastest and 4 times the best stitch's seconds.
 
     The rate alternates between a half and three times of what the best stitch serves one by one,
     for the time of 20 answers each.
     """
-    fast_s, best_s = token_s
+    fast_s, best_s = stitches.fastest_s, stitches.best_s
     random, plan, now = np.random.default_rng(seed), list[Arrival](), 0.0
     mean_tokens, spread = 96, (32, 64, 192)
     while now < seconds:
@@ -64,48 +57,44 @@ def mixed_plan(
             per_token_s=float(np.exp(random.uniform(np.log(2 * fast_s), np.log(4 * best_s)))),
         )
         plan.append(_arrival(now, prompts, 64, int(random.choice(spread)), budget, random))
-    return Plan(tuple(plan))
+    return plan
 
 
 def bursts_plan(
-    prompts: Sequence[int], token_s: tuple[float, float], seconds: float, seed: int
-) -> Plan:
+    prompts: Sequence[int], stitches: Stitches, seconds: float, seed: int
+) -> list[Arrival]:
     """Return long answers whose budget the best stitch meets alone, each with a burst midway.
 
     The budget is 1.2 to 1.5 times what they take alone, and 4 to 8 others arrive, with budgets of
     their own.
     """
     random, plan = np.random.default_rng(seed), list[Arrival]()
-    _, best_s = token_s
+    best_s = stitches.best_s
     for answer in _long_answers(prompts, best_s, seconds, random):
         plan.append(answer)
         for _ in range(random.integers(4, 9)):
             due_s = answer.due_s + (0.4 + 0.02 * random.random()) * LONG_TOKENS * best_s
             urgent = TokenBudget(per_token_s=4 * best_s)
             plan.append(_arrival(due_s, prompts, 64, 64, urgent, random))
-    return Plan(tuple(sorted(plan, key=_due)))
+    return sorted(plan, key=_due)
 
 
 def tightening_plan(
-    prompts: Sequence[int], token_s: tuple[float, float], seconds: float, seed: int
-) -> Plan:
-    """Return long answers whose budget the best stitch meets on an undisturbed machine.
+    prompts: Sequence[int], stitches: Stitches, seconds: float, seed: int
+) -> list[Arrival]:
+    """Return long answers whose budget the best stitch meets alone, and requests without one.
 
-    From a third of the time that they take there, other processes compute until they must end. A
-    short answer without a budget precedes each of them, so that the scheduler has seen the
-    undisturbed machine again.
+    From a third of an answer on, 8 to 12 requests without a budget arrive that name the best
+    stitch. On that stitch, they share all steps of the answer, which become longer.
     """
-    random, (_, best_s) = np.random.default_rng(seed), token_s
-    answers = _long_answers(prompts, best_s, seconds, random)
-    alone_s = LONG_TOKENS * best_s
-    disturbances = tuple(
-        Disturbance(a.due_s + random.uniform(0.3, 0.4) * alone_s, a.due_s + 2.0 * alone_s)
-        for a in answers
-    )
-    others = [
-        _arrival(a.due_s - 0.5 * alone_s, prompts, 64, 32, NO_BUDGET, random) for a in answers[1:]
-    ]
-    return Plan(tuple(sorted((*answers, *others), key=_due)), disturbances)
+    random, plan = np.random.default_rng(seed), list[Arrival]()
+    alone_s = LONG_TOKENS * stitches.best_s
+    for answer in _long_answers(prompts, stitches.best_s, seconds, random):
+        plan.append(answer)
+        for _ in range(random.integers(8, 13)):
+            due_s = answer.due_s + random.uniform(0.3, 0.4) * alone_s
+            plan.append(_arrival(due_s, prompts, 64, 128, NO_BUDGET, random, variant=stitches.best))
+    return sorted(plan, key=_due)
 
 
 def _due(arrival: Arrival) -> float:
@@ -131,6 +120,7 @@ def _arrival(
     max_tokens: int,
     budget: TokenBudget,
     random: np.random.Generator,
+    variant: int | None = None,
 ) -> Arrival:
     at = int(random.integers(0, len(prompts) - prompt_tokens))
     request = GenerationRequest(
@@ -138,12 +128,14 @@ def _arrival(
         arrival=0.0,
         max_tokens=max_tokens,
         budget=budget,
+        variant=variant,
     )
     return Arrival(due_s, request)
 
 
-PLANS: dict[Scenario, Callable[[Sequence[int], tuple[float, float], float, int], Plan]] = {
+PLANS: dict[Scenario, Callable[[Sequence[int], Stitches, float, int], list[Arrival]]] = {
     "mixed": mixed_plan,
     "bursts": bursts_plan,
     "tightening": tightening_plan,
 }
+"""The arrivals of a scenario, of prompts, stitches, seconds of the run, and a seed."""
