@@ -40,6 +40,8 @@ class StepTimes:
     ) -> None:
         self.latency = LatencyModel(profile, probability)
         self.extra = extra or ExtraTimes()
+        profiled = self.latency.view.profiled
+        self._fastest = min(profiled, key=lambda variant: profiled[variant][1])
         self._gaps = GapModel()
 
     def copy(self) -> StepTimes:
@@ -54,7 +56,7 @@ class StepTimes:
     @property
     def shortest_token_s(self) -> float:
         """The expected seconds of a step of one token on the fastest variant."""
-        return min(self.expected(variant, 1) for variant in self.latency.profile.variants)
+        return self.expected(self._fastest, 1)
 
     def expected(
         self, variant: int, num_tokens: int, num_sequences: int = 1, num_cached: int = 0
