@@ -30,6 +30,11 @@ class Pace:
             self.first_token_at = request.arrival + request.first_token_s
 
     @property
+    def has_token_budget(self) -> bool:
+        """Whether some budget limits the time of the tokens after the first."""
+        return not math.isinf(min(self._budget.per_token_s, self._budget.answer_s))
+
+    @property
     def num_left(self) -> int:
         """The largest number of tokens that may follow."""
         return self._max_tokens - self.num_tokens

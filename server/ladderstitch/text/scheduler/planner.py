@@ -104,10 +104,10 @@ def plan_step(active: abc.Collection[Sequence], times: StepTimes, now: float) ->
 def _effective_deadline(sequence: Sequence, times: StepTimes, now: float) -> float:
     """Return the deadline of the next token, later if it is a first token that is late anyway."""
     deadline = sequence.pace.deadline(times.expected(sequence.variant, 1))
+    if sequence.pace.first_token_at is not None:
+        return deadline
     is_late = now + times.prefill_s(sequence.variant, sequence.num_pending) > deadline
-    if is_late and sequence.pace.first_token_at is None:
-        return deadline + MISSED_TTFT_PENALTY_S
-    return deadline
+    return deadline + MISSED_TTFT_PENALTY_S if is_late else deadline
 
 
 def _prefill_tokens(
@@ -147,12 +147,13 @@ def choose_variant(
     _reject_infeasible(request, settings, load, min(alone.values()), min(shared.values()), now)
     if settings.policy == "max_quality":
         load, shared = NO_LOAD, alone
-    decoding, spent_s = DecodeLoad(load, times), now - request.arrival
+    decoding, shortest_s = DecodeLoad(load, times), times.shortest_token_s
+    spent_s = now - request.arrival
     for variant in reversed(variants):
         period_s = _token_period_s(request, shared[variant], now)
         share = 0.0
         if not math.isinf(period_s):
-            share = decoding.share_with(variant, max(times.shortest_token_s, period_s))
+            share = decoding.share_with(variant, max(shortest_s, period_s))
         is_first_met = spent_s + shared[variant] <= request.budget.first_token_s
         if is_first_met and share <= MAX_SHARE:
             return variant

@@ -74,7 +74,7 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         """The number of tokens of the answer so far."""
-        return len(self.tokens) - len(self.request.tokens)
+        return self.pace.num_tokens
 
     @property
     def max_chunk_tokens(self) -> int:

@@ -70,7 +70,7 @@ class ChangeRules:
             period_s = periods[sequence]
             shared.remove(sequence.variant, period_s)
             others = shared if self.settings.policy != "max_quality" else _alone(sequence, times)
-            variant = self._choose(sequence, period_s, others, times, now)
+            variant = self._choose(sequence, period_s, others, times)
             shared.add(variant, period_s)
             if variant != sequence.variant:
                 changes.append(VariantChange(sequence, variant))
@@ -90,7 +90,6 @@ class ChangeRules:
         period_s: float,
         others: DecodeLoad,
         times: StepTimes,
-        now: float,
     ) -> int:
         """Return the variant for the next tokens of a sequence, given the load of the others."""
         allowed = self.candidates.for_quality(sequence.request.min_quality)
@@ -98,7 +97,7 @@ class ChangeRules:
         variants = [v for v in allowed if v in self.cache_rules.alternatives[current]]
         if not variants:
             return current
-        has_budget = not math.isinf(sequence.pace.affordable_token_s(now))
+        has_budget = sequence.pace.has_token_budget
         for variant in reversed(variants):
             is_better = quality[variant] > quality[current]
             largest = MAX_SHARE / (MIN_LEAD if is_better else 1.0) if has_budget else math.inf
