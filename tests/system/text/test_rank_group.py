@@ -41,6 +41,9 @@ from ladderstitch.text.model.shard import Shard
 from ladderstitch.text.scheduler.scheduler import TextScheduler
 from tests.support.language_models import TINY, made_up_quality
 
+LIMIT_S = 300.0
+"""Guards against hanging only."""
+
 PROMPT = np.arange(1, 24, dtype=np.int64)[None]
 PATHS = (
     ResidualScheme(),
@@ -64,13 +67,28 @@ async def running(
         yield group
     finally:
         await group.close()
-    assert leftovers([*pids, *group.pids]) == []
+    assert existing({Path(f"/proc/{pid}") for pid in (*pids, *group.pids)}) == set()
+    await no_shared_memory_is_left()
 
 
-def leftovers(pids: list[int]) -> list[Path]:
-    """Return the paths of processes and shared memory that still exist."""
-    shared = [p for p in Path("/dev/shm").glob("ladderstitch-*") if p.stat().st_uid == os.getuid()]
-    return shared + [path for pid in pids if (path := Path(f"/proc/{pid}")).exists()]
+def existing(paths: set[Path]) -> set[Path]:
+    return {path for path in paths if path.exists()}
+
+
+def shared_memory() -> set[Path]:
+    return set(Path("/dev/shm").glob("ladderstitch-*"))
+
+
+async def no_shared_memory_is_left() -> None:
+    """Wait until the files in shared memory that exist now are gone.
+
+    Those of a group are gone at once; those of tests that run beside this one end with them.
+    """
+    left = shared_memory()
+    deadline = time.monotonic() + LIMIT_S
+    while left := existing(left):
+        assert time.monotonic() < deadline, f"shared memory left behind: {left}"
+        await asyncio.sleep(0.05)
 
 
 async def forward_until_lost(group: RankGroup) -> None:

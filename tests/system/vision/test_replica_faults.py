@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,11 @@ async def running(
     config = ServerConfig(bundle=home / "tiny", port=0, metrics_port=0, **fields)
     replica = Replica(config, on_failure=on_failure)
     await replica.start()
-    async with AsyncClient(f"127.0.0.1:{replica.port}") as client:
-        yield replica, client
-    await replica.stop()
+    try:
+        async with AsyncClient(f"127.0.0.1:{replica.port}") as client:
+            yield replica, client
+    finally:
+        await replica.stop()
 
 
 async def health(client: AsyncClient, service: str = "") -> int:
@@ -215,8 +218,38 @@ async def test_serve_with_a_batch_that_hangs_exits(home: Path, tmp_path: Path) -
     assert "batch hangs requests=1" in server.log.read_text()
 
 
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+@dataclass(frozen=True)
+class Footprint:
+    """What this process holds: open descriptors, its child processes, the tasks of the loop."""
+
+    descriptors: int
+    children: frozenset[int]
+    tasks: int
+
+    @classmethod
+    def now(cls) -> Footprint:
+        descriptors = len(os.listdir("/proc/self/fd"))
+        return cls(descriptors, frozenset(children()), len(asyncio.all_tasks()))
+
+    def holds_no_more_than(self, before: Footprint) -> bool:
+        """Return whether nothing was left behind.
+
+        Less may be held: `before` counts also what was just about to end, such as the handler of
+        the last call.
+        """
+        return (
+            self.descriptors <= before.descriptors
+            and self.children <= before.children
+            and self.tasks <= before.tasks
+        )
+
+
+async def nothing_was_left(before: Footprint) -> None:
+    """Wait until this process holds no more than before; fail with both footprints."""
+    try:
+        await until(lambda: Footprint.now().holds_no_more_than(before))
+    except TimeoutError:
+        pytest.fail(f"left behind: {before} became {Footprint.now()}")
 
 
 def children() -> set[int]:
@@ -257,7 +290,7 @@ async def test_loads_and_unloads_leave_nothing_behind(
         assert (await client.predict(pixels(), model="other")).label
         await client.unload_model("other")
         await until(lambda: not replica.models._ending)
-        before = descriptors(), children()
+        before = Footprint.now()
         for cycle in range(cycles):
             if cycle % 3 == 1:
                 await give_up(client.load_model("other"), 0.05 * cycle)
@@ -272,7 +305,7 @@ async def test_loads_and_unloads_leave_nothing_behind(
             with contextlib.suppress(RequestFailed):  # a load that ended before it was given up
                 await client.unload_model("other")
             assert series(replica) == {"tiny"}
-        await until(lambda: (descriptors(), children()) == before)
+        await nothing_was_left(before)
         assert (await client.predict(pixels(), model="tiny")).label
 
 
@@ -281,12 +314,12 @@ async def test_failed_loads_leave_nothing_behind(home: Path) -> None:
         (home / "other" / "weights.safetensors").write_bytes(b"\0" * 100)
         with pytest.raises(RequestFailed):
             await client.load_model("other")
-        before = descriptors(), children(), len(asyncio.all_tasks())
+        before = Footprint.now()
         for _ in range(5):
             with pytest.raises(RequestFailed, match=r"weights\.safetensors"):
                 await client.load_model("other")
         assert series(replica) == {"tiny"}
-        await until(lambda: (descriptors(), children(), len(asyncio.all_tasks())) == before)
+        await nothing_was_left(before)
 
 
 async def test_load_model_of_a_bundle_that_explodes_is_refused(home: Path) -> None:

@@ -247,14 +247,14 @@ def test_region_without_shared_memory_is_a_file(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    if case == "missing":
-        monkeypatch.setattr(shared_memory, "FOLDER", tmp_path / "shm")
-    else:
-        full_folders.add(shared_memory.FOLDER)
-    before = files_of(shared_memory.FOLDER)
+    memory = tmp_path / "shm"  # of this test alone: other tests write to the real one meanwhile
+    monkeypatch.setattr(shared_memory, "FOLDER", memory)
+    if case == "full":
+        memory.mkdir()
+        full_folders.add(memory)
     region = SharedRegion(2, 1 << 20)
     assert region.path.parent == tmp_path
-    assert files_of(shared_memory.FOLDER) == before
+    assert files_of(memory) == set()
     assert f"{shared_memory.FOLDER}: expected 8.0 MiB" in caplog.text
     comms = [SharedMemoryCommunicator(region.path, n, 2, region.slot_bytes) for n in range(2)]
     region.unlink()
