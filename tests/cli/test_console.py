@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from ladderstitch.cli import make
 from ladderstitch.cli.console import parse_duration, plain_table
+from ladderstitch.cli.fetch import DATA, MODELS
 from ladderstitch.client.channel import read_token
 from ladderstitch.errors import ConfigError
 from ladderstitch.importers import fetch, fetch_efficientnet
@@ -67,5 +67,5 @@ def test_read_token_strips_white_space(tmp_path: Path) -> None:
 
 
 def test_fetch_lists_every_model_and_data_set() -> None:
-    assert set(make.DATA) == set(fetch.DATA_SETS)
-    assert set(make.MODELS) == {*fetch.MODELS, fetch_efficientnet.NAME}
+    assert set(DATA) == set(fetch.DATA_SETS)
+    assert set(MODELS) == {*fetch.MODELS, fetch_efficientnet.NAME}

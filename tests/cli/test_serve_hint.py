@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from ladderstitch.addresses import DEFAULT_ADDRESS
 from ladderstitch.bundles import find_bundle
 from ladderstitch.cli.app import app
-from ladderstitch.cli.serve import suggest_command
+from ladderstitch.cli.ready_line import suggest_command
 from ladderstitch.config import DEFAULT_HTTP_PORT, ServerConfig
 
 

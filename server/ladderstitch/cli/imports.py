@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ladderstitch.cli import own_models
 from ladderstitch.cli.bundle_records import print_bundle
 from ladderstitch.cli.console import Json, err, out, user_errors
+from ladderstitch.cli.import_networks import import_networks
 from ladderstitch.cli.language_families import NETWORK_SUFFIXES
-from ladderstitch.cli.own_models import parse_numbers
+from ladderstitch.cli.network_options import InputShape, Outputs, parse_numbers
 from ladderstitch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def import_(
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "not stated",
     mean: Mean = None,
     std: Std = None,
-    outputs: own_models.Outputs = "auto",
-    input_shape: own_models.InputShape = None,
+    outputs: Outputs = "auto",
+    input_shape: InputShape = None,
     paths: Annotated[
         int | None,
         typer.Option(
@@ -98,7 +98,7 @@ def import_(
 
     with user_errors():
         if family is None and all(path.suffix in NETWORK_SUFFIXES for path in checkpoints):
-            done = own_models.import_networks(
+            done = import_networks(
                 checkpoints,
                 into,
                 name=name,

@@ -89,10 +89,7 @@ def calibrate(
             following = f"ladderstitch profile {bundle}"
             if as_json:
                 measured = variant_records(path)
-    if as_json:
-        print_json({"bundle": str(path), "variants": measured})
-    elif measured:
-        print_records(measured, QUALITY_COLUMNS)
+    print_measured(path, measured, as_json=as_json)
     err.print(f"wrote {path / 'quality.json'}; next: {following}")
 
 
@@ -120,6 +117,14 @@ QUALITY_COLUMNS = (
     Column("95 % interval", show_interval),
     Column("perplexity", lambda r: f"{r['perplexity']:.2f}"),
 )
+
+
+def print_measured(path: Path, records: list[Record], *, as_json: bool) -> None:
+    """Print the variants of a bundle that were measured, or the records as one JSON document."""
+    if as_json:
+        print_json({"bundle": str(path), "variants": records})
+    elif records:
+        print_records(records, QUALITY_COLUMNS)
 
 
 def profile(

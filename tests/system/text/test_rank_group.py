@@ -82,7 +82,7 @@ def shared_memory() -> set[Path]:
 async def no_shared_memory_is_left() -> None:
     """Wait until the files in shared memory that exist now are gone.
 
-    Those of a group are gone at once; those of tests that run beside this one end with them.
+    Those of a group are gone at once. Other tests, which run meanwhile, remove theirs later.
     """
     left = shared_memory()
     deadline = time.monotonic() + LIMIT_S
