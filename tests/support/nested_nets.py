@@ -41,6 +41,19 @@ NETS: dict[str, dict[str, object]] = {
         "num_heads": 6,
         "thinking_stages": [3, 6],
     },
+    "vit-resnas": {
+        "patch_size": 4,
+        "stem_width": 6,
+        "widths": [16, 24, 40],
+        "depths": [2, 2, 1],
+        "heads": [3, 3, 2, 2, 4],
+        "head_dims": [4, 4, 8, 8, 8],
+        "hidden": [24, 24, 36, 36, 60],
+        "width_choices": [[8, 12, 16], [16, 20, 24], [28, 32, 40]],
+        "head_choices": [[1, 2, 3], [1, 2], [2, 3, 4]],
+        "hidden_choices": [[12, 18, 24], [20, 28, 36], [30, 45, 60]],
+        "skippable": [1, 3],
+    },
 }
 """Fields of the supernets by the name of their layout."""
 

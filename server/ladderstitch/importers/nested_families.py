@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ladderstitch.bundles import check_tensors, shapes_of
 from ladderstitch.errors import ConfigError
+from ladderstitch.importers import vit_resnas
 from ladderstitch.vision.models.nested.model import NestedConfig, NestedModel
 from ladderstitch.vision.models.nested.sampling import sampled_config
 
@@ -66,8 +67,16 @@ LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Fields]] = {
     "ofa-mbv3": _ofa_mobilenet,
     "autoformer": _autoformer,
     "thinkingvit": _thinking_vit,
+    "vit-resnas": vit_resnas.read_vit_resnas,
 }
 """Upstream family -> function from its configuration to the fields of our supernet."""
+PATHS: dict[str, Callable[[Mapping[str, Any], int, Any], Any]] = {
+    "vit-resnas": vit_resnas.read_vit_resnas_path,
+}
+"""Upstream family -> function from its configuration and the position and choice of a listed path
+to the fields of our path, where upstream has another form."""
+UNUSED = {"vit-resnas": vit_resnas.UNUSED}
+"""Upstream family -> what the names of tensors without use begin with."""
 
 _AUTOFORMER = {
     "img_size": 224,
@@ -126,6 +135,10 @@ def released_config(family: str, tensors: Tensors) -> Fields:
         width = tensors["pos_embed"].shape[-1]
         if width in _AUTOFORMER_SIZES:
             return _AUTOFORMER | {"embed_dim": width} | _AUTOFORMER_SIZES[width]
+    if family == "vit-resnas" and "tokens" in tensors:
+        width = tensors["tokens"].shape[-1]
+        if width in vit_resnas.RELEASED:
+            return vit_resnas.RELEASED[width]
     raise ConfigError(f"config: expected a file for this {family}, got none")
 
 
@@ -150,7 +163,8 @@ def read_nested(
         }
         if isinstance(paths, int):
             return sampled_config(fields, paths, seed)
-        fields["net"]["paths"] = list(paths)
+        read = PATHS.get(family, lambda _upstream, _number, path: path)
+        fields["net"]["paths"] = [read(upstream, n, path) for n, path in enumerate(paths)]
         return NestedConfig.model_validate(fields)
     except KeyError as error:
         raise ConfigError(f"config: expected the field {error}") from error
@@ -167,15 +181,17 @@ def import_nested(family: str, config: NestedConfig, tensors: Tensors) -> Nested
     expected = model.state_dict()
     named = {_present_name(name, expected): tensor for name, tensor in tensors.items()}
     counters = {n: t for n, t in expected.items() if n.endswith("num_batches_tracked")}
-    kept = counters | {n: t for n, t in named.items() if not _is_index(n)}
+    unused = UNUSED.get(family)
+    kept = counters | {n: t for n, t in named.items() if not _is_unused(n, unused)}
     check_tensors(shapes_of(expected), shapes_of(kept), where=family)
     model.load_state_dict(kept)
     return model.eval().requires_grad_(False)
 
 
-def _is_index(name: str) -> bool:
-    """Return whether a tensor follows from the configuration."""
-    return name.endswith("relative_position_index")
+def _is_unused(name: str, prefix: str | None) -> bool:
+    """Return whether a tensor follows from the configuration, or has no use here."""
+    of_training = prefix is not None and name.startswith(prefix)
+    return of_training or name.endswith("relative_position_index")
 
 
 def _present_name(name: str, known: Collection[str]) -> str:

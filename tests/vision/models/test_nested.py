@@ -42,7 +42,7 @@ def storage_bytes() -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("kind", ["ofa-mbv3", "autoformer", "thinkingvit"])
+@pytest.mark.parametrize("kind", ["ofa-mbv3", "autoformer", "thinkingvit", "vit-resnas"])
 def test_thirty_paths_take_the_memory_of_the_largest(kind: str) -> None:
     config = make_config(kind, 32)
     before = storage_bytes()

@@ -20,11 +20,11 @@ IMAGES, BATCH = 1000, 100
 
 
 def needs_statistics(bundle: VisionBundle) -> bool:
-    """Return whether a bundle is a supernet with batch normalisation and has no statistics yet."""
+    """Return whether a bundle is a supernet whose paths lack statistics of their own."""
     config = bundle.manifest.config
     if not isinstance(config, NestedConfig) or bundle.statistics_path.exists():
         return False
-    return bool(config.net.sizes(config.inputs).norms)
+    return bool(config.net.sizes(config.inputs).path_norms)
 
 
 def recalibrate(bundle: VisionBundle, pixels: Tensor, progress: Progress) -> None:

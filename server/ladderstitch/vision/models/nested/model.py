@@ -23,10 +23,13 @@ from ladderstitch.vision.models.nested.slices import (
     WidthSlices,
 )
 from ladderstitch.vision.models.nested.thinking_vit import ThinkingVit
+from ladderstitch.vision.models.nested.vit_resnas import VitResnas
 from ladderstitch.vision.models.route import Segment, Stitch
 from ladderstitch.vision.models.vit import InputShape
 
-Net = Annotated[OfaResNet | OfaMobileNet | AutoFormer | ThinkingVit, Field(discriminator="kind")]
+Net = Annotated[
+    OfaResNet | OfaMobileNet | AutoFormer | ThinkingVit | VitResnas, Field(discriminator="kind")
+]
 """A supernet's layout, its sizes and its listed paths."""
 
 
@@ -40,8 +43,9 @@ class NestedConfig(BaseModel):
     net: Net
 
     @model_validator(mode="after")
-    def _check_names(self) -> NestedConfig:
-        """Raise `ValueError` if two paths have one name."""
+    def _check(self) -> NestedConfig:
+        """Raise `ValueError` if two paths have one name, or for images that the net cannot take."""
+        self.net.sizes(self.inputs)
         names = [stitch.given_name for stitch in self.stitches()]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"net.paths.name: expected different names, got {sorted(repeated)}")
@@ -84,7 +88,7 @@ class NestedModel(nn.Module):
         super().__init__()
         self.config, self.stitches = config, config.stitches()
         sizes = config.net.sizes(config.inputs)
-        self.norm_names = tuple(sizes.norms)
+        self.norm_names = sizes.path_norms
         tree = build_tree(sizes)
         for name, child in tree.named_children():
             self.add_module(name, child)
@@ -126,10 +130,10 @@ class NestedModel(nn.Module):
         self.statistics[path] = slices.averages()
 
     def norm_widths(self, path: int) -> dict[str, int]:
-        """Return the active channels of every batch normalisation of a path, by its name."""
+        """Return the active channels of a path's own batch normalisations, by their names."""
         slices = WidthSlices(self)
         self.plan(path, slices)
-        return slices.widths
+        return {name: slices.widths[name] for name in slices.widths if name in self.norm_names}
 
     def _apply(self, fn: Any, recurse: bool = True) -> NestedModel:
         """Move or convert the paths' statistics together with the weights."""

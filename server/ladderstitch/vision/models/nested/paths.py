@@ -31,6 +31,15 @@ def require(field: str, values: Sequence[Choice], count: int, allowed: Collectio
         raise ValueError(f"paths.{field}: expected values among {list(allowed)}, got {wrong[0]}")
 
 
+def require_at_most(field: str, values: Sequence[int], limits: Sequence[int]) -> None:
+    """Raise `ValueError` unless there is one value for each limit, from 1 to this limit."""
+    if len(values) != len(limits):
+        raise ValueError(f"{field}: expected {len(limits)} values, got {len(values)}")
+    for number, (value, limit) in enumerate(zip(values, limits, strict=True)):
+        if not 1 <= value <= limit:
+            raise ValueError(f"{field}[{number}]: expected 1 to {limit}, got {value}")
+
+
 def draw(rng: random.Random, choices: Sequence[Choice], level: float) -> Choice:
     """Return a random one of ascending choices near a level from 0 (the first) to 1 (the last).
 

@@ -16,10 +16,20 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class TensorSizes:
-    """Sizes of a supernet's parameters by name, and the widths of its batch normalisations."""
+    """Sizes of a supernet's parameters by name, and the widths of its batch normalisations.
+
+    `norms_are_shared` states that all paths normalise the same maps, so that the supernet's own
+    statistics are those of every path.
+    """
 
     parameters: dict[str, Size] = field(default_factory=dict)
     norms: dict[str, int] = field(default_factory=dict)
+    norms_are_shared: bool = False
+
+    @property
+    def path_norms(self) -> tuple[str, ...]:
+        """Names of the batch normalisations of which every path needs statistics of its own."""
+        return () if self.norms_are_shared else tuple(self.norms)
 
     def add(self, name: str, *size: int) -> None:
         """Add one parameter."""

@@ -10,14 +10,17 @@ from __future__ import annotations
 import random
 from typing import Literal
 
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ladderstitch.vision.models.nested.paths import NestedPath
 from ladderstitch.vision.models.nested.sizes import TensorSizes
 from ladderstitch.vision.models.nested.slices import Plan, Slices, Step
-from ladderstitch.vision.models.nested.transformer_layers import HiddenLayer, PatchEmbedding
+from ladderstitch.vision.models.nested.transformer_layers import (
+    HiddenLayer,
+    PatchEmbedding,
+    SelfAttention,
+)
 from ladderstitch.vision.models.vit import InputShape
 
 EPS = 1e-6
@@ -75,8 +78,7 @@ class ThinkingVit(BaseModel):
             name = f"blocks.{layer}"
             for norm in ("norm1", "norm2"):
                 sizes.add_layer_norm(f"{name}.{norm}", width)
-            sizes.add_linear(f"{name}.attn.qkv", 3 * width, width)
-            sizes.add_linear(f"{name}.attn.proj", width, width)
+            _attention(layer, width).add_sizes(sizes, width)
             _hidden_layer(layer).add_sizes(sizes, width, int(width * self.mlp_ratio))
         sizes.add_layer_norm("norm", width)
         for number, heads in enumerate(self.thinking_stages[:-1]):
@@ -124,26 +126,21 @@ class ThinkingVit(BaseModel):
 
     def _block(self, slices: Slices, layer: int, heads: int) -> Step:
         """Return one block on the first heads; it cuts what it reads to its width."""
-        name, full, k = f"blocks.{layer}", self.embed_dim, self._width(heads)
-        norm = slices.layer_norm(f"{name}.norm1", k, EPS)
-        parts = [slices.rows(f"{name}.attn.qkv", i, k, k) for i in (0, full, 2 * full)]
-        project = slices.linear(f"{name}.attn.proj", k, k)
+        k, size = self._width(heads), self.embed_dim // self.num_heads
+        attend = _attention(layer, self.embed_dim).bind(slices, k, heads, size, EPS)
         transform = _hidden_layer(layer).bind(slices, k, int(k * self.mlp_ratio), EPS)
-
-        def forward(x: Tensor) -> Tensor:
-            x = x[..., :k]
-            y = norm(x)
-            split = [F.linear(y, w, b).unflatten(2, (heads, -1)).transpose(1, 2) for w, b in parts]
-            mixed = F.scaled_dot_product_attention(*split)
-            return transform(x + project(mixed.transpose(1, 2).flatten(2)))
-
-        return forward
+        return lambda x: transform(attend(x[..., :k]))
 
     def sample(self, rng: random.Random, level: float) -> dict[str, object]:
         """Return the fields of a random path: a number of heads after the stages before it."""
         heads = max(1, round(level * self.num_heads))
         stage = sum(heads > earlier for earlier in self.thinking_stages[:-1])
         return {"stages": [*self.thinking_stages[:stage], heads], "stage": stage}
+
+
+def _attention(layer: int, inner: int) -> SelfAttention:
+    name = f"blocks.{layer}"
+    return SelfAttention(f"{name}.norm1", f"{name}.attn.qkv", f"{name}.attn.proj", inner)
 
 
 def _hidden_layer(layer: int) -> HiddenLayer:

@@ -1,4 +1,4 @@
-"""Layers that the nested transformers have in common: embedded patches and hidden layers."""
+"""Layers that the nested transformers have in common: patches, attention and hidden layers."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from ladderstitch.vision.models.vit import InputShape
 class PatchEmbedding:
     """Square patches of `patch_size` pixels as tokens, after a class token, with positions.
 
-    `name` is that of the projection of patches.
+    `name` is that of the projection of patches, `token` that of the class token.
     """
 
     name: str
     patch_size: int
+    token: str = "cls_token"
 
     def add_sizes(self, sizes: TensorSizes, width: int, inputs: InputShape) -> None:
         """Add the tensors of an embedding of `width` channels."""
         patch = self.patch_size
-        sizes.add("cls_token", 1, 1, width)
+        sizes.add(self.token, 1, 1, width)
         sizes.add("pos_embed", 1, (inputs.image_size // patch) ** 2 + 1, width)
         sizes.add(f"{self.name}.weight", width, inputs.in_channels, patch, patch)
         sizes.add(f"{self.name}.bias", width)
@@ -36,7 +37,7 @@ class PatchEmbedding:
         stride = self.patch_size
         kernel = slices.take(f"{self.name}.weight", width)
         bias = slices.take(f"{self.name}.bias", width)
-        first = slices.take("cls_token", None, None, width)
+        first = slices.take(self.token, None, None, width)
         positions = slices.take("pos_embed", None, None, width)
 
         def embed(images: Tensor) -> Tensor:
@@ -44,6 +45,42 @@ class PatchEmbedding:
             return torch.cat((first.expand(images.shape[0], -1, -1), patches), 1) + positions
 
         return embed
+
+
+@dataclass(frozen=True, slots=True)
+class SelfAttention:
+    """The first half of a block: attention after a norm, with a residual connection.
+
+    `qkv` has three parts of `inner` rows, the width of all heads of the supernet, and a path reads
+    the first rows of each part.
+    """
+
+    norm: str
+    qkv: str
+    project: str
+    inner: int
+
+    def add_sizes(self, sizes: TensorSizes, width: int) -> None:
+        """Add the tensors of the two linear layers."""
+        sizes.add_linear(self.qkv, 3 * self.inner, width)
+        sizes.add_linear(self.project, width, self.inner)
+
+    def bind(self, slices: Slices, width: int, heads: int, size: int, eps: float) -> Step:
+        """Return the function of tokens [B, T, width] with heads of `size`; `eps` of the norm."""
+        norm = slices.layer_norm(self.norm, width, eps)
+        active = heads * size
+        parts = [slices.rows(self.qkv, i * self.inner, active, width) for i in range(3)]
+        project = slices.linear(self.project, width, active)
+
+        def attend(x: Tensor) -> Tensor:
+            y = norm(x)
+            split = [
+                F.linear(y, w, b).unflatten(2, (heads, size)).transpose(1, 2) for w, b in parts
+            ]
+            mixed = F.scaled_dot_product_attention(*split)
+            return x + project(mixed.transpose(1, 2).flatten(2))
+
+        return attend
 
 
 @dataclass(frozen=True, slots=True)
