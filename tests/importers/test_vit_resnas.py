@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from ladderstitch.errors import BundleError, ConfigError
@@ -234,3 +236,11 @@ def test_costs_follow_from_the_weights() -> None:
     tokens, width, inner, hidden = 17, 16, 12, 24
     macs = tokens * (4 * width * inner + 2 * width * hidden) + 2 * tokens**2 * inner
     assert costs[0].macs - costs[1].macs == macs + 2 * 5 * tokens * width
+
+
+def test_the_documented_paths_are_one_network() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    (block,) = (part for part in re.findall(r"```yaml\n(.*?)```", text, re.S) if "plain" in part)
+    config = yaml.safe_load(block)
+    searched, plain = read_nested("vit-resnas", config, config.pop("paths")).net.paths
+    assert searched.model_copy(update={"name": "plain"}) == plain
