@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ladderstitch.vision.models.nested.model import NestedModel
     from ladderstitch.vision.models.stitched import StitchedModel
 
-SUPERNETS = ("ofa-resnet", "ofa-mbv3", "autoformer", "thinkingvit")
+SUPERNETS = ("ofa-resnet", "ofa-mbv3", "autoformer", "thinkingvit", "attentivenas")
 
 
 Checkpoints = Annotated[
@@ -34,8 +34,8 @@ Family = Annotated[
     typer.Option(
         help="Kind of the stitched family: snnet-deit, snnet-swin, snnet-resnet, "
         "snnet-resnet-swin, snnet-levit, snnetv2 or learngene-pool; or of the supernet: "
-        "ofa-resnet, ofa-mbv3, autoformer or thinkingvit; or matformer-olmo, whose checkpoint is "
-        "a folder."
+        "ofa-resnet, ofa-mbv3, autoformer, thinkingvit or attentivenas; or matformer-olmo, whose "
+        "checkpoint is a folder."
     ),
 ]
 FamilyConfig = Annotated[

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ladderstitch.bundles import check_tensors, shapes_of
 from ladderstitch.errors import ConfigError
+from ladderstitch.importers.attentive_nas import IMAGE_SIZE, read_search_space
 from ladderstitch.vision.models.nested.model import NestedConfig, NestedModel
 from ladderstitch.vision.models.nested.sampling import sampled_config
 
@@ -66,8 +67,11 @@ LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Fields]] = {
     "ofa-mbv3": _ofa_mobilenet,
     "autoformer": _autoformer,
     "thinkingvit": _thinking_vit,
+    "attentivenas": read_search_space,
 }
 """Upstream family -> function from its configuration to the fields of our supernet."""
+IMAGE_SIZES = {"attentivenas": IMAGE_SIZE}
+"""Sides of the images of families whose configurations do not state them."""
 
 _AUTOFORMER = {
     "img_size": 224,
@@ -122,6 +126,8 @@ def released_config(family: str, tensors: Tensors) -> Fields:
         width = 1.2 if name is not None and tensors[name].shape[0] == 24 else 1.0
         lists = {"ks_list": (3, 5, 7), "expand_ratio_list": (3, 4, 6), "depth_list": (2, 3, 4)}
         return image | lists | {"width_mult": width}
+    if family == "attentivenas":
+        return image
     if family == "autoformer" and "pos_embed" in tensors:
         width = tensors["pos_embed"].shape[-1]
         if width in _AUTOFORMER_SIZES:
@@ -142,7 +148,9 @@ def read_nested(
     try:
         fields = {
             "inputs": {
-                "image_size": upstream.get("image_size", upstream.get("img_size")),
+                "image_size": upstream.get(
+                    "image_size", upstream.get("img_size", IMAGE_SIZES.get(family))
+                ),
                 "in_channels": upstream.get("in_channels", 3),
                 "num_classes": upstream.get("num_classes", upstream.get("n_classes")),
             },
@@ -167,19 +175,21 @@ def import_nested(family: str, config: NestedConfig, tensors: Tensors) -> Nested
     expected = model.state_dict()
     named = {_present_name(name, expected): tensor for name, tensor in tensors.items()}
     counters = {n: t for n, t in expected.items() if n.endswith("num_batches_tracked")}
-    kept = counters | {n: t for n, t in named.items() if not _is_index(n)}
+    kept = counters | {n: t for n, t in named.items() if not _is_unused(n)}
     check_tensors(shapes_of(expected), shapes_of(kept), where=family)
     model.load_state_dict(kept)
     return model.eval().requires_grad_(False)
 
 
-def _is_index(name: str) -> bool:
-    """Return whether a tensor follows from the configuration."""
-    return name.endswith("relative_position_index")
+def _is_unused(name: str) -> bool:
+    """Return whether a tensor follows from the configuration, or served training alone."""
+    return name.endswith("relative_position_index") or ".bn_tracking." in name
 
 
 def _present_name(name: str, known: Collection[str]) -> str:
     """Return the name that a tensor of an older OFA checkpoint has today."""
+    if name in known:
+        return name
     name = name.replace(".mobile_inverted_conv.", ".conv.")
     if name in known:
         return name
