@@ -42,7 +42,7 @@ def divisible(value: int) -> int:
     return near + 8 if near < 0.9 * value else near
 
 
-def make_checkpoint(space: Space, seed: int = 0) -> dict[str, Tensor]:
+def make_checkpoint(space: Space, channels: int = IN_CHANNELS, seed: int = 0) -> dict[str, Tensor]:
     """Return random tensors of a supernet under the names of the original."""
     rng, tensors = torch.Generator().manual_seed(seed), {}
 
@@ -59,7 +59,7 @@ def make_checkpoint(space: Space, seed: int = 0) -> dict[str, Tensor]:
         tensors[f"{name}.bn.bias"] = 0.3 * torch.randn(width, generator=rng)
 
     width = max(space["first_conv"]["c"])
-    add("first_conv.conv.conv", width, IN_CHANNELS, 3, 3)
+    add("first_conv.conv.conv", width, channels, 3, 3)
     add_norm("first_conv.bn", width)
     number = 0
     for stage in stages_of(space):
@@ -101,7 +101,8 @@ class Network(nn.Module):
         super().__init__()
         self.tensors, self.resolution = tensors, path["resolution"]
         width, *widths, last = path["width"]
-        first = self._conv("first_conv.conv.conv", IN_CHANNELS, width, 3, stride=2)
+        channels = tensors["first_conv.conv.conv.weight"].shape[1]
+        first = self._conv("first_conv.conv.conv", channels, width, 3, stride=2)
         self.first = nn.Sequential(first, self._norm("first_conv.bn", width), nn.SiLU())
         blocks, number = [], 0
         for position, stage in enumerate(stages_of(space)):
