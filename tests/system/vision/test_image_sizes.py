@@ -12,7 +12,8 @@ import torch
 from ladderstitch.client import Client
 from ladderstitch.importers.import_bundle import BundleInfo, build_manifest
 from ladderstitch.importers.nested_families import import_nested, read_nested
-from ladderstitch.vision.bundle import VisionBundle, write_bundle
+from ladderstitch.scheduling.profiles import Quality, QualityTable
+from ladderstitch.vision.bundle import VisionBundle, write_bundle, write_table
 from ladderstitch.vision.models.nested.statistics import write_statistics
 from tests.support.attentive_reference import (
     CLASSES,
@@ -46,6 +47,16 @@ def write_networks(folder: Path) -> list[Network]:
         model.recalibrate(stitch, batches)
         network.calibrate(batches)
     write_statistics(VisionBundle.load(folder).statistics_path, model)
+    table = QualityTable(
+        metric="top-1 accuracy",
+        data="fake",
+        n=100,
+        confidence=0.95,
+        date="2026-01-01",
+        versions={},
+        variants={n: Quality(value=0.5, low=0.4, high=0.6) for n in range(len(paths))},
+    )
+    write_table(folder / "quality.json", table)
     return networks
 
 
