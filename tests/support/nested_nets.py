@@ -54,6 +54,15 @@ NETS: dict[str, dict[str, object]] = {
         "hidden_choices": [[12, 18, 24], [20, 28, 36], [30, 45, 60]],
         "skippable": [1, 3],
     },
+    "attentivenas": {
+        "resolution_list": [12, 16, 22],
+        "width_list": [[8, 16], [8, 16], [16, 24], [16, 24], [32, 48]],
+        "depth_list": [[1, 2], [1, 2], [1, 3]],
+        "ks_list": [[3, 5], [3, 5, 7], [3]],
+        "expand_ratio_list": [[1], [2, 3], [4]],
+        "strides": [1, 2, 2],
+        "se": [False, True, True],
+    },
 }
 """Fields of the supernets by the name of their layout."""
 

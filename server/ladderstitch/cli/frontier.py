@@ -68,7 +68,7 @@ def frontier(
         if as_json:
             print_json({"model": loaded.manifest.name, "cost": metric, "variants": records})
         else:
-            print_records(records, FRONTIER_COLUMNS, title=title)
+            print_records(records, frontier_columns(records), title=title)
         if plot is not None:
             others = [VisionBundle.load(find_bundle(other)) for other in compare or ()]
             plot_frontier(loaded, plot, metric, others)
@@ -144,10 +144,19 @@ def frontier_records(rows: list[FrontierRow]) -> list[Record]:
             "p99_s": row.p99_s,
             "macs": row.macs,
             "parameters": row.parameters,
+            "image_size": row.image_size,
             "on_frontier": row.on_frontier,
         }
         for row in rows
     ]
+
+
+def frontier_columns(records: list[Record]) -> tuple[Column, ...]:
+    """Return the columns of the table, with the images' side where the variants differ in it."""
+    if len({record["image_size"] for record in records}) < 2:
+        return FRONTIER_COLUMNS
+    pixels = Column("image", lambda r: f"{r['image_size']} px", drop=4)
+    return (*FRONTIER_COLUMNS[:2], pixels, *FRONTIER_COLUMNS[2:])
 
 
 FRONTIER_COLUMNS = (

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from ladderstitch.vision.models.nested.model import NestedModel
     from ladderstitch.vision.models.stitched import StitchedModel
 
-SUPERNETS = ("ofa-resnet", "ofa-mbv3", "autoformer", "thinkingvit", "vit-resnas")
+SUPERNETS = (
+    "ofa-resnet",
+    "ofa-mbv3",
+    "autoformer",
+    "thinkingvit",
+    "vit-resnas",
+    "attentivenas",
+)
 
 
 Checkpoints = Annotated[
@@ -34,7 +41,8 @@ Family = Annotated[
     typer.Option(
         help="Kind of the stitched family: snnet-deit, snnet-swin, snnet-resnet, "
         "snnet-resnet-swin, snnet-levit, snnetv2 or learngene-pool; or of the supernet: "
-        "ofa-resnet, ofa-mbv3, autoformer, thinkingvit or vit-resnas; or matformer-olmo, whose "
+        "ofa-resnet, ofa-mbv3, autoformer, thinkingvit, vit-resnas or attentivenas; or "
+        "matformer-olmo, whose "
         "checkpoint is a folder."
     ),
 ]

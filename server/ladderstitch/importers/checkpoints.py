@@ -36,7 +36,13 @@ DATA_CLASSES = (
 )
 """Classes of data objects that training scripts are known to pickle next to their weights."""
 
-DICTIONARY_CLASSES = ("yacs.config.CfgNode", "easydict.EasyDict", "addict.addict.Dict")
+DICTIONARY_CLASSES = (
+    "yacs.config.CfgNode",
+    "easydict.EasyDict",
+    "addict.addict.Dict",
+    "utils.config.AttrDict",
+    "utils.config.Config",
+)
 """Classes of data objects that are pickled item by item; they are read as dictionaries."""
 
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "module")

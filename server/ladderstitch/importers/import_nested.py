@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ladderstitch.errors import ConfigError
+from ladderstitch.importers.attentive_nas import published_paths
 from ladderstitch.importers.checkpoints import read_weights
 from ladderstitch.importers.import_bundle import BundleInfo, build_manifest, read_fields
 from ladderstitch.importers.nested_families import (
@@ -32,8 +33,9 @@ def import_supernet(
     """Write the bundle of a supernet's own checkpoint and return its model.
 
     `config` is a JSON or YAML file with upstream's fields, and `paths` as a list of choices if they
-    are not to be sampled; unset: the published configuration. Raises `DataError`, `ConfigError` or
-    `BundleError` naming what does not fit.
+    are not to be sampled; unset: the published configuration. The networks that a file of
+    AttentiveNAS evaluates are the paths, unless their number is stated. Raises `DataError`,
+    `ConfigError` or `BundleError` naming what does not fit.
     """
     tensors = read_weights(checkpoint)
     fields = dict(released_config(family, tensors) if config is None else read_fields(config))
@@ -42,6 +44,8 @@ def import_supernet(
         raise ConfigError(f"paths: expected a number or the list in {config}, got both")
     if listed is not None and not isinstance(listed, list):
         raise ConfigError(f"config.paths: expected a list, got {type(listed).__name__}")
+    if listed is None and paths is None and family == "attentivenas":
+        listed = published_paths(fields)
     chosen = DEFAULT_PATHS if paths is None else paths
     ours = read_nested(family, fields, chosen if listed is None else listed, seed)
     model = import_nested(family, ours, tensors)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ladderstitch.bundles import check_tensors, shapes_of
 from ladderstitch.errors import ConfigError
 from ladderstitch.importers import vit_resnas
+from ladderstitch.importers.attentive_nas import IMAGE_SIZE, read_search_space
 from ladderstitch.vision.models.nested.model import NestedConfig, NestedModel
 from ladderstitch.vision.models.nested.sampling import sampled_config
 
@@ -68,6 +69,7 @@ LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Fields]] = {
     "autoformer": _autoformer,
     "thinkingvit": _thinking_vit,
     "vit-resnas": vit_resnas.read_vit_resnas,
+    "attentivenas": read_search_space,
 }
 """Upstream family -> function from its configuration to the fields of our supernet."""
 PATHS: dict[str, Callable[[Mapping[str, Any], int, Any], Any]] = {
@@ -77,6 +79,8 @@ PATHS: dict[str, Callable[[Mapping[str, Any], int, Any], Any]] = {
 to the fields of our path, where upstream has another form."""
 UNUSED = {"vit-resnas": vit_resnas.UNUSED}
 """Upstream family -> what the names of tensors without use begin with."""
+IMAGE_SIZES = {"attentivenas": IMAGE_SIZE}
+"""Sides of the images of families whose configurations do not state them."""
 
 _AUTOFORMER = {
     "img_size": 224,
@@ -131,6 +135,8 @@ def released_config(family: str, tensors: Tensors) -> Fields:
         width = 1.2 if name is not None and tensors[name].shape[0] == 24 else 1.0
         lists = {"ks_list": (3, 5, 7), "expand_ratio_list": (3, 4, 6), "depth_list": (2, 3, 4)}
         return image | lists | {"width_mult": width}
+    if family == "attentivenas":
+        return image
     if family == "autoformer" and "pos_embed" in tensors:
         width = tensors["pos_embed"].shape[-1]
         if width in _AUTOFORMER_SIZES:
@@ -155,7 +161,9 @@ def read_nested(
     try:
         fields = {
             "inputs": {
-                "image_size": upstream.get("image_size", upstream.get("img_size")),
+                "image_size": upstream.get(
+                    "image_size", upstream.get("img_size", IMAGE_SIZES.get(family))
+                ),
                 "in_channels": upstream.get("in_channels", 3),
                 "num_classes": upstream.get("num_classes", upstream.get("n_classes")),
             },
@@ -189,13 +197,15 @@ def import_nested(family: str, config: NestedConfig, tensors: Tensors) -> Nested
 
 
 def _is_unused(name: str, prefix: str | None) -> bool:
-    """Return whether a tensor follows from the configuration, or has no use here."""
+    """Return whether a tensor follows from the configuration, or served training alone."""
     of_training = prefix is not None and name.startswith(prefix)
-    return of_training or name.endswith("relative_position_index")
+    return of_training or name.endswith("relative_position_index") or ".bn_tracking." in name
 
 
 def _present_name(name: str, known: Collection[str]) -> str:
     """Return the name that a tensor of an older OFA checkpoint has today."""
+    if name in known:
+        return name
     name = name.replace(".mobile_inverted_conv.", ".conv.")
     if name in known:
         return name

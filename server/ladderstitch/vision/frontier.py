@@ -39,6 +39,8 @@ class FrontierRow:
     macs: int
     parameters: int
     on_frontier: bool
+    image_size: int | None
+    """Side in pixels of the images that it computes on; None for networks of ONNX files."""
 
     def cost(self, metric: CostMetric) -> float:
         """Return milliseconds at batch size 1, or millions of multiply-accumulates."""
@@ -68,6 +70,7 @@ def frontier_rows(bundle: VisionBundle, metric: CostMetric = "latency") -> list[
             macs=costs[stitch.id].macs,
             parameters=costs[stitch.id].parameters,
             on_frontier=stitch.id in best,
+            image_size=_image_size(bundle, stitch.id),
         )
         for stitch in bundle.manifest.variants()
         if stitch.id in values and stitch.id in alone_s
@@ -85,6 +88,16 @@ def variant_costs(bundle: VisionBundle) -> dict[int, Cost]:
     with torch.device("meta"):
         model = config.build()
     return {v.id: stitch_cost(model, v, config.inputs.image_size) for v in variants}
+
+
+def _image_size(bundle: VisionBundle, variant: int) -> int | None:
+    """Return the side of the images that a variant computes on."""
+    config = bundle.manifest.config
+    if isinstance(config, OnnxConfig):
+        return None
+    if isinstance(config, NestedConfig):
+        return config.image_size(variant)
+    return config.inputs.image_size
 
 
 def load_measurements(bundle: VisionBundle) -> tuple[QualityTable, LatencyProfile]:

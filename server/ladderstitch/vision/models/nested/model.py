@@ -10,10 +10,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from ladderstitch.vision.models.nested.attentive_nas import AttentiveNas
 from ladderstitch.vision.models.nested.autoformer import AutoFormer
 from ladderstitch.vision.models.nested.ofa_mobilenet import OfaMobileNet
 from ladderstitch.vision.models.nested.ofa_resnet import OfaResNet
 from ladderstitch.vision.models.nested.path_statistics import PathStatistics
+from ladderstitch.vision.models.nested.resize import resize_images
 from ladderstitch.vision.models.nested.sizes import build_tree
 from ladderstitch.vision.models.nested.slices import (
     BatchSlices,
@@ -28,7 +30,8 @@ from ladderstitch.vision.models.route import Segment, Stitch
 from ladderstitch.vision.models.vit import InputShape
 
 Net = Annotated[
-    OfaResNet | OfaMobileNet | AutoFormer | ThinkingVit | VitResnas, Field(discriminator="kind")
+    OfaResNet | OfaMobileNet | AutoFormer | ThinkingVit | VitResnas | AttentiveNas,
+    Field(discriminator="kind"),
 ]
 """A supernet's layout, its sizes and its listed paths."""
 
@@ -64,6 +67,10 @@ class NestedConfig(BaseModel):
             )
             for number, path in enumerate(self.net.paths)
         )
+
+    def image_size(self, path: int) -> int:
+        """Return the side in pixels of the images that a path sees, whatever requests send."""
+        return self.net.paths[path].image_size or self.inputs.image_size
 
     def with_paths(self, paths: Iterable[Mapping[str, Any]]) -> NestedConfig:
         """Return the family with other paths, given by their fields; raises `ValidationError`."""
@@ -107,8 +114,10 @@ class NestedModel(nn.Module):
         if slices is None:
             stored = partial(self.statistics.__getitem__, path)
             slices = Slices(self, stored if path in self.statistics else None)
-        plan: Plan = net.plan(net.paths[path], slices, self.config.inputs)
-        return plan
+        inputs, side = self.config.inputs, self.config.image_size(path)
+        own = inputs.model_copy(update={"image_size": side})
+        plan: Plan = net.plan(net.paths[path], slices, own)
+        return plan if own == inputs else resize_images(plan, inputs.image_size, side)
 
     def forward(self, images: Tensor, stitch: int) -> Tensor:
         """Return the logits [B, num_classes] of images [B, C, H, W] on the path with this id."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from ladderstitch.vision.models.nested.mobile_layers import add_squeeze, squeeze
 from ladderstitch.vision.models.nested.paths import NestedPath, draw, require
 from ladderstitch.vision.models.nested.sizes import TensorSizes, make_divisible
 from ladderstitch.vision.models.nested.slices import Plan, Slices, Step
@@ -100,13 +101,7 @@ class OfaMobileNet(BaseModel):
         for target, source in zip(self.ks_list, self.ks_list[1:], strict=False):
             sizes.add(f"{deep}.conv.{source}to{target}_matrix", target**2, target**2)
         if SQUEEZES[stage]:
-            squeezed = make_divisible(middle // 4)
-            for part, rows, columns in (
-                ("reduce", squeezed, middle),
-                ("expand", middle, squeezed),
-            ):
-                sizes.add(f"{deep}.se.fc.{part}.weight", rows, columns, 1, 1)
-                sizes.add(f"{deep}.se.fc.{part}.bias", rows)
+            add_squeeze(sizes, f"{deep}.se.fc", middle)
         sizes.add_conv(f"{down}.conv.conv", f"{down}.bn.bn", outputs, middle, 1)
         return outputs
 
@@ -158,13 +153,13 @@ class OfaMobileNet(BaseModel):
         expand = slices.conv_norm(f"{up}.conv.conv", f"{up}.bn.bn", middle, ins)
         kernels = self._kernels(slices, f"{deep}.conv", middle, kernel)
         convolve = slices.depthwise_norm(kernels, f"{deep}.bn.bn", middle, stride)
-        squeeze = _squeeze(slices, f"{deep}.se.fc", middle) if SQUEEZES[stage] else None
+        excite = squeeze(slices, f"{deep}.se.fc", middle) if SQUEEZES[stage] else None
         project = slices.conv_norm(f"{down}.conv.conv", f"{down}.bn.bn", outputs, middle)
         residual = stride == 1 and ins == outputs
 
         def forward(x: Tensor) -> Tensor:
             y = activate(convolve(activate(expand(x))))
-            y = project(y if squeeze is None else squeeze(y))
+            y = project(y if excite is None else excite(y))
             return x + y if residual else y
 
         return forward
@@ -209,19 +204,3 @@ def _first_block(slices: Slices, width: int) -> Step:
     convolve = slices.depthwise_norm(lambda: weight, f"{name}.depth_conv.bn", width)
     project = slices.conv_norm(f"{name}.point_linear.conv", f"{name}.point_linear.bn")
     return lambda x: x + project(F.relu(convolve(x)))
-
-
-def _squeeze(slices: Slices, name: str, channels: int) -> Callable[[Tensor], Tensor]:
-    """Return squeeze and excitation of maps [B, channels, h, w]."""
-    middle = make_divisible(channels // 4)
-    down = slices.take(f"{name}.reduce.weight", middle, channels).flatten(1)
-    up = slices.take(f"{name}.expand.weight", channels, middle).flatten(1)
-    down_bias = slices.take(f"{name}.reduce.bias", middle)
-    up_bias = slices.take(f"{name}.expand.bias", channels)
-
-    def excite(x: Tensor) -> Tensor:
-        pooled = x.mean((2, 3))
-        gate = F.linear(F.relu(F.linear(pooled, down, down_bias)), up, up_bias)
-        return x * F.hardsigmoid(gate)[:, :, None, None]
-
-    return excite

@@ -22,6 +22,11 @@ class NestedPath(BaseModel):
         None, pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="unset: `path-N`"
     )
 
+    @property
+    def image_size(self) -> int | None:
+        """Side in pixels to which the path resizes its images; None: the family's."""
+        return None
+
 
 def require(field: str, values: Sequence[Choice], count: int, allowed: Collection[Choice]) -> None:
     """Raise `ValueError` unless there are `count` values, all of them among those allowed."""

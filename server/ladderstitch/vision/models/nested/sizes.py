@@ -87,7 +87,7 @@ def _initial(name: str, size: Size) -> Tensor:
     return nn.init.trunc_normal_(values, std=0.02)
 
 
-def make_divisible(value: float, divisor: int = 8) -> int:
-    """Return the multiple of `divisor` next to a width, never over 10 % below it."""
-    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+def make_divisible(value: float, divisor: int = 8, least: int = 8) -> int:
+    """Return the multiple of `divisor` next to a width, at least `least`, never over 10 % below."""
+    rounded = max(least, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
