@@ -63,8 +63,8 @@ def find_part(steps: Sequence[nn.Module], first: int, size: int) -> nn.Module:
 def find_serving_part(steps: Sequence[nn.Module], first: int, size: int) -> nn.Module:
     """Return what computes the same as `find_part`, for serving: groups as one wide block each.
 
-    A wide block has a copy of its blocks' weights. On small maps it takes half of the time of the
-    blocks in a row, because it has fewer and larger convolutions.
+    A wide block has a copy of its blocks' weights. It has fewer and larger convolutions, which are
+    faster on small maps (`examples/parallel-groups`).
     """
     part = find_part(steps, first, size)
     return stack(part) if isinstance(part, ParallelGroup) else part
