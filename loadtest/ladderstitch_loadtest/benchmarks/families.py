@@ -116,7 +116,7 @@ def write_families(folder: Path) -> Families:
     kept = {stitch.id: table.variants[stitch.id] for stitch in stitches}
     alone = table.model_copy(update={"variants": kept, "cascades": ()})
     write_table(stitched / "quality.json", alone)
-    anchors = [stitch for stitch in used if not stitch.layers]
+    anchors = [stitch for stitch in used if stitch.is_anchor]
     qualities = {stitch.id: table.value(stitch.id) for stitch in anchors}
     plain = _write_plain(embedded, anchors, qualities, folder)
     floor = min(table.value(stitch.id) for stitch in used)

@@ -165,7 +165,7 @@ def export_networks(bundle: VisionBundle, folder: Path) -> list[Path]:
     shape = (images.channels, images.height, images.width)
     units = cached_units(bundle.digest(), bundle.load_stitched, shape, lambda done, total: None)
     in_float32 = [v for v in bundle.manifest.variants() if v.precision == "float32"]
-    anchors = {v.front: v for v in in_float32 if not v.layers}
+    anchors = {v.front: v for v in in_float32 if v.is_anchor}
     settings = {
         "image_mean": images.mean,
         "image_std": images.std,

@@ -9,7 +9,10 @@ from ladderstitch.vision.bundle import VisionBundle
 from ladderstitch_loadtest.simulation.profiles import Family
 
 Step = tuple[int, int, str]
-"""Anchor, index of the block in it, number format: variants with one step can share it."""
+"""Anchor, index of the block in it, form: variants with one step can share it.
+
+The form is a number format; that of a group of blocks has their number, too.
+"""
 Part = tuple[int, int]
 """Variant and number of images that run on it."""
 
@@ -49,9 +52,9 @@ class BlockRoutes:
         """Return the routes of a bundle's variants."""
         steps = {
             stitch.id: tuple(
-                (segment.anchor, index, stitch.precision)
+                (segment.anchor, first, _form(stitch.precision, size))
                 for segment in stitch.segments
-                for index in range(segment.first, segment.last + 1)
+                for first, size in segment.parts
             )
             for stitch in bundle.manifest.variants()
             if stitch.id in family.profile.variants
@@ -103,3 +106,7 @@ class BlockRoutes:
         """Return the seconds of all steps from `depth` on, in step with each other."""
         last = max(len(self.steps[variant]) for variant, _ in parts)
         return sum(self.step_s(parts, d, profiled) for d in range(depth, last))
+
+
+def _form(precision: str, size: int) -> str:
+    return precision if size == 1 else f"{precision}, {size} blocks"

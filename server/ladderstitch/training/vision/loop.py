@@ -243,10 +243,16 @@ def sampling_groups(model: StitchedModel, image_size: int, step: float | None) -
 
 
 def groups_by_pair(model: StitchedModel) -> list[list[int]]:
-    """Return, per set of anchors that are stitched to each other, these anchors and stitches."""
+    """Return, per set of anchors that are stitched to each other, these anchors and stitches.
+
+    The paths with groups of an anchor belong to it. An anchor that has such paths and is not
+    stitched is a set of its own.
+    """
     usable = [stitch for stitch in model.stitches if stitch.usable]
     sets = {frozenset(segment.anchor for segment in stitch.segments) for stitch in usable}
-    pairs = sorted(sorted(anchors) for anchors in sets if len(anchors) > 1)
+    joined = {anchor for anchors in sets if len(anchors) > 1 for anchor in anchors}
+    grouped = {stitch.front for stitch in usable if stitch.segments[0].groups} - joined
+    pairs = sorted(sorted(anchors) for anchors in sets if len(anchors) > 1 or anchors <= grouped)
     return [
         [s.id for s in usable if {segment.anchor for segment in s.segments} <= set(pair)]
         for pair in pairs

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ladderstitch.vision.models.parallel import BranchBlock
 from ladderstitch.vision.models.stitched import Backbone, ConvConfig, fold
 from ladderstitch.vision.models.vit import InputShape
 
@@ -32,6 +33,11 @@ class EfficientNetLiteConfig(ConvConfig):
     depths: Seven = Field(description="blocks of each stage")
     stem: int = Field(32, gt=0, description="channels of the first convolution")
     head: int = Field(1280, gt=0, description="channels before the classifier")
+
+    def first_residual(self, stage: int) -> int:
+        """Return the first block of a stage whose output has its input's shape."""
+        before = (self.stem, *self.widths)[stage]
+        return 0 if STRIDES[stage] == 1 and before == self.widths[stage] else 1
 
     def build(self, inputs: InputShape) -> EfficientNetLite:
         """Return the anchor with its initial weights."""
@@ -57,13 +63,15 @@ def _conv(before: int, after: int, kernel: int, stride: int = 1, groups: int = 1
     return SameConv(before, after, kernel, stride=stride, groups=groups, bias=False)
 
 
-class InvertedResidual(nn.Module):
+class InvertedResidual(BranchBlock):
     """1x1 expansion, depthwise convolution, 1x1 projection; plus x if the shape is unchanged."""
 
     def __init__(self, before: int, after: int, stage: int, stride: int) -> None:
         super().__init__()
         middle = before * EXPANSIONS[stage]
         self.expands = EXPANSIONS[stage] > 1
+        last = ("_depthwise_conv", "_project_conv")
+        self.chain = ("_expand_conv", *last) if self.expands else last
         self.adds = stride == 1 and before == after
         if self.expands:
             self._expand_conv = _conv(before, middle, 1)
@@ -75,10 +83,14 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output maps for maps [B, D, h, w]."""
+        y = self.branch(x)
+        return x + y if self.adds else y
+
+    def branch(self, x: Tensor) -> Tensor:
+        """Return what the three convolutions make of maps [B, D, h, w]."""
         y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
         y = F.relu6(self._bn1(self._depthwise_conv(y)))
-        y = self._bn2(self._project_conv(y))
-        return x + y if self.adds else y
+        return self._bn2(self._project_conv(y))
 
     def fold_batch_norm(self) -> None:
         """Fold the norms into the convolutions; in place."""

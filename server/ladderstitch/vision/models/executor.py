@@ -8,7 +8,8 @@ position biases and, with layer scale, the scaled projections are computed once 
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from ladderstitch.runtime.linear import serving_linear
 from ladderstitch.vision.models.levit import LevitAttention, ResidualBlock
 from ladderstitch.vision.models.nested.model import NestedModel
 from ladderstitch.vision.models.nested.slices import Plan, Step
+from ladderstitch.vision.models.parallel import find_serving_part
 from ladderstitch.vision.models.route import Stitch
 from ladderstitch.vision.models.stitched import Backbone, StitchedModel, StitchingLayer
 from ladderstitch.vision.models.swin import SwinBlock, mix_windows
@@ -44,25 +46,32 @@ class StitchExecutor:
 
 
 def _bind_plans(model: StitchedModel) -> dict[int, Plan]:
-    """Return the plan of every stitch; anchors are bound once."""
+    """Return the plan of every stitch; every block is bound once, and every group."""
     backbones = model.backbones()
     embeds = [bind_embedding(backbone) for backbone in backbones]
-    blocks = [[bind_step(step) for step in backbone.steps()] for backbone in backbones]
+    steps = [backbone.steps() for backbone in backbones]
+
+    @cache
+    def bind_part(anchor: int, first: int, size: int) -> Step:
+        return bind_step(find_serving_part(steps[anchor], first, size))
+
     return {
         stitch.id: Plan(
             embeds[stitch.front],
-            tuple(_route_steps(stitch, blocks, model)),
+            tuple(_route_steps(stitch, bind_part, model)),
             bind_classifier(backbones[stitch.end], final_norm=stitch.final_norm),
         )
         for stitch in model.stitches
     }
 
 
-def _route_steps(stitch: Stitch, blocks: list[list[Step]], model: StitchedModel) -> list[Step]:
-    """Return the bound blocks and stitching layers of a stitch in order."""
+def _route_steps(
+    stitch: Stitch, bind_part: Callable[[int, int, int], Step], model: StitchedModel
+) -> list[Step]:
+    """Return the bound blocks, groups of blocks and stitching layers of a stitch in order."""
     steps: list[Step] = []
     for segment, layer in zip(stitch.segments, (*stitch.layers, None), strict=True):
-        steps.extend(blocks[segment.anchor][segment.first : segment.last + 1])
+        steps.extend(bind_part(segment.anchor, first, size) for first, size in segment.parts)
         if layer is not None:
             steps.append(bind_step(model.get_submodule(layer.removesuffix(".transform"))))
     return steps

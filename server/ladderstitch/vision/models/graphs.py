@@ -1,8 +1,9 @@
 """Stitched models as ONNX graphs: one graph per unit, joined to the networks that use them.
 
-A unit is an embedding, a block, a stitching layer or a classifier of a family. Every unit is
-exported once, with batches of any size, and kept in a cache; a network is a sequence of units. Any
-number of networks therefore has the weights of a family once on the disk.
+A unit is an embedding, a block, a group of blocks, a stitching layer or a classifier of a family.
+Every unit is exported once, with batches of any size, and kept in a cache; a network is a sequence
+of units. Any number of networks therefore has the weights of a family once on the disk, and those
+of each group once more.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ladderstitch.runtime import ProgressCallback
 from ladderstitch.runtime.cache import cached_folder
+from ladderstitch.vision.models.parallel import find_serving_part
 from ladderstitch.vision.models.route import Stitch
 from ladderstitch.vision.models.stitched import Backbone, StitchedModel
 
@@ -36,12 +38,15 @@ def route_units(stitch: Stitch) -> tuple[str, ...]:
     """Return the names of the units that a stitch runs, in order."""
     names = [f"embed-{stitch.front}"]
     for segment, layer in zip(stitch.segments, (*stitch.layers, None), strict=True):
-        steps = range(segment.first, segment.last + 1)
-        names += [f"block-{segment.anchor}-{step}" for step in steps]
+        names += [_part_name(segment.anchor, first, size) for first, size in segment.parts]
         if layer is not None:
             names.append(f"layer-{layer.removesuffix('.transform')}")
     names.append(f"classify-{stitch.end}" + ("" if stitch.final_norm else "-without-norm"))
     return tuple(names)
+
+
+def _part_name(anchor: int, first: int, size: int) -> str:
+    return f"block-{anchor}-{first}" if size == 1 else f"group-{anchor}-{first}-{size}"
 
 
 def unit_paths(stitch: Stitch, folder: Path, int8_folder: Path) -> tuple[Path, ...]:
@@ -89,8 +94,9 @@ def _find_unit(model: StitchedModel, name: str) -> nn.Module:
     backbone = model.backbones()[int(anchor)]
     if kind == "embed":
         return _Embedding(backbone)
-    if kind == "block":
-        return backbone.steps()[int(detail)]
+    if kind in ("block", "group"):
+        first, _, size = detail.partition("-")
+        return find_serving_part(backbone.steps(), int(first), int(size or 1))
     return _Classifier(backbone, final_norm=not detail)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ladderstitch.vision.models.parallel import BranchBlock
 from ladderstitch.vision.models.stitched import Backbone, ConvConfig, fold
 from ladderstitch.vision.models.vit import InputShape
 
@@ -32,6 +33,10 @@ class ResNetConfig(ConvConfig):
         """Ratio of the channels that leave a block to the channels within it."""
         return 1 if self.block == "BasicBlock" else 4
 
+    def first_residual(self, stage: int) -> int:
+        """Return the first block of a stage whose output has its input's shape."""
+        return 0 if stage == 0 and self.expansion == 1 else 1
+
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels that leave each stage."""
@@ -42,8 +47,25 @@ class ResNetConfig(ConvConfig):
         return ResNet(inputs, self)
 
 
-class BasicBlock(nn.Module):
+class ResNetBlock(BranchBlock):
+    """A branch plus a shortcut, with a ReLU after the sum."""
+
+    downsample: nn.Sequential | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output maps for maps [B, D, h, w]."""
+        y = self.branch(x)
+        return self.activate(y + (x if self.downsample is None else self.downsample(x)))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Return the ReLU of the sum."""
+        return F.relu(x)
+
+
+class BasicBlock(ResNetBlock):
     """Two 3x3 convolutions, the first with the stride, plus a shortcut."""
+
+    chain = ("conv1", "conv2")
 
     def __init__(self, before: int, width: int, stride: int, eps: float) -> None:
         super().__init__()
@@ -53,11 +75,10 @@ class BasicBlock(nn.Module):
         self.bn2: nn.Module = nn.BatchNorm2d(width, eps=eps)
         self.downsample = _shortcut(before, width, stride, eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the block's output maps for maps [B, D, h, w]."""
+    def branch(self, x: Tensor) -> Tensor:
+        """Return what the block adds to its shortcut, for maps [B, D, h, w]."""
         y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return self.bn2(self.conv2(y))
 
     def fold_batch_norm(self) -> None:
         """Fold the norms into the convolutions; in place."""
@@ -66,8 +87,10 @@ class BasicBlock(nn.Module):
         _fold_shortcut(self.downsample)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(ResNetBlock):
     """1x1, 3x3 (with the stride) and 1x1 convolutions plus a shortcut; the output has 4 x width."""
+
+    chain = ("conv1", "conv2", "conv3")
 
     def __init__(self, before: int, width: int, stride: int, eps: float) -> None:
         super().__init__()
@@ -79,12 +102,11 @@ class Bottleneck(nn.Module):
         self.bn3: nn.Module = nn.BatchNorm2d(4 * width, eps=eps)
         self.downsample = _shortcut(before, 4 * width, stride, eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the block's output maps for maps [B, D, h, w]."""
+    def branch(self, x: Tensor) -> Tensor:
+        """Return what the block adds to its shortcut, for maps [B, D, h, w]."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return self.bn3(self.conv3(y))
 
     def fold_batch_norm(self) -> None:
         """Fold the norms into the convolutions; in place."""

@@ -13,16 +13,31 @@ Precision = Literal["float32", "int8"]
 """Number format in which a network computes: weights, and the inputs of its products."""
 
 
+Group = tuple[int, int]
+"""First step and number of steps that read one input (`parallel.py`)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A range of steps of one anchor, `first` to `last` inclusive; empty if `last < first`.
 
-    A step is a block or, in hierarchical networks, a downsampling between stages.
+    A step is a block or, in hierarchical networks, a downsampling between stages. The steps of each
+    of the `groups` run as one part, all others one by one.
     """
 
     anchor: int
     first: int
     last: int
+    groups: tuple[Group, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Group, ...]:
+        """First step and number of steps of each part, in order."""
+        sizes, parts, step = dict(self.groups), [], self.first
+        while step <= self.last:
+            parts.append((step, sizes.get(step, 1)))
+            step += parts[-1][1]
+        return tuple(parts)
 
     def __str__(self) -> str:
         return f"{self.anchor}[{self.first}..{self.last}]"
@@ -69,8 +84,8 @@ class Stitch:
 
     @property
     def is_anchor(self) -> bool:
-        """Whether the network is a complete anchor."""
-        return len(self.segments) == 1 and not self.nested
+        """Whether the network is a complete anchor, block after block."""
+        return len(self.segments) == 1 and not self.segments[0].groups and not self.nested
 
     @property
     def name(self) -> str:

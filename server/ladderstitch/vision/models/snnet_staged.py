@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from ladderstitch.vision.models.efficientnet import EfficientNetLiteConfig
+from ladderstitch.vision.models.grouped_path import GroupedPath
 from ladderstitch.vision.models.levit import LevitConfig
 from ladderstitch.vision.models.resnet import ResNetConfig
 from ladderstitch.vision.models.route import Segment, Stitch
@@ -49,6 +50,9 @@ class StagedConfig(BaseModel):
         description="positions of the anchors that are stitched to the next one; unset: all but "
         "the last. Anchors of nearly equal quality gain nothing from stitches between them",
     )
+    grouped_paths: tuple[GroupedPath, ...] = Field(
+        (), description="anchors some of whose blocks read one input; further networks"
+    )
 
     @model_validator(mode="after")
     def _check_stages(self) -> StagedConfig:
@@ -77,13 +81,26 @@ class StagedConfig(BaseModel):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _check_grouped_paths(self) -> StagedConfig:
+        """Raise `ValueError` unless the paths fit their anchors and every network has its name."""
+        for path in self.grouped_paths:
+            path.segment(self.anchors)
+        names = [stitch.name for stitch in self.stitches()]
+        for path in self.grouped_paths:
+            if names.count(path.name) > 1:
+                raise ValueError(
+                    f"grouped_paths: expected names that no other network has, got {path.name!r}"
+                )
+        return self
+
     @property
     def pairs(self) -> list[tuple[Hierarchical, ...]]:
         """Pairs of neighbouring anchors, (front, end)."""
         return list(zip(self.anchors, self.anchors[1:], strict=False))
 
     def stitches(self) -> tuple[Stitch, ...]:
-        """Return every network: the anchors, then stage by stage, pair by pair.
+        """Return every network: the anchors, stage by stage the pairs, then the grouped paths.
 
         A network's id is its position.
         """
@@ -102,6 +119,9 @@ class StagedConfig(BaseModel):
                     )
                     key = f"stitch_layers.{list_index}.{pair}.{layer}.transform"
                     stitches.append(Stitch(len(stitches), segments, (key,), True))
+        for path in self.grouped_paths:
+            route = (path.segment(self.anchors),)
+            stitches.append(Stitch(len(stitches), route, (), True, given_name=path.name))
         return tuple(stitches)
 
     def _list_joints(

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from ladderstitch.vision.models.parallel import find_part
 from ladderstitch.vision.models.route import Stitch
 
 
@@ -112,7 +113,8 @@ def _resolve_route(
     """
     steps: list[nn.Module] = []
     for segment, layer in zip(stitch.segments, (*stitch.layers, None), strict=True):
-        steps.extend(list(backbones[segment.anchor].steps())[segment.first : segment.last + 1])
+        own = backbones[segment.anchor].steps()
+        steps.extend(find_part(own, first, size) for first, size in segment.parts)
         if layer is not None:
             steps.append(modules[layer.removesuffix(".transform")])
     return backbones[stitch.front], tuple(steps), backbones[stitch.end], stitch.final_norm
@@ -196,3 +198,7 @@ class ConvConfig(BaseModel):
         """Return the first and the last step of a stage's block."""
         step = sum(self.depths[:stage]) + block
         return step, step
+
+    def first_residual(self, stage: int) -> int:
+        """Return the first block of a stage whose output has its input's shape."""
+        return 1
