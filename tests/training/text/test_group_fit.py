@@ -82,8 +82,14 @@ def test_retrained_following_reaches_last_layer() -> None:
     assert following.retrained_layers(8) == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_fitted_tokens_of_ladder_raise(tmp_path: Path) -> None:
-    fields = {"name": "ladder", "ladder_layers": 2, "tokens": 64, "fitted_tokens": 64}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(fields))
-    with pytest.raises(ConfigError, match="fitted_tokens: expected 0 for ladder layers"):
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"groups": None, "ladder_layers": 2, "fitted_tokens": 64}, "fitted_tokens: expected 0"),
+        ({"epochs": 0}, "epochs: expected at least 1 without fitted_tokens"),
+    ],
+)
+def test_recipe_wrong_fit_raises(tmp_path: Path, fields: dict[str, object], message: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE | fields))
+    with pytest.raises(ConfigError, match=message):
         ConversionRecipe.load(tmp_path / "recipe.yaml")

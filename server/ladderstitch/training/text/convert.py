@@ -139,7 +139,8 @@ def _train(
     if recipe.fitted_tokens and not work.checkpoint.exists():
         every = max(1, recipe.tokens // recipe.fitted_tokens)  # of all parts of the text
         fit_groups(model, plans, adapters, text[::every], progress)
-    distil(work, prepare_targets(work, text, progress), progress)
+    if recipe.epochs:
+        distil(work, prepare_targets(work, text, progress), progress)
 
 
 def _measure(

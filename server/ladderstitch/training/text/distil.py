@@ -219,7 +219,7 @@ class ConversionRecipe(BaseModel):
     tokens: int = Field(gt=0, description="training tokens, the same in every epoch")
     window: int = Field(256, gt=1, description="tokens per sequence")
     batch_windows: int = Field(8, gt=0)
-    epochs: int = Field(1, gt=0)
+    epochs: int = Field(1, ge=0, description="0: groups are fitted only")
     learning_rate: float = Field(1e-3, gt=0)
     warmup_steps: int = Field(10, ge=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -236,6 +236,8 @@ class ConversionRecipe(BaseModel):
             raise ValueError("ladder_layers, groups: expected one of the two")
         if self.groups is not None and all(size < 2 for _, size in self.groups):
             raise ValueError(f"groups: expected one of at least 2 layers, got {self.groups}")
+        if not self.epochs and not self.fitted_tokens:
+            raise ValueError("epochs: expected at least 1 without fitted_tokens, got 0")
         if self.fitted_tokens and self.groups is None:
             raise ValueError("fitted_tokens: expected 0 for ladder layers, which cannot be fitted")
         return self
