@@ -41,6 +41,7 @@ from ladderstitch.training.text.evaluate import (
     read_tokens,
     split_windows,
 )
+from ladderstitch.training.text.group_fit import fit_groups
 from ladderstitch.training.text.trainable_llama import LowRank, TrainableLlama
 
 STANDARD = "standard"
@@ -79,7 +80,7 @@ def convert(conversion: Conversion, progress: Progress) -> dict[str, object]:
     tensors = {name: weights.read(name).float() for name in expected_shapes(config)}
     adapters = create_adapters(
         expected_shapes(config),
-        recipe.changed_layers(config.layers),
+        recipe.retrained_layers(config.layers),
         recipe.rank,
         recipe.seed,
     )
@@ -135,7 +136,11 @@ def _train(
     plans = plan_layers(recipe.residual, config.layers, 1)
     model = TrainableLlama(config, halved)
     work = Distillation(model, plans, adapters, recipe, conversion.work)
-    distil(work, prepare_targets(work, text, progress), progress)
+    if recipe.fitted_tokens and not work.checkpoint.exists():
+        every = max(1, recipe.tokens // recipe.fitted_tokens)  # of all parts of the text
+        fit_groups(model, plans, adapters, text[::every], progress)
+    if recipe.epochs:
+        distil(work, prepare_targets(work, text, progress), progress)
 
 
 def _measure(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -131,20 +132,15 @@ def divergence(changed: Tensor, standard: Tensor, head: Tensor) -> tuple[float, 
     rows, standard_rows = changed.flatten(0, -2), standard.flatten(0, -2)
     gradient, total = torch.empty_like(rows), 0.0
     for start in range(0, len(rows), CHUNK):
-        part = rows[start : start + CHUNK].detach().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = F.linear(part, head)
-            with torch.no_grad():
-                target_logits = F.linear(standard_rows[start : start + CHUNK], head)
-        target = target_logits.float().log_softmax(-1)
-        loss = F.kl_div(
-            logits.float().log_softmax(-1), target, reduction="sum", log_target=True
-        ) / len(rows)
-        torch.autograd.backward(loss)
-        assert part.grad is not None
-        gradient[start : start + CHUNK] = part.grad
-        total += loss.item()
-    return total, gradient.view(changed.shape)
+        part = slice(start, start + CHUNK)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            log_q = F.linear(rows[part], head).float().log_softmax(-1)
+            log_p = F.linear(standard_rows[part], head).float().log_softmax(-1)
+            ratio, p = log_p - log_q, log_p.exp_()
+            total += float(torch.dot(p.flatten(), ratio.flatten()))
+            # The gradient to the logits is q - p; written in place, as rows are long.
+            gradient[part] = F.linear(log_q.exp_().sub_(p), head.T)
+    return total / len(rows), gradient.div_(len(rows)).view(changed.shape)
 
 
 def _rate_factor(step: int, total: int, warmup: int) -> float:
@@ -209,11 +205,21 @@ class ConversionRecipe(BaseModel):
     groups: Groups | None = Field(
         None, min_length=1, description="first layer and number of layers of each group"
     )
+    retrained: Literal["changed", "following"] = Field(
+        "changed",
+        description="layers that learn: those of the new scheme, or all from the first of them on",
+    )
     rank: int = Field(32, gt=0, description="rank of the additions to the matrices of these layers")
+    fitted_tokens: int = Field(
+        0,
+        ge=0,
+        description="groups: training tokens on which the additions are first fitted in closed "
+        "form; 0: they begin at zero",
+    )
     tokens: int = Field(gt=0, description="training tokens, the same in every epoch")
     window: int = Field(256, gt=1, description="tokens per sequence")
     batch_windows: int = Field(8, gt=0)
-    epochs: int = Field(1, gt=0)
+    epochs: int = Field(1, ge=0, description="0: groups are fitted only")
     learning_rate: float = Field(1e-3, gt=0)
     warmup_steps: int = Field(10, ge=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -230,6 +236,10 @@ class ConversionRecipe(BaseModel):
             raise ValueError("ladder_layers, groups: expected one of the two")
         if self.groups is not None and all(size < 2 for _, size in self.groups):
             raise ValueError(f"groups: expected one of at least 2 layers, got {self.groups}")
+        if not self.epochs and not self.fitted_tokens:
+            raise ValueError("epochs: expected at least 1 without fitted_tokens, got 0")
+        if self.fitted_tokens and self.groups is None:
+            raise ValueError("fitted_tokens: expected 0 for ladder layers, which cannot be fitted")
         return self
 
     @property
@@ -246,6 +256,11 @@ class ConversionRecipe(BaseModel):
             return sorted(layer for group in grouped for layer in group)
         assert self.ladder_layers is not None, "one of the two fields is set"
         return list(range(layers - self.ladder_layers, layers))
+
+    def retrained_layers(self, layers: int) -> list[int]:
+        """Return the layers of a model of that many which get additions, in order."""
+        changed = self.changed_layers(layers)
+        return changed if self.retrained == "changed" else list(range(changed[0], layers))
 
     @classmethod
     def load(cls, path: Path) -> ConversionRecipe:

@@ -129,16 +129,25 @@ class TrainableLlama:
         attended = self._attention(normed, prefix, adapters, context)
         return attended + self._mlp(normed, prefix, adapters)
 
-    def attention(self, x: Tensor, layer: int) -> Tensor:
+    def attention_input(self, x: Tensor, layer: int) -> Tensor:
+        """Return the normed stream [B, T, D] that a layer's attention multiplies."""
+        return self._normed(x, f"model.layers.{layer}.{ATTENTION_NORM}", {})
+
+    def mlp_input(self, x: Tensor, layer: int) -> Tensor:
+        """Return the normed stream [B, T, D] that a layer's MLP multiplies."""
+        return self._normed(x, f"model.layers.{layer}.{MLP_NORM}", {})
+
+    def attention(
+        self, x: Tensor, layer: int, adapters: Mapping[str, LowRank] | None = None
+    ) -> Tensor:
         """Return the output [B, T, D] of a layer's attention for the stream [B, T, D]."""
-        prefix = f"model.layers.{layer}."
-        normed = self._normed(x, f"{prefix}{ATTENTION_NORM}", {})
-        return self._attention(normed, prefix, {}, None)
+        prefix, adapters = f"model.layers.{layer}.", adapters or {}
+        normed = self._normed(x, f"{prefix}{ATTENTION_NORM}", adapters)
+        return self._attention(normed, prefix, adapters, None)
 
     def mlp(self, x: Tensor, layer: int) -> Tensor:
         """Return the output [B, T, D] of a layer's MLP for the stream [B, T, D]."""
-        prefix = f"model.layers.{layer}."
-        return self._mlp(self._normed(x, f"{prefix}{MLP_NORM}", {}), prefix, {})
+        return self._mlp(self.mlp_input(x, layer), f"model.layers.{layer}.", {})
 
     def keys_values(self, read: Tensor, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rotated keys and the values [B, T, K, d] of a layer.
@@ -147,7 +156,7 @@ class TrainableLlama:
         tokens at `positions` [T].
         """
         prefix = f"model.layers.{layer}."
-        normed = self._normed(read, f"{prefix}{ATTENTION_NORM}", {})
+        normed = self.attention_input(read, layer)
         keys, values = (self._heads(normed, prefix, name, {}) for name in "kv")
         return self._rotate(keys, positions), values
 
@@ -250,6 +259,22 @@ class LowRank(nn.Module):
         """Return the addition's product [.., N] with x [.., K]; only for matrices."""
         assert self.down is not None, "expected the adapter of a matrix, got that of a vector"
         return F.linear(F.linear(x, self.down), self.up)
+
+    @torch.no_grad()
+    def set_product(self, addition: Tensor, root: Tensor) -> None:
+        """Set up @ down to the nearest matrix to `addition` [N, K] that has the rank.
+
+        Near are those whose products with inputs are, where `root` [K, K] is the Cholesky factor of
+        the inputs' second moments. Up and down get columns and rows of equal norms.
+        """
+        assert self.down is not None, "expected the adapter of a matrix, got that of a vector"
+        left, sizes, right = torch.linalg.svd(addition @ root, full_matrices=False)
+        rank = min(len(self.down), len(sizes))
+        up = left[:, :rank] * sizes[:rank]
+        down = torch.linalg.solve_triangular(root, right[:rank], upper=False, left=False)
+        balance = (down.norm(dim=1) / up.norm(dim=0).clamp_min(1e-12)).sqrt()
+        self.up[:, :rank] = up * balance
+        self.down[:rank] = down / balance[:, None]
 
     def offset(self) -> Tensor:
         """Return the addition in the tensor's shape."""
