@@ -48,7 +48,7 @@ def frontier(
     For those on the frontier, no other one has better quality and lower cost.
     """
     from ladderstitch.vision.bundle import VisionBundle
-    from ladderstitch.vision.frontier import CostMetric, frontier_rows, plot_frontier
+    from ladderstitch.vision.frontier import CostMetric, frontier_rows, plot_frontier, training_note
     from ladderstitch.vision.prune import prune
 
     with user_errors():
@@ -64,6 +64,7 @@ def frontier(
         metric: CostMetric = "macs" if macs else "latency"
         listed = [row for row in frontier_rows(loaded, metric) if row.on_frontier or all_stitches]
         title = f"{loaded.manifest.name}: frontier of quality and {metric}"
+        title = ", ".join((title, *training_note(loaded)))
         records = frontier_records(listed)
         if as_json:
             print_json({"model": loaded.manifest.name, "cost": metric, "variants": records})

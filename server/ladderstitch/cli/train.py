@@ -147,7 +147,7 @@ def _train_nested(
     if not len(loaded.validation):
         raise ConfigError("into: expected images to measure on, got validation_images 0")
     model = train_nested(loaded, folder, progress)
-    export_nested(loaded.recipe, model, into)
+    export_nested(loaded.recipe, model, folder, into)
     measured = f"{len(loaded.validation)} images of {parsed.data.name} that were held out"
     calibrate(VisionBundle.load(into), loaded.validation, measured, BATCH, progress)
     return folder, used
@@ -202,7 +202,7 @@ def _finish(data: TrainingData[Recipe], run: Path, into: Path, progress: Progres
     from ladderstitch.vision.bundle import VisionBundle
 
     model = stitch_family(data, run, progress)
-    export_family(data.recipe, model, into)
+    export_family(data.recipe, model, run, into)
     count = len(data.validation)
     measured = f"{count} images of {data.recipe.data.name} that were held out"
     calibrate(VisionBundle.load(into), data.validation, measured, BATCH, progress)
@@ -246,12 +246,12 @@ def stitch(
         if data is None:
             assert images is not None
             model = stitch_unlabelled(parsed, run, images)
-            export_family(complete_recipe(parsed, run), model, bundle)
+            export_family(complete_recipe(parsed, run), model, run, bundle)
             measured = f"--images {images}"
         else:
             loaded = load_run_data(parsed, data, run)
             model = stitch_family(loaded, run, progress)
-            export_family(loaded.recipe, model, bundle)
+            export_family(loaded.recipe, model, run, bundle)
             held_out = run / "held-out.csv"
             measured = f"--data {data if loaded.held_out is None else held_out}"
     if as_json:

@@ -121,6 +121,9 @@ class VisionManifest(BaseModel):
     )
     origin: str = Field(description="where the weights come from, as free text")
     licence: str
+    training_cpu_s: float | None = Field(
+        None, ge=0, description="CPU time of the training, of all threads; unset: not recorded"
+    )
     default_budget_us: int | None = Field(None, gt=0, description="budget of requests without one")
 
     @model_validator(mode="before")

@@ -112,6 +112,12 @@ def load_measurements(bundle: VisionBundle) -> tuple[QualityTable, LatencyProfil
     return bundle.quality, bundle.latency
 
 
+def training_note(bundle: VisionBundle) -> tuple[str, ...]:
+    """Return the training time as text, or nothing for a bundle that does not record it."""
+    spent = bundle.manifest.training_cpu_s
+    return () if spent is None else (f"trained in {spent:,.0f} s of CPU time",)
+
+
 def plot_frontier(
     bundle: VisionBundle,
     path: Path,
@@ -130,7 +136,8 @@ def plot_frontier(
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     best = [row for row in rows if row.on_frontier]
-    axes.step(*_points(best, metric), where="post", color="tab:blue", linewidth=1, label="frontier")
+    label = ", ".join(("frontier", *training_note(bundle)))
+    axes.step(*_points(best, metric), where="post", color="tab:blue", linewidth=1, label=label)
     for precision, marker in (("float32", "o"), ("int8", "^")):
         _plot_points(axes, [row for row in rows if row.precision == precision], metric, marker)
     for number, other in enumerate(others):
@@ -153,7 +160,8 @@ def _plot_other(axes: Axes, bundle: VisionBundle, metric: CostMetric, colour: st
     """Draw the frontier of another bundle."""
     quality, _ = load_measurements(bundle)
     best = [row for row in frontier_rows(bundle, metric) if row.on_frontier]
-    label = f"{bundle.manifest.name} ({quality.data}, n = {quality.n:,})"
+    notes = (f"n = {quality.n:,}", *training_note(bundle))
+    label = f"{bundle.manifest.name} ({quality.data}, {', '.join(notes)})"
     axes.step(*_points(best, metric), where="post", color=colour, linewidth=1)
     axes.plot(*_points(best, metric), "s", color=colour, ms=4, label=label)
 

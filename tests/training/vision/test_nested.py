@@ -70,6 +70,10 @@ def test_trained_supernet_is_measured_profiled_and_pruned(tmp_path: Path) -> Non
     assert bundle.quality is not None
     assert bundle.quality.n == 6
     assert len(bundle.quality.variants) == 4
+    log = (tmp_path / "net.run" / "supernet.log.jsonl").read_text().splitlines()
+    spent = sum(json.loads(line)["cpu_seconds"] for line in log)
+    assert bundle.manifest.training_cpu_s == pytest.approx(spent)
+    assert spent > 0
     # the statistics of a path make the difference between learning and chance
     assert max(quality.value for quality in bundle.quality.variants.values()) >= 0.9
     invoke("profile", into, "--rounds", 2, "--threads", 1)
@@ -85,6 +89,15 @@ def test_trained_supernet_is_measured_profiled_and_pruned(tmp_path: Path) -> Non
         assert pruned.quality.variants[new] == bundle.quality.variants[before[path]]
         kept = statistics[1][f"{new}.{name}"]
         assert kept.equal(statistics[0][f"{before[path]}.{name}"])
+
+
+def test_train_nested_same_seed_same_bytes(tmp_path: Path) -> None:
+    data, recipe = write_pictures(tmp_path / "data"), write_recipe(tmp_path, epochs=1)
+    for name in ("one", "two"):
+        invoke("train", recipe, "--nested", "--data", data, "--into", tmp_path / name)
+    for file in ("weights.safetensors", "statistics.safetensors"):
+        first, second = ((tmp_path / name / file).read_bytes() for name in ("one", "two"))
+        assert first == second
 
 
 def test_calibrate_recalibrates_once(tmp_path: Path) -> None:

@@ -103,6 +103,8 @@ def test_commands_make_measured_family(work_folder: Path) -> None:
     ladderstitch("calibrate", bundle, "--data", work_folder, "--name", "toy test")
     ladderstitch("profile", bundle, "--rounds", 2)
     picture = work_folder / "frontier.png"
+    title = " ".join(ladderstitch("frontier", bundle).split())
+    assert "quality and latency, trained in" in title
     assert "frontier of quality" in ladderstitch("frontier", bundle, "--plot", picture, "--all")
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "quality and macs" in ladderstitch("frontier", bundle, "--macs", "--plot", picture)
@@ -124,6 +126,16 @@ def test_commands_make_measured_family(work_folder: Path) -> None:
     assert quantised.quality is not None
     assert quantised.quality.variants.keys() == {v.id for v in quantised.manifest.variants()}
     assert min(quality.value for quality in quantised.quality.variants.values()) > 0.9
+
+
+def test_training_time_needs_every_epoch(tmp_path: Path) -> None:
+    assert loop.read_cpu_seconds(tmp_path) is None
+    log = tmp_path / "anchor-0.log.jsonl"
+    log.write_text('{"epoch": 1, "cpu_seconds": 1.5}\n{"epoch": 2, "cpu_seconds": 2.0}\n')
+    (tmp_path / "family.log.jsonl").write_text('{"epoch": 1, "cpu_seconds": 3.0}\n')
+    assert loop.read_cpu_seconds(tmp_path) == 6.5
+    log.write_text('{"epoch": 1, "seconds": 1.5}\n')  # before times were recorded
+    assert loop.read_cpu_seconds(tmp_path) is None
 
 
 def test_train_and_stitch_same_seed_same_weights(work_folder: Path) -> None:

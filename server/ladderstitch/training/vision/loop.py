@@ -80,7 +80,7 @@ def fit(
     done = _load_checkpoint(run, model, optimizer, scheduler)
     task = progress.add_task(run.name, total=schedule.epochs * steps, completed=done * steps)
     for epoch in range(done, schedule.epochs):
-        started = time.monotonic()
+        started, started_cpu = time.monotonic(), time.process_time()
         total = 0.0
         model.train()
         if run.frozen_batch_norm:
@@ -102,11 +102,22 @@ def fit(
         row["loss"] = round(total / steps, 4)
         row |= {key: round(number, 4) for key, number in validate().items()}
         row["seconds"] = round(time.monotonic() - started, 1)
+        row["cpu_seconds"] = round(time.process_time() - started_cpu, 1)
         with run.log.open("a") as log:
             log.write(json.dumps(row) + "\n")
         progress.console.print(row)
         _save_checkpoint(run, epoch + 1, model, optimizer, scheduler)
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+def read_cpu_seconds(folder: Path) -> float | None:
+    """Return the CPU time of a run's epochs, of all threads and networks, validation included.
+
+    None if there are no logs, or if older ones do not state it.
+    """
+    lines = [line for log in folder.glob("*.log.jsonl") for line in log.read_text().splitlines()]
+    spent = [json.loads(line).get("cpu_seconds") for line in lines]
+    return round(sum(spent), 1) if spent and None not in spent else None
 
 
 def _choose_layout(model: nn.Module, images: LabelledImages) -> torch.memory_format:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ladderstitch.training.vision.anchors import parameter_groups
 from ladderstitch.training.vision.dataset import normalise
-from ladderstitch.training.vision.loop import Loss, TrainingRun, accuracy, fit
+from ladderstitch.training.vision.loop import Loss, TrainingRun, accuracy, fit, read_cpu_seconds
 from ladderstitch.training.vision.recalibrate import BATCH, IMAGES
 from ladderstitch.training.vision.recipe import NestedRecipe
 from ladderstitch.training.vision.training_data import TrainingData
@@ -118,8 +118,8 @@ def sandwich_loss(recipe: NestedRecipe, model: NestedModel, order: list[int]) ->
     return loss
 
 
-def export_nested(recipe: NestedRecipe, model: NestedModel, bundle: Path) -> None:
-    """Write the supernet and the statistics of its paths as a bundle."""
+def export_nested(recipe: NestedRecipe, model: NestedModel, run: Path, bundle: Path) -> None:
+    """Write the supernet of a run and the statistics of its paths as a bundle."""
     manifest = VisionManifest(
         name=recipe.name,
         family="nested",
@@ -128,6 +128,7 @@ def export_nested(recipe: NestedRecipe, model: NestedModel, bundle: Path) -> Non
         preprocessing=recipe.preprocessing,
         origin=f"trained from scratch on {recipe.data.name} by `ladderstitch train --nested`",
         licence=f"weights Apache-2.0; data {recipe.data.licence}",
+        training_cpu_s=read_cpu_seconds(run),
     )
     write_bundle(bundle, manifest, model)
     if model.norm_names:

@@ -24,6 +24,7 @@ from ladderstitch.training.vision.loop import (
     draw_stitch,
     fit,
     groups_by_pair,
+    read_cpu_seconds,
     sampling_groups,
 )
 from ladderstitch.training.vision.recipe import Recipe
@@ -173,8 +174,8 @@ def _stitching_loss(recipe: Recipe, model: StitchedModel, teacher: Backbone) -> 
     return loss
 
 
-def export_family(recipe: Recipe, model: StitchedModel, bundle: Path) -> None:
-    """Write the family as a bundle, with the norms of convolutional ViT stems folded."""
+def export_family(recipe: Recipe, model: StitchedModel, run: Path, bundle: Path) -> None:
+    """Write the family of a run as a bundle, with the norms of convolutional ViT stems folded."""
     config = recipe.family
     if not isinstance(config, StagedConfig):
         model.fold_batch_norm()
@@ -188,6 +189,7 @@ def export_family(recipe: Recipe, model: StitchedModel, bundle: Path) -> None:
         preprocessing=recipe.preprocessing,
         origin=f"trained from scratch on {recipe.data.name} by `ladderstitch train` and `stitch`",
         licence=f"weights Apache-2.0; data {recipe.data.licence}",
+        training_cpu_s=read_cpu_seconds(run),
     )
     write_bundle(bundle, manifest, model)
 
