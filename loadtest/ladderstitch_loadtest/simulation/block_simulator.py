@@ -238,7 +238,7 @@ class BlockSimulation:
         policy, view = self.planner.policy, self.planner.latency.view
         assert isinstance(policy, Adaptive)
         both = sorted([*requests, *self.planner.queue.view], key=lambda r: r.deadlines.soft)
-        return policy.make_context(both, both[: 2 * view.max_batch_size + 2], 0, view, now)
+        return policy.make_context(both, 0, view, now)
 
     def _value(
         self,

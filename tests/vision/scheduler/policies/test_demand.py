@@ -58,7 +58,7 @@ def test_demand_counts_the_queue_and_forecast_arrivals() -> None:
     """Ten requests are due at 60 ms; 50 more arrive per second, with 40 ms each."""
     queue = [make_request(0.06) for _ in range(10)]
     forecast = ArrivalForecast(50.0, (0.04,), (0.0, 0.04))
-    demand = Demand.from_queue(queue, queue, 0, forecast, 0.0)
+    demand = Demand.from_queue(queue, 0, forecast, 0.0)
     due, num_images = demand.points[-1]
     assert due == pytest.approx(2.0 * 0.04 - DEADLINE_MARGIN * 0.04)
     assert num_images == pytest.approx(10 + 50 * (0.08 - 0.04))

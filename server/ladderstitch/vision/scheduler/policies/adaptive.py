@@ -62,18 +62,17 @@ class Adaptive:
         if len(queue) == 1 and len(only := self.candidates.for_request(queue[0])) == 1:
             return Decision((queue[0],), only[0])  # nothing to choose
         start = now + self.overhead_s
-        prefix = list(queue[: 2 * latency.max_batch_size + 2])
-        num_late = self._count_late(queue, prefix, latency, start)
+        num_late = self._count_late(queue, latency, start)
         if num_late == len(queue):
             return late_batch(queue, self.candidates, latency, now, self.overhead_s)
-        context = self.make_context(queue, prefix, num_late, latency, start)
-        best = self._find_best(queue, prefix, num_late, latency, context)
+        context = self.make_context(queue, num_late, latency, start)
+        best = self._find_best(queue, num_late, latency, context)
         if context.overloaded and not self._fits_one_by_one(queue, num_late, latency, start):
             # Sacrificing a few urgent requests may save a larger number of the others.
             full_s = latency.seconds(self.candidates.frontier[0], latency.max_batch_size)
-            skip = _first_due_from(start + full_s, queue, prefix, num_late)
+            skip = _first_due_from(start + full_s, queue, num_late, latency)
             if num_late < skip < len(queue):
-                best = max(best, self._find_best(queue, prefix, skip, latency, context))
+                best = max(best, self._find_best(queue, skip, latency, context))
         value, first, variant, batch_size = best
         if num_late and self._late_value(queue, latency, context) > value:
             return late_batch(queue, self.candidates, latency, now, self.overhead_s)
@@ -98,16 +97,11 @@ class Adaptive:
         return True
 
     def make_context(
-        self,
-        queue: Sequence[Request],
-        prefix: Sequence[Request],
-        num_late: int,
-        latency: LatencyView,
-        start: float,
+        self, queue: Sequence[Request], num_late: int, latency: LatencyView, start: float
     ) -> DecisionContext:
-        """Return what all choices of a decision share; `prefix` is the queue's beginning."""
+        """Return what all choices of a decision share."""
         forecast = self.forecast.at(start)
-        demand = Demand.from_queue(queue, prefix, num_late, forecast, start)
+        demand = Demand.from_queue(queue, num_late, forecast, start)
         longest_s = MAX_BATCH_SHARE_OF_BUDGET * demand.tight_budget_s
         hull = self.hulls.for_longest(latency.to_profile_seconds(longest_s))
         most, overhead_s = latency.max_batch_size, latency.dispatch_overhead_s
@@ -134,30 +128,22 @@ class Adaptive:
             overloaded=demand.min_s_per_image < capacity.engine_s(hull.costs_s[0]),
         )
 
-    def _count_late(
-        self,
-        queue: Sequence[Request],
-        prefix: Sequence[Request],
-        latency: LatencyView,
-        start: float,
-    ) -> int:
+    def _count_late(self, queue: Sequence[Request], latency: LatencyView, start: float) -> int:
         """Return how many requests at the head of the queue are late on every variant."""
         possible = start + latency.seconds(self.candidates.frontier[0], 1)
-        if prefix[0].deadlines.soft >= possible:
+        if queue[0].deadlines.soft >= possible:
             return 0
-        return _first_due_from(possible, queue, prefix, 0)
+        return _first_due_from(possible, queue, 0, latency)
 
     def _find_best(
         self,
         queue: Sequence[Request],
-        prefix: Sequence[Request],
         first: int,
         latency: LatencyView,
         context: DecisionContext,
     ) -> BatchChoice:
         """Return the batch of highest value that begins with the request at index `first`."""
-        end = first + latency.max_batch_size + 2
-        near = prefix[first:end] if end <= len(prefix) else list(queue[first:end])
+        near = queue[first : first + latency.max_batch_size + 2]
         head = near[0]
         least, candidates = head.num_images, self.candidates.for_request(head)
         start = context.start
@@ -258,18 +244,17 @@ class Adaptive:
         return quality * (batch_size * lateness - late) + others
 
 
-def _first_due_from(
-    time: float, queue: Sequence[Request], prefix: Sequence[Request], first: int
-) -> int:
+def _first_due_from(time: float, queue: Sequence[Request], first: int, latency: LatencyView) -> int:
     """Return the index, from `first` on, of the first request due at `time` or later.
 
-    `prefix` is the beginning of the queue as a list.
+    It is looked for among the requests of the next two batches first, where it mostly is.
     """
-    if first < len(prefix):
-        index = bisect_left(prefix, time, lo=first, key=_soft_deadline)
-        if index < len(prefix):
+    near = min(len(queue), 2 * latency.max_batch_size + 2)
+    if first < near:
+        index = bisect_left(queue, time, first, near, key=_soft_deadline)
+        if index < near:
             return index
-    return bisect_left(queue, time, lo=max(first, len(prefix)), key=_soft_deadline)
+    return bisect_left(queue, time, max(first, near), key=_soft_deadline)
 
 
 def _soft_deadline(request: Request) -> float:
