@@ -266,5 +266,5 @@ class BlockSimulation:
             if now + context.one_s <= request.deadlines.soft < now + busy_s + next_s:
                 late += request not in taken
         lowest = self.family.quality[self.planner.candidates.frontier[0]]
-        others = context.demand.quality_after(context.hull, busy_s, done, context.capacity)
+        others = context.remaining.after(busy_s, done)
         return earned - lowest * late + others

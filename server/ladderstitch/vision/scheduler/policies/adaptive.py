@@ -16,7 +16,12 @@ from ladderstitch.scheduling.latency_model import LatencyView
 from ladderstitch.scheduling.requests import Request
 from ladderstitch.vision.scheduler.policies.base import Decision, fill_batch, late_batch, slack
 from ladderstitch.vision.scheduler.policies.decision_context import DecisionContext
-from ladderstitch.vision.scheduler.policies.demand import Capacity, Demand, QualityHulls
+from ladderstitch.vision.scheduler.policies.demand import (
+    Capacity,
+    Demand,
+    QualityHulls,
+    RemainingQuality,
+)
 from ladderstitch.vision.scheduler.policies.forecast import BUDGET_CAP_S, ArrivalForecast
 
 MAX_BATCH_SHARE_OF_BUDGET = 0.5
@@ -117,11 +122,11 @@ class Adaptive:
             num_late=num_late,
             forecast=forecast,
             shortest_s=forecast.budgets_s[0] if forecast.budgets_s else inf,
-            demand=demand,
-            hull=hull,
-            capacity=capacity,
+            remaining=RemainingQuality(demand, hull, capacity),
             images=images,
             planned_scale=latency.slowdown * latency.tail,
+            certain_scale=latency.residuals[-1] * latency.slowdown,
+            sharing_rate=ARRIVALS_SHARING_A_BATCH * forecast.rate,
             fastest_s=latency.profiled[fastest],
             one_s=one_s,
             two_s=two_s,
@@ -199,16 +204,16 @@ class Adaptive:
         `left_s` holds the seconds left to the requests from index `first` of the queue on, and one
         more value for the end of the queue.
         """
-        quality, forecast, images = self.candidates.quality, context.forecast, context.images
+        quality, images = self.candidates.quality, context.images
         requests = round(batch_size / images) or 1
         profiled_s = latency.profiled[variant][batch_size]
         busy_s = profiled_s * context.planned_scale + latency.dispatch_overhead_s
-        arrived = 1 + int(ARRIVALS_SHARING_A_BATCH * forecast.rate * busy_s)
+        arrived = 1 + int(context.sharing_rate * busy_s)
         if arrived > latency.max_batch_size:
             arrived = latency.max_batch_size
         next_s = context.fastest_s[arrived] * context.planned_scale + self.overhead_s
         is_short = busy_s + next_s <= context.shortest_s
-        late = 0.0 if is_short else forecast.expected_late(busy_s, next_s)
+        late = 0.0 if is_short else context.forecast.expected_late(busy_s, next_s)
         if first == context.num_late and requests + 1 < len(left_s):
             # The next two requests in the queue may become late, too: each alone, or together.
             after_s, then_s = left_s[requests] - busy_s, left_s[requests + 1] - busy_s
@@ -217,13 +222,11 @@ class Adaptive:
                 after_s < one_s or then_s < two_s or (after_s < two_s and then_s < 2 * one_s)
             )
         on_time: float = batch_size
-        if latency.residuals[-1] * latency.slowdown * profiled_s > left_s[0]:
-            on_time -= images * sum(
-                1.0 - latency.on_time_probability(variant, batch_size, s)
-                for s in left_s[:requests][:MAX_RISK_LOOKUPS]
-            )
+        if context.certain_scale * profiled_s > left_s[0]:
+            slacks_s = left_s[: requests if requests < MAX_RISK_LOOKUPS else MAX_RISK_LOOKUPS]
+            on_time -= images * latency.expected_misses(variant, batch_size, slacks_s)
         done = batch_size + images * (first - context.num_late)
-        others = context.demand.quality_after(context.hull, busy_s, done, context.capacity)
+        others = context.remaining.after(busy_s, done)
         earned = (quality[variant] + TIE_EPSILON) * on_time
         return earned - quality[self.candidates.frontier[0]] * late + others
 
@@ -240,7 +243,7 @@ class Adaptive:
         next_soft = queue[context.num_late].deadlines.soft
         if next_soft - context.start - busy_s < latency.seconds(fastest, 1):
             late += context.images
-        others = context.demand.quality_after(context.hull, busy_s, 0, context.capacity)
+        others = context.remaining.after(busy_s, 0.0)
         return quality * (batch_size * lateness - late) + others
 
 
