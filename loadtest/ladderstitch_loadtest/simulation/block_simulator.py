@@ -238,7 +238,7 @@ class BlockSimulation:
         policy, view = self.planner.policy, self.planner.latency.view
         assert isinstance(policy, Adaptive)
         both = sorted([*requests, *self.planner.queue.view], key=lambda r: r.deadlines.soft)
-        return policy.make_context(both, both[: 2 * view.max_batch_size + 2], 0, view, now)
+        return policy.make_context(both, 0, view, now)
 
     def _value(
         self,
@@ -266,5 +266,5 @@ class BlockSimulation:
             if now + context.one_s <= request.deadlines.soft < now + busy_s + next_s:
                 late += request not in taken
         lowest = self.family.quality[self.planner.candidates.frontier[0]]
-        others = context.demand.quality_after(context.hull, busy_s, done, context.capacity)
+        others = context.remaining.after(busy_s, done)
         return earned - lowest * late + others

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ladderstitch.scheduling.profiles import LatencyProfile, frontier
 from ladderstitch.scheduling.requests import Request
@@ -27,6 +27,15 @@ class CandidateFilter:
     pinned: int | None = None
     fixed: int | None = None
     floor: float = 0.0
+    _rising: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    """Quality of each variant on the frontier."""
+    _suffixes: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
+    """The frontier from each of its variants on."""
+
+    def __post_init__(self) -> None:
+        variants = self.frontier
+        object.__setattr__(self, "_rising", tuple(self.quality[variant] for variant in variants))
+        object.__setattr__(self, "_suffixes", tuple(variants[i:] for i in range(len(variants))))
 
     @classmethod
     def from_settings(
@@ -90,5 +99,5 @@ class CandidateFilter:
         floor = max(self.floor, min_quality)
         if self.fixed is not None and self.quality[self.fixed] >= floor:
             return (self.fixed,)
-        first = bisect_left(self.frontier, floor, key=self.quality.__getitem__)
-        return self.frontier[min(first, len(self.frontier) - 1) :]
+        first = bisect_left(self._rising, floor)
+        return self._suffixes[min(first, len(self._suffixes) - 1)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import TypedDict
@@ -58,10 +58,11 @@ class LatencyView:
         """Return the slack in the profile's seconds, to compare with `profiled`."""
         return slack_s / (self.slowdown * self.tail)
 
-    def on_time_probability(self, variant: int, batch_size: int, slack_s: float) -> float:
-        """Return the share of recent residuals at which a batch ends within the slack, 0 to 1."""
-        allowed = slack_s / (self.profiled[variant][batch_size] * self.slowdown)
-        return bisect_right(self.residuals, allowed) / len(self.residuals)
+    def expected_misses(self, variant: int, batch_size: int, slacks_s: Sequence[float]) -> float:
+        """Return how many of these slacks a batch exceeds on average, as recent batches did."""
+        expected_s, residuals = self.profiled[variant][batch_size] * self.slowdown, self.residuals
+        number = len(residuals)
+        return sum([1.0 - bisect_right(residuals, s / expected_s) / number for s in slacks_s])
 
     def largest_fit(self, variant: int, slack_s: float) -> int:
         """Return the largest batch size that fits into the slack; 0 if no batch fits."""

@@ -16,7 +16,12 @@ from ladderstitch.scheduling.latency_model import LatencyView
 from ladderstitch.scheduling.requests import Request
 from ladderstitch.vision.scheduler.policies.base import Decision, fill_batch, late_batch, slack
 from ladderstitch.vision.scheduler.policies.decision_context import DecisionContext
-from ladderstitch.vision.scheduler.policies.demand import Capacity, Demand, QualityHulls
+from ladderstitch.vision.scheduler.policies.demand import (
+    Capacity,
+    Demand,
+    QualityHulls,
+    RemainingQuality,
+)
 from ladderstitch.vision.scheduler.policies.forecast import BUDGET_CAP_S, ArrivalForecast
 
 MAX_BATCH_SHARE_OF_BUDGET = 0.5
@@ -62,18 +67,17 @@ class Adaptive:
         if len(queue) == 1 and len(only := self.candidates.for_request(queue[0])) == 1:
             return Decision((queue[0],), only[0])  # nothing to choose
         start = now + self.overhead_s
-        prefix = list(queue[: 2 * latency.max_batch_size + 2])
-        num_late = self._count_late(queue, prefix, latency, start)
+        num_late = self._count_late(queue, latency, start)
         if num_late == len(queue):
             return late_batch(queue, self.candidates, latency, now, self.overhead_s)
-        context = self.make_context(queue, prefix, num_late, latency, start)
-        best = self._find_best(queue, prefix, num_late, latency, context)
+        context = self.make_context(queue, num_late, latency, start)
+        best = self._find_best(queue, num_late, latency, context)
         if context.overloaded and not self._fits_one_by_one(queue, num_late, latency, start):
             # Sacrificing a few urgent requests may save a larger number of the others.
             full_s = latency.seconds(self.candidates.frontier[0], latency.max_batch_size)
-            skip = _first_due_from(start + full_s, queue, prefix, num_late)
+            skip = _first_due_from(start + full_s, queue, num_late, latency)
             if num_late < skip < len(queue):
-                best = max(best, self._find_best(queue, prefix, skip, latency, context))
+                best = max(best, self._find_best(queue, skip, latency, context))
         value, first, variant, batch_size = best
         if num_late and self._late_value(queue, latency, context) > value:
             return late_batch(queue, self.candidates, latency, now, self.overhead_s)
@@ -98,16 +102,11 @@ class Adaptive:
         return True
 
     def make_context(
-        self,
-        queue: Sequence[Request],
-        prefix: Sequence[Request],
-        num_late: int,
-        latency: LatencyView,
-        start: float,
+        self, queue: Sequence[Request], num_late: int, latency: LatencyView, start: float
     ) -> DecisionContext:
-        """Return what all choices of a decision share; `prefix` is the queue's beginning."""
+        """Return what all choices of a decision share."""
         forecast = self.forecast.at(start)
-        demand = Demand.from_queue(queue, prefix, num_late, forecast, start)
+        demand = Demand.from_queue(queue, num_late, forecast, start)
         longest_s = MAX_BATCH_SHARE_OF_BUDGET * demand.tight_budget_s
         hull = self.hulls.for_longest(latency.to_profile_seconds(longest_s))
         most, overhead_s = latency.max_batch_size, latency.dispatch_overhead_s
@@ -123,41 +122,33 @@ class Adaptive:
             num_late=num_late,
             forecast=forecast,
             shortest_s=forecast.budgets_s[0] if forecast.budgets_s else inf,
-            demand=demand,
-            hull=hull,
-            capacity=capacity,
+            remaining=RemainingQuality(demand, hull, capacity),
             images=images,
             planned_scale=latency.slowdown * latency.tail,
+            certain_scale=latency.residuals[-1] * latency.slowdown,
+            sharing_rate=ARRIVALS_SHARING_A_BATCH * forecast.rate,
             fastest_s=latency.profiled[fastest],
             one_s=one_s,
             two_s=two_s,
             overloaded=demand.min_s_per_image < capacity.engine_s(hull.costs_s[0]),
         )
 
-    def _count_late(
-        self,
-        queue: Sequence[Request],
-        prefix: Sequence[Request],
-        latency: LatencyView,
-        start: float,
-    ) -> int:
+    def _count_late(self, queue: Sequence[Request], latency: LatencyView, start: float) -> int:
         """Return how many requests at the head of the queue are late on every variant."""
         possible = start + latency.seconds(self.candidates.frontier[0], 1)
-        if prefix[0].deadlines.soft >= possible:
+        if queue[0].deadlines.soft >= possible:
             return 0
-        return _first_due_from(possible, queue, prefix, 0)
+        return _first_due_from(possible, queue, 0, latency)
 
     def _find_best(
         self,
         queue: Sequence[Request],
-        prefix: Sequence[Request],
         first: int,
         latency: LatencyView,
         context: DecisionContext,
     ) -> BatchChoice:
         """Return the batch of highest value that begins with the request at index `first`."""
-        end = first + latency.max_batch_size + 2
-        near = prefix[first:end] if end <= len(prefix) else list(queue[first:end])
+        near = queue[first : first + latency.max_batch_size + 2]
         head = near[0]
         least, candidates = head.num_images, self.candidates.for_request(head)
         start = context.start
@@ -213,16 +204,16 @@ class Adaptive:
         `left_s` holds the seconds left to the requests from index `first` of the queue on, and one
         more value for the end of the queue.
         """
-        quality, forecast, images = self.candidates.quality, context.forecast, context.images
+        quality, images = self.candidates.quality, context.images
         requests = round(batch_size / images) or 1
         profiled_s = latency.profiled[variant][batch_size]
         busy_s = profiled_s * context.planned_scale + latency.dispatch_overhead_s
-        arrived = 1 + int(ARRIVALS_SHARING_A_BATCH * forecast.rate * busy_s)
+        arrived = 1 + int(context.sharing_rate * busy_s)
         if arrived > latency.max_batch_size:
             arrived = latency.max_batch_size
         next_s = context.fastest_s[arrived] * context.planned_scale + self.overhead_s
         is_short = busy_s + next_s <= context.shortest_s
-        late = 0.0 if is_short else forecast.expected_late(busy_s, next_s)
+        late = 0.0 if is_short else context.forecast.expected_late(busy_s, next_s)
         if first == context.num_late and requests + 1 < len(left_s):
             # The next two requests in the queue may become late, too: each alone, or together.
             after_s, then_s = left_s[requests] - busy_s, left_s[requests + 1] - busy_s
@@ -231,13 +222,11 @@ class Adaptive:
                 after_s < one_s or then_s < two_s or (after_s < two_s and then_s < 2 * one_s)
             )
         on_time: float = batch_size
-        if latency.residuals[-1] * latency.slowdown * profiled_s > left_s[0]:
-            on_time -= images * sum(
-                1.0 - latency.on_time_probability(variant, batch_size, s)
-                for s in left_s[:requests][:MAX_RISK_LOOKUPS]
-            )
+        if context.certain_scale * profiled_s > left_s[0]:
+            slacks_s = left_s[: requests if requests < MAX_RISK_LOOKUPS else MAX_RISK_LOOKUPS]
+            on_time -= images * latency.expected_misses(variant, batch_size, slacks_s)
         done = batch_size + images * (first - context.num_late)
-        others = context.demand.quality_after(context.hull, busy_s, done, context.capacity)
+        others = context.remaining.after(busy_s, done)
         earned = (quality[variant] + TIE_EPSILON) * on_time
         return earned - quality[self.candidates.frontier[0]] * late + others
 
@@ -254,22 +243,21 @@ class Adaptive:
         next_soft = queue[context.num_late].deadlines.soft
         if next_soft - context.start - busy_s < latency.seconds(fastest, 1):
             late += context.images
-        others = context.demand.quality_after(context.hull, busy_s, 0, context.capacity)
+        others = context.remaining.after(busy_s, 0.0)
         return quality * (batch_size * lateness - late) + others
 
 
-def _first_due_from(
-    time: float, queue: Sequence[Request], prefix: Sequence[Request], first: int
-) -> int:
+def _first_due_from(time: float, queue: Sequence[Request], first: int, latency: LatencyView) -> int:
     """Return the index, from `first` on, of the first request due at `time` or later.
 
-    `prefix` is the beginning of the queue as a list.
+    It is looked for among the requests of the next two batches first, where it mostly is.
     """
-    if first < len(prefix):
-        index = bisect_left(prefix, time, lo=first, key=_soft_deadline)
-        if index < len(prefix):
+    near = min(len(queue), 2 * latency.max_batch_size + 2)
+    if first < near:
+        index = bisect_left(queue, time, first, near, key=_soft_deadline)
+        if index < near:
             return index
-    return bisect_left(queue, time, lo=max(first, len(prefix)), key=_soft_deadline)
+    return bisect_left(queue, time, max(first, near), key=_soft_deadline)
 
 
 def _soft_deadline(request: Request) -> float:

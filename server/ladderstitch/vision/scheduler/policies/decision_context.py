@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ladderstitch.vision.scheduler.policies.demand import Capacity, Demand, QualityHull
+from ladderstitch.vision.scheduler.policies.demand import RemainingQuality
 from ladderstitch.vision.scheduler.policies.forecast import ArrivalForecast
 
 
@@ -23,14 +23,16 @@ class DecisionContext:
     forecast: ArrivalForecast
     shortest_s: float
     """Shortest budget of recent requests."""
-    demand: Demand
-    hull: QualityHull
-    capacity: Capacity
-    """Conversion between the engine's seconds and the hull's."""
+    remaining: RemainingQuality
+    """Quality that the requests outside the batch can earn after it."""
     images: float
     """Images of a request, on average."""
     planned_scale: float
     """Factor from profiled seconds to planned seconds."""
+    certain_scale: float
+    """Factor from profiled seconds to those that no recent batch exceeded."""
+    sharing_rate: float
+    """Arrivals in 1/s of which a tight one has to run with the others."""
     fastest_s: Sequence[float]
     """Profiled seconds of the fastest variant by batch size; index 0 is unused."""
     one_s: float

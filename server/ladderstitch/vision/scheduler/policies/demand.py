@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 
 from ladderstitch.scheduling.requests import Request
 from ladderstitch.vision.scheduler.policies.forecast import BUDGET_CAP_S, ArrivalForecast
@@ -30,11 +31,12 @@ Point = tuple[float, float]
 """Seconds per image, quality."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Demand:
     """A demand bound function: the number of images that are due by a time from now.
 
-    It is reduced to the points that can bind, which are those of its lower hull.
+    It is reduced to the points that can bind, which are those of its lower hull. Nothing changes
+    it, but it is not frozen, because creating a frozen one takes three times as long.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -48,15 +50,11 @@ class Demand:
     def from_queue(
         cls,
         queue: Sequence[Request],
-        prefix: Sequence[Request],
         first: int,
         forecast: ArrivalForecast,
         start: float,
     ) -> Demand:
-        """Build the bound of queue[first:] plus forecast arrivals, sampled at powers of four.
-
-        `prefix` is the beginning of the queue as a list, which is indexed ten times as fast.
-        """
+        """Build the bound of queue[first:] plus forecast arrivals, sampled at powers of four."""
         waiting, images = len(queue) - first, forecast.images_per_request
         last_s = min(queue[-1].deadlines.soft - start, BUDGET_CAP_S)
         mean_s = forecast.mean_budget_s or last_s
@@ -64,62 +62,23 @@ class Demand:
         samples: list[tuple[float, float]] = []
         count = 1
         while count < waiting:
-            last = first + count - 1
-            request = prefix[last] if last < len(prefix) else queue[last]
-            samples.append((min(request.deadlines.soft - start, BUDGET_CAP_S), images * count))
+            due_s = queue[first + count - 1].deadlines.soft - start
+            samples.append((due_s if due_s < BUDGET_CAP_S else BUDGET_CAP_S, images * count))
             count *= 4
         samples.append((last_s, images * waiting))
         margin_s = DEADLINE_MARGIN * tight_s
         min_s = min([(due_s - margin_s) / n for due_s, n in samples[2:] or samples[-1:]])
         if last_s < FORECAST_HORIZON * mean_s:
             samples.append((FORECAST_HORIZON * mean_s, images * waiting))
-        points = [
-            (due_s - margin_s, count + forecast.expected_late(due_s, 0.0))
-            for due_s, count in samples
-        ]
-        return cls(_lower_hull(points), tight_s, min_s)
-
-    def quality_after(
-        self, hull: QualityHull, busy_s: float, done: float, capacity: Capacity
-    ) -> float:
-        """Return the quality that all images but the first `done` can earn after `busy_s` seconds.
-
-        The engine is busy for `busy_s` seconds and then serves a fluid in order of deadlines. The
-        seconds per image are the slopes of the greatest convex minorant of the points.
-        """
-        value = at_s = at_count = 0.0
-        points, num_points, k = self.points, len(self.points), 0
-        share, overhead_s, scale = capacity.share, capacity.overhead_s, capacity.scale
-        while k < num_points:
-            least, best = float("inf"), -1
-            for i in range(k, num_points):
-                due_s, count = points[i]
-                count -= done
-                if count > at_count:
-                    slope = (due_s - busy_s - at_s) / (count - at_count)
-                    if slope < least:
-                        least, best = slope, i
-            if best < 0:
-                break
-            due_s, count = points[best]
-            count -= done
-            if least > 0:
-                # The profiled seconds of compute in the engine's seconds for one image; negative if
-                # they do not suffice for the overhead. Calls would double the time of this method.
-                shared_s, left_s = least * share, least - overhead_s
-                compute_s = (shared_s if shared_s < left_s else left_s) * scale
-                if compute_s > 0:
-                    place = bisect_right(hull.costs_s, compute_s)
-                    quality = hull.bases[place] + hull.slopes[place] * compute_s
-                    value += (count - at_count) * quality
-            due_s -= busy_s
-            at_count, at_s, k = count, at_s if at_s > due_s else due_s, best + 1
-        return value
+        return cls(_lower_hull(forecast.add_arrivals(samples), margin_s), tight_s, min_s)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Capacity:
-    """How much of the engine's time is compute, as every batch has an overhead in addition."""
+    """How much of the engine's time is compute, as every batch has an overhead in addition.
+
+    Nothing changes it, but it is not frozen, as `Demand` is not.
+    """
 
     scale: float
     """Factor from seconds to the hull's profiled seconds."""
@@ -134,15 +93,71 @@ class Capacity:
         return max(compute_s / self.share, compute_s + self.overhead_s)
 
 
-def _lower_hull(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+class RemainingQuality:
+    """The quality that all images but the first ones can earn once the engine is free again.
+
+    The engine then serves a fluid in order of deadlines. The seconds per image are the slopes of
+    the greatest convex minorant of the demand, from the end of the batch on. That minorant begins
+    with a line to one of the demand's points, and what follows a point is always the same. So that
+    part is computed once for each point.
+    """
+
+    __slots__ = ("_hull", "_overhead_s", "_points", "_rest", "_scale", "_share")
+
+    def __init__(self, demand: Demand, hull: QualityHull, capacity: Capacity) -> None:
+        self._points, self._hull = demand.points, hull
+        self._scale, self._share = capacity.scale, capacity.share
+        self._overhead_s = capacity.overhead_s
+        self._rest = [0.0] * len(demand.points)
+        for place in range(len(demand.points) - 2, -1, -1):
+            due_s, count = demand.points[place]
+            self._rest[place] = self.after(due_s, count, place + 1)
+
+    def after(self, busy_s: float, done: float, place: int = 0) -> float:
+        """Return the quality of all images but the first `done` after `busy_s` seconds.
+
+        `place` is the first of the demand's points that counts.
+        """
+        points, num_points = self._points, len(self._points)
+        while place < num_points:
+            least_s, best = inf, -1
+            for i in range(place, num_points):
+                due_s, count = points[i]
+                if count > done:
+                    slope_s = (due_s - busy_s) / (count - done)
+                    if slope_s < least_s:
+                        least_s, best = slope_s, i
+            if best < 0:
+                break
+            count = points[best][1]
+            if least_s > 0:
+                # The compute, of the engine's seconds for one image; negative if these do not
+                # suffice for the overhead. Calls would add a third to the time of this method.
+                shared_s, left_s = least_s * self._share, least_s - self._overhead_s
+                compute_s = (shared_s if shared_s < left_s else left_s) * self._scale
+                if compute_s <= 0:
+                    return self._rest[best]
+                hull = self._hull
+                segment = bisect_right(hull.costs_s, compute_s)
+                quality = hull.bases[segment] + hull.slopes[segment] * compute_s
+                return (count - done) * quality + self._rest[best]
+            done, place = count, best + 1  # no time is left for these
+        return 0.0
+
+
+def _lower_hull(
+    points: Sequence[tuple[float, float]], margin_s: float
+) -> tuple[tuple[float, float], ...]:
     """Return the points (seconds, images) between which no other has less time for its images.
 
-    Both coordinates are ascending.
+    Both coordinates are ascending. The points that are returned are `margin_s` earlier.
     """
     hull: list[tuple[float, float]] = []
     for due_s, count in points:
+        due_s -= margin_s
         while len(hull) > 1:
-            (first_s, first), (middle_s, middle) = hull[-2:]
+            first_s, first = hull[-2]
+            middle_s, middle = hull[-1]
             if (middle_s - first_s) * (count - first) < (due_s - first_s) * (middle - first):
                 break
             hull.pop()
