@@ -134,14 +134,10 @@ def test_dispatch_overhead_is_the_95th_percentile() -> None:
     assert overhead.seconds == 0.0
 
 
-def test_on_time_probability_is_the_share_of_residuals() -> None:
+def test_expected_misses_are_the_shares_of_residuals_above_the_slacks() -> None:
     view = replace(plain_view(slowdown=2.0), residuals=(0.9, 1.0, 1.1, 1.5))
     expected_s = view.expected(1, 4)
-    assert [
-        view.on_time_probability(1, 4, share * expected_s) for share in (0.5, 0.95, 1.1, 2.0)
-    ] == [
-        0.0,
-        0.25,
-        0.75,
-        1.0,
-    ]
+    slacks_s = [share * expected_s for share in (0.5, 0.95, 1.1, 2.0)]
+    assert [view.expected_misses(1, 4, [slack]) for slack in slacks_s] == [1.0, 0.75, 0.25, 0.0]
+    assert view.expected_misses(1, 4, slacks_s) == 2.0
+    assert view.expected_misses(1, 4, []) == 0.0

@@ -133,7 +133,7 @@ def test_second_signal_while_draining_ends_at_once(tmp_path: Path) -> None:
     running = start_server(
         write_tiny(tmp_path / "tiny"),
         tmp_path / "log",
-        *("--tensor-parallel-size", "2", "--emulated-link-ms", "100", "--drain-s", "3600"),
+        *("--tensor-parallel-size", "2", "--emulated-link-ms", "20", "--drain-s", "3600"),
     )
     with Client(running.address, timeout_s=2 * LIMIT_S) as client:
         stream = client.generate("a prompt", max_tokens=120)

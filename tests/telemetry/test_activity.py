@@ -5,15 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ladderstitch.scheduling.generation import GenerationInfo, GenerationUsage, TokenSpan
 from ladderstitch.scheduling.profiles import Quality
-from ladderstitch.scheduling.requests import (
-    Deadlines,
-    GenerationInfo,
-    GenerationUsage,
-    ImageAnswer,
-    Request,
-    TokenSpan,
-)
+from ladderstitch.scheduling.requests import Deadlines, ImageAnswer, Request
 from ladderstitch.telemetry.activity import (
     BUCKET_S,
     MAX_ANSWERS,

@@ -19,7 +19,7 @@ from ladderstitch.api.openai.logprobs import LEAST_LOGPROB, LogprobWriter
 from ladderstitch.api.openai.requests import AcceptedRequest
 from ladderstitch.api.openai.responses import ResponseBuilder
 from ladderstitch.hosting.registry import TextModel
-from ladderstitch.scheduling.requests import (
+from ladderstitch.scheduling.generation import (
     GenerationInfo,
     GenerationRequest,
     TokenChunk,

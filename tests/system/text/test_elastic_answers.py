@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ladderstitch.errors import InternalError
-from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget, TokenChunk
+from ladderstitch.scheduling.generation import GenerationRequest, TokenBudget, TokenChunk
 from ladderstitch.scheduling.settings import CacheMode, SchedulerSettings
 from ladderstitch.telemetry.text_observer import NullObserver
 from ladderstitch.text.bundle import TextBundle

@@ -12,7 +12,7 @@ from contextlib import aclosing, asynccontextmanager
 import pytest
 
 from ladderstitch.errors import RequestError
-from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget, TokenChunk
+from ladderstitch.scheduling.generation import GenerationRequest, TokenBudget, TokenChunk
 from ladderstitch.scheduling.settings import CacheMode, SchedulerSettings
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_config import GroupOptions

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ladderstitch.scheduling.requests import TokenBudget
+from ladderstitch.scheduling.generation import TokenBudget
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.comm.base import SingleRankCommunicator

@@ -19,7 +19,7 @@ from ladderstitch.errors import EngineRestarting
 from ladderstitch.runtime.graph_builder import GraphBuilder
 from ladderstitch.runtime.low_bit import quantise
 from ladderstitch.runtime.sessions import open_rank_session
-from ladderstitch.scheduling.requests import GenerationRequest
+from ladderstitch.scheduling.generation import GenerationRequest
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget, TokenChunk
+from ladderstitch.scheduling.generation import GenerationRequest, TokenBudget, TokenChunk
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.text_observer import NullObserver
 from ladderstitch.text.bundle import TextBundle

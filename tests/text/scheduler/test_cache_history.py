@@ -32,8 +32,7 @@ class SlowHistory:
         first = self.leading(self.has, path)
         return [n for n in range(first, len(self.has)) if self.computed_by[n] != path]
 
-    def repair(self, path: int, count: int, sharing: list[int]) -> None:
-        begin = self.leading(self.exact, path)
+    def repair(self, path: int, begin: int, count: int, sharing: list[int]) -> None:
         for n in range(begin, begin + count):
             self.computed_by[n] = path
             self.exact[n].add(path)
@@ -67,8 +66,8 @@ def test_history_equals_a_record_of_every_token(data: st.DataObject) -> None:
             sharing = sorted(data.draw(st.sets(st.sampled_from(PATHS))) - {path})
             if count:
                 overwritten |= bool(sharing)
+                slow.repair(path, history.num_exact(path), count, sharing)
                 history.repair(path, count, sharing)
-                slow.repair(path, count, sharing)
         elif action == "truncate":
             length = data.draw(st.integers(0, history.num_tokens))
             history.truncate(length)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ladderstitch.errors import InvalidArgument
-from ladderstitch.scheduling.requests import GenerationRequest, TokenChunk
+from ladderstitch.scheduling.generation import GenerationRequest, TokenChunk
 from ladderstitch.scheduling.sampling import Sampling
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.messages import LogitsMode, Step, StepOutput

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from ladderstitch.errors import InternalError, NonFiniteOutput, RequestError
-from ladderstitch.scheduling.requests import GenerationRequest, Sampling, TokenChunk
+from ladderstitch.scheduling.generation import GenerationRequest, TokenChunk
+from ladderstitch.scheduling.requests import Sampling
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.telemetry.text_metrics import TextMetrics
 from ladderstitch.telemetry.text_observer import NullObserver

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ladderstitch.scheduling.requests import NO_BUDGET, GenerationRequest, TokenBudget
+from ladderstitch.scheduling.generation import NO_BUDGET, GenerationRequest, TokenBudget
 from ladderstitch.text.scheduler.pace import DEFAULT_TPOT_S, DEFAULT_TTFT_S, PACE_TOKENS, Pace
 
 

@@ -12,8 +12,8 @@ from ladderstitch.errors import (
     VariantNotFound,
 )
 from ladderstitch.scheduling.candidates import CandidateFilter
+from ladderstitch.scheduling.generation import NO_BUDGET, GenerationRequest, TokenBudget
 from ladderstitch.scheduling.profiles import Latency, LatencyProfile
-from ladderstitch.scheduling.requests import NO_BUDGET, GenerationRequest, TokenBudget
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.text.scheduler.cache_rules import CacheRules
 from ladderstitch.text.scheduler.decode_load import NO_LOAD, SchedulerLoad

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ladderstitch.scheduling.requests import GenerationRequest
+from ladderstitch.scheduling.generation import GenerationRequest
 from ladderstitch.scheduling.sampling import Sampling
 from ladderstitch.text.scheduler.sampler import TokenChooser
 

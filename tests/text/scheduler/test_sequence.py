@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ladderstitch.errors import Draining, ExpiredInCompute, ExpiredInQueue
-from ladderstitch.scheduling.requests import GenerationRequest, Sampling
+from ladderstitch.scheduling.generation import GenerationRequest
+from ladderstitch.scheduling.requests import Sampling
 from ladderstitch.text.scheduler.block_manager import BlockManager
 from ladderstitch.text.scheduler.cache_rules import CacheRules
 from ladderstitch.text.scheduler.queue import SequenceQueue

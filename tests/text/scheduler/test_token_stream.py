@@ -20,7 +20,8 @@ from ladderstitch.errors import (
     InvalidArgument,
     RequestError,
 )
-from ladderstitch.scheduling.requests import GenerationRequest, Sampling, TokenChunk
+from ladderstitch.scheduling.generation import GenerationRequest, TokenChunk
+from ladderstitch.scheduling.requests import Sampling
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_handle import RankLost
 from ladderstitch.text.scheduler import token_stream as stream_module
