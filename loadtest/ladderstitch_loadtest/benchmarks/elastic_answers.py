@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from ladderstitch.errors import RequestError
+from ladderstitch.scheduling.generation import GenerationRequest, TokenChunk
 from ladderstitch.scheduling.profiles import QualityTable
-from ladderstitch.scheduling.requests import GenerationRequest, TokenChunk
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.text.engine.rank_config import RankConfig
 from ladderstitch.text.messages import LogitsMode, Step, StepOutput

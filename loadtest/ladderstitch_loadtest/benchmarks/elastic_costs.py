@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget
+from ladderstitch.scheduling.generation import GenerationRequest, TokenBudget
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.text.messages import LogitsMode
 from ladderstitch.text.scheduler.cache_rules import CacheRules

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from ladderstitch.scheduling.requests import NO_BUDGET, GenerationRequest, TokenBudget
+from ladderstitch.scheduling.generation import NO_BUDGET, GenerationRequest, TokenBudget
 
 Scenario = Literal["mixed", "bursts", "tightening"]
 LONG_TOKENS = 256

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ladderstitch.errors import RequestError
-from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget
+from ladderstitch.scheduling.generation import GenerationRequest, TokenBudget
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_config import RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget, TokenChunk
+from ladderstitch.scheduling.generation import GenerationRequest, TokenBudget, TokenChunk
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ladderstitch.scheduling.requests import GenerationRequest
+from ladderstitch.scheduling.generation import GenerationRequest
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig
 from ladderstitch.text.engine.rank_group import RankGroup

@@ -16,7 +16,7 @@ from ladderstitch.errors import RequestError
 
 if TYPE_CHECKING:
     from ladderstitch.client.generation import GenerateOptions
-    from ladderstitch.scheduling.requests import GenerationRequest
+    from ladderstitch.scheduling.generation import GenerationRequest
     from ladderstitch.scheduling.sampling import Grammar
     from ladderstitch.text.scheduler.scheduler import TextScheduler
 
@@ -78,7 +78,7 @@ def _local_request(
     tokens: tuple[int, ...], options: GenerateOptions, grammar: Grammar | None
 ) -> GenerationRequest:
     """Return the request for a scheduler in this process; its budget is a hard deadline."""
-    from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget
+    from ladderstitch.scheduling.generation import GenerationRequest, TokenBudget
     from ladderstitch.scheduling.sampling import Sampling
 
     arrival, penalty = time.monotonic(), options["repetition_penalty"]

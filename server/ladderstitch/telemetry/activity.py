@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ladderstitch.scheduling.requests import TokenSpan
+from ladderstitch.scheduling.generation import TokenSpan
 
 BUCKET_S = 5
 """Seconds that one bucket of the record covers."""

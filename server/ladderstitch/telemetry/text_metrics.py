@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ladderstitch.scheduling.requests import GenerationInfo, GenerationUsage
+from ladderstitch.scheduling.generation import GenerationInfo, GenerationUsage
 from ladderstitch.telemetry.activity import RecentAnswer
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.telemetry.model_metrics import ModelMetrics

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from ladderstitch.scheduling.requests import GenerationInfo, GenerationUsage
+from ladderstitch.scheduling.generation import GenerationInfo, GenerationUsage
 
 
 @dataclass(frozen=True, slots=True)

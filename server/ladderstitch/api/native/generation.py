@@ -18,14 +18,14 @@ from ladderstitch.api.deadlines import (
 from ladderstitch.api.status import Context, translate_errors
 from ladderstitch.errors import InvalidArgument, RequestError
 from ladderstitch.hosting.registry import ModelRegistry, TextModel
-from ladderstitch.scheduling.profiles import QualityTable
-from ladderstitch.scheduling.requests import (
+from ladderstitch.scheduling.generation import (
     GenerationRequest,
     GenerationUsage,
     TokenBudget,
     TokenChunk,
-    check_id,
 )
+from ladderstitch.scheduling.profiles import QualityTable
+from ladderstitch.scheduling.requests import check_id
 from ladderstitch.scheduling.sampling import Grammar, Sampling
 from ladderstitch.security.tokens import digest_of
 from ladderstitch.v1 import generation_pb2 as pb

@@ -28,13 +28,13 @@ from ladderstitch.errors import InvalidArgument
 from ladderstitch.hosting.registry import TextModel
 from ladderstitch.oip import grpc_service_pb2 as pb
 from ladderstitch.oip import model_config_pb2
-from ladderstitch.scheduling.requests import (
+from ladderstitch.scheduling.generation import (
     GenerationRequest,
     GenerationUsage,
     TokenBudget,
     TokenChunk,
-    check_id,
 )
+from ladderstitch.scheduling.requests import check_id
 from ladderstitch.scheduling.sampling import Sampling
 
 INPUT, TEXT_OUTPUT, TOKEN_OUTPUT = "text_input", "text_output", "token_id"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
-from ladderstitch.scheduling.requests import (
+from ladderstitch.scheduling.generation import (
     GenerationInfo,
     GenerationRequest,
     PromptToken,

@@ -40,7 +40,8 @@ from ladderstitch.api.openai.stateless_responses import (
 )
 from ladderstitch.errors import InternalError, InvalidArgument, RequestError
 from ladderstitch.hosting.registry import ModelRegistry
-from ladderstitch.scheduling.requests import MAX_ID_CHARACTERS, TokenChunk
+from ladderstitch.scheduling.generation import TokenChunk
+from ladderstitch.scheduling.requests import MAX_ID_CHARACTERS
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from ladderstitch.api.openai.fields import (
 from ladderstitch.api.openai.tools import Tool, ToolCallFields, ToolChoice, ToolUse, tool_use
 from ladderstitch.errors import InvalidArgument
 from ladderstitch.hosting.registry import TextModel
-from ladderstitch.scheduling.requests import MAX_LOGPROBS
+from ladderstitch.scheduling.generation import MAX_LOGPROBS
 from ladderstitch.scheduling.sampling import check_range
 from ladderstitch.text.chat_template import Message
 

@@ -10,7 +10,7 @@ from ladderstitch.api.openai.logprobs import LogprobWriter
 from ladderstitch.api.openai.requests import AcceptedRequest
 from ladderstitch.api.openai.tool_calls import ToolCall, ToolCallReader
 from ladderstitch.hosting.registry import TextModel
-from ladderstitch.scheduling.requests import GenerationRequest, TokenChunk
+from ladderstitch.scheduling.generation import GenerationRequest, TokenChunk
 from ladderstitch.text.scheduler.scheduler import TextScheduler
 from ladderstitch.text.scheduler.token_stream import TokenStream
 from ladderstitch.text.tokenizer import TextTokenizer

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from ladderstitch.errors import InvalidArgument, RequestError
-from ladderstitch.scheduling.requests import TokenChunk
+from ladderstitch.scheduling.generation import TokenChunk
 
 ANSWER_HEADER = "x-ladderstitch-answer"
 """Header with the name of an answer; a replica returns it if the events have marks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ladderstitch.scheduling.requests import PromptToken, TokenChunk
+from ladderstitch.scheduling.generation import PromptToken, TokenChunk
 from ladderstitch.text.tokenizer import TextStream, TextTokenizer
 
 Body = dict[str, Any]

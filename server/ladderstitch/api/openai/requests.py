@@ -27,7 +27,7 @@ from ladderstitch.api.openai.models import NamedModel
 from ladderstitch.api.openai.tools import ToolUse
 from ladderstitch.errors import InvalidArgument
 from ladderstitch.hosting.registry import TextModel
-from ladderstitch.scheduling.requests import GenerationRequest, TokenBudget
+from ladderstitch.scheduling.generation import GenerationRequest, TokenBudget
 from ladderstitch.scheduling.sampling import Grammar
 
 MAX_LOGPROB_VALUES = 1 << 20

@@ -15,7 +15,7 @@ from ladderstitch.api.openai.event_marks import AnswerName
 from ladderstitch.api.openai.requests import AcceptedRequest
 from ladderstitch.errors import InvalidArgument, RequestError
 from ladderstitch.hosting.registry import TextModel
-from ladderstitch.scheduling.requests import TokenChunk, TokenSpan
+from ladderstitch.scheduling.generation import TokenChunk, TokenSpan
 
 TYPES = ("bool", "float", "int", "str")
 DONE = "data: [DONE]\n\n"

@@ -12,7 +12,7 @@ from ladderstitch.api.openai.bodies import ChatRequest
 from ladderstitch.api.openai.event_marks import AnswerName
 from ladderstitch.api.openai.fields import Flag, Integer, JsonSchema, OpenFields, Text
 from ladderstitch.errors import InvalidArgument
-from ladderstitch.scheduling.requests import TokenChunk
+from ladderstitch.scheduling.generation import TokenChunk
 
 Body = dict[str, Any]
 

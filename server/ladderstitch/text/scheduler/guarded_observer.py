@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from ladderstitch.scheduling.requests import GenerationInfo, GenerationUsage
+from ladderstitch.scheduling.generation import GenerationInfo, GenerationUsage
 from ladderstitch.telemetry.text_observer import Occupancy, StepReport, TextObserver
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ladderstitch.scheduling.requests import GenerationRequest
+from ladderstitch.scheduling.generation import GenerationRequest
 
 DEFAULT_TTFT_S = 10.0
 """Time to first token that an answer without a budget is scheduled for."""

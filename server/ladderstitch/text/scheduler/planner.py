@@ -18,7 +18,7 @@ from ladderstitch.errors import (
     VariantNotFound,
 )
 from ladderstitch.scheduling.candidates import CandidateFilter
-from ladderstitch.scheduling.requests import GenerationRequest
+from ladderstitch.scheduling.generation import GenerationRequest
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.text.messages import Step, StepOutput
 from ladderstitch.text.scheduler.decode_load import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ladderstitch.scheduling.requests import GenerationRequest
+from ladderstitch.scheduling.generation import GenerationRequest
 from ladderstitch.text.scheduler.block_manager import BlockManager
 from ladderstitch.text.scheduler.decode_load import SchedulerLoad
 from ladderstitch.text.scheduler.planner import StepPlan

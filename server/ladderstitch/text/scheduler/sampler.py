@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ladderstitch.errors import NonFiniteOutput
-from ladderstitch.scheduling.requests import GenerationRequest
+from ladderstitch.scheduling.generation import GenerationRequest
 from ladderstitch.scheduling.sampling import Sampling
 from ladderstitch.text.messages import Logits
 

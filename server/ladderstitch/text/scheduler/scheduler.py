@@ -17,9 +17,9 @@ from ladderstitch.errors import (
     RequestError,
 )
 from ladderstitch.scheduling.candidates import CandidateFilter
+from ladderstitch.scheduling.generation import GenerationRequest
 from ladderstitch.scheduling.load_report import HORIZONS_S, LoadReport
 from ladderstitch.scheduling.profiles import QualityTable
-from ladderstitch.scheduling.requests import GenerationRequest
 from ladderstitch.scheduling.settings import SchedulerSettings
 from ladderstitch.telemetry.statistics import Statistics
 from ladderstitch.telemetry.text_observer import NullObserver, Occupancy, TextObserver

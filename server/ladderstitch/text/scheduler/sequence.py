@@ -7,8 +7,7 @@ from collections import abc
 from dataclasses import replace
 
 from ladderstitch.errors import RequestError
-from ladderstitch.scheduling.profiles import Quality, QualityTable
-from ladderstitch.scheduling.requests import (
+from ladderstitch.scheduling.generation import (
     CacheUse,
     FinishReason,
     GenerationInfo,
@@ -17,6 +16,7 @@ from ladderstitch.scheduling.requests import (
     TokenChunk,
     TokenSpan,
 )
+from ladderstitch.scheduling.profiles import Quality, QualityTable
 from ladderstitch.text.messages import Logits, LogitsMode, SequenceInput, Translation
 from ladderstitch.text.scheduler.block_manager import BlockManager, BlockTable
 from ladderstitch.text.scheduler.cache_history import CacheHistory

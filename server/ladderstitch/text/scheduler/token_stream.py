@@ -9,7 +9,7 @@ from collections import abc
 from dataclasses import replace
 
 from ladderstitch.errors import ExpiredInCompute, ExpiredInQueue, RequestError
-from ladderstitch.scheduling.requests import GenerationUsage, TokenChunk
+from ladderstitch.scheduling.generation import GenerationUsage, TokenChunk
 from ladderstitch.telemetry.statistics import Statistics
 from ladderstitch.telemetry.text_observer import NullObserver, TextObserver
 from ladderstitch.text.scheduler.sequence import Sequence
