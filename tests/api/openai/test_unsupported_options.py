@@ -12,7 +12,7 @@ import pytest
 from ladderstitch.api.openai.bodies import ChatMessage, ChatRequest, CompletionRequest
 from ladderstitch.api.openai.fields import StreamOptions
 from ladderstitch.api.openai.options import HARMLESS, UNSUPPORTED
-from ladderstitch.scheduling.requests import GREEDY, Sampling
+from ladderstitch.scheduling.sampling import GREEDY, Sampling
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.manifest import SamplingDefaults
 from tests.api.openai.served_model import AsgiCall, ServedModel, write_chat_bundle

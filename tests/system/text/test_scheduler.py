@@ -16,7 +16,7 @@ import torch
 
 from ladderstitch.errors import Draining, ExpiredInCompute, InvalidArgument, RequestError
 from ladderstitch.scheduling.generation import GenerationRequest, TokenBudget, TokenChunk
-from ladderstitch.scheduling.requests import Sampling
+from ladderstitch.scheduling.sampling import Sampling
 from ladderstitch.telemetry.text_observer import NullObserver, TextObserver
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_config import GroupOptions, RankConfig

@@ -14,7 +14,7 @@ from torch import Tensor
 from ladderstitch.api.openai.requests import CompletionRequest
 from ladderstitch.errors import BundleError
 from ladderstitch.importers.verify_text import GoldenRun, run_case
-from ladderstitch.scheduling.requests import Sampling
+from ladderstitch.scheduling.sampling import Sampling
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.manifest import TextManifest
 from tests.support.hugging_face_folders import OWN, write_folder

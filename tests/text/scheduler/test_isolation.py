@@ -13,7 +13,7 @@ import pytest
 
 from ladderstitch.errors import InternalError, NonFiniteOutput, RequestError
 from ladderstitch.scheduling.generation import GenerationRequest, TokenChunk
-from ladderstitch.scheduling.requests import Sampling
+from ladderstitch.scheduling.sampling import Sampling
 from ladderstitch.telemetry.metrics import Metrics
 from ladderstitch.telemetry.text_metrics import TextMetrics
 from ladderstitch.telemetry.text_observer import NullObserver

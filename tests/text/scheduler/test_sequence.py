@@ -12,7 +12,7 @@ import pytest
 
 from ladderstitch.errors import Draining, ExpiredInCompute, ExpiredInQueue
 from ladderstitch.scheduling.generation import GenerationRequest
-from ladderstitch.scheduling.requests import Sampling
+from ladderstitch.scheduling.sampling import Sampling
 from ladderstitch.text.scheduler.block_manager import BlockManager
 from ladderstitch.text.scheduler.cache_rules import CacheRules
 from ladderstitch.text.scheduler.queue import SequenceQueue

@@ -21,7 +21,7 @@ from ladderstitch.errors import (
     RequestError,
 )
 from ladderstitch.scheduling.generation import GenerationRequest, TokenChunk
-from ladderstitch.scheduling.requests import Sampling
+from ladderstitch.scheduling.sampling import Sampling
 from ladderstitch.text.bundle import TextBundle
 from ladderstitch.text.engine.rank_handle import RankLost
 from ladderstitch.text.scheduler import token_stream as stream_module
