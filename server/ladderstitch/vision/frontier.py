@@ -21,6 +21,8 @@ from ladderstitch.vision.networks.config import OnnxConfig
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+LOGARITHMIC_FROM = 20.0
+"""Ratio of the highest to the lowest cost in a plot from which on its axis is logarithmic."""
 CostMetric = Literal["latency", "macs"]
 OTHER_COLOURS = ("tab:orange", "tab:green", "tab:purple")
 
@@ -149,6 +151,9 @@ def plot_frontier(
         if metric == "latency"
         else "multiply-accumulates per image, millions"
     )
+    lowest, highest = axes.dataLim.intervalx
+    if highest > LOGARITHMIC_FROM * lowest > 0:
+        axes.set_xscale("log")
     axes.set_ylabel(f"{quality.metric}, % ({quality.data}, n = {quality.n:,})")
     axes.set_title(f"{bundle.manifest.name}: {len(rows)} networks in one set of weights")
     axes.grid(alpha=0.3)
